@@ -1,0 +1,1 @@
+"""splitlearn: run a causal language model whole, or split across a gRPC trunk server, and measure both."""

@@ -1,0 +1,143 @@
+"""Typed settings, read from config.yaml.
+
+`load(path)` returns a frozen `Config`. An unknown key, a wrong type or a value out of range raises `InputError` that
+names the key as it is written in the file (`split.start`), the value, and what would be right. Nothing here knows
+which flags exist: `flags.py` does.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from splitlearn.errors import InputError
+
+EMBEDDED = "embedded"
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def valid_address(value: str) -> str:
+    """`host:port` with a port of 1 to 65535, or the word `embedded`; ValueError otherwise."""
+    host, colon, port = value.rpartition(":")
+    if value != EMBEDDED and not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(f"'{EMBEDDED}' or host:port, with a port from 1 to 65535")
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(_Section):
+    """Which weights, where they run and in which dtype."""
+
+    name: str = Field("smollm2-135m-instruct", min_length=1)
+    dtype: Dtype = "float32"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    cache: Path | None = Field(None, strict=False)
+
+
+class SplitConfig(_Section):
+    """The trunk's layers `[start, end)`; null means two layers from that end."""
+
+    start: Annotated[int, Field(ge=0)] | None = None
+    end: Annotated[int, Field(ge=1)] | None = None
+
+
+class TrunkConfig(_Section):
+    """Where the client finds its trunk."""
+
+    address: Annotated[str, AfterValidator(valid_address)] = EMBEDDED
+    timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
+
+
+class ServerConfig(_Section):
+    """What `python -m server` listens on and how much it takes on."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 50051
+    max_sessions: Annotated[int, Field(ge=1, le=1024)] = 8
+    max_engines: Annotated[int, Field(ge=1, le=64)] = 4
+    idle_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+
+
+class GenerationConfig(_Section):
+    """What a request has when nothing else is said."""
+
+    prompt: str = "Explain in two sentences why the sky is blue."
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    chat: bool = True
+
+
+class RunsConfig(_Section):
+    """The worker processes in which arms run."""
+
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    warm_workers: Annotated[int, Field(ge=1, le=64)] = 4
+
+
+class UiConfig(_Section):
+    """The page. `auth` names the environment variable that holds `user:password`, never the secret itself."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 7860
+    share: bool = False
+    auth: str = Field("SPLITLEARN_AUTH", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+
+
+class Config(_Section):
+    """All settings; every field has a default, so an empty file is a working one."""
+
+    model: ModelConfig = ModelConfig()
+    split: SplitConfig = SplitConfig()
+    trunk: TrunkConfig = TrunkConfig()
+    server: ServerConfig = ServerConfig()
+    generation: GenerationConfig = GenerationConfig()
+    flags: str = "default"
+    runs: RunsConfig = RunsConfig()
+    ui: UiConfig = UiConfig()
+
+
+def load(path: Path | None) -> Config:
+    """Read `path`, or take every default when it is None. Raises InputError for a file that cannot be used."""
+    if path is None:
+        return Config()
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("config", str(path), f"a readable file ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError("config", str(path), f"valid YAML ({' '.join(str(error).split())})") from error
+    if data is not None and not isinstance(data, dict):
+        raise InputError("config", str(path), "a YAML mapping of sections such as 'model:' and 'split:'")
+    return parse(data or {})
+
+
+def parse(data: dict[str, object]) -> Config:
+    """Build a Config from plain data. Raises InputError that names the first wrong key."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise _first_error(error) from error
+
+
+def _first_error(error: ValidationError) -> InputError:
+    """The first of pydantic's findings, in the words of the file."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return InputError("config key", ".".join(place), f"one of: {', '.join(_keys(place[:-1]))}")
+    expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return InputError(".".join(place), first["input"], expected)
+
+
+def _keys(place: list[str]) -> list[str]:
+    """The keys that are known in the section at `place`."""
+    section: type[BaseModel] = Config
+    for name in place:
+        annotation = section.model_fields[name].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,80 @@
+"""Every exception that splitlearn raises on purpose.
+
+    SplitlearnError
+    |-- InputError          a value that a person or a peer gave: names the field, the value and what would be right
+    |-- ModelError          weights or architecture
+    |   |-- ModelUnavailable   not in the cache and not to be had from here
+    |   |-- WeightsDamaged     a cached file is not what was written
+    |   `-- FamilyRefused      the architecture cannot be cut exactly
+    |-- TrunkError          the far end of a split
+    |   |-- TrunkUnavailable   nobody answers, or the connection was lost
+    |   |-- TrunkRefused       the trunk serves something else, or did not accept what was sent
+    |   |-- TrunkFull          no room for a session now
+    |   `-- TrunkFailed        the trunk broke while computing
+    |-- WorkerDied          a worker process ended without a word (killed, out of memory)
+    `-- SetupError          the program cannot start here as asked (a port is taken, no login for a shared page)
+
+The message of each is one or two sentences for the person at the keyboard; nothing needs its traceback.
+"""
+
+
+class SplitlearnError(Exception):
+    """The root: catch this to catch all that is below."""
+
+
+class InputError(SplitlearnError):
+    """A value that cannot be used. `field` is the name a person knows it by (a config key, an option, a wire field)."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        super().__init__(f"{field}: {value!r} cannot be used; expected {expected}.")
+        self.field = field
+        self.value = value
+        self.expected = expected
+
+    def __reduce__(self) -> tuple[type["InputError"], tuple[str, str, str]]:
+        """Crosses a process boundary with its three parts; the value as text, whatever it was."""
+        return type(self), (self.field, self.value if isinstance(self.value, str) else repr(self.value), self.expected)
+
+
+class ModelError(SplitlearnError):
+    """Weights or architecture: the model cannot be used as it is."""
+
+
+class ModelUnavailable(ModelError):
+    """The weights are not in the cache and cannot be fetched from here."""
+
+
+class WeightsDamaged(ModelError):
+    """A file in the cache is not what was written there."""
+
+
+class FamilyRefused(ModelError):
+    """The architecture cannot be cut into stages that give the full model's logits."""
+
+
+class TrunkError(SplitlearnError):
+    """The trunk server did not do what was asked."""
+
+
+class TrunkUnavailable(TrunkError):
+    """Nobody answers at the address, or the connection was lost."""
+
+
+class TrunkRefused(TrunkError):
+    """The trunk serves something else than what was asked for, or refused what was sent."""
+
+
+class TrunkFull(TrunkError):
+    """The trunk has no room for another session at the moment."""
+
+
+class TrunkFailed(TrunkError):
+    """The trunk broke while it computed."""
+
+
+class WorkerDied(SplitlearnError):
+    """A worker process ended without saying why: killed, or out of memory."""
+
+
+class SetupError(SplitlearnError):
+    """The program cannot start here as asked."""
