@@ -59,7 +59,6 @@ class ServerConfig(_Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
     max_sessions: Annotated[int, Field(ge=1, le=1024)] = 8
     max_engines: Annotated[int, Field(ge=1, le=64)] = 4
-    idle_timeout_s: Annotated[float, Field(gt=0)] = 600.0
 
 
 class GenerationConfig(_Section):

@@ -1,0 +1,79 @@
+"""What goes into a generation and what comes out of it: plain facts, no behaviour.
+
+Times are seconds of one monotonic clock at the client, counted from `t0`, when the prompt was submitted.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from splitlearn.errors import InputError
+from splitlearn.sampling import SamplingParams
+
+FinishReason = Literal["eos", "length", "stop", "cancelled"]
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt and how to go on from it. Raises InputError for an empty prompt or a limit below 1."""
+
+    prompt: str
+    max_new_tokens: int = 64
+    chat: bool = True
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise InputError("prompt", self.prompt, "some text")
+        limit = self.max_new_tokens
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise InputError("max_new_tokens", limit, "a whole number, 1 or more")
+        if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
+            raise InputError("stop", self.stop, f"at most {MAX_STOP_STRINGS} strings, none of them empty")
+
+
+@dataclass(frozen=True)
+class StageTiming:
+    """What one step of one stage cost.
+
+    `ledger` maps the ledger's words (bottom, encode, wire, queue, trunk, decode, top, model) to seconds on the
+    critical path; `compile_s` is the part of it that went into compilation; bytes are those of the wire.
+    """
+
+    ledger: Mapping[str, float]
+    compile_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step's outcome.
+
+    `time_s` is when the step's tokens were on the host, after t0. `ledger` says where the time since the event before
+    (or since t0) went, `unattributed` included, so it sums to that interval. `text` is what can be shown now: it lags
+    behind the ids while a character is not whole or a stop string may be under way.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    time_s: float
+    ledger: Mapping[str, float]
+    compile_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a generation: why it ended, the text held back till now, and how long the prompt was in tokens."""
+
+    reason: FinishReason
+    text: str
+    prompt_tokens: int
+
+
+Event = TokenEvent | Done

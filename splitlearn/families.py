@@ -1,0 +1,134 @@
+"""Where the parts of a transformers causal LM are, read off its own structure.
+
+`structure_of(model)` finds the embeddings, the layers, the final norm and what stands before the layers without being
+told the family: transformers names the base model (`base_model_prefix`) and the number of layers, and the rest follows
+from where the layers are. A family whose structure does not say enough gets one line in `RECORDS`; that table is the
+only place to touch. Nothing here shows that a cut is exact: splitlearn/proof.py does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from splitlearn.errors import FamilyRefused
+
+NORM_WORDS = ("norm", "ln_f")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the structure of a family does not tell. Names are those of children of the module that owns the layers."""
+
+    after: tuple[str, ...] = ()
+    """Modules that run after the final norm, so that only the last stage needs them."""
+
+
+RECORDS: dict[str, Record] = {
+    # opt-350m projects to the width of its embeddings at the end, by a module that is registered before the layers.
+    "opt": Record(after=("project_out",)),
+}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Paths of modules within the causal LM; the base model's path is empty where the causal LM is its own base."""
+
+    base: str
+    body: str
+    """The module that owns the layers: the base model, or a decoder nested in it."""
+    layers: str
+    embedding: str
+    before: tuple[str, ...]
+    """What has weights and runs between the embedding and the layers: only the first stage needs it."""
+    norm: str | None
+    after: tuple[str, ...]
+    """What has weights and runs after the norm within the body: only the last stage needs it."""
+    n_layers: int
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """The structure of a constructed causal LM (on any device, meta too), whole and not yet cut.
+
+    Raises FamilyRefused when no list of `num_hidden_layers` layers or no input embedding is found in it.
+    """
+    base = _path_of(model, getattr(model, "base_model", model)) or ""
+    n_layers = _count_layers(model)
+    layers = _find_layers(model, base, n_layers)
+    body = layers.rpartition(".")[0]
+    record = RECORDS.get(_family(model), Record())
+    children = dict(model.get_submodule(body).named_children())
+    norm = _find_norm(children, record)
+    embedding = _find_embedding(model)
+    before = [name for name in _registered_before(children, layers) if name not in (norm, *record.after)]
+    return Structure(
+        base=base,
+        body=body,
+        layers=layers,
+        embedding=embedding,
+        before=tuple(path for name in before if (path := join(body, name)) != embedding),
+        norm=None if norm is None else join(body, norm),
+        after=tuple(join(body, name) for name in record.after if name in children),
+        n_layers=n_layers,
+    )
+
+
+def join(*parts: str) -> str:
+    """A module path from its parts, of which any may be empty."""
+    return ".".join(part for part in parts if part)
+
+
+def _family(model: nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    return str(getattr(config, "model_type", type(model).__name__))
+
+
+def _count_layers(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    count = getattr(config.get_text_config(decoder=True) if config is not None else None, "num_hidden_layers", None)
+    if not isinstance(count, int) or count < 1:
+        raise FamilyRefused(f"{_family(model)}: its configuration does not say how many layers it has.")
+    return count
+
+
+def _find_layers(model: nn.Module, base: str, n_layers: int) -> str:
+    """The ModuleList of that many modules nearest to the base model; of several, the one with most weights.
+
+    Depth comes first, since a list of as many experts stands inside each layer.
+    """
+    found = [
+        (path.count("."), -_weights(module), path)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and (path + ".").startswith(base)
+    ]
+    if not found:
+        raise FamilyRefused(f"{_family(model)}: no list of its {n_layers} layers was found in its structure.")
+    return min(found)[2]
+
+
+def _find_embedding(model: Any) -> str:
+    path = _path_of(model, model.get_input_embeddings())
+    if path is None:
+        raise FamilyRefused(f"{_family(model)}: no input embedding was found in its structure.")
+    return path
+
+
+def _find_norm(children: dict[str, nn.Module], record: Record) -> str | None:
+    """The last child named as a norm, which is the final one wherever there is one. None for a model without."""
+    named = [name for name in children if any(word in name for word in NORM_WORDS) and name not in record.after]
+    return named[-1] if named else None
+
+
+def _registered_before(children: dict[str, nn.Module], layers: str) -> list[str]:
+    names = list(children)
+    return [name for name in names[: names.index(layers.rpartition(".")[2])] if _weights(children[name])]
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str | None:
+    return next((path for path, module in model.named_modules() if module is wanted), None)

@@ -1,0 +1,250 @@
+"""THE one place where an optimization flag is defined.
+
+A `Flag` is a record; `FLAGS` is the registry that everything else iterates. Each choice of a flag changes `Settings`:
+the seams that the owners of loading, cache, forward pass, sampler and so on apply without knowing which flag asked.
+To add a flag, add a record here, and a seam to `Settings` if none fits (docs/add-a-flag.md).
+
+Fidelity: `exact` gives bit-equal logits, `rounding` adds in another order, `lossy` changes the numbers on purpose.
+Scope: a `session` flag is chosen with each generation, a `load` flag when weights are loaded, a `process` flag once in
+a process's life.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
+
+Side = Literal["full", "client", "trunk"]
+Fidelity = Literal["exact", "rounding", "lossy"]
+Scope = Literal["session", "load", "process"]
+SIDES: tuple[Side, ...] = ("full", "client", "trunk")
+LOCAL: frozenset[Side] = frozenset({"full", "client"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The seams. The values here are what runs when every flag is off."""
+
+    process: tuple[Callable[[], None], ...] = ()
+    use_fast_tokenizer: bool = False
+    assign_weights: bool = False
+    attention: str = "sdpa"
+    compile_module: Callable[[nn.Module], None] | None = None
+    new_cache: Callable[[], Cache] | None = None
+    forward_arguments: Mapping[str, bool] = field(default_factory=dict)
+    gradient_guard: Callable[[], AbstractContextManager[object]] = torch.no_grad
+    top_k: TopK = top_k_by_sort
+
+
+@dataclass(frozen=True)
+class Place:
+    """What decides whether a flag can be applied: the device, the model's tokenizer, the tools that are installed."""
+
+    device: str
+    no_python_tokenizer: str | None = None
+    has_compiler: bool = field(default_factory=lambda: any(map(shutil.which, ("c++", "g++", "clang++"))))
+
+
+Apply = Callable[[Settings], Settings]
+
+
+def _available(place: Place) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One optimization. `choices` maps each choice to what it changes; the first is the off arm.
+
+    `applied` is the choice that the bare name means. `unavailable` returns why the flag cannot be applied at a place,
+    or None.
+    """
+
+    name: str
+    label: str
+    help: str
+    off_help: str
+    choices: Mapping[str, Apply]
+    applied: str = "on"
+    sides: frozenset[Side] = frozenset(SIDES)
+    fidelity: Fidelity = "exact"
+    scope: Scope = "session"
+    on_by_default: bool = True
+    acts_when_sampling: bool = False
+    unavailable: Callable[[Place], str | None] = _available
+
+    @property
+    def off(self) -> str:
+        """The choice that leaves the optimization out."""
+        return next(iter(self.choices))
+
+
+def _same(settings: Settings) -> Settings:
+    return settings
+
+
+def _on(**changes: object) -> Mapping[str, Apply]:
+    """Choices off and on, where on sets the seams named in `changes`."""
+    return {"off": _same, "on": lambda settings: replace(settings, **changes)}
+
+
+def _asks_for(output: str, **changes: object) -> Mapping[str, Apply]:
+    """Choices of a flag whose optimization is not to ask the model for `output`: off asks for it."""
+
+    def ask(settings: Settings) -> Settings:
+        arguments = {**settings.forward_arguments, output: True}
+        return replace(settings, forward_arguments=arguments, **changes)  # type: ignore[arg-type]
+
+    return {"off": ask, "on": _same}
+
+
+def _matmul_precision(precision: str) -> Apply:
+    def set_precision() -> None:
+        torch.set_float32_matmul_precision(precision)
+
+    return lambda settings: replace(settings, process=(*settings.process, set_precision))
+
+
+def _benchmark_cudnn() -> None:
+    torch.backends.cudnn.benchmark = True
+
+
+def _compile(module: nn.Module) -> None:
+    module.compile(dynamic=True)
+
+
+def _needs_cuda(place: Place) -> str | None:
+    return None if place.device.startswith("cuda") else f"needs a CUDA device; this is {place.device}"
+
+
+def _needs_python_tokenizer(place: Place) -> str | None:
+    return place.no_python_tokenizer
+
+
+def _needs_compiler(place: Place) -> str | None:
+    if place.device == "cpu" and not place.has_compiler:
+        return "needs a C++ compiler (g++ or clang++) on this machine"
+    return None
+
+
+FLAGS: Mapping[str, Flag] = {
+    flag.name: flag
+    for flag in (
+        Flag(
+            "low_cpu_mem_usage",
+            "low_cpu_mem_usage",
+            "Loads the weights without a second copy in memory.",
+            "Constructs the model with memory of its own, reads the state dict beside it and copies it over.",
+            _on(assign_weights=True),
+            scope="load",
+        ),
+        Flag(
+            "use_fast",
+            "use_fast",
+            "The Rust tokenizer.",
+            "The Python tokenizer, where the model has one.",
+            _on(use_fast_tokenizer=True),
+            sides=LOCAL,
+            scope="load",
+            unavailable=_needs_python_tokenizer,
+        ),
+        Flag(
+            "inference_mode",
+            "inference_mode",
+            "torch.inference_mode(): no autograd bookkeeping at all.",
+            "torch.no_grad().",
+            _on(gradient_guard=torch.inference_mode),
+        ),
+        Flag(
+            "float32_matmul_precision",
+            "float32_matmul_precision",
+            'torch.set_float32_matmul_precision("medium"): float32 products may use bfloat16 units.',
+            '"highest": float32 products in full float32.',
+            {level: _matmul_precision(level) for level in ("highest", "high", "medium")},
+            applied="medium",
+            fidelity="rounding",
+            scope="process",
+        ),
+        Flag(
+            "cudnn_benchmark",
+            "cudnn.benchmark",
+            "cuDNN times its algorithms and keeps the fastest.",
+            "cuDNN takes its default algorithm.",
+            _on(process=(_benchmark_cudnn,)),
+            fidelity="rounding",
+            scope="process",
+            unavailable=_needs_cuda,
+        ),
+        Flag(
+            "torch_compile",
+            "torch.compile",
+            "Compiles each stage; the time that takes is shown apart. A first compilation can take over a minute.",
+            "Eager execution.",
+            _on(compile_module=_compile),
+            fidelity="rounding",
+            scope="load",
+            on_by_default=False,
+            unavailable=_needs_compiler,
+        ),
+        Flag(
+            "use_cache",
+            "use_cache",
+            "Keeps keys and values: at the client for its layers, at the trunk server for the trunk's.",
+            "Recomputes the whole prefix for each token; a trunk without it is sent the whole prefix each time.",
+            _on(new_cache=DynamicCache),
+            fidelity="rounding",
+        ),
+        Flag(
+            "output_attentions",
+            "output_attentions=False",
+            "Attention weights are not asked for, so fused attention (sdpa) can be used.",
+            "Attention weights of every layer are asked for, which needs the eager attention implementation.",
+            _asks_for("output_attentions", attention="eager"),
+            fidelity="rounding",
+            scope="load",
+        ),
+        Flag(
+            "output_hidden_states",
+            "output_hidden_states=False",
+            "Hidden states between the layers are not asked for.",
+            "The hidden state after every layer is asked for and kept until the step ends.",
+            _asks_for("output_hidden_states"),
+        ),
+        Flag(
+            "fast_top_k",
+            "fast_top_k",
+            "Top-k sampling by torch.topk and one scatter.",
+            "Top-k sampling by a full sort of the vocabulary.",
+            _on(top_k=top_k_by_selection),
+            sides=LOCAL,
+            acts_when_sampling=True,
+        ),
+    )
+}
+
+
+def settings(applied: frozenset[str]) -> Settings:
+    """The seams for a side's applied flags, each `name` or `name=choice`; every flag not named is at its off arm."""
+    chosen = dict(_split(text) for text in applied)
+    result = Settings()
+    for flag in FLAGS.values():
+        result = flag.choices[chosen.get(flag.name, flag.off)](result)
+    return result
+
+
+def of_scope(applied: frozenset[str], *scopes: Scope) -> frozenset[str]:
+    """Those of `applied` whose flag has one of `scopes`."""
+    return frozenset(text for text in applied if FLAGS[_split(text)[0]].scope in scopes)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """`name` or `name=choice` as (name, choice)."""
+    name, _, choice = text.partition("=")
+    return name, choice or FLAGS[name].applied

@@ -1,0 +1,158 @@
+"""Which flags are applied on which side: parsing what a person wrote, presets, and what can be applied where.
+
+The words of the command line, the page and config.yaml are the same: `default`, `all`, `none`, a preset, a list
+`use_cache,float32_matmul_precision=high`, or groups for sides, `full:all client:use_cache trunk:none`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from splitlearn.errors import InputError
+from splitlearn.flags import FLAGS, SIDES, Place, Side
+
+DOES_NOT_ACT = "does not act on this side"
+
+NINE = (
+    "low_cpu_mem_usage,use_fast,inference_mode,float32_matmul_precision,cudnn_benchmark,torch_compile,use_cache,"
+    "output_attentions,output_hidden_states"
+)
+THREE = "low_cpu_mem_usage,torch_compile,use_cache"
+TWO = "low_cpu_mem_usage,use_cache"
+
+PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
+    "earlier-full": (
+        "The earlier system's full model: nine flags, on every side.",
+        {"full": NINE, "client": NINE, "trunk": NINE},
+    ),
+    "earlier-client": (
+        "The earlier system's comparison: its full model with nine flags against its split client with three.",
+        {"full": NINE, "client": THREE, "trunk": THREE},
+    ),
+    "earlier-library": (
+        "The earlier system's library: two flags, on every side.",
+        {"full": TWO, "client": TWO, "trunk": TWO},
+    ),
+}
+
+Availability = Mapping[Side, Mapping[str, str | None]]
+
+
+@dataclass(frozen=True)
+class FlagSet:
+    """The applied flags of each side, each as `name`, or `name=choice` where the choice is not the usual one."""
+
+    full: frozenset[str] = frozenset()
+    client: frozenset[str] = frozenset()
+    trunk: frozenset[str] = frozenset()
+
+    def of(self, side: Side) -> frozenset[str]:
+        """The applied flags of `side`."""
+        return {"full": self.full, "client": self.client, "trunk": self.trunk}[side]
+
+    def with_side(self, side: Side, applied: frozenset[str]) -> "FlagSet":
+        """The same with `applied` on `side`."""
+        return replace(self, **{side: applied})
+
+    def without(self, name: str) -> "FlagSet":
+        """The same with the flag `name` at its off arm on every side."""
+        kept = {side: frozenset(text for text in self.of(side) if _name(text) != name) for side in SIDES}
+        return FlagSet(**kept)
+
+    def only(self, *names: str) -> "FlagSet":
+        """The same with every flag but `names` at its off arm on every side."""
+        kept = {side: frozenset(text for text in self.of(side) if _name(text) in names) for side in SIDES}
+        return FlagSet(**kept)
+
+    def names(self) -> list[str]:
+        """Flags applied on any side, in the registry's order."""
+        applied = {_name(text) for side in SIDES for text in self.of(side)}
+        return [name for name in FLAGS if name in applied]
+
+
+def availability(places: Mapping[Side, Place]) -> Availability:
+    """For each side and flag, why it cannot be applied there, or None."""
+    return {side: {name: why_not(name, side, place) for name in FLAGS} for side, place in places.items()}
+
+
+def why_not(name: str, side: Side, place: Place) -> str | None:
+    """Why flag `name` cannot be applied on `side` at `place`, or None when it can."""
+    flag = FLAGS[name]
+    return DOES_NOT_ACT if side not in flag.sides else flag.unavailable(place)
+
+
+def parse(text: str, available: Availability) -> FlagSet:
+    """Read the words of a person. Raises InputError for an unknown flag, side or choice, and for a conflict.
+
+    A flag asked for by name must be available on some side, or on the side that is named; what `default`, `all` and
+    the presets ask for is applied where it can be.
+    """
+    groups = text.split()
+    if not any(":" in group for group in groups):
+        words = ",".join(groups) or "none"
+        return FlagSet(**{side: _group(words, side, available, asked=None) for side in SIDES})
+    chosen: dict[Side, frozenset[str]] = {}
+    for group in groups:
+        name, _, words = group.partition(":")
+        side = _side(name, group)
+        if side in chosen:
+            raise InputError("flags", text, f"one group for each side; {side} has two")
+        chosen[side] = _group(words or "none", side, available, asked=side)
+    unnamed = {side: _group("default", side, available, asked=None) for side in SIDES if side not in chosen}
+    return FlagSet(**{**chosen, **unnamed})
+
+
+def _side(name: str, group: str) -> Side:
+    for side in SIDES:
+        if side == name:
+            return side
+    raise InputError("flags", group, f"groups that begin with one of: {', '.join(f'{side}:' for side in SIDES)}")
+
+
+def _group(words: str, side: Side, available: Availability, asked: Side | None) -> frozenset[str]:
+    """The applied flags of one side. `asked` is the side that the person named, if one was."""
+    names = [word for word in words.split(",") if word]
+    sets = [word for word in names if word in {"default", "all", "none", *PRESETS}]
+    if sets and len(names) > 1:
+        raise InputError("flags", words, f"{sets[0]!r} to stand alone: it is a whole set of flags")
+    if sets:
+        return frozenset(text for text in _set(sets[0], side) if available[side][_name(text)] is None)
+    chosen: dict[str, str] = {}
+    for word in names:
+        name, text = _entry(word)
+        if chosen.setdefault(name, text) != text:
+            raise InputError("flags", words, f"one choice of {name}; {chosen[name]!r} and {text!r} exclude each other")
+        _check_available(name, side, available, asked)
+    kept = {name: text for name, text in chosen.items() if available[side][name] is None}
+    return frozenset(text for name, text in kept.items() if not text.endswith(f"={FLAGS[name].off}"))
+
+
+def _set(word: str, side: Side) -> list[str]:
+    if word in PRESETS:
+        return PRESETS[word][1][side].split(",")
+    if word == "default":
+        return [name for name, flag in FLAGS.items() if flag.on_by_default and flag.fidelity != "lossy"]
+    return list(FLAGS) if word == "all" else []
+
+
+def _entry(word: str) -> tuple[str, str]:
+    """One word as (flag name, its canonical text). Raises InputError for an unknown flag or choice."""
+    name, equals, choice = word.partition("=")
+    if name not in FLAGS:
+        known = ", ".join(["default", "all", "none", *PRESETS, *FLAGS])
+        raise InputError("flags", name, f"one of: {known}")
+    flag = FLAGS[name]
+    if equals and choice not in flag.choices:
+        raise InputError(f"flags: {name}", choice, f"one of: {', '.join(flag.choices)}")
+    return name, word if equals and choice != flag.applied else name
+
+
+def _check_available(name: str, side: Side, available: Availability, asked: Side | None) -> None:
+    """A flag asked for by name and to be had nowhere it was asked for is an error, not a silent omission."""
+    reasons = {asked: available[side][name]} if asked else {other: available[other][name] for other in SIDES}
+    if all(reasons.values()):
+        said = "; ".join(f"{where}: {reason}" for where, reason in reasons.items())
+        raise InputError("flags", name, f"a flag that can be applied here ({said})")
+
+
+def _name(text: str) -> str:
+    return text.partition("=")[0]

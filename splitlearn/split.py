@@ -1,0 +1,221 @@
+"""Cut a transformers causal LM into stages, and run a stage for one step.
+
+    plan = SplitPlan.of(None, None, n_layers)                      # [2, n - 2)
+    bottom = carve(model, 0, plan.start, first=True, last=False)   # token ids in, hidden state out
+    hidden = forward(bottom, token_ids, position=0, cache=DynamicCache())
+
+The layers stay transformers' own, and so do masks, rotary positions and cache: a cut model is the model with fewer
+layers. What runs before the layers (embedding, scaling, learned positions, a norm) belongs to the first stage alone;
+on every other stage the hidden state is handed to the first layer as it came, past whatever the model does there.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splitlearn.errors import InputError
+from splitlearn.families import Structure, join, structure_of
+
+DEFAULT_MARGIN = 2
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """The trunk has the layers `[start, end)` of `n_layers`; the client has the others, the embeddings and the head.
+
+    Raises InputError unless `0 <= start < end <= n_layers`.
+    """
+
+    start: int
+    end: int
+    n_layers: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.n_layers:
+            raise InputError("split.start", self.start, f"0 to {self.n_layers - 1}: the model has {self.n_layers} layers")
+        if not self.start < self.end <= self.n_layers:
+            raise InputError("split.end", self.end, f"{self.start + 1} to {self.n_layers}, past split.start")
+
+    @classmethod
+    def of(cls, start: int | None, end: int | None, n_layers: int) -> SplitPlan:
+        """The plan for what a person gave; None leaves two layers at that end, fewer if the trunk would have none."""
+        margin = min(DEFAULT_MARGIN, max(0, n_layers - 1) // 2)
+        if start is None:
+            start = margin if end is None else max(0, min(margin, end - 1))
+        if end is None:
+            end = max(n_layers - margin, start + 1)
+        return cls(start, end, n_layers)
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """The layers `[start, end)` of a model, with the embeddings if `first` and the norm and the head if `last`.
+
+    `module` is the causal LM on a last stage and its base model otherwise. It may be moved, compiled or given weights
+    like any module; it runs one call at a time.
+    """
+
+    module: nn.Module
+    structure: Structure
+    """Of the whole model."""
+    start: int
+    end: int
+    first: bool
+    last: bool
+    tied: Mapping[str, str]
+    """Full names of parameters that are another one's values: tied name -> the name of the one that is stored."""
+
+    def full_name(self, name: str) -> str:
+        """The name in the whole model's state dict of the stage's parameter or buffer `name`.
+
+        A tied head has the embedding's name, so that two stages which share a tensor can be seen to share it.
+        """
+        name = name if self.last else join(self.structure.base, name)
+        prefix = self.structure.layers + "."
+        if name.startswith(prefix):
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            name = f"{prefix}{int(index) + self.start}.{rest}"
+        return self.tied.get(name, name)
+
+
+def carve(model: Any, start: int, end: int, *, first: bool, last: bool) -> CutModel:
+    """Cut a whole causal LM, in place, down to the layers `[start, end)`.
+
+    The model may be on the meta device. `first`: the stage takes token ids; otherwise hidden states. `last`: the stage
+    gives logits; otherwise hidden states. `start == end` is a stage of no layers: the embeddings alone with `first`,
+    the norm and the head alone with `last`. The caller's configuration is left as it is.
+
+    Raises InputError for layers that the model does not have, FamilyRefused for a structure that cannot be read.
+    """
+    structure = structure_of(model)
+    _check_range(start, end, structure.n_layers, first=first, last=last)
+    tied = dict(getattr(model, "all_tied_weights_keys", {}))
+    layers = _keep_layers(model, structure, start, end)
+    if not last:
+        for path in _present(structure.norm, *structure.after):
+            _replace(model, path, nn.Identity())
+    if not first:
+        _skip_entrance(model, structure, layers)
+    module = model if last else model.get_submodule(structure.base)
+    return CutModel(module, structure, start, end, first, last, tied)
+
+
+def forward(
+    stage: CutModel,
+    x: Tensor,
+    position: int,
+    cache: Any | None,
+    *,
+    logits_to_keep: int = 0,
+    arguments: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """One step of a stage: token ids int64 [1, T], or a hidden state [1, T, H], to a hidden state or logits [1, T, V].
+
+    `position` is the number of tokens before this step. `cache` is a transformers cache of this stage's own that holds
+    `position` tokens and is extended in place, or None: then x is the whole prefix and `position` is 0.
+    `logits_to_keep` asks a last stage for the logits of that many last tokens; 0 is all of them. `arguments` go to the
+    model's forward as they are, such as output_attentions=True.
+    """
+    module = stage.module
+    call: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None, **(arguments or {})}
+    call["input_ids" if stage.first else "inputs_embeds"] = x
+    accepted = inspect.signature(type(module).forward).parameters
+    if "position_ids" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        call["position_ids"] = torch.arange(position, position + x.shape[1], device=x.device).unsqueeze(0)
+    if stage.last and "logits_to_keep" in accepted:
+        call["logits_to_keep"] = logits_to_keep
+    output = module(**call)
+    result: Tensor = output.logits if stage.last else output.last_hidden_state
+    return result[:, -logits_to_keep:] if stage.last else result
+
+
+def _check_range(start: int, end: int, n_layers: int, *, first: bool, last: bool) -> None:
+    if not 0 <= start <= end <= n_layers:
+        raise InputError("layers", f"[{start}, {end})", f"a range within [0, {n_layers})")
+    if start == end and not (first or last):
+        raise InputError("layers", f"[{start}, {end})", "at least one layer between the first stage and the last")
+
+
+def _keep_layers(model: Any, structure: Structure, start: int, end: int) -> nn.ModuleList:
+    """Slice the layers, number them from 0, as the stage's own cache does, and make the configuration say so."""
+    layers = nn.ModuleList(list(model.get_submodule(structure.layers))[start:end])
+    _replace(model, structure.layers, layers)
+    for module in layers.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx = module.layer_idx - start  # type: ignore[assignment, operator]
+    body = model.get_submodule(structure.body)
+    for config in {id(c): c for c in (model.config, body.config)}.values():
+        _give_config(model, config, _sliced(config, start, end, structure.n_layers))
+    return layers
+
+
+def _sliced(config: Any, start: int, end: int, n_layers: int) -> Any:
+    """A copy of a configuration for the layers `[start, end)`; a list with an entry for each layer is sliced."""
+    own = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == n_layers:
+            setattr(own, name, value[start:end])
+    own.num_hidden_layers = end - start
+    return own
+
+
+def _give_config(model: nn.Module, old: Any, new: Any) -> None:
+    """Layers look up their own entry by layer_idx, so that every module needs the configuration that matches it."""
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
+
+
+def _skip_entrance(model: Any, structure: Structure, layers: nn.ModuleList) -> None:
+    """Drop what only the first stage needs, and hand `inputs_embeds` to the first layer (or norm, or head) untouched."""
+    for path in (structure.embedding, *structure.before):
+        replaced = model.get_submodule(path)
+        _replace(model, path, _Nothing() if isinstance(replaced, nn.Embedding) else nn.Identity())
+    after = [model.get_submodule(path) for path in _present(structure.norm, *structure.after)]
+    entrance = _Entrance()
+    model.get_submodule(structure.body).register_forward_pre_hook(entrance.at_body, with_kwargs=True)
+    target: nn.Module = [*layers, *after, model.get_output_embeddings()][0]
+    target.register_forward_pre_hook(entrance.at_target, with_kwargs=True)
+
+
+class _Nothing(nn.Module):
+    """Stands where a table of embeddings was: adds nothing to a hidden state and holds no weight."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        return torch.zeros(())
+
+
+class _Entrance:
+    """Carries the hidden state of one call from the entry of the body to its first layer."""
+
+    def __init__(self) -> None:
+        self.hidden: Tensor | None = None
+
+    def at_body(self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Remember what came in: a hidden state [1, T, H]."""
+        self.hidden = named["inputs_embeds"]
+
+    def at_target(
+        self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put it in the place of the hidden state that the body made of it."""
+        hidden, self.hidden = self.hidden, None
+        if positional:
+            return (hidden, *positional[1:]), named
+        return positional, {**named, "hidden_states": hidden}
+
+
+def _present(*paths: str | None) -> list[str]:
+    return [path for path in paths if path is not None]
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)

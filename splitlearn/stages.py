@@ -1,0 +1,140 @@
+"""A stage is a run of consecutive layers with their caches; a model is a list of stages.
+
+`Stage` is the protocol; `LocalStage` computes here, `remote.RemoteStage` at the far end of a gRPC stream. A stage's
+weights and a session's cache are two things, so that one stage can serve many sessions.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from splitlearn.errors import InputError
+from splitlearn.events import StageTiming
+from splitlearn.flags import Settings
+from splitlearn.flags import settings as settings_of
+from splitlearn.split import forward
+
+
+class Session(Protocol):
+    """One generation's stay at one stage."""
+
+    @property
+    def recomputes(self) -> bool:
+        """True when nothing is kept between steps: each step must bring the whole prefix, at position 0."""
+
+    def close(self) -> None:
+        """Free what the session holds. Calling it again does nothing."""
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """A step of one session: `x` is token ids int64 [1, T] at a first stage, otherwise a hidden state [1, T, H].
+
+    `position` is the number of tokens before the first of `x`; below the cached length it rolls the session back.
+    """
+
+    session: Any
+    position: int
+    x: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """`x` is a hidden state [1, T, H], or from a last stage the logits of the last position [1, 1, V]."""
+
+    x: torch.Tensor
+    timing: StageTiming
+
+
+class Stage(Protocol):
+    """What maps token ids or hidden states to hidden states or logits."""
+
+    def open(self, applied: frozenset[str], max_length: int) -> Session:
+        """Begin a session with a side's applied flags, for at most `max_length` tokens."""
+
+    def step(self, batch: Sequence[StepInput]) -> list[StepOutput]:
+        """One step of each session in `batch`, in its order."""
+
+
+@dataclass
+class LocalSession:
+    """A session's cache and what its flags ask of each step. `length` counts the tokens that the cache holds."""
+
+    cache: Cache | None
+    settings: Settings
+    max_length: int
+    length: int = 0
+
+    @property
+    def recomputes(self) -> bool:
+        """True without a cache."""
+        return self.cache is None
+
+    def close(self) -> None:
+        """Drop the cache."""
+        self.cache, self.length, self.max_length = None, 0, 0
+
+
+@dataclass(frozen=True)
+class LocalStage:
+    """A carved module on a device of this process. `word` is the ledger's name for its time."""
+
+    module: nn.Module
+    word: str
+    device: torch.device
+    last: bool
+
+    def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
+        """A new session; a cache is made only when the flags keep one."""
+        settings = settings_of(applied)
+        return LocalSession(settings.new_cache() if settings.new_cache else None, settings, max_length)
+
+    def step(self, batch: Sequence[StepInput]) -> list[StepOutput]:
+        """One step of each session. Raises InputError for a position beyond the cached length or too many tokens."""
+        return [self._step(item.session, item.position, item.x) for item in batch]
+
+    def _step(self, session: LocalSession, position: int, x: torch.Tensor) -> StepOutput:
+        started, compiled = time.perf_counter(), compile_seconds()
+        _make_room(session, position, x.shape[1])
+        with session.settings.gradient_guard():
+            out = forward(
+                self.module,
+                x.to(self.device),
+                position,
+                session.cache,
+                logits_to_keep=1 if self.last else None,
+                **session.settings.forward_arguments,
+            )
+        session.length = position + x.shape[1]
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        spent = time.perf_counter() - started
+        return StepOutput(out, StageTiming({self.word: spent}, compile_s=compile_seconds() - compiled))
+
+
+def _make_room(session: LocalSession, position: int, tokens: int) -> None:
+    """Roll the cache back to `position`; refuse a gap, a missing prefix and a step that does not fit."""
+    kept = 0 if session.cache is None else session.length
+    if not 0 <= position <= kept:
+        raise InputError("position", position, f"a whole number from 0 to {kept}, the cached length")
+    if position + tokens > session.max_length:
+        raise InputError("position", position, f"at most {session.max_length} tokens in all, as the session was opened")
+    if session.cache is not None and position < session.length:
+        session.cache.crop(position - session.length)
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent in torch.compile so far; 0 when nothing was ever compiled."""
+    if "torch._dynamo.utils" not in sys.modules:
+        return 0.0
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent().get("total_wall_time", 0.0))
+
+

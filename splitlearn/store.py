@@ -1,0 +1,151 @@
+"""A converted model folder: what is in it, whether it is still what was written, and the digest that names it.
+
+    config.json               the architecture, without any quantization
+    generation_config.json    where the model has one
+    tokenizer files           with the chat template, where there is one
+    model.safetensors         every tensor of the full model's state_dict() under its own name; tied ones stored once
+    manifest.json             format, source, facts of the model, and size, SHA-256 and mtime of each other file
+
+`seal` writes the manifest of a folder that is complete, `open_folder` checks a folder against it. The digest is the
+SHA-256 over the weights file's hash and what of config.json changes the computation: two machines that converted the
+same model have the same digest, wherever the folder is.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from splitlearn.errors import WeightsDamaged
+from splitlearn.progress import Progress, Step
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+# Keys of config.json that name where the model comes from or who wrote the file, not what it computes. The dtype of the
+# stored tensors is in the weights file itself.
+_NOT_IN_DIGEST = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model once it has been loaded whole, and what no part of it can tell alone.
+
+    `context_length` is the number of positions that it was made for, or None where it has no limit. `tied` maps each
+    name of the state dict that is stored under another one to that one (`lm_head.weight` to the embedding).
+    """
+
+    model_type: str
+    n_layers: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int | None
+    tied: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A converted folder that has been checked. `name` is what a person calls the model, `source` where it came from."""
+
+    name: str
+    source: str
+    folder: Path
+    digest: str
+    facts: ModelFacts
+
+    @property
+    def weights(self) -> Path:
+        """The safetensors file with the full model's state dict."""
+        return self.folder / WEIGHTS
+
+    @property
+    def config(self) -> Path:
+        """The model's config.json."""
+        return self.folder / CONFIG
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the full model."""
+        return self.facts.n_layers
+
+
+def seal(folder: Path, source: str, facts: ModelFacts, progress: Progress) -> None:
+    """Write manifest.json for all files now in `folder`, which must be complete."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    files = {}
+    for count, name in enumerate(names):
+        progress(Step("Hashing the converted files", count, len(names)))
+        status = (folder / name).stat()
+        files[name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256(folder / name)}
+    progress(Step("Hashing the converted files", len(names), len(names)))
+    _write(folder, {"format": FORMAT, "source": source, "facts": asdict(facts), "files": files})
+
+
+def open_folder(folder: Path, name: str) -> ModelFiles:
+    """Check `folder` against its manifest and give its facts.
+
+    A file is hashed again only when its size or mtime differ from the manifest's. Raises WeightsDamaged that names the
+    file, what is wrong with it, and what to do.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, source, facts = manifest["files"], str(manifest["source"]), ModelFacts(**manifest["facts"])
+        weights_hash = files[WEIGHTS]["sha256"]
+        moved = [file for file, written in files.items() if _moved(folder, file, written)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, MANIFEST, f"cannot be read ({error})") from error
+    if moved:
+        _note_times(folder, manifest, moved)
+    return ModelFiles(name, source, folder, _digest(folder, weights_hash), facts)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _moved(folder: Path, file: str, written: Mapping[str, object]) -> bool:
+    """Whether only the file's mtime differs from what was written; raises WeightsDamaged for anything more."""
+    try:
+        status = (folder / file).stat()
+    except FileNotFoundError as error:
+        raise _damaged(folder, file, "is missing") from error
+    if status.st_size != written["size"]:
+        raise _damaged(folder, file, f"has {status.st_size:,} bytes instead of {written['size']:,}")
+    if status.st_mtime_ns == written["mtime_ns"]:
+        return False
+    if sha256(folder / file) != written["sha256"]:
+        raise _damaged(folder, file, "has other content than was written (its SHA-256 differs)")
+    return True
+
+
+def _note_times(folder: Path, manifest: dict[str, dict[str, dict[str, object]]], moved: list[str]) -> None:
+    """Write the new mtimes of unchanged files (a copied folder), so that the next start need not hash them again."""
+    for file in moved:
+        manifest["files"][file]["mtime_ns"] = (folder / file).stat().st_mtime_ns
+    try:
+        _write(folder, manifest)
+    except OSError:
+        return  # a read-only volume: each start hashes again, and nothing else is lost
+
+
+def _write(folder: Path, manifest: Mapping[str, object]) -> None:
+    """Put the manifest in place in one step, so that a reader never sees half of it."""
+    draft = folder / f".{MANIFEST}"
+    draft.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    draft.replace(folder / MANIFEST)
+
+
+def _digest(folder: Path, weights_hash: str) -> str:
+    """SHA-256 in hex over the weights' hash and the canonical JSON of what of the config matters."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    matters = {key: value for key, value in config.items() if key not in _NOT_IN_DIGEST}
+    return hashlib.sha256((weights_hash + json.dumps(matters, sort_keys=True)).encode()).hexdigest()
+
+
+def _damaged(folder: Path, file: str, wrong: str) -> WeightsDamaged:
+    return WeightsDamaged(f"{folder / file} {wrong}. Delete the folder {folder} and start again: it is fetched anew.")

@@ -1,0 +1,58 @@
+"""Tensors as bytes and back: dtype, shape and raw little-endian values, checked against each other."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from splitlearn.errors import InputError
+from splitlearn.wire import MAX_TENSOR_BYTES
+from splitlearn.wire import trunk_pb2 as pb
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TO_WIRE = {dtype: pb.Dtype.Value(name.upper()) for name, dtype in DTYPES.items()}
+_FROM_WIRE = {number: dtype for dtype, number in _TO_WIRE.items()}
+
+
+def encode(x: torch.Tensor) -> pb.Tensor:
+    """`x` [1, T, H], of a dtype in DTYPES, as a message. Raises InputError for another dtype."""
+    if x.dtype not in _TO_WIRE:
+        raise InputError("tensor.dtype", str(x.dtype), f"one of: {', '.join(DTYPES)}")
+    return pb.Tensor(dtype=_TO_WIRE[x.dtype], shape=x.shape, data=to_bytes(x))
+
+
+def to_bytes(x: torch.Tensor) -> bytes:
+    """The values of `x`, of any dtype and device, row by row."""
+    return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def check(message: pb.Tensor, dtype: torch.dtype, hidden_size: int) -> int:
+    """The number of tokens T in `message`, which must hold [1, T, hidden_size] of `dtype`.
+
+    Raises InputError that names what differs, before anything is allocated.
+    """
+    if _FROM_WIRE.get(message.dtype) != dtype:
+        raise InputError("tensor.dtype", dtype_name(message.dtype), str(dtype).removeprefix("torch."))
+    shape = list(message.shape)
+    if len(shape) != 3 or shape[0] != 1 or shape[1] < 1 or shape[2] != hidden_size:
+        raise InputError("tensor.shape", shape, f"[1, tokens, {hidden_size}] with at least one token")
+    size = math.prod(shape) * dtype.itemsize
+    if len(message.data) != size:
+        raise InputError("tensor.data", f"{len(message.data)} bytes", f"{size} bytes for shape {shape}")
+    return int(shape[1])
+
+
+def dtype_name(number: int) -> str:
+    """A wire dtype's name in lower case, or its number when it has none."""
+    return pb.Dtype.Name(number).lower() if number in pb.Dtype.values() else str(number)
+
+
+def from_bytes(data: bytes, dtype: torch.dtype, hidden_size: int) -> torch.Tensor:
+    """[1, T, hidden_size] of `dtype` from checked bytes; a copy, since bytes cannot be written to."""
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(1, -1, hidden_size)
+
+
+def parts(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`x` [1, T, H] cut along T so that each part fits into one message; one part for all but long prompts."""
+    rows = max(1, MAX_TENSOR_BYTES // (x.shape[2] * x.element_size()))
+    return iter(x.split(rows, dim=1))

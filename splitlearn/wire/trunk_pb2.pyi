@@ -1,0 +1,167 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[Dtype]
+    FLOAT32: _ClassVar[Dtype]
+    BFLOAT16: _ClassVar[Dtype]
+    FLOAT16: _ClassVar[Dtype]
+DTYPE_UNSPECIFIED: Dtype
+FLOAT32: Dtype
+BFLOAT16: Dtype
+FLOAT16: Dtype
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FlagState(_message.Message):
+    __slots__ = ("name", "unavailable")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    unavailable: str
+    def __init__(self, name: _Optional[str] = ..., unavailable: _Optional[str] = ...) -> None: ...
+
+class Description(_message.Message):
+    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "device", "hidden_size", "max_length", "threads", "flags", "versions")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    N_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    model: str
+    digest: str
+    start: int
+    end: int
+    n_layers: int
+    dtype: str
+    device: str
+    hidden_size: int
+    max_length: int
+    threads: int
+    flags: _containers.RepeatedCompositeFieldContainer[FlagState]
+    versions: str
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., hidden_size: _Optional[int] = ..., max_length: _Optional[int] = ..., threads: _Optional[int] = ..., flags: _Optional[_Iterable[_Union[FlagState, _Mapping]]] = ..., versions: _Optional[str] = ...) -> None: ...
+
+class ClientMessage(_message.Message):
+    __slots__ = ("open", "step")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    step: Step
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ...) -> None: ...
+
+class ServerMessage(_message.Message):
+    __slots__ = ("opened", "result", "closed")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    opened: Opened
+    result: StepResult
+    closed: Closed
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "max_length", "flags")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    N_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    model: str
+    digest: str
+    start: int
+    end: int
+    n_layers: int
+    dtype: str
+    max_length: int
+    flags: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., flags: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Opened(_message.Message):
+    __slots__ = ("threads", "load_s", "import_rss_bytes")
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    IMPORT_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    threads: int
+    load_s: float
+    import_rss_bytes: int
+    def __init__(self, threads: _Optional[int] = ..., load_s: _Optional[float] = ..., import_rss_bytes: _Optional[int] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("dtype", "shape", "data")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    dtype: Dtype
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "roll_back")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    ROLL_BACK_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    step_id: int
+    position: int
+    hidden: Tensor
+    more: bool
+    roll_back: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., roll_back: _Optional[bool] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "decode_s", "queue_s", "trunk_s", "encode_s", "compile_s")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_S_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPILE_S_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    step_id: int
+    position: int
+    hidden: Tensor
+    more: bool
+    decode_s: float
+    queue_s: float
+    trunk_s: float
+    encode_s: float
+    compile_s: float
+    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., decode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., trunk_s: _Optional[float] = ..., encode_s: _Optional[float] = ..., compile_s: _Optional[float] = ...) -> None: ...
+
+class Closed(_message.Message):
+    __slots__ = ("peak_rss_bytes",)
+    PEAK_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    peak_rss_bytes: int
+    def __init__(self, peak_rss_bytes: _Optional[int] = ...) -> None: ...
