@@ -13,6 +13,7 @@ same model have the same digest, wherever the folder is.
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ CONFIG = "config.json"
 
 # Keys of config.json that name where the model comes from or who wrote the file, not what it computes. The dtype of the
 # stored tensors is in the weights file itself.
-_NOT_IN_DIGEST = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+_NAMES_ONLY = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A converted folder that has been checked. `name` is what a person calls the model, `source` where it came from."""
+    """A checked converted folder. `name` is what a person calls the model, `source` where it came from."""
 
     name: str
     source: str
@@ -92,6 +93,8 @@ def open_folder(folder: Path, name: str) -> ModelFiles:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this program reads {FORMAT}")
         files, source, facts = manifest["files"], str(manifest["source"]), ModelFacts(**manifest["facts"])
         weights_hash = files[WEIGHTS]["sha256"]
         moved = [file for file, written in files.items() if _moved(folder, file, written)]
@@ -135,15 +138,16 @@ def _note_times(folder: Path, manifest: dict[str, dict[str, dict[str, object]]],
 
 def _write(folder: Path, manifest: Mapping[str, object]) -> None:
     """Put the manifest in place in one step, so that a reader never sees half of it."""
-    draft = folder / f".{MANIFEST}"
-    draft.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    draft.replace(folder / MANIFEST)
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{MANIFEST}", delete=False, encoding="utf-8") as draft:
+        json.dump(manifest, draft, indent=2)
+    Path(draft.name).chmod(0o644)  # a temporary file is the owner's alone; containers share this folder between users
+    Path(draft.name).replace(folder / MANIFEST)
 
 
 def _digest(folder: Path, weights_hash: str) -> str:
     """SHA-256 in hex over the weights' hash and the canonical JSON of what of the config matters."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    matters = {key: value for key, value in config.items() if key not in _NOT_IN_DIGEST}
+    matters = {key: value for key, value in config.items() if key not in _NAMES_ONLY}
     return hashlib.sha256((weights_hash + json.dumps(matters, sort_keys=True)).encode()).hexdigest()
 
 

