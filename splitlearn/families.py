@@ -1,9 +1,9 @@
 """Where the parts of a transformers causal LM are, read off its own structure.
 
 `structure_of(model)` finds the embeddings, the layers, the final norm and what stands before the layers without being
-told the family: transformers names the base model (`base_model_prefix`) and the number of layers, and the rest follows
-from where the layers are. A family whose structure does not say enough gets one line in `RECORDS`; that table is the
-only place to touch. Nothing here shows that a cut is exact: splitlearn/proof.py does.
+told the family: the configuration says how many layers there are, and the rest follows from where they are. A family
+whose structure does not say enough gets one line in `RECORDS`; that table is the only place to touch. Nothing here
+shows that a cut is exact: splitlearn/proof.py does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from splitlearn.errors import FamilyRefused
 
-NORM_WORDS = ("norm", "ln_f")
+NORM_WORDS = ("norm", "ln_")
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ RECORDS: dict[str, Record] = {
 
 @dataclass(frozen=True)
 class Structure:
-    """Paths of modules within the causal LM; the base model's path is empty where the causal LM is its own base."""
+    """Paths of modules within the causal LM."""
 
-    base: str
     body: str
     """The module that owns the layers: the base model, or a decoder nested in it."""
     layers: str
@@ -54,9 +53,8 @@ def structure_of(model: nn.Module) -> Structure:
 
     Raises FamilyRefused when no list of `num_hidden_layers` layers or no input embedding is found in it.
     """
-    base = _path_of(model, getattr(model, "base_model", model)) or ""
     n_layers = _count_layers(model)
-    layers = _find_layers(model, base, n_layers)
+    layers = _find_layers(model, n_layers)
     body = layers.rpartition(".")[0]
     record = RECORDS.get(_family(model), Record())
     children = dict(model.get_submodule(body).named_children())
@@ -64,7 +62,6 @@ def structure_of(model: nn.Module) -> Structure:
     embedding = _find_embedding(model)
     before = [name for name in _registered_before(children, layers) if name not in (norm, *record.after)]
     return Structure(
-        base=base,
         body=body,
         layers=layers,
         embedding=embedding,
@@ -93,19 +90,20 @@ def _count_layers(model: nn.Module) -> int:
     return count
 
 
-def _find_layers(model: nn.Module, base: str, n_layers: int) -> str:
-    """The ModuleList of that many modules nearest to the base model; of several, the one with most weights.
+def _find_layers(model: nn.Module, n_layers: int) -> str:
+    """The path of the ModuleList of that many modules nearest to the root; of several, the one with most weights.
 
     Depth comes first, since a list of as many experts stands inside each layer.
     """
-    found = [
-        (path.count("."), -_weights(module), path)
+    found = {
+        path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers and (path + ".").startswith(base)
-    ]
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    }
     if not found:
         raise FamilyRefused(f"{_family(model)}: no list of its {n_layers} layers was found in its structure.")
-    return min(found)[2]
+    nearest: str = min(found, key=lambda path: (path.count("."), -_weights(found[path])))
+    return nearest
 
 
 def _find_embedding(model: Any) -> str:

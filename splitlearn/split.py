@@ -39,7 +39,7 @@ class SplitPlan:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.n_layers:
-            raise InputError("split.start", self.start, f"0 to {self.n_layers - 1}: the model has {self.n_layers} layers")
+            raise InputError("split.start", self.start, f"0 to {self.n_layers - 1} for {self.n_layers} layers")
         if not self.start < self.end <= self.n_layers:
             raise InputError("split.end", self.end, f"{self.start + 1} to {self.n_layers}, past split.start")
 
@@ -58,8 +58,8 @@ class SplitPlan:
 class CutModel:
     """The layers `[start, end)` of a model, with the embeddings if `first` and the norm and the head if `last`.
 
-    `module` is the causal LM on a last stage and its base model otherwise. It may be moved, compiled or given weights
-    like any module; it runs one call at a time.
+    `module` is the causal LM on a last stage and otherwise the module that owns the layers. It may be moved, compiled
+    or given weights like any module; it runs one call at a time.
     """
 
     module: nn.Module
@@ -69,6 +69,8 @@ class CutModel:
     end: int
     first: bool
     last: bool
+    accepts: frozenset[str]
+    """Those of position_ids and logits_to_keep that the module's forward takes."""
     tied: Mapping[str, str]
     """Full names of parameters that are another one's values: tied name -> the name of the one that is stored."""
 
@@ -77,7 +79,7 @@ class CutModel:
 
         A tied head has the embedding's name, so that two stages which share a tensor can be seen to share it.
         """
-        name = name if self.last else join(self.structure.base, name)
+        name = name if self.last else join(self.structure.body, name)
         prefix = self.structure.layers + "."
         if name.startswith(prefix):
             index, _, rest = name.removeprefix(prefix).partition(".")
@@ -103,8 +105,8 @@ def carve(model: Any, start: int, end: int, *, first: bool, last: bool) -> CutMo
             _replace(model, path, nn.Identity())
     if not first:
         _skip_entrance(model, structure, layers)
-    module = model if last else model.get_submodule(structure.base)
-    return CutModel(module, structure, start, end, first, last, tied)
+    module = model if last else model.get_submodule(structure.body)
+    return CutModel(module, structure, start, end, first, last, _accepted(module), tied)
 
 
 def forward(
@@ -126,14 +128,21 @@ def forward(
     module = stage.module
     call: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None, **(arguments or {})}
     call["input_ids" if stage.first else "inputs_embeds"] = x
-    accepted = inspect.signature(type(module).forward).parameters
-    if "position_ids" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+    if "position_ids" in stage.accepts:
         call["position_ids"] = torch.arange(position, position + x.shape[1], device=x.device).unsqueeze(0)
-    if stage.last and "logits_to_keep" in accepted:
+    if stage.last and "logits_to_keep" in stage.accepts:
         call["logits_to_keep"] = logits_to_keep
     output = module(**call)
     result: Tensor = output.logits if stage.last else output.last_hidden_state
     return result[:, -logits_to_keep:] if stage.last else result
+
+
+def _accepted(module: nn.Module) -> frozenset[str]:
+    """What the class's forward says it takes; a forward that takes any keyword hands position_ids on."""
+    parameters = inspect.signature(type(module).forward).parameters
+    named = {"position_ids", "logits_to_keep"} & set(parameters)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return frozenset(named | {"position_ids"} if takes_any else named)
 
 
 def _check_range(start: int, end: int, n_layers: int, *, first: bool, last: bool) -> None:
@@ -174,7 +183,7 @@ def _give_config(model: nn.Module, old: Any, new: Any) -> None:
 
 
 def _skip_entrance(model: Any, structure: Structure, layers: nn.ModuleList) -> None:
-    """Drop what only the first stage needs, and hand `inputs_embeds` to the first layer (or norm, or head) untouched."""
+    """Drop what only the first stage needs, and hand `inputs_embeds` untouched to the first layer, norm or head."""
     for path in (structure.embedding, *structure.before):
         replaced = model.get_submodule(path)
         _replace(model, path, _Nothing() if isinstance(replaced, nn.Embedding) else nn.Identity())
