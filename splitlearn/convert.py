@@ -16,8 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+import tqdm.auto  # type: ignore[import-untyped]
+
 from splitlearn.errors import ModelError
-from splitlearn.progress import Progress, Step
+from splitlearn.progress import Progress, Step, reporting_tqdm
 from splitlearn.store import WEIGHTS, ModelFacts
 
 
@@ -149,20 +151,7 @@ def _report_tqdm(progress: Progress) -> None:
 
     Both look up `tqdm.auto.tqdm` when they are imported, so this has to come before; only the child does it.
     """
-    import tqdm.auto
-
-    class Reporting(tqdm.auto.tqdm):  # type: ignore[type-arg]
-        def update(self, n: float | None = 1) -> bool | None:
-            self.n += n or 0
-            progress(Step((self.desc or "Loading").rstrip(".: "), self.n, self.total))
-            return None
-
-        def __iter__(self) -> Any:
-            for item in self.iterable:
-                yield item
-                self.update()
-
-    tqdm.auto.tqdm = Reporting  # type: ignore[misc]
+    tqdm.auto.tqdm = reporting_tqdm(lambda bar: progress(Step(bar.desc.rstrip(".: ") or "Loading", bar.n, bar.total)))
 
 
 def main() -> int:

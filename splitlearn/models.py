@@ -124,7 +124,8 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError("model.device", name, f"a device of this machine, which has {torch.cuda.device_count()} for CUDA")
+        count = torch.cuda.device_count()
+        raise InputError("model.device", name, f"a device of this machine, which has {count} for CUDA")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("model.device", name, "a device of this machine, which has none for Metal")
     return device

@@ -1,15 +1,18 @@
-"""How far a long preparation has come: one record, and one way to show it.
+"""How far a long preparation has come: one record, one way to show it, and a way to get it out of other libraries.
 
 Code that takes long calls a `Progress` with a `Step` as often as it likes; `on_console()` gives one that draws a bar on
 a terminal and writes one plain line for each new label elsewhere. Both write to stderr, so stdout stays for results.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import tqdm.auto  # type: ignore[import-untyped]
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 
@@ -54,12 +57,30 @@ def _plain(console: Console) -> Progress:
 
 
 def _bars(bars: RichProgress) -> Progress:
-    """One bar for each label."""
-    tasks = {}
+    """One bar for each label; a new label completes the bar before it."""
+    tasks: dict[str, TaskID] = {}
 
     def show(step: Step) -> None:
         if step.label not in tasks:
+            for task in tasks.values():
+                bars.update(task, total=1, completed=1)
             tasks[step.label] = bars.add_task(step.label, total=step.total)
         bars.update(tasks[step.label], completed=step.done, total=step.total)
 
     return show
+
+
+def reporting_tqdm(show: Callable[[Any], None]) -> type[Any]:
+    """A tqdm class, for libraries that draw their progress with one: `show(bar)` is called instead of drawing.
+
+    The bar's `desc`, `n`, `total` and `unit` are tqdm's.
+    """
+
+    class Reporting(tqdm.auto.tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **(kwargs | {"file": io.StringIO()}))  # tqdm writes line ends past `display`
+
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            show(self)
+
+    return Reporting

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache
 
 from splitlearn.errors import InputError
 from splitlearn.events import StageTiming
 from splitlearn.flags import Settings
 from splitlearn.flags import settings as settings_of
-from splitlearn.split import forward
+from splitlearn.split import CutModel, forward
 
 
 class Session(Protocol):
@@ -33,7 +32,7 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True)
-class StepInput:
+class StageInput:
     """A step of one session: `x` is token ids int64 [1, T] at a first stage, otherwise a hidden state [1, T, H].
 
     `position` is the number of tokens before the first of `x`; below the cached length it rolls the session back.
@@ -45,7 +44,7 @@ class StepInput:
 
 
 @dataclass(frozen=True)
-class StepOutput:
+class StageOutput:
     """`x` is a hidden state [1, T, H], or from a last stage the logits of the last position [1, 1, V]."""
 
     x: torch.Tensor
@@ -58,7 +57,7 @@ class Stage(Protocol):
     def open(self, applied: frozenset[str], max_length: int) -> Session:
         """Begin a session with a side's applied flags, for at most `max_length` tokens."""
 
-    def step(self, batch: Sequence[StepInput]) -> list[StepOutput]:
+    def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """One step of each session in `batch`, in its order."""
 
 
@@ -83,39 +82,38 @@ class LocalSession:
 
 @dataclass(frozen=True)
 class LocalStage:
-    """A carved module on a device of this process. `word` is the ledger's name for its time."""
+    """A cut model on a device of this process. `word` is the ledger's name for its time."""
 
-    module: nn.Module
+    cut: CutModel
     word: str
     device: torch.device
-    last: bool
 
     def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
         """A new session; a cache is made only when the flags keep one."""
         settings = settings_of(applied)
         return LocalSession(settings.new_cache() if settings.new_cache else None, settings, max_length)
 
-    def step(self, batch: Sequence[StepInput]) -> list[StepOutput]:
+    def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """One step of each session. Raises InputError for a position beyond the cached length or too many tokens."""
         return [self._step(item.session, item.position, item.x) for item in batch]
 
-    def _step(self, session: LocalSession, position: int, x: torch.Tensor) -> StepOutput:
+    def _step(self, session: LocalSession, position: int, x: torch.Tensor) -> StageOutput:
         started, compiled = time.perf_counter(), compile_seconds()
         _make_room(session, position, x.shape[1])
         with session.settings.gradient_guard():
             out = forward(
-                self.module,
+                self.cut,
                 x.to(self.device),
                 position,
                 session.cache,
-                logits_to_keep=1 if self.last else None,
-                **session.settings.forward_arguments,
+                logits_to_keep=1,
+                arguments=session.settings.forward_arguments,
             )
         session.length = position + x.shape[1]
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         spent = time.perf_counter() - started
-        return StepOutput(out, StageTiming({self.word: spent}, compile_s=compile_seconds() - compiled))
+        return StageOutput(out, StageTiming({self.word: spent}, compile_s=compile_seconds() - compiled))
 
 
 def _make_room(session: LocalSession, position: int, tokens: int) -> None:

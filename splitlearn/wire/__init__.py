@@ -1,6 +1,9 @@
 """The trunk's protocol: trunk.proto, the code generated from it (`make proto`), tensors as bytes, errors as statuses."""
 
 PROTOCOL = 1
-# One message: below gRPC's default limit of 4 MiB, so that any client or proxy passes it. More goes in parts.
+SERVICE = "splitlearn.v1.Trunk"
+# A message stays below gRPC's default limit of 4 MiB, which any client or proxy passes; longer prompts go in parts.
 MAX_TENSOR_BYTES = 2 * 1024 * 1024
 MAX_MESSAGE_BYTES = 3 * 1024 * 1024
+# A trunk server says this on stdout, followed by host:port, when it is ready.
+READY = "trunk server listening on "

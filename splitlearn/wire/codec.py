@@ -18,7 +18,13 @@ def encode(x: torch.Tensor) -> pb.Tensor:
     """`x` [1, T, H], of a dtype in DTYPES, as a message. Raises InputError for another dtype."""
     if x.dtype not in _TO_WIRE:
         raise InputError("tensor.dtype", str(x.dtype), f"one of: {', '.join(DTYPES)}")
-    return pb.Tensor(dtype=_TO_WIRE[x.dtype], shape=x.shape, data=to_bytes(x))
+    return message(to_bytes(x), x.dtype, x.shape[2])
+
+
+def message(data: bytes, dtype: torch.dtype, hidden_size: int) -> pb.Tensor:
+    """The raw values of a hidden state [1, T, hidden_size] as a message."""
+    shape = (1, len(data) // (hidden_size * dtype.itemsize), hidden_size)
+    return pb.Tensor(dtype=_TO_WIRE[dtype], shape=shape, data=data)
 
 
 def to_bytes(x: torch.Tensor) -> bytes:
@@ -26,19 +32,19 @@ def to_bytes(x: torch.Tensor) -> bytes:
     return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def check(message: pb.Tensor, dtype: torch.dtype, hidden_size: int) -> int:
-    """The number of tokens T in `message`, which must hold [1, T, hidden_size] of `dtype`.
+def check(received: pb.Tensor, dtype: torch.dtype, hidden_size: int) -> int:
+    """The number of tokens T in `received`, which must hold [1, T, hidden_size] of `dtype`.
 
     Raises InputError that names what differs, before anything is allocated.
     """
-    if _FROM_WIRE.get(message.dtype) != dtype:
-        raise InputError("tensor.dtype", dtype_name(message.dtype), str(dtype).removeprefix("torch."))
-    shape = list(message.shape)
+    if _FROM_WIRE.get(received.dtype) != dtype:
+        raise InputError("tensor.dtype", dtype_name(received.dtype), str(dtype).removeprefix("torch."))
+    shape = list(received.shape)
     if len(shape) != 3 or shape[0] != 1 or shape[1] < 1 or shape[2] != hidden_size:
         raise InputError("tensor.shape", shape, f"[1, tokens, {hidden_size}] with at least one token")
     size = math.prod(shape) * dtype.itemsize
-    if len(message.data) != size:
-        raise InputError("tensor.data", f"{len(message.data)} bytes", f"{size} bytes for shape {shape}")
+    if len(received.data) != size:
+        raise InputError("tensor.data", f"{len(received.data)} bytes", f"{size} bytes for shape {shape}")
     return int(shape[1])
 
 

@@ -1,0 +1,118 @@
+"""`python -m server --config config.yaml`: serve the trunk of the configured model."""
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from server.engine import EnginePool, EngineSpec
+from server.service import Served, TrunkService
+from splitlearn import config, models
+from splitlearn.config import Config, ServerConfig
+from splitlearn.errors import SetupError, SplitlearnError
+from splitlearn.flags import SIDES, Place
+from splitlearn.loading import Placement
+from splitlearn.process import default_threads
+from splitlearn.progress import Progress, Step, on_console
+from splitlearn.selection import availability, parse
+from splitlearn.split import SplitPlan
+from splitlearn.wire import MAX_MESSAGE_BYTES, READY, SERVICE
+from splitlearn.wire.codec import DTYPES
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until told to stop. Returns the exit status: 2 when the server cannot start as asked."""
+    options = _options(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        settings = _settings(options)
+        with on_console() as progress:
+            served, engines = _prepare(settings, progress)
+        server = _listen(TrunkService(served, engines), settings.server)
+    except SplitlearnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.embedded:
+        threading.Thread(target=_wait_for_parent, args=(stop,), daemon=True).start()
+    stop.wait()
+    server.stop(grace=0).wait()
+    engines.stop()
+    return 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m server", description="Serve the trunk of the configured model.")
+    parser.add_argument("--config", type=Path, help="a config.yaml (default: every setting at its default)")
+    parser.add_argument("--host", help="overrides server.host")
+    parser.add_argument("--port", type=int, help="overrides server.port; 0 takes a free one")
+    parser.add_argument(
+        "--embedded",
+        action="store_true",
+        help="for the program that starts this one: settings come as one line of JSON on stdin, and the server ends "
+        "when stdin closes",
+    )
+    return parser.parse_args(arguments)
+
+
+def _settings(options: argparse.Namespace) -> Config:
+    settings = config.parse(json.loads(sys.stdin.readline())) if options.embedded else config.load(options.config)
+    changes = {name: value for name in ("host", "port") if (value := getattr(options, name)) is not None}
+    return config.parse({**settings.model_dump(), "server": {**settings.server.model_dump(), **changes}})
+
+
+def _prepare(settings: Config, progress: Progress) -> tuple[Served, EnginePool]:
+    """The checked weights, and an engine that has loaded them for the default flags."""
+    files = models.prepare(settings.model, progress)
+    plan = SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
+    placement = Placement(models.resolve_device(settings.model.device), DTYPES[settings.model.dtype])
+    threads = settings.runs.threads or default_threads()
+    engines = EnginePool(
+        lambda applied: EngineSpec(files, plan, placement, threads, applied), settings.server.max_engines
+    )
+    served = Served(files, plan, placement.dtype, placement.device, threads, settings.server.max_sessions)
+    progress(Step("Loading the trunk"))
+    here = Place(device=str(placement.device))
+    engines.give_back(engines.take(parse("default", availability(dict.fromkeys(SIDES, here))).trunk))
+    return served, engines
+
+
+def _listen(service: TrunkService, settings: ServerConfig) -> grpc.Server:
+    """A started server with health and reflection; says on stdout where. Raises SetupError when it cannot listen."""
+    # Each open session holds a thread; the others answer Describe and health checks.
+    workers = ThreadPoolExecutor(settings.max_sessions + 4)
+    # Without so_reuseport=0 a second server on the same port starts and gets half of the clients.
+    options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES))
+    server = grpc.server(workers, handlers=[service.handler()], options=options)
+    state = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(f"{settings.host}:{settings.port}")
+    except RuntimeError as error:
+        address = f"{settings.host}:{settings.port}"
+        raise SetupError(f"server.port: cannot listen on {address}; is another program using it?") from error
+    server.start()
+    for name in ("", SERVICE):
+        state.set(name, health_pb2.HealthCheckResponse.SERVING)
+    print(f"{READY}{settings.host}:{port}", flush=True)
+    return server
+
+
+def _wait_for_parent(stop: threading.Event) -> None:
+    """The parent holds the other end of stdin: when it ends, however it ends, this reads the end of the file."""
+    sys.stdin.read()
+    stop.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""One way of running a prompt, in a worker process of its own: what it loads, and the life of the worker.
+
+The worker loads its stages, says `ArmReady`, then answers each request with events and an `ArmEnd`, or an error. It
+looks for a cancellation between two steps.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Literal
+
+import torch
+
+from splitlearn import loading, process
+from splitlearn.errors import SplitlearnError
+from splitlearn.events import Event, GenerationRequest
+from splitlearn.flags import settings
+from splitlearn.generate import Generator, Link
+from splitlearn.remote import RemoteStage, Served, TrunkFacts
+from splitlearn.selection import FlagSet
+from splitlearn.split import SplitPlan
+from splitlearn.store import ModelFiles
+from splitlearn.tokens import Tokens
+
+Kind = Literal["full", "split"]
+CANCEL = "cancel"
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """All that a worker needs to know. `address` is the trunk's, None for the full arm."""
+
+    kind: Kind
+    files: ModelFiles
+    plan: SplitPlan
+    device: torch.device
+    dtype: torch.dtype
+    threads: int | None
+    flags: FlagSet
+    address: str | None
+    timeout_s: float
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.files.digest, self.flags, self.address))
+
+
+@dataclass(frozen=True)
+class ArmReady:
+    """A worker has loaded its stages: seconds that it took, and what its imports alone hold in memory."""
+
+    load_s: float
+    import_rss_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class ArmEnd:
+    """A generation is over: the worker's peak memory so far, and what the trunk said of itself (None for full)."""
+
+    peak_rss_bytes: int
+    trunk: TrunkFacts | None
+
+
+def start(spec: ArmSpec) -> process.Child:
+    """Start a worker for `spec`; its first message is an ArmReady or an error."""
+    return process.start(f"The {spec.kind} arm's worker process", _main, spec)
+
+
+def _main(connection: Connection, spec: ArmSpec) -> None:
+    try:
+        threads = loading.prepare_process(_local_flags(spec), spec.threads)
+        loaded = loading.load(
+            spec.files, _specs(spec), _local_flags(spec), loading.Placement(spec.device, spec.dtype)
+        )
+        trunk = _trunk(spec)
+        generator = _generator(spec, loaded.stages, trunk)
+    except SplitlearnError as error:
+        connection.send(error)
+        return
+    connection.send(ArmReady(loaded.load_s, loaded.import_rss_bytes, threads))
+    while True:
+        request = connection.recv()
+        if request == CANCEL:  # of a generation that had ended by itself
+            continue
+        try:
+            for event in _until_cancelled(generator.stream(request), connection):
+                connection.send(event)
+            connection.send(ArmEnd(process.peak_resident_bytes(), trunk.facts if trunk else None))
+        except SplitlearnError as error:
+            connection.send(error)
+
+
+def _until_cancelled(events: Iterator[Event], connection: Connection) -> Iterator[Event]:
+    for event in events:
+        yield event
+        if connection.poll():
+            connection.recv()
+            return
+
+
+def _local_flags(spec: ArmSpec) -> frozenset[str]:
+    return spec.flags.full if spec.kind == "full" else spec.flags.client
+
+
+def _specs(spec: ArmSpec) -> list[loading.StageSpec]:
+    return loading.full_specs(spec.plan.n_layers) if spec.kind == "full" else loading.client_specs(spec.plan)
+
+
+def _trunk(spec: ArmSpec) -> RemoteStage | None:
+    """The trunk's stage with its channel warm and the engine for the trunk's flags loaded."""
+    if spec.address is None:
+        return None
+    served = Served(spec.files.name, spec.files.digest, spec.plan, spec.dtype, spec.files.facts.hidden_size)
+    trunk = RemoteStage(spec.address, served, spec.timeout_s)
+    trunk.open(spec.flags.trunk, max_length=1).close()
+    return trunk
+
+
+def _generator(spec: ArmSpec, stages: tuple[loading.LocalStage, ...], trunk: RemoteStage | None) -> Generator:
+    applied = _local_flags(spec)
+    links = [Link(stage, applied) for stage in stages]
+    if trunk is not None:
+        links.insert(1, Link(trunk, spec.flags.trunk))
+    wanted = settings(applied)
+    tokens = Tokens.load(spec.files.folder, use_fast=wanted.use_fast_tokenizer)
+    return Generator(links, tokens, spec.files.facts.context_length, wanted.top_k)

@@ -1,0 +1,162 @@
+"""THE decode loop: one for both arms, over a list of stages.
+
+    for event in Generator(links, tokens, context_length, top_k).stream(request): ...
+
+Full is one local stage; split is a local stage, a remote one and a local one. The loop knows neither. It yields facts
+(`TokenEvent`, then `Done`); whoever drives it derives the rest. To cancel is to close the iterator: that closes the
+stages' sessions, and so frees the trunk's cache.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+
+from splitlearn.errors import InputError
+from splitlearn.events import Done, Event, FinishReason, GenerationRequest, TokenEvent
+from splitlearn.metrics import UNATTRIBUTED
+from splitlearn.sampling import TopK, random_source, sample
+from splitlearn.stages import Session, Stage, StageInput, StageOutput
+from splitlearn.stop import StopStrings
+from splitlearn.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Link:
+    """One stage of the chain and the flags that its sessions are opened with."""
+
+    stage: Stage
+    applied: frozenset[str]
+
+
+@dataclass
+class _Feed:
+    """What a stage's session is given: the new positions, or the whole prefix when it keeps nothing between steps."""
+
+    stage: Stage
+    session: Session
+    length: int = 0
+    prefix: torch.Tensor | None = None
+
+    def step(self, position: int, x: torch.Tensor) -> tuple[int, StageOutput]:
+        """Hand on `x`, which covers the positions from `position` on. Returns the output and its first position."""
+        if self.session.recomputes:
+            known = self.prefix[:, :position] if self.prefix is not None and position else x[:, :0]
+            self.prefix = x = torch.cat([known, x], dim=1)
+            position = 0
+        elif position < self.length:  # a stage before this one recomputed what this one has in its cache
+            x, position = x[:, self.length - position :], self.length
+        output = self.stage.step([StageInput(self.session, position, x)])[0]
+        self.length = position + x.shape[1]
+        return position, output
+
+
+@dataclass
+class _Ledger:
+    """Where the time since the last event went, in seconds by name, on one monotonic clock from t0."""
+
+    t0: float = field(default_factory=time.perf_counter)
+    since: float = 0.0
+    parts: Counter[str] = field(default_factory=Counter)
+    compile_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def now(self) -> float:
+        return time.perf_counter() - self.t0
+
+    def add(self, output: StageOutput) -> None:
+        timing = output.timing
+        self.parts.update(timing.ledger)
+        self.compile_s += timing.compile_s
+        self.bytes_up += timing.bytes_up
+        self.bytes_down += timing.bytes_down
+
+    def close_step(self, token: int, text: str, at: float) -> TokenEvent:
+        """The event of a step whose token was on the host at `at`; begins the next interval there."""
+        parts = dict(self.parts)
+        parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
+        event = TokenEvent((token,), text, at, parts, self.compile_s, self.bytes_up, self.bytes_down)
+        self.since, self.parts, self.compile_s, self.bytes_up, self.bytes_down = at, Counter(), 0.0, 0, 0
+        return event
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Runs prompts through a chain of stages, one at a time. `context_length` is None for a model without a limit."""
+
+    links: Sequence[Link]
+    tokens: Tokens
+    context_length: int | None
+    top_k: TopK
+
+    def stream(self, request: GenerationRequest) -> Iterator[Event]:
+        """Yield a TokenEvent for each step and a Done at the end.
+
+        Raises InputError when prompt and answer do not fit into the context, TrunkError for a trunk that fails.
+        """
+        ledger = _Ledger()
+        ids = self.tokens.encode(request.prompt, request.chat)
+        self._check_length(len(ids), request.max_new_tokens)
+        ledger.parts["tokenise"] = ledger.now()
+        with ExitStack() as stack:
+            feeds = self._open(stack, len(ids) + request.max_new_tokens)
+            ledger.parts["open"] = ledger.now() - ledger.parts["tokenise"]
+            yield from self._decode(request, ids, feeds, ledger)
+
+    def _decode(
+        self, request: GenerationRequest, ids: list[int], feeds: Sequence[_Feed], ledger: _Ledger
+    ) -> Iterator[Event]:
+        """The loop: feed what is new, sample, emit, until a reason to end."""
+        text, stops, rng = self.tokens.detokenizer(), StopStrings(request.stop), random_source(request.sampling)
+        sequence, position, reason = list(ids), 0, None
+        while reason is None:
+            logits = self._forward(feeds, sequence[position:], position, ledger)
+            position = len(sequence)
+            before = ledger.now()
+            token = sample(logits, request.sampling, sequence, rng, self.top_k)
+            at = ledger.now()
+            ledger.parts["sample"] += at - before
+            sequence.append(token)
+            shown = stops.feed(text.feed(token))
+            reason = self._reason(request, token, len(sequence) - len(ids), stops.found)
+            yield ledger.close_step(token, shown, at)
+            ledger.parts["emit"] = ledger.now() - at
+        yield Done(reason, stops.flush(text.flush()), len(ids))
+
+    def _forward(self, feeds: Sequence[_Feed], new: Sequence[int], position: int, ledger: _Ledger) -> torch.Tensor:
+        """The logits [V] after the last of `new`, the ids from `position` on, through every stage."""
+        x = torch.tensor([new], dtype=torch.long)
+        for feed in feeds:
+            position, output = feed.step(position, x)
+            ledger.add(output)
+            x = output.x
+        return x[0, -1]
+
+    def _open(self, stack: ExitStack, max_length: int) -> list[_Feed]:
+        feeds = []
+        for link in self.links:
+            session = link.stage.open(link.applied, max_length)
+            stack.callback(session.close)
+            feeds.append(_Feed(link.stage, session))
+        return feeds
+
+    def _check_length(self, prompt: int, new: int) -> None:
+        limit = self.context_length
+        if limit is None or prompt + new <= limit:
+            return
+        if prompt >= limit:
+            raise InputError("prompt", f"{prompt} tokens", f"at most {limit - 1} tokens: the context holds {limit}")
+        raise InputError(
+            "max_new_tokens", new, f"at most {limit - prompt}: the prompt has {prompt} of the context's {limit} tokens"
+        )
+
+    def _reason(self, request: GenerationRequest, token: int, generated: int, stopped: bool) -> FinishReason | None:
+        if stopped:
+            return "stop"
+        if token in self.tokens.eos_ids and not request.ignore_eos:
+            return "eos"
+        return "length" if generated >= request.max_new_tokens else None

@@ -1,0 +1,154 @@
+"""From the files of a model to stages in memory: each process reads only its own slice of the weights.
+
+The architecture is built without memory for its weights, cut, and then given its own tensors from the safetensors
+file. Stages that are loaded together share a tied tensor, so a client's embedding and LM head are there once.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from splitlearn import proof
+from splitlearn.errors import WeightsDamaged
+from splitlearn.flags import Settings, settings
+from splitlearn.process import default_threads, resident_bytes
+from splitlearn.split import CutModel, SplitPlan, carve
+from splitlearn.stages import LocalStage
+from splitlearn.store import ModelFiles
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """The layers `[start, end)` of a model; `word` is the ledger's name for the time that they take."""
+
+    word: str
+    start: int
+    end: int
+    first: bool = False
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in which dtype weights are held and computed with."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Stages in memory, what loading took, and what the process held before it (its imports)."""
+
+    stages: tuple[LocalStage, ...]
+    load_s: float
+    import_rss_bytes: int
+
+
+def full_specs(n_layers: int) -> list[StageSpec]:
+    """The whole model as one stage."""
+    return [StageSpec("model", 0, n_layers, first=True, last=True)]
+
+
+def client_specs(plan: SplitPlan) -> list[StageSpec]:
+    """The client's bottom and top."""
+    bottom = StageSpec("bottom", 0, plan.start, first=True)
+    return [bottom, StageSpec("top", plan.end, plan.n_layers, last=True)]
+
+
+def trunk_specs(plan: SplitPlan) -> list[StageSpec]:
+    """The trunk server's one stage."""
+    return [StageSpec("trunk", plan.start, plan.end)]
+
+
+def prepare_process(applied: frozenset[str], threads: int | None) -> int:
+    """Set what belongs to a whole process: threads, and what flags of process scope ask for. Returns the threads."""
+    count = threads or default_threads()
+    torch.set_num_threads(count)
+    for change in settings(applied).process:
+        change()
+    return count
+
+
+def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str], placement: Placement) -> Loaded:
+    """Load the stages `specs` with the load-scope flags of `applied`.
+
+    Raises FamilyRefused for an architecture that cannot be cut exactly, WeightsDamaged for a file without a tensor that
+    the architecture has.
+    """
+    config = AutoConfig.from_pretrained(files.folder)
+    if len(specs) > 1 or not (specs[0].first and specs[0].last):
+        proof.check(config)
+    architecture = AutoModelForCausalLM._model_mapping[type(config)]  # imports it, before memory is looked at
+    wanted = settings(applied)
+    imports, started = resident_bytes(), time.perf_counter()
+    cuts = [_skeleton(architecture, config, spec, wanted, placement.dtype) for spec in specs]
+    _fill(files, cuts, placement, copy=not wanted.assign_weights)
+    stages = tuple(_finish(cut, spec, wanted, placement) for cut, spec in zip(cuts, specs, strict=True))
+    return Loaded(stages, time.perf_counter() - started, imports)
+
+
+def _skeleton(architecture: Any, config: Any, spec: StageSpec, wanted: Settings, dtype: torch.dtype) -> CutModel:
+    """A cut model whose parameters take no memory yet; its computed buffers (rotary frequencies) are real."""
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = architecture._from_config(config, attn_implementation=wanted.attention, dtype=dtype)
+    return carve(model.eval(), spec.start, spec.end, first=spec.first, last=spec.last)
+
+
+def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, copy: bool) -> None:
+    """Give each parameter and stored buffer its tensor, once for each name in the file."""
+    have: dict[str, torch.Tensor] = {}
+    with safe_open(files.weights, framework="pt") as weights:
+        if copy:
+            have.update(_second_copy(weights, files, cuts))
+        for cut in cuts:
+            for name, empty in cut.module.state_dict(keep_vars=True).items():
+                full = cut.full_name(name)
+                tensor = have[full] if full in have else _read(weights, files, full)
+                have[full] = tensor.to(placement.device, placement.dtype if tensor.is_floating_point() else None)
+                _put(cut.module, name, have[full], isinstance(empty, nn.Parameter))
+
+
+def _second_copy(weights: Any, files: ModelFiles, cuts: Sequence[CutModel]) -> dict[str, torch.Tensor]:
+    """What loading costs without low_cpu_mem_usage: the whole state dict in memory beside the constructed model's own.
+
+    Returns the constructed model's tensors, into which the state dict was copied.
+    """
+    names = {cut.full_name(name) for cut in cuts for name in cut.module.state_dict()}
+    state = {name: _read(weights, files, name).clone() for name in names}
+    constructed = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    for name, tensor in constructed.items():
+        tensor.copy_(state[name])
+    return constructed
+
+
+def _read(weights: Any, files: ModelFiles, name: str) -> torch.Tensor:
+    try:
+        tensor: torch.Tensor = weights.get_tensor(name)
+    except Exception as error:  # safetensors raises errors of its own that it does not export
+        raise WeightsDamaged(f"{files.weights} has no usable tensor {name} ({error}). Delete {files.folder}.") from error
+    return tensor
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if is_parameter:
+        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        owner.register_buffer(leaf, tensor)
+
+
+def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placement) -> LocalStage:
+    cut.module.to(placement.device)
+    if wanted.compile_module is not None:
+        wanted.compile_module(cut.module)
+    return LocalStage(cut, spec.word, placement.device)

@@ -1,0 +1,104 @@
+"""Everything that is derived from the events of one generation. Each metric has one definition, here.
+
+With t0 when the prompt was submitted and t_i when token i was on the host (docs/metrics.md):
+TTFT = t_1 - t0; TPOT = (t_n - t_1) / (n - 1); E2EL = t_n - t0 = TTFT + (n - 1) TPOT; TPS (request) = n / E2EL;
+TPS (decode) = 1 / TPOT; ITL_i = t_i - t_(i-1).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from splitlearn.events import Done, Event, FinishReason, TokenEvent
+
+UNATTRIBUTED = "unattributed"
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """One generation in figures. Times in seconds; None where there is no such thing (TPOT of a single token).
+
+    `ledger` sums each step's parts over the whole run, and so sums to `e2el_s`. `decode_ledger` leaves out the steps up
+    to the first token. Bytes are those on the wire, up (to the trunk) and down.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    ttft_s: float
+    tpot_s: float | None
+    e2el_s: float
+    itl_s: tuple[float, ...]
+    ledger: dict[str, float]
+    decode_ledger: dict[str, float]
+    compile_s: float
+    bytes_up: int
+    bytes_down: int
+    decode_bytes_up: int
+    decode_bytes_down: int
+
+    @classmethod
+    def from_events(cls, events: Iterable[Event]) -> "RunMetrics | None":
+        """Of a generation's events, ended or still under way; None before the first token."""
+        listed = list(events)
+        steps = [event for event in listed if isinstance(event, TokenEvent)]
+        done = next((event for event in listed if isinstance(event, Done)), Done("cancelled", "", 0))
+        if not steps:
+            return None
+        first, last = steps[0].time_s, steps[-1].time_s
+        token_ids = tuple(token for step in steps for token in step.token_ids)
+        after = len(token_ids) - len(steps[0].token_ids)
+        return cls(
+            token_ids=token_ids,
+            text="".join(event.text for event in listed),
+            finish_reason=done.reason,
+            prompt_tokens=done.prompt_tokens,
+            ttft_s=first,
+            tpot_s=(last - first) / after if after else None,
+            e2el_s=last,
+            itl_s=tuple(after.time_s - before.time_s for before, after in pairwise(steps)),
+            ledger=_sum(steps),
+            decode_ledger=_sum(steps[1:]),
+            compile_s=sum(step.compile_s for step in steps),
+            bytes_up=sum(step.bytes_up for step in steps),
+            bytes_down=sum(step.bytes_down for step in steps),
+            decode_bytes_up=sum(step.bytes_up for step in steps[1:]),
+            decode_bytes_down=sum(step.bytes_down for step in steps[1:]),
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens generated: a count of token ids."""
+        return len(self.token_ids)
+
+    @property
+    def tps(self) -> float:
+        """TPS (request): tokens per second of the whole request."""
+        return self.n_tokens / self.e2el_s
+
+    @property
+    def decode_tps(self) -> float | None:
+        """TPS (decode): tokens per second after the first."""
+        return 1 / self.tpot_s if self.tpot_s else None
+
+    @property
+    def itl_p50_s(self) -> float | None:
+        """The median time between tokens."""
+        return median(self.itl_s) if self.itl_s else None
+
+
+def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The index of the first token id that differs, or None when the two are identical, in length too."""
+    differing = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    shorter = min(len(one), len(other))
+    return next(differing, None if len(one) == len(other) else shorter)
+
+
+def _sum(steps: Iterable[TokenEvent]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for step in steps:
+        total.update(step.ledger)
+    return dict(total)

@@ -1,0 +1,128 @@
+"""Child processes that compute: forked from a server that has imported torch and transformers and done nothing more.
+
+`start(target, *arguments)` gives a `Child`: a process with a pipe. It starts in about 0.3 s instead of the seconds
+that the imports take, has process-wide settings and a peak of memory of its own, and ends with its parent, however the
+parent ends. What crosses the pipe is pickled, between processes of one program on one machine only.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from splitlearn.errors import WorkerDied
+
+STOP_TIMEOUT_S = 5.0
+
+
+def _context() -> ForkServerContext:
+    """The fork server's context. The environment that its children inherit is set before it starts."""
+    # The client and the trunk take turns on the same cores: a pool that spins while it has nothing to do takes them
+    # from the other side. docs/performance.md has the measurement.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["splitlearn.loading", "splitlearn.generate", "splitlearn.remote"])
+    return context
+
+
+@dataclass(frozen=True)
+class Child:
+    """A child process and this end of its pipe. Raises WorkerDied where the other end is gone."""
+
+    process: ForkServerProcess
+    connection: Connection
+    what: str
+
+    def send(self, message: object) -> None:
+        """Hand `message` over."""
+        try:
+            self.connection.send(message)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self.death() from error
+
+    def receive(self) -> Any:
+        """Wait for the next message."""
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise self.death() from error
+
+    def alive(self) -> bool:
+        """True while the process runs."""
+        return self.process.is_alive()
+
+    def stop(self) -> None:
+        """End the process: it is asked by the closing of its pipe, then killed."""
+        self.connection.close()
+        self.process.terminate()
+        self.process.join(STOP_TIMEOUT_S)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+    def death(self) -> WorkerDied:
+        """What is known of how the process ended."""
+        self.process.join(STOP_TIMEOUT_S)
+        code = self.process.exitcode
+        if code == -signal.SIGKILL:
+            return WorkerDied(f"{self.what} was killed; the machine may be out of memory.")
+        return WorkerDied(f"{self.what} ended unexpectedly (exit status {code}).")
+
+
+def start(what: str, target: Callable[..., None], *arguments: object) -> Child:
+    """Start `target(connection, *arguments)` in a child process. `what` names it in error messages."""
+    context = _context()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_main, args=(target, theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return Child(process, ours, what)
+
+
+def _main(target: Callable[..., None], connection: Connection, *arguments: object) -> None:
+    """The child's life: `target`, or the parent's death, whichever comes first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        target(connection, *arguments)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        # The other end is gone: nobody is left to tell.
+        return
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory that this process ever had (VmHWM), in bytes.
+
+    `ru_maxrss` will not do: a child inherits its parent's. Where /proc is missing, the memory of now.
+    """
+    try:
+        with Path("/proc/self/status").open(encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resident_bytes()
+
+
+def default_threads() -> int:
+    """One thread for each physical core: hyper-threads share the units that matrix products need."""
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1

@@ -1,0 +1,148 @@
+"""Is a split of this architecture exactly the whole? Answered by running both on a tiny random copy of it."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from splitlearn.errors import FamilyRefused
+from splitlearn.families import structure_of
+from splitlearn.proof.tiny import VOCABULARY, tiny_config, tiny_model
+from splitlearn.split import CutModel, SplitPlan, carve, forward
+
+PREFILL, TOTAL = 9, 14
+STEPS = ((0, PREFILL), (PREFILL, PREFILL + 1), (PREFILL + 1, TOTAL - 1), (TOTAL - 1, TOTAL))
+"""A prompt, one token, three tokens at once, one token; the sliding window is shorter than the prompt."""
+TOLERANCE = 1e-3
+"""Between one pass and steps of the same model, which add in another order; relative to the largest logit."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the proof found for one family. `difference` is the largest of split minus full over all logits."""
+
+    family: str
+    architecture: str
+    exact: bool
+    difference: float | None
+    reason: str
+    notes: tuple[str, ...]
+
+
+def prove(config: Any) -> Result:
+    """Run the proof for the architecture of a configuration, at a tiny size. Never raises for what a family does."""
+    family, architecture = str(config.model_type), ""
+    try:
+        model = _runnable(config)
+        architecture = type(model).__name__
+        whole = _whole_logits(model)
+        difference = max(_difference(model, whole, plan) for plan in _plans(model))
+        reason = "" if difference == 0.0 else f"split and full differ by up to {difference:.1e}"
+        return Result(family, architecture, difference == 0.0, difference, reason, _notes(model))
+    except FamilyRefused as error:
+        return Result(family, architecture, False, None, str(error), ())
+    except Exception as error:  # whatever a family's own code raises is the answer for that family
+        return Result(family, architecture, False, None, f"{type(error).__name__}: {_first_line(error)}", ())
+
+
+def _runnable(config: Any) -> Any:
+    """A tiny copy that runs by itself: with grouped KV heads if the family can, otherwise without."""
+    try:
+        model = tiny_model(tiny_config(config, grouped=True))
+        _own_logits(model, token_ids())
+    except FamilyRefused:
+        raise
+    except Exception:  # a family that wants as many KV heads as heads fails in its own way
+        model = tiny_model(tiny_config(config, grouped=False))
+    return model
+
+
+def token_ids() -> Tensor:
+    """The text that every proof runs: int64 [1, TOTAL]."""
+    return (torch.arange(TOTAL) * 37 % (VOCABULARY - 3) + 2).unsqueeze(0)
+
+
+@torch.no_grad()
+def _own_logits(model: Any, ids: Tensor) -> Tensor:
+    """The model called the plain way, [1, T, V]: it chooses positions and masks itself."""
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _whole_logits(model: Any) -> dict[bool, Tensor]:
+    """The whole model's logits step by step, with a cache (True) and without; checked against its plain call."""
+    ids = token_ids()
+    own = _own_logits(model, ids)
+    if not own.isfinite().all():
+        raise FamilyRefused("a tiny copy with random weights gives no finite logits")
+    changed = ids.clone()
+    changed[0, -1] += 1
+    scale = own.abs().max().item()
+    if (own - _own_logits(model, changed))[:, :-1].abs().max().item() > TOLERANCE * scale:
+        raise FamilyRefused("it looks at later tokens: not a causal decoder as configured")
+    structure = structure_of(model)
+    stages = [carve(copy.deepcopy(model), 0, structure.n_layers, first=True, last=True)]
+    whole = {cached: run_steps(stages, cached) for cached in (True, False)}
+    apart = max((own - logits[:, -TOTAL:]).abs().max().item() for logits in whole.values())
+    if apart > TOLERANCE * scale:
+        raise FamilyRefused(f"in steps with a plain cache it differs from one pass by up to {apart:.1e}")
+    return whole
+
+
+def _plans(model: nn.Module) -> Sequence[SplitPlan]:
+    """The default, one that starts at layer 0, one that ends at the last layer, and a trunk of all layers."""
+    n = structure_of(model).n_layers
+    return [SplitPlan.of(None, None, n), SplitPlan(0, n // 2, n), SplitPlan(n // 2, n, n), SplitPlan(0, n, n)]
+
+
+def _difference(model: nn.Module, whole: dict[bool, Tensor], plan: SplitPlan) -> float:
+    stages = cut(model, plan)
+    return max((run_steps(stages, cached) - logits).abs().max().item() for cached, logits in whole.items())
+
+
+def cut(model: nn.Module, plan: SplitPlan) -> list[CutModel]:
+    """Bottom, trunk and top of a copy of a whole model."""
+    ranges = ((0, plan.start), (plan.start, plan.end), (plan.end, plan.n_layers))
+    return [
+        carve(copy.deepcopy(model), start, end, first=index == 0, last=index == 2)
+        for index, (start, end) in enumerate(ranges)
+    ]
+
+
+@torch.no_grad()
+def run_steps(stages: Sequence[CutModel], cached: bool) -> Tensor:
+    """Logits of STEPS through a chain of stages, one after the other along dimension 1: [1, T, V].
+
+    Without a cache each step is the whole prefix at position 0, and its logits are all there.
+    """
+    ids = token_ids()
+    caches = [DynamicCache() if cached else None for _ in stages]
+    logits = []
+    for start, end in STEPS:
+        x, position = (ids[:, start:end], start) if cached else (ids[:, :end], 0)
+        for stage, cache in zip(stages, caches, strict=True):
+            x = forward(stage, x, position, cache)
+        logits.append(x)
+    return torch.cat(logits, dim=1)
+
+
+def _notes(model: Any) -> tuple[str, ...]:
+    """What of the architecture the proof has covered."""
+    config, structure = model.config.get_text_config(decoder=True), structure_of(model)
+    kinds = getattr(config, "layer_types", None) or ["sliding"]
+    heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    found = {
+        "tied head": bool(getattr(model, "all_tied_weights_keys", None)),
+        "sliding window": bool(getattr(config, "sliding_window", None)) and any("sliding" in kind for kind in kinds),
+        "grouped KV": bool(heads and kv_heads and kv_heads < heads),
+        "learned positions": any(isinstance(model.get_submodule(path), nn.Embedding) for path in structure.before),
+    }
+    return tuple(note for note, present in found.items() if present)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]

@@ -1,0 +1,147 @@
+"""A tiny random copy of an architecture: the same class and kinds of layers, some ten thousand weights.
+
+What decides how an architecture computes is kept: tied head, sliding window (shorter than the text that is run),
+grouped KV heads, kind of rotary positions, kinds of layers. What only decides how large it is shrinks. Multipliers that
+are 1 are moved away from 1, so that leaving one out, or applying it twice, shows.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from splitlearn.errors import FamilyRefused
+
+LAYERS = 6
+MAX_PARAMETERS = 20_000_000
+HEADS = 4
+HEAD_SIZE = 16
+HIDDEN = HEADS * HEAD_SIZE
+VOCABULARY = 99
+
+# By the whole name, or by the first word that the name has in it. A table is shorter than the reasons for each entry:
+# the sizes only have to fit each other. An attribute that is absent or None stays so, but for head_dim.
+SIZES: dict[str, int] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "d_model": HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "head_dim": HEAD_SIZE,
+    "max_position_embeddings": 64,
+    "sliding_window": 5,
+    "window_size": 5,
+    "qk_head_dim": HEAD_SIZE,
+    "qk_rope_head_dim": HEAD_SIZE // 2,
+    "qk_nope_head_dim": HEAD_SIZE // 2,
+    "v_head_dim": HEAD_SIZE,
+    "rotary_dim": HEAD_SIZE // 2,
+    "word_embed_proj_dim": HIDDEN // 2,
+    "kv_channels": HEAD_SIZE,
+    "n_group": 2,
+    "topk_group": 1,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+WORDS: dict[str, int] = {
+    "per_tok": 2,
+    "topk": 2,
+    "top_k": 2,
+    "moe_k": 2,
+    "shared_experts": 1,
+    "intermediate_size": 48,
+    "ffn": 48,
+    "experts": 4,
+    "_rank": 16,
+}
+UNIT_WORDS = ("multiplier", "scaling")
+
+
+def tiny_config(config: Any, grouped: bool) -> Any:
+    """A shrunk copy of a configuration; `grouped` has two KV heads for the four heads where the family knows KV heads.
+
+    Parts of a configuration (of the text side of a multimodal model, say) are shrunk likewise.
+    """
+    small = copy.deepcopy(config)
+    for part in (small, *(getattr(small, name, None) for name in small.sub_configs)):
+        if part is not None:
+            _shrink(part, grouped)
+    return small
+
+
+def tiny_model(config: Any, seed: int = 0) -> nn.Module:
+    """A model with random weights, fp32, for evaluation. Raises FamilyRefused when it would still be large."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+    if parameters > MAX_PARAMETERS:
+        raise FamilyRefused(f"{config.model_type}: a tiny copy would still have {parameters / 1e6:.0f} million weights.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def _shrink(config: Any, grouped: bool) -> None:
+    names = set(config.attribute_map) | set(vars(config))
+    _shrink_layers(config)
+    for name in sorted(names):
+        value = getattr(config, name, None)
+        if name == "head_dim" or (isinstance(value, int) and not isinstance(value, bool)):
+            setattr(config, name, _size(name, value))
+        elif value == 1.0 and any(word in name for word in UNIT_WORDS):
+            setattr(config, name, 1.25)
+    if grouped and getattr(config, "num_key_value_heads", None):
+        config.num_key_value_heads = HEADS // 2
+    _shrink_rotary(config)
+
+
+def _size(name: str, value: int) -> int:
+    if name.endswith("token_id"):
+        return value % VOCABULARY
+    word = next((word for word in WORDS if word in name), None)
+    return SIZES.get(name, value if word is None else min(value, WORDS[word]))
+
+
+def _shrink_layers(config: Any) -> None:
+    """Fewer layers, of which each kind that the configuration lists is still there."""
+    count = getattr(config, "num_hidden_layers", None)
+    if not isinstance(count, int) or count <= LAYERS:
+        return
+    lists = {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, (list, tuple)) and len(value) == count and ("layer" in name or "types" in name)
+    }
+    kept = _sample(list(zip(*(map(str, value) for value in lists.values()), strict=True)) or [()] * count)
+    for name, value in lists.items():
+        setattr(config, name, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+
+
+def _sample(kinds: list[tuple[str, ...]]) -> list[int]:
+    """Indices of LAYERS layers, more if there are more kinds: the first of each kind, then the first others."""
+    firsts = {kind: index for index, kind in reversed(list(enumerate(kinds)))}.values()
+    others = [index for index in range(len(kinds)) if index not in firsts]
+    return sorted([*firsts, *others[: max(0, LAYERS - len(firsts))]])
+
+
+def _shrink_rotary(config: Any) -> None:
+    """Per-frequency factors (longrope, multimodal sections) must be as many as the smaller head has frequencies."""
+    for rotary in _dicts(getattr(config, "rope_parameters", None)):
+        share = rotary.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
+        frequencies = int(HEAD_SIZE * share) // 2
+        for name, value in rotary.items():
+            if name.endswith("_factor") and isinstance(value, (list, tuple)):
+                rotary[name] = list(value[:frequencies])
+
+
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+        for inner in value.values():
+            yield from _dicts(inner)

@@ -1,0 +1,202 @@
+"""The composition root: from a configuration to arms that run, each in a worker process of its own.
+
+    with Runs(config, progress) as runs:
+        for item in runs.stream("split", flags, request): ...      # events, and an ArmReport at the end
+
+One arm runs at a time, since two at once on one machine measure each other. Workers stay loaded, up to
+`runs.warm_workers`, and have run a few tokens before anything of them is counted.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from splitlearn import arm, models
+from splitlearn.arm import ArmEnd, ArmReady, ArmSpec, Kind
+from splitlearn.config import EMBEDDED, Config
+from splitlearn.embedded import EmbeddedTrunk
+from splitlearn.errors import SplitlearnError
+from splitlearn.events import Event, GenerationRequest
+from splitlearn.flags import Place
+from splitlearn.metrics import RunMetrics
+from splitlearn.process import Child
+from splitlearn.progress import Progress
+from splitlearn.remote import Served, TrunkFacts, check_served, describe
+from splitlearn.selection import Availability, FlagSet, availability
+from splitlearn.selection import parse as parse_flags
+from splitlearn.split import SplitPlan
+from splitlearn.tokens import python_tokenizer_available
+from splitlearn.wire.codec import DTYPES
+
+WARM_UP_TOKENS = 8
+CANCEL_TIMEOUT_S = 2.0
+POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class ArmReport:
+    """One arm's run: its figures, and what its process (and the trunk's) took. `compile_s` includes discarded runs."""
+
+    kind: Kind
+    metrics: RunMetrics
+    load_s: float
+    compile_s: float
+    import_rss_bytes: int
+    peak_rss_bytes: int
+    dtype: str
+    device: str
+    threads: int
+    trunk_address: str | None
+    trunk: TrunkFacts | None
+
+
+@dataclass
+class _Worker:
+    """A running worker process, and whether it has run anything yet."""
+
+    child: Child
+    ready: ArmReady
+    warm: bool = False
+    compile_s: float = 0.0
+
+
+class Runs:
+    """Runs arms of one configuration. Raises InputError and ModelError at once for what cannot work."""
+
+    def __init__(self, config: Config, progress: Progress) -> None:
+        self.config = config
+        self.files = models.prepare(config.model, progress)
+        self.plan = SplitPlan.of(config.split.start, config.split.end, self.files.n_layers)
+        self.device = models.resolve_device(config.model.device)
+        self._dtype = DTYPES[config.model.dtype]
+        self._lock = threading.Lock()
+        self._workers: dict[ArmSpec, _Worker] = {}
+        self._trunk: EmbeddedTrunk | None = None
+
+    def __enter__(self) -> "Runs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def trunk_address(self) -> str:
+        """Where the trunk listens; starts the embedded one if there is none, or if it has died."""
+        if self.config.trunk.address != EMBEDDED:
+            return self.config.trunk.address
+        if self._trunk is None or not self._trunk.alive():
+            self._trunk = EmbeddedTrunk(self.config)
+        return self._trunk.address
+
+    def check_trunk(self) -> None:
+        """Raise TrunkError unless a trunk answers and serves what this configuration needs."""
+        address = self.trunk_address()
+        served = Served(self.files.name, self.files.digest, self.plan, self._dtype, self.files.facts.hidden_size)
+        check_served(describe(address), served, address)
+
+    def availability(self) -> Availability:
+        """Which flags can be applied where: here for full and client; for the trunk, what it says itself."""
+        here = Place(str(self.device), python_tokenizer_available(self.files.folder))
+        known = dict(availability({"full": here, "client": here}))
+        said = {flag.name: flag.unavailable or None for flag in describe(self.trunk_address()).flags}
+        absent = "unknown to this trunk server"
+        return {**known, "trunk": {name: said.get(name, absent) for name in known["client"]}}
+
+    def flags(self, text: str) -> FlagSet:
+        """The flags that a person asked for in words. Raises InputError."""
+        return parse_flags(text, self.availability())
+
+    def stream(
+        self, kind: Kind, flags: FlagSet, request: GenerationRequest, cancelled: threading.Event | None = None
+    ) -> Iterator[Event | ArmReport]:
+        """Run one arm: its events as they come, then its report.
+
+        A run in which something was compiled is no measurement: it is repeated until nothing is, and its time counts
+        as compile time. Closing the iterator, or setting `cancelled`, ends the run.
+        """
+        stop = cancelled or threading.Event()
+        with self._lock:
+            spec = self._spec(kind, flags)
+            worker = self._worker(spec)
+            try:
+                self._warm_up(worker, request, stop)
+                yield from self._measure(spec, worker, request, stop)
+            except BaseException:
+                if not worker.child.alive():
+                    self._workers.pop(spec, None)
+                raise
+
+    def close(self) -> None:
+        """End all workers and the embedded trunk."""
+        for worker in self._workers.values():
+            worker.child.stop()
+        self._workers.clear()
+        if self._trunk is not None:
+            self._trunk.stop()
+            self._trunk = None
+
+    def _spec(self, kind: Kind, flags: FlagSet) -> ArmSpec:
+        split = kind == "split"
+        own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
+        address = self.trunk_address() if split else None
+        threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
+        return ArmSpec(kind, self.files, self.plan, self.device, self._dtype, threads, own, address, timeout_s)
+
+    def _worker(self, spec: ArmSpec) -> _Worker:
+        """The worker for `spec`, loaded; the least recently used one makes room for a new one."""
+        worker = self._workers.pop(spec, None)
+        if worker is None or not worker.child.alive():
+            while len(self._workers) >= self.config.runs.warm_workers:
+                self._workers.pop(next(iter(self._workers))).child.stop()
+            child = arm.start(spec)
+            try:
+                worker = _Worker(child, _raised(child.receive()))
+            except SplitlearnError:
+                child.stop()
+                raise
+        self._workers[spec] = worker
+        return worker
+
+    def _warm_up(self, worker: _Worker, request: GenerationRequest, stop: threading.Event) -> None:
+        if worker.warm:
+            return
+        short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
+        events = list(_generation(worker, short, stop))
+        worker.compile_s += _compile_s(events)
+        worker.warm = True
+
+    def _measure(
+        self, spec: ArmSpec, worker: _Worker, request: GenerationRequest, stop: threading.Event
+    ) -> Iterator[Event | ArmReport]:
+        """The run that counts; when it compiles something, its events are shown but its report is the next run's."""
+        while True:
+            seen: list[Event | ArmEnd] = []
+            for item in _generation(worker, request, stop):
+                seen.append(item)
+                if not isinstance(item, ArmEnd):
+                    yield item
+            compiled = _compile_s(seen)
+            worker.compile_s += compiled
+            metrics = RunMetrics.from_events(item for item in seen if not isinstance(item, ArmEnd))
+            if compiled and not stop.is_set():
+                yield Restarted()
+                continue
+            end = next((item for item in seen if isinstance(item, ArmEnd)), None)
+            if metrics is not None and end is not None:
+                yield self._report(spec, worker, metrics, end)
+            return
+
+    def _report(self, spec: ArmSpec, worker: _Worker, metrics: RunMetrics, end: ArmEnd) -> ArmReport:
+        return ArmReport(
+            kind=spec.kind,
+            metrics=metrics,
+            load_s=worker.ready.load_s,
+            compile_s=worker.compile_s,
+            import_rss_bytes=worker.ready.import_rss_bytes,
+            peak_rss_bytes=end.peak_rss_bytes,
+            dtype=self.config.model.dtype,
+            device=str(spec.device),
+            threads=worker.ready.threads,
+            trunk_address=spec.address,
+            trunk=end.trunk,
+        )
