@@ -8,6 +8,7 @@ goes with it, and reports that process's progress and errors. The child, `python
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import tqdm.auto  # type: ignore[import-untyped]
 
 from splitlearn.errors import ModelError
 from splitlearn.progress import Progress, Step, reporting_tqdm
-from splitlearn.store import WEIGHTS, ModelFacts
+from splitlearn.store import PYTHON_VOCABULARY, WEIGHTS, ModelFacts
 
 
 def convert_apart(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
@@ -77,6 +78,8 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress) ->
     model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    if (source / PYTHON_VOCABULARY).exists():
+        shutil.copyfile(source / PYTHON_VOCABULARY, target / PYTHON_VOCABULARY)
     progress(Step("Writing the converted weights"))
     tied = _write_weights(model.state_dict(), target / WEIGHTS)
     text = model.config.get_text_config()

