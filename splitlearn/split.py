@@ -102,7 +102,7 @@ def carve(model: Any, start: int, end: int, *, first: bool, last: bool) -> CutMo
     layers = _keep_layers(model, structure, start, end)
     if not last:
         for path in _present(structure.norm, *structure.after):
-            _replace(model, path, nn.Identity())
+            _replace(model, path, _Same())
     if not first:
         _skip_entrance(model, structure, layers)
     module = model if last else model.get_submodule(structure.body)
@@ -186,7 +186,7 @@ def _skip_entrance(model: Any, structure: Structure, layers: nn.ModuleList) -> N
     """Drop what only the first stage needs, and hand `inputs_embeds` untouched to the first layer, norm or head."""
     for path in (structure.embedding, *structure.before):
         replaced = model.get_submodule(path)
-        _replace(model, path, _Nothing() if isinstance(replaced, nn.Embedding) else nn.Identity())
+        _replace(model, path, _Nothing() if isinstance(replaced, nn.Embedding) else _Same())
     after = [model.get_submodule(path) for path in _present(structure.norm, *structure.after)]
     entrance = _Entrance()
     model.get_submodule(structure.body).register_forward_pre_hook(entrance.at_body, with_kwargs=True)
@@ -201,15 +201,26 @@ class _Nothing(nn.Module):
         return torch.zeros(())
 
 
+class _Same(nn.Module):
+    """Stands where a norm or a projection was: gives back the tensor that it was called with."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        given: Tensor = next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor))
+        return given
+
+
 class _Entrance:
     """Carries the hidden state of one call from the entry of the body to its first layer."""
 
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
 
-    def at_body(self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Remember what came in: a hidden state [1, T, H]."""
+    def at_body(
+        self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Remember the hidden state [1, T, H] that came in; the body gets a copy, since ctrl scales it in place."""
         self.hidden = named["inputs_embeds"]
+        return positional, {**named, "inputs_embeds": named["inputs_embeds"].clone()}
 
     def at_target(
         self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
