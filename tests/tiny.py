@@ -66,13 +66,20 @@ def make_checkpoint(folder: Path, model_type: str = "llama", n_layers: int = 6, 
         "bos_token_id": tokenizer.eos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    config = AutoConfig.for_model(model_type, **(sizes | _OWN.get(model_type, {})))
+    config = AutoConfig.for_model(model_type, **_known(model_type, sizes), **_OWN.get(model_type, {}))
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _known(model_type: str, sizes: dict[str, object]) -> dict[str, object]:
+    """Those of `sizes` that this type's configuration has: any other would be kept, and say untrue things."""
+    usual = AutoConfig.for_model(model_type)
+    names = set(vars(usual)) | set(usual.attribute_map)
+    return {name: value for name, value in sizes.items() if name in names}
 
 
 def make_converted(folder: Path, model_type: str = "llama", n_layers: int = 6, chat: bool = True) -> ModelFiles:
