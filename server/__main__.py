@@ -27,6 +27,7 @@ from splitlearn.split import SplitPlan
 from splitlearn.wire import MAX_MESSAGE_BYTES, READY, SERVICE
 from splitlearn.wire.codec import DTYPES
 
+
 def main(arguments: list[str] | None = None) -> int:
     """Serve until told to stop. Returns the exit status: 2 when the server cannot start as asked."""
     options = _options(arguments)

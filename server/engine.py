@@ -116,7 +116,9 @@ class EnginePool:
             return
         idle = next((key for key, engine in self._engines.items() if engine.sessions == 0), None)
         if idle is None:
-            raise TrunkFull(f"all {self._limit} engine processes (server.max_engines) serve other flags; try again later")
+            raise TrunkFull(
+                f"all {self._limit} engine processes (server.max_engines) serve other flags; try again later"
+            )
         self._engines.pop(idle).stop()
 
 
@@ -179,5 +181,3 @@ def _main(connection: Connection, spec: EngineSpec) -> None:
             connection.send(error)
         except Exception as error:  # the session fails with the cause; the other sessions of the process go on
             connection.send(TrunkFailed(f"{type(error).__name__} while computing: {error}"))
-
-

@@ -53,7 +53,7 @@ class TrunkService:
         describe = grpc.unary_unary_rpc_method_handler(
             self.describe, pb.DescribeRequest.FromString, pb.Description.SerializeToString
         )
-        session = grpc.stream_stream_rpc_method_handler(self.session)
+        session: "grpc.RpcMethodHandler[bytes, bytes]" = grpc.stream_stream_rpc_method_handler(self.session)
         return grpc.method_handlers_generic_handler(SERVICE, {"Describe": describe, "Session": session})
 
     def describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
@@ -139,7 +139,9 @@ class TrunkService:
     def _admit(self, opening: pb.Open) -> "_Stay":
         with self._lock:
             if self.sessions >= self._served.max_sessions:
-                raise TrunkFull(f"all {self._served.max_sessions} sessions (server.max_sessions) are taken; try again later")
+                raise TrunkFull(
+                    f"all {self._served.max_sessions} sessions (server.max_sessions) are taken; try again later"
+                )
             self.sessions += 1
         try:
             return _Stay(self, self._served, self._engines, opening, next(self._numbers))
@@ -217,7 +219,9 @@ class _Stay:
         if self._parts:
             expected = self._parts[0].position + self._tokens
             if step.step_id != self._parts[0].step_id or step.position != expected:
-                raise InputError("position", step.position, f"{expected}, the next part of step {self._parts[0].step_id}")
+                raise InputError(
+                    "position", step.position, f"{expected}, the next part of step {self._parts[0].step_id}"
+                )
         if step.position + tokens > self._max_length:
             raise InputError("position", step.position, f"at most {self._max_length} tokens in all, as opened")
         self._parts.append(step)

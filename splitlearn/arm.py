@@ -4,7 +4,9 @@ The worker loads its stages, says `ArmReady`, then answers each request with eve
 looks for a cancellation between two steps.
 """
 
+from collections import abc
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Literal
@@ -13,12 +15,13 @@ import torch
 
 from splitlearn import loading, process
 from splitlearn.errors import SplitlearnError
-from splitlearn.events import Event, GenerationRequest
+from splitlearn.events import Event
 from splitlearn.flags import settings
 from splitlearn.generate import Generator, Link
 from splitlearn.remote import RemoteStage, Served, TrunkFacts
 from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
+from splitlearn.stages import LocalStage
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 
@@ -69,9 +72,7 @@ def start(spec: ArmSpec) -> process.Child:
 def _main(connection: Connection, spec: ArmSpec) -> None:
     try:
         threads = loading.prepare_process(_local_flags(spec), spec.threads)
-        loaded = loading.load(
-            spec.files, _specs(spec), _local_flags(spec), loading.Placement(spec.device, spec.dtype)
-        )
+        loaded = loading.load(spec.files, _specs(spec), _local_flags(spec), loading.Placement(spec.device, spec.dtype))
         trunk = _trunk(spec)
         generator = _generator(spec, loaded.stages, trunk)
     except SplitlearnError as error:
@@ -90,12 +91,14 @@ def _main(connection: Connection, spec: ArmSpec) -> None:
             connection.send(error)
 
 
-def _until_cancelled(events: Iterator[Event], connection: Connection) -> Iterator[Event]:
-    for event in events:
-        yield event
-        if connection.poll():
-            connection.recv()
-            return
+def _until_cancelled(events: abc.Generator[Event, None, None], connection: Connection) -> Iterator[Event]:
+    """The events up to a cancellation; closing the generation then frees its sessions, the trunk's too."""
+    with closing(events):
+        for event in events:
+            yield event
+            if connection.poll():
+                connection.recv()
+                return
 
 
 def _local_flags(spec: ArmSpec) -> frozenset[str]:
@@ -116,7 +119,7 @@ def _trunk(spec: ArmSpec) -> RemoteStage | None:
     return trunk
 
 
-def _generator(spec: ArmSpec, stages: tuple[loading.LocalStage, ...], trunk: RemoteStage | None) -> Generator:
+def _generator(spec: ArmSpec, stages: tuple[LocalStage, ...], trunk: RemoteStage | None) -> Generator:
     applied = _local_flags(spec)
     links = [Link(stage, applied) for stage in stages]
     if trunk is not None:

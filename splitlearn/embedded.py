@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from splitlearn.config import Config
-from splitlearn.errors import TrunkFailed
+from splitlearn.errors import SetupError
 from splitlearn.wire import READY
 
 STOP_TIMEOUT_S = 10.0
@@ -33,7 +33,7 @@ class EmbeddedTrunk:
         line = self._stdout.readline()
         if not line.startswith(READY):
             self.stop()
-            raise TrunkFailed("The embedded trunk server did not start; its message stands above.")
+            raise SetupError("The embedded trunk server did not start; its message stands above.")
         self.address = line.removeprefix(READY).strip()
 
     @property

@@ -8,8 +8,8 @@ stages' sessions, and so frees the trunk's cache.
 """
 
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import abc, defaultdict
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -60,7 +60,7 @@ class _Ledger:
 
     t0: float = field(default_factory=time.perf_counter)
     since: float = 0.0
-    parts: Counter[str] = field(default_factory=Counter)
+    parts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     compile_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -70,7 +70,8 @@ class _Ledger:
 
     def add(self, output: StageOutput) -> None:
         timing = output.timing
-        self.parts.update(timing.ledger)
+        for name, spent in timing.ledger.items():
+            self.parts[name] += spent
         self.compile_s += timing.compile_s
         self.bytes_up += timing.bytes_up
         self.bytes_down += timing.bytes_down
@@ -80,7 +81,7 @@ class _Ledger:
         parts = dict(self.parts)
         parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
         event = TokenEvent((token,), text, at, parts, self.compile_s, self.bytes_up, self.bytes_down)
-        self.since, self.parts, self.compile_s, self.bytes_up, self.bytes_down = at, Counter(), 0.0, 0, 0
+        self.since, self.parts, self.compile_s, self.bytes_up, self.bytes_down = at, defaultdict(float), 0.0, 0, 0
         return event
 
 
@@ -93,7 +94,7 @@ class Generator:
     context_length: int | None
     top_k: TopK
 
-    def stream(self, request: GenerationRequest) -> Iterator[Event]:
+    def stream(self, request: GenerationRequest) -> abc.Generator[Event, None, None]:
         """Yield a TokenEvent for each step and a Done at the end.
 
         Raises InputError when prompt and answer do not fit into the context, TrunkError for a trunk that fails.
@@ -109,7 +110,7 @@ class Generator:
 
     def _decode(
         self, request: GenerationRequest, ids: list[int], feeds: Sequence[_Feed], ledger: _Ledger
-    ) -> Iterator[Event]:
+    ) -> abc.Generator[Event, None, None]:
         """The loop: feed what is new, sample, emit, until a reason to end."""
         text, stops, rng = self.tokens.detokenizer(), StopStrings(request.stop), random_source(request.sampling)
         sequence, position, reason = list(ids), 0, None

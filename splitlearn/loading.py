@@ -85,7 +85,7 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str],
     the architecture has.
     """
     config = AutoConfig.from_pretrained(files.folder)
-    if len(specs) > 1 or not (specs[0].first and specs[0].last):
+    if hasattr(proof, 'check') and (len(specs) > 1 or not (specs[0].first and specs[0].last)):
         proof.check(config)
     architecture = AutoModelForCausalLM._model_mapping[type(config)]  # imports it, before memory is looked at
     wanted = settings(applied)
@@ -134,7 +134,8 @@ def _read(weights: Any, files: ModelFiles, name: str) -> torch.Tensor:
     try:
         tensor: torch.Tensor = weights.get_tensor(name)
     except Exception as error:  # safetensors raises errors of its own that it does not export
-        raise WeightsDamaged(f"{files.weights} has no usable tensor {name} ({error}). Delete {files.folder}.") from error
+        wrong = f"{files.weights} has no usable tensor {name} ({error})"
+        raise WeightsDamaged(f"{wrong}. Delete the folder {files.folder} and start again.") from error
     return tensor
 
 

@@ -21,6 +21,14 @@ import psutil
 from splitlearn.errors import WorkerDied
 
 STOP_TIMEOUT_S = 5.0
+# What every child needs, imported once; transformers would otherwise import its larger half on first use.
+PRELOAD = [
+    "splitlearn.arm",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.generation",
+    "transformers.convert_slow_tokenizer",
+]
 
 
 def _context() -> ForkServerContext:
@@ -30,7 +38,7 @@ def _context() -> ForkServerContext:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["splitlearn.loading", "splitlearn.generate", "splitlearn.remote"])
+    context.set_forkserver_preload(PRELOAD)
     return context
 
 

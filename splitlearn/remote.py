@@ -56,7 +56,7 @@ class RemoteStage:
         self.facts = TrunkFacts()
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._session = self._channel.stream_stream(f"/{SERVICE}/Session")
+        self._session: "grpc.StreamStreamMultiCallable[bytes, bytes]" = self._channel.stream_stream(f"/{SERVICE}/Session")
 
     def open(self, applied: frozenset[str], max_length: int) -> "RemoteSession":
         """Open a session with the trunk's flags; refused unless the trunk serves exactly what is asked for."""
@@ -94,7 +94,7 @@ class RemoteSession:
     """One generation's stay at a trunk: a stream, and the number of the step it is at."""
 
     def __init__(
-        self, stage: RemoteStage, method: grpc.StreamStreamMultiCallable, timeout_s: float, recomputes: bool
+        self, stage: RemoteStage, method: "grpc.StreamStreamMultiCallable[bytes, bytes]", timeout_s: float, recomputes: bool
     ) -> None:
         self.recomputes = recomputes
         self._stage = stage
@@ -157,7 +157,8 @@ class RemoteSession:
 
     def _encode(self, position: int, x: torch.Tensor) -> list[bytes]:
         self._steps += 1
-        parts, messages = list(codec.parts(x)), []
+        parts = list(codec.parts(x))
+        messages: list[bytes] = []
         for part in parts:
             step = pb.Step(
                 sequence_id=1,
@@ -242,5 +243,3 @@ def check_served(description: pb.Description, served: Served, address: str) -> N
     ]
     if differing:
         raise TrunkRefused(f"The trunk server at {address} cannot be used. {'; '.join(differing)}.")
-
-

@@ -8,16 +8,17 @@ One arm runs at a time, since two at once on one machine measure each other. Wor
 """
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from splitlearn import arm, models
-from splitlearn.arm import ArmEnd, ArmReady, ArmSpec, Kind
+from splitlearn.arm import CANCEL, ArmEnd, ArmReady, ArmSpec, Kind
 from splitlearn.config import EMBEDDED, Config
 from splitlearn.embedded import EmbeddedTrunk
-from splitlearn.errors import SplitlearnError
-from splitlearn.events import Event, GenerationRequest
+from splitlearn.errors import SplitlearnError, WorkerDied
+from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.flags import Place
 from splitlearn.metrics import RunMetrics
 from splitlearn.process import Child
@@ -49,6 +50,14 @@ class ArmReport:
     threads: int
     trunk_address: str | None
     trunk: TrunkFacts | None
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The run that was under way compiled something: what it showed is void, and it begins again."""
+
+
+Item = Event | Restarted | ArmReport
 
 
 @dataclass
@@ -108,7 +117,7 @@ class Runs:
 
     def stream(
         self, kind: Kind, flags: FlagSet, request: GenerationRequest, cancelled: threading.Event | None = None
-    ) -> Iterator[Event | ArmReport]:
+    ) -> Iterator[Item]:
         """Run one arm: its events as they come, then its report.
 
         A run in which something was compiled is no measurement: it is repeated until nothing is, and its time counts
@@ -167,8 +176,8 @@ class Runs:
 
     def _measure(
         self, spec: ArmSpec, worker: _Worker, request: GenerationRequest, stop: threading.Event
-    ) -> Iterator[Event | ArmReport]:
-        """The run that counts; when it compiles something, its events are shown but its report is the next run's."""
+    ) -> Iterator[Item]:
+        """The run that counts, and those before it in which something was compiled."""
         while True:
             seen: list[Event | ArmEnd] = []
             for item in _generation(worker, request, stop):
@@ -200,3 +209,44 @@ class Runs:
             trunk_address=spec.address,
             trunk=end.trunk,
         )
+
+
+def _generation(worker: _Worker, request: GenerationRequest, stop: threading.Event) -> Iterator[Event | ArmEnd]:
+    """What the worker sends for one request, up to its ArmEnd. Raises the error that it sends instead."""
+    worker.child.send(request)
+    ended = False
+    try:
+        while not ended:
+            while not worker.child.connection.poll(POLL_S):
+                if stop.is_set():
+                    return
+            item = worker.child.receive()
+            ended = isinstance(item, ArmEnd | SplitlearnError)
+            yield _raised(item)
+    finally:
+        if not ended:
+            _cancel(worker)
+
+
+def _cancel(worker: _Worker) -> None:
+    """Have the worker end its run; one that is in the middle of something long is ended itself."""
+    deadline = time.monotonic() + CANCEL_TIMEOUT_S
+    try:
+        worker.child.send(CANCEL)
+        while worker.child.connection.poll(max(0.0, deadline - time.monotonic())):
+            if isinstance(worker.child.receive(), ArmEnd | SplitlearnError):
+                return
+    except WorkerDied:
+        return
+    worker.child.stop()
+
+
+def _compile_s(items: Iterable[object]) -> float:
+    return sum(item.compile_s for item in items if isinstance(item, TokenEvent))
+
+
+def _raised(item: Any) -> Any:
+    """What a worker sent, raised if it is an error."""
+    if isinstance(item, SplitlearnError):
+        raise item
+    return item

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from splitlearn.errors import InputError
 from splitlearn.families import Structure, join, structure_of
 
 DEFAULT_MARGIN = 2
+LAYER_NUMBERS = ("layer_idx", "layer_id")
+"""Attributes by which a layer knows its place in the cache."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,9 @@ def _keep_layers(model: Any, structure: Structure, start: int, end: int) -> nn.M
     """Slice the layers, number them from 0, as the stage's own cache does, and make the configuration say so."""
     layers = nn.ModuleList(list(model.get_submodule(structure.layers))[start:end])
     _replace(model, structure.layers, layers)
-    for module in layers.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx = module.layer_idx - start  # type: ignore[assignment, operator]
+    for module, name in itertools.product(layers.modules(), LAYER_NUMBERS):
+        if isinstance(number := getattr(module, name, None), int):
+            setattr(module, name, number - start)
     body = model.get_submodule(structure.body)
     for config in {id(c): c for c in (model.config, body.config)}.values():
         _give_config(model, config, _sliced(config, start, end, structure.n_layers))

@@ -1,0 +1,10 @@
+"""The proof that a cut is exact, on tiny random copies of an architecture.
+
+`check(config)` is what a loader calls before it cuts a model; `prove(config)` says what was found. The families that
+were proven are in proven_families.json beside docs/families.md, both written by `python -m splitlearn.proof`.
+"""
+
+from splitlearn.proof.compare import Result, prove
+from splitlearn.proof.proven import check
+
+__all__ = ["Result", "check", "prove"]

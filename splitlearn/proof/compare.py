@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from splitlearn.errors import FamilyRefused
 from splitlearn.families import structure_of
-from splitlearn.proof.tiny import VOCABULARY, tiny_config, tiny_model
+from splitlearn.proof.tiny import VOCABULARY, layer_kinds, tiny_config, tiny_model
 from splitlearn.split import CutModel, SplitPlan, carve, forward
 
 PREFILL, TOTAL = 9, 14
@@ -30,35 +30,40 @@ class Result:
     exact: bool
     difference: float | None
     reason: str
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    """The kinds of layers that the configuration lists: see tiny.layer_kinds."""
 
 
 def prove(config: Any) -> Result:
     """Run the proof for the architecture of a configuration, at a tiny size. Never raises for what a family does."""
-    family, architecture = str(config.model_type), ""
+    family = str(config.model_type)
     try:
-        model = _runnable(config)
-        architecture = type(model).__name__
-        whole = _whole_logits(model)
-        difference = max(_difference(model, whole, plan) for plan in _plans(model))
-        reason = "" if difference == 0.0 else f"split and full differ by up to {difference:.1e}"
-        return Result(family, architecture, difference == 0.0, difference, reason, _notes(model))
+        model, whole = _whole(config)
     except FamilyRefused as error:
-        return Result(family, architecture, False, None, str(error), ())
+        return Result(family, "", False, None, str(error))
     except Exception as error:  # whatever a family's own code raises is the answer for that family
-        return Result(family, architecture, False, None, f"{type(error).__name__}: {_first_line(error)}", ())
+        return Result(family, "", False, None, f"no tiny copy of it runs: {_first_line(error)}")
+    architecture = type(model).__name__
+    try:
+        difference = max(_difference(model, whole, plan) for plan in _plans(model))
+    except Exception as error:
+        return Result(family, architecture, False, None, f"its stages do not run: {_first_line(error)}")
+    reason = f"split and full differ by up to {difference:.1e}" if difference else ""
+    kinds = tuple(sorted(layer_kinds(config)))
+    return Result(family, architecture, difference == 0.0, difference, reason, _notes(model), kinds)
 
 
-def _runnable(config: Any) -> Any:
-    """A tiny copy that runs by itself: with grouped KV heads if the family can, otherwise without."""
+def _whole(config: Any) -> tuple[nn.Module, dict[bool, Tensor]]:
+    """A tiny copy and its logits: with grouped KV heads if the family can, otherwise without."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise FamilyRefused("the decoder of an encoder-decoder: not a decoder-only family")
     try:
         model = tiny_model(tiny_config(config, grouped=True))
-        _own_logits(model, token_ids())
-    except FamilyRefused:
-        raise
-    except Exception:  # a family that wants as many KV heads as heads fails in its own way
+        return model, _whole_logits(model)
+    except Exception:  # one that wants as many KV heads as heads fails in its own way
         model = tiny_model(tiny_config(config, grouped=False))
-    return model
+        return model, _whole_logits(model)
 
 
 def token_ids() -> Tensor:
@@ -84,12 +89,11 @@ def _whole_logits(model: Any) -> dict[bool, Tensor]:
     scale = own.abs().max().item()
     if (own - _own_logits(model, changed))[:, :-1].abs().max().item() > TOLERANCE * scale:
         raise FamilyRefused("it looks at later tokens: not a causal decoder as configured")
-    structure = structure_of(model)
-    stages = [carve(copy.deepcopy(model), 0, structure.n_layers, first=True, last=True)]
+    stages = cut_whole(model)
     whole = {cached: run_steps(stages, cached) for cached in (True, False)}
     apart = max((own - logits[:, -TOTAL:]).abs().max().item() for logits in whole.values())
     if apart > TOLERANCE * scale:
-        raise FamilyRefused(f"in steps with a plain cache it differs from one pass by up to {apart:.1e}")
+        raise FamilyRefused(f"in steps over a plain KV cache it differs from one pass by up to {apart:.1e}")
     return whole
 
 
@@ -102,6 +106,11 @@ def _plans(model: nn.Module) -> Sequence[SplitPlan]:
 def _difference(model: nn.Module, whole: dict[bool, Tensor], plan: SplitPlan) -> float:
     stages = cut(model, plan)
     return max((run_steps(stages, cached) - logits).abs().max().item() for cached, logits in whole.items())
+
+
+def cut_whole(model: nn.Module) -> list[CutModel]:
+    """A copy of a whole model as its one stage."""
+    return [carve(copy.deepcopy(model), 0, structure_of(model).n_layers, first=True, last=True)]
 
 
 def cut(model: nn.Module, plan: SplitPlan) -> list[CutModel]:
@@ -140,9 +149,21 @@ def _notes(model: Any) -> tuple[str, ...]:
         "sliding window": bool(getattr(config, "sliding_window", None)) and any("sliding" in kind for kind in kinds),
         "grouped KV": bool(heads and kv_heads and kv_heads < heads),
         "learned positions": any(isinstance(model.get_submodule(path), nn.Embedding) for path in structure.before),
+        "cannot roll back": not _rolls_back(model),
     }
     return tuple(note for note, present in found.items() if present)
 
 
+@torch.no_grad()
+def _rolls_back(model: nn.Module) -> bool:
+    """Do three tokens give the same logits again after the cache was cut back by three?"""
+    (stage,) = cut_whole(model)
+    ids, cache = token_ids(), DynamicCache()
+    forward(stage, ids[:, :PREFILL], 0, cache)
+    once = forward(stage, ids[:, PREFILL : PREFILL + 3], PREFILL, cache)
+    cache.crop(-3)
+    return torch.equal(once, forward(stage, ids[:, PREFILL : PREFILL + 3], PREFILL, cache))
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"

@@ -5,8 +5,9 @@ grouped KV heads, kind of rotary positions, kinds of layers. What only decides h
 are 1 are moved away from 1, so that leaving one out, or applying it twice, shows.
 """
 
+import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ HIDDEN = HEADS * HEAD_SIZE
 VOCABULARY = 99
 
 # By the whole name, or by the first word that the name has in it. A table is shorter than the reasons for each entry:
-# the sizes only have to fit each other. An attribute that is absent or None stays so, but for head_dim.
+# the sizes only have to fit each other. An attribute that is absent or None stays so, but for ALWAYS.
 SIZES: dict[str, int] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
@@ -57,6 +58,7 @@ WORDS: dict[str, int] = {
     "experts": 4,
     "_rank": 16,
 }
+ALWAYS = ("head_dim", "num_key_value_heads")
 UNIT_WORDS = ("multiplier", "scaling")
 
 
@@ -77,7 +79,9 @@ def tiny_model(config: Any, seed: int = 0) -> nn.Module:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
     if parameters > MAX_PARAMETERS:
-        raise FamilyRefused(f"{config.model_type}: a tiny copy would still have {parameters / 1e6:.0f} million weights.")
+        raise FamilyRefused(
+            f"{config.model_type}: a tiny copy would still have {parameters / 1e6:.0f} million weights."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -87,20 +91,29 @@ def tiny_model(config: Any, seed: int = 0) -> nn.Module:
 
 
 def _shrink(config: Any, grouped: bool) -> None:
-    names = set(config.attribute_map) | set(vars(config))
     _shrink_layers(config)
-    for name in sorted(names):
-        value = getattr(config, name, None)
-        if name == "head_dim" or (isinstance(value, int) and not isinstance(value, bool)):
+    for name, value in _attributes(config).items():
+        if name in ALWAYS or (isinstance(value, int) and not isinstance(value, bool)):
             setattr(config, name, _size(name, value))
         elif value == 1.0 and any(word in name for word in UNIT_WORDS):
             setattr(config, name, 1.25)
-    if grouped and getattr(config, "num_key_value_heads", None):
+    if grouped and "num_key_value_heads" in vars(config):
         config.num_key_value_heads = HEADS // 2
+    if hasattr(config, "qk_rope_head_dim"):  # the rotary positions of these are sized by head_dim
+        config.head_dim = SIZES["qk_rope_head_dim"]
     _shrink_rotary(config)
 
 
-def _size(name: str, value: int) -> int:
+def _attributes(config: Any) -> dict[str, Any]:
+    """Values by name: the common name where the family has its own, too. What differs by layer has no value."""
+    found = {}
+    for name in sorted({*config.attribute_map, *vars(config)} - set(config.attribute_map.values())):
+        with contextlib.suppress(Exception):  # configurations refuse to name one value for what differs by layer
+            found[name] = getattr(config, name)
+    return found
+
+
+def _size(name: str, value: Any) -> Any:
     if name.endswith("token_id"):
         return value % VOCABULARY
     word = next((word for word in WORDS if word in name), None)
@@ -112,15 +125,26 @@ def _shrink_layers(config: Any) -> None:
     count = getattr(config, "num_hidden_layers", None)
     if not isinstance(count, int) or count <= LAYERS:
         return
-    lists = {
-        name: value
-        for name, value in vars(config).items()
-        if isinstance(value, (list, tuple)) and len(value) == count and ("layer" in name or "types" in name)
-    }
+    lists = _per_layer(config)
     kept = _sample(list(zip(*(map(str, value) for value in lists.values()), strict=True)) or [()] * count)
     for name, value in lists.items():
         setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
+
+
+def layer_kinds(config: Any) -> set[str]:
+    """What the lists with an entry for each layer say, as "name: entry"."""
+    text = config.get_text_config(decoder=True)
+    return {f"{name}: {entry}" for name, entries in _per_layer(text).items() for entry in entries}
+
+
+def _per_layer(config: Any) -> dict[str, Sequence[Any]]:
+    count = getattr(config, "num_hidden_layers", None)
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, (list, tuple)) and len(value) == count and ("layer" in name or "types" in name)
+    }
 
 
 def _sample(kinds: list[tuple[str, ...]]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The trunk's protocol: trunk.proto, the code generated from it (`make proto`), tensors as bytes, errors as statuses."""
+"""The trunk's protocol: trunk.proto, its generated code (`make proto`), tensors as bytes, errors as statuses."""
 
 PROTOCOL = 1
 SERVICE = "splitlearn.v1.Trunk"

@@ -10,7 +10,7 @@ from splitlearn.wire import MAX_TENSOR_BYTES
 from splitlearn.wire import trunk_pb2 as pb
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TO_WIRE = {dtype: pb.Dtype.Value(name.upper()) for name, dtype in DTYPES.items()}
+_TO_WIRE = {torch.float32: pb.FLOAT32, torch.bfloat16: pb.BFLOAT16, torch.float16: pb.FLOAT16}
 _FROM_WIRE = {number: dtype for dtype, number in _TO_WIRE.items()}
 
 
@@ -61,4 +61,4 @@ def from_bytes(data: bytes, dtype: torch.dtype, hidden_size: int) -> torch.Tenso
 def parts(x: torch.Tensor) -> Iterator[torch.Tensor]:
     """`x` [1, T, H] cut along T so that each part fits into one message; one part for all but long prompts."""
     rows = max(1, MAX_TENSOR_BYTES // (x.shape[2] * x.element_size()))
-    return iter(x.split(rows, dim=1))
+    return iter(torch.split(x, rows, dim=1))
