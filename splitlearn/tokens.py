@@ -111,7 +111,8 @@ def python_tokenizer_available(folder: Path) -> str | None:
     """Why the model in `folder` leaves no choice between a Rust and a Python tokenizer; None when it has both.
 
     transformers 5 ignores `use_fast` and has one class for each tokenizer, most often the Rust one. The exception is
-    BertTokenizer (some GPT-2 models have it), beside which its Python class was kept as BertTokenizerLegacy.
+    BertTokenizer (some GPT-2 models have it), beside which its Python class was kept as BertTokenizerLegacy: it gives
+    the same ids, and text with a space before punctuation.
     """
     from transformers import TokenizersBackend, __version__
 
