@@ -104,8 +104,8 @@ def catalogue_status(model: ModelConfig) -> list[ModelStatus]:
         rows[folder] = _status(entry.name, str(entry.source), entry, folder)
     for manifest in sorted(cache.glob(f"*/{store.MANIFEST}")):
         if manifest.parent not in rows and ".partial-" not in manifest.parent.name:
-            source = store.open_folder(manifest.parent, manifest.parent.name).source
-            rows[manifest.parent] = _status(manifest.parent.name, source, None, manifest.parent)
+            folder = manifest.parent
+            rows[folder] = _status(folder.name, store.source_of(folder), None, folder)
     return list(rows.values())
 
 
@@ -136,13 +136,20 @@ def _source(name: str) -> PipSource | HubSource | Path:
     for entry in CATALOGUE:
         if entry.name == name:
             return entry.source
-    folder = Path(name).expanduser()
-    if (folder / store.CONFIG).is_file():
+    folder = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    if _is_checkpoint(folder):
         return folder.resolve()
     if _HUB_ID.fullmatch(name):
         return HubSource(name)
     known = ", ".join(entry.name for entry in CATALOGUE)
     raise InputError("model.name", name, f"one of {known}, a hub id owner/name, or a folder with a config.json")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        return (folder / store.CONFIG).is_file()
+    except OSError:
+        return False  # too long for a file's name
 
 
 def _folder_name(source: PipSource | HubSource | Path, name: str) -> str:

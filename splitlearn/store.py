@@ -107,6 +107,14 @@ def open_folder(folder: Path, name: str) -> ModelFiles:
     return ModelFiles(name, source, folder, _digest(folder, weights_hash), facts)
 
 
+def source_of(folder: Path) -> str:
+    """Where the model in `folder` came from, without a check of its files."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown (its manifest is damaged)"
+
+
 def sha256(path: Path) -> str:
     """The file's SHA-256 in hex."""
     with path.open("rb") as file:

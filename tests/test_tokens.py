@@ -37,7 +37,7 @@ def test_pieces_together_are_the_whole_text(tokens: Tokens) -> None:
 
 def test_multi_byte_characters_come_whole(tokens: Tokens) -> None:
     ids = tokens.encode(TEXT, chat=False)
-    assert len(tokens.encode("🦊", chat=False)) == 4  # so that characters are spread over tokens
+    assert len(tokens.encode("🦊", chat=False)) > 1  # so that characters are spread over tokens
     assert not any("\ufffd" in piece for piece in streamed(tokens, ids))
 
 
