@@ -1,5 +1,8 @@
 """Fixtures that several test files share."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,20 @@ from splitlearn.store import ModelFiles
 from tests.tiny import make_converted
 
 TinyFactory = Callable[..., ModelFiles]
+ROOT = Path(__file__).parents[1]
+PREPARE = """
+import sys
+from splitlearn import models
+from splitlearn.config import ModelConfig
+from splitlearn.errors import SplitlearnError
+from splitlearn.progress import on_console
+try:
+    with on_console() as progress:
+        files = models.prepare(ModelConfig(name=sys.argv[1]), progress)
+    print(files.digest, files.source)
+except SplitlearnError as error:
+    print(type(error).__name__, error)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +50,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the test's own; where the converted folders come."""
+    monkeypatch.setenv("SPLITLEARN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "v1"
+
+
+def start_prepare(name: str, **environment: str) -> subprocess.Popen[str]:
+    """`models.prepare` as a person with these environment variables runs it: prints digest and source, or an error."""
+    command = [sys.executable, "-c", PREPARE, name]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=os.environ | environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
