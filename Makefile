@@ -1,0 +1,66 @@
+# The commands that people and CI share. Everything is installed into .venv; a stamp file there says from which
+# requirements, so that a second run installs nothing.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROTO := splitlearn/wire/trunk.proto
+
+.DELETE_ON_ERROR:
+.PHONY: help install run test test-compose check proto docs bench clean weights chromium
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+install: weights ## make .venv with the pinned requirements, fetch and convert the default weights
+
+run: weights ## install, then open the page on http://127.0.0.1:7860
+	$(BIN)/python app.py --config config.yaml
+
+test: .venv/installed-test weights chromium ## install what the tests need, and run them
+	$(BIN)/python -m pytest
+
+test-compose: .venv/installed-test weights ## build the images and bring the compose file up for real (minutes)
+	$(BIN)/python -m pytest tests/test_compose.py -m compose
+
+check: .venv/installed-test ## lint, types, import direction, container files, generated files
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_setup.py tests/test_compose.py
+
+proto: .venv/installed-test ## generate the wire protocol's Python code from trunk.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. $(PROTO)
+
+docs: .venv/installed ## generate docs/flags.md (docs/families.md: python -m splitlearn.proof, minutes)
+	$(BIN)/python -m splitlearn flags --markdown >docs/flags.md
+
+bench: .venv/installed-test weights ## the side-by-side measurements of bench/
+	$(BIN)/python -m bench
+
+clean: ## remove .venv and what the tools left; the weights in the cache folder stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .gradio test-results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+weights: .venv/installed
+	@$(BIN)/python -m splitlearn fetch
+
+.venv/bin/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; set PYTHON to a Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) -V); Python 3.11 or newer is needed: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { \
+	  echo "error: $(PYTHON) cannot make a virtual environment; on Debian, install the package python3-venv" >&2; exit 1; }
+
+.venv/installed: requirements.txt | .venv/bin/pip
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-test: requirements-test.txt .venv/installed
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt
+	@touch $@
+
+# The browser tests skip, saying so, where there is none.
+chromium:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } || \
+	  echo "no chromium here, and it cannot be installed by this user: the browser tests will be skipped" >&2

@@ -1,0 +1,57 @@
+"""What the program imports is what requirements.txt pins; generated code is what its source gives."""
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OURS = {"splitlearn", "server", "ui", "app"}
+# Never imported by name, but transformers asks for them: see requirements.txt.
+FOR_TRANSFORMERS = {"gguf", "sentencepiece", "tokenizers"}
+
+
+def _pins(name: str) -> dict[str, str]:
+    """The packages of a requirements file, in lower case with dashes, and their exact versions."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    wanted = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {package.lower().replace("_", "-"): version for package, version in wanted}
+
+
+def _imported_modules() -> set[str]:
+    """Every module, by its full name, that the program's own code imports from outside."""
+    files = [path for package in ("splitlearn", "server", "ui") for path in (ROOT / package).rglob("*.py")]
+    names = set()
+    for path in [*files, *ROOT.glob("app.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module)
+    return {name for name in names if name.split(".")[0] not in OURS | sys.stdlib_module_names}
+
+
+def _distributions(modules: set[str]) -> set[str]:
+    """The packages that `modules` come from."""
+    packages = packages_distributions()
+    # google is a namespace that other packages share
+    found = [["protobuf"] if name.startswith("google.protobuf") else packages[name.split(".")[0]] for name in modules]
+    return {name.lower().replace("_", "-") for names in found for name in names}
+
+
+def test_requirements_pin_exactly_what_the_program_imports() -> None:
+    assert set(_pins("requirements.txt")) == _distributions(_imported_modules()) | FOR_TRANSFORMERS
+
+
+def test_no_package_is_pinned_twice() -> None:
+    assert not set(_pins("requirements.txt")) & set(_pins("requirements-test.txt"))
+
+
+def test_generated_protocol_code_is_what_the_proto_file_gives(tmp_path: Path) -> None:
+    out = [f"--python_out={tmp_path}", f"--pyi_out={tmp_path}"]
+    protoc = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *out, "splitlearn/wire/trunk.proto"]
+    subprocess.run(protoc, cwd=ROOT, check=True)
+    for made in (tmp_path / "splitlearn/wire").iterdir():
+        kept = ROOT / "splitlearn/wire" / made.name
+        assert kept.read_text() == made.read_text(), f"{kept.name} is not current: run make proto"
