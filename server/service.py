@@ -53,7 +53,7 @@ class TrunkService:
         describe = grpc.unary_unary_rpc_method_handler(
             self.describe, pb.DescribeRequest.FromString, pb.Description.SerializeToString
         )
-        session: "grpc.RpcMethodHandler[bytes, bytes]" = grpc.stream_stream_rpc_method_handler(self.session)
+        session: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(self.session)
         return grpc.method_handlers_generic_handler(SERVICE, {"Describe": describe, "Session": session})
 
     def describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:

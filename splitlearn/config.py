@@ -140,3 +140,8 @@ def _keys(place: list[str]) -> list[str]:
             return []
         section = annotation
     return list(section.model_fields)
+
+
+def with_trunk(config: Config, address: str) -> Config:
+    """The same settings with another trunk address. Raises InputError for what is no address."""
+    return parse({**config.model_dump(), "trunk": {**config.trunk.model_dump(), "address": address}})

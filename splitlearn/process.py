@@ -26,7 +26,7 @@ PRELOAD = [
     "splitlearn.arm",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
-    "transformers.generation",
+    "transformers.modeling_utils",
     "transformers.convert_slow_tokenizer",
 ]
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import grpc
 import torch
@@ -47,6 +48,10 @@ class TrunkFacts:
     peak_rss_bytes: int = 0
 
 
+if TYPE_CHECKING:  # grpc's classes are generic for the type checker only
+    Method = grpc.StreamStreamMultiCallable[bytes, bytes]
+
+
 class RemoteStage:
     """The trunk at `address`. `facts` holds what it last said of itself. Raises TrunkError throughout."""
 
@@ -56,11 +61,12 @@ class RemoteStage:
         self.facts = TrunkFacts()
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._session: "grpc.StreamStreamMultiCallable[bytes, bytes]" = self._channel.stream_stream(f"/{SERVICE}/Session")
+        method: Method = self._channel.stream_stream(f"/{SERVICE}/Session")
+        self._method = method
 
     def open(self, applied: frozenset[str], max_length: int) -> "RemoteSession":
         """Open a session with the trunk's flags; refused unless the trunk serves exactly what is asked for."""
-        session = RemoteSession(self, self._session, self._timeout_s, recomputes="use_cache" not in applied)
+        session = RemoteSession(self, self._method, self._timeout_s, recomputes="use_cache" not in applied)
         plan = self.served.plan
         opening = pb.Open(
             protocol=PROTOCOL,
@@ -93,9 +99,7 @@ class RemoteStage:
 class RemoteSession:
     """One generation's stay at a trunk: a stream, and the number of the step it is at."""
 
-    def __init__(
-        self, stage: RemoteStage, method: "grpc.StreamStreamMultiCallable[bytes, bytes]", timeout_s: float, recomputes: bool
-    ) -> None:
+    def __init__(self, stage: RemoteStage, method: "Method", timeout_s: float, recomputes: bool) -> None:
         self.recomputes = recomputes
         self._stage = stage
         self._timeout_s = timeout_s

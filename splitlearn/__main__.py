@@ -1,0 +1,163 @@
+"""The command line: `python -m splitlearn compare|fetch|models|parts|flags`.
+
+Results go to stdout, progress and errors to stderr. What cannot be done ends with status 2 and one line that says why.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from splitlearn import config as configuration
+from splitlearn.config import Config
+from splitlearn.errors import SplitlearnError
+from splitlearn.events import GenerationRequest
+from splitlearn.progress import on_console
+
+DEFAULT_CONFIG = Path("config.yaml")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 2 for what could not be done as asked, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace, Config], None] = options.command
+    try:
+        command(options, _config(options))
+    except SplitlearnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _config(options: argparse.Namespace) -> Config:
+    path: Path | None = options.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    return configuration.load(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m splitlearn", description="Compare full and split inference.")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--config", type=Path, help="settings (default: config.yaml in this folder, if there is one)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace, Config], None], words: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, parents=[shared], help=words, description=words)
+        made.set_defaults(command=command)
+        return made
+
+    _add_compare_options(add("compare", _compare, "Run one prompt through the full and the split model."))
+    add("fetch", _fetch, "Fetch and convert the configured model, if the cache does not have it.")
+    add("models", _models, "List the catalogue, and what is cached.")
+    parts = add("parts", _parts, "What client and trunk hold, and what crosses the wire, for the configured model.")
+    parts.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+    flags = add("flags", _flags, "List the optimization flags and where they can be applied.")
+    flags.add_argument("--markdown", action="store_true", help="print docs/flags.md")
+    return parser
+
+
+def _add_compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", metavar="TEXT", help="(default: generation.prompt)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: generation.max_new_tokens)")
+    parser.add_argument(
+        "--flags",
+        nargs="+",
+        metavar="FLAGS",
+        help="default, all, none, a preset or a list a,b=choice; or one for each side: full:a client:b trunk:none",
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="go on to the limit, for measuring")
+    parser.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this text comes up")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 filters nothing (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 filters nothing (default)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is none (default)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sampling (default 0)")
+    parser.add_argument("--trunk", metavar="HOST:PORT", help="overrides trunk.address")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+
+
+def _request(options: argparse.Namespace, config: Config) -> GenerationRequest:
+    from splitlearn.sampling import SamplingParams
+
+    defaults = config.generation
+    return GenerationRequest(
+        prompt=defaults.prompt if options.prompt is None else options.prompt,
+        max_new_tokens=defaults.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens,
+        chat=defaults.chat and not options.raw,
+        ignore_eos=options.ignore_eos,
+        stop=tuple(options.stop),
+        sampling=SamplingParams(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
+            seed=options.seed,
+        ),
+    )
+
+
+def _compare(options: argparse.Namespace, config: Config) -> None:
+    from splitlearn.compare import compare
+    from splitlearn.console import print_comparison, watch
+    from splitlearn.runs import Runs
+
+    request = _request(options, config)
+    if options.trunk is not None:
+        config = configuration.with_trunk(config, options.trunk)
+    with on_console() as progress, Runs(config, progress) as runs:
+        flags = runs.flags(" ".join(options.flags) if options.flags else config.flags)
+        runs.check_trunk()
+        found = compare(runs, request, flags, watch(progress, request.max_new_tokens))
+    if found is None:  # nothing sets the cancellation here
+        raise SplitlearnError("The comparison ended early.")
+    if options.json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        print_comparison(found)
+
+
+def _fetch(options: argparse.Namespace, config: Config) -> None:
+    from splitlearn import models
+
+    with on_console() as progress:
+        print(models.prepare(config.model, progress).folder)
+
+
+def _models(options: argparse.Namespace, config: Config) -> None:
+    from splitlearn import models
+    from splitlearn.console import print_models
+
+    print_models(models.catalogue_status(config.model), models.cache_folder(config.model))
+
+
+def _parts(options: argparse.Namespace, config: Config) -> None:
+    from splitlearn import models
+    from splitlearn.console import print_parts
+    from splitlearn.parts import parts
+    from splitlearn.split import SplitPlan
+    from splitlearn.wire.codec import DTYPES
+
+    with on_console() as progress:
+        files = models.prepare(config.model, progress)
+    plan = SplitPlan.of(config.split.start, config.split.end, files.n_layers)
+    found = parts(files, plan, DTYPES[config.model.dtype])
+    print_parts(found, as_json=options.json)
+
+
+def _flags(options: argparse.Namespace, config: Config) -> None:
+    from splitlearn.console import print_flags
+    from splitlearn.flags_page import markdown
+    from splitlearn.runs import Runs
+
+    if options.markdown:
+        print(markdown(), end="")
+    else:
+        with on_console() as progress, Runs(config, progress) as runs:
+            print_flags(runs.availability(), runs.flags(config.flags))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""One prompt through both arms: the comparison, and how it reads as JSON.
+
+Ratios are split / full of one run each, so n = 1: what a flag or a split costs is the lab's question, not this one's.
+"""
+
+import platform
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from splitlearn.arm import Kind
+from splitlearn.events import GenerationRequest
+from splitlearn.metrics import UNATTRIBUTED, RunMetrics, first_divergence
+from splitlearn.runs import ArmReport, Item, Runs
+from splitlearn.selection import FlagSet
+from splitlearn.split import SplitPlan
+
+KINDS: tuple[Kind, ...] = ("full", "split")
+Watch = Callable[[Kind, Item], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both arms' reports on the same prompt with the same flags."""
+
+    model: str
+    plan: SplitPlan
+    flags: FlagSet
+    full: ArmReport
+    split: ArmReport
+    environment: dict[str, Any]
+
+    @property
+    def first_divergence(self) -> int | None:
+        """The index of the first token id in which the arms differ, or None."""
+        return first_divergence(self.full.metrics.token_ids, self.split.metrics.token_ids)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `compare --json` prints; docs/command-line.md describes it."""
+        return {
+            "model": self.model,
+            "split": {"start": self.plan.start, "end": self.plan.end, "n_layers": self.plan.n_layers},
+            "flags": self.flags.names(),
+            "flags_by_side": {
+                "full": sorted(self.flags.full),
+                "client": sorted(self.flags.client),
+                "trunk": sorted(self.flags.trunk),
+            },
+            "full": arm_as_json(self.full),
+            "split_run": arm_as_json(self.split),
+            "identical_tokens": self.first_divergence is None,
+            "first_divergence": self.first_divergence,
+            "environment": self.environment,
+        }
+
+
+def compare(
+    runs: Runs,
+    request: GenerationRequest,
+    flags: FlagSet,
+    watch: Watch = lambda kind, item: None,
+    cancelled: threading.Event | None = None,
+) -> Comparison | None:
+    """Run `request` through both arms, one after the other in random order; None when it was cancelled.
+
+    `watch` sees everything that the arms yield, as it comes.
+    """
+    reports: dict[Kind, ArmReport] = {}
+    for kind in random.sample(KINDS, len(KINDS)):
+        for item in runs.stream(kind, flags, request, cancelled):
+            watch(kind, item)
+            if isinstance(item, ArmReport):
+                reports[kind] = item
+    if len(reports) < len(KINDS):
+        return None
+    name = runs.files.name
+    return Comparison(name, runs.plan, flags, reports["full"], reports["split"], environment(runs))
+
+
+def environment(runs: Runs) -> dict[str, Any]:
+    """What a reader needs to know of the machine and the software to place the figures."""
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "device": str(runs.device),
+        "digest": runs.files.digest,
+        **{name: version(name) for name in ("torch", "transformers", "grpcio")},
+    }
+
+
+def arm_as_json(report: ArmReport) -> dict[str, Any]:
+    """One arm's report. Times in seconds, memory and wire in bytes."""
+    metrics = report.metrics
+    common = {
+        "token_ids": list(metrics.token_ids),
+        "text": metrics.text,
+        "finish_reason": metrics.finish_reason,
+        "prompt_tokens": metrics.prompt_tokens,
+        "n_tokens": metrics.n_tokens,
+        "ttft_s": metrics.ttft_s,
+        "tpot_s": metrics.tpot_s,
+        "tps": metrics.tps,
+        "decode_tps": metrics.decode_tps,
+        "e2el_s": metrics.e2el_s,
+        "itl_p50_s": metrics.itl_p50_s,
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "import_rss_bytes": report.import_rss_bytes,
+        "load_s": report.load_s,
+        "compile_s": report.compile_s,
+        "dtype": report.dtype,
+        "device": report.device,
+        "threads": report.threads,
+        "ledger": _ledger(metrics),
+    }
+    return common if report.trunk is None else {**common, **_trunk_as_json(report)}
+
+
+def _trunk_as_json(report: ArmReport) -> dict[str, Any]:
+    metrics, trunk = report.metrics, report.trunk
+    return {
+        "bytes_up": metrics.bytes_up,
+        "bytes_down": metrics.bytes_down,
+        "decode_bytes_up": metrics.decode_bytes_up,
+        "decode_bytes_down": metrics.decode_bytes_down,
+        "trunk_address": report.trunk_address,
+        "trunk_peak_rss_bytes": trunk.peak_rss_bytes if trunk else 0,
+        "trunk_import_rss_bytes": trunk.import_rss_bytes if trunk else 0,
+        "trunk_load_s": trunk.load_s if trunk else 0.0,
+        "trunk_threads": trunk.threads if trunk else 0,
+    }
+
+
+def _ledger(metrics: RunMetrics) -> dict[str, float]:
+    rest = {f"{name}_s": spent for name, spent in metrics.ledger.items() if name != UNATTRIBUTED}
+    return {**rest, f"{UNATTRIBUTED}_s": metrics.ledger[UNATTRIBUTED]}
+
+
+def _processor() -> str:
+    """The processor's name; platform.processor() is empty on most Linux machines."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

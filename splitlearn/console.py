@@ -1,0 +1,152 @@
+"""What the command line prints for people: tables on stdout, drawn by rich."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from splitlearn.arm import Kind
+from splitlearn.compare import Comparison, Watch
+from splitlearn.events import TokenEvent
+from splitlearn.flags import FLAGS, SIDES
+from splitlearn.metrics import RunMetrics
+from splitlearn.models import ModelStatus
+from splitlearn.parts import Part
+from splitlearn.progress import Progress, Step
+from splitlearn.runs import ArmReport, Item, Restarted
+from splitlearn.selection import Availability, FlagSet
+
+LEDGER_ORDER = (
+    *("tokenise", "open", "model", "bottom", "encode", "wire", "queue", "trunk", "decode", "top"),
+    *("sample", "emit", "unattributed"),
+)
+
+
+def watch(progress: Progress, limit: int) -> Watch:
+    """Shows how many tokens each arm has."""
+    seen: Counter[Kind] = Counter()
+
+    def show(kind: Kind, item: Item) -> None:
+        if isinstance(item, Restarted):
+            seen[kind] = 0
+        elif isinstance(item, TokenEvent):
+            seen[kind] += len(item.token_ids)
+        progress(Step(f"Running the {kind} model", limit if isinstance(item, ArmReport) else seen[kind], limit))
+
+    return show
+
+
+def print_comparison(found: Comparison) -> None:
+    """Both answers, the figures side by side, where the time went, and whether the tokens are the same."""
+    console = Console()
+    plan = found.plan
+    console.print(
+        f"[bold]{found.model}[/], trunk layers [{plan.start}, {plan.end}) of {plan.n_layers}", highlight=False
+    )
+    for name, report in (("full", found.full), ("split", found.split)):
+        console.print(f"\n[bold]{name}[/]: ", end="")
+        console.print(report.metrics.text.strip(), markup=False, highlight=False)
+    console.print()
+    console.print(_figures(found))
+    console.print(_ledger(found.full.metrics, found.split.metrics))
+    at = found.first_divergence
+    verdict = "identical" if at is None else f"they differ from token {at} on"
+    console.print(f"Tokens of full and split: [bold]{verdict}[/]. One run of each (n = 1).", highlight=False)
+
+
+def print_models(rows: Sequence[ModelStatus], cache: Path) -> None:
+    """The catalogue, and what else is cached."""
+    table = Table("model", "source", "licence", "cached", "description", title=f"Models (cache: {cache})")
+    for row in rows:
+        cached = f"{_bytes(row.cached_bytes)}" if row.folder else "no"
+        entry = row.entry
+        table.add_row(row.name, row.source, entry.licence if entry else "", cached, entry.description if entry else "")
+    Console().print(table)
+
+
+def print_parts(found: Sequence[Part], as_json: bool) -> None:
+    """What each part holds."""
+    if as_json:
+        print(json.dumps([asdict(part) for part in found], indent=2))
+        return
+    table = Table("part", "layers", "parameters", "weights", "KV cache per token", "wire per token")
+    for part in found:
+        sizes = (part.weight_bytes, part.kv_bytes_per_token, part.wire_bytes_per_token)
+        table.add_row(part.name, part.layers, f"{part.parameters:,}", *map(_bytes, sizes))
+    Console().print(table)
+
+
+def print_flags(available: Availability, applied: FlagSet) -> None:
+    """The matrix of flag by side: applied, available, unavailable and why."""
+    table = Table("flag", "fidelity", *SIDES, title="Flags, with config.yaml's choice")
+    for name, flag in FLAGS.items():
+        states = []
+        for side in SIDES:
+            reason = available[side][name]
+            chosen = any(text.partition("=")[0] == name for text in applied.of(side))
+            states.append(f"[dim]{reason}[/]" if reason else "[bold]applied[/]" if chosen else "available")
+        table.add_row(name, flag.fidelity, *states)
+    Console().print(table)
+
+
+def _figures(found: Comparison) -> Table:
+    table = Table("", "full", "split", "split / full")
+    full, split = found.full.metrics, found.split.metrics
+    for label, of in _TIMES.items():
+        one, other = of(full), of(split)
+        ratio = f"{other / one:.3f}" if one and other else ""
+        table.add_row(label, _milliseconds(one), _milliseconds(other), ratio)
+    table.add_row("TPS (request)", f"{full.tps:.1f} /s", f"{split.tps:.1f} /s", f"{split.tps / full.tps:.3f}")
+    table.add_row("tokens", str(full.n_tokens), str(split.n_tokens), "")
+    table.add_row("finished by", full.finish_reason, split.finish_reason, "")
+    table.add_row("memory beyond imports", _added(found.full), _added(found.split), "")
+    if found.split.trunk is not None:
+        trunk = found.split.trunk
+        table.add_row("memory of the trunk", "", _bytes(trunk.peak_rss_bytes - trunk.import_rss_bytes), "")
+    steps = max(1, len(split.itl_s))
+    wire = f"{_bytes(split.decode_bytes_up // steps)} up, {_bytes(split.decode_bytes_down // steps)} down"
+    table.add_row("wire per decoded token", "", wire, "")
+    return table
+
+
+_TIMES: dict[str, Callable[[RunMetrics], float | None]] = {
+    "TTFT": lambda metrics: metrics.ttft_s,
+    "TPOT": lambda metrics: metrics.tpot_s,
+    "ITL, median": lambda metrics: metrics.itl_p50_s,
+    "E2EL": lambda metrics: metrics.e2el_s,
+}
+
+
+def _ledger(full: RunMetrics, split: RunMetrics) -> Table:
+    """Where the time went, in milliseconds per step after the first, and as a share."""
+    table = Table("time per decoded token", "full", "", "split", "", title=None)
+    for name in LEDGER_ORDER:
+        cells = []
+        for metrics in (full, split):
+            spent, all_of_it = metrics.decode_ledger.get(name), sum(metrics.decode_ledger.values())
+            steps = len(metrics.itl_s)
+            cells += [f"{spent / steps * 1e3:.2f} ms", f"{spent / all_of_it:.1%}"] if spent and steps else ["", ""]
+        if any(cells):
+            table.add_row(name, *cells)
+    return table
+
+
+def _added(report: ArmReport) -> str:
+    return _bytes(report.peak_rss_bytes - report.import_rss_bytes)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+def _bytes(count: float) -> str:
+    """Decimal units, as disks and networks count."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

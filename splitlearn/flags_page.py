@@ -1,0 +1,50 @@
+"""docs/flags.md, generated from the registry: `python -m splitlearn flags --markdown`."""
+
+from splitlearn.flags import FLAGS, SIDES, Flag
+from splitlearn.selection import PRESETS
+
+_HEAD = """# Optimization flags
+
+Generated from splitlearn/flags.py by `make docs`; do not edit.
+
+A flag is one optimization. It is *applied*, or it is at its *off arm*: what a person who does not know the flag would
+write. Each side chooses for itself: `full` is the whole model in one process, `client` the bottom and the top of a
+split model, `trunk` the layers between, at the server.
+
+Fidelity: **exact** flags give bit-equal logits; **rounding** flags add in another order, so logits differ by rounding.
+Scope: a **session** flag is chosen with each generation; **load** and **process** flags need a process of their own.
+"""
+
+_SELECT = """
+## Choosing flags
+
+In `config.yaml` (`flags:`), on the command line (`--flags`) and on the page the words are the same:
+
+- `default`: every available exact or rounding flag but `torch_compile`; `all`; `none`;
+- a list: `use_cache,inference_mode`; another choice of a flag: `float32_matmul_precision=high`;
+- one of these for each side: `full:all client:use_cache trunk:none`; a side that is not named has the default;
+- a preset:
+"""
+
+
+def markdown() -> str:
+    """The whole page."""
+    table = ["| flag | fidelity | scope | full | client | trunk | at first |", "| --- " * 7 + "|"]
+    table += [_row(flag) for flag in FLAGS.values()]
+    details = [_section(flag) for flag in FLAGS.values()]
+    presets = [f"  - `{name}`: {words}" for name, (words, _) in PRESETS.items()]
+    return "\n".join([_HEAD, *table, "", *details]) + _SELECT + "\n".join(presets) + "\n"
+
+
+def _row(flag: Flag) -> str:
+    sides = ["acts" if side in flag.sides else "" for side in SIDES]
+    first = "on, where available" if flag.on_by_default else "off"
+    return f"| `{flag.name}` | {flag.fidelity} | {flag.scope} | {' | '.join(sides)} | {first} |"
+
+
+def _section(flag: Flag) -> str:
+    others = [choice for choice in flag.choices if choice not in (flag.off, flag.applied)]
+    lines = [f"### {flag.label}", "", f"- Applied: {flag.help}", f"- Off: {flag.off_help}"]
+    if others:
+        lines.append(f"- Other choices: {', '.join(f'`{flag.name}={choice}`' for choice in others)}.")
+    return "\n".join([*lines, ""])

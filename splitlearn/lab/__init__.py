@@ -1,0 +1,1 @@
+"""The lab: what each flag does, measured."""
