@@ -58,7 +58,7 @@ def structure_of(model: nn.Module) -> Structure:
     body = layers.rpartition(".")[0]
     record = RECORDS.get(_family(model), Record())
     children = dict(model.get_submodule(body).named_children())
-    norm = _find_norm(children, record)
+    norm = _find_norm(children, layers)
     embedding = _find_embedding(model)
     before = [name for name in _registered_before(children, layers) if name not in (norm, *record.after)]
     return Structure(
@@ -113,10 +113,16 @@ def _find_embedding(model: Any) -> str:
     return path
 
 
-def _find_norm(children: dict[str, nn.Module], record: Record) -> str | None:
-    """The last child named as a norm, which is the final one wherever there is one. None for a model without."""
-    named = [name for name in children if any(word in name for word in NORM_WORDS) and name not in record.after]
-    return named[-1] if named else None
+def _find_norm(children: dict[str, nn.Module], layers: str) -> str | None:
+    """The last norm registered after the layers, or one called final. None for a model without a final norm.
+
+    A norm before the layers that is not called final is one of the embeddings (trocr, bloom).
+    """
+    names = list(children)
+    after = names[names.index(layers.rpartition(".")[2]) + 1 :]
+    norms = [name for name in names if any(word in name for word in NORM_WORDS)]
+    final = [name for name in norms if name in after] or [name for name in norms if "final" in name]
+    return final[-1] if final else None
 
 
 def _registered_before(children: dict[str, nn.Module], layers: str) -> list[str]:

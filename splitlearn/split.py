@@ -228,8 +228,10 @@ class _Entrance:
     def at_target(
         self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Put it in the place of the hidden state that the body made of it."""
+        """Put it in the place of the hidden state that the body made of it, once in a call."""
         hidden, self.hidden = self.hidden, None
+        if hidden is None:
+            return positional, named
         if positional:
             return (hidden, *positional[1:]), named
         return positional, {**named, "hidden_states": hidden}

@@ -1,5 +1,6 @@
 """Is a split of this architecture exactly the whole? Answered by running both on a tiny random copy of it."""
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from splitlearn.errors import FamilyRefused
 from splitlearn.families import structure_of
@@ -37,21 +39,31 @@ class Result:
 
 def prove(config: Any) -> Result:
     """Run the proof for the architecture of a configuration, at a tiny size. Never raises for what a family does."""
-    family = str(config.model_type)
+    family, named = str(config.model_type), _class_of(config)
     try:
         model, whole = _whole(config)
+        difference = _largest([_difference(model, whole, plan) for plan in _plans(model)])
+        notes = _notes(model)
     except FamilyRefused as error:
-        return Result(family, "", False, None, str(error))
+        return Result(family, named, False, None, str(error).rstrip("."))
     except Exception as error:  # whatever a family's own code raises is the answer for that family
-        return Result(family, "", False, None, f"no tiny copy of it runs: {_first_line(error)}")
-    architecture = type(model).__name__
-    try:
-        difference = max(_difference(model, whole, plan) for plan in _plans(model))
-    except Exception as error:
-        return Result(family, architecture, False, None, f"its stages do not run: {_first_line(error)}")
+        return Result(family, named, False, None, _explained(config, error))
     reason = f"split and full differ by up to {difference:.1e}" if difference else ""
-    kinds = tuple(sorted(layer_kinds(config)))
-    return Result(family, architecture, difference == 0.0, difference, reason, _notes(model), kinds)
+    return Result(family, named, not difference, difference, reason, notes, tuple(sorted(layer_kinds(config))))
+
+
+def _class_of(config: Any) -> str:
+    return getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), "__name__", "")
+
+
+def _explained(config: Any, error: Exception) -> str:
+    """Why a tiny copy or its stages did not run, in words where transformers has a cache of another kind for it."""
+    with contextlib.suppress(Exception):
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+        if others := sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}):
+            return f"its layers keep more than a plain KV cache holds ({', '.join(others)})"
+    line = (str(error).strip().splitlines() or [""])[0][:120]
+    return f"a tiny copy does not run ({type(error).__name__}: {line})"
 
 
 def _whole(config: Any) -> tuple[nn.Module, dict[bool, Tensor]]:
@@ -91,8 +103,8 @@ def _whole_logits(model: Any) -> dict[bool, Tensor]:
         raise FamilyRefused("it looks at later tokens: not a causal decoder as configured")
     stages = cut_whole(model)
     whole = {cached: run_steps(stages, cached) for cached in (True, False)}
-    apart = max((own - logits[:, -TOTAL:]).abs().max().item() for logits in whole.values())
-    if apart > TOLERANCE * scale:
+    apart = _largest([(own - logits[:, -TOTAL:]).abs().max().item() for logits in whole.values()])
+    if not apart <= TOLERANCE * scale:
         raise FamilyRefused(f"in steps over a plain KV cache it differs from one pass by up to {apart:.1e}")
     return whole
 
@@ -105,7 +117,12 @@ def _plans(model: nn.Module) -> Sequence[SplitPlan]:
 
 def _difference(model: nn.Module, whole: dict[bool, Tensor], plan: SplitPlan) -> float:
     stages = cut(model, plan)
-    return max((run_steps(stages, cached) - logits).abs().max().item() for cached, logits in whole.items())
+    return _largest([(run_steps(stages, cached) - logits).abs().max().item() for cached, logits in whole.items()])
+
+
+def _largest(values: list[float]) -> float:
+    """The largest of them; not a number if any is not, where Python's max may pass over it."""
+    return torch.tensor(values, dtype=torch.float64).max().item()
 
 
 def cut_whole(model: nn.Module) -> list[CutModel]:
@@ -158,12 +175,8 @@ def _notes(model: Any) -> tuple[str, ...]:
 def _rolls_back(model: nn.Module) -> bool:
     """Do three tokens give the same logits again after the cache was cut back by three?"""
     (stage,) = cut_whole(model)
-    ids, cache = token_ids(), DynamicCache()
-    forward(stage, ids[:, :PREFILL], 0, cache)
-    once = forward(stage, ids[:, PREFILL : PREFILL + 3], PREFILL, cache)
+    prompt, three, cache = token_ids()[:, :PREFILL], token_ids()[:, PREFILL : PREFILL + 3], DynamicCache()
+    forward(stage, prompt, 0, cache)
+    once = forward(stage, three, PREFILL, cache)
     cache.crop(-3)
-    return torch.equal(once, forward(stage, ids[:, PREFILL : PREFILL + 3], PREFILL, cache))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+    return torch.equal(once, forward(stage, three, PREFILL, cache))

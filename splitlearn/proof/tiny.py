@@ -58,7 +58,7 @@ WORDS: dict[str, int] = {
     "experts": 4,
     "_rank": 16,
 }
-ALWAYS = ("head_dim", "num_key_value_heads")
+ALWAYS = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "num_local_experts")
 UNIT_WORDS = ("multiplier", "scaling")
 
 
@@ -116,17 +116,16 @@ def _attributes(config: Any) -> dict[str, Any]:
 def _size(name: str, value: Any) -> Any:
     if name.endswith("token_id"):
         return value % VOCABULARY
-    word = next((word for word in WORDS if word in name), None)
-    return SIZES.get(name, value if word is None else min(value, WORDS[word]))
+    most = next((size for word, size in WORDS.items() if word in name), value)
+    return SIZES.get(name, most if value is None else min(value, most))
 
 
 def _shrink_layers(config: Any) -> None:
-    """Fewer layers, of which each kind that the configuration lists is still there."""
-    count = getattr(config, "num_hidden_layers", None)
-    if not isinstance(count, int) or count <= LAYERS:
+    """LAYERS layers, or more if the configuration lists more kinds: each kind that it lists is still there."""
+    count, lists = getattr(config, "num_hidden_layers", None), _per_layer(config)
+    if not isinstance(count, int) or (count <= LAYERS and lists):
         return
-    lists = _per_layer(config)
-    kept = _sample(list(zip(*(map(str, value) for value in lists.values()), strict=True)) or [()] * count)
+    kept = _sample(list(zip(*(map(str, value) for value in lists.values()), strict=True)) or [()] * LAYERS)
     for name, value in lists.items():
         setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
