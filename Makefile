@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTO := splitlearn/wire/trunk.proto
 
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-compose check proto docs bench clean weights chromium
+.PHONY: help install run test test-compose check proto docs bench clean weights chromium iptables
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -19,7 +19,7 @@ run: weights ## install, then open the page on http://127.0.0.1:7860
 test: .venv/installed-test weights chromium ## install what the tests need, and run them
 	$(BIN)/python -m pytest
 
-test-compose: .venv/installed-test weights ## build the images and bring the compose file up for real (minutes)
+test-compose: .venv/installed-test chromium iptables ## build the images and bring the compose file up for real (minutes)
 	$(BIN)/python -m pytest tests/test_compose.py -m compose
 
 check: .venv/installed-test ## lint, types, import direction, container files, generated files
@@ -59,8 +59,8 @@ weights: .venv/installed
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt
 	@touch $@
 
-# The browser tests skip, saying so, where there is none.
-chromium:
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } || \
-	  echo "no chromium here, and it cannot be installed by this user: the browser tests will be skipped" >&2
+# Debian's packages. What needs them skips, saying so, where they cannot be had.
+chromium iptables:
+	@command -v $@ >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $@; } || \
+	  echo "no $@ here, and it cannot be installed by this user: the tests that need it will be skipped" >&2

@@ -1,0 +1,105 @@
+"""The container files: what can be read off them, and, marked `compose`, the stack brought up for real.
+
+Bringing it up takes minutes, so that `make test` leaves it to `make test-compose`.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+# A helper that lies beside the project where its developers work, and is no part of it.
+BRING_UP = ROOT.parent / "shared" / "tools" / "compose-e2e"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["hadolint", "Dockerfile"],
+        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml", "compose.gpu.yaml"],
+        ["yamllint", "--strict", "."],
+    ],
+    ids=lambda command: command[0],
+)
+def test_container_and_yaml_files_pass_their_linter(command: list[str]) -> None:
+    run = subprocess.run([BIN / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]], ids=["base", "gpu"])
+def test_compose_accepts_the_files(files: list[str]) -> None:
+    compose = ["docker", "compose"]
+    if shutil.which("docker") is None or subprocess.run([*compose, "version"], capture_output=True).returncode:
+        pytest.skip("docker compose is not installed")
+    options = [word for name in files for word in ("-f", name)]
+    run = subprocess.run([*compose, *options, "config", "-q"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_page_is_published_on_loopback_and_nothing_else_is() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    assert {name: service.get("ports") for name, service in services.items()} == {
+        "trunk": None,
+        "app": ["127.0.0.1:7860:7860"],
+    }
+
+
+def test_the_image_runs_as_a_user_with_a_number() -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    last = [line.split()[1] for line in lines if line.startswith("USER ")][-1]
+    user, group = last.split(":")
+    assert int(user) > 0
+    assert int(group) > 0
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What compose_drive.py saw of the running stack."""
+    if not BRING_UP.exists():
+        pytest.skip(f"{BRING_UP} is missing, which brings a stack up without a Docker engine")
+    for tool in ("iptables", "chromium"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    out = tmp_path_factory.mktemp("compose") / "seen.json"
+    chromium = str(shutil.which("chromium"))
+    drive = [sys.executable, "-m", "tests.compose_drive", str(out), chromium]
+    in_place = ["env", "-C", str(ROOT), *drive]
+    run = subprocess.run([BRING_UP, ROOT, "--", *in_place], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.returncode == 0, run.stdout[-8000:]
+    seen: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return seen
+
+
+@pytest.mark.compose
+@pytest.mark.timeout(1800)
+class TestStack:
+    def test_the_page_answers_on_the_published_port(self, seen: dict[str, Any]) -> None:
+        assert seen["status"] == 200
+
+    def test_both_containers_become_healthy(self, seen: dict[str, Any]) -> None:
+        assert seen["health"] == {"trunk": "healthy", "app": "healthy"}
+
+    def test_no_container_runs_as_root(self, seen: dict[str, Any]) -> None:
+        assert seen["users"] == {"trunk": "10001", "app": "10001"}
+
+    def test_the_trunk_is_not_published(self, seen: dict[str, Any]) -> None:
+        assert not seen["trunk_published"]
+
+    def test_a_comparison_runs_through_the_trunks_container(self, seen: dict[str, Any]) -> None:
+        found = seen["comparison"]
+        assert found["identical_tokens"]
+        assert found["split_run"]["trunk_address"] == "trunk:50051"
+        assert found["split_run"]["n_tokens"] == 16
+
+    def test_the_button_on_the_page_compares_through_the_trunks_container(self, seen: dict[str, Any]) -> None:
+        assert "identical" in seen["page"].lower()
+
+    def test_the_stack_stops_before_it_is_killed(self, seen: dict[str, Any]) -> None:
+        assert seen["stop_s"] < 10  # what compose waits before it kills
