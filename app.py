@@ -1,0 +1,14 @@
+"""The page: `python app.py [--config config.yaml] [--share]`; `--help` lists the rest."""
+
+import sys
+
+
+def main() -> int:
+    """Run the page until told to stop. Returns the exit status."""
+    from ui.launch import main as launch  # here, since every worker process imports this file again
+
+    return launch(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Where the time of a decoded token went: a stacked bar for each arm, from the ledger."""
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+from splitlearn.console import LEDGER_ORDER
+from splitlearn.runs import ArmReport
+
+# Distinct in light and dark and for the colour-blind: Okabe and Ito's palette, with greys for what is small.
+COLOURS = {
+    **{"tokenise": "#8c8c8c", "open": "#b0b0b0", "model": "#0072b2", "bottom": "#56b4e9", "encode": "#f0e442"},
+    **{"wire": "#d55e00", "queue": "#999933", "trunk": "#009e73", "decode": "#e69f00", "top": "#5a7fd0"},
+    **{"sample": "#cc79a7", "emit": "#882255", "unattributed": "#a0a0a0"},
+}
+
+
+def ledger(full: ArmReport, split: ArmReport) -> Any:
+    """Milliseconds per token after the first, by where they went; the two bars share one axis from zero."""
+    figure = go.Figure()
+    for name in LEDGER_ORDER:
+        values = [_milliseconds(report, name) for report in (split, full)]
+        if any(values):
+            figure.add_bar(
+                x=values,
+                y=["split", "full"],
+                name=name,
+                orientation="h",
+                marker_color=COLOURS[name],
+                hovertemplate=f"{name}: %{{x:.2f}} ms<extra></extra>",
+            )
+    figure.update_layout(
+        barmode="stack",
+        height=250,
+        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        legend={"orientation": "h", "traceorder": "normal", "y": -0.35, "yanchor": "top"},
+        xaxis={"title": "ms per token after the first", "gridcolor": "rgba(128,128,128,0.35)", "automargin": True},
+        yaxis={"automargin": True},
+    )
+    return figure
+
+
+def _milliseconds(report: ArmReport, name: str) -> float:
+    metrics = report.metrics
+    return metrics.decode_ledger.get(name, 0.0) / max(1, metrics.n_tokens - 1) * 1e3

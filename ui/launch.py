@@ -1,0 +1,127 @@
+"""From the command line to a running page, and to its orderly end."""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from splitlearn import config
+from splitlearn.config import EMBEDDED, Config
+from splitlearn.errors import SetupError, SplitlearnError, TrunkError
+from splitlearn.progress import Progress, Step, on_console
+from ui import share
+
+if TYPE_CHECKING:
+    from splitlearn.runs import Runs
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config.yaml"
+Login = tuple[str, str] | None
+
+
+def main(arguments: list[str]) -> int:
+    """Serve the page until told to stop. Returns the exit status: 2 when it cannot start as asked."""
+    options = _options(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the program in the same order as Ctrl-C
+    try:
+        settings = _settings(options)
+        login = share.login(settings.ui.auth, settings.ui.share, options.share_without_login)
+        port = free_port(settings.ui.host, settings.ui.port)
+        _serve(settings, port, login)
+    except SplitlearnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def free_port(host: str, port: int) -> int:
+    """`port` if it can be listened on, a free one for 0. Raises SetupError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            hint = "Choose another with --port or ui.port; 0 takes a free one."
+            raise SetupError(f"ui.port: cannot listen on {host}:{port} ({error.strerror}). {hint}") from error
+        return int(probe.getsockname()[1])
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python app.py", description="Compare a full and a split model on one page.")
+    parser.add_argument("--config", type=Path, help="a config.yaml (default: the one beside app.py)")
+    parser.add_argument("--host", help="overrides ui.host")
+    parser.add_argument("--port", type=int, help="overrides ui.port; 0 takes a free one")
+    parser.add_argument("--trunk", metavar="HOST:PORT", help="overrides trunk.address")
+    parser.add_argument("--share", action="store_true", default=None, help="ask for a public link; demands a login")
+    parser.add_argument("--share-without-login", action="store_true", help="let everybody in who has the link")
+    return parser.parse_args(arguments)
+
+
+def _settings(options: argparse.Namespace) -> Config:
+    """The file's settings with what the command line changes, checked as the file is."""
+    path = options.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    settings = config.load(path).model_dump()
+    shared = options.share or options.share_without_login or None
+    changes = {"host": options.host, "port": options.port, "share": shared}
+    settings["ui"] |= {name: value for name, value in changes.items() if value is not None}
+    if options.trunk is not None:
+        settings["trunk"]["address"] = options.trunk
+    return config.parse(settings)
+
+
+def _serve(settings: Config, port: int, login: Login) -> None:
+    """Prepare the model, then launch the page and stay until interrupted; children end with it."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from splitlearn.runs import Runs
+
+    with on_console() as progress:
+        runs = Runs(settings, progress)
+        _greet_trunk(runs, progress)
+    with runs:
+        _page(runs, port, login)
+
+
+def _greet_trunk(runs: "Runs", progress: Progress) -> None:
+    """Start or find the trunk now rather than at the first prompt; a remote one may still come up later."""
+    embedded = runs.config.trunk.address == EMBEDDED
+    progress(Step("Starting the trunk server" if embedded else "Looking for the trunk server"))
+    try:
+        runs.check_trunk()
+    except TrunkError as error:
+        print(f"warning: {error} The page starts all the same.", file=sys.stderr)
+
+
+def _page(runs: "Runs", port: int, login: Login) -> None:
+    from ui.handlers import Handlers
+    from ui.layout import Page
+    from ui.theme import CSS, THEME
+
+    settings, sharing = runs.config.ui, share.Sharing.of(runs.config.ui.share)
+    with Handlers(runs) as handlers:
+        demo = Page(handlers, sharing).blocks
+        demo.launch(
+            server_name=settings.host,
+            server_port=port,
+            auth=login,
+            theme=THEME,
+            css=CSS,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+        )
+        try:
+            print(f"The page is on http://{settings.host}:{port}", flush=True)
+            if settings.share:
+                share.open_link(demo, sharing)
+            threading.Event().wait()
+        finally:
+            handlers.stops.stop_all()
+            demo.close(verbose=False)

@@ -1,0 +1,197 @@
+"""The page: its parts, and which action each of them starts."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from splitlearn.selection import parse
+from ui import charts, choice, flag_view, inputs, view
+from ui.handlers import Handlers, TableState
+from ui.picker import Picker, Updates
+from ui.session import ArmView, Shown
+from ui.share import Sharing
+
+# Text fields, not gr.Number: that hands over an empty value for "x", and nobody could be told what was wrong.
+NUMBERS = {
+    "max_new_tokens": "Max new tokens",
+    "temperature": "Temperature (0 is greedy)",
+    "top_k": "Top-k (0 is off)",
+    "top_p": "Top-p (1 is off)",
+    "repetition_penalty": "Repetition penalty (1 is off)",
+    "seed": "Seed",
+}
+KINDS = [("without it (all the others on)", "without"), ("alone (all the others off)", "alone")]
+
+
+class Page:
+    """One page of the program; `blocks` is what Gradio launches."""
+
+    def __init__(self, handlers: Handlers, sharing: Sharing) -> None:
+        self.handlers = handlers
+        self.runs = handlers.runs
+        self.sharing = sharing
+        with gr.Blocks(title="splitlearn", analytics_enabled=False, fill_width=True) as self.blocks:
+            self._top()
+            self._tabs()
+            self._connect()
+
+    def _top(self) -> None:
+        """Head, prompt, buttons, and what is folded away."""
+        gr.Markdown("# splitlearn: one prompt, full and split", elem_classes="sl-title")
+        gr.HTML(view.facts(self.runs))
+        self.link = gr.HTML(view.note(self.sharing.message), elem_id="share-link")
+        self.timer = gr.Timer(1.0, active=self.sharing.state == "asked")
+        settings = self.runs.config.generation
+        self.fields = {"prompt": gr.Textbox(settings.prompt, label="Prompt", lines=2, max_lines=8, elem_id="prompt")}
+        with gr.Row():
+            self.compare = gr.Button("Compare full and split", variant="primary", scale=3, elem_id="compare")
+            self.stop = gr.Button("Stop", interactive=False, scale=1, elem_id="stop")
+        self.error = gr.HTML("", elem_id="error")
+        with gr.Row():
+            with gr.Accordion("Settings", open=False, elem_id="settings"):
+                self._settings()
+            with gr.Accordion("Optimization flags", open=False, elem_id="flags"):
+                self.matrix = gr.HTML(render=False, elem_id="matrix")
+                self.picker = Picker(self.matrix, self.runs.config.flags)
+
+    def _settings(self) -> None:
+        generation = self.runs.config.generation
+        first = inputs.at_first(generation)
+        with gr.Group(elem_classes="sl-flags"):
+            for name, label in NUMBERS.items():
+                self.fields[name] = gr.Textbox(first[name], label=label, elem_id=name)
+        forms = [("Chat template, where the model has one", "chat"), ("Raw prompt", "raw")]
+        self.fields["form"] = gr.Radio(forms, value="chat" if generation.chat else "raw", label="Prompt as")
+        self.fields["ignore_eos"] = gr.Checkbox(label="Ignore the end token: always generate to the limit")
+        self.fields["stop"] = gr.Textbox(label="Stop strings, one on each line", lines=2)
+        gr.HTML(view.split_facts(self.runs))
+
+    def _tabs(self) -> None:
+        with gr.Tabs(selected="answers") as self.tabs:
+            with gr.Tab("Answers", id="answers"):
+                with gr.Row():
+                    self.full = gr.HTML(view.card(ArmView("full")), min_width=320, elem_id="full")
+                    self.split = gr.HTML(view.card(ArmView("split")), min_width=320, elem_id="split")
+                self.result = gr.HTML("", elem_id="result")
+                self.plot = gr.Plot(label="Where the time went", visible=False, elem_id="ledger")
+            with gr.Tab("Per-flag table", id="table"):
+                self._table()
+            with gr.Tab("Flags by side", id="matrix-tab"):
+                self.matrix.render()
+
+    def _table(self) -> None:
+        gr.HTML(f'<p class="sl-small">{TABLE_HELP}</p>')
+        with gr.Row():
+            self.kinds = gr.CheckboxGroup(KINDS, value=["without"], label="Rows for each applied flag", min_width=300)
+            self.repeats = gr.Textbox("3", label="Repeats", min_width=100, elem_id="repeats")
+        with gr.Row():
+            self.measure = gr.Button("Measure the flags", scale=3, elem_id="measure")
+            self.csv = gr.DownloadButton("Download CSV", interactive=False, scale=1, elem_id="csv")
+        self.progress = gr.HTML("", elem_id="progress")
+        self.measured = gr.HTML("", elem_id="measured", elem_classes="sl-measured")
+
+    def _connect(self) -> None:
+        self.picker.connect(self.runs, self.error)
+        self.blocks.load(self._open, None, [*self.picker.outputs, self.link, self.timer], show_progress="hidden")
+        self.blocks.unload(self._leave)
+        self.timer.tick(self._link, None, [self.link, self.timer], show_progress="hidden")
+        self.stop.click(self._stop, None, self.stop, queue=False, show_progress="hidden")
+        drawn = [self.full, self.split, self.result, self.plot, self.error]
+        compare = [self.compare.click, self.fields["prompt"].submit]
+        self._action(compare, self._compare, self._begin_compare, {*self.fields.values(), self.picker.words}, drawn)
+        given = {*self.fields.values(), self.picker.words, self.kinds, self.repeats}
+        shown = [self.progress, self.measured, self.csv, self.error]
+        self._action([self.measure.click], self._measure, self._begin_measure, given, shown)
+
+    def _action(
+        self, triggers: list[Any], run: Callable[..., Any], begin: Callable[..., Any], given: set[Any], drawn: list[Any]
+    ) -> None:
+        """Begin at once, run when no other visitor's run is under way, and set the buttons back whatever happened."""
+        buttons = [self.compare, self.measure, self.stop]
+        begun = gr.on(triggers, begin, None, [*buttons, *drawn, self.tabs], queue=False, show_progress="hidden")
+        ran = begun.then(
+            run, given, drawn, concurrency_id="runs", concurrency_limit=1, show_progress="hidden", trigger_mode="once"
+        )
+        ran.then(lambda: _buttons(buttons, running=False), None, buttons, queue=False, show_progress="hidden")
+
+    def _open(self) -> Updates:
+        """A page was opened: the flags as they are available now, as the configuration has them."""
+        known = choice.available(self.runs)
+        return {**self.picker.show(parse(self.runs.config.flags, known), known), **self._link()}
+
+    def _leave(self, request: gr.Request) -> None:
+        self.handlers.stops.forget(_visitor(request))
+
+    def _link(self) -> Updates:
+        active = self.sharing.state == "asked"
+        return {self.link: view.note(self.sharing.message), self.timer: gr.Timer(active=active)}
+
+    def _stop(self, request: gr.Request) -> Any:
+        self.handlers.stops.stop(_visitor(request))
+        return gr.Button(interactive=False)
+
+    def _begin_compare(self, request: gr.Request) -> Updates:
+        self.handlers.stops.begin(_visitor(request))
+        waiting = {self.full: view.card(ArmView("full", "waiting")), self.split: view.card(ArmView("split", "waiting"))}
+        empty = {self.result: "", self.plot: gr.Plot(visible=False), self.error: ""}
+        buttons = _buttons([self.compare, self.measure, self.stop], running=True)
+        return {**waiting, **empty, **buttons, self.tabs: gr.Tabs(selected="answers")}
+
+    def _begin_measure(self, request: gr.Request) -> Updates:
+        self.handlers.stops.begin(_visitor(request))
+        empty = {self.progress: "", self.measured: "", self.csv: gr.DownloadButton(interactive=False), self.error: ""}
+        return {**empty, **_buttons([self.compare, self.measure, self.stop], running=True)}
+
+    def _typed(self, given: dict[Any, Any]) -> dict[str, Any]:
+        return {name: given[component] for name, component in self.fields.items()}
+
+    def _compare(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+        """Draw only what changed."""
+        before, words = Shown(), given[self.picker.words]
+        for shown in self.handlers.compare(self._typed(given), words, _visitor(request)):
+            yield self._changes(before, shown, words)
+            before = shown
+
+    def _changes(self, before: Shown, shown: Shown, words: str) -> Updates:
+        updates: Updates = {self.error: view.errors(shown)}
+        if shown.full != before.full or shown.error:
+            updates[self.full] = view.card(shown.full)
+        if shown.split != before.split or shown.error:
+            updates[self.split] = view.card(shown.split)
+        if shown.both is not None:
+            updates[self.result] = view.result(shown, self.handlers.text_of, words)
+            updates[self.plot] = gr.Plot(charts.ledger(*shown.both), visible=True)
+        return updates
+
+    def _measure(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+        asked = (given[self.picker.words], given[self.kinds], given[self.repeats])
+        for state in self.handlers.measure(self._typed(given), *asked, _visitor(request)):
+            yield self._table_updates(state)
+
+    def _table_updates(self, state: TableState) -> Updates:
+        updates: Updates = {self.error: view.error(state.error)}
+        if state.snapshot is not None:
+            updates[self.progress] = flag_view.progress(state.snapshot, state.repeats, state.state)
+            updates[self.measured] = flag_view.measured(state.snapshot)
+        if state.csv is not None:
+            updates[self.csv] = gr.DownloadButton(value=str(state.csv), interactive=True)
+        return updates
+
+
+def _buttons(buttons: list[Any], running: bool) -> Updates:
+    """Compare and measure, while nothing runs; stop, while something does."""
+    compare, measure, stop = buttons
+    idle = gr.Button(interactive=not running)
+    return {compare: idle, measure: gr.Button(interactive=not running), stop: gr.Button(interactive=running)}
+
+
+def _visitor(request: gr.Request) -> str:
+    """What tells one open page from another."""
+    return str(request.session_hash)
+
+
+TABLE_HELP = (
+    "Runs the prompt above, always to its token limit, with no flag, with all chosen flags, and with each chosen flag "
+    "left out or alone: every row in both arms, warm, in random order. Nothing is drawn while a run is measured."
+)

@@ -1,0 +1,131 @@
+"""The flag picker: controls made from the registry. What is chosen is the text in `words`; all others follow it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from splitlearn.errors import SplitlearnError
+from splitlearn.flags import FLAGS, SIDES, Flag
+from splitlearn.runs import Runs
+from splitlearn.selection import Availability, FlagSet, parse
+from ui import choice, flag_view, view
+
+Updates = dict[Any, Any]
+PRESETS_HELP = "The earlier-* presets repeat an earlier system's comparison. They and 'all' compile: minutes at first."
+WORDS_HELP = (
+    "As in --flags: default, all, none, a preset, a list such as use_cache,inference_mode, or full:... client:..."
+)
+
+
+class Picker:
+    """Made inside a `gr.Blocks`; `connect` makes it live. `matrix` is where flag by side is shown."""
+
+    def __init__(self, matrix: Any, at_first: str) -> None:
+        self.matrix = matrix
+        self.preset = gr.Radio(list(choice.SETS), label="Set of flags", info=PRESETS_HELP)
+        gr.Markdown("The same on every side where a flag acts:", elem_classes="sl-small")
+        self.flags: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}
+        with gr.Group(elem_classes="sl-flags"):
+            for name, flag in FLAGS.items():
+                with gr.Column(elem_classes="sl-flag"):
+                    self.flags[name] = _control(flag)
+                    self.about[name] = gr.HTML(flag_view.about(flag, None))
+        # In the same accordion as the controls: Gradio keeps no value for a field that was never on the screen but the
+        # one that it began with.
+        self.words = gr.Textbox(at_first, label="Flags in words", info=WORDS_HELP, elem_id="flag-words")
+        with gr.Accordion("Advanced: choose for each side", open=False, elem_id="sides"):
+            self.sides = {side: gr.CheckboxGroup([], label=f"Applied on {side}") for side in SIDES}
+
+    @property
+    def outputs(self) -> list[Any]:
+        """All that `show` gives values for."""
+        controls = [*self.flags.values(), *self.about.values(), *self.sides.values()]
+        return [self.preset, *controls, self.words, self.matrix]
+
+    def connect(self, runs: Runs, error: Any) -> None:
+        """Let each control change the words, and the others with them; what cannot be used is said in `error`."""
+        outputs = [*self.outputs, error]
+
+        def on_words(text: str) -> Updates:
+            try:
+                known = choice.available(runs)
+                return {**self.show(parse(text, known), known), error: ""}
+            except SplitlearnError as problem:
+                return {error: view.error(str(problem))}
+
+        def on_flag(name: str) -> Callable[[Any, str], Updates]:
+            def change(value: Any, text: str) -> Updates:
+                try:
+                    known = choice.available(runs)
+                    flags = choice.with_choice(parse(text, known), name, _chosen(FLAGS[name], value), known)
+                    return {**self.show(flags, known), error: ""}
+                except SplitlearnError as problem:
+                    return {error: view.error(str(problem))}
+
+            return change
+
+        def on_sides(*lists: list[str]) -> Updates:
+            return on_words(choice.on_sides(dict(zip(SIDES, lists, strict=True))))
+
+        self.preset.input(on_words, self.preset, outputs, show_progress="hidden")
+        for name, control in self.flags.items():
+            control.input(on_flag(name), [control, self.words], outputs, show_progress="hidden")
+        for group in self.sides.values():
+            group.input(on_sides, list(self.sides.values()), outputs, show_progress="hidden")
+        gr.on([self.words.submit, self.words.blur], on_words, self.words, outputs, show_progress="hidden")
+
+    def show(self, flags: FlagSet, known: Availability) -> Updates:
+        """Every control as `flags` has it."""
+        why_not = {name: choice.why_nowhere(name, known) for name in FLAGS}
+        controls = {
+            control: _update(FLAGS[name], choice.choice_of(flags, name, known), why_not[name])
+            for name, control in self.flags.items()
+        }
+        about = {box: flag_view.about(FLAGS[name], why_not[name]) for name, box in self.about.items()}
+        sides = {
+            group: gr.CheckboxGroup(choices=_texts(known[side]), value=sorted(flags.of(side)))
+            for side, group in self.sides.items()
+        }
+        return {
+            **controls,
+            **about,
+            **sides,
+            self.preset: choice.set_of(flags, known),
+            self.words: choice.words(flags, known),
+            self.matrix: flag_view.matrix(known, flags),
+        }
+
+
+def _control(flag: Flag) -> Any:
+    place = {"elem_id": f"flag-{flag.name}", "container": False}
+    if len(flag.choices) == 2:
+        return gr.Checkbox(label=flag.label, **place)
+    choices = [(f"{name} (off)" if name == flag.off else name, name) for name in flag.choices]
+    return gr.Radio(choices, label=flag.label, **place)
+
+
+def _update(flag: Flag, chosen: str | None, why_not: str | None) -> Any:
+    """The control of `flag` at a choice, or at none where sides differ; greyed where no side can have it."""
+    if len(flag.choices) == 2:
+        return gr.Checkbox(value=chosen == flag.applied, interactive=why_not is None)
+    return gr.Radio(value=chosen, interactive=why_not is None)
+
+
+def _chosen(flag: Flag, value: Any) -> str:
+    """What the control of `flag` says, as one of the flag's choices."""
+    if isinstance(value, bool):
+        return flag.applied if value else flag.off
+    return str(value)
+
+
+def _texts(reasons: Any) -> list[str]:
+    """What can be applied on a side: the name of each available flag, and of each choice that is not the usual one."""
+    return [
+        name if chosen == flag.applied else f"{name}={chosen}"
+        for name, flag in FLAGS.items()
+        if reasons[name] is None
+        for chosen in flag.choices
+        if chosen != flag.off
+    ]

@@ -1,0 +1,130 @@
+"""One comparison as a page follows it: what each side shows at any moment. Nothing of Gradio here."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from splitlearn.arm import Kind
+from splitlearn.compare import KINDS
+from splitlearn.errors import InputError, SplitlearnError
+from splitlearn.events import Event, GenerationRequest
+from splitlearn.metrics import RunMetrics
+from splitlearn.runs import ArmReport, Restarted, Runs
+from splitlearn.selection import FlagSet
+
+DRAW_S = 0.1  # drawing oftener takes time from the run on a machine with few cores
+State = Literal["idle", "waiting", "loading", "compiled", "running", "done", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class ArmView:
+    """What one side shows: `metrics` of what came so far, `report` once the run is complete, `error` if it failed."""
+
+    kind: Kind
+    state: State = "idle"
+    metrics: RunMetrics | None = None
+    report: ArmReport | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Both sides, and an error that concerns both."""
+
+    full: ArmView = ArmView("full")
+    split: ArmView = ArmView("split")
+    error: str = ""
+
+    def of(self, kind: Kind) -> ArmView:
+        """The side of that kind."""
+        return self.full if kind == "full" else self.split
+
+    def with_arm(self, arm: ArmView) -> "Shown":
+        """The same with `arm` in its place."""
+        return replace(self, full=arm) if arm.kind == "full" else replace(self, split=arm)
+
+    @property
+    def both(self) -> tuple[ArmReport, ArmReport] | None:
+        """The reports of full and split, when both are complete."""
+        full, split = self.full.report, self.split.report
+        return (full, split) if full and split else None
+
+
+class Stops:
+    """One stop signal for each open page, by its session."""
+
+    def __init__(self) -> None:
+        self._signals: dict[str, threading.Event] = {}
+
+    def begin(self, session: str) -> None:
+        """A run was asked for: what was stopped before does not stop it."""
+        self._signals[session] = threading.Event()
+
+    def signal(self, session: str) -> threading.Event:
+        """The signal that ends the run of `session`."""
+        return self._signals.setdefault(session, threading.Event())
+
+    def stop(self, session: str) -> None:
+        """End the run of `session`, if there is one."""
+        self.signal(session).set()
+
+    def forget(self, session: str) -> None:
+        """The page was closed: end its run."""
+        if session in self._signals:
+            self._signals.pop(session).set()
+
+    def stop_all(self) -> None:
+        """End every run."""
+        for signal in list(self._signals.values()):
+            signal.set()
+
+
+def compare(runs: Runs, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[Shown]:
+    """Run both arms, one after the other in random order; a state for each moment worth drawing.
+
+    An arm that fails leaves the other one alone, unless the request itself is at fault.
+    """
+    shown = Shown(ArmView("full", "waiting"), ArmView("split", "waiting"))
+    yield shown
+    for kind in random.sample(KINDS, len(KINDS)):
+        try:
+            for arm in _follow(runs, kind, flags, request, stop):
+                shown = shown.with_arm(arm)
+                yield shown
+        except InputError as error:
+            yield Shown(error=str(error))
+            return
+        except SplitlearnError as error:
+            shown = shown.with_arm(replace(shown.of(kind), state="failed", error=str(error)))
+            yield shown
+
+
+def _follow(
+    runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest, stop: threading.Event
+) -> Iterator[ArmView]:
+    """One arm's run, at most one state in DRAW_S while tokens come."""
+    if stop.is_set():
+        yield ArmView(kind, "stopped")
+        return
+    yield ArmView(kind, "loading")
+    events: list[Event] = []
+    report, drawn = None, 0.0
+    with closing(runs.stream(kind, flags, request, stop)) as items:  # type: ignore[type-var]  # a generator
+        for item in items:
+            if isinstance(item, ArmReport):
+                report = item
+            elif isinstance(item, Restarted):
+                events.clear()
+                yield ArmView(kind, "compiled")
+            else:
+                events.append(item)
+                if time.monotonic() - drawn >= DRAW_S:
+                    drawn = time.monotonic()
+                    yield ArmView(kind, "running", RunMetrics.from_events(events))
+    metrics = report.metrics if report else RunMetrics.from_events(events)
+    complete = report is not None and metrics is not None and metrics.finish_reason != "cancelled"
+    yield ArmView(kind, "done" if complete else "stopped", metrics, report if complete else None)

@@ -1,0 +1,75 @@
+"""Colours and spacing. Text and buttons pass WCAG AA in light and dark, which Gradio's own theme does not."""
+
+import gradio as gr
+
+THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate").set(
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    block_label_text_color="*neutral_700",
+    block_title_text_color="*neutral_700",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+    button_primary_background_fill_dark="*primary_600",
+    button_primary_background_fill_hover_dark="*primary_700",
+    button_primary_text_color="white",
+    button_primary_text_color_dark="white",
+    input_placeholder_color="*neutral_500",
+)
+
+CSS = """
+.gradio-container > main { max-width: 1240px !important; margin: 0 auto !important; padding: 12px !important; }
+.gradio-container .html-container { padding: 0; }
+#error:not(:has(.sl-error)), #share-link:not(:has(.sl-note)), #result:not(:has(section)) { display: none; }
+.sl-title h1 { font-size: 1.35rem; margin: 0; }
+.sl-facts, .sl-small { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0; overflow-wrap: anywhere; }
+.sl-card, .sl-result { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px;
+  background: var(--block-background-fill); color: var(--body-text-color); }
+.sl-full { border-top: 3px solid #0072b2; }
+.sl-split { border-top: 3px solid #009e73; }
+.sl-card header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 10px; }
+.sl-card h3 { margin: 0; font-size: 1.05rem; }
+.sl-what, .sl-state { color: var(--body-text-color-subdued); font-size: .85rem; }
+.sl-state { margin-left: auto; }
+.sl-busy { height: 3px; margin-top: 6px; border-radius: 2px; background: linear-gradient(90deg, transparent,
+  var(--primary-500), transparent) 0 0 / 40% 100% no-repeat; animation: sl-busy 1.4s linear infinite; }
+@keyframes sl-busy { from { background-position: -70% 0; } to { background-position: 170% 0; } }
+@media (prefers-reduced-motion: reduce) { .sl-busy { animation: none; background-position: 50% 0; } }
+.sl-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 6px; margin: 8px 0; }
+.sl-tiles > div { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 5px 8px; }
+.sl-tiles dt { color: var(--body-text-color-subdued); font-size: .75rem; }
+.sl-tiles dd { margin: 0; font-size: 1.05rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.sl-result .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+/* Reversed, the box stays scrolled to its end while text comes in. */
+.sl-answer { display: flex; flex-direction: column-reverse; justify-content: flex-end; min-height: 7rem;
+  max-height: 22rem; overflow-y: auto; }
+.sl-answer > div { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: auto; line-height: 1.5; }
+.sl-error { border: 1px solid #b91c1c; border-left-width: 5px; border-radius: 6px; padding: 8px 12px;
+  background: #fef2f2; color: #7f1d1d; overflow-wrap: anywhere; }
+.dark .sl-error { background: #450a0a; color: #fecaca; border-color: #f87171; }
+.sl-note { border: 1px solid var(--border-color-primary); border-left: 5px solid var(--primary-500);
+  border-radius: 6px; padding: 8px 12px; overflow-wrap: anywhere; }
+.sl-verdict { margin: 0; font-size: 1.05rem; font-weight: 600; overflow-wrap: anywhere; }
+.sl-same { color: #166534; } .dark .sl-same { color: #86efac; }
+.sl-differ { color: #9a3412; } .dark .sl-differ { color: #fdba74; }
+.sl-scroll { overflow-x: auto; margin: 8px 0; }
+.sl-table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
+.sl-table th, .sl-table td { border: 1px solid var(--border-color-primary); padding: 4px 8px; text-align: left;
+  color: var(--body-text-color); }
+.sl-table thead th { background: var(--background-fill-secondary); }
+.sl-table tbody th { font-weight: 500; }
+.sl-measured .sl-table td, .sl-measured .sl-table th { white-space: nowrap; }
+.sl-off { color: var(--body-text-color-subdued); }
+.sl-on { color: #166534; } .dark .sl-on { color: #86efac; }
+.sl-badge { display: inline-block; border: 1px solid var(--border-color-primary); border-radius: 4px;
+  padding: 0 5px; margin: 0 3px 0 0; font-size: .72rem; color: var(--body-text-color); }
+.sl-rounding { border-color: #b45309; } .sl-exact { border-color: #15803d; } .sl-lossy { border-color: #b91c1c; }
+.sl-flags { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
+  gap: 8px; }
+.sl-flag { padding: 8px 12px; gap: 2px !important; }
+.sl-progress { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: center; font-size: .9rem; }
+.sl-progress progress { flex: 1 1 240px; height: 12px; accent-color: var(--primary-600); }
+.js-plotly-plot text { fill: var(--body-text-color) !important; }
+footer { display: none !important; }
+"""

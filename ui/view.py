@@ -1,0 +1,167 @@
+"""What the page shows of one comparison, as HTML: a card for each side, and what follows from both."""
+
+import re
+from collections.abc import Callable, Iterable
+from html import escape
+
+from splitlearn.config import EMBEDDED
+from splitlearn.metrics import RunMetrics, first_divergence
+from splitlearn.runs import ArmReport, Runs
+from ui.format import MISSING, rate, ratio, seconds, size
+from ui.session import ArmView, Shown, State
+
+Decode = Callable[[int], str]
+
+TITLES = {"full": ("Full", "whole model, one local process"), "split": ("Split", "client here, trunk behind gRPC")}
+STATES: dict[State, str] = {
+    "idle": "not run yet",
+    "waiting": "waiting",
+    "loading": "loading and warming up",
+    "compiled": "compiled; running again for the measurement",
+    "running": "running",
+    "done": "done",
+    "stopped": "stopped",
+    "failed": "failed",
+}
+REASONS = {"eos": "ended by itself", "length": "token limit reached", "stop": "stop string met", "cancelled": "stopped"}
+FIGURES: dict[str, tuple[str, Callable[[RunMetrics], str]]] = {
+    "TTFT": ("Time to first token: from the prompt's submission to token 1", lambda run: seconds(run.ttft_s)),
+    "TPOT": ("Time per output token after the first", lambda run: seconds(run.tpot_s)),
+    "TPS (decode)": ("Tokens per second after the first: 1 / TPOT", lambda run: rate(run.decode_tps)),
+    "TPS (request)": ("Tokens per second of the whole request", lambda run: rate(run.tps)),
+    "Tokens": ("Token ids generated", lambda run: str(run.n_tokens)),
+}
+
+
+def card(arm: ArmView) -> str:
+    """One side: its state, its figures, its answer."""
+    title, what = TITLES[arm.kind]
+    busy = arm.state in {"loading", "compiled"}
+    state = REASONS[arm.metrics.finish_reason] if arm.state == "done" and arm.metrics else STATES[arm.state]
+    run = arm.metrics
+    tiles = "".join(_tile(name, figure(run) if run else MISSING, why) for name, (why, figure) in FIGURES.items())
+    return (
+        f'<section class="sl-card sl-{arm.kind}" aria-label="{title} model" data-state="{arm.state}">'
+        f'<header><h3>{title}</h3><span class="sl-what">{what}</span>'
+        f'<span class="sl-state" role="status">{state}</span></header>'
+        f'<div class="sl-busy" {"" if busy else "hidden"}></div>'
+        f'<dl class="sl-tiles">{tiles}</dl>{_answer(arm)}</section>'
+    )
+
+
+def error(message: str) -> str:
+    """The box that says what is wrong; empty when nothing is."""
+    return f'<div class="sl-error" role="alert">{escape(message)}</div>' if message else ""
+
+
+def errors(shown: Shown) -> str:
+    """What went wrong in a comparison, each arm by its name."""
+    said = [f"{TITLES[arm.kind][0]}: {arm.error}" for arm in (shown.full, shown.split) if arm.error]
+    return error(" ".join(filter(None, (shown.error, *said))))
+
+
+def result(shown: Shown, decode: Decode, flags: str) -> str:
+    """What follows from both reports: are the tokens the same, what does splitting cost; empty before that."""
+    if shown.both is None:
+        return ""
+    full, split = shown.both
+    one, other = full.metrics, split.metrics
+    steps = max(1, other.n_tokens - 1)
+    tiles = (
+        _tile("TTFT, split / full (n = 1)", ratio(other.ttft_s, one.ttft_s), "One run of each"),
+        _tile("TPOT, split / full (n = 1)", ratio(other.tpot_s, one.tpot_s), "One run of each"),
+        _tile("Bytes up per token", size(other.decode_bytes_up / steps), "To the trunk, for each decoded token"),
+        _tile("Bytes down per token", size(other.decode_bytes_down / steps), "From the trunk, for each decoded token"),
+    )
+    return (
+        f'<section class="sl-result" aria-label="Comparison">{_verdict(one, other, decode)}'
+        f'<dl class="sl-tiles">{"".join(tiles)}</dl>{_memory(full, split)}'
+        f'<p class="sl-small">Flags: {escape(flags)}. {_how(full, split)}</p></section>'
+    )
+
+
+def facts(runs: Runs) -> str:
+    """One line on what is compared."""
+    plan, trunk = runs.plan, runs.config.trunk.address
+    parts = (
+        f"<b>{escape(runs.files.name)}</b>",
+        f"{runs.config.model.dtype} on {escape(str(runs.device))}",
+        f"trunk layers [{plan.start}, {plan.end}) of {plan.n_layers}",
+        f"trunk: {escape(trunk)}",
+    )
+    return f'<p class="sl-facts">{" &middot; ".join(parts)}</p>'
+
+
+def split_facts(runs: Runs) -> str:
+    """How the model is cut and where its trunk is: set in config.yaml, not here."""
+    plan, trunk = runs.plan, runs.config.trunk.address
+    where = "started by this program" if trunk == EMBEDDED else f"at {trunk}"
+    client = f"[0, {plan.start}) and [{plan.end}, {plan.n_layers})"
+    said = f"Split: the client has layers {client}, the trunk [{plan.start}, {plan.end}). Trunk server {where}."
+    return f'<p class="sl-small">{escape(said)} config.yaml sets both.</p>'
+
+
+def note(message: str) -> str:
+    """Something a visitor should know; empty when there is nothing."""
+    linked = re.sub(r"https?://[^\s<]+", lambda url: f'<a href="{url[0]}">{url[0]}</a>', escape(message))
+    return f'<div class="sl-note" role="status">{linked}</div>' if message else ""
+
+
+def table(head: str, rows: Iterable[Iterable[str]], name: str) -> str:
+    """A table that scrolls inside its own box; the first cell of each row is its header. Cells are HTML."""
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
+    )
+    return (
+        f'<div class="sl-scroll" tabindex="0" role="region" aria-label="{name}">'
+        f'<table class="sl-table"><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def head_row(*names: str) -> str:
+    """One line of column headers."""
+    cells = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return f"<tr>{cells}</tr>"
+
+
+def _tile(name: str, value: str, why: str) -> str:
+    return f'<div title="{why}"><dt>{name}</dt><dd>{value}</dd></div>'
+
+
+def _answer(arm: ArmView) -> str:
+    text = arm.metrics.text.strip() if arm.metrics else ""
+    waiting = "The other side runs first: two at once would measure each other." if arm.state == "waiting" else ""
+    shown = escape(text) or f'<span class="sl-small">{waiting}</span>'
+    return f'<div class="sl-answer" tabindex="0" role="region" aria-label="Answer"><div>{shown}</div></div>'
+
+
+def _verdict(one: RunMetrics, other: RunMetrics, decode: Decode) -> str:
+    at = first_divergence(one.token_ids, other.token_ids)
+    if at is None:
+        return f'<p class="sl-verdict sl-same">Identical: all {one.n_tokens} tokens are the same.</p>'
+    pairs = [repr(decode(ids[at])) if at < len(ids) else "nothing" for ids in (one.token_ids, other.token_ids)]
+    return (
+        f'<p class="sl-verdict sl-differ">The tokens differ from token {at + 1} on: '
+        f"full has {escape(pairs[0])}, split has {escape(pairs[1])}.</p>"
+    )
+
+
+def _memory(full: ArmReport, split: ArmReport) -> str:
+    """Peak memory of each process beyond what its imports take, and that beside it."""
+    sizes = [("full", full.peak_rss_bytes, full.import_rss_bytes)]
+    sizes.append(("client", split.peak_rss_bytes, split.import_rss_bytes))
+    if split.trunk is not None:
+        sizes.append(("trunk", split.trunk.peak_rss_bytes, split.trunk.import_rss_bytes))
+    rows = [(name, size(peak - imports), size(imports)) for name, peak, imports in sizes]
+    return table(head_row("Peak memory", "model and run", "imports alone"), rows, "Memory")
+
+
+def _how(full: ArmReport, split: ArmReport) -> str:
+    threads = f"{full.threads} threads" if full.threads != 1 else "1 thread"
+    trunk = f"; trunk at {escape(split.trunk_address or '')}" if split.trunk else ""
+    compiled = "".join(
+        f" Compiling took {seconds(arm.compile_s)} in the {arm.kind} arm, not counted above."
+        for arm in (full, split)
+        if arm.compile_s
+    )
+    return f"Each arm in a warm process with {threads}{trunk}, in random order.{compiled}"
