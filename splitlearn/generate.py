@@ -33,7 +33,7 @@ class Link:
 
 
 @dataclass
-class _Feed:
+class Feed:
     """What a stage's session is given: the new positions, or the whole prefix when it keeps nothing between steps."""
 
     stage: Stage
@@ -109,7 +109,7 @@ class Generator:
             yield from self._decode(request, ids, feeds, ledger)
 
     def _decode(
-        self, request: GenerationRequest, ids: list[int], feeds: Sequence[_Feed], ledger: _Ledger
+        self, request: GenerationRequest, ids: list[int], feeds: Sequence[Feed], ledger: _Ledger
     ) -> abc.Generator[Event, None, None]:
         """The loop: feed what is new, sample, emit, until a reason to end."""
         text, stops, rng = self.tokens.detokenizer(), StopStrings(request.stop), random_source(request.sampling)
@@ -128,7 +128,7 @@ class Generator:
             ledger.parts["emit"] = ledger.now() - at
         yield Done(reason, stops.flush(text.flush()), len(ids))
 
-    def _forward(self, feeds: Sequence[_Feed], new: Sequence[int], position: int, ledger: _Ledger) -> torch.Tensor:
+    def _forward(self, feeds: Sequence[Feed], new: Sequence[int], position: int, ledger: _Ledger) -> torch.Tensor:
         """The logits [V] after the last of `new`, the ids from `position` on, through every stage."""
         x = torch.tensor([new], dtype=torch.long)
         for feed in feeds:
@@ -137,12 +137,12 @@ class Generator:
             x = output.x
         return x[0, -1]
 
-    def _open(self, stack: ExitStack, max_length: int) -> list[_Feed]:
+    def _open(self, stack: ExitStack, max_length: int) -> list[Feed]:
         feeds = []
         for link in self.links:
             session = link.stage.open(link.applied, max_length)
             stack.callback(session.close)
-            feeds.append(_Feed(link.stage, session))
+            feeds.append(Feed(link.stage, session))
         return feeds
 
     def _check_length(self, prompt: int, new: int) -> None:

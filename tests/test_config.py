@@ -1,0 +1,48 @@
+"""config.yaml: what is written there is what is used, and what is wrong is named as it is written."""
+
+from pathlib import Path
+
+import pytest
+
+from splitlearn import config
+from splitlearn.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_file_in_the_repository_says_the_defaults() -> None:
+    assert config.load(ROOT / "config.yaml") == config.Config() == config.load(None)
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ({"modle": {}}, "modle"),
+        ({"split": {"strat": 1}}, "split.strat"),
+        ({"split": {"start": -1}}, "split.start"),
+        ({"split": {"start": "two"}}, "split.start"),
+        ({"model": {"dtype": "int3"}}, "model.dtype"),
+        ({"model": {"device": "tpu"}}, "model.device"),
+        ({"trunk": {"address": "nowhere"}}, "trunk.address"),
+        ({"trunk": {"address": "host:99999"}}, "trunk.address"),
+        ({"ui": {"port": 70000}}, "ui.port"),
+        ({"generation": {"max_new_tokens": 0}}, "generation.max_new_tokens"),
+        ({"ui": {"auth": "user:password"}}, "ui.auth"),
+    ],
+)
+def test_what_is_wrong_is_named_as_it_is_written(data: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match=named.replace(".", r"\.")):
+        config.parse(data)
+
+
+@pytest.mark.parametrize(("text", "named"), [("a: [", "YAML"), ("- 1", "mapping"), ("\xff\xfe", "YAML")])
+def test_a_file_that_is_no_settings_is_refused(tmp_path: Path, text: str, named: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=named):
+        config.load(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"missing\.yaml"):
+        config.load(tmp_path / "missing.yaml")

@@ -1,0 +1,129 @@
+"""Each flag of the registry keeps its word about fidelity, in both arms: alone, left out, all and none.
+
+A fixed sequence of ids is fed (a prompt, then single tokens), so that the logits of one set of flags can be held
+against another's step by step. The split arm's trunk is the stage that the server's engine runs.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitlearn import loading
+from splitlearn.arm import Kind
+from splitlearn.compare import KINDS
+from splitlearn.flags import FLAGS, SIDES, Place
+from splitlearn.generate import Feed
+from splitlearn.selection import FlagSet, availability, parse
+from splitlearn.split import SplitPlan
+from splitlearn.store import ModelFiles
+from tests.conftest import TinyFactory
+
+PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
+# Rounding in fp32 on this tiny model; the default model's figures are in docs/results/fidelity.md.
+ROUNDING = 1e-3
+STEPS = 6
+
+HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one", has_compiler=True)))
+ALL = parse("all", HERE).without("torch_compile")
+AVAILABLE = [name for name in ALL.names() if not FLAGS[name].acts_when_sampling]
+ROWS = [
+    *((name, "alone", parse(name, HERE), FlagSet()) for name in AVAILABLE),
+    *((name, "left out", ALL.without(name), ALL) for name in AVAILABLE),
+]
+
+
+@pytest.fixture(autouse=True)
+def _process_settings() -> Iterator[None]:
+    """Flags of process scope are set in this process here; set it back."""
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model: TinyFactory) -> ModelFiles:
+    return tiny_model("llama", n_layers=5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "how", "flags", "baseline"), ROWS, ids=[f"{row[0]} {row[1]}" for row in ROWS])
+def test_a_flag_changes_the_logits_no_more_than_it_says(
+    files: ModelFiles, kind: Kind, name: str, how: str, flags: FlagSet, baseline: FlagSet
+) -> None:
+    difference = (_logits(files, kind, flags) - _logits(files, kind, baseline)).abs().max().item()
+    assert difference <= (0.0 if FLAGS[name].fidelity == "exact" else ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "flags", [row[2] for row in ROWS] + [ALL, FlagSet()], ids=lambda flags: ",".join(flags.names())
+)
+def test_the_split_has_the_logits_of_the_full_model_to_the_bit(files: ModelFiles, flags: FlagSet) -> None:
+    assert torch.equal(_logits(files, "full", flags), _logits(files, "split", flags))
+
+
+def test_sides_that_disagree_about_the_cache_still_give_the_same_tokens(files: ModelFiles) -> None:
+    reference = _logits(files, "split", parse("use_cache", HERE))
+    for words in ("client:use_cache trunk:none", "client:none trunk:use_cache"):
+        mixed = _logits(files, "split", parse(words, HERE))
+        assert torch.equal(mixed.argmax(-1), reference.argmax(-1))
+        assert (mixed - reference).abs().max().item() <= ROUNDING
+
+
+def test_compiled_stages_give_logits_within_rounding(tiny_model: TinyFactory) -> None:
+    small = tiny_model("llama", n_layers=3)
+    cached, compiled = parse("use_cache", HERE), parse("use_cache,torch_compile", HERE)
+    assert torch.equal(_logits(small, "full", cached), _logits(small, "split", cached))
+    for kind in KINDS:
+        difference = (_logits(small, kind, compiled) - _logits(small, kind, cached)).abs().max().item()
+        assert difference <= ROUNDING
+
+
+def test_a_load_without_a_second_copy_maps_the_file_and_the_other_does_not(files: ModelFiles) -> None:
+    plan = SplitPlan.of(None, None, files.n_layers)
+    for applied, mapped in ((frozenset({"low_cpu_mem_usage"}), True), (frozenset[str](), False)):
+        stage = loading.load(files, loading.trunk_specs(plan), applied, PLACEMENT).stages[0]
+        weight = next(stage.cut.module.parameters())
+        assert _is_mapped(weight, files.weights) == mapped
+
+
+def _logits(files: ModelFiles, kind: Kind, flags: FlagSet) -> torch.Tensor:
+    """The last position's logits [STEPS, V] of a prompt of 7 tokens and of the tokens after it."""
+    ids = torch.arange(3, 3 + 7 + STEPS - 1).unsqueeze(0)
+    feeds = _feeds(files, kind, flags)
+    rows, position = [], 0
+    for end in range(7, ids.shape[1] + 1):
+        start, x = position, ids[:, position:end]
+        for feed in feeds:
+            start, output = feed.step(start, x)
+            x = output.x
+        rows.append(x[0, -1])
+        position = end
+    return torch.stack(rows).clone()
+
+
+def _feeds(files: ModelFiles, kind: Kind, flags: FlagSet) -> list[Feed]:
+    plan = SplitPlan.of(None, None, files.n_layers)
+    if kind == "full":
+        parts = [(loading.full_specs(files.n_layers), flags.full)]
+    else:
+        bottom, top = loading.client_specs(plan)
+        parts = [([bottom], flags.client), (loading.trunk_specs(plan), flags.trunk), ([top], flags.client)]
+    feeds = []
+    for specs, applied in parts:
+        loading.prepare_process(applied, threads=1)
+        stage = loading.load(files, specs, applied, PLACEMENT).stages[0]
+        feeds.append(Feed(stage, stage.open(applied, max_length=64)))
+    return feeds
+
+
+def _is_mapped(tensor: torch.Tensor, path: Path) -> bool:
+    """Whether `tensor` lies in memory that maps the file at `path`."""
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *rest = line.split()
+        low, high = (int(part, 16) for part in span.split("-"))
+        if low <= address < high:
+            return rest[-1] == str(path)
+    return False

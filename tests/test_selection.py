@@ -1,0 +1,75 @@
+"""What a person writes about flags becomes a set for each side, or an error that names what is wrong."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from splitlearn.errors import InputError
+from splitlearn.flags import FLAGS, SIDES, Place, Side
+from splitlearn.selection import PRESETS, FlagSet, availability, parse
+
+HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one tokenizer", has_compiler=True)))
+UNAVAILABLE = {"use_fast", "cudnn_benchmark"}
+
+
+def test_default_is_every_available_exact_or_rounding_flag_but_torch_compile() -> None:
+    assert parse("default", HERE).full == frozenset(FLAGS) - UNAVAILABLE - {"torch_compile"}
+
+
+def test_all_is_what_can_be_applied_and_none_is_nothing() -> None:
+    assert parse("all", HERE).full == frozenset(FLAGS) - UNAVAILABLE
+    assert parse("none", HERE) == FlagSet() == parse("", HERE)
+
+
+def test_a_flag_is_applied_only_on_the_sides_where_it_acts() -> None:
+    flags = parse("fast_top_k,use_cache", HERE)
+    assert flags.client == {"fast_top_k", "use_cache"}
+    assert flags.trunk == {"use_cache"}
+
+
+def test_sides_can_be_set_apart_and_the_others_keep_the_default() -> None:
+    flags = parse("full:none client:use_cache,inference_mode", HERE)
+    assert flags.full == frozenset()
+    assert flags.client == {"use_cache", "inference_mode"}
+    assert flags.trunk == parse("default", HERE).trunk
+
+
+def test_another_choice_of_a_flag_is_kept_and_its_off_choice_leaves_it_out() -> None:
+    assert parse("float32_matmul_precision=high", HERE).full == {"float32_matmul_precision=high"}
+    assert parse("float32_matmul_precision=medium", HERE).full == {"float32_matmul_precision"}
+    assert parse("float32_matmul_precision=highest", HERE).full == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("use_cach", "use_cach"),
+        ("use_cache=maybe", "maybe"),
+        ("all,use_cache", "all"),
+        ("float32_matmul_precision=high,float32_matmul_precision=medium", "exclude"),
+        ("full:all full:none", "full"),
+        ("server:all", "server:all"),
+        ("cudnn_benchmark", "CUDA"),
+        ("trunk:fast_top_k", "does not act"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_name(words: str, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        parse(words, HERE)
+
+
+def test_presets_name_the_flags_of_the_earlier_system() -> None:
+    sizes: Mapping[str, Mapping[Side, int]] = {
+        name: {side: len(words.split(",")) for side, words in sides.items()} for name, (_, sides) in PRESETS.items()
+    }
+    assert sizes["earlier-full"]["full"] == 9
+    assert sizes["earlier-client"]["client"] == 3
+    assert sizes["earlier-library"]["full"] == 2
+    for name in PRESETS:
+        assert parse(name, HERE).full <= frozenset(FLAGS) - UNAVAILABLE
+
+
+def test_without_and_only_act_on_every_side() -> None:
+    flags = parse("default", HERE)
+    assert all("use_cache" not in flags.without("use_cache").of(side) for side in SIDES)
+    assert flags.only("use_cache").names() == ["use_cache"]
