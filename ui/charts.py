@@ -6,6 +6,7 @@ import plotly.graph_objects as go
 
 from splitlearn.console import LEDGER_ORDER
 from splitlearn.runs import ArmReport
+from ui import view
 
 # Distinct in light and dark and for the colour-blind: Okabe and Ito's palette, with greys for what is small.
 COLOURS = {
@@ -13,6 +14,9 @@ COLOURS = {
     **{"wire": "#d55e00", "queue": "#999933", "trunk": "#009e73", "decode": "#e69f00", "top": "#5a7fd0"},
     **{"sample": "#cc79a7", "emit": "#882255", "unattributed": "#a0a0a0"},
 }
+
+
+TITLE = "Where the time went: ms per token after the first"
 
 
 def ledger(full: ArmReport, split: ArmReport) -> Any:
@@ -31,15 +35,27 @@ def ledger(full: ArmReport, split: ArmReport) -> Any:
             )
     figure.update_layout(
         barmode="stack",
-        height=250,
-        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        height=170,
+        showlegend=False,
+        title={"text": TITLE, "font": {"size": 14}, "x": 0.01},
+        margin={"l": 8, "r": 8, "t": 34, "b": 8},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        legend={"orientation": "h", "traceorder": "normal", "y": -0.35, "yanchor": "top"},
-        xaxis={"title": "ms per token after the first", "gridcolor": "rgba(128,128,128,0.35)", "automargin": True},
+        xaxis={"gridcolor": "rgba(128,128,128,0.35)", "automargin": True},
         yaxis={"automargin": True},
     )
     return figure
+
+
+def legend(full: ArmReport, split: ArmReport) -> str:
+    """The colours of the bars, with their figures: a line for each part of the ledger."""
+    rows = []
+    for name in LEDGER_ORDER:
+        values = [_milliseconds(report, name) for report in (full, split)]
+        if any(values):
+            swatch = f'<span class="sl-swatch" style="background:{COLOURS[name]}"></span>{name}'
+            rows.append((swatch, *(f"{value:.2f} ms" if value else "" for value in values)))
+    return view.table(view.head_row("Part", "full", "split"), rows, TITLE)
 
 
 def _milliseconds(report: ArmReport, name: str) -> float:

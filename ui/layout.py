@@ -45,10 +45,10 @@ class Page:
         settings = self.runs.config.generation
         self.fields = {"prompt": gr.Textbox(settings.prompt, label="Prompt", lines=2, max_lines=8, elem_id="prompt")}
         with gr.Row():
-            self.compare = gr.Button("Compare full and split", variant="primary", scale=3, elem_id="compare")
-            self.stop = gr.Button("Stop", interactive=False, scale=1, elem_id="stop")
+            self.compare = gr.Button("Compare", variant="primary", scale=3, min_width=160, elem_id="compare")
+            self.stop = gr.Button("Stop", interactive=False, scale=1, min_width=80, elem_id="stop")
         self.error = gr.HTML("", elem_id="error")
-        with gr.Row():
+        with gr.Row(elem_id="folded"):
             with gr.Accordion("Settings", open=False, elem_id="settings"):
                 self._settings()
             with gr.Accordion("Optimization flags", open=False, elem_id="flags"):
@@ -68,13 +68,16 @@ class Page:
         gr.HTML(view.split_facts(self.runs))
 
     def _tabs(self) -> None:
-        with gr.Tabs(selected="answers") as self.tabs:
+        with gr.Tabs(selected="answers", overflow_behavior="wrap") as self.tabs:
             with gr.Tab("Answers", id="answers"):
-                with gr.Row():
-                    self.full = gr.HTML(view.card(ArmView("full")), min_width=320, elem_id="full")
-                    self.split = gr.HTML(view.card(ArmView("split")), min_width=320, elem_id="split")
+                with gr.Row(equal_height=True):
+                    with gr.Column(min_width=320):
+                        self.full = gr.HTML(view.card(ArmView("full")), elem_id="full")
+                    with gr.Column(min_width=320):
+                        self.split = gr.HTML(view.card(ArmView("split")), elem_id="split")
                 self.result = gr.HTML("", elem_id="result")
-                self.plot = gr.Plot(label="Where the time went", visible=False, elem_id="ledger")
+                self.plot = gr.Plot(show_label=False, container=False, visible=False, elem_id="ledger")
+                self.ledger = gr.HTML("", elem_id="ledger-table")
             with gr.Tab("Per-flag table", id="table"):
                 self._table()
             with gr.Tab("Flags by side", id="matrix-tab"):
@@ -86,8 +89,8 @@ class Page:
             self.kinds = gr.CheckboxGroup(KINDS, value=["without"], label="Rows for each applied flag", min_width=300)
             self.repeats = gr.Textbox("3", label="Repeats", min_width=100, elem_id="repeats")
         with gr.Row():
-            self.measure = gr.Button("Measure the flags", scale=3, elem_id="measure")
-            self.csv = gr.DownloadButton("Download CSV", interactive=False, scale=1, elem_id="csv")
+            self.measure = gr.Button("Measure the flags", scale=3, min_width=160, elem_id="measure")
+            self.csv = gr.DownloadButton("Download CSV", interactive=False, scale=1, min_width=120, elem_id="csv")
         self.progress = gr.HTML("", elem_id="progress")
         self.measured = gr.HTML("", elem_id="measured", elem_classes="sl-measured")
 
@@ -97,7 +100,7 @@ class Page:
         self.blocks.unload(self._leave)
         self.timer.tick(self._link, None, [self.link, self.timer], show_progress="hidden")
         self.stop.click(self._stop, None, self.stop, queue=False, show_progress="hidden")
-        drawn = [self.full, self.split, self.result, self.plot, self.error]
+        drawn = [self.full, self.split, self.result, self.plot, self.ledger, self.error]
         compare = [self.compare.click, self.fields["prompt"].submit]
         self._action(compare, self._compare, self._begin_compare, {*self.fields.values(), self.picker.words}, drawn)
         given = {*self.fields.values(), self.picker.words, self.kinds, self.repeats}
@@ -134,7 +137,7 @@ class Page:
     def _begin_compare(self, request: gr.Request) -> Updates:
         self.handlers.stops.begin(_visitor(request))
         waiting = {self.full: view.card(ArmView("full", "waiting")), self.split: view.card(ArmView("split", "waiting"))}
-        empty = {self.result: "", self.plot: gr.Plot(visible=False), self.error: ""}
+        empty = {self.result: "", self.plot: gr.Plot(visible=False), self.ledger: "", self.error: ""}
         buttons = _buttons([self.compare, self.measure, self.stop], running=True)
         return {**waiting, **empty, **buttons, self.tabs: gr.Tabs(selected="answers")}
 
@@ -162,6 +165,7 @@ class Page:
         if shown.both is not None:
             updates[self.result] = view.result(shown, self.handlers.text_of, words)
             updates[self.plot] = gr.Plot(charts.ledger(*shown.both), visible=True)
+            updates[self.ledger] = charts.legend(*shown.both)
         return updates
 
     def _measure(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:

@@ -14,7 +14,8 @@ from ui import choice, flag_view, view
 Updates = dict[Any, Any]
 PRESETS_HELP = "The earlier-* presets repeat an earlier system's comparison. They and 'all' compile: minutes at first."
 WORDS_HELP = (
-    "As in --flags: default, all, none, a preset, a list such as use_cache,inference_mode, or full:... client:..."
+    "As on the command line: a set as above, a list such as use_cache,inference_mode, or one for each side, such as "
+    "full:all client:use_cache trunk:none"
 )
 
 
@@ -27,9 +28,9 @@ class Picker:
         gr.Markdown("The same on every side where a flag acts:", elem_classes="sl-small")
         self.flags: dict[str, Any] = {}
         self.about: dict[str, Any] = {}
-        with gr.Group(elem_classes="sl-flags"):
+        with gr.Row(elem_classes="sl-flags"):
             for name, flag in FLAGS.items():
-                with gr.Column(elem_classes="sl-flag"):
+                with gr.Column(elem_classes="sl-flag", min_width=200):
                     self.flags[name] = _control(flag)
                     self.about[name] = gr.HTML(flag_view.about(flag, None))
         # In the same accordion as the controls: Gradio keeps no value for a field that was never on the screen but the
@@ -99,11 +100,10 @@ class Picker:
 
 
 def _control(flag: Flag) -> Any:
-    place = {"elem_id": f"flag-{flag.name}", "container": False}
     if len(flag.choices) == 2:
-        return gr.Checkbox(label=flag.label, **place)
+        return gr.Checkbox(label=flag.label, container=False, elem_id=f"flag-{flag.name}")
     choices = [(f"{name} (off)" if name == flag.off else name, name) for name in flag.choices]
-    return gr.Radio(choices, label=flag.label, **place)
+    return gr.Radio(choices, label=flag.label, elem_id=f"flag-{flag.name}")
 
 
 def _update(flag: Flag, chosen: str | None, why_not: str | None) -> Any:

@@ -2,7 +2,9 @@
 
 import gradio as gr
 
-THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate").set(
+FONTS = ["system-ui", "Segoe UI", "Roboto", "sans-serif"]  # what the machine has, in every weight
+
+THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONTS).set(
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
     block_info_text_color="*neutral_600",
@@ -36,11 +38,12 @@ CSS = """
   var(--primary-500), transparent) 0 0 / 40% 100% no-repeat; animation: sl-busy 1.4s linear infinite; }
 @keyframes sl-busy { from { background-position: -70% 0; } to { background-position: 170% 0; } }
 @media (prefers-reduced-motion: reduce) { .sl-busy { animation: none; background-position: 50% 0; } }
-.sl-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 6px; margin: 8px 0; }
-.sl-tiles > div { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 5px 8px; }
-.sl-tiles dt { color: var(--body-text-color-subdued); font-size: .75rem; }
+.sl-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(92px, 1fr)); gap: 6px; margin: 8px 0; }
+.sl-tiles > div { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 5px 6px; }
+.sl-tiles dt { color: var(--body-text-color-subdued); font-size: .72rem; }
+.sl-card .sl-tiles dt { white-space: nowrap; }
 .sl-tiles dd { margin: 0; font-size: 1.05rem; font-weight: 600; font-variant-numeric: tabular-nums; }
-.sl-result .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+.sl-result .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); }
 /* Reversed, the box stays scrolled to its end while text comes in. */
 .sl-answer { display: flex; flex-direction: column-reverse; justify-content: flex-end; min-height: 7rem;
   max-height: 22rem; overflow-y: auto; }
@@ -65,9 +68,14 @@ CSS = """
 .sl-badge { display: inline-block; border: 1px solid var(--border-color-primary); border-radius: 4px;
   padding: 0 5px; margin: 0 3px 0 0; font-size: .72rem; color: var(--body-text-color); }
 .sl-rounding { border-color: #b45309; } .sl-exact { border-color: #15803d; } .sl-lossy { border-color: #b91c1c; }
+#folded { flex-wrap: wrap; align-items: flex-start; }
+#folded > * { min-width: min(100%, 320px) !important; }
+#folded > *:has(> button.open) { flex-basis: 100%; }
+.gradio-container label:has(input:disabled) { opacity: .6; }
+.sl-swatch { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: 6px; }
 .sl-flags { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
   gap: 8px; }
-.sl-flag { padding: 8px 12px; gap: 2px !important; }
+.sl-flag { gap: 2px !important; }
 .sl-progress { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: center; font-size: .9rem; }
 .sl-progress progress { flex: 1 1 240px; height: 12px; accent-color: var(--primary-600); }
 .js-plotly-plot text { fill: var(--body-text-color) !important; }
