@@ -46,6 +46,10 @@ class ArmSpec:
     def __hash__(self) -> int:
         return hash((self.kind, self.files.digest, self.flags, self.address))
 
+    def served(self) -> Served:
+        """What the trunk must serve."""
+        return Served(self.files.name, self.files.digest, self.plan, self.dtype, self.files.facts.hidden_size)
+
 
 @dataclass(frozen=True)
 class ArmReady:
@@ -113,8 +117,7 @@ def _trunk(spec: ArmSpec) -> RemoteStage | None:
     """The trunk's stage with its channel warm and the engine for the trunk's flags loaded."""
     if spec.address is None:
         return None
-    served = Served(spec.files.name, spec.files.digest, spec.plan, spec.dtype, spec.files.facts.hidden_size)
-    trunk = RemoteStage(spec.address, served, spec.timeout_s)
+    trunk = RemoteStage(spec.address, spec.served(), spec.timeout_s)
     trunk.open(spec.flags.trunk, max_length=1).close()
     return trunk
 

@@ -23,7 +23,7 @@ from splitlearn.flags import Place
 from splitlearn.metrics import RunMetrics
 from splitlearn.process import Child
 from splitlearn.progress import Progress
-from splitlearn.remote import Served, TrunkFacts, check_served, describe
+from splitlearn.remote import TrunkFacts, check_served, describe
 from splitlearn.selection import Availability, FlagSet, availability
 from splitlearn.selection import parse as parse_flags
 from splitlearn.split import SplitPlan
@@ -100,8 +100,7 @@ class Runs:
     def check_trunk(self) -> None:
         """Raise TrunkError unless a trunk answers and serves what this configuration needs."""
         address = self.trunk_address()
-        served = Served(self.files.name, self.files.digest, self.plan, self._dtype, self.files.facts.hidden_size)
-        check_served(describe(address), served, address)
+        check_served(describe(address), self.spec("split", FlagSet()).served(), address)
 
     def availability(self) -> Availability:
         """Which flags can be applied where: here for full and client; for the trunk, what it says itself."""
@@ -125,7 +124,7 @@ class Runs:
         """
         stop = cancelled or threading.Event()
         with self._lock:
-            spec = self._spec(kind, flags)
+            spec = self.spec(kind, flags)
             worker = self._worker(spec)
             try:
                 self._warm_up(worker, request, stop)
@@ -144,7 +143,8 @@ class Runs:
             self._trunk.stop()
             self._trunk = None
 
-    def _spec(self, kind: Kind, flags: FlagSet) -> ArmSpec:
+    def spec(self, kind: Kind, flags: FlagSet) -> ArmSpec:
+        """What a worker of this arm is told; starts the embedded trunk for a split one."""
         split = kind == "split"
         own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
         address = self.trunk_address() if split else None

@@ -14,7 +14,7 @@ from splitlearn import loading
 from splitlearn.arm import Kind
 from splitlearn.compare import KINDS
 from splitlearn.flags import FLAGS, SIDES, Place
-from splitlearn.generate import Feed
+from splitlearn.lab.fidelity import logits
 from splitlearn.selection import FlagSet, availability, parse
 from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
@@ -23,7 +23,6 @@ from tests.conftest import TinyFactory
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 # Rounding in fp32 on this tiny model; the default model's figures are in docs/results/fidelity.md.
 ROUNDING = 1e-3
-STEPS = 6
 
 HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one", has_compiler=True)))
 ALL = parse("all", HERE).without("torch_compile")
@@ -89,33 +88,8 @@ def test_a_load_without_a_second_copy_maps_the_file_and_the_other_does_not(files
 
 
 def _logits(files: ModelFiles, kind: Kind, flags: FlagSet) -> torch.Tensor:
-    """The last position's logits [STEPS, V] of a prompt of 7 tokens and of the tokens after it."""
-    ids = torch.arange(3, 3 + 7 + STEPS - 1).unsqueeze(0)
-    feeds = _feeds(files, kind, flags)
-    rows, position = [], 0
-    for end in range(7, ids.shape[1] + 1):
-        start, x = position, ids[:, position:end]
-        for feed in feeds:
-            start, output = feed.step(start, x)
-            x = output.x
-        rows.append(x[0, -1])
-        position = end
-    return torch.stack(rows).clone()
-
-
-def _feeds(files: ModelFiles, kind: Kind, flags: FlagSet) -> list[Feed]:
-    plan = SplitPlan.of(None, None, files.n_layers)
-    if kind == "full":
-        parts = [(loading.full_specs(files.n_layers), flags.full)]
-    else:
-        bottom, top = loading.client_specs(plan)
-        parts = [([bottom], flags.client), (loading.trunk_specs(plan), flags.trunk), ([top], flags.client)]
-    feeds = []
-    for specs, applied in parts:
-        loading.prepare_process(applied, threads=1)
-        stage = loading.load(files, specs, applied, PLACEMENT).stages[0]
-        feeds.append(Feed(stage, stage.open(applied, max_length=64)))
-    return feeds
+    """The logits [6, V] of a prompt of 7 tokens and of the 5 tokens after it."""
+    return logits(files, SplitPlan.of(None, None, files.n_layers), kind, flags, list(range(3, 15)), 7, threads=1)
 
 
 def _is_mapped(tensor: torch.Tensor, path: Path) -> bool:

@@ -1,0 +1,30 @@
+"""`python -m bench [NAME...]`: run the measurements by name, or all of them."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench import fidelity, memory, overhead, wire
+from splitlearn import config
+from splitlearn.progress import on_console
+from splitlearn.runs import Runs
+
+BENCHES = {"overhead": overhead.main, "wire": wire.main, "memory": memory.main, "fidelity": fidelity.main}
+
+
+def main() -> int:
+    """Run what is named."""
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(BENCHES)} (default: all)")
+    names = parser.parse_args().names or list(BENCHES)
+    unknown = [name for name in names if name not in BENCHES]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}")
+    for name in names:
+        with on_console() as progress, Runs(config.load(Path("config.yaml")), progress) as runs:
+            BENCHES[name](runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""transformers' own `generate()` in a worker process, timed token by token with the definitions of the other arms."""
+
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from splitlearn import loading, process
+from splitlearn.arm import ArmSpec
+from splitlearn.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The new ids of one call, TTFT and TPOT in seconds."""
+
+    token_ids: tuple[int, ...]
+    ttft_s: float
+    tpot_s: float
+
+
+class _Clock:
+    """A streamer: `put` is called with the prompt and then with each new id, when it is on the host."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        return
+
+
+class Reference:
+    """The worker: `run(prompt, count)` generates `count` tokens greedily, the end token notwithstanding."""
+
+    def __init__(self, spec: ArmSpec) -> None:
+        self._child = process.start("The generate() worker process", _main, spec)
+
+    def run(self, prompt: str, count: int) -> Generated:
+        """One call of generate()."""
+        self._child.send((prompt, count))
+        found: Generated = self._child.receive()
+        return found
+
+    def stop(self) -> None:
+        """End the worker."""
+        self._child.stop()
+
+
+def _main(connection: Connection, spec: ArmSpec) -> None:
+    loading.prepare_process(frozenset(), spec.threads)
+    model = AutoModelForCausalLM.from_pretrained(spec.files.folder, dtype=spec.dtype).eval()
+    model.generation_config.eos_token_id = None
+    tokens = Tokens.load(spec.files.folder, use_fast=True)
+    while True:
+        prompt, count = connection.recv()
+        connection.send(_generate(model, tokens, prompt, count))
+
+
+def _generate(model: torch.nn.Module, tokens: Tokens, prompt: str, count: int) -> Generated:
+    clock, started = _Clock(), time.perf_counter()
+    ids = torch.tensor([tokens.encode(prompt, chat=True)])
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, streamer=clock)  # type: ignore[operator]
+    first, last = clock.times[1], clock.times[-1]
+    return Generated(tuple(out[0, ids.shape[1] :].tolist()), first - started, (last - first) / (count - 1))
