@@ -27,6 +27,9 @@ from splitlearn.split import SplitPlan
 from splitlearn.wire import MAX_MESSAGE_BYTES, READY, SERVICE
 from splitlearn.wire.codec import DTYPES
 
+# A client whose machine went away closes nothing: without pings its session would stay for ever.
+KEEP_ALIVE = (("grpc.keepalive_time_ms", 15_000), ("grpc.keepalive_timeout_ms", 10_000))
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until told to stop. Returns the exit status: 2 when the server cannot start as asked."""
@@ -38,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = _settings(options)
         with on_console() as progress:
-            served, engines = _prepare(settings, progress)
-        server = _listen(TrunkService(served, engines), settings.server)
+            served, engines = prepare(settings, progress)
+        server = listen(TrunkService(served, engines), settings.server)
     except SplitlearnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,7 +74,7 @@ def _settings(options: argparse.Namespace) -> Config:
     return config.parse({**settings.model_dump(), "server": {**settings.server.model_dump(), **changes}})
 
 
-def _prepare(settings: Config, progress: Progress) -> tuple[Served, EnginePool]:
+def prepare(settings: Config, progress: Progress) -> tuple[Served, EnginePool]:
     """The checked weights, and an engine that has loaded them for the default flags."""
     files = models.prepare(settings.model, progress)
     plan = SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
@@ -87,12 +90,12 @@ def _prepare(settings: Config, progress: Progress) -> tuple[Served, EnginePool]:
     return served, engines
 
 
-def _listen(service: TrunkService, settings: ServerConfig) -> grpc.Server:
+def listen(service: TrunkService, settings: ServerConfig) -> grpc.Server:
     """A started server with health and reflection; says on stdout where. Raises SetupError when it cannot listen."""
     # Each open session holds a thread; the others answer Describe and health checks.
     workers = ThreadPoolExecutor(settings.max_sessions + 4)
     # Without so_reuseport=0 a second server on the same port starts and gets half of the clients.
-    options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES))
+    options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), *KEEP_ALIVE)
     server = grpc.server(workers, handlers=[service.handler()], options=options)
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)

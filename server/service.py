@@ -15,14 +15,15 @@ from google.protobuf.message import DecodeError
 from server.engine import Engine, EnginePool, EngineStep
 from splitlearn.errors import InputError, SplitlearnError, TrunkFull, TrunkRefused
 from splitlearn.flags import FLAGS, Place
-from splitlearn.selection import why_not
+from splitlearn.selection import applied_of, chosen_in, why_not
 from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.wire import MAX_TENSOR_BYTES, PROTOCOL, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
-from splitlearn.wire.status import code_of
+from splitlearn.wire.status import code_of, shorten
 
 log = logging.getLogger(__name__)
+OPEN_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,18 @@ class TrunkService:
         try:
             yield from self._session(requests, context)
         except SplitlearnError as error:
-            context.abort(code_of(error), str(error))
+            context.abort(code_of(error), shorten(str(error)))
         except grpc.RpcError:
             log.info("a session's client went away")
 
     def _session(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        first = next(requests, None)
+        # Each stream holds a thread: one that never opens a session must not keep it.
+        timer = threading.Timer(OPEN_TIMEOUT_S, context.cancel)
+        timer.start()
+        try:
+            first = next(requests, None)
+        finally:
+            timer.cancel()
         if first is None:
             return
         opening = _parse(first, "open").open
@@ -125,18 +132,18 @@ class TrunkService:
         limit = served.files.facts.context_length
         if opening.max_length < 1 or (limit is not None and opening.max_length > limit):
             raise InputError("max_length", opening.max_length, f"1 to {limit or 'any number of'} tokens")
-        self._check_flags(opening)
 
-    def _check_flags(self, opening: pb.Open) -> None:
-        for text in opening.flags:
-            name, _, choice = text.partition("=")
-            if name not in FLAGS or (choice and choice not in FLAGS[name].choices):
-                raise InputError("flags", text, f"one of: {', '.join(FLAGS)}")
+    def _applied(self, opening: pb.Open) -> frozenset[str]:
+        """The flags of a session, in the words by which engines are kept. Refuses what cannot be applied here."""
+        chosen = chosen_in(opening.flags)
+        for name in chosen:
             reason = why_not(name, "trunk", self._place)
             if reason:
                 raise TrunkRefused(f"flag {name} is unavailable at this trunk: {reason}")
+        return applied_of(chosen)
 
     def _admit(self, opening: pb.Open) -> "_Stay":
+        applied = self._applied(opening)
         with self._lock:
             if self.sessions >= self._served.max_sessions:
                 raise TrunkFull(
@@ -144,7 +151,7 @@ class TrunkService:
                 )
             self.sessions += 1
         try:
-            return _Stay(self, self._served, self._engines, opening, next(self._numbers))
+            return _Stay(self, self._served, self._engines, applied, opening.max_length, next(self._numbers))
         except BaseException:
             self.leave()
             raise
@@ -159,18 +166,23 @@ class _Stay:
     """One session at its engine, and the parts of a long step that have come so far."""
 
     def __init__(
-        self, service: TrunkService, served: Served, engines: EnginePool, opening: pb.Open, number: int
+        self,
+        service: TrunkService,
+        served: Served,
+        engines: EnginePool,
+        applied: frozenset[str],
+        max_length: int,
+        number: int,
     ) -> None:
         self._service, self._served, self._engines, self._number = service, served, engines, number
-        self._max_length = opening.max_length
+        self._max_length = max_length
         self._parts: list[pb.Step] = []
         self._tokens = 0
         self._lock = threading.Lock()
         self._closed = False
-        applied = frozenset(opening.flags)
         self.engine: Engine = engines.take(applied)
         try:
-            self.engine.call("open", number, applied, opening.max_length)
+            self.engine.call("open", number, applied, max_length)
         except BaseException:
             engines.give_back(self.engine)
             raise

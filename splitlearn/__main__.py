@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from splitlearn import config as configuration
 from splitlearn.config import Config
-from splitlearn.errors import SplitlearnError
+from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import GenerationRequest
 from splitlearn.progress import on_console
 
@@ -20,9 +21,9 @@ DEFAULT_CONFIG = Path("config.yaml")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 2 for what could not be done as asked, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace, Config], None] = options.command
     try:
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace, Config], None] = options.command
         command(options, _config(options))
     except SplitlearnError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -37,9 +38,36 @@ def _config(options: argparse.Namespace) -> Config:
     return configuration.load(path)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SplitlearnError(f"{message}; `{self.prog} --help` lists what there is.")
+
+
+def _number(field: str, kind: Callable[[str], float], expected: str) -> Callable[[str], float]:
+    """A converter for an option: text that is no number is an InputError like any other value that cannot be used."""
+
+    def convert(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise InputError(field, text, expected) from error
+
+    return convert
+
+
+def _whole(field: str) -> Callable[[str], float]:
+    return _number(field, int, "a whole number")
+
+
+def _real(field: str) -> Callable[[str], float]:
+    return _number(field, float, "a number")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m splitlearn", description="Compare full and split inference.")
-    shared = argparse.ArgumentParser(add_help=False)
+    parser = _Parser("python -m splitlearn", description="Compare full and split inference.")
+    shared = _Parser(add_help=False)
     shared.add_argument("--config", type=Path, help="settings (default: config.yaml in this folder, if there is one)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -60,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="(default: generation.prompt)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: generation.max_new_tokens)")
+    parser.add_argument(
+        "--max-new-tokens", type=_whole("max_new_tokens"), metavar="N", help="(default: generation.max_new_tokens)"
+    )
     parser.add_argument(
         "--flags",
         nargs="+",
@@ -70,11 +100,15 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="go on to the limit, for measuring")
     parser.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this text comes up")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 filters nothing (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 filters nothing (default)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is none (default)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sampling (default 0)")
+    parser.add_argument(
+        "--temperature", type=_real("temperature"), default=0.0, metavar="T", help="0 is greedy (default)"
+    )
+    parser.add_argument("--top-k", type=_whole("top_k"), default=0, metavar="K", help="0 filters nothing (default)")
+    parser.add_argument("--top-p", type=_real("top_p"), default=1.0, metavar="P", help="1 filters nothing (default)")
+    parser.add_argument(
+        "--repetition-penalty", type=_real("repetition_penalty"), default=1.0, metavar="R", help="1 is none (default)"
+    )
+    parser.add_argument("--seed", type=_whole("seed"), default=0, metavar="S", help="of sampling (default 0)")
     parser.add_argument("--trunk", metavar="HOST:PORT", help="overrides trunk.address")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
 

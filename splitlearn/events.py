@@ -12,6 +12,7 @@ from splitlearn.sampling import SamplingParams
 
 FinishReason = Literal["eos", "length", "stop", "cancelled"]
 MAX_STOP_STRINGS = 16
+MAX_NEW_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class GenerationRequest:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise InputError("prompt", self.prompt, "some text")
         limit = self.max_new_tokens
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise InputError("max_new_tokens", limit, "a whole number, 1 or more")
+        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_NEW_TOKENS:
+            raise InputError("max_new_tokens", limit, f"a whole number from 1 to {MAX_NEW_TOKENS}")
         if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
             raise InputError("stop", self.stop, f"at most {MAX_STOP_STRINGS} strings, none of them empty")
 

@@ -30,12 +30,15 @@ LOCAL: frozenset[Side] = frozenset({"full", "client"})
 
 @dataclass(frozen=True)
 class Settings:
-    """The seams. The values here are what runs when every flag is off."""
+    """The seams. The values here are what runs when every flag is off.
+
+    `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2).
+    """
 
     process: tuple[Callable[[], None], ...] = ()
     use_fast_tokenizer: bool = False
     assign_weights: bool = False
-    attention: str = "sdpa"
+    attention: str | None = None
     compile_module: Callable[[nn.Module], None] | None = None
     new_cache: Callable[[], Cache] | None = None
     forward_arguments: Mapping[str, bool] = field(default_factory=dict)

@@ -4,7 +4,7 @@ The words of the command line, the page and config.yaml are the same: `default`,
 `use_cache,float32_matmul_precision=high`, or groups for sides, `full:all client:use_cache trunk:none`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from splitlearn.errors import InputError
@@ -116,14 +116,27 @@ def _group(words: str, side: Side, available: Availability, asked: Side | None) 
         raise InputError("flags", words, f"{sets[0]!r} to stand alone: it is a whole set of flags")
     if sets:
         return frozenset(text for text in _set(sets[0], side) if available[side][_name(text)] is None)
+    chosen = chosen_in(names)
+    for name in chosen:
+        _check_available(name, side, available, asked)
+    return applied_of({name: text for name, text in chosen.items() if available[side][name] is None})
+
+
+def chosen_in(words: Sequence[str]) -> dict[str, str]:
+    """Each flag that is named in `words`, with its canonical text. Raises InputError for an unknown flag or choice, and
+    for two choices of one flag."""
     chosen: dict[str, str] = {}
-    for word in names:
+    for word in words:
         name, text = _entry(word)
         if chosen.setdefault(name, text) != text:
-            raise InputError("flags", words, f"one choice of {name}; {chosen[name]!r} and {text!r} exclude each other")
-        _check_available(name, side, available, asked)
-    kept = {name: text for name, text in chosen.items() if available[side][name] is None}
-    return frozenset(text for name, text in kept.items() if not text.endswith(f"={FLAGS[name].off}"))
+            conflict = f"one choice of {name}; {chosen[name]!r} and {text!r} exclude each other"
+            raise InputError("flags", ",".join(words), conflict)
+    return chosen
+
+
+def applied_of(chosen: Mapping[str, str]) -> frozenset[str]:
+    """Those of `chosen` that are not at their off arm."""
+    return frozenset(text for name, text in chosen.items() if text != f"{name}={FLAGS[name].off}")
 
 
 def _set(word: str, side: Side) -> list[str]:

@@ -12,6 +12,10 @@ from splitlearn.errors import (
     TrunkUnavailable,
 )
 
+# gRPC drops a status whose message is over its limit for metadata (8 KiB); each end may have put its words around a
+# value of any length.
+_MAX_DETAILS = 2000
+
 _CODES: tuple[tuple[type[SplitlearnError], grpc.StatusCode], ...] = (
     (InputError, grpc.StatusCode.INVALID_ARGUMENT),
     (TrunkRefused, grpc.StatusCode.FAILED_PRECONDITION),
@@ -33,6 +37,12 @@ _ERRORS: dict[grpc.StatusCode, type[TrunkError]] = {
 def code_of(error: Exception) -> grpc.StatusCode:
     """The status with which a server answers `error`; INTERNAL for what nobody foresaw."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def shorten(details: str) -> str:
+    """`details` short enough to arrive, its middle left out where it is too long."""
+    half = _MAX_DETAILS // 2
+    return details if len(details) <= _MAX_DETAILS else f"{details[:half]} [...] {details[-half:]}"
 
 
 def error_of(error: grpc.RpcError, address: str) -> TrunkError:

@@ -1,0 +1,124 @@
+"""Tensors as bytes and back, and the checks before anything is allocated."""
+
+import math
+
+import pytest
+import torch
+
+from splitlearn.errors import InputError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
+from splitlearn.wire import MAX_MESSAGE_BYTES, MAX_TENSOR_BYTES, codec, status
+from splitlearn.wire import trunk_pb2 as pb
+
+DTYPES = list(codec.DTYPES.values())
+HIDDEN = 6
+
+
+def random_hidden(tokens: int, dtype: torch.dtype = torch.float32, size: int = HIDDEN) -> torch.Tensor:
+    return torch.randn(1, tokens, size).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tensor_comes_back_bit_for_bit_in_every_dtype(dtype: torch.dtype) -> None:
+    x = random_hidden(5, dtype)
+    x[0, 0, :3] = torch.tensor([math.inf, -math.inf, -0.0])
+    message = pb.Tensor.FromString(codec.encode(x).SerializeToString())
+    assert codec.check(message, dtype, HIDDEN) == 5
+    back = codec.from_bytes(message.data, dtype, HIDDEN)
+    assert back.dtype == dtype
+    assert torch.equal(back.view(torch.uint8), x.view(torch.uint8))
+
+
+def test_a_tensor_that_is_not_contiguous_is_sent_in_its_own_order() -> None:
+    x = torch.randn(1, HIDDEN, 4).transpose(1, 2)
+    assert torch.equal(codec.from_bytes(codec.encode(x).data, torch.float32, HIDDEN), x)
+
+
+def test_a_decoded_tensor_can_be_written_to() -> None:
+    back = codec.from_bytes(codec.encode(random_hidden(2)).data, torch.float32, HIDDEN)
+    back.add_(1)
+    assert back.isfinite().all()
+
+
+def test_a_dtype_that_the_wire_does_not_have_is_refused() -> None:
+    with pytest.raises(InputError, match=r"tensor\.dtype: 'torch\.float64' .*float32, bfloat16, float16"):
+        codec.encode(random_hidden(1, torch.float64))
+
+
+def wrong(**changes: object) -> pb.Tensor:
+    """Two float32 tokens, but for `changes`."""
+    right: dict[str, object] = {"dtype": pb.FLOAT32, "shape": (1, 2, HIDDEN), "data": bytes(2 * HIDDEN * 4)}
+    return pb.Tensor(**{**right, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "right"),
+    [
+        (wrong(dtype=pb.BFLOAT16), "tensor.dtype", "float32"),
+        (wrong(dtype=pb.DTYPE_UNSPECIFIED), "tensor.dtype", "float32"),
+        (wrong(dtype=99), "tensor.dtype", "float32"),
+        (wrong(shape=()), "tensor.shape", f"[1, tokens, {HIDDEN}]"),
+        (wrong(shape=(2, HIDDEN)), "tensor.shape", f"[1, tokens, {HIDDEN}]"),
+        (wrong(shape=(2, 1, HIDDEN)), "tensor.shape", f"[1, tokens, {HIDDEN}]"),
+        (wrong(shape=(1, 0, HIDDEN), data=b""), "tensor.shape", "at least one token"),
+        (wrong(shape=(1, 2, HIDDEN + 1)), "tensor.shape", f"[1, tokens, {HIDDEN}]"),
+        (wrong(shape=(1, 2, HIDDEN, 1)), "tensor.shape", f"[1, tokens, {HIDDEN}]"),
+        (wrong(shape=(1, 3, HIDDEN)), "tensor.data", "72 bytes"),
+        (wrong(shape=(1, 2**32 - 1, HIDDEN)), "tensor.data", f"{(2**32 - 1) * HIDDEN * 4} bytes"),
+        (wrong(data=b""), "tensor.data", "48 bytes"),
+        (wrong(data=bytes(2 * HIDDEN * 4 + 1)), "tensor.data", "48 bytes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_together_is_refused_with_what_would_be_right(
+    message: pb.Tensor, field: str, right: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        codec.check(message, torch.float32, HIDDEN)
+    assert caught.value.field == field
+    assert right in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_a_long_prompt_fit_into_a_message_and_are_the_whole(dtype: torch.dtype) -> None:
+    x = random_hidden(5000, dtype, size=576)
+    parts = list(codec.parts(x))
+    assert len(parts) > 1
+    assert all(part.shape[1] * 576 * dtype.itemsize <= MAX_TENSOR_BYTES for part in parts)
+    assert torch.equal(torch.cat(parts, dim=1), x)
+    step = pb.Step(
+        sequence_id=2**32 - 1, step_id=2**32 - 1, position=2**32 - 1, hidden=codec.encode(parts[0]), more=True
+    )
+    assert len(pb.ClientMessage(step=step).SerializeToString()) <= MAX_MESSAGE_BYTES
+
+
+def test_a_token_goes_in_one_part() -> None:
+    (part,) = codec.parts(random_hidden(1))
+    assert part.shape == (1, 1, HIDDEN)
+
+
+def test_a_token_that_is_larger_than_a_part_is_not_cut() -> None:
+    assert [part.shape[1] for part in codec.parts(torch.zeros(1, 2, MAX_TENSOR_BYTES // 4 + 1))] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("position", 7, "0"), "INVALID_ARGUMENT"),
+        (TrunkRefused("other model"), "FAILED_PRECONDITION"),
+        (TrunkFull("full"), "RESOURCE_EXHAUSTED"),
+        (TrunkUnavailable("lost"), "UNAVAILABLE"),
+        (TrunkFailed("broke"), "INTERNAL"),
+        (ZeroDivisionError("nobody foresaw it"), "INTERNAL"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_each_error_has_its_status(error: Exception, code: str) -> None:
+    assert status.code_of(error).name == code
+
+
+def test_a_message_of_any_length_is_made_short_enough_to_arrive_with_both_ends() -> None:
+    short = status.shorten("model is right, not 'x" + "x" * 100_000 + "'; try again")
+    assert len(short) < 4096
+    assert short.startswith("model is right")
+    assert short.endswith("try again")
+    assert status.shorten("as it is") == "as it is"

@@ -1,0 +1,89 @@
+"""Ten families over a real gRPC socket: the split model's tokens are the full model's.
+
+The server is the real one, in this process; its engine is a process of its own, as always.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from server.__main__ import listen, prepare
+from server.service import TrunkService
+from splitlearn import config, loading
+from splitlearn.events import GenerationRequest, TokenEvent
+from splitlearn.flags import settings as settings_of
+from splitlearn.generate import Generator, Link
+from splitlearn.progress import silent
+from splitlearn.remote import RemoteStage
+from splitlearn.sampling import SamplingParams
+from splitlearn.stages import LocalStage
+from splitlearn.store import ModelFiles
+from splitlearn.tokens import Tokens
+from splitlearn.wire import READY
+from tests.conftest import TinyFactory
+from tests.test_proof import TEN
+from tests.trunk import PLAN, served, settings
+
+CACHED = frozenset({"use_cache", "inference_mode"})
+UNCACHED = frozenset({"inference_mode"})
+# Left to itself, a tiny random model with a tied head says the last token again and again.
+GREEDY = SamplingParams(repetition_penalty=1.5)
+SEEDED = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=7)
+PROMPT = "The sky is blue because air scatters short waves of light more than long ones."
+
+
+@dataclass(frozen=True)
+class Model:
+    """A tiny model, its full stage, the client's two stages, and the trunk that serves the rest."""
+
+    files: ModelFiles
+    full: LocalStage
+    client: tuple[LocalStage, ...]
+    trunk: RemoteStage
+
+    def split(self, at_client: frozenset[str], at_trunk: frozenset[str]) -> list[Link]:
+        bottom, top = self.client
+        return [Link(bottom, at_client), Link(self.trunk, at_trunk), Link(top, at_client)]
+
+    def run(self, links: list[Link], sampling: SamplingParams) -> list[int]:
+        """The 12 token ids of one generation."""
+        tokens = Tokens.load(self.files.folder, use_fast=True)
+        generator = Generator(links, tokens, None, settings_of(CACHED).top_k)
+        request = GenerationRequest(PROMPT, max_new_tokens=12, ignore_eos=True, sampling=sampling)
+        return [
+            token for event in generator.stream(request) if isinstance(event, TokenEvent) for token in event.token_ids
+        ]
+
+
+@contextmanager
+def running(files: ModelFiles, capsys: pytest.CaptureFixture[str]) -> Iterator[Model]:
+    """The model's stages, with its trunk behind a socket."""
+    parsed = config.parse(settings(files, split={"start": PLAN.start, "end": PLAN.end}, server={"port": 0}))
+    facts, engines = prepare(parsed, silent)
+    server = listen(TrunkService(facts, engines), parsed.server)
+    address = capsys.readouterr().out.removeprefix(READY).strip()
+    trunk = RemoteStage(address, served(files), timeout_s=30)
+    placement = loading.Placement(torch.device("cpu"), torch.float32)
+    try:
+        full = loading.load(files, loading.full_specs(files.n_layers), frozenset(), placement).stages[0]
+        client = loading.load(files, loading.client_specs(PLAN), frozenset(), placement).stages
+        yield Model(files, full, client, trunk)
+    finally:
+        trunk.close()
+        server.stop(grace=0).wait()
+        engines.stop()
+
+
+@pytest.mark.parametrize("family", TEN)
+def test_split_over_a_socket_gives_the_tokens_of_the_full_model(
+    family: str, tiny_model: TinyFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running(tiny_model(family), capsys) as model:
+        for sampling in (GREEDY, SEEDED):
+            wanted = model.run([Link(model.full, CACHED)], sampling)
+            assert len(set(wanted)) > 2, "a model that repeats itself shows little"
+            for at_client, at_trunk in ((CACHED, CACHED), (CACHED, UNCACHED), (UNCACHED, CACHED)):
+                assert model.run(model.split(at_client, at_trunk), sampling) == wanted
