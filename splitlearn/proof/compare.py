@@ -45,7 +45,7 @@ def prove(config: Any) -> Result:
         difference = _largest([_difference(model, whole, plan) for plan in _plans(model)])
         notes = _notes(model)
     except FamilyRefused as error:
-        return Result(family, named, False, None, str(error).rstrip("."))
+        return Result(family, named, False, None, str(error).removeprefix(f"{family}: ").rstrip("."))
     except Exception as error:  # whatever a family's own code raises is the answer for that family
         return Result(family, named, False, None, _explained(config, error))
     reason = f"split and full differ by up to {difference:.1e}" if difference else ""
