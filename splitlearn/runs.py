@@ -81,6 +81,7 @@ class Runs:
         self._dtype = DTYPES[config.model.dtype]
         self._lock = threading.Lock()
         self._workers: dict[ArmSpec, _Worker] = {}
+        self._trunk_lock = threading.Lock()
         self._trunk: EmbeddedTrunk | None = None
 
     def __enter__(self) -> "Runs":
@@ -93,9 +94,10 @@ class Runs:
         """Where the trunk listens; starts the embedded one if there is none, or if it has died."""
         if self.config.trunk.address != EMBEDDED:
             return self.config.trunk.address
-        if self._trunk is None or not self._trunk.alive():
-            self._trunk = EmbeddedTrunk(self.config)
-        return self._trunk.address
+        with self._trunk_lock:  # a page that opens asks for it beside the run that does
+            if self._trunk is None or not self._trunk.alive():
+                self._trunk = EmbeddedTrunk(self.config)
+            return self._trunk.address
 
     def check_trunk(self) -> None:
         """Raise TrunkError unless a trunk answers and serves what this configuration needs."""
@@ -125,10 +127,13 @@ class Runs:
         stop = cancelled or threading.Event()
         with self._lock:
             spec = self.spec(kind, flags)
-            worker = self._worker(spec)
+            worker = self._worker(spec, stop)
+            if worker is None:
+                return
             try:
                 self._warm_up(worker, request, stop)
-                yield from self._measure(spec, worker, request, stop)
+                if not stop.is_set():
+                    yield from self._measure(spec, worker, request, stop)
             except BaseException:
                 if not worker.child.alive():
                     self._workers.pop(spec, None)
@@ -151,14 +156,18 @@ class Runs:
         threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
         return ArmSpec(kind, self.files, self.plan, self.device, self._dtype, threads, own, address, timeout_s)
 
-    def _worker(self, spec: ArmSpec) -> _Worker:
-        """The worker for `spec`, loaded; the least recently used one makes room for a new one."""
+    def _worker(self, spec: ArmSpec, stop: threading.Event) -> _Worker | None:
+        """The worker for `spec`, loaded; the least recently used one makes room for a new one. None when stopped."""
         worker = self._workers.pop(spec, None)
         if worker is None or not worker.child.alive():
             while len(self._workers) >= self.config.runs.warm_workers:
                 self._workers.pop(next(iter(self._workers))).child.stop()
             child = arm.start(spec)
             try:
+                while not child.connection.poll(POLL_S):
+                    if stop.is_set():
+                        child.stop()
+                        return None
                 worker = _Worker(child, _raised(child.receive()))
             except SplitlearnError:
                 child.stop()
@@ -172,7 +181,7 @@ class Runs:
         short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
         events = list(_generation(worker, short, stop))
         worker.compile_s += _compile_s(events)
-        worker.warm = True
+        worker.warm = not stop.is_set()
 
     def _measure(
         self, spec: ArmSpec, worker: _Worker, request: GenerationRequest, stop: threading.Event
@@ -216,13 +225,11 @@ def _generation(worker: _Worker, request: GenerationRequest, stop: threading.Eve
     worker.child.send(request)
     ended = False
     try:
-        while not ended:
-            while not worker.child.connection.poll(POLL_S):
-                if stop.is_set():
-                    return
-            item = worker.child.receive()
-            ended = isinstance(item, ArmEnd | SplitlearnError)
-            yield _raised(item)
+        while not ended and not stop.is_set():
+            if worker.child.connection.poll(POLL_S):
+                item = worker.child.receive()
+                ended = isinstance(item, ArmEnd | SplitlearnError)
+                yield _raised(item)
     finally:
         if not ended:
             _cancel(worker)
