@@ -1,6 +1,6 @@
 """docs/flags.md, generated from the registry: `python -m splitlearn flags --markdown`."""
 
-from splitlearn.flags import FLAGS, SIDES, Flag
+from splitlearn.flags import FLAGS, SIDES, Flag, Place
 from splitlearn.selection import PRESETS
 
 _HEAD = """# Optimization flags
@@ -13,7 +13,13 @@ split model, `trunk` the layers between, at the server.
 
 Fidelity: **exact** flags give bit-equal logits; **rounding** flags add in another order, so logits differ by rounding.
 Scope: a **session** flag is chosen with each generation; **load** and **process** flags need a process of their own.
+
+The matrix below is of flag by side. `python -m splitlearn flags` and the page show the same for your machine, model and
+trunk server: applied, available, or unavailable and why.
 """
+
+# A place where everything that can be missing is missing, so that each flag says what it needs.
+_POOREST = Place("cpu", no_python_tokenizer="the model has only one tokenizer, Rust or Python", has_compiler=False)
 
 _SELECT = """
 ## Choosing flags
@@ -29,7 +35,7 @@ In `config.yaml` (`flags:`), on the command line (`--flags`) and on the page the
 
 def markdown() -> str:
     """The whole page."""
-    table = ["| flag | fidelity | scope | full | client | trunk | at first |", "| --- " * 7 + "|"]
+    table = ["| flag | fidelity | scope | full | client | trunk | unavailable when |", "| --- " * 7 + "|"]
     table += [_row(flag) for flag in FLAGS.values()]
     details = [_section(flag) for flag in FLAGS.values()]
     presets = [f"  - `{name}`: {words}" for name, (words, _) in PRESETS.items()]
@@ -37,9 +43,10 @@ def markdown() -> str:
 
 
 def _row(flag: Flag) -> str:
-    sides = ["acts" if side in flag.sides else "" for side in SIDES]
-    first = "on, where available" if flag.on_by_default else "off"
-    return f"| `{flag.name}` | {flag.fidelity} | {flag.scope} | {' | '.join(sides)} | {first} |"
+    state = "applied at first" if flag.on_by_default else "available"
+    sides = [state if side in flag.sides else "does not act" for side in SIDES]
+    reason = flag.unavailable(_POOREST) or ""
+    return f"| `{flag.name}` | {flag.fidelity} | {flag.scope} | {' | '.join(sides)} | {reason} |"
 
 
 def _section(flag: Flag) -> str:
