@@ -16,6 +16,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
+ROOT = Path(__file__).parents[1]
 PAGE = "http://127.0.0.1:7860/"
 COMPOSE = shlex.split(os.environ["COMPOSE"])
 COMPARE = "python -m splitlearn compare --trunk trunk:50051 --max-new-tokens 16 --ignore-eos --json"
@@ -75,6 +76,8 @@ def main(out: Path, chromium: str) -> None:
     seen["trunk_published"] = open_port(50051)
     seen["comparison"] = json.loads(compose("exec", "-T", "app", *shlex.split(COMPARE)))
     seen["page"] = compared_on_the_page(chromium)
+    overlay = ["-f", str(ROOT / "compose.yaml"), "-f", str(ROOT / "compose.gpu.yaml")]
+    seen["with_gpu"] = json.loads(compose(*overlay, "config", "--format", "json"))["services"]
     began = time.monotonic()
     compose("stop", "app", "trunk")
     seen["stop_s"] = time.monotonic() - began

@@ -101,5 +101,10 @@ class TestStack:
     def test_the_button_on_the_page_compares_through_the_trunks_container(self, seen: dict[str, Any]) -> None:
         assert "identical" in seen["page"].lower()
 
+    def test_the_overlay_gives_both_services_a_gpu_and_an_image_of_their_own(self, seen: dict[str, Any]) -> None:
+        for service in seen["with_gpu"].values():
+            assert service["image"] == "splitlearn:cuda"
+            assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+
     def test_the_stack_stops_before_it_is_killed(self, seen: dict[str, Any]) -> None:
         assert seen["stop_s"] < 10  # what compose waits before it kills
