@@ -22,7 +22,7 @@ from splitlearn.flags import Settings, settings
 from splitlearn.process import default_threads, resident_bytes
 from splitlearn.split import CutModel, SplitPlan, carve
 from splitlearn.stages import LocalStage
-from splitlearn.store import ModelFiles
+from splitlearn.store import ALIGNMENT, ModelFiles
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str],
     the architecture has.
     """
     config = AutoConfig.from_pretrained(files.folder)
-    if hasattr(proof, 'check') and (len(specs) > 1 or not (specs[0].first and specs[0].last)):
+    if hasattr(proof, "check") and (len(specs) > 1 or not (specs[0].first and specs[0].last)):
         proof.check(config)
     architecture = AutoModelForCausalLM._model_mapping[type(config)]  # imports it, before memory is looked at
     wanted = settings(applied)
@@ -131,12 +131,16 @@ def _second_copy(weights: Any, files: ModelFiles, cuts: Sequence[CutModel]) -> d
 
 
 def _read(weights: Any, files: ModelFiles, name: str) -> torch.Tensor:
+    """The tensor `name`, a view of the mapped file where that is aligned as torch's own memory is.
+
+    Elsewhere float32 products would round differently, and a mapped load would not equal a copied one.
+    """
     try:
         tensor: torch.Tensor = weights.get_tensor(name)
     except Exception as error:  # safetensors raises errors of its own that it does not export
         wrong = f"{files.weights} has no usable tensor {name} ({error})"
         raise WeightsDamaged(f"{wrong}. Delete the folder {files.folder} and start again.") from error
-    return tensor
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool) -> None:

@@ -25,6 +25,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+# Bytes. Tensors in the weights file begin at multiples of it, as torch's own allocations do.
+ALIGNMENT = 64
 # What BertTokenizer's Python class reads; kept beside tokenizer.json where a model has it.
 PYTHON_VOCABULARY = "vocab.txt"
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from splitlearn import convert
+from splitlearn import convert, store
 from splitlearn.errors import ModelError
 from splitlearn.progress import silent
 from tests.conftest import TinyFactory
@@ -51,3 +51,10 @@ def test_a_conversion_that_is_killed_says_so(tmp_path: Path) -> None:
         patch.setenv("PYTHONPATH", str(tmp_path))
         with pytest.raises(ModelError, match="killed by signal 9"):
             convert.convert_apart(tmp_path, tmp_path, None, silent)
+
+
+def test_the_tensors_begin_where_torch_would_put_them(tiny_model: TinyFactory) -> None:
+    files = tiny_model("llama")
+    assert convert.data_offset(files.weights) % store.ALIGNMENT == 0
+    with safe_open(files.weights, framework="pt") as weights:
+        assert all(weights.get_tensor(name).data_ptr() % store.ALIGNMENT == 0 for name in weights.keys())  # noqa: SIM118

@@ -54,8 +54,13 @@ def dtype_name(number: int) -> str:
 
 
 def from_bytes(data: bytes, dtype: torch.dtype, hidden_size: int) -> torch.Tensor:
-    """[1, T, hidden_size] of `dtype` from checked bytes; a copy, since bytes cannot be written to."""
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(1, -1, hidden_size)
+    """[1, T, hidden_size] of `dtype` from checked bytes, in memory of torch's own.
+
+    Bytes begin anywhere, and a float32 product rounds differently on memory that is not aligned as torch's is.
+    """
+    x = torch.empty(1, len(data) // (hidden_size * dtype.itemsize), hidden_size, dtype=dtype)
+    memoryview(x.view(torch.uint8).numpy()).cast("B")[:] = data
+    return x
 
 
 def parts(x: torch.Tensor) -> Iterator[torch.Tensor]:
