@@ -58,9 +58,7 @@ def from_bytes(data: bytes, dtype: torch.dtype, hidden_size: int) -> torch.Tenso
 
     Bytes begin anywhere, and a float32 product rounds differently on memory that is not aligned as torch's is.
     """
-    x = torch.empty(1, len(data) // (hidden_size * dtype.itemsize), hidden_size, dtype=dtype)
-    memoryview(x.view(torch.uint8).numpy()).cast("B")[:] = data
-    return x
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(1, -1, hidden_size).clone()
 
 
 def parts(x: torch.Tensor) -> Iterator[torch.Tensor]:
