@@ -1,10 +1,12 @@
-"""What the program imports is what requirements.txt pins; generated code is what its source gives."""
+"""What the program imports is what requirements.txt pins; what is generated is what its source gives."""
 
 import ast
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
+
+from splitlearn.flags_page import markdown
 
 ROOT = Path(__file__).parents[1]
 OURS = {"splitlearn", "server", "ui", "app"}
@@ -55,3 +57,7 @@ def test_generated_protocol_code_is_what_the_proto_file_gives(tmp_path: Path) ->
     for made in (tmp_path / "splitlearn/wire").iterdir():
         kept = ROOT / "splitlearn/wire" / made.name
         assert kept.read_text() == made.read_text(), f"{kept.name} is not current: run make proto"
+
+
+def test_the_page_of_the_flags_is_what_the_registry_gives() -> None:
+    assert (ROOT / "docs/flags.md").read_text(encoding="utf-8") == markdown(), "run make docs"
