@@ -77,7 +77,11 @@ CSS = """
   gap: 8px; }
 .sl-flag { gap: 2px !important; }
 .sl-progress { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: center; font-size: .9rem; }
-.sl-progress progress { flex: 1 1 240px; height: 12px; accent-color: var(--primary-600); }
+.sl-progress progress { flex: 1 1 240px; height: 12px; appearance: none; border: 0;
+  border-radius: 6px; overflow: hidden; background: var(--border-color-primary); }
+.sl-progress progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.sl-progress progress::-webkit-progress-value { background: var(--primary-600); }
+.sl-progress progress::-moz-progress-bar { background: var(--primary-600); }
 .js-plotly-plot text { fill: var(--body-text-color) !important; }
 footer { display: none !important; }
 """

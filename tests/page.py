@@ -1,0 +1,112 @@
+"""A page for tests: the real app in a process of its own, and a browser that drives it."""
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import yaml
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = Path("/usr/bin/chromium")
+START_S = 90.0
+LOCAL = re.compile(r"The page is on (http://\S+)")
+
+
+class App:
+    """`python app.py` with a configuration; what it prints, and how to end it."""
+
+    def __init__(self, config: Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
+        self.lines: list[str] = []
+        self._new: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.process = subprocess.Popen(
+            [sys.executable, "app.py", "--config", str(config), *options],
+            cwd=ROOT,
+            env={**os.environ, "SPLITLEARN_AUTH": "", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def wait_for(self, pattern: "re.Pattern[str]", timeout_s: float = START_S) -> "re.Match[str]":
+        """The first match in a line that comes within `timeout_s`; raises with all that was printed otherwise."""
+        while True:
+            try:
+                line = self._new.get(timeout=timeout_s)
+            except queue.Empty:
+                line = None
+            if line is None:
+                raise RuntimeError(f"no {pattern.pattern!r} in:\n" + "".join(self.lines))
+            if found := pattern.search(line):
+                return found
+
+    def url(self) -> str:
+        """Where the page is, once it is there."""
+        return self.wait_for(LOCAL)[1]
+
+    def children(self) -> list[psutil.Process]:
+        """Every process that the app has started and that runs."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def trunk(self) -> psutil.Process:
+        """The embedded trunk server."""
+        return next(child for child in self.children() if child.cmdline()[1:3] == ["-m", "server"])
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """End the app and wait until it has gone; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(20)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            self._new.put(line)
+        self._new.put(None)
+
+
+def write_config(folder: Path, **sections: object) -> Path:
+    """A config.yaml in `folder` for one thread and a free port, with `sections` over it."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({"runs": {"threads": 1}, "ui": {"port": 0}, **sections}))
+    return path
+
+
+@contextmanager
+def running(config: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[App]:
+    """An app for as long as the context is open."""
+    app = App(config, *options, environment=environment)
+    try:
+        yield app
+    finally:
+        app.end()
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A Chromium without windows; `open_page` opens the app's page in it."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def open_page(browser: Browser, url: str, width: int = 1280, height: int = 800, theme: str = "light") -> Page:
+    """A fresh visitor's page, once it can be used."""
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(30_000)
+    page.goto(f"{url}?__theme={theme}")
+    expect(page.locator("#compare")).to_be_enabled()
+    return page

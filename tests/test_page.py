@@ -1,0 +1,243 @@
+"""The page in a real browser: what a person does with it, and what it says of what cannot be done."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from splitlearn.store import ModelFiles
+from tests.conftest import TinyFactory
+from tests.page import CHROMIUM, App, chromium, open_page, running, write_config
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+]
+
+RUN_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def app(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    folder = tiny_model().folder
+    config = write_config(tmp_path_factory.mktemp("page"), model={"name": str(folder)})
+    with running(config) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def url(app: App) -> str:
+    return app.url()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Page]:
+    opened = open_page(browser, url)
+    yield opened
+    opened.close()
+
+
+def fold_out(page: Page, name: str) -> None:
+    page.locator(f"#{name} > button").click()
+
+
+def setting(page: Page, name: str, value: str) -> None:
+    page.locator(f"#{name}").locator("input, textarea").first.fill(value)
+
+
+def verdict(page: Page, timeout_ms: int = RUN_MS) -> str:
+    shown = page.locator("#result .sl-verdict")
+    expect(shown).to_be_visible(timeout=timeout_ms)
+    return shown.inner_text()
+
+
+def error(page: Page) -> str:
+    shown = page.locator("#error .sl-error")
+    expect(shown).to_be_visible(timeout=RUN_MS)
+    expect(page.locator("#compare")).to_be_enabled()
+    return shown.inner_text()
+
+
+def figures(page: Page, side: str) -> dict[str, str]:
+    tiles = page.locator(f"#{side} .sl-tiles > div")
+    return dict(zip(tiles.locator("dt").all_inner_texts(), tiles.locator("dd").all_inner_texts(), strict=True))
+
+
+def compares(page: Page) -> None:
+    """A comparison of a few tokens goes through: the page works."""
+    page.locator("#compare").click()
+    assert verdict(page).startswith("Identical")
+    expect(page.locator("#compare")).to_be_enabled()
+
+
+def test_one_press_shows_both_answers_their_figures_and_that_they_are_identical(page: Page) -> None:
+    page.locator("#compare").click()
+    assert verdict(page).startswith("Identical: all ")
+    for side in ("full", "split"):
+        expect(page.locator(f"#{side} section")).to_have_attribute("data-state", "done")
+        assert page.locator(f"#{side} .sl-answer").inner_text().strip()
+        shown = figures(page, side)
+        assert list(shown) == ["TTFT", "TPOT", "TPS (decode)", "TPS (request)", "Tokens"]
+        assert all(any(letter.isdigit() for letter in value) for value in shown.values())
+    assert figures(page, "full")["Tokens"] == figures(page, "split")["Tokens"]
+    result = page.locator("#result").inner_text()
+    for part in ("TTFT, split / full (n = 1)", "TPOT, split / full (n = 1)", "Bytes up", "full", "client", "trunk"):
+        assert part in result
+    expect(page.locator("#ledger .js-plotly-plot")).to_be_visible()
+    expect(page.locator("#ledger-table")).to_contain_text("wire")
+
+
+def test_stop_ends_a_run_at_once_and_the_next_one_works(page: Page) -> None:
+    fold_out(page, "settings")
+    setting(page, "max_new_tokens", "450")
+    page.get_by_label("Ignore the end token").check()
+    fold_out(page, "flags")
+    page.get_by_label("none", exact=True).check()  # without a KV cache the run takes many seconds
+    expect(page.locator("#flag-words textarea, #flag-words input")).to_have_value("none")
+    page.locator("#compare").click()
+    expect(page.locator("section[data-state=running]")).to_be_visible(timeout=RUN_MS)
+    pressed = time.monotonic()
+    page.locator("#stop").click()
+    expect(page.locator("#compare")).to_be_enabled(timeout=3_000)
+    assert time.monotonic() - pressed < 3
+    expect(page.locator("section[data-state=stopped]")).to_have_count(2)
+    assert page.locator("#result .sl-verdict").count() == 0
+    setting(page, "max_new_tokens", "8")
+    compares(page)
+
+
+def test_flags_of_each_side_follow_the_words_and_the_matrix_shows_them(page: Page) -> None:
+    fold_out(page, "flags")
+    words = page.locator("#flag-words").locator("input, textarea").first
+    expect(words).to_have_value("default")
+    assert page.locator("#flag-cudnn_benchmark input").is_disabled()
+    expect(page.locator("#flags")).to_contain_text("Unavailable: needs a CUDA device")
+    page.get_by_label("inference_mode", exact=True).first.uncheck()
+    expect(words).not_to_have_value("default")
+    words.fill("full:all client:use_cache trunk:none")
+    words.blur()
+    expect(page.locator("#flag-use_cache input")).not_to_be_checked()  # the sides differ
+    page.get_by_role("tab", name="Flags by side").click()
+    row = page.locator("#matrix tr", has_text="use_cache")
+    assert row.locator("td").all_inner_texts()[1:] == ["applied", "applied", "available"]
+
+
+def test_per_flag_table_of_three_flags_fills_in_and_its_csv_can_be_read(page: Page, tmp_path: Path) -> None:
+    fold_out(page, "settings")
+    setting(page, "max_new_tokens", "8")
+    fold_out(page, "flags")
+    words = page.locator("#flag-words").locator("input, textarea").first
+    expect(words).to_have_value("default")
+    words.fill("inference_mode,use_cache,output_hidden_states")
+    page.get_by_role("tab", name="Per-flag table").click()
+    setting(page, "repeats", "2")
+    page.locator("#measure").click()
+    expect(page.locator("#progress")).to_contain_text("Measuring", timeout=RUN_MS)
+    expect(page.locator("#progress")).to_contain_text("Done: 20 of 20 runs", timeout=RUN_MS)
+    assert page.locator("#measured tbody th").all_inner_texts()[2:] == [
+        *("inference_mode left out", "use_cache left out", "output_hidden_states left out")
+    ]
+    expect(page.locator("#csv")).to_be_enabled()
+    with page.expect_download() as download:
+        page.locator("#csv").click()
+    download.value.save_as(tmp_path / "table.csv")
+    frame = pd.read_csv(tmp_path / "table.csv")
+    assert list(frame["flag"].fillna("")) == ["", "", "inference_mode", "use_cache", "output_hidden_states"]
+    assert (frame["repeats"] == 2).all()
+    assert frame["identical_tokens"].all()
+    assert (frame[["full_tpot_s", "split_tpot_s", "full_ttft_s", "split_ttft_s", "full_load_s"]] > 0).all(axis=None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("prompt", "   ", "prompt"),
+        ("prompt", "word " * 800, "prompt"),
+        *(("max_new_tokens", value, "max_new_tokens") for value in ("0", "-1", str(10**9), "x")),
+        *(("temperature", value, "temperature") for value in ("-1", "nan")),
+        ("flag-words", "no_such_flag", "no_such_flag"),
+        ("flag-words", "full:float32_matmul_precision,float32_matmul_precision=high", "exclude each other"),
+    ],
+)
+def test_bad_input_is_named_nothing_typed_is_lost(page: Page, field: str, value: str, said: str) -> None:
+    fold_out(page, "settings")
+    fold_out(page, "flags")
+    words = page.locator("#flag-words").locator("input, textarea").first
+    expect(words).to_have_value("default")
+    setting(page, field, value)
+    page.locator("#compare").click()
+    message = error(page)
+    assert said in message
+    assert "expected" in message
+    assert page.locator(f"#{field}").locator("input, textarea").first.input_value() == value
+
+
+def test_page_works_after_bad_input(page: Page) -> None:
+    setting(page, "prompt", "")
+    page.locator("#compare").click()
+    assert "prompt" in error(page)
+    setting(page, "prompt", "Why is the sky blue?")
+    compares(page)
+    assert page.locator("#error .sl-error").count() == 0
+
+
+def test_trunk_killed_in_the_middle_fails_the_split_side_alone_and_the_next_run_works(page: Page, app: App) -> None:
+    fold_out(page, "settings")
+    setting(page, "max_new_tokens", "450")
+    page.get_by_label("Ignore the end token").check()
+    page.locator("#compare").click()
+    expect(page.locator("#split section")).to_have_attribute("data-state", "running", timeout=RUN_MS)
+    app.trunk().kill()
+    assert error(page).startswith("Split: ")
+    expect(page.locator("#split section")).to_have_attribute("data-state", "failed")
+    expect(page.locator("#full section")).to_have_attribute("data-state", "done")
+    setting(page, "max_new_tokens", "8")
+    compares(page)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_nothing_scrolls_sideways_and_the_figures_come_early(
+    browser: Browser, url: str, width: int, height: int
+) -> None:
+    page = open_page(browser, url, width, height)
+    compares(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    top = page.locator("#full .sl-tiles").bounding_box()
+    assert top is not None
+    assert top["y"] + top["height"] < height
+    page.close()
+
+
+def test_closing_the_tab_ends_its_run(page: Page, browser: Browser, url: str) -> None:
+    fold_out(page, "settings")
+    setting(page, "max_new_tokens", "450")
+    fold_out(page, "flags")
+    page.get_by_label("none", exact=True).check()
+    page.get_by_label("Ignore the end token").check()
+    page.locator("#compare").click()
+    expect(page.locator("section[data-state=running]")).to_be_visible(timeout=RUN_MS)
+    page.close()
+    other = open_page(browser, url)
+    started = time.monotonic()
+    compares(other)
+    assert time.monotonic() - started < 10  # the closed page's run would have gone on for longer
+    other.close()
+
+
+@pytest.mark.weights
+def test_default_model_answers_in_both_arms_alike(browser: Browser, default_model: ModelFiles, tmp_path: Path) -> None:
+    config = write_config(tmp_path, generation={"max_new_tokens": 16}, runs={"threads": 2})
+    with running(config) as started:
+        opened = open_page(browser, started.url())
+        opened.locator("#compare").click()
+        assert verdict(opened).startswith("Identical")
+        assert "sky" in opened.locator("#full .sl-answer").inner_text().lower()
