@@ -82,6 +82,20 @@ def write_config(folder: Path, **sections: object) -> Path:
     return path
 
 
+def launch_fails(config: Path, *options: str, environment: Mapping[str, str] | None = None) -> str:
+    """What an app says that cannot start: one line on stderr, nothing on stdout, exit status 2."""
+    ended = subprocess.run(
+        [sys.executable, "app.py", "--config", str(config), *options],
+        cwd=ROOT,
+        env={**os.environ, "SPLITLEARN_AUTH": "", **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
+    return ended.stderr
+
+
 @contextmanager
 def running(config: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[App]:
     """An app for as long as the context is open."""
