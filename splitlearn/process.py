@@ -20,6 +20,7 @@ import psutil
 
 from splitlearn.errors import WorkerDied
 
+ASK_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
 # What every child needs, imported once; transformers would otherwise import its larger half on first use.
 PRELOAD = [
@@ -69,8 +70,9 @@ class Child:
         return self.process.is_alive()
 
     def stop(self) -> None:
-        """End the process: it is asked by the closing of its pipe, then killed."""
+        """End the process: asked by the closing of its pipe, then told, then killed."""
         self.connection.close()
+        self.process.join(ASK_TIMEOUT_S)
         self.process.terminate()
         self.process.join(STOP_TIMEOUT_S)
         if self.process.is_alive():
