@@ -14,7 +14,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser
+
+from tests.page import chromium, open_page
 
 ROOT = Path(__file__).parents[1]
 PAGE = "http://127.0.0.1:7860/"
@@ -40,16 +42,25 @@ def page_answers(within_s: float) -> int:
             time.sleep(0.5)
 
 
-def compared_on_the_page(chromium: str) -> str:
-    """Press the one button, and give what the page says of the result."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
-        page.goto(PAGE)
-        page.locator("#compare").click()
-        said = page.locator("#result section")
-        said.wait_for(timeout=240_000)
-        return said.inner_text()
+def press(browser: Browser) -> str:
+    """Press the one button of a fresh page, and give what it then says: its verdict, or what went wrong."""
+    page = open_page(browser, PAGE)
+    page.locator("#compare").click()
+    said = page.locator("#result section, #error [role=alert]").first
+    said.wait_for(timeout=240_000)
+    return said.inner_text()
+
+
+def on_the_page() -> dict[str, str]:
+    """What the page says with the trunk there, with it killed, and with it back."""
+    with chromium() as browser:
+        said = {"first": press(browser)}
+        compose("kill", "trunk")
+        said["killed"] = press(browser)
+        compose("start", "trunk")
+        health("trunk", within_s=60)
+        said["back"] = press(browser)
+        return said
 
 
 def health(service: str, within_s: float) -> str:
@@ -68,14 +79,14 @@ def open_port(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def main(out: Path, chromium: str) -> None:
+def main(out: Path) -> None:
     """Look at the stack from outside and from inside."""
     seen: dict[str, object] = {"status": page_answers(within_s=120)}
     seen["health"] = {service: health(service, within_s=60) for service in ("trunk", "app")}
     seen["users"] = {service: compose("exec", "-T", service, "id", "-u").strip() for service in ("trunk", "app")}
     seen["trunk_published"] = open_port(50051)
     seen["comparison"] = json.loads(compose("exec", "-T", "app", *shlex.split(COMPARE)))
-    seen["page"] = compared_on_the_page(chromium)
+    seen["page"] = on_the_page()
     overlay = ["-f", str(ROOT / "compose.yaml"), "-f", str(ROOT / "compose.gpu.yaml")]
     seen["with_gpu"] = json.loads(compose(*overlay, "config", "--format", "json"))["services"]
     began = time.monotonic()
@@ -85,4 +96,4 @@ def main(out: Path, chromium: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.page import CHROMIUM
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 # A helper that lies beside the project where its developers work, and is no part of it.
@@ -64,14 +66,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What compose_drive.py saw of the running stack."""
     if not BRING_UP.exists():
         pytest.skip(f"{BRING_UP} is missing, which brings a stack up without a Docker engine")
-    for tool in ("iptables", "chromium"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
+    if shutil.which("iptables") is None or not CHROMIUM.exists():
+        pytest.skip("iptables or chromium is not installed")
     out = tmp_path_factory.mktemp("compose") / "seen.json"
-    chromium = str(shutil.which("chromium"))
-    drive = [sys.executable, "-m", "tests.compose_drive", str(out), chromium]
-    in_place = ["env", "-C", str(ROOT), *drive]
-    run = subprocess.run([BRING_UP, ROOT, "--", *in_place], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    drive = ["env", "-C", str(ROOT), sys.executable, "-m", "tests.compose_drive", str(out)]
+    run = subprocess.run([BRING_UP, ROOT, "--", *drive], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.returncode == 0, run.stdout[-8000:]
     seen: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return seen
@@ -99,7 +98,11 @@ class TestStack:
         assert found["split_run"]["n_tokens"] == 16
 
     def test_the_button_on_the_page_compares_through_the_trunks_container(self, seen: dict[str, Any]) -> None:
-        assert "identical" in seen["page"].lower()
+        assert "Identical" in seen["page"]["first"]
+
+    def test_a_killed_trunk_is_an_error_on_the_page_and_one_that_comes_back_is_used(self, seen: dict[str, Any]) -> None:
+        assert "trunk:50051" in seen["page"]["killed"]
+        assert "Identical" in seen["page"]["back"]
 
     def test_the_overlay_gives_both_services_a_gpu_and_an_image_of_their_own(self, seen: dict[str, Any]) -> None:
         for service in seen["with_gpu"].values():
