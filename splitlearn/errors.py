@@ -31,9 +31,10 @@ class InputError(SplitlearnError):
         self.value = value
         self.expected = expected
 
-    def __reduce__(self) -> tuple[type["InputError"], tuple[str, str, str]]:
-        """Crosses a process boundary with its three parts; the value as text, whatever it was."""
-        return type(self), (self.field, self.value if isinstance(self.value, str) else repr(self.value), self.expected)
+    def __reduce__(self) -> tuple[type["InputError"], tuple[str, object, str]]:
+        """Crosses a process boundary with its three parts; a value of no plain type as text."""
+        plain = isinstance(self.value, str | int | float | None)
+        return type(self), (self.field, self.value if plain else repr(self.value), self.expected)
 
 
 class ModelError(SplitlearnError):

@@ -15,7 +15,7 @@ import grpc
 import torch
 from google.protobuf.message import DecodeError
 
-from splitlearn.errors import TrunkFailed, TrunkRefused, TrunkUnavailable
+from splitlearn.errors import InputError, TrunkFailed, TrunkRefused, TrunkUnavailable
 from splitlearn.events import StageTiming
 from splitlearn.split import SplitPlan
 from splitlearn.stages import StageInput, StageOutput
@@ -79,7 +79,7 @@ class RemoteStage:
             max_length=max_length,
             flags=sorted(applied),
         )
-        opened = session.exchange(pb.ClientMessage(open=opening).SerializeToString()).opened
+        opened = session.open(pb.ClientMessage(open=opening).SerializeToString())
         self.facts = TrunkFacts(opened.threads, opened.load_s, opened.import_rss_bytes, self.facts.peak_rss_bytes)
         return session
 
@@ -111,10 +111,10 @@ class RemoteSession:
         self._call = method(iter(self._outgoing.get, None))
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def exchange(self, message: bytes) -> pb.ServerMessage:
-        """Send one message and wait for one reply."""
+    def open(self, message: bytes) -> pb.Opened:
+        """Send the opening message and wait for its reply."""
         self._outgoing.put(message)
-        return self._parse(self._receive())
+        return self._parse(self._receive(), "opened").opened
 
     def step(self, position: int, x: torch.Tensor) -> StageOutput:
         """Send `x` [1, T, H], in parts if it is long, and wait for the trunk's answer to all of it."""
@@ -151,7 +151,7 @@ class RemoteSession:
         self._deadline = time.monotonic() + CLOSE_TIMEOUT_S
         self._outgoing.put(None)
         try:
-            self._stage.note_peak(self._parse(next(self._call)).closed.peak_rss_bytes)
+            self._stage.note_peak(self._parse(next(self._call), "closed").closed.peak_rss_bytes)
         except (grpc.RpcError, StopIteration, TrunkFailed):
             # The session is over either way, and why it broke has been raised where it was noticed.
             pass
@@ -190,21 +190,30 @@ class RemoteSession:
         self._deadline = float("inf")
         return reply
 
-    def _parse(self, reply: bytes) -> pb.ServerMessage:
+    def _parse(self, reply: bytes, kind: str) -> pb.ServerMessage:
+        """A reply, which must be of `kind`."""
         try:
-            return pb.ServerMessage.FromString(reply)
+            message = pb.ServerMessage.FromString(reply)
         except DecodeError as error:
             raise TrunkFailed(f"The trunk server at {self._stage.address} sent what is no answer: {error}") from error
+        if message.WhichOneof("kind") != kind:
+            raise TrunkFailed(f"The trunk server at {self._stage.address} sent another answer than {kind!r}.")
+        return message
 
     def _result(self, reply: bytes) -> pb.StepResult:
-        result = self._parse(reply).result
+        result = self._parse(reply, "result").result
         if result.step_id != self._steps:
             raise TrunkFailed(f"The trunk answered step {result.step_id} instead of step {self._steps}.")
         return result
 
     def _decode(self, results: Sequence[pb.StepResult], x: torch.Tensor) -> torch.Tensor:
         served = self._stage.served
-        tokens = sum(codec.check(result.hidden, served.dtype, served.hidden_size) for result in results)
+        try:
+            tokens = sum(codec.check(result.hidden, served.dtype, served.hidden_size) for result in results)
+        except InputError as error:
+            raise TrunkFailed(
+                f"The trunk server at {self._stage.address} answered what does not fit: {error}"
+            ) from error
         if tokens != x.shape[1]:
             raise TrunkFailed(f"The trunk answered {tokens} positions instead of {x.shape[1]}.")
         return codec.from_bytes(b"".join(result.hidden.data for result in results), served.dtype, served.hidden_size)

@@ -10,22 +10,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from server.__main__ import listen, prepare
-from server.service import TrunkService
-from splitlearn import config, loading
+from splitlearn import loading
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
 from splitlearn.generate import Generator, Link
-from splitlearn.progress import silent
 from splitlearn.remote import RemoteStage
 from splitlearn.sampling import SamplingParams
 from splitlearn.stages import LocalStage
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
-from splitlearn.wire import READY
 from tests.conftest import TinyFactory
 from tests.test_proof import TEN
-from tests.trunk import PLAN, served, settings
+from tests.trunk import PLAN, serve_here, served
 
 CACHED = frozenset({"use_cache", "inference_mode"})
 UNCACHED = frozenset({"inference_mode"})
@@ -59,29 +55,20 @@ class Model:
 
 
 @contextmanager
-def running(files: ModelFiles, capsys: pytest.CaptureFixture[str]) -> Iterator[Model]:
+def running(files: ModelFiles) -> Iterator[Model]:
     """The model's stages, with its trunk behind a socket."""
-    parsed = config.parse(settings(files, split={"start": PLAN.start, "end": PLAN.end}, server={"port": 0}))
-    facts, engines = prepare(parsed, silent)
-    server = listen(TrunkService(facts, engines), parsed.server)
-    address = capsys.readouterr().out.removeprefix(READY).strip()
-    trunk = RemoteStage(address, served(files), timeout_s=30)
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    try:
-        full = loading.load(files, loading.full_specs(files.n_layers), frozenset(), placement).stages[0]
-        client = loading.load(files, loading.client_specs(PLAN), frozenset(), placement).stages
+    full = loading.load(files, loading.full_specs(files.n_layers), frozenset(), placement).stages[0]
+    client = loading.load(files, loading.client_specs(PLAN), frozenset(), placement).stages
+    with serve_here(files) as here:
+        trunk = RemoteStage(here.address, served(files), timeout_s=30)
         yield Model(files, full, client, trunk)
-    finally:
         trunk.close()
-        server.stop(grace=0).wait()
-        engines.stop()
 
 
 @pytest.mark.parametrize("family", TEN)
-def test_split_over_a_socket_gives_the_tokens_of_the_full_model(
-    family: str, tiny_model: TinyFactory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with running(tiny_model(family), capsys) as model:
+def test_split_over_a_socket_gives_the_tokens_of_the_full_model(family: str, tiny_model: TinyFactory) -> None:
+    with running(tiny_model(family)) as model:
         for sampling in (GREEDY, SEEDED):
             wanted = model.run([Link(model.full, CACHED)], sampling)
             assert len(set(wanted)) > 2, "a model that repeats itself shows little"

@@ -4,12 +4,14 @@
 stream of a session with nothing between the test and the wire.
 """
 
+import io
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,6 +22,10 @@ import psutil
 import torch
 import yaml
 
+from server.__main__ import listen, prepare
+from server.service import TrunkService
+from splitlearn import config
+from splitlearn.progress import silent
 from splitlearn.remote import Served
 from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
@@ -77,6 +83,41 @@ def serve(config: Mapping[str, Any], folder: Path) -> Iterator[Trunk]:
         finally:
             process.kill()
             process.stdout.close()
+
+
+@dataclass(frozen=True)
+class TrunkHere:
+    """A server in this process, so that a test can look into it; its engines are processes of their own as always."""
+
+    address: str
+    service: TrunkService
+
+
+@contextmanager
+def serve_here(files: ModelFiles, **limits: int) -> Iterator[TrunkHere]:
+    """The real server on a real socket in this process."""
+    layers = {"start": PLAN.start, "end": PLAN.end}
+    parsed = config.parse(settings(files, split=layers, server={"port": 0, **limits}))
+    facts, engines = prepare(parsed, silent)
+    service = TrunkService(facts, engines)
+    said = io.StringIO()
+    with redirect_stdout(said):
+        server = listen(service, parsed.server)
+    try:
+        yield TrunkHere(said.getvalue().removeprefix(READY).strip(), service)
+    finally:
+        server.stop(grace=0).wait()
+        engines.stop()
+
+
+def eventually(holds: Callable[[], object], within_s: float = 8.0) -> bool:
+    """Whether `holds()` comes to be true within that time."""
+    deadline = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def served(files: ModelFiles, plan: SplitPlan = PLAN) -> Served:
