@@ -90,7 +90,7 @@ def test_one_press_shows_both_answers_their_figures_and_that_they_are_identical(
         assert all(any(letter.isdigit() for letter in value) for value in shown.values())
     assert figures(page, "full")["Tokens"] == figures(page, "split")["Tokens"]
     result = page.locator("#result").inner_text()
-    for part in ("TTFT, split / full (n = 1)", "TPOT, split / full (n = 1)", "Bytes up", "full", "client", "trunk"):
+    for part in ("TTFT split/full (n = 1)", "TPOT split/full (n = 1)", "Bytes up", "full", "client", "trunk"):
         assert part in result
     expect(page.locator("#ledger .js-plotly-plot")).to_be_visible()
     expect(page.locator("#ledger-table")).to_contain_text("wire")

@@ -7,7 +7,9 @@ def seconds(value: float | None) -> str:
     """Milliseconds below one second, seconds from there on."""
     if value is None:
         return MISSING
-    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+    if value < 0.1:
+        return f"{value * 1e3:.1f} ms"
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.2f} s"
 
 
 def rate(value: float | None) -> str:

@@ -21,7 +21,7 @@ NUMBERS = {
     "repetition_penalty": "Repetition penalty (1 is off)",
     "seed": "Seed",
 }
-KINDS = [("without it (all the others on)", "without"), ("alone (all the others off)", "alone")]
+KINDS = [("without it (all the others on)", "without"), ("alone (all the others off but the KV cache)", "alone")]
 
 
 class Page:

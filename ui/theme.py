@@ -36,13 +36,15 @@ CSS = """
 .sl-state { margin-left: auto; }
 .sl-busy { height: 3px; margin-top: 6px; border-radius: 2px; background: linear-gradient(90deg, transparent,
   var(--primary-500), transparent) 0 0 / 40% 100% no-repeat; animation: sl-busy 1.4s linear infinite; }
+.sl-busy[hidden] { display: block; visibility: hidden; } /* keeps its place, so that nothing jumps */
 @keyframes sl-busy { from { background-position: -70% 0; } to { background-position: 170% 0; } }
 @media (prefers-reduced-motion: reduce) { .sl-busy { animation: none; background-position: 50% 0; } }
 .sl-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(92px, 1fr)); gap: 6px; margin: 8px 0; }
 .sl-tiles > div { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 5px 6px; }
 .sl-tiles dt { color: var(--body-text-color-subdued); font-size: .72rem; }
 .sl-card .sl-tiles dt { white-space: nowrap; }
-.sl-tiles dd { margin: 0; font-size: 1.05rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.sl-tiles dd { margin: 0; white-space: nowrap; font-size: 1.05rem; font-weight: 600;
+  font-variant-numeric: tabular-nums; }
 .sl-result .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); }
 /* Reversed, the box stays scrolled to its end while text comes in. */
 .sl-answer { display: flex; flex-direction: column-reverse; justify-content: flex-end; min-height: 7rem;
@@ -71,6 +73,8 @@ CSS = """
 #folded { flex-wrap: wrap; align-items: flex-start; }
 #folded > * { min-width: min(100%, 320px) !important; }
 #folded > *:has(> button.open) { flex-basis: 100%; }
+.gradio-container button[role=tab][aria-selected=true] { color: var(--primary-600); }
+.dark button[role=tab][aria-selected=true] { color: var(--primary-300); }
 .gradio-container label:has(input:disabled) { opacity: .6; }
 .sl-swatch { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: 6px; }
 .sl-flags { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));

@@ -68,8 +68,8 @@ def result(shown: Shown, decode: Decode, flags: str) -> str:
     one, other = full.metrics, split.metrics
     steps = max(1, other.n_tokens - 1)
     tiles = (
-        _tile("TTFT, split / full (n = 1)", ratio(other.ttft_s, one.ttft_s), "One run of each"),
-        _tile("TPOT, split / full (n = 1)", ratio(other.tpot_s, one.tpot_s), "One run of each"),
+        _tile("TTFT split/full (n = 1)", ratio(other.ttft_s, one.ttft_s), "One run of each"),
+        _tile("TPOT split/full (n = 1)", ratio(other.tpot_s, one.tpot_s), "One run of each"),
         _tile("Bytes up per token", size(other.decode_bytes_up / steps), "To the trunk, for each decoded token"),
         _tile("Bytes down per token", size(other.decode_bytes_down / steps), "From the trunk, for each decoded token"),
     )
@@ -130,7 +130,7 @@ def _tile(name: str, value: str, why: str) -> str:
 
 def _answer(arm: ArmView) -> str:
     text = arm.metrics.text.strip() if arm.metrics else ""
-    waiting = "The other side runs first: two at once would measure each other." if arm.state == "waiting" else ""
+    waiting = "Runs go one after the other: two at once would measure each other." if arm.state == "waiting" else ""
     shown = escape(text) or f'<span class="sl-small">{waiting}</span>'
     return f'<div class="sl-answer" tabindex="0" role="region" aria-label="Answer"><div>{shown}</div></div>'
 
