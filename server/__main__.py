@@ -28,7 +28,12 @@ from splitlearn.wire import MAX_MESSAGE_BYTES, READY, SERVICE
 from splitlearn.wire.codec import DTYPES
 
 # A client whose machine went away closes nothing: without pings its session would stay for ever.
-KEEP_ALIVE = (("grpc.keepalive_time_ms", 15_000), ("grpc.keepalive_timeout_ms", 10_000))
+# The third is for a ping of another kind, behind which a keepalive ping waits.
+KEEP_ALIVE = (
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

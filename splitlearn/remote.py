@@ -24,7 +24,13 @@ from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import error_of
 
 CLOSE_TIMEOUT_S = 2.0
-_CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+# gRPC's own wait before it looks again for a trunk that was lost grows to two minutes, long after it was restarted.
+_CHANNEL_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
 
 
 @dataclass(frozen=True)

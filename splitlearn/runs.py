@@ -17,7 +17,7 @@ from splitlearn import arm, models
 from splitlearn.arm import CANCEL, ArmEnd, ArmReady, ArmSpec, Kind
 from splitlearn.config import EMBEDDED, Config
 from splitlearn.embedded import EmbeddedTrunk
-from splitlearn.errors import SplitlearnError, WorkerDied
+from splitlearn.errors import SplitlearnError, TrunkUnavailable, WorkerDied
 from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.flags import Place
 from splitlearn.metrics import RunMetrics
@@ -127,16 +127,15 @@ class Runs:
         stop = cancelled or threading.Event()
         with self._lock:
             spec = self.spec(kind, flags)
-            worker = self._worker(spec, stop)
-            if worker is None:
-                return
             try:
+                worker = self._worker(spec, stop)
+                if worker is None:
+                    return
                 self._warm_up(worker, request, stop)
                 if not stop.is_set():
                     yield from self._measure(spec, worker, request, stop)
-            except BaseException:
-                if not worker.child.alive():
-                    self._workers.pop(spec, None)
+            except BaseException as error:
+                self._clear_up(spec, isinstance(error, TrunkUnavailable))
                 raise
 
     def close(self) -> None:
@@ -147,6 +146,16 @@ class Runs:
         if self._trunk is not None:
             self._trunk.stop()
             self._trunk = None
+
+    def _clear_up(self, spec: ArmSpec, trunk_lost: bool) -> None:
+        """Drop workers that are dead, and a trunk that was lost with those who use it: the next run has new ones."""
+        with self._trunk_lock:
+            if trunk_lost and self._trunk is not None:
+                self._trunk.stop()
+                self._trunk = None
+        for known, worker in list(self._workers.items()):
+            if not worker.child.alive() or (trunk_lost and known.address == spec.address):
+                self._workers.pop(known).child.stop()
 
     def spec(self, kind: Kind, flags: FlagSet) -> ArmSpec:
         """What a worker of this arm is told; starts the embedded trunk for a split one."""

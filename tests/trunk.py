@@ -68,9 +68,9 @@ def start(config: Mapping[str, Any], folder: Path, *arguments: str) -> subproces
 
 
 @contextmanager
-def serve(config: Mapping[str, Any], folder: Path) -> Iterator[Trunk]:
+def serve(config: Mapping[str, Any], folder: Path, port: int = 0) -> Iterator[Trunk]:
     """A server that is ready; stopped, with its engines, at the end."""
-    process = start(config, folder, "--port", "0")
+    process = start(config, folder, "--port", str(port))
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
