@@ -98,10 +98,14 @@ def launch_fails(config: Path, *options: str, environment: Mapping[str, str] | N
 
 @contextmanager
 def running(config: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[App]:
-    """An app for as long as the context is open."""
+    """An app for as long as the context is open. It must end in order when it is told to, and leave nobody behind."""
     app = App(config, *options, environment=environment)
     try:
         yield app
+        children = app.children()
+        assert app.end() == 0
+        assert not psutil.wait_procs(children, timeout=15)[1]
+        assert not any("Traceback" in line for line in app.lines), "".join(app.lines)
     finally:
         app.end()
 
