@@ -7,6 +7,7 @@ parent ends. What crosses the pipe is pickled, between processes of one program 
 
 import multiprocessing
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable
@@ -67,7 +68,13 @@ class Child:
 
     def alive(self) -> bool:
         """True while the process runs."""
-        return self.process.is_alive()
+        return self.process.is_alive() and not self._hung_up()
+
+    def _hung_up(self) -> bool:
+        """Whether the other end of the pipe is closed: a killed process's is, some time before its end is reported."""
+        watch = select.poll()
+        watch.register(self.connection.fileno(), 0)  # a hang-up is always reported
+        return bool(watch.poll(0))
 
     def stop(self) -> None:
         """End the process: asked by the closing of its pipe, then told, then killed."""
