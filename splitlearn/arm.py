@@ -79,6 +79,7 @@ def _main(connection: Connection, spec: ArmSpec) -> None:
         loaded = loading.load(spec.files, _specs(spec), _local_flags(spec), loading.Placement(spec.device, spec.dtype))
         trunk = _trunk(spec)
         generator = _generator(spec, loaded.stages, trunk)
+        process.return_freed_memory()
     except SplitlearnError as error:
         connection.send(error)
         return

@@ -5,10 +5,12 @@ that the imports take, has process-wide settings and a peak of memory of its own
 parent ends. What crosses the pipe is pickled, between processes of one program on one machine only.
 """
 
+import ctypes
 import multiprocessing
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,6 +140,17 @@ def peak_resident_bytes() -> int:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return resident_bytes()
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what the C library keeps of freed memory: 30 MB after a tokenizer was read, of 50.
+
+    Does nothing where the C library has no such call (it is glibc's).
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def default_threads() -> int:
