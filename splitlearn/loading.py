@@ -85,7 +85,7 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str],
     the architecture has.
     """
     config = AutoConfig.from_pretrained(files.folder)
-    if hasattr(proof, "check") and (len(specs) > 1 or not (specs[0].first and specs[0].last)):
+    if len(specs) > 1 or not (specs[0].first and specs[0].last):
         proof.check(config)
     architecture = AutoModelForCausalLM._model_mapping[type(config)]  # imports it, before memory is looked at
     wanted = settings(applied)

@@ -25,6 +25,7 @@ from splitlearn.process import Child
 from splitlearn.progress import Progress
 from splitlearn.remote import TrunkFacts, check_served, describe
 from splitlearn.selection import Availability, FlagSet, availability
+from splitlearn.selection import check as check_flags
 from splitlearn.selection import parse as parse_flags
 from splitlearn.split import SplitPlan
 from splitlearn.tokens import python_tokenizer_available
@@ -114,6 +115,7 @@ class Runs:
 
     def flags(self, text: str) -> FlagSet:
         """The flags that a person asked for in words. Raises InputError."""
+        check_flags(text)
         return parse_flags(text, self.availability())
 
     def stream(

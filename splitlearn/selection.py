@@ -101,6 +101,11 @@ def parse(text: str, available: Availability) -> FlagSet:
     return FlagSet(**{**chosen, **unnamed})
 
 
+def check(text: str) -> None:
+    """Raise InputError for words that could be meant nowhere, before anything is known of what is available."""
+    parse(text, availability(dict.fromkeys(SIDES, Place("cuda", has_compiler=True))))
+
+
 def _side(name: str, group: str) -> Side:
     for side in SIDES:
         if side == name:

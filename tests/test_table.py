@@ -60,7 +60,11 @@ def test_every_row_is_measured_in_both_arms_and_reads_back_as_csv(runs: Runs) ->
     assert list(frame["row"]) == [row.label for row in listed]
     assert (frame["repeats"] == 2).all()
     assert frame["identical_tokens"].all()
-    figures = [column for column in map(str, frame) if column.endswith(("_ttft_s", "_tpot_s", "_tps", "_load_s", "_added_bytes"))]
+    figures = [
+        column
+        for column in map(str, frame)
+        if column.endswith(("_ttft_s", "_tpot_s", "_tps", "_load_s", "_added_bytes"))
+    ]
     assert len(figures) == 10
     assert (frame[figures] > 0).all().all()
 
