@@ -18,9 +18,9 @@ from splitlearn.wire.codec import DTYPES
 SESSIONS = 50
 EXACT = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hidden_states,fast_top_k"
 SETS = {
-    "as they are, but float32_matmul_precision": EXACT,
+    "default without float32_matmul_precision": EXACT,
     "default": "default",
-    "without low_cpu_mem_usage": EXACT.replace("low_cpu_mem_usage,", ""),
+    "the same without low_cpu_mem_usage": EXACT.replace("low_cpu_mem_usage,", ""),
 }
 REQUEST = GenerationRequest("What is the capital of France?", max_new_tokens=32, ignore_eos=True)
 

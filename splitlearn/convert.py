@@ -128,10 +128,10 @@ def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
         if kept != name:
             tied[name] = kept
     tensors = {name: state[name].contiguous() for name in stored.values()}
-    save_file(tensors, path, metadata={"format": "pt", "pad": ""})
+    save_file(tensors, path, metadata={"pad": ""})
     begin = data_offset(path)
     if begin % ALIGNMENT:  # the header says where each tensor is, so its length is known only now
-        save_file(tensors, path, metadata={"format": "pt", "pad": "." * (ALIGNMENT - begin % ALIGNMENT)})
+        save_file(tensors, path, metadata={"pad": "." * (ALIGNMENT - begin % ALIGNMENT)})
     path.chmod(0o644)  # save_file leaves it to its owner alone; containers share this folder between users
     return tied
 
