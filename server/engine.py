@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from splitlearn import loading, process
-from splitlearn.errors import InputError, SplitlearnError, TrunkFailed, TrunkFull
+from splitlearn.errors import InputError, SplitlearnError, TrunkFull, as_error
 from splitlearn.flags import of_scope
 from splitlearn.split import SplitPlan
 from splitlearn.stages import LocalSession, LocalStage, StageInput
@@ -168,8 +168,8 @@ def _main(connection: Connection, spec: EngineSpec) -> None:
     try:
         threads = loading.prepare_process(spec.applied, spec.threads)
         loaded = loading.load(spec.files, loading.trunk_specs(spec.plan), spec.applied, spec.placement)
-    except SplitlearnError as error:
-        connection.send(error)
+    except Exception as error:
+        connection.send(as_error(error, "loading the trunk"))
         return
     connection.send(EngineFacts(threads, loaded.load_s, loaded.import_rss_bytes))
     sessions = _Sessions(loaded.stages[0], spec.placement.dtype, spec.files.facts.hidden_size)
@@ -177,7 +177,5 @@ def _main(connection: Connection, spec: EngineSpec) -> None:
         name, arguments = connection.recv()
         try:
             connection.send(getattr(sessions, name)(*arguments))
-        except SplitlearnError as error:
-            connection.send(error)
-        except Exception as error:  # the session fails with the cause; the other sessions of the process go on
-            connection.send(TrunkFailed(f"{type(error).__name__} while computing: {error}"))
+        except Exception as error:  # the session fails with its cause; the other sessions of the process go on
+            connection.send(as_error(error, "computing"))

@@ -98,8 +98,9 @@ class TrunkService:
         opening = _parse(first, "open").open
         self._check(opening)
         stay = self._admit(opening)
-        # The stream can end while this generator waits at a yield: then only the callback runs in time.
-        if not context.add_callback(stay.close):
+        # The stream can end while this generator waits at a yield: then only the callback runs in time. It runs on
+        # gRPC's one event thread, which must not wait for an engine.
+        if not context.add_callback(threading.Thread(target=stay.close, daemon=True).start):
             stay.close()
             return
         try:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from splitlearn import loading, process
-from splitlearn.errors import SplitlearnError
+from splitlearn.errors import as_error
 from splitlearn.events import Event
 from splitlearn.flags import settings
 from splitlearn.generate import Generator, Link
@@ -80,8 +80,8 @@ def _main(connection: Connection, spec: ArmSpec) -> None:
         trunk = _trunk(spec)
         generator = _generator(spec, loaded.stages, trunk)
         process.return_freed_memory()
-    except SplitlearnError as error:
-        connection.send(error)
+    except Exception as error:
+        connection.send(as_error(error, "loading the model"))
         return
     connection.send(ArmReady(loaded.load_s, loaded.import_rss_bytes, threads))
     while True:
@@ -92,8 +92,8 @@ def _main(connection: Connection, spec: ArmSpec) -> None:
             for event in _until_cancelled(generator.stream(request), connection):
                 connection.send(event)
             connection.send(ArmEnd(process.peak_resident_bytes(), trunk.facts if trunk else None))
-        except SplitlearnError as error:
-            connection.send(error)
+        except Exception as error:  # the run fails with its cause; the worker goes on
+            connection.send(as_error(error, "generating"))
 
 
 def _until_cancelled(events: abc.Generator[Event, None, None], connection: Connection) -> Iterator[Event]:

@@ -15,6 +15,7 @@ from typing import Any
 from splitlearn.arm import Kind
 from splitlearn.events import GenerationRequest
 from splitlearn.metrics import UNATTRIBUTED, RunMetrics, first_divergence
+from splitlearn.remote import describe
 from splitlearn.runs import ArmReport, Item, Runs
 from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
@@ -83,6 +84,7 @@ def compare(
 
 def environment(runs: Runs) -> dict[str, Any]:
     """What a reader needs to know of the machine and the software to place the figures."""
+    trunk = describe(runs.trunk_address())
     return {
         "machine": platform.machine(),
         "processor": _processor(),
@@ -91,6 +93,7 @@ def environment(runs: Runs) -> dict[str, Any]:
         "device": str(runs.device),
         "digest": runs.files.digest,
         **{name: version(name) for name in ("torch", "transformers", "grpcio")},
+        "trunk": {"device": trunk.device, "threads": trunk.threads, "versions": trunk.versions},
     }
 
 

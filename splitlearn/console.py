@@ -54,7 +54,7 @@ def print_comparison(found: Comparison) -> None:
     console.print(_figures(found))
     console.print(_ledger(found.full.metrics, found.split.metrics))
     at = found.first_divergence
-    verdict = "identical" if at is None else f"they differ from token {at} on"
+    verdict = "identical" if at is None else f"they differ from token {at + 1} on"
     console.print(f"Tokens of full and split: [bold]{verdict}[/]. One run of each (n = 1).", highlight=False)
 
 

@@ -1,6 +1,7 @@
 """A trunk server as a child process on a free loopback port, for when none is given. It ends with its parent."""
 
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ class EmbeddedTrunk:
         root = Path(__file__).resolve().parent.parent  # where the packages splitlearn and server lie
         self._process = subprocess.Popen(
             [sys.executable, "-m", "server", "--embedded", "--host", "127.0.0.1", "--port", "0"],
-            cwd=root,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

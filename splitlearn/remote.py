@@ -85,7 +85,11 @@ class RemoteStage:
             max_length=max_length,
             flags=sorted(applied),
         )
-        opened = session.open(pb.ClientMessage(open=opening).SerializeToString())
+        try:
+            opened = session.open(pb.ClientMessage(open=opening).SerializeToString())
+        except BaseException:
+            session.close()
+            raise
         self.facts = TrunkFacts(opened.threads, opened.load_s, opened.import_rss_bytes, self.facts.peak_rss_bytes)
         return session
 

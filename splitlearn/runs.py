@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from splitlearn import arm, models
@@ -33,6 +34,7 @@ from splitlearn.wire.codec import DTYPES
 
 WARM_UP_TOKENS = 8
 CANCEL_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 3.0
 POLL_S = 0.05
 
 
@@ -107,11 +109,15 @@ class Runs:
 
     def availability(self) -> Availability:
         """Which flags can be applied where: here for full and client; for the trunk, what it says itself."""
-        here = Place(str(self.device), python_tokenizer_available(self.files.folder))
-        known = dict(availability({"full": here, "client": here}))
+        known = dict(availability({"full": self.here, "client": self.here}))
         said = {flag.name: flag.unavailable or None for flag in describe(self.trunk_address()).flags}
         absent = "unknown to this trunk server"
         return {**known, "trunk": {name: said.get(name, absent) for name in known["client"]}}
+
+    @cached_property
+    def here(self) -> Place:
+        """What decides which flags can be applied in this machine's arms."""
+        return Place(str(self.device), python_tokenizer_available(self.files.folder))
 
     def flags(self, text: str) -> FlagSet:
         """The flags that a person asked for in words. Raises InputError."""
@@ -141,7 +147,8 @@ class Runs:
                 raise
 
     def close(self) -> None:
-        """End all workers and the embedded trunk."""
+        """End all workers and the embedded trunk; a run that another thread has under way gets a moment to end."""
+        self._lock.acquire(timeout=CLOSE_TIMEOUT_S)
         for worker in self._workers.values():
             worker.child.stop()
         self._workers.clear()

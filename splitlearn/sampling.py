@@ -30,7 +30,9 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.0, 100.0, "a number from 0 (greedy) to 100")
+        # Logits divided by less than that overflow float32.
+        low = 0.0 if self.temperature == 0 else 1e-3
+        _check("temperature", self.temperature, low, 100.0, "0 (greedy) or a number from 0.001 to 100")
         _check("top_p", self.top_p, 1e-6, 1.0, "a number above 0, up to 1 (1 filters nothing)")
         _check("repetition_penalty", self.repetition_penalty, 0.01, 100.0, "a number from 0.01 to 100 (1 is none)")
         _check_whole("top_k", self.top_k, 2**31 - 1, "a whole number, 0 or more (0 filters nothing)")

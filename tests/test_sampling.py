@@ -12,7 +12,7 @@ from splitlearn.sampling import SamplingParams, random_source, sample, top_k_by_
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("temperature", bad) for bad in (-1.0, math.nan, math.inf, True)),
+        *(("temperature", bad) for bad in (-1.0, 1e-40, math.nan, math.inf, True)),
         *(("top_k", bad) for bad in (-1, 1.5)),
         *(("top_p", bad) for bad in (0.0, 1.01, math.nan)),
         *(("repetition_penalty", bad) for bad in (0.0, -1.0, math.nan)),

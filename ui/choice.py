@@ -1,10 +1,9 @@
 """Which flags are chosen, in the words of the command line: the page's controls all read and write these words."""
 
-from splitlearn.errors import TrunkError
-from splitlearn.flags import FLAGS, SIDES, Place, Side
+from splitlearn.errors import SetupError, TrunkError
+from splitlearn.flags import FLAGS, SIDES, Side
 from splitlearn.runs import Runs
 from splitlearn.selection import PRESETS, Availability, FlagSet, availability, parse
-from splitlearn.tokens import python_tokenizer_available
 
 SETS = ("default", "all", "none", *PRESETS)
 
@@ -13,9 +12,8 @@ def available(runs: Runs) -> Availability:
     """Which flags can be applied where; a trunk that cannot be asked is no reason not to run the full model."""
     try:
         return runs.availability()
-    except TrunkError:
-        here = Place(str(runs.device), python_tokenizer_available(runs.files.folder))
-        known = availability({"full": here, "client": here})
+    except (TrunkError, SetupError):
+        known = availability({"full": runs.here, "client": runs.here})
         return {**known, "trunk": dict.fromkeys(FLAGS, "the trunk does not answer")}
 
 

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from splitlearn import config
 from splitlearn.config import EMBEDDED, Config
@@ -79,7 +79,9 @@ def _serve(settings: Config, port: int, login: Login) -> None:
     """Prepare the model, then launch the page and stay until interrupted; children end with it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from splitlearn.runs import Runs
+    from splitlearn.selection import check
 
+    check(settings.flags)
     with on_console() as progress:
         runs = Runs(settings, progress)
         _greet_trunk(runs, progress)
@@ -97,6 +99,14 @@ def _greet_trunk(runs: "Runs", progress: Progress) -> None:
         print(f"warning: {error} The page starts all the same.", file=sys.stderr)
 
 
+def _launch(demo: Any, **options: Any) -> None:
+    """Launch the page. Raises SetupError when its port was taken since it was tried."""
+    try:
+        demo.launch(**options)
+    except OSError as error:
+        raise SetupError(f"ui.port: the page cannot be served ({error}).") from error
+
+
 def _page(runs: "Runs", port: int, login: Login) -> None:
     from ui.handlers import Handlers
     from ui.layout import Page
@@ -105,10 +115,12 @@ def _page(runs: "Runs", port: int, login: Login) -> None:
     settings, sharing = runs.config.ui, share.Sharing.of(runs.config.ui.share)
     with Handlers(runs) as handlers:
         demo = Page(handlers, sharing).blocks
-        demo.launch(
+        _launch(
+            demo,
             server_name=settings.host,
             server_port=port,
             auth=login,
+            share=False,  # the link is asked for by share.py; None would let GRADIO_SHARE open one without a login
             theme=THEME,
             css=CSS,
             prevent_thread_lock=True,

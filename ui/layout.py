@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from splitlearn.errors import InputError
 from splitlearn.selection import parse
 from ui import charts, choice, flag_view, inputs, view
 from ui.handlers import Handlers, TableState
@@ -96,7 +97,9 @@ class Page:
 
     def _connect(self) -> None:
         self.picker.connect(self.runs, self.error)
-        self.blocks.load(self._open, None, [*self.picker.outputs, self.link, self.timer], show_progress="hidden")
+        self.blocks.load(
+            self._open, None, [*self.picker.outputs, self.link, self.timer, self.error], show_progress="hidden"
+        )
         self.blocks.unload(self._leave)
         self.timer.tick(self._link, None, [self.link, self.timer], show_progress="hidden")
         self.stop.click(self._stop, None, self.stop, queue=False, show_progress="hidden")
@@ -121,7 +124,11 @@ class Page:
     def _open(self) -> Updates:
         """A page was opened: the flags as they are available now, as the configuration has them."""
         known = choice.available(self.runs)
-        return {**self.picker.show(parse(self.runs.config.flags, known), known), **self._link()}
+        try:
+            flags, wrong = parse(self.runs.config.flags, known), ""
+        except InputError as error:  # a flag that config.yaml names and that cannot be applied here now
+            flags, wrong = parse("default", known), str(error)
+        return {**self.picker.show(flags, known), **self._link(), self.error: view.error(wrong)}
 
     def _leave(self, request: gr.Request) -> None:
         self.handlers.stops.forget(_visitor(request))
@@ -197,5 +204,7 @@ def _visitor(request: gr.Request) -> str:
 
 TABLE_HELP = (
     "Runs the prompt above, always to its token limit, with no flag, with all chosen flags, and with each chosen flag "
-    "left out or alone: every row in both arms, warm, in random order. Nothing is drawn while a run is measured."
+    "left out or alone: every row in both arms, warm, in random order. Nothing is drawn while a run is measured. "
+    "Added memory of split is that of client and trunk; rows that differ only in session flags share a trunk "
+    "process, and so the peak that it has had."
 )

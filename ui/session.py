@@ -55,27 +55,31 @@ class Shown:
 
 
 class Stops:
-    """One stop signal for each open page, by its session."""
+    """One stop signal for each open page, by its session: the same one for all its runs, also for those that wait."""
 
     def __init__(self) -> None:
         self._signals: dict[str, threading.Event] = {}
+        self._closed: set[str] = set()
 
     def begin(self, session: str) -> None:
         """A run was asked for: what was stopped before does not stop it."""
-        self._signals[session] = threading.Event()
+        self.signal(session).clear()
 
     def signal(self, session: str) -> threading.Event:
-        """The signal that ends the run of `session`."""
-        return self._signals.setdefault(session, threading.Event())
+        """The signal that ends the run of `session`; of a closed page one that is set."""
+        signal = self._signals.setdefault(session, threading.Event())
+        if session in self._closed:
+            signal.set()
+        return signal
 
     def stop(self, session: str) -> None:
         """End the run of `session`, if there is one."""
         self.signal(session).set()
 
     def forget(self, session: str) -> None:
-        """The page was closed: end its run."""
-        if session in self._signals:
-            self._signals.pop(session).set()
+        """The page was closed: end its run, and any that waits."""
+        self._closed.add(session)
+        self.signal(session)
 
     def stop_all(self) -> None:
         """End every run."""

@@ -53,10 +53,12 @@ def login(variable: str, share: bool, without_login: bool) -> tuple[str, str] | 
 def open_link(demo: Any, sharing: Sharing, timeout_s: float = TIMEOUT_S) -> None:
     """Ask for a public link to the launched page `demo`; one message on the terminal says how it ended."""
     answers: SimpleQueue[str | Exception] = SimpleQueue()
-    threading.Thread(target=_ask, args=(demo, answers), daemon=True).start()
+    given_up = threading.Event()
+    threading.Thread(target=_ask, args=(demo, answers, given_up), daemon=True).start()
     try:
         answer = answers.get(timeout=timeout_s)
     except Empty:
+        given_up.set()
         answer = TimeoutError(f"the tunnel service did not answer within {timeout_s:g} s")
     if isinstance(answer, Exception):
         why = " ".join(str(answer).split()).rstrip(".:") or type(answer).__name__
@@ -69,8 +71,8 @@ def open_link(demo: Any, sharing: Sharing, timeout_s: float = TIMEOUT_S) -> None
     print(sharing.message, flush=True)
 
 
-def _ask(demo: Any, answers: "SimpleQueue[str | Exception]") -> None:
-    from gradio import networking  # here, so that a wrong configuration is found before Gradio is imported
+def _ask(demo: Any, answers: "SimpleQueue[str | Exception]", given_up: threading.Event) -> None:
+    from gradio import networking, tunneling  # here, so that a wrong configuration is found before Gradio is imported
 
     # launch(share=True) does this, too, but blocks, prints advice of its own, and says nothing to the page.
     try:
@@ -78,3 +80,6 @@ def _ask(demo: Any, answers: "SimpleQueue[str | Exception]") -> None:
         answers.put(networking.setup_tunnel(*place, None))
     except Exception as error:  # whatever Gradio, httpx, the file system or the tunnel client raise
         answers.put(error)
+    if given_up.is_set():  # nobody was told of a link, so there must be none
+        for tunnel in list(tunneling.CURRENT_TUNNELS):
+            tunnel.kill()

@@ -7,7 +7,7 @@ medians over the rounds. Rows about sampler flags run under seeded sampling, whe
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import pandas as pd
 
 from splitlearn.arm import Kind
 from splitlearn.compare import KINDS
+from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import GenerationRequest
 from splitlearn.flags import FLAGS
 from splitlearn.metrics import first_divergence
@@ -49,7 +50,8 @@ class Row:
 
     def request(self, asked: GenerationRequest) -> GenerationRequest:
         """What the row runs: as asked, to the full length, whatever the tokens are."""
-        sampling = SAMPLED if self.sampled and asked.sampling.greedy else asked.sampling
+        nothing_to_do = asked.sampling.greedy or asked.sampling.top_k == 0
+        sampling = SAMPLED if self.sampled and nothing_to_do else asked.sampling
         return replace(asked, ignore_eos=True, stop=(), sampling=sampling)
 
 
@@ -63,7 +65,15 @@ class Snapshot:
     frame: pd.DataFrame
 
 
-Cells = dict[tuple["Row", Kind], list[ArmReport]]
+@dataclass
+class _Cell:
+    """One arm of one row: its reports, or why it cannot be run."""
+
+    reports: list[ArmReport] = field(default_factory=list)
+    failure: str = ""
+
+
+Cells = dict[tuple["Row", Kind], _Cell]
 
 
 def rows(flags: FlagSet, kinds: Sequence[AskedKind]) -> list[Row]:
@@ -88,21 +98,36 @@ def measure(
     seed: int = 0,
     cancelled: threading.Event | None = None,
 ) -> Iterator[Snapshot]:
-    """Run every row in both arms `repeats` times; a snapshot after each run. Ends early when `cancelled` is set."""
+    """Run every row in both arms `repeats` times; a snapshot after each run. Ends early when `cancelled` is set.
+
+    What fails (a set of flags that the trunk will not serve) says so in its row, is not tried again, and the table goes
+    on. Raises InputError for a request that no arm can run.
+    """
     stop = cancelled or threading.Event()
     order = random.Random(seed)
-    cells: Cells = {(row, kind): [] for row in listed for kind in KINDS}
+    cells: Cells = {(row, kind): _Cell() for row in listed for kind in KINDS}
     done, total = 0, repeats * len(cells)
     yield Snapshot(done, total, "", frame(listed, cells))
     for _ in range(repeats):
         for row, kind in order.sample(list(cells), len(cells)):
-            for item in runs.stream(kind, row.flags, row.request(request), stop):
-                if isinstance(item, ArmReport) and not stop.is_set():
-                    cells[row, kind].append(item)
+            if not cells[row, kind].failure:
+                _run(runs, kind, row, row.request(request), cells[row, kind], stop)
             if stop.is_set():
                 return
             done += 1
             yield Snapshot(done, total, f"{row.label}, {kind}", frame(listed, cells))
+
+
+def _run(runs: Runs, kind: Kind, row: Row, request: GenerationRequest, cell: _Cell, stop: threading.Event) -> None:
+    """One run of one arm of a row, into its cell."""
+    try:
+        for item in runs.stream(kind, row.flags, request, stop):
+            if isinstance(item, ArmReport) and not stop.is_set():
+                cell.reports.append(item)
+    except InputError:
+        raise
+    except SplitlearnError as error:
+        cell.failure = f"{kind}: {error}"
 
 
 def frame(listed: Sequence[Row], cells: Cells) -> pd.DataFrame:
@@ -110,7 +135,8 @@ def frame(listed: Sequence[Row], cells: Cells) -> pd.DataFrame:
     return pd.DataFrame([_line(row, cells[row, "full"], cells[row, "split"]) for row in listed])
 
 
-def _line(row: Row, full: Sequence[ArmReport], split: Sequence[ArmReport]) -> dict[str, Any]:
+def _line(row: Row, full_cell: _Cell, split_cell: _Cell) -> dict[str, Any]:
+    full, split = full_cell.reports, split_cell.reports
     return {
         "row": row.label,
         "kind": row.kind,
@@ -119,6 +145,7 @@ def _line(row: Row, full: Sequence[ArmReport], split: Sequence[ArmReport]) -> di
         **_figures("full", full),
         **_figures("split", split),
         "identical_tokens": _identical(full, split),
+        "unavailable": " ".join(filter(None, (full_cell.failure, split_cell.failure))),
     }
 
 
