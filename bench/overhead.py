@@ -11,11 +11,14 @@ from bench.reference import Generated, Reference
 from bench.report import write
 from splitlearn.arm import Kind
 from splitlearn.compare import environment
+from splitlearn.config import Config, RunsConfig
 from splitlearn.events import GenerationRequest
+from splitlearn.progress import silent
 from splitlearn.runs import ArmReport, Runs
 from splitlearn.selection import FlagSet
 
 PAIRS = 12
+THREADS = (1, 2)
 TOKENS = 64
 PROMPT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[0]
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
@@ -24,6 +27,36 @@ FLAGS = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hid
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/overhead.md."""
+    rows = [row for threads in THREADS for row in _rows(runs.config, threads)]
+    text = (
+        f"Geometric mean ratios with 95% intervals over {PAIRS} blocks of {TOKENS} tokens, greedy, float32, the three "
+        f"arms in random order within each block, each process with the threads named; flags `{FLAGS}`. All processes "
+        "have the OpenMP wait policy PASSIVE, without which client and trunk take the cores from each other."
+    )
+    write("overhead", "What splitting costs, and what the decode loop costs", text, rows, environment(runs))
+
+
+def _rows(config: Config, threads: int) -> list[dict[str, str]]:
+    with Runs(config.model_copy(update={"runs": RunsConfig(threads=threads)}), silent) as runs:
+        found = _measure(runs)
+    same = len({run.token_ids for listed in found.values() for run in listed}) == 1
+    return [
+        {
+            "threads": str(threads),
+            "ratio": f"{name} / {baseline}",
+            "TPOT": _ratio(found[name], found[baseline], "tpot_s"),
+            "TTFT": _ratio(found[name], found[baseline], "ttft_s"),
+            "token ids of all runs": "identical" if same else "NOT identical",
+        }
+        for name, baseline in (("split", "full"), ("full", "generate"), ("split", "generate"))
+    ]
+
+
+def _ratio(values: list[Generated], baselines: list[Generated], key: str) -> str:
+    return str(ratio([getattr(run, key) for run in values], [getattr(run, key) for run in baselines]))
+
+
+def _measure(runs: Runs) -> dict[str, list[Generated]]:
     flags = runs.flags(FLAGS)
     reference = Reference(runs.spec("full", flags))
     try:
@@ -34,26 +67,9 @@ def main(runs: Runs) -> None:
         }
         for arm in arms.values():
             arm()
-        found = blocks(arms, PAIRS)
+        return blocks(arms, PAIRS)
     finally:
         reference.stop()
-    same = len({run.token_ids for listed in found.values() for run in listed}) == 1
-    rows = [
-        {
-            "ratio": f"{name} / {baseline}",
-            **{
-                label: str(ratio([getattr(r, key) for r in found[name]], [getattr(r, key) for r in found[baseline]]))
-                for label, key in (("TPOT", "tpot_s"), ("TTFT", "ttft_s"))
-            },
-        }
-        for name, baseline in (("split", "full"), ("full", "generate"), ("split", "generate"))
-    ]
-    text = (
-        f"Geometric mean ratios with 95% intervals over {PAIRS} blocks of {TOKENS} tokens, greedy, float32, the three "
-        f"arms in random order within each block; flags `{FLAGS}`. "
-        f"Token ids of all runs: {'identical' if same else 'NOT identical'}."
-    )
-    write("overhead", "What splitting costs, and what the decode loop costs", text, rows, environment(runs))
 
 
 def _run(runs: Runs, kind: Kind, flags: FlagSet) -> Generated:

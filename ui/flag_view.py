@@ -75,7 +75,9 @@ def _line(line: dict[Any, Any]) -> list[str]:
         for kind in ("full", "split")
     ]
     same = {True: "yes", False: "no"}.get(line["identical_tokens"], MISSING)
-    reason = f'<br><span class="sl-off">unavailable: {escape(line["unavailable"])}</span>' if line["unavailable"] else ""
+    reason = (
+        f'<br><span class="sl-off">unavailable: {escape(line["unavailable"])}</span>' if line["unavailable"] else ""
+    )
     return [escape(line["row"]) + reason, str(line["repeats"]), *cells, same]
 
 
