@@ -13,17 +13,12 @@ from splitlearn.arm import Kind
 from splitlearn.compare import Comparison, Watch
 from splitlearn.events import TokenEvent
 from splitlearn.flags import FLAGS, SIDES
-from splitlearn.metrics import RunMetrics
+from splitlearn.metrics import LEDGER_ORDER, RunMetrics
 from splitlearn.models import ModelStatus
 from splitlearn.parts import Part
 from splitlearn.progress import Progress, Step
 from splitlearn.runs import ArmReport, Item, Restarted
 from splitlearn.selection import Availability, FlagSet
-
-LEDGER_ORDER = (
-    *("tokenise", "open", "model", "bottom", "encode", "wire", "queue", "trunk", "decode", "top"),
-    *("sample", "emit", "unattributed"),
-)
 
 
 def watch(progress: Progress, limit: int) -> Watch:
@@ -62,8 +57,10 @@ def print_models(rows: Sequence[ModelStatus], cache: Path) -> None:
     """The catalogue, and what else is cached."""
     table = Table("model", "source", "licence", "cached", "description", title=f"Models (cache: {cache})")
     for row in rows:
-        cached = f"{_bytes(row.cached_bytes)}" if row.folder else "no"
         entry = row.entry
+        cached = (
+            _bytes(row.cached_bytes) if row.folder else f"no ({_bytes(entry.download_bytes)} to fetch)" if entry else ""
+        )
         table.add_row(row.name, row.source, entry.licence if entry else "", cached, entry.description if entry else "")
     Console().print(table)
 

@@ -14,6 +14,11 @@ from statistics import median
 from splitlearn.events import Done, Event, FinishReason, TokenEvent
 
 UNATTRIBUTED = "unattributed"
+# The parts of a step in the order in which they happen.
+LEDGER_ORDER = (
+    *("tokenise", "open", "model", "bottom", "encode", "wire", "queue", "trunk", "decode", "top"),
+    *("sample", "emit", UNATTRIBUTED),
+)
 
 
 @dataclass(frozen=True)

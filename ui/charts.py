@@ -4,7 +4,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from splitlearn.console import LEDGER_ORDER
+from splitlearn.metrics import LEDGER_ORDER
 from splitlearn.runs import ArmReport
 from ui import view
 
