@@ -25,8 +25,8 @@ from splitlearn.tokens import Tokens
 
 PROMPTS = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()
 TOKENS = 64
-STEPS = 16
-SEQUENCES = 2
+STEPS = 8
+SEQUENCES = 1
 
 
 def main(runs: Runs) -> None:
