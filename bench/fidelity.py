@@ -44,7 +44,8 @@ def main(runs: Runs) -> None:
         + "\n".join(equal)
         + "\n\n"
         f"Logits over {SEQUENCES} fixed sequences, a prompt and {STEPS} single tokens each: the largest difference, "
-        "and the first step at which another token is best (none: no step)."
+        "and the first step at which another token is best (none: no step). torch_compile takes minutes to compile "
+        "and is left out here; tests/test_fidelity.py has it on a small model."
     )
     write("fidelity", "What each flag changes, and what it does not", text, _rows(runs), environment(runs))
 
@@ -65,7 +66,7 @@ def _ids(runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest) -> 
 
 
 def _rows(runs: Runs) -> list[dict[str, Any]]:
-    everything = runs.flags("all")
+    everything = runs.flags("all").without("torch_compile")
     sequences = [_sequence(runs, prompt) for prompt in PROMPTS[:SEQUENCES]]
 
     def measure(kind: Kind, flags: FlagSet) -> list[torch.Tensor]:
