@@ -31,7 +31,8 @@ def main(runs: Runs) -> None:
     text = (
         f"Geometric mean ratios with 95% intervals over {PAIRS} blocks of {TOKENS} tokens, greedy, float32, the three "
         f"arms in random order within each block, each process with the threads named; flags `{FLAGS}`. All processes "
-        "have the OpenMP wait policy PASSIVE, without which client and trunk take the cores from each other."
+        "have the OpenMP wait policy PASSIVE, without which client and trunk take the cores from each other. One-token "
+        "steps of full and split run on one thread in float32, whatever the number named; those of generate() do not."
     )
     write("overhead", "What splitting costs, and what the decode loop costs", text, rows, environment(runs))
 
