@@ -8,7 +8,6 @@ parent ends. What crosses the pipe is pickled, between processes of one program 
 import ctypes
 import multiprocessing
 import os
-import select
 import signal
 import sys
 import threading
@@ -70,14 +69,16 @@ class Child:
             raise self.death() from error
 
     def alive(self) -> bool:
-        """True while the process runs."""
-        return self.process.is_alive() and not self._hung_up()
+        """True while the process runs: a killed one has stopped some time before its end is reported or its pipe shut.
 
-    def _hung_up(self) -> bool:
-        """Whether the other end of the pipe is closed: a killed process's is, some time before its end is reported."""
-        watch = select.poll()
-        watch.register(self.connection.fileno(), 0)  # a hang-up is always reported
-        return bool(watch.poll(0))
+        Its threads end one by one, and the last of them closes the pipe.
+        """
+        if self.process.pid is None or not self.process.is_alive():
+            return False
+        try:
+            return psutil.Process(self.process.pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return False
 
     def stop(self) -> None:
         """End the process: asked by the closing of its pipe, then told, then killed."""
