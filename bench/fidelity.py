@@ -15,8 +15,8 @@ from splitlearn.arm import Kind
 from splitlearn.compare import KINDS, environment
 from splitlearn.events import GenerationRequest
 from splitlearn.flags import FLAGS
-from splitlearn.lab.fidelity import Difference, difference, logits_apart
-from splitlearn.lab.table import SAMPLED
+from splitlearn.lab.fidelity import Difference, Fed, difference, logits_apart
+from splitlearn.lab.design import SAMPLED
 from splitlearn.metrics import first_divergence
 from splitlearn.runs import ArmReport, Runs
 from splitlearn.sampling import SamplingParams
@@ -72,7 +72,10 @@ def _rows(runs: Runs) -> list[dict[str, Any]]:
     def measure(kind: Kind, flags: FlagSet) -> list[torch.Tensor]:
         threads = runs.config.runs.threads
         print(f"logits: {kind}, {' '.join(flags.names()) or 'none'}", flush=True)
-        return [logits_apart(runs.files, runs.plan, kind, flags, ids, prompt, threads) for ids, prompt in sequences]
+        return [
+            logits_apart(Fed(runs.files, runs.plan, kind, flags, tuple(ids), prompt, threads))
+            for ids, prompt in sequences
+        ]
 
     ends = (("none", FlagSet()), ("all", everything))
     baselines = {(kind, words): measure(kind, flags) for kind in KINDS for words, flags in ends}

@@ -1,4 +1,4 @@
-"""The command line: `python -m splitlearn compare|fetch|models|parts|flags`.
+"""The command line: `python -m splitlearn compare|bench|report|fetch|models|parts|flags`.
 
 Results go to stdout, progress and errors to stderr. What cannot be done ends with status 2 and one line that says why.
 """
@@ -77,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     _add_compare_options(add("compare", _compare, "Run one prompt through the full and the split model."))
+    _add_bench_options(add("bench", _bench, "Measure what each flag does, so that it can be defended."))
+    _add_report_options(add("report", _report, "Show an experiment of `bench`, or hold two against each other."))
     add("fetch", _fetch, "Fetch and convert the configured model, if the cache does not have it.")
     add("models", _models, "List the catalogue, and what is cached.")
     parts = add("parts", _parts, "What client and trunk hold, and what crosses the wire, for the configured model.")
@@ -91,12 +93,7 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=_whole("max_new_tokens"), metavar="N", help="(default: generation.max_new_tokens)"
     )
-    parser.add_argument(
-        "--flags",
-        nargs="+",
-        metavar="FLAGS",
-        help="default, all, none, a preset or a list a,b=choice; or one for each side: full:a client:b trunk:none",
-    )
+    _add_flags_option(parser)
     parser.add_argument("--ignore-eos", action="store_true", help="go on to the limit, for measuring")
     parser.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this text comes up")
@@ -111,6 +108,40 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_whole("seed"), default=0, metavar="S", help="of sampling (default 0)")
     parser.add_argument("--trunk", metavar="HOST:PORT", help="overrides trunk.address")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+
+
+def _add_flags_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--flags",
+        nargs="+",
+        metavar="FLAGS",
+        help="default, all, none, a preset or a list a,b=choice; or one for each side: full:a client:b trunk:none",
+    )
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    _add_flags_option(parser)
+    parser.add_argument("--design", default="without", help="without (all flags but one; default), alone or ladder")
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--pairs", type=_whole("pairs"), metavar="N", help="exactly so many pairs, one look at the end")
+    limit.add_argument(
+        "--minutes", type=_real("minutes"), metavar="M", help="end after so long, decided or not (default 60)"
+    )
+    parser.add_argument(
+        "--delta", type=_real("delta"), metavar="D", help="a ratio this near to 1 counts as no effect (default 0.02)"
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line (default: generation.prompt)")
+    parser.add_argument("--max-new-tokens", type=_whole("max_new_tokens"), metavar="N", help="of each run (default 64)")
+    parser.add_argument("--seed", type=_whole("seed"), metavar="S", help="of the order of the arms (default 0)")
+    parser.add_argument("--trunk", metavar="HOST:PORT", help="overrides trunk.address")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default: lab/ and the time)")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the experiment in that folder")
+    parser.add_argument("--json", action="store_true", help="the findings as one JSON object on stdout")
+
+
+def _add_report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiments", type=Path, nargs="+", metavar="DIR", help="one folder of `bench`, or two")
+    parser.add_argument("--json", action="store_true", help="the findings as one JSON object on stdout")
 
 
 def _request(options: argparse.Namespace, config: Config) -> GenerationRequest:
@@ -151,6 +182,37 @@ def _compare(options: argparse.Namespace, config: Config) -> None:
         print(json.dumps(found.as_json(), indent=2))
     else:
         print_comparison(found)
+
+
+def _bench(options: argparse.Namespace, config: Config) -> None:
+    from splitlearn.lab import terminal
+    from splitlearn.lab.asking import Asked, read_prompts
+
+    if options.trunk is not None:
+        config = configuration.with_trunk(config, options.trunk)
+    if options.resume is not None:
+        terminal.resume(options.resume, config, as_json=options.json)
+        return
+    given = {
+        "design": options.design,
+        "pairs": options.pairs,
+        "minutes": options.minutes,
+        "delta": options.delta,
+        "max_new_tokens": options.max_new_tokens,
+        "seed": options.seed,
+        "prompts": read_prompts(options.prompts) if options.prompts else None,
+    }
+    flags = " ".join(options.flags) if options.flags else config.flags
+    asked = Asked(flags, **{name: value for name, value in given.items() if value is not None})
+    terminal.run(asked, config, options.out, as_json=options.json)
+
+
+def _report(options: argparse.Namespace, config: Config) -> None:
+    from splitlearn.lab import terminal
+
+    if len(options.experiments) > 2:
+        raise InputError("experiments", len(options.experiments), "one folder, or two to hold against each other")
+    terminal.show(options.experiments, as_json=options.json)
 
 
 def _fetch(options: argparse.Namespace, config: Config) -> None:

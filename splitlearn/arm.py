@@ -31,7 +31,8 @@ CANCEL = "cancel"
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """All that a worker needs to know. `address` is the trunk's, None for the full arm."""
+    """All that a worker needs to know. `address` is the trunk's, None for the full arm; `copy` tells apart workers that
+    are otherwise the same."""
 
     kind: Kind
     files: ModelFiles
@@ -42,9 +43,10 @@ class ArmSpec:
     flags: FlagSet
     address: str | None
     timeout_s: float
+    copy: int = 0
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.files.digest, self.flags, self.address))
+        return hash((self.kind, self.files.digest, self.flags, self.address, self.copy))
 
     def served(self) -> Served:
         """What the trunk must serve."""

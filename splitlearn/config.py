@@ -58,7 +58,7 @@ class ServerConfig(_Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
     max_sessions: Annotated[int, Field(ge=1, le=1024)] = 8
-    max_engines: Annotated[int, Field(ge=1, le=64)] = 4
+    max_engines: Annotated[int, Field(ge=1, le=64)] = 8
 
 
 class GenerationConfig(_Section):
@@ -73,7 +73,7 @@ class RunsConfig(_Section):
     """The worker processes in which arms run."""
 
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    warm_workers: Annotated[int, Field(ge=1, le=64)] = 4
+    warm_workers: Annotated[int, Field(ge=1, le=64)] | None = None
 
 
 class UiConfig(_Section):

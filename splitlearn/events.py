@@ -17,7 +17,10 @@ MAX_NEW_TOKENS = 1_000_000
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt and how to go on from it. Raises InputError for an empty prompt or a limit below 1."""
+    """One prompt and how to go on from it; without `ledger`, events carry no ledger and no bytes.
+
+    Raises InputError for an empty prompt or a limit below 1.
+    """
 
     prompt: str
     max_new_tokens: int = 64
@@ -25,6 +28,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    ledger: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
 
@@ -32,6 +32,7 @@ LOCAL: frozenset[Side] = frozenset({"full", "client"})
 class Settings:
     """The seams. The values here are what runs when every flag is off.
 
+    `new_cache` makes a session's cache for a number of layers and at most a number of tokens; None keeps none.
     `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2).
     """
 
@@ -40,7 +41,7 @@ class Settings:
     assign_weights: bool = False
     attention: str | None = None
     compile_module: Callable[[nn.Module], None] | None = None
-    new_cache: Callable[[], Cache] | None = None
+    new_cache: Callable[[int, int], Cache] | None = None
     forward_arguments: Mapping[str, bool] = field(default_factory=dict)
     gradient_guard: Callable[[], AbstractContextManager[object]] = torch.no_grad
     top_k: TopK = top_k_by_sort
@@ -123,6 +124,27 @@ def _compile(module: nn.Module) -> None:
     module.compile(dynamic=True)
 
 
+def _dynamic_cache(layers: int, max_length: int) -> Cache:
+    return DynamicCache()
+
+
+class _StaticLayer(StaticLayer):
+    """transformers' static layer with a way back: what lies behind the new length is masked, and replaced in time."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number is negative, as in DynamicLayer."""
+        self.cumulative_length.add_(tokens_to_remove)
+
+
+def _static_cache(layers: int, max_length: int) -> Cache:
+    return Cache(layers=[_StaticLayer(max_length) for _ in range(max(1, layers))])
+
+
+def _keep_static(settings: Settings) -> Settings:
+    """Only the kind of a cache changes: without `use_cache` there is still none."""
+    return replace(settings, new_cache=_static_cache) if settings.new_cache else settings
+
+
 def _needs_cuda(place: Place) -> str | None:
     return None if place.device.startswith("cuda") else f"needs a CUDA device; this is {place.device}"
 
@@ -186,6 +208,24 @@ FLAGS: Mapping[str, Flag] = {
             unavailable=_needs_cuda,
         ),
         Flag(
+            "use_cache",
+            "use_cache",
+            "Keeps keys and values: at the client for its layers, at the trunk server for the trunk's.",
+            "Recomputes the whole prefix for each token; a trunk without it is sent the whole prefix each time.",
+            _on(new_cache=_dynamic_cache),
+            fidelity="rounding",
+        ),
+        Flag(
+            "cache",
+            "cache",
+            "Static: keys and values go into memory set aside for the whole answer, so that shapes never change.",
+            "Dynamic: keys and values are copied to a longer tensor for each token.",
+            {"dynamic": _same, "static": _keep_static},
+            applied="static",
+            fidelity="rounding",
+            on_by_default=False,
+        ),
+        Flag(
             "torch_compile",
             "torch.compile",
             "Compiles each stage; the time that takes is shown apart. A first compilation can take over a minute.",
@@ -195,14 +235,6 @@ FLAGS: Mapping[str, Flag] = {
             scope="load",
             on_by_default=False,
             unavailable=_needs_compiler,
-        ),
-        Flag(
-            "use_cache",
-            "use_cache",
-            "Keeps keys and values: at the client for its layers, at the trunk server for the trunk's.",
-            "Recomputes the whole prefix for each token; a trunk without it is sent the whole prefix each time.",
-            _on(new_cache=DynamicCache),
-            fidelity="rounding",
         ),
         Flag(
             "output_attentions",

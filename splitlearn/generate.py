@@ -68,10 +68,13 @@ class _Ledger:
     def now(self) -> float:
         return time.perf_counter() - self.t0
 
+    def spend(self, name: str, seconds: float) -> None:
+        self.parts[name] += seconds
+
     def add(self, output: StageOutput) -> None:
         timing = output.timing
         for name, spent in timing.ledger.items():
-            self.parts[name] += spent
+            self.spend(name, spent)
         self.compile_s += timing.compile_s
         self.bytes_up += timing.bytes_up
         self.bytes_down += timing.bytes_down
@@ -82,6 +85,20 @@ class _Ledger:
         parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
         event = TokenEvent((token,), text, at, parts, self.compile_s, self.bytes_up, self.bytes_down)
         self.since, self.parts, self.compile_s, self.bytes_up, self.bytes_down = at, defaultdict(float), 0.0, 0, 0
+        return event
+
+
+class _NoLedger(_Ledger):
+    """Keeps nothing but the tokens and their times: what the ledger costs is seen against it."""
+
+    def spend(self, name: str, seconds: float) -> None:
+        return
+
+    def add(self, output: StageOutput) -> None:
+        self.compile_s += output.timing.compile_s
+
+    def close_step(self, token: int, text: str, at: float) -> TokenEvent:
+        event, self.compile_s = TokenEvent((token,), text, at, {}, self.compile_s), 0.0
         return event
 
 
@@ -99,13 +116,14 @@ class Generator:
 
         Raises InputError when prompt and answer do not fit into the context, TrunkError for a trunk that fails.
         """
-        ledger = _Ledger()
+        ledger = _Ledger() if request.ledger else _NoLedger()
         ids = self.tokens.encode(request.prompt, request.chat)
         self._check_length(len(ids), request.max_new_tokens)
-        ledger.parts["tokenise"] = ledger.now()
+        encoded = ledger.now()
+        ledger.spend("tokenise", encoded)
         with ExitStack() as stack:
             feeds = self._open(stack, len(ids) + request.max_new_tokens)
-            ledger.parts["open"] = ledger.now() - ledger.parts["tokenise"]
+            ledger.spend("open", ledger.now() - encoded)
             yield from self._decode(request, ids, feeds, ledger)
 
     def _decode(
@@ -120,12 +138,12 @@ class Generator:
             before = ledger.now()
             token = sample(logits, request.sampling, sequence, rng, self.top_k)
             at = ledger.now()
-            ledger.parts["sample"] += at - before
+            ledger.spend("sample", at - before)
             sequence.append(token)
             shown = stops.feed(text.feed(token))
             reason = self._reason(request, token, len(sequence) - len(ids), stops.found)
             yield ledger.close_step(token, shown, at)
-            ledger.parts["emit"] = ledger.now() - at
+            ledger.spend("emit", ledger.now() - at)
         yield Done(reason, stops.flush(text.flush()), len(ids))
 
     def _forward(self, feeds: Sequence[Feed], new: Sequence[int], position: int, ledger: _Ledger) -> torch.Tensor:

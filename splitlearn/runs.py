@@ -4,7 +4,7 @@
         for item in runs.stream("split", flags, request): ...      # events, and an ArmReport at the end
 
 One arm runs at a time, since two at once on one machine measure each other. Workers stay loaded, up to
-`runs.warm_workers`, and have run a few tokens before anything of them is counted.
+`runs.warm_workers` or as memory allows, and have run a few tokens before anything of them is counted.
 """
 
 import threading
@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
+import psutil
 
 from splitlearn import arm, models
 from splitlearn.arm import CANCEL, ArmEnd, ArmReady, ArmSpec, Kind
@@ -36,6 +38,8 @@ WARM_UP_TOKENS = 8
 CANCEL_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 3.0
 POLL_S = 0.05
+# Memory that must be left, in sizes of the model's weights, before one more worker is kept: it may load a second copy.
+WEIGHTS_FREE = 6
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ class ArmReport:
     threads: int
     trunk_address: str | None
     trunk: TrunkFacts | None
+
+    @property
+    def added_bytes(self) -> int:
+        """Peak memory beyond the imports, of the arm's process and of the trunk's engine process."""
+        there = self.trunk.peak_rss_bytes - self.trunk.import_rss_bytes if self.trunk else 0
+        return self.peak_rss_bytes - self.import_rss_bytes + there
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class Runs:
         self.files = models.prepare(config.model, progress)
         self.plan = SplitPlan.of(config.split.start, config.split.end, self.files.n_layers)
         self.device = models.resolve_device(config.model.device)
-        self._dtype = DTYPES[config.model.dtype]
+        self.dtype = DTYPES[config.model.dtype]
         self._lock = threading.Lock()
         self._workers: dict[ArmSpec, _Worker] = {}
         self._trunk_lock = threading.Lock()
@@ -125,16 +135,21 @@ class Runs:
         return parse_flags(text, self.availability())
 
     def stream(
-        self, kind: Kind, flags: FlagSet, request: GenerationRequest, cancelled: threading.Event | None = None
+        self,
+        kind: Kind,
+        flags: FlagSet,
+        request: GenerationRequest,
+        cancelled: threading.Event | None = None,
+        copy: int = 0,
     ) -> Iterator[Item]:
-        """Run one arm: its events as they come, then its report.
+        """Run one arm: its events as they come, then its report. Each `copy` of the same arm has a worker of its own.
 
         A run in which something was compiled is no measurement: it is repeated until nothing is, and its time counts
         as compile time. Closing the iterator, or setting `cancelled`, ends the run.
         """
         stop = cancelled or threading.Event()
         with self._lock:
-            spec = self.spec(kind, flags)
+            spec = replace(self.spec(kind, flags), copy=copy)
             try:
                 worker = self._worker(spec, stop)
                 if worker is None:
@@ -172,13 +187,13 @@ class Runs:
         own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
         address = self.trunk_address() if split else None
         threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
-        return ArmSpec(kind, self.files, self.plan, self.device, self._dtype, threads, own, address, timeout_s)
+        return ArmSpec(kind, self.files, self.plan, self.device, self.dtype, threads, own, address, timeout_s)
 
     def _worker(self, spec: ArmSpec, stop: threading.Event) -> _Worker | None:
         """The worker for `spec`, loaded; the least recently used one makes room for a new one. None when stopped."""
         worker = self._workers.pop(spec, None)
         if worker is None or not worker.child.alive():
-            while len(self._workers) >= self.config.runs.warm_workers:
+            while self._workers and not self._has_room():
                 self._workers.pop(next(iter(self._workers))).child.stop()
             child = arm.start(spec)
             try:
@@ -192,6 +207,13 @@ class Runs:
                 raise
         self._workers[spec] = worker
         return worker
+
+    def _has_room(self) -> bool:
+        """Whether another worker may be kept beside those that there are."""
+        most = self.config.runs.warm_workers
+        if most is not None:
+            return len(self._workers) < most
+        return psutil.virtual_memory().available > WEIGHTS_FREE * self.files.weights.stat().st_size
 
     def _warm_up(self, worker: _Worker, request: GenerationRequest, stop: threading.Event) -> None:
         if worker.warm:

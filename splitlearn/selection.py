@@ -18,6 +18,7 @@ NINE = (
 )
 THREE = "low_cpu_mem_usage,torch_compile,use_cache"
 TWO = "low_cpu_mem_usage,use_cache"
+CACHES = "use_cache,cache=static,torch_compile"
 
 PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
     "earlier-full": (
@@ -31,6 +32,10 @@ PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
     "earlier-library": (
         "The earlier system's library: two flags, on every side.",
         {"full": TWO, "client": TWO, "trunk": TWO},
+    ),
+    "cache-ladder": (
+        "For the ladder: dynamic cache, static cache, static cache and torch.compile.",
+        {"full": CACHES, "client": CACHES, "trunk": CACHES},
     ),
 }
 

@@ -93,8 +93,9 @@ class LocalStage:
 
     def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
         """A new session; a cache is made only when the flags keep one."""
-        settings = settings_of(applied)
-        return LocalSession(settings.new_cache() if settings.new_cache else None, settings, max_length)
+        settings, layers = settings_of(applied), self.cut.end - self.cut.start
+        cache = settings.new_cache(layers, max_length) if settings.new_cache else None
+        return LocalSession(cache, settings, max_length)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """One step of each session. Raises InputError for a position beyond the cached length or too many tokens."""

@@ -14,7 +14,7 @@ from splitlearn import loading
 from splitlearn.arm import Kind
 from splitlearn.compare import KINDS
 from splitlearn.flags import FLAGS, SIDES, Place
-from splitlearn.lab.fidelity import logits
+from splitlearn.lab.fidelity import Fed, logits
 from splitlearn.selection import FlagSet, availability, parse
 from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
@@ -70,6 +70,14 @@ def test_sides_that_disagree_about_the_cache_still_give_the_same_tokens(files: M
         assert (mixed - reference).abs().max().item() <= ROUNDING
 
 
+def test_a_static_cache_gives_logits_within_rounding(files: ModelFiles) -> None:
+    dynamic, static = parse("use_cache", HERE), parse("use_cache,cache=static", HERE)
+    assert torch.equal(_logits(files, "full", static), _logits(files, "split", static))
+    assert not torch.equal(_logits(files, "full", static), _logits(files, "full", FlagSet()))
+    for kind in KINDS:
+        assert (_logits(files, kind, static) - _logits(files, kind, dynamic)).abs().max().item() <= ROUNDING
+
+
 def test_compiled_stages_give_logits_within_rounding(tiny_model: TinyFactory) -> None:
     small = tiny_model("llama", n_layers=3)
     cached, compiled = parse("use_cache", HERE), parse("use_cache,torch_compile", HERE)
@@ -89,7 +97,7 @@ def test_a_load_without_a_second_copy_maps_the_file_and_the_other_does_not(files
 
 def _logits(files: ModelFiles, kind: Kind, flags: FlagSet) -> torch.Tensor:
     """The logits [6, V] of a prompt of 7 tokens and of the 5 tokens after it."""
-    return logits(files, SplitPlan.of(None, None, files.n_layers), kind, flags, list(range(3, 15)), 7, threads=1)
+    return logits(Fed(files, SplitPlan.of(None, None, files.n_layers), kind, flags, tuple(range(3, 15)), 7, threads=1))
 
 
 def _is_mapped(tensor: torch.Tensor, path: Path) -> bool:

@@ -154,9 +154,10 @@ def test_a_position_beyond_the_cache_or_past_the_end_is_refused(stages: list[Loc
         stages[0].step([StageInput(session, 3, ids)])
 
 
-def test_rolling_back_gives_what_a_fresh_session_gives(stages: list[LocalStage]) -> None:
+@pytest.mark.parametrize("applied", [APPLIED, APPLIED | {"cache"}], ids=["dynamic cache", "static cache"])
+def test_rolling_back_gives_what_a_fresh_session_gives(stages: list[LocalStage], applied: frozenset[str]) -> None:
     bottom = stages[0]
-    session, fresh = bottom.open(APPLIED, 16), bottom.open(APPLIED, 16)
+    session, fresh = bottom.open(applied, 16), bottom.open(applied, 16)
     for kept in (session, fresh):
         bottom.step([StageInput(kept, 0, torch.tensor([[1, 2]]))])
     bottom.step([StageInput(session, 2, torch.tensor([[3, 4, 5]]))])

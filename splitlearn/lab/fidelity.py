@@ -4,17 +4,46 @@ The ids are given, not sampled, so that two sets of flags are compared step by s
 trunk is the stage that the trunk server's engine runs, here in the same process: the wire carries float32 unchanged.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
 from splitlearn import loading, process
 from splitlearn.arm import Kind
+from splitlearn.errors import SplitlearnError, as_error
+from splitlearn.flags import FLAGS
 from splitlearn.generate import Feed
+from splitlearn.lab.design import Plan, Question
+from splitlearn.runs import Runs
 from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
+from splitlearn.tokens import Tokens
+
+TEXT = (
+    "When we look to the individuals of the same variety or sub-variety of our older cultivated plants and animals, "
+    "one of the first points which strikes us, is, that they generally differ much more from each other, than do the "
+    "individuals of any one species or variety in a state of nature."
+)
+"""What perplexity is taken of: the first sentence of Darwin's Origin of Species (1859), chapter I."""
+TEXT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What is fed through an arm: the first `prompt_tokens` of `ids` in one step, then the others singly."""
+
+    files: ModelFiles
+    plan: SplitPlan
+    kind: Kind
+    flags: FlagSet
+    ids: tuple[int, ...]
+    prompt_tokens: int
+    threads: int | None
+    placement: loading.Placement = loading.Placement(torch.device("cpu"), torch.float32)
 
 
 @dataclass(frozen=True)
@@ -31,63 +60,75 @@ def difference(logits: torch.Tensor, baseline: torch.Tensor) -> Difference:
     return Difference((logits - baseline).abs().max().item(), int(other[0]) if len(other) else None)
 
 
-def logits(
-    files: ModelFiles,
-    plan: SplitPlan,
-    kind: Kind,
-    flags: FlagSet,
-    ids: list[int],
-    prompt_tokens: int,
-    threads: int | None,
-) -> torch.Tensor:
-    """The last position's logits, float32 [len(ids) - prompt_tokens + 1, V], on the CPU: of the prompt, the first
-    `prompt_tokens` of `ids`, in one step, and after each of the other ids fed singly."""
-    feeds = _feeds(files, plan, kind, flags, len(ids), threads)
+def logits(fed: Fed) -> torch.Tensor:
+    """The last position's logits after each step, float32 [len(ids) - prompt_tokens + 1, V], on the CPU."""
+    feeds = _feeds(fed)
     rows: list[torch.Tensor] = []
     position = 0
-    for end in range(prompt_tokens, len(ids) + 1):
-        start, x = position, torch.tensor([ids[position:end]])
+    for end in range(fed.prompt_tokens, len(fed.ids) + 1):
+        start, x = position, torch.tensor([fed.ids[position:end]])
         for feed in feeds:
             start, output = feed.step(start, x)
             x = output.x
-        rows.append(x[0, -1])
+        rows.append(x[0, -1].float().cpu())
         position = end
     return torch.stack(rows).clone()
 
 
-def logits_apart(
-    files: ModelFiles,
-    plan: SplitPlan,
-    kind: Kind,
-    flags: FlagSet,
-    ids: list[int],
-    prompt_tokens: int,
-    threads: int | None,
-) -> torch.Tensor:
+def logits_apart(fed: Fed) -> torch.Tensor:
     """As `logits`, in a process of its own, since flags of process scope stay for the process's life."""
-    child = process.start("The fidelity worker process", _main, files, plan, kind, flags, ids, prompt_tokens, threads)
+    child = process.start("The fidelity worker process", _main, fed)
     try:
-        found: torch.Tensor = torch.from_numpy(child.receive())
+        found = child.receive()
+        if isinstance(found, SplitlearnError):
+            raise found
+        return torch.from_numpy(found)
     finally:
         child.stop()
-    return found
 
 
-def _main(connection: Connection, *arguments: object) -> None:
-    connection.send(logits(*arguments).numpy())  # type: ignore[arg-type]
+def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """exp of the mean negative log likelihood of `ids` int64 [n] under `logits` [n, V], each of the position before."""
+    return float(torch.nn.functional.cross_entropy(logits, ids).exp())
+
+
+def changes(runs: Runs, plan: Plan) -> Iterator[tuple[Question, dict[str, Any]]]:
+    """What each flag that may change the numbers does to the logits of TEXT.
+
+    Gives the largest difference, the first step at which another token is best, and the ratio of the perplexities.
+    """
+    ids = tuple(Tokens.load(runs.files.folder, use_fast=True).encode(TEXT, chat=False))[:TEXT_TOKENS]
+    placement = loading.Placement(runs.device, runs.dtype)
+    known: dict[tuple[Kind, FlagSet], torch.Tensor] = {}
+    for question in plan.questions:
+        if question.flag not in FLAGS or FLAGS[question.flag].fidelity == "exact":
+            continue
+        for name in (question.treated, question.control):
+            key = question.kind, plan.arm(name).flags
+            if key not in known:
+                fed = Fed(runs.files, runs.plan, *key, ids, 1, runs.config.runs.threads, placement)
+                known[key] = logits_apart(fed)
+        treated, control = (known[question.kind, plan.arm(name).flags] for name in (question.treated, question.control))
+        found, targets = difference(treated, control), torch.tensor(ids[1:])
+        ratio = perplexity(treated[:-1], targets) / perplexity(control[:-1], targets)
+        yield question, {**vars(found), "perplexity_ratio": ratio}
+
+
+def _main(connection: Connection, fed: Fed) -> None:
+    try:
+        connection.send(logits(fed).numpy())
+    except Exception as error:
+        connection.send(as_error(error, "computing logits"))
     connection.recv()  # until the parent has it and closes
 
 
-def _feeds(
-    files: ModelFiles, plan: SplitPlan, kind: Kind, flags: FlagSet, max_length: int, threads: int | None
-) -> list[Feed]:
-    bottom, top = loading.client_specs(plan)
-    full = [(loading.full_specs(plan.n_layers)[0], flags.full)]
-    split = [(bottom, flags.client), (loading.trunk_specs(plan)[0], flags.trunk), (top, flags.client)]
-    placement = loading.Placement(torch.device("cpu"), torch.float32)
+def _feeds(fed: Fed) -> list[Feed]:
+    bottom, top = loading.client_specs(fed.plan)
+    full = [(loading.full_specs(fed.plan.n_layers)[0], fed.flags.full)]
+    split = [(bottom, fed.flags.client), (loading.trunk_specs(fed.plan)[0], fed.flags.trunk), (top, fed.flags.client)]
     feeds = []
-    for spec, applied in full if kind == "full" else split:
-        loading.prepare_process(applied, threads)
-        stage = loading.load(files, [spec], applied, placement).stages[0]
-        feeds.append(Feed(stage, stage.open(applied, max_length)))
+    for spec, applied in full if fed.kind == "full" else split:
+        loading.prepare_process(applied, fed.threads)
+        stage = loading.load(fed.files, [spec], applied, fed.placement).stages[0]
+        feeds.append(Feed(stage, stage.open(applied, len(fed.ids))))
     return feeds

@@ -1,0 +1,68 @@
+"""What was published of the earlier system, to stand beside what is measured here.
+
+Its figures are for sets of flags, so a claim stands in the rows of the flags that it was made with, and says so. "15%
+sooner" is read as a ratio of 0.85, "500% faster" as six times the speed, a ratio of 1/6.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from splitlearn.arm import Kind
+from splitlearn.lab.analysis import Findings, Metric, Row
+from splitlearn.lab.design import CACHE
+from splitlearn.selection import NINE, THREE
+
+FULL = tuple(NINE.split(","))
+CLIENT = tuple(THREE.split(","))
+STATIC = "cache"
+COMPILE = "torch_compile"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One published gain: `ratio` is what it says as (lowest, highest) treated / control, of the metric named, which is
+    "memory" for what no verdict is about. It stands in the rows of `flags`, if the arm with the flag also has `needs`.
+    """
+
+    kinds: tuple[Kind, ...]
+    metric: Metric | Literal["memory"]
+    flags: tuple[str, ...]
+    ratio: tuple[float, float]
+    words: str
+    needs: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The ratio in figures."""
+        low, high = self.ratio
+        return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
+
+
+BOTH: tuple[Kind, ...] = ("full", "split")
+CLAIMS = (
+    Claim(("full",), "ttft_s", FULL, (0.75, 0.85), "15 to 25% sooner, nine flags together"),
+    Claim(("full",), "tpot_s", (CACHE,), (1 / 11, 1 / 6), "500 to 1000% faster with the KV cache, nine flags together"),
+    Claim(("split",), "ttft_s", CLIENT, (0.90, 0.95), "5 to 10% sooner, three flags together"),
+    Claim(
+        ("split",), "tpot_s", (CACHE,), (1 / 11, 1 / 6), "500 to 1000% faster with the KV cache, three flags together"
+    ),
+    Claim(("full",), "memory", FULL, (0.60, 0.75), "25 to 40% less memory, nine flags together"),
+    Claim(("split",), "memory", CLIENT, (0.85, 0.90), "10 to 15% less memory, three flags together"),
+    Claim(BOTH, "tpot_s", (STATIC,), (1 / 1.48, 1 / 1.48), "1.48 times, dynamic cache to static cache"),
+    Claim(BOTH, "tpot_s", (COMPILE,), (1 / 8.8, 1 / 8.8), "8.8 times, static cache with JIT", STATIC),
+)
+
+
+def claim(findings: Findings, row: Row) -> str:
+    """The claims that belong beside `row` as text, or ""."""
+    arm = findings.setup.plan.arm(row.question.treated)
+    applied = arm.flags.full if arm.kind == "full" else arm.flags.client | arm.flags.trunk
+    found = [
+        f"{one.shown} ({one.words})"
+        for one in CLAIMS
+        if one.metric == row.metric
+        and row.question.kind in one.kinds
+        and row.question.flag in one.flags
+        and (not one.needs or one.needs in applied)
+    ]
+    return "; ".join(found)

@@ -1,0 +1,150 @@
+"""What an experiment asks, and which arms answer it.
+
+An `Arm` is run once in every block. A `Question` holds two arms of one block against each other that differ in one
+flag: its ratio is `treated` / `control`, with the flag applied in `treated`. Three designs:
+
+* without: every flag but one; treated is the baseline with all flags, control is the baseline without the flag;
+* alone: each flag by itself; control is the baseline that keeps the KV cache and has no flag (for the cache itself:
+  none at all), treated is the same with the flag;
+* ladder: flags added one after another in the order they were asked for; each step is held against the one before.
+
+The baseline runs twice more in each block: in a second worker (the A/A question; its ratio should be 1, and shows what
+cannot be told from nothing) and without the ledger (the observer question: what measuring costs). Flags that act only
+when sampling are asked about under seeded sampling, against a baseline of theirs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from splitlearn.arm import Kind
+from splitlearn.compare import KINDS
+from splitlearn.errors import InputError
+from splitlearn.flags import FLAGS
+from splitlearn.sampling import SamplingParams
+from splitlearn.selection import FlagSet
+
+Design = Literal["without", "alone", "ladder"]
+DESIGNS: tuple[Design, ...] = ("without", "alone", "ladder")
+CACHE = "use_cache"
+# What sampler flags are tried under; a greedy request leaves them nothing to do.
+SAMPLED = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=7)
+BASELINE = "baseline"
+AGAIN = "baseline again"
+UNOBSERVED = "baseline without the ledger"
+AA = "A/A"
+OBSERVER = "observer"
+CHECKS = (AA, OBSERVER)
+"""Questions about the method, not about a flag."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of running the prompt. `name` is unique in its experiment; `copy` counts workers with the same flags."""
+
+    name: str
+    kind: Kind
+    flags: FlagSet
+    sampled: bool = False
+    copy: int = 0
+    observed: bool = True
+
+
+@dataclass(frozen=True)
+class Question:
+    """What flag `flag` does in arms of `kind`: the names of the arm that has it and of the one that has not.
+
+    A check's `flag` is one of CHECKS.
+    """
+
+    flag: str
+    kind: Kind
+    treated: str
+    control: str
+
+    @property
+    def key(self) -> str:
+        """Its name in an experiment."""
+        return f"{self.flag}, {self.kind}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arms of a block and the questions they answer."""
+
+    design: Design
+    arms: tuple[Arm, ...]
+    questions: tuple[Question, ...]
+
+    def arm(self, name: str) -> Arm:
+        """The arm called `name`."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+def plan(design: Design, flags: FlagSet, asked: Sequence[str]) -> Plan:
+    """The arms and questions for the applied `flags`, asking about each name in `asked`.
+
+    Raises InputError where there is nothing to ask, and for a flag that is not applied on any side.
+    """
+    applied = flags.names()
+    if not asked:
+        raise InputError("flags", ", ".join(asked), "at least one flag to ask about")
+    for name in asked:
+        if name not in applied:
+            raise InputError("flags", name, f"a flag that is applied: {', '.join(applied) or 'none is'}")
+    arms: dict[str, Arm] = {}
+    questions: list[Question] = []
+    for kind in KINDS:
+        pairs = list(_pairs(design, flags, asked, kind))
+        if all(flag in CHECKS for flag, _, _ in pairs):  # nothing is asked of this kind of arm
+            continue
+        for flag, treated, control in pairs:
+            for arm in (treated, control):
+                arms.setdefault(arm.name, arm)
+            questions.append(Question(flag, kind, treated.name, control.name))
+    return Plan(design, tuple(arms.values()), tuple(questions))
+
+
+def _pairs(design: Design, flags: FlagSet, asked: Sequence[str], kind: Kind) -> Iterator[tuple[str, Arm, Arm]]:
+    """(flag, treated, control) for one kind of arm, the checks first."""
+    base = {"without": flags, "alone": flags.only(CACHE), "ladder": flags.only()}[design]
+    baseline = _arm(BASELINE, kind, base)
+    yield AA, replace(baseline, name=f"{AGAIN}, {kind}", copy=1), baseline
+    yield OBSERVER, baseline, replace(baseline, name=f"{UNOBSERVED}, {kind}", observed=False)
+    if design == "ladder":
+        yield from _ladder(flags, asked, kind)
+        return
+    for name in asked:
+        sampled = FLAGS[name].acts_when_sampling
+        if not _acts(flags, name, kind):
+            continue
+        baseline = _arm(BASELINE, kind, base, sampled)
+        if design == "without":
+            yield name, baseline, _arm(f"without {name}", kind, flags.without(name), sampled)
+        elif name == CACHE:
+            yield name, baseline, _arm("no flags", kind, flags.only())
+        else:
+            yield name, _arm(f"{name} alone", kind, flags.only(name, CACHE), sampled), baseline
+
+
+def _ladder(flags: FlagSet, asked: Sequence[str], kind: Kind) -> Iterator[tuple[str, Arm, Arm]]:
+    below = _arm(BASELINE, kind, flags.only())
+    for count, name in enumerate(asked, start=1):
+        if not _acts(flags, name, kind):
+            continue
+        step = _arm(f"{count}: with {name}", kind, flags.only(*asked[:count]))
+        yield name, step, below
+        below = step
+
+
+def _acts(flags: FlagSet, name: str, kind: Kind) -> bool:
+    """Whether leaving the flag out changes an arm of this kind."""
+    return _own(flags, kind) != _own(flags.without(name), kind)
+
+
+def _own(flags: FlagSet, kind: Kind) -> tuple[frozenset[str], ...]:
+    return (flags.full,) if kind == "full" else (flags.client, flags.trunk)
+
+
+def _arm(name: str, kind: Kind, flags: FlagSet, sampled: bool = False) -> Arm:
+    return Arm(f"{name}, {kind}{' (sampling)' if sampled else ''}", kind, flags, sampled)

@@ -1,0 +1,127 @@
+"""`python -m splitlearn bench` and `report`, as a person runs them; a kill in the middle loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from splitlearn.lab.store import Store
+from splitlearn.store import ModelFiles
+from tests.conftest import TinyFactory
+from tests.test_cli import configured, run
+from tests.trunk import environment, eventually, settings
+
+BENCH = ("bench", "--flags", "use_cache,inference_mode", "--pairs", "2", "--max-new-tokens", "4")
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model: TinyFactory) -> ModelFiles:
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def folder(files: ModelFiles, tmp_path: Path) -> Path:
+    return configured(tmp_path, settings(files, runs={"threads": 1}))
+
+
+def test_bench_measures_and_report_shows_it_again(folder: Path) -> None:
+    done = run(folder, *BENCH, "--out", "found", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["finished"] == "2 pairs, as asked"
+    frame = pd.read_csv(folder / "found" / "verdicts.csv")
+    assert {"use_cache", "inference_mode"} <= set(frame["flag"])
+    assert "python -m splitlearn bench" in (folder / "found" / "report.html").read_text(encoding="utf-8")
+    shown = run(folder, "report", "found")
+    assert shown.returncode == 0
+    assert "inference_mode" in shown.stdout
+    both = run(folder, "report", "found", "found")
+    assert both.returncode == 0
+    assert "use_cache" in both.stdout
+
+
+def test_a_killed_experiment_goes_on_without_losing_or_repeating_a_run(folder: Path) -> None:
+    command = [sys.executable, "-m", "splitlearn", *BENCH, "--pairs", "3", "--out", "found"]
+    file = folder / "found" / "experiment.sqlite"
+    with subprocess.Popen(
+        command, cwd=folder, env=environment(), stderr=subprocess.PIPE, start_new_session=True
+    ) as one:
+        assert eventually(lambda: file.exists() and _count(file) >= 12, within_s=120)
+        os.kill(one.pid, signal.SIGKILL)
+    before = _stored(file)
+    done = run(folder, "bench", "--resume", "found")
+    assert done.returncode == 0, done.stderr
+    after = _stored(file)
+    assert [key for key in after if key in before] == before
+    with Store.open(file) as store:
+        good = Counter((trial.block, trial.arm) for trial in store.trials() if not trial.bad)
+        assert set(good.values()) == {1}
+        assert len(good) == 3 * len(store.setup.plan.arms)
+        assert store.finished == "3 pairs, as asked"
+
+
+def _count(file: Path) -> int:
+    return len(_stored(file))
+
+
+def _stored(file: Path) -> list[tuple[int, int, str, float]]:
+    with Store.open(file) as store:
+        return [(trial.block, trial.attempt, trial.arm, trial.ttft_s) for trial in store.trials()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("bench", "--pairs", "0"), "pairs: 0 cannot be used"),
+        (("bench", "--pairs", "x"), "pairs: 'x'"),
+        (("bench", "--delta", "3"), "delta: 3.0 cannot be used"),
+        (("bench", "--minutes", "0"), "minutes: 0.0 cannot be used"),
+        (("bench", "--pairs", "3", "--minutes", "4"), "not allowed with"),
+        (("bench", "--design", "sideways"), "design: 'sideways' cannot be used"),
+        (("bench", "--flags", "warp_drive"), "flags: 'warp_drive' cannot be used"),
+        (("bench", "--flags", "cache=static,cache=dynamic"), "exclude each other"),
+        (("bench", "--flags", "none"), "at least one flag"),
+        (("bench", "--prompts", "empty.txt"), "empty.txt"),
+        (("bench", "--prompts", "missing.txt"), "missing.txt"),
+        (("bench", "--resume", "nowhere"), "nowhere"),
+        (("report", "nowhere"), "nowhere"),
+        (("report", "a", "b", "c"), "experiments: 3 cannot be used"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_and_status_2(folder: Path, arguments: tuple[str, ...], said: str) -> None:
+    (folder / "empty.txt").write_text("\n \n")
+    done = run(folder, *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_folder_that_holds_an_experiment_is_not_written_over(folder: Path) -> None:
+    (folder / "found").mkdir()
+    (folder / "found" / "experiment.sqlite").write_text("something")
+    done = run(folder, *BENCH, "--out", "found")
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+    assert (folder / "found" / "experiment.sqlite").read_text() == "something"
+
+
+def test_a_second_experiment_is_refused_while_one_runs(folder: Path) -> None:
+    command = [sys.executable, "-m", "splitlearn", *BENCH, "--pairs", "50", "--out", "first"]
+    with subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE) as first:
+        try:
+            assert eventually(lambda: (folder / "first" / "experiment.sqlite").exists(), within_s=60)
+            time.sleep(0.2)
+            second = run(folder, *BENCH, "--out", "second")
+        finally:
+            first.send_signal(signal.SIGINT)
+    assert second.returncode == 2
+    assert "Another experiment is running" in second.stderr
+    assert first.returncode == 0, "Ctrl-C ends the run that is under way, and says how to go on"
