@@ -4,12 +4,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import fidelity, memory, overhead, wire
+from bench import fidelity, lab, memory, overhead, wire
 from splitlearn import config
 from splitlearn.progress import on_console
 from splitlearn.runs import Runs
 
-BENCHES = {"overhead": overhead.main, "wire": wire.main, "memory": memory.main, "fidelity": fidelity.main}
+BENCHES = {
+    "overhead": overhead.main,
+    "wire": wire.main,
+    "memory": memory.main,
+    "fidelity": fidelity.main,
+    "lab": lab.main,
+}
 
 
 def main() -> int:

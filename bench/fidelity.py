@@ -15,8 +15,8 @@ from splitlearn.arm import Kind
 from splitlearn.compare import KINDS, environment
 from splitlearn.events import GenerationRequest
 from splitlearn.flags import FLAGS
-from splitlearn.lab.fidelity import Difference, Fed, difference, logits_apart
 from splitlearn.lab.design import SAMPLED
+from splitlearn.lab.fidelity import Difference, Fed, difference, logits_apart
 from splitlearn.metrics import first_divergence
 from splitlearn.runs import ArmReport, Runs
 from splitlearn.sampling import SamplingParams

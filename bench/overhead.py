@@ -6,13 +6,14 @@ Three arms, each in a worker process with the same threads, the same dtype and t
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.pairs import blocks, ratio
+from bench.pairs import blocks
 from bench.reference import Generated, Reference
 from bench.report import write
 from splitlearn.arm import Kind
 from splitlearn.compare import environment
 from splitlearn.config import Config, RunsConfig
 from splitlearn.events import GenerationRequest
+from splitlearn.lab.stats import effect
 from splitlearn.progress import silent
 from splitlearn.runs import ArmReport, Runs
 from splitlearn.selection import FlagSet
@@ -54,7 +55,7 @@ def _rows(config: Config, threads: int) -> list[dict[str, str]]:
 
 
 def _ratio(values: list[Generated], baselines: list[Generated], key: str) -> str:
-    return str(ratio([getattr(run, key) for run in values], [getattr(run, key) for run in baselines]))
+    return str(effect([getattr(run, key) for run in values], [getattr(run, key) for run in baselines]))
 
 
 def _measure(runs: Runs) -> dict[str, list[Generated]]:

@@ -1,36 +1,10 @@
-"""Paired ratios: what is compared runs in random order in each block, and the blocks' log ratios are averaged."""
+"""What is compared runs in random order in each block; the ratios are `splitlearn.lab.stats.effect`'s."""
 
-import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean, stdev
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from scipy import stats
-
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """The geometric mean ratio of a pair's two values, with its 95% interval (paired t on log ratios)."""
-
-    mean: float
-    low: float
-    high: float
-    pairs: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}], {self.pairs} pairs"
-
-
-def ratio(values: Sequence[float], baselines: Sequence[float]) -> Ratio:
-    """values / baselines, pair by pair; at least two pairs."""
-    logs = [math.log(value / baseline) for value, baseline in zip(values, baselines, strict=True)]
-    middle = fmean(logs)
-    half = float(stats.t.ppf(0.975, len(logs) - 1)) * stdev(logs) / math.sqrt(len(logs))
-    return Ratio(math.exp(middle), math.exp(middle - half), math.exp(middle + half), len(logs))
 
 
 def blocks(

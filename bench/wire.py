@@ -18,11 +18,11 @@ from typing import Any
 import grpc
 import torch
 
-from bench.pairs import ratio
 from bench.report import write
 from splitlearn import loading, process
 from splitlearn.compare import environment
 from splitlearn.generate import Feed
+from splitlearn.lab.stats import effect
 from splitlearn.remote import RemoteStage
 from splitlearn.runs import Runs
 from splitlearn.tokens import Tokens
@@ -43,7 +43,7 @@ def main(runs: Runs) -> None:
     finally:
         child.stop()
     wires, echoes = zip(*pairs, strict=True)
-    found = ratio(wires, echoes)
+    found = effect(wires, echoes)
     rows = [
         {"wire of the trunk, ms": f"{fmean(wires) * 1e3:.3f}", "echo, ms": f"{fmean(echoes) * 1e3:.3f}", "ratio": found}
     ]

@@ -128,7 +128,7 @@ def _dynamic_cache(layers: int, max_length: int) -> Cache:
     return DynamicCache()
 
 
-class _StaticLayer(StaticLayer):
+class _StaticLayer(StaticLayer):  # type: ignore[misc]
     """transformers' static layer with a way back: what lies behind the new length is masked, and replaced in time."""
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -75,7 +75,7 @@ class Experiment:
         self.runs, self.store, self.setup = runs, store, store.setup
         self.stop = stop or threading.Event()
         self._looks = (self.setup.pairs,) if self.setup.pairs else looks(self.setup.max_pairs)
-        self._began = time.monotonic()
+        self._began = self._measuring_since = time.monotonic()
         self._block_s: list[float] = []
         self._findings: Findings | None = None
         self._failed: dict[str, str] = {}
@@ -92,6 +92,7 @@ class Experiment:
         self._put_aside_what_was_interrupted()
         self.store.note(f"environment {time.time():.0f}", fingerprint(self.runs))
         yield from self._warm_up()
+        self._measuring_since = time.monotonic()
         while (reason := self._reason()) is None and not self.stop.is_set():
             yield from self._block()
         if reason is not None:
@@ -186,7 +187,7 @@ class Experiment:
         """Why the experiment is over, or None."""
         blocks = len(good_blocks(self.store))
         minutes = self.setup.minutes
-        if minutes is not None and time.monotonic() - self._began >= 60 * minutes:
+        if minutes is not None and time.monotonic() - self._measuring_since >= 60 * minutes:
             self._look()
             return f"the limit of {minutes:g} minutes"
         if blocks >= self._looks[-1]:
@@ -225,7 +226,7 @@ class Experiment:
         seconds = max(0, left) * statistics.median(self._block_s)
         if self.setup.minutes is None:
             return seconds
-        return min(seconds, max(0.0, 60 * self.setup.minutes - (time.monotonic() - self._began)))
+        return min(seconds, max(0.0, 60 * self.setup.minutes - (time.monotonic() - self._measuring_since)))
 
 
 def _what_disturbed(before: Reading, after: Reading) -> str:

@@ -1,0 +1,64 @@
+"""Flags whose effect is known, for testing the method: one that does nothing, and two that wait.
+
+Importing this module adds them to the registry of its process; `splitlearn.process.PRELOAD` brings it to the workers.
+"""
+
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import nn
+
+from splitlearn.flags import FLAGS, Apply, Flag, Settings
+
+PLANTED = {"does_nothing": 0.0, "waits_3_percent": 0.03, "waits_0.2_percent": 0.002}
+"""Name of the flag: by which share of a step's own time it makes the step longer."""
+
+
+def _waiting(share: float) -> Apply:
+    def change(settings: Settings) -> Settings:
+        before = settings.compile_module
+
+        def prepare(module: nn.Module) -> None:
+            if before is not None:
+                before(module)
+            _wait_after(module, share)
+
+        return replace(settings, compile_module=prepare)
+
+    return change
+
+
+def _wait_after(module: nn.Module, share: float) -> None:
+    """Make each call of `module` longer by `share`: by turning, since a sleep is late by a tenth of a millisecond."""
+    began: list[float] = []
+
+    def start(*_: Any) -> None:
+        began.append(time.perf_counter())
+
+    def wait(*_: Any) -> None:
+        now = time.perf_counter()
+        until = now + share * (now - began.pop())
+        while time.perf_counter() < until:
+            pass
+
+    module.register_forward_pre_hook(start)
+    module.register_forward_hook(wait)
+
+
+def _flag(name: str, share: float) -> Flag:
+    nothing: Callable[[Settings], Settings] = lambda settings: settings  # noqa: E731
+    return Flag(
+        name,
+        name,
+        "Planted for testing the lab.",
+        "Not planted.",
+        {"off": nothing, "on": _waiting(share) if share else nothing},
+        sides=frozenset({"full"}),
+        scope="load",
+        on_by_default=False,
+    )
+
+
+cast(MutableMapping[str, Flag], FLAGS).update({name: _flag(name, share) for name, share in PLANTED.items()})
