@@ -22,14 +22,16 @@ LOCAL = re.compile(r"The page is on (http://\S+)")
 
 
 class App:
-    """`python app.py` with a configuration; what it prints, and how to end it."""
+    """`python app.py` with a configuration, run in `folder`; what it prints, and how to end it."""
 
-    def __init__(self, config: Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, config: Path, *options: str, environment: Mapping[str, str] | None = None, folder: Path = ROOT
+    ) -> None:
         self.lines: list[str] = []
         self._new: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.process = subprocess.Popen(
-            [sys.executable, "app.py", "--config", str(config), *options],
-            cwd=ROOT,
+            [sys.executable, str(ROOT / "app.py"), "--config", str(config), *options],
+            cwd=folder,
             env={**os.environ, "SPLITLEARN_AUTH": "", **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -97,9 +99,11 @@ def launch_fails(config: Path, *options: str, environment: Mapping[str, str] | N
 
 
 @contextmanager
-def running(config: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[App]:
+def running(
+    config: Path, *options: str, environment: Mapping[str, str] | None = None, folder: Path = ROOT
+) -> Iterator[App]:
     """An app for as long as the context is open. It must end in order when it is told to, and leave nobody behind."""
-    app = App(config, *options, environment=environment)
+    app = App(config, *options, environment=environment, folder=folder)
     try:
         yield app
         children = app.children()

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
@@ -129,32 +128,6 @@ def test_flags_of_each_side_follow_the_words_and_the_matrix_shows_them(page: Pag
     page.get_by_role("tab", name="Flags by side").click()
     row = page.locator("#matrix tr", has_text="use_cache")
     assert row.locator("td").all_inner_texts()[1:] == ["applied", "applied", "available"]
-
-
-def test_per_flag_table_of_three_flags_fills_in_and_its_csv_can_be_read(page: Page, tmp_path: Path) -> None:
-    fold_out(page, "settings")
-    setting(page, "max_new_tokens", "8")
-    fold_out(page, "flags")
-    words = page.locator("#flag-words").locator("input, textarea").first
-    expect(words).to_have_value("default")
-    words.fill("inference_mode,use_cache,output_hidden_states")
-    page.get_by_role("tab", name="Per-flag table").click()
-    setting(page, "repeats", "2")
-    page.locator("#measure").click()
-    expect(page.locator("#progress")).to_contain_text("Measuring", timeout=RUN_MS)
-    expect(page.locator("#progress")).to_contain_text("Done: 20 of 20 runs", timeout=RUN_MS)
-    assert page.locator("#measured tbody th").all_inner_texts()[2:] == [
-        *("inference_mode left out", "use_cache left out", "output_hidden_states left out")
-    ]
-    expect(page.locator("#csv")).to_be_enabled()
-    with page.expect_download() as download:
-        page.locator("#csv").click()
-    download.value.save_as(tmp_path / "table.csv")
-    frame = pd.read_csv(tmp_path / "table.csv")
-    assert list(frame["flag"].fillna("")) == ["", "", "inference_mode", "use_cache", "output_hidden_states"]
-    assert (frame["repeats"] == 2).all()
-    assert frame["identical_tokens"].all()
-    assert (frame[["full_tpot_s", "split_tpot_s", "full_ttft_s", "split_ttft_s", "full_load_s"]] > 0).all(axis=None)
 
 
 @pytest.mark.parametrize(

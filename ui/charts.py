@@ -4,17 +4,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from splitlearn.lab.pictures import LEDGER_COLOURS
 from splitlearn.metrics import LEDGER_ORDER
 from splitlearn.runs import ArmReport
 from ui import view
-
-# Distinct in light and dark and for the colour-blind: Okabe and Ito's palette, with greys for what is small.
-COLOURS = {
-    **{"tokenise": "#8c8c8c", "open": "#b0b0b0", "model": "#0072b2", "bottom": "#56b4e9", "encode": "#f0e442"},
-    **{"wire": "#d55e00", "queue": "#999933", "trunk": "#009e73", "decode": "#e69f00", "top": "#5a7fd0"},
-    **{"sample": "#cc79a7", "emit": "#882255", "unattributed": "#a0a0a0"},
-}
-
 
 TITLE = "Where the time went: ms per token after the first"
 
@@ -30,7 +23,7 @@ def ledger(full: ArmReport, split: ArmReport) -> Any:
                 y=["split", "full"],
                 name=name,
                 orientation="h",
-                marker_color=COLOURS[name],
+                marker_color=LEDGER_COLOURS[name],
                 hovertemplate=f"{name}: %{{x:.2f}} ms<extra></extra>",
             )
     figure.update_layout(
@@ -53,7 +46,7 @@ def legend(full: ArmReport, split: ArmReport) -> str:
     for name in LEDGER_ORDER:
         values = [_milliseconds(report, name) for report in (full, split)]
         if any(values):
-            swatch = f'<span class="sl-swatch" style="background:{COLOURS[name]}"></span>{name}'
+            swatch = f'<span class="sl-swatch" style="background:{LEDGER_COLOURS[name]}"></span>{name}'
             rows.append((swatch, *(f"{value:.2f} ms" if value else "" for value in values)))
     return view.table(view.head_row("Part", "full", "split"), rows, TITLE)
 

@@ -1,51 +1,50 @@
 """What the page does when a person acts: each function takes plain values and gives what is to be drawn."""
 
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from splitlearn.errors import SplitlearnError
-from splitlearn.lab import table
-from splitlearn.lab.table import AskedKind, Snapshot
+from splitlearn.lab.background import Job
+from splitlearn.lab.terminal import FOLDER
 from splitlearn.runs import Runs
 from splitlearn.selection import parse
 from splitlearn.tokens import Tokens
 from ui import choice, inputs, session
+from ui.lab import Lab
 from ui.session import Shown, Stops
 
-CSV_NAME = "splitlearn-flags.csv"
-ASKED: tuple[AskedKind, ...] = ("without", "alone")
-
-
-@dataclass(frozen=True)
-class TableState:
-    """The per-flag table at one moment. `csv` is its file, once the measuring has ended; `error` says why it broke."""
-
-    snapshot: Snapshot | None
-    repeats: int
-    state: str
-    csv: Path | None = None
-    error: str = ""
+MEASURING = (
+    "The machine is measuring an experiment; a comparison now would disturb it. The Lab tab shows how far it is, and "
+    "can stop it. What you typed stays as it is."
+)
 
 
 class Handlers:
-    """The page's actions on one `Runs`. Use as a context: it holds a folder for what is downloaded."""
+    """The page's actions on one `Runs`. Use as a context: it holds a folder for what is downloaded.
 
-    def __init__(self, runs: Runs) -> None:
+    `options` is what the command line needs to find the same settings, such as --config.
+    """
+
+    def __init__(self, runs: Runs, options: Sequence[str] = ()) -> None:
         self.runs = runs
         self.stops = Stops()
         self._folder = tempfile.TemporaryDirectory(prefix="splitlearn-")
+        self.lab = Lab(Job(runs, Path(FOLDER), options), Path(self._folder.name))
 
     def __enter__(self) -> "Handlers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stops.stop_all()
+        self.end()
         self._folder.cleanup()
+
+    def end(self) -> None:
+        """End every comparison and the experiment, which can be resumed."""
+        self.stops.stop_all()
+        self.lab.job.close()
 
     @cached_property
     def _tokens(self) -> Tokens:
@@ -56,7 +55,10 @@ class Handlers:
         return self._tokens.decode([token])
 
     def compare(self, typed: Mapping[str, object], words: str, visitor: str) -> Iterator[Shown]:
-        """Run what was typed through both arms."""
+        """Run what was typed through both arms, unless an experiment is being measured."""
+        if self.lab.job.running:
+            yield Shown(error=MEASURING)
+            return
         try:
             request = inputs.request(typed)
             flags = parse(words, choice.available(self.runs))
@@ -65,32 +67,3 @@ class Handlers:
             return
         with closing(session.compare(self.runs, flags, request, self.stops.signal(visitor))) as states:  # type: ignore[type-var]  # a generator
             yield from states
-
-    def measure(
-        self, typed: Mapping[str, object], words: str, kinds: list[str], repeats: object, visitor: str
-    ) -> Iterator[TableState]:
-        """Measure the per-flag table; whatever ends it, what is measured can be downloaded."""
-        signal, last, count = self.stops.signal(visitor), None, 1
-        try:
-            count = inputs.repeats(repeats)
-            flags = parse(words, choice.available(self.runs))
-            rows = table.rows(flags, [kind for kind in ASKED if kind in kinds])
-            steps = table.measure(self.runs, inputs.request(typed), rows, count, cancelled=signal)
-            for last in steps:
-                yield TableState(last, count, "Measuring")
-        except SplitlearnError as error:
-            yield TableState(last, count, "Broken off", self._save(last), str(error))
-            return
-        yield TableState(last, count, _ending(last, signal), self._save(last))
-
-    def _save(self, snapshot: Snapshot | None) -> Path | None:
-        """The table as CSV, in a folder of its own: two visitors may have one at the same time."""
-        if snapshot is None or not snapshot.done:
-            return None
-        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
-        snapshot.frame.to_csv(folder / CSV_NAME, index=False)
-        return folder / CSV_NAME
-
-
-def _ending(snapshot: Snapshot | None, signal: threading.Event) -> str:
-    return "Stopped" if signal.is_set() or snapshot is None else "Done"

@@ -1,13 +1,17 @@
 """From what was typed on the page to a request. The library checks values; here text only becomes numbers."""
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 from splitlearn.config import GenerationConfig
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest
+from splitlearn.lab.asking import DELTA, MINUTES, PROMPTS_LIMIT, Asked
+from splitlearn.lab.work import ServiceLevel
 from splitlearn.sampling import SamplingParams
 
-MAX_REPEATS = 1000
+PAIRS = 20
 
 
 def request(typed: Mapping[str, object]) -> GenerationRequest:
@@ -58,9 +62,44 @@ def decimal(field: str, typed: object) -> float:
         raise InputError(field, typed, "a number") from None
 
 
-def repeats(typed: object) -> int:
-    """How often each row of the per-flag table runs."""
-    number = whole("repeats", typed)
-    if not 1 <= number <= MAX_REPEATS:
-        raise InputError("repeats", typed, f"a whole number from 1 to {MAX_REPEATS}")
-    return number
+def asked(typed: Mapping[str, Any], flags: str, prompt: str) -> Asked:
+    """The experiment for the fields of the Lab tab; without prompts of its own it takes the page's `prompt`."""
+    lines = (typed["prompts"] or "").strip() or prompt
+    prompts = tuple(line.strip() for line in lines.splitlines() if line.strip())
+    if not 1 <= len(prompts) <= PROMPTS_LIMIT:
+        raise InputError("prompts", lines.strip(), f"1 to {PROMPTS_LIMIT} prompts, one on each line")
+    fixed = typed["limit"] == "pairs"
+    return Asked(
+        flags=flags,
+        design=typed["design"],
+        pairs=whole("pairs", typed["pairs"]) if fixed else None,
+        minutes=None if fixed else decimal("minutes", typed["minutes"]),
+        delta=decimal("delta", typed["delta"]),
+        prompts=prompts,
+        max_new_tokens=whole("max_new_tokens", typed["tokens"]),
+        seed=whole("seed", typed["order_seed"]),
+    )
+
+
+def lab_at_first(settings: GenerationConfig) -> dict[str, str]:
+    """What the text fields of the Lab tab hold when the page opens."""
+    usual = ServiceLevel()
+    return {
+        "minutes": f"{MINUTES:g}",
+        "pairs": str(PAIRS),
+        "delta": f"{DELTA:g}",
+        "tokens": str(settings.max_new_tokens),
+        "order_seed": "0",
+        "prompts": "",
+        "ttft_ms": f"{usual.ttft_s * 1e3:g}",
+        "decode_tps": f"{usual.decode_tps:g}",
+    }
+
+
+def service_level(typed: Mapping[str, Any]) -> ServiceLevel:
+    """The thresholds that were typed."""
+    found = {name: decimal(name, typed[name]) for name in ("ttft_ms", "decode_tps")}
+    for name, value in found.items():
+        if not 0 < value < math.inf:
+            raise InputError(name, typed[name], "a number above 0")
+    return ServiceLevel(found["ttft_ms"] / 1e3, found["decode_tps"])

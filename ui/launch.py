@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
         settings = _settings(options)
         login = share.login(settings.ui.auth, settings.ui.share, options.share_without_login)
         port = free_port(settings.ui.host, settings.ui.port)
-        _serve(settings, port, login)
+        _serve(settings, port, login, _repeat(options))
     except SplitlearnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -75,7 +75,13 @@ def _settings(options: argparse.Namespace) -> Config:
     return config.parse(settings)
 
 
-def _serve(settings: Config, port: int, login: Login) -> None:
+def _repeat(options: argparse.Namespace) -> list[str]:
+    """The options that the command line needs for the same settings."""
+    given = {"--config": options.config, "--trunk": options.trunk}
+    return [word for name, value in given.items() if value is not None for word in (name, str(value))]
+
+
+def _serve(settings: Config, port: int, login: Login, repeat: list[str]) -> None:
     """Prepare the model, then launch the page and stay until interrupted; children end with it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from splitlearn.runs import Runs
@@ -86,7 +92,7 @@ def _serve(settings: Config, port: int, login: Login) -> None:
         runs = Runs(settings, progress)
         _greet_trunk(runs, progress)
     with runs:
-        _page(runs, port, login)
+        _page(runs, port, login, repeat)
 
 
 def _greet_trunk(runs: "Runs", progress: Progress) -> None:
@@ -107,13 +113,13 @@ def _launch(demo: Any, **options: Any) -> None:
         raise SetupError(f"ui.port: the page cannot be served ({error}).") from error
 
 
-def _page(runs: "Runs", port: int, login: Login) -> None:
+def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
     from ui.handlers import Handlers
     from ui.layout import Page
     from ui.theme import CSS, THEME
 
     settings, sharing = runs.config.ui, share.Sharing.of(runs.config.ui.share)
-    with Handlers(runs) as handlers:
+    with Handlers(runs, repeat) as handlers:
         demo = Page(handlers, sharing).blocks
         _launch(
             demo,
@@ -135,5 +141,5 @@ def _page(runs: "Runs", port: int, login: Login) -> None:
                 share.open_link(demo, sharing)
             threading.Event().wait()
         finally:
-            handlers.stops.stop_all()
+            handlers.end()
             demo.close(verbose=False)

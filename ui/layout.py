@@ -7,8 +7,9 @@ import gradio as gr
 
 from splitlearn.errors import InputError
 from splitlearn.selection import parse
-from ui import charts, choice, flag_view, inputs, view
-from ui.handlers import Handlers, TableState
+from ui import charts, choice, inputs, view
+from ui.handlers import Handlers
+from ui.lab_tab import LabTab, visitor
 from ui.picker import Picker, Updates
 from ui.session import ArmView, Shown
 from ui.share import Sharing
@@ -22,7 +23,6 @@ NUMBERS = {
     "repetition_penalty": "Repetition penalty (1 is off)",
     "seed": "Seed",
 }
-KINDS = [("without it (all the others on)", "without"), ("alone (all the others off but the KV cache)", "alone")]
 
 
 class Page:
@@ -79,21 +79,10 @@ class Page:
                 self.result = gr.HTML("", elem_id="result")
                 self.plot = gr.Plot(show_label=False, container=False, visible=False, elem_id="ledger")
                 self.ledger = gr.HTML("", elem_id="ledger-table")
-            with gr.Tab("Per-flag table", id="table"):
-                self._table()
+            with gr.Tab("Lab", id="lab") as tab:
+                self.lab = LabTab(self.handlers.lab, tab, self.runs.config.generation)
             with gr.Tab("Flags by side", id="matrix-tab"):
                 self.matrix.render()
-
-    def _table(self) -> None:
-        gr.HTML(f'<p class="sl-small">{TABLE_HELP}</p>')
-        with gr.Row():
-            self.kinds = gr.CheckboxGroup(KINDS, value=["without"], label="Rows for each applied flag", min_width=300)
-            self.repeats = gr.Textbox("3", label="Repeats", min_width=100, elem_id="repeats")
-        with gr.Row():
-            self.measure = gr.Button("Measure the flags", scale=3, min_width=160, elem_id="measure")
-            self.csv = gr.DownloadButton("Download CSV", interactive=False, scale=1, min_width=120, elem_id="csv")
-        self.progress = gr.HTML("", elem_id="progress")
-        self.measured = gr.HTML("", elem_id="measured", elem_classes="sl-measured")
 
     def _connect(self) -> None:
         self.picker.connect(self.runs, self.error)
@@ -106,15 +95,13 @@ class Page:
         drawn = [self.full, self.split, self.result, self.plot, self.ledger, self.error]
         compare = [self.compare.click, self.fields["prompt"].submit]
         self._action(compare, self._compare, self._begin_compare, {*self.fields.values(), self.picker.words}, drawn)
-        given = {*self.fields.values(), self.picker.words, self.kinds, self.repeats}
-        shown = [self.progress, self.measured, self.csv, self.error]
-        self._action([self.measure.click], self._measure, self._begin_measure, given, shown)
+        self.lab.connect(self.picker.words, self.fields["prompt"], self.error)
 
     def _action(
         self, triggers: list[Any], run: Callable[..., Any], begin: Callable[..., Any], given: set[Any], drawn: list[Any]
     ) -> None:
         """Begin at once, run when no other visitor's run is under way, and set the buttons back whatever happened."""
-        buttons = [self.compare, self.measure, self.stop]
+        buttons = [self.compare, self.stop]
         begun = gr.on(triggers, begin, None, [*buttons, *drawn, self.tabs], queue=False, show_progress="hidden")
         ran = begun.then(
             run, given, drawn, concurrency_id="runs", concurrency_limit=1, show_progress="hidden", trigger_mode="once"
@@ -131,27 +118,23 @@ class Page:
         return {**self.picker.show(flags, known), **self._link(), self.error: view.error(wrong)}
 
     def _leave(self, request: gr.Request) -> None:
-        self.handlers.stops.forget(_visitor(request))
+        self.handlers.stops.forget(visitor(request))
+        self.lab.leave(visitor(request))
 
     def _link(self) -> Updates:
         active = self.sharing.state == "asked"
         return {self.link: view.note(self.sharing.message), self.timer: gr.Timer(active=active)}
 
     def _stop(self, request: gr.Request) -> Any:
-        self.handlers.stops.stop(_visitor(request))
+        self.handlers.stops.stop(visitor(request))
         return gr.Button(interactive=False)
 
     def _begin_compare(self, request: gr.Request) -> Updates:
-        self.handlers.stops.begin(_visitor(request))
+        self.handlers.stops.begin(visitor(request))
         waiting = {self.full: view.card(ArmView("full", "waiting")), self.split: view.card(ArmView("split", "waiting"))}
         empty = {self.result: "", self.plot: gr.Plot(visible=False), self.ledger: "", self.error: ""}
-        buttons = _buttons([self.compare, self.measure, self.stop], running=True)
+        buttons = _buttons([self.compare, self.stop], running=True)
         return {**waiting, **empty, **buttons, self.tabs: gr.Tabs(selected="answers")}
-
-    def _begin_measure(self, request: gr.Request) -> Updates:
-        self.handlers.stops.begin(_visitor(request))
-        empty = {self.progress: "", self.measured: "", self.csv: gr.DownloadButton(interactive=False), self.error: ""}
-        return {**empty, **_buttons([self.compare, self.measure, self.stop], running=True)}
 
     def _typed(self, given: dict[Any, Any]) -> dict[str, Any]:
         return {name: given[component] for name, component in self.fields.items()}
@@ -159,7 +142,7 @@ class Page:
     def _compare(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Draw only what changed."""
         before, words = Shown(), given[self.picker.words]
-        for shown in self.handlers.compare(self._typed(given), words, _visitor(request)):
+        for shown in self.handlers.compare(self._typed(given), words, visitor(request)):
             yield self._changes(before, shown, words)
             before = shown
 
@@ -175,36 +158,8 @@ class Page:
             updates[self.ledger] = charts.legend(*shown.both)
         return updates
 
-    def _measure(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
-        asked = (given[self.picker.words], given[self.kinds], given[self.repeats])
-        for state in self.handlers.measure(self._typed(given), *asked, _visitor(request)):
-            yield self._table_updates(state)
-
-    def _table_updates(self, state: TableState) -> Updates:
-        updates: Updates = {self.error: view.error(state.error)}
-        if state.snapshot is not None:
-            updates[self.progress] = flag_view.progress(state.snapshot, state.repeats, state.state)
-            updates[self.measured] = flag_view.measured(state.snapshot)
-        if state.csv is not None:
-            updates[self.csv] = gr.DownloadButton(value=str(state.csv), interactive=True)
-        return updates
-
 
 def _buttons(buttons: list[Any], running: bool) -> Updates:
-    """Compare and measure, while nothing runs; stop, while something does."""
-    compare, measure, stop = buttons
-    idle = gr.Button(interactive=not running)
-    return {compare: idle, measure: gr.Button(interactive=not running), stop: gr.Button(interactive=running)}
-
-
-def _visitor(request: gr.Request) -> str:
-    """What tells one open page from another."""
-    return str(request.session_hash)
-
-
-TABLE_HELP = (
-    "Runs the prompt above, always to its token limit, with no flag, with all chosen flags, and with each chosen flag "
-    "left out or alone: every row in both arms, warm, in random order. Nothing is drawn while a run is measured. "
-    "Added memory of split is that of client and trunk; rows that differ only in session flags share a trunk "
-    "process, and so the peak that it has had."
-)
+    """Compare, while nothing runs; stop, while something does."""
+    compare, stop = buttons
+    return {compare: gr.Button(interactive=not running), stop: gr.Button(interactive=running)}

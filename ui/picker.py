@@ -56,6 +56,10 @@ class Picker:
             except SplitlearnError as problem:
                 return {error: view.error(str(problem))}
 
+        def on_typed(text: str) -> Updates:
+            """What was typed stays as it is: the ladder of the lab adds flags in the order of these words."""
+            return {box: value for box, value in on_words(text).items() if box is not self.words}
+
         def on_flag(name: str) -> Callable[[Any, str], Updates]:
             def change(value: Any, text: str) -> Updates:
                 try:
@@ -75,7 +79,7 @@ class Picker:
             control.input(on_flag(name), [control, self.words], outputs, show_progress="hidden")
         for group in self.sides.values():
             group.input(on_sides, list(self.sides.values()), outputs, show_progress="hidden")
-        gr.on([self.words.submit, self.words.blur], on_words, self.words, outputs, show_progress="hidden")
+        gr.on([self.words.submit, self.words.blur], on_typed, self.words, outputs, show_progress="hidden")
 
     def show(self, flags: FlagSet, known: Availability) -> Updates:
         """Every control as `flags` has it."""

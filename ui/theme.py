@@ -86,6 +86,17 @@ CSS = """
 .sl-progress progress::-webkit-progress-bar { background: var(--border-color-primary); }
 .sl-progress progress::-webkit-progress-value { background: var(--primary-600); }
 .sl-progress progress::-moz-progress-bar { background: var(--primary-600); }
+.sl-report h3 { font-size: 1.05rem; margin: 14px 0 2px; } .sl-report p { margin: 2px 0; }
+.sl-report pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; padding: 8px; border-radius: 6px;
+  border: 1px solid var(--border-color-primary); color: var(--body-text-color); max-height: 22rem; overflow-y: auto; }
+.sl-report details { margin: 8px 0; } .sl-report summary { cursor: pointer; font-weight: 600; }
+.sl-cell-number { white-space: nowrap; text-align: right; } .sl-cell-long { min-width: 10rem; }
+.sl-cell-faster { color: #166534; font-weight: 600; } .dark .sl-cell-faster { color: #86efac; }
+.sl-cell-slower { color: #9a3412; font-weight: 600; } .dark .sl-cell-slower { color: #fdba74; }
+.sl-cell-FAILED { color: #b91c1c; font-weight: 700; } .dark .sl-cell-FAILED { color: #fca5a5; }
+.sl-key { display: flex; flex-wrap: wrap; gap: 2px 14px; padding: 0; margin: 4px 0; list-style: none;
+  font-size: .85rem; }
+.sl-beside { overflow-x: auto; }
 .js-plotly-plot text { fill: var(--body-text-color) !important; }
 footer { display: none !important; }
 """

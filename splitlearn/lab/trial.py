@@ -10,9 +10,12 @@ from splitlearn.selection import FlagSet
 
 @dataclass(frozen=True)
 class Setup:
-    """An experiment as it was asked for. `pairs` fixed makes the number of blocks; otherwise it goes on until every
-    verdict is decided or `max_pairs` or `minutes` (of measuring, warm-up apart) is reached. `delta` is the ratio's distance from 1 that counts as
-    nothing. `environment` is where it began (`fingerprint.py`), `command` what repeats it."""
+    """An experiment as it was asked for.
+
+    `pairs` fixed makes the number of blocks; otherwise it goes on until every verdict is decided, or `max_pairs` or
+    `minutes` (of measuring; warm-up apart) is reached. `delta` is the ratio's distance from 1 that counts as nothing.
+    `environment` is where it began (`fingerprint.py`), `command` what repeats it.
+    """
 
     design: Design
     plan: Plan
