@@ -114,6 +114,19 @@ def test_no_more_workers_than_the_limit_are_kept(files: ModelFiles) -> None:
     assert eventually(lambda: {worker.pid for worker in workers()} <= already)
 
 
+def test_workers_are_kept_as_long_as_memory_allows_and_each_copy_of_an_arm_has_its_own(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    already = {worker.pid for worker in workers()}
+    with Runs(config.parse(settings(files, runs={"threads": 1})), silent) as made:
+        for copy in (0, 1, 0):
+            list(made.stream("full", FlagSet(full=CACHED), SHORT, copy=copy))
+        assert len({worker.pid for worker in workers()} - already) == 2
+        monkeypatch.setattr("splitlearn.runs.WEIGHTS_FREE", float("inf"))
+        list(made.stream("full", FlagSet(full=CACHED), SHORT, copy=2))
+        assert len({worker.pid for worker in workers()} - already) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_that_is_killed_is_an_error_and_the_next_run_works(kind: Kind, runs: Runs) -> None:
     wanted = report(runs, kind).metrics.token_ids
