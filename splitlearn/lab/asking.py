@@ -20,7 +20,8 @@ PROMPTS_LIMIT = 1000
 
 @dataclass(frozen=True)
 class Asked:
-    """An experiment in a person's words. `pairs` None goes on until all is decided, or `minutes` are over.
+    """An experiment in a person's words. `pairs` None goes on until all is decided, or `minutes` are over; a number of
+    pairs has no limit of time.
 
     Raises InputError for a number out of range or no prompt.
     """
@@ -61,7 +62,7 @@ def setup(runs: Runs, asked: Asked, command: str) -> Setup:
         delta=asked.delta,
         pairs=asked.pairs,
         max_pairs=asked.pairs or MAX_PAIRS,
-        minutes=asked.minutes,
+        minutes=None if asked.pairs else asked.minutes,
         seed=asked.seed,
         model=runs.files.name,
         command=command,
