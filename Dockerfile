@@ -9,9 +9,9 @@ ENV PYTHONUNBUFFERED=1 \
     HF_HOME=/cache/huggingface \
     GRADIO_ANALYTICS_ENABLED=False
 
-# A volume over /cache takes its owner from the folder in the image. The user has a name, since torch looks it up.
+# A volume takes its owner from the folder in the image. The user has a name, since torch looks it up.
 RUN useradd --uid 10001 --create-home splitlearn \
-    && mkdir /cache && chown 10001:10001 /cache
+    && mkdir -p /cache /srv/lab && chown 10001:10001 /cache /srv/lab
 
 WORKDIR /srv
 COPY requirements.txt .

@@ -4,7 +4,7 @@ import pytest
 
 from splitlearn.errors import InputError
 from splitlearn.flags import SIDES, Place
-from splitlearn.lab.design import AA, CHECKS, OBSERVER, Design, Plan, plan
+from splitlearn.lab.design import AA, ALL, CHECKS, OBSERVER, Design, Plan, plan
 from splitlearn.selection import FlagSet, availability, parse
 
 HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one", has_compiler=True)))
@@ -23,7 +23,7 @@ def test_the_arms_of_a_question_differ_in_its_flag_and_in_nothing_else(design: D
         treated, control = made.arm(question.treated), made.arm(question.control)
         assert treated.kind == control.kind == question.kind
         assert treated.sampled == control.sampled
-        if question.flag not in CHECKS:
+        if question.flag not in (*CHECKS, ALL):
             assert treated.flags.without(question.flag) == control.flags
             assert treated.flags != control.flags
 
@@ -80,3 +80,14 @@ def test_arm_names_are_unique() -> None:
     made = plan("without", DEFAULT, DEFAULT.names())
     assert len({arm.name for arm in made.arms}) == len(made.arms)
     assert len({question.key for question in made.questions}) == len(made.questions)
+
+
+def test_all_flags_together_are_held_against_none_and_are_as_faithful_as_the_weakest_of_them() -> None:
+    made = plan("without", DEFAULT, DEFAULT.names())
+    for question in (question for question in made.questions if question.flag == ALL):
+        assert made.arm(question.treated).flags == DEFAULT
+        assert made.arm(question.control).flags == FlagSet()
+        assert made.fidelity(question) == "rounding"
+    exact = next(question for question in made.questions if question.flag == "inference_mode")
+    assert made.fidelity(exact) == "exact"
+    assert {made.fidelity(question) for question in made.questions if question.flag in CHECKS} == {"exact"}

@@ -62,7 +62,7 @@ def test_the_findings_answer_each_question_in_both_metrics(runs: Runs, tmp_path:
     asked = {
         (row.question.flag, row.question.kind, row.metric) for row in found.rows if row.question.flag not in CHECKS
     }
-    expected = itertools.product(("use_cache", "inference_mode"), ("full", "split"), analysis.METRICS)
+    expected = itertools.product(("all flags", "use_cache", "inference_mode"), ("full", "split"), analysis.METRICS)
     assert asked == set(expected)
     assert found.finished == "2 pairs, as asked"
     assert all(row.effect is not None and row.effect.pairs == 2 for row in found.rows)

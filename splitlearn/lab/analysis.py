@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 from splitlearn.arm import Kind
 from splitlearn.compare import KINDS
-from splitlearn.flags import FLAGS
 from splitlearn.lab import stats
-from splitlearn.lab.design import AA, CHECKS, Question
+from splitlearn.lab.design import AA, CHECKS, Plan, Question
 from splitlearn.lab.store import Store
 from splitlearn.lab.trial import Setup, Trial
 from splitlearn.lab.work import (
@@ -161,7 +160,7 @@ def analyse(
     runnable = _runnable(setup, notes)
     blocks, left_out = whole_blocks(trials, runnable)
     asked = [question for question in setup.plan.questions if {question.treated, question.control} <= set(runnable)]
-    evidence = {question.key: _evidence(question, pairs_of(question, blocks), notes) for question in asked}
+    evidence = {question.key: _evidence(setup.plan, question, pairs_of(question, blocks), notes) for question in asked}
     noise = tuple(_noise(kind, metric, evidence, setup) for kind in KINDS for metric in METRICS)
     return Findings(
         setup=setup,
@@ -186,8 +185,8 @@ def _runnable(setup: Setup, notes: Mapping[str, Any]) -> list[str]:
     return [arm.name for arm in setup.plan.arms if arm.name not in failed]
 
 
-def _evidence(question: Question, pairs: Sequence[Pair], notes: Mapping[str, Any]) -> Evidence:
-    fidelity = "exact" if question.flag in CHECKS else FLAGS[question.flag].fidelity
+def _evidence(plan: Plan, question: Question, pairs: Sequence[Pair], notes: Mapping[str, Any]) -> Evidence:
+    fidelity = plan.fidelity(question)
     work = same_work(pairs)
     numbers = notes.get("fidelity", {}).get(question.flag, {}).get(question.kind, {})
     failure = ""

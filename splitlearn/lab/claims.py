@@ -1,6 +1,6 @@
 """What was published of the earlier system, to stand beside what is measured here.
 
-Its figures are for sets of flags, so a claim stands in the rows of the flags that it was made with, and says so. "15%
+A claim about a set of flags stands beside what all flags do together, and beside the flag that it is put down to. "15%
 sooner" is read as a ratio of 0.85, "500% faster" as six times the speed, a ratio of 1/6.
 """
 
@@ -9,11 +9,8 @@ from typing import Literal
 
 from splitlearn.arm import Kind
 from splitlearn.lab.analysis import Findings, Metric, Row
-from splitlearn.lab.design import CACHE
-from splitlearn.selection import NINE, THREE
+from splitlearn.lab.design import ALL, CACHE
 
-FULL = tuple(NINE.split(","))
-CLIENT = tuple(THREE.split(","))
 STATIC = "cache"
 COMPILE = "torch_compile"
 
@@ -40,14 +37,20 @@ class Claim:
 
 BOTH: tuple[Kind, ...] = ("full", "split")
 CLAIMS = (
-    Claim(("full",), "ttft_s", FULL, (0.75, 0.85), "15 to 25% sooner, nine flags together"),
-    Claim(("full",), "tpot_s", (CACHE,), (1 / 11, 1 / 6), "500 to 1000% faster with the KV cache, nine flags together"),
-    Claim(("split",), "ttft_s", CLIENT, (0.90, 0.95), "5 to 10% sooner, three flags together"),
+    Claim(("full",), "ttft_s", (ALL,), (0.75, 0.85), "15 to 25% sooner, nine flags together"),
     Claim(
-        ("split",), "tpot_s", (CACHE,), (1 / 11, 1 / 6), "500 to 1000% faster with the KV cache, three flags together"
+        ("full",), "tpot_s", (ALL, CACHE), (1 / 11, 1 / 6), "500 to 1000% faster with the KV cache, nine flags together"
     ),
-    Claim(("full",), "memory", FULL, (0.60, 0.75), "25 to 40% less memory, nine flags together"),
-    Claim(("split",), "memory", CLIENT, (0.85, 0.90), "10 to 15% less memory, three flags together"),
+    Claim(("split",), "ttft_s", (ALL,), (0.90, 0.95), "5 to 10% sooner, three flags together"),
+    Claim(
+        ("split",),
+        "tpot_s",
+        (ALL, CACHE),
+        (1 / 11, 1 / 6),
+        "500 to 1000% faster with the KV cache, three flags together",
+    ),
+    Claim(("full",), "memory", (ALL,), (0.60, 0.75), "25 to 40% less memory, nine flags together"),
+    Claim(("split",), "memory", (ALL,), (0.85, 0.90), "10 to 15% less memory, three flags together"),
     Claim(BOTH, "tpot_s", (STATIC,), (1 / 1.48, 1 / 1.48), "1.48 times, dynamic cache to static cache"),
     Claim(BOTH, "tpot_s", (COMPILE,), (1 / 8.8, 1 / 8.8), "8.8 times, static cache with JIT", STATIC),
 )

@@ -3,7 +3,8 @@
 An `Arm` is run once in every block. A `Question` holds two arms of one block against each other that differ in one
 flag: its ratio is `treated` / `control`, with the flag applied in `treated`. Three designs:
 
-* without: every flag but one; treated is the baseline with all flags, control is the baseline without the flag;
+* without: every flag but one; treated is the baseline with all flags, control is the baseline without the flag; and one
+  question about all of them together, whose control has none;
 * alone: each flag by itself; control is the baseline that keeps the KV cache and has no flag (for the cache itself:
   none at all), treated is the same with the flag;
 * ladder: flags added one after another in the order they were asked for; each step is held against the one before.
@@ -20,12 +21,13 @@ from typing import Literal
 from splitlearn.arm import Kind
 from splitlearn.compare import KINDS
 from splitlearn.errors import InputError
-from splitlearn.flags import FLAGS
+from splitlearn.flags import FLAGS, Fidelity
 from splitlearn.sampling import SamplingParams
 from splitlearn.selection import FlagSet
 
 Design = Literal["without", "alone", "ladder"]
 DESIGNS: tuple[Design, ...] = ("without", "alone", "ladder")
+FIDELITIES: tuple[Fidelity, ...] = ("lossy", "rounding")
 CACHE = "use_cache"
 # What sampler flags are tried under; a greedy request leaves them nothing to do.
 SAMPLED = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=7)
@@ -34,6 +36,7 @@ AGAIN = "baseline again"
 UNOBSERVED = "baseline without the ledger"
 AA = "A/A"
 OBSERVER = "observer"
+ALL = "all flags"
 CHECKS = (AA, OBSERVER)
 """Questions about the method, not about a flag."""
 
@@ -80,6 +83,12 @@ class Plan:
         """The arm called `name`."""
         return next(arm for arm in self.arms if arm.name == name)
 
+    def fidelity(self, question: Question) -> Fidelity:
+        """What the flags in which the question's two arms differ say of themselves: the weakest of their words."""
+        one, other = self.arm(question.treated).flags, self.arm(question.control).flags
+        differing = {flag.fidelity for name, flag in FLAGS.items() if one.only(name) != other.only(name)}
+        return next((word for word in FIDELITIES if word in differing), "exact")
+
 
 def plan(design: Design, flags: FlagSet, asked: Sequence[str]) -> Plan:
     """The arms and questions for the applied `flags`, asking about each name in `asked`.
@@ -96,7 +105,7 @@ def plan(design: Design, flags: FlagSet, asked: Sequence[str]) -> Plan:
     questions: list[Question] = []
     for kind in KINDS:
         pairs = list(_pairs(design, flags, asked, kind))
-        if all(flag in CHECKS for flag, _, _ in pairs):  # nothing is asked of this kind of arm
+        if all(flag in (*CHECKS, ALL) for flag, _, _ in pairs):  # no flag is asked about in this kind of arm
             continue
         for flag, treated, control in pairs:
             for arm in (treated, control):
@@ -114,6 +123,8 @@ def _pairs(design: Design, flags: FlagSet, asked: Sequence[str], kind: Kind) -> 
     if design == "ladder":
         yield from _ladder(flags, asked, kind)
         return
+    if design == "without" and _own(flags, kind) != _own(flags.only(), kind):
+        yield ALL, baseline, _arm("no flags", kind, flags.only())
     for name in asked:
         sampled = FLAGS[name].acts_when_sampling
         if not _acts(flags, name, kind):

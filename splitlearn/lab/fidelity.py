@@ -14,7 +14,6 @@ import torch
 from splitlearn import loading, process
 from splitlearn.arm import Kind
 from splitlearn.errors import SplitlearnError, as_error
-from splitlearn.flags import FLAGS
 from splitlearn.generate import Feed
 from splitlearn.lab.design import Plan, Question
 from splitlearn.runs import Runs
@@ -101,7 +100,7 @@ def changes(runs: Runs, plan: Plan) -> Iterator[tuple[Question, dict[str, Any]]]
     placement = loading.Placement(runs.device, runs.dtype)
     known: dict[tuple[Kind, FlagSet], torch.Tensor] = {}
     for question in plan.questions:
-        if question.flag not in FLAGS or FLAGS[question.flag].fidelity == "exact":
+        if plan.fidelity(question) == "exact":
             continue
         for name in (question.treated, question.control):
             key = question.kind, plan.arm(name).flags
