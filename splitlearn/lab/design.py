@@ -123,7 +123,7 @@ def _pairs(design: Design, flags: FlagSet, asked: Sequence[str], kind: Kind) -> 
     if design == "ladder":
         yield from _ladder(flags, asked, kind)
         return
-    if design == "without" and _own(flags, kind) != _own(flags.only(), kind):
+    if design == "without" and len(flags.names()) > 1 and _own(flags, kind) != _own(flags.only(), kind):
         yield ALL, baseline, _arm("no flags", kind, flags.only())
     for name in asked:
         sampled = FLAGS[name].acts_when_sampling
