@@ -11,6 +11,7 @@ from splitlearn.lab.design import DESIGNS, Design, plan
 from splitlearn.lab.fingerprint import fingerprint
 from splitlearn.lab.trial import Setup
 from splitlearn.runs import Runs
+from splitlearn.selection import check
 
 DELTA = 0.02
 MAX_PAIRS = 72
@@ -23,7 +24,7 @@ class Asked:
     """An experiment in a person's words. `pairs` None goes on until all is decided, or `minutes` are over; a number of
     pairs has no limit of time.
 
-    Raises InputError for a number out of range or no prompt.
+    Raises InputError for words that can mean no flags, a number out of range and no prompt.
     """
 
     flags: str
@@ -36,6 +37,7 @@ class Asked:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check(self.flags)
         if self.design not in DESIGNS:
             raise InputError("design", self.design, f"one of: {', '.join(DESIGNS)}")
         if self.pairs is not None and not 2 <= self.pairs <= 10_000:
