@@ -18,7 +18,7 @@ NINE = (
 )
 THREE = "low_cpu_mem_usage,torch_compile,use_cache"
 TWO = "low_cpu_mem_usage,use_cache"
-CACHES = "use_cache,cache=static,torch_compile"
+CACHES = "use_cache,cache,torch_compile"
 
 PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
     "earlier-full": (

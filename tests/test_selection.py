@@ -12,8 +12,8 @@ HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only 
 UNAVAILABLE = {"use_fast", "cudnn_benchmark"}
 
 
-def test_default_is_every_available_exact_or_rounding_flag_but_torch_compile() -> None:
-    assert parse("default", HERE).full == frozenset(FLAGS) - UNAVAILABLE - {"torch_compile"}
+def test_default_is_every_available_exact_or_rounding_flag_but_torch_compile_and_the_static_cache() -> None:
+    assert parse("default", HERE).full == frozenset(FLAGS) - UNAVAILABLE - {"torch_compile", "cache"}
 
 
 def test_all_is_what_can_be_applied_and_none_is_nothing() -> None:
