@@ -163,6 +163,8 @@ def test_the_ledger_must_explain_the_time_and_cost_little() -> None:
     assert observed.verdict == NOT_PASSED
     assert "costs more than 1%" in observed.said
     assert row(findings, OBSERVER, "split", "tpot_s").said == PASSED
+    loud = row(analyse(SETUP, trials(SETUP, noise=0.05), {}), OBSERVER, "full", "tpot_s")
+    assert loud.said.startswith(f"{NOT_PASSED}: it cannot be told yet")
 
 
 def test_the_service_level_is_judged_against_the_thresholds_given() -> None:

@@ -274,8 +274,11 @@ def _verdict(
 
 
 def _too_dear(effect: stats.Effect) -> str:
-    """What is wrong with the observer's effect, "" when nothing is."""
-    return f"the ledger costs more than {OBSERVER_LIMIT:.0%}" if effect.ratio > 1 + OBSERVER_LIMIT else ""
+    """What is wrong with the observer's effect, "" when nothing is: all of its interval must lie below the limit."""
+    if effect.high <= 1 + OBSERVER_LIMIT:
+        return ""
+    told = "the ledger costs" if effect.low > 1 + OBSERVER_LIMIT else "it cannot be told yet whether the ledger costs"
+    return f"{told} more than {OBSERVER_LIMIT:.0%}"
 
 
 def _drift(kind: Kind, evidence: Mapping[str, Evidence]) -> stats.Drift | None:
