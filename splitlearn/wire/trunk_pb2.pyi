@@ -22,6 +22,16 @@ class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class MetricsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MetricsText(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
+
 class FlagState(_message.Message):
     __slots__ = ("name", "unavailable")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -79,7 +89,7 @@ class ServerMessage(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "max_length", "flags")
+    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "max_length", "flags", "timeout_s")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +99,7 @@ class Open(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     FLAGS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: str
     digest: str
@@ -98,17 +109,20 @@ class Open(_message.Message):
     dtype: str
     max_length: int
     flags: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., flags: _Optional[_Iterable[str]] = ...) -> None: ...
+    timeout_s: float
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., flags: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("threads", "load_s", "import_rss_bytes")
+    __slots__ = ("threads", "load_s", "import_rss_bytes", "queue_s")
     THREADS_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     IMPORT_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     threads: int
     load_s: float
     import_rss_bytes: int
-    def __init__(self, threads: _Optional[int] = ..., load_s: _Optional[float] = ..., import_rss_bytes: _Optional[int] = ...) -> None: ...
+    queue_s: float
+    def __init__(self, threads: _Optional[int] = ..., load_s: _Optional[float] = ..., import_rss_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")
@@ -121,20 +135,22 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "roll_back")
+    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "roll_back", "answer_last")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
     ROLL_BACK_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_LAST_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     step_id: int
     position: int
     hidden: Tensor
     more: bool
     roll_back: bool
-    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., roll_back: _Optional[bool] = ...) -> None: ...
+    answer_last: int
+    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., roll_back: _Optional[bool] = ..., answer_last: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "decode_s", "queue_s", "trunk_s", "encode_s", "compile_s")
