@@ -13,19 +13,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from server.engine import EnginePool, EngineSpec
-from server.service import Served, TrunkService
-from splitlearn import config, models
+from server.build import build
+from server.others import Others
+from server.service import TrunkService
+from splitlearn import config
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, SplitlearnError
-from splitlearn.flags import SIDES, Place
-from splitlearn.loading import Placement
-from splitlearn.process import default_threads
-from splitlearn.progress import Progress, Step, on_console
-from splitlearn.selection import availability, parse
-from splitlearn.split import SplitPlan
+from splitlearn.progress import on_console
 from splitlearn.wire import MAX_MESSAGE_BYTES, READY, SERVICE
-from splitlearn.wire.codec import DTYPES
 
 # A client whose machine went away closes nothing: without pings its session would stay for ever.
 # The third is for a ping of another kind, behind which a keepalive ping waits.
@@ -34,6 +29,7 @@ KEEP_ALIVE = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
 )
+SPARE_THREADS = 16
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,8 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = _settings(options)
         with on_console() as progress:
-            served, engines = prepare(settings, progress)
-        server = listen(TrunkService(served, engines), settings.server)
+            served = build(settings, progress)
+        others = Others(settings)
+        server = listen(TrunkService(served, others), settings.server)
     except SplitlearnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -55,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         threading.Thread(target=_wait_for_parent, args=(stop,), daemon=True).start()
     stop.wait()
     server.stop(grace=0).wait()
-    engines.stop()
+    others.stop()
     return 0
 
 
@@ -79,29 +76,15 @@ def _settings(options: argparse.Namespace) -> Config:
     return config.parse({**settings.model_dump(), "server": {**settings.server.model_dump(), **changes}})
 
 
-def prepare(settings: Config, progress: Progress) -> tuple[Served, EnginePool]:
-    """The checked weights, and an engine that has loaded them for the default flags."""
-    files = models.prepare(settings.model, progress)
-    plan = SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
-    placement = Placement(models.resolve_device(settings.model.device), DTYPES[settings.model.dtype])
-    threads = settings.runs.threads or default_threads()
-    engines = EnginePool(
-        lambda applied: EngineSpec(files, plan, placement, threads, applied), settings.server.max_engines
-    )
-    served = Served(files, plan, placement.dtype, placement.device, threads, settings.server.max_sessions)
-    progress(Step("Loading the trunk"))
-    here = Place(device=str(placement.device))
-    engines.give_back(engines.take(parse("default", availability(dict.fromkeys(SIDES, here))).trunk))
-    return served, engines
-
-
 def listen(service: TrunkService, settings: ServerConfig) -> grpc.Server:
     """A started server with health and reflection; says on stdout where. Raises SetupError when it cannot listen."""
-    # Each open session holds a thread; the others answer Describe and health checks.
-    workers = ThreadPoolExecutor(settings.max_sessions + 4)
+    # Each session holds a thread, and so does each that waits; the others answer Describe, health checks and refusals.
+    # Without a limit gRPC would keep what finds no thread waiting in silence.
+    threads = settings.max_sessions + settings.max_waiting + SPARE_THREADS
+    workers = ThreadPoolExecutor(threads)
     # Without so_reuseport=0 a second server on the same port starts and gets half of the clients.
     options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), *KEEP_ALIVE)
-    server = grpc.server(workers, handlers=[service.handler()], options=options)
+    server = grpc.server(workers, handlers=[service.handler()], options=options, maximum_concurrent_rpcs=threads)
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -1,181 +1,282 @@
-"""What runs the steps: one process for each set of load and process flags, so that what a flag changes for a whole
-process, and its memory, stay in that process.
+"""The engine: the steps of all sessions, as many as wait in one forward.
 
-`Engine` is the front's handle on such a process. The process takes one call at a time, in the order they came; a call
-waits for its turn at the handle's lock.
+A handler's thread brings a step and waits for its answer. Nobody runs the engine but these threads: the first that
+finds it idle leads, and goes on until its own step is done; then it hands the lead to one that still waits. So one
+client alone has its step computed by the thread that read it, with no other thread between.
+
+A forward takes one token of each session that decodes and beside them a bounded number of tokens of prompts, so that a
+long prompt holds up the others by no more than those take. Sessions join and leave between two forwards.
 """
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
-from splitlearn import loading, process
-from splitlearn.errors import InputError, SplitlearnError, TrunkFull, as_error
-from splitlearn.flags import of_scope
-from splitlearn.split import SplitPlan
-from splitlearn.stages import LocalSession, LocalStage, StageInput
-from splitlearn.store import ModelFiles
-from splitlearn.wire import codec
+from server.admission import Admission, Place
+from splitlearn.errors import InputError, SplitlearnError, TrunkUnavailable, as_error
+from splitlearn.flags import settings
+from splitlearn.kv import KVPool, PooledCache, Run, shapes_of
+from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
 
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """What an engine process loads."""
-
-    files: ModelFiles
-    plan: SplitPlan
-    placement: loading.Placement
-    threads: int | None
-    applied: frozenset[str]
-
-
-@dataclass(frozen=True)
-class EngineFacts:
-    """What an engine process says of itself once it has loaded."""
-
-    threads: int
-    load_s: float
-    import_rss_bytes: int
+# The share of a forward's time for which it waits for sessions that are about to bring their next step: those that were
+# left out would wait for a whole forward.
+GATHER = 0.15
+# How fast what is known of durations follows what is seen.
+FOLLOW = 0.3
 
 
 @dataclass(frozen=True)
 class EngineStep:
-    """The answer to a step: raw values [T, H], and the durations in seconds of what the process did."""
+    """The answer to a step: hidden state [1, T, H], and seconds of computing, of waiting for it, and of compiling."""
 
-    data: bytes
-    decode_s: float
+    x: torch.Tensor
     trunk_s: float
-    encode_s: float
+    queue_s: float
     compile_s: float
 
 
+@dataclass
+class Seat:
+    """A session at the engine. `away_s` is how long its client lately took between an answer and the next step."""
+
+    session: LocalSession
+    applied: frozenset[str]
+    place: Place
+    answered: float | None = None
+    away_s: float = float("inf")
+    running: bool = False
+    closed: bool = False
+    freed: bool = False
+
+
+@dataclass(eq=False)
+class _Job:
+    """A step under way: `x` [1, T, H] from `position` on, of which `done` tokens are computed."""
+
+    seat: Seat
+    position: int
+    x: torch.Tensor
+    deadline: float
+    began: float
+    wake: threading.Event = field(default_factory=threading.Event)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    done: int = 0
+    trunk_s: float = 0.0
+    compile_s: float = 0.0
+    last_run: float = 0.0
+    error: SplitlearnError | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens still to compute."""
+        return self.x.shape[1] - self.done
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer, or the error, is there."""
+        return self.error is not None or not self.left
+
+
 class Engine:
-    """A running engine process. `sessions` counts those that are open."""
+    """Runs one stage for many sessions; `prompt_tokens` bounds what prompts take of a forward that others wait for."""
 
-    def __init__(self, spec: EngineSpec) -> None:
-        self._lock = threading.Lock()
-        self._child = process.start("The trunk's engine process", _main, spec)
-        self.sessions = 0
-        self.facts: EngineFacts = _result(self._child.receive())
+    def __init__(self, stage: LocalStage, admission: Admission, prompt_tokens: int, packs: bool) -> None:
+        self._stage, self._admission = stage, admission
+        self._prompt_tokens, self._packs = prompt_tokens, packs
+        self._arrived = threading.Condition()
+        self._seats: list[Seat] = []
+        self._jobs: list[_Job] = []
+        self._led = False
+        self._step_s = 0.0
 
-    def call(self, name: str, *arguments: object) -> Any:
-        """Have the process do one thing; raises what it raised, or WorkerDied when it is gone."""
-        with self._lock:
-            self._child.send((name, arguments))
-            return _result(self._child.receive())
+    def open(self, applied: frozenset[str], max_length: int, timeout_s: float, wanted: Callable[[], bool]) -> Seat:
+        """A session with room for `max_length` tokens, once there is. Raises as `Admission.enter`."""
+        keeps = settings(applied).new_cache is not None
+        place = self._admission.enter(max_length if keeps else 0, timeout_s, wanted)
+        cache = self._admission.pool.cache(place.run) if place.run else None
+        seat = Seat(LocalSession(cache, settings(applied), max_length), applied, place)
+        with self._arrived:
+            self._seats.append(seat)
+        return seat
 
-    def alive(self) -> bool:
-        """True while the process runs."""
-        return self._child.alive()
+    def step(self, seat: Seat, position: int, x: torch.Tensor, timeout_s: float, roll_back: bool = False) -> EngineStep:
+        """Compute `x` [1, T, H] from `position` on, together with what the other sessions bring.
 
-    def stop(self) -> None:
-        """End the process."""
-        self._child.stop()
-
-
-class EnginePool:
-    """The engines that are running, at most `limit`. An idle one makes room for another set of flags."""
-
-    def __init__(self, spec: Callable[[frozenset[str]], EngineSpec], limit: int) -> None:
-        self._spec = spec
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._engines: dict[frozenset[str], Engine] = {}
-
-    def take(self, applied: frozenset[str]) -> Engine:
-        """The engine for the load and process flags of `applied`, with one session more. Raises TrunkFull."""
-        key = of_scope(applied, "load", "process")
-        with self._lock:
-            engine = self._engines.pop(key, None)
-            if engine is None or not engine.alive():
-                self._make_room()
-                engine = Engine(self._spec(key))
-            self._engines[key] = engine  # at the end: the least recently used one is first
-            engine.sessions += 1
-            return engine
-
-    def give_back(self, engine: Engine) -> None:
-        """One session less."""
-        with self._lock:
-            engine.sessions -= 1
-
-    def stop(self) -> None:
-        """End all engines."""
-        with self._lock:
-            for engine in self._engines.values():
-                engine.stop()
-            self._engines.clear()
-
-    def _make_room(self) -> None:
-        if len(self._engines) < self._limit:
-            return
-        idle = next((key for key, engine in self._engines.items() if engine.sessions == 0), None)
-        if idle is None:
-            raise TrunkFull(
-                f"all {self._limit} engine processes (server.max_engines) serve other flags; try again later"
-            )
-        self._engines.pop(idle).stop()
-
-
-def _result(answer: object) -> Any:
-    """An answer of the process, raised if it is an error."""
-    if isinstance(answer, SplitlearnError):
-        raise answer
-    return answer
-
-
-class _Sessions:
-    """The engine process's side: the stage and the sessions at it."""
-
-    def __init__(self, stage: LocalStage, dtype: torch.dtype, hidden_size: int) -> None:
-        self._stage = stage
-        self._dtype = dtype
-        self._hidden_size = hidden_size
-        self._open: dict[int, LocalSession] = {}
-
-    def open(self, number: int, applied: frozenset[str], max_length: int) -> None:
-        self._open[number] = self._stage.open(applied, max_length)
-
-    def step(self, number: int, position: int, data: bytes, roll_back: bool) -> EngineStep:
-        session = self._open[number]
+        Raises InputError for a position that does not follow, TrunkUnavailable when it waited for longer than
+        `timeout_s` or its session has ended.
+        """
+        session, began = seat.session, time.perf_counter()
         if not session.recomputes and position < session.length and not roll_back:
             raise InputError("position", position, f"{session.length}, or roll_back to go back from there")
-        started = time.perf_counter()
-        x = codec.from_bytes(data, self._dtype, self._hidden_size)
-        decoded = time.perf_counter()
-        output = self._stage.step([StageInput(session, position, x)])[0]
-        computed = time.perf_counter()
-        raw = codec.to_bytes(output.x)
-        done = time.perf_counter()
-        return EngineStep(raw, decoded - started, computed - decoded, done - computed, output.timing.compile_s)
+        job = _Job(seat, position, x, began + timeout_s, began)
+        with self._arrived:
+            if seat.answered is not None:
+                away = began - seat.answered
+                seat.away_s = away if seat.away_s == float("inf") else seat.away_s + FOLLOW * (away - seat.away_s)
+            self._jobs.append(job)
+            leads, self._led = not self._led, True
+            if not leads:
+                self._arrived.notify()
+        if not leads:
+            job.wake.wait()
+        if not job.finished:
+            self._lead(job)
+        if job.error is not None:
+            raise job.error
+        out = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs, dim=1)
+        return EngineStep(out, job.trunk_s, time.perf_counter() - began - job.trunk_s, job.compile_s)
 
-    def close(self, number: int) -> None:
-        session = self._open.pop(number, None)
-        if session is not None:
-            session.close()
+    def close(self, seat: Seat) -> None:
+        """Free a session's memory; at once, or after the forward that it takes part in."""
+        with self._arrived:
+            if seat.closed:
+                return
+            seat.closed = True
+            if not seat.running:
+                self._free(seat)
 
-    def peak(self) -> int:
-        return process.peak_resident_bytes()
-
-
-def _main(connection: Connection, spec: EngineSpec) -> None:
-    """The engine process: load, say so, then answer calls until the front closes the pipe."""
-    try:
-        threads = loading.prepare_process(spec.applied, spec.threads)
-        loaded = loading.load(spec.files, loading.trunk_specs(spec.plan), spec.applied, spec.placement)
-    except Exception as error:
-        connection.send(as_error(error, "loading the trunk"))
-        return
-    connection.send(EngineFacts(threads, loaded.load_s, loaded.import_rss_bytes))
-    sessions = _Sessions(loaded.stages[0], spec.placement.dtype, spec.files.facts.hidden_size)
-    while True:
-        name, arguments = connection.recv()
+    def _lead(self, own: _Job) -> None:
+        """Run forwards until `own` is done, then let another thread that waits go on."""
         try:
-            connection.send(getattr(sessions, name)(*arguments))
-        except Exception as error:  # the session fails with its cause; the other sessions of the process go on
-            connection.send(as_error(error, "computing"))
+            while not own.finished:
+                self._forward(self._gather())
+        finally:
+            with self._arrived:
+                waiting = next((job for job in self._jobs if job is not own), None)
+                self._led = waiting is not None
+                if waiting is not None:
+                    waiting.wake.set()
+
+    def _gather(self) -> list[tuple[_Job, int]]:
+        """The jobs of the next forward, and how many tokens of each."""
+        with self._arrived:
+            until = time.perf_counter() + GATHER * self._step_s
+            while (left := until - time.perf_counter()) > 0 and self._others_are_due(until):
+                self._arrived.wait(left)
+            self._drop()
+            chosen = self._chosen()
+            for job, _ in chosen:
+                job.seat.running = True
+            return chosen
+
+    def _others_are_due(self, until: float) -> bool:
+        """Whether a session without a step here should bring one before `until`."""
+        here = {id(job.seat) for job in self._jobs}
+        return any(
+            seat.answered is not None and not seat.closed and seat.answered + seat.away_s < until
+            for seat in self._seats
+            if id(seat) not in here
+        )
+
+    def _drop(self) -> None:
+        """What nobody waits for (any more) is not computed."""
+        now = time.perf_counter()
+        for job in [job for job in self._jobs if job.seat.closed or now > job.deadline]:
+            why = "its session has ended" if job.seat.closed else "it waited for longer than its client said it would"
+            self._finish(job, TrunkUnavailable(f"the step was dropped: {why}"))
+
+    def _chosen(self) -> list[tuple[_Job, int]]:
+        """The job that has waited longest and those that can share its forward, each with a number of tokens."""
+        if not self._jobs:
+            return []
+        first = min(self._jobs, key=lambda job: job.last_run or job.began)
+        if first.seat.session.recomputes or not self._packs:
+            return [(first, first.left)]
+        alike = [job for job in self._jobs if job.seat.applied == first.seat.applied]
+        if len(alike) == 1 and not any(seat.answered is not None for seat in self._seats if seat is not first.seat):
+            return [(first, first.left)]
+        budget, chosen = self._prompt_tokens, []
+        for job in sorted(alike, key=lambda job: (job.left > 1, job.last_run or job.began)):
+            tokens = 1 if job.left == 1 else min(job.left, budget)
+            if job.left > 1:
+                budget -= tokens
+            if tokens:
+                chosen.append((job, tokens))
+        return chosen
+
+    def _forward(self, chosen: Sequence[tuple[_Job, int]]) -> None:
+        """One forward of the stage, its outcome given to the jobs."""
+        inputs = [
+            StageInput(job.seat.session, job.position + job.done, job.x[:, job.done : job.done + tokens])
+            for job, tokens in chosen
+        ]
+        started = time.perf_counter()
+        outcomes = self._outcomes(inputs)
+        ended = time.perf_counter()
+        with self._arrived:
+            self._step_s += FOLLOW * (ended - started - self._step_s) if self._step_s else ended - started
+            for (job, tokens), outcome in zip(chosen, outcomes, strict=True):
+                job.seat.running = False
+                job.last_run = ended
+                if isinstance(outcome, SplitlearnError):
+                    self._finish(job, outcome)
+                    continue
+                job.outputs.append(outcome.x)
+                job.done += tokens
+                job.trunk_s += ended - started
+                job.compile_s += outcome.timing.compile_s
+                if job.finished:
+                    self._finish(job)
+
+    def _outcomes(self, inputs: Sequence[StageInput]) -> list[StageOutput | SplitlearnError]:
+        """The stage's outputs. If a forward of several fails, each is tried alone, so that one cannot hurt another."""
+        try:
+            return list(self._stage.step(inputs)) if inputs else []
+        except Exception as error:
+            if len(inputs) == 1:
+                return [as_error(error, "computing")]
+        return [self._outcomes([item])[0] for item in inputs]
+
+    def _finish(self, job: _Job, error: SplitlearnError | None = None) -> None:
+        """Wake the thread that waits for `job`."""
+        job.error = error
+        self._jobs.remove(job)
+        job.seat.answered = time.perf_counter()
+        if job.seat.closed:
+            self._free(job.seat)
+        job.wake.set()
+
+    def _free(self, seat: Seat) -> None:
+        if seat.freed:
+            return
+        seat.freed = True
+        self._seats.remove(seat)
+        seat.session.close()
+        self._admission.leave(seat.place)
+
+
+def can_pack(stage: LocalStage, hidden_size: int, dtype: torch.dtype) -> bool:
+    """Whether the model's layers give in one packed forward what they give apart, but for rounding.
+
+    Asked of the loaded stage itself: a family whose attention does not go through transformers' interface, or that does
+    more with keys and values than keep them, shows it here, and is served one session a forward.
+    """
+    lengths, applied = [3, 2], frozenset({"use_cache", "inference_mode"})
+    pool = KVPool(shapes_of(stage.cut, hidden_size, dtype, stage.device), 16, 4, dtype, stage.device)
+    sessions = [LocalSession(PooledCache(pool, Run(4 * at, 4)), settings(applied), 4) for at in range(4)]
+    x = 0.1 * torch.randn(1, sum(lengths) + 2, hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    prompts, last = torch.split(x[:, : sum(lengths)], lengths, dim=1), torch.split(x[:, sum(lengths) :], 1, dim=1)
+    apart = [
+        [
+            stage.step([StageInput(session, at, part)])[0].x
+            for session, at, part in zip(sessions, ats, parts, strict=False)
+        ]
+        for ats, parts in (([0, 0], prompts), (lengths, last))
+    ]
+    try:
+        packed = [
+            [
+                output.x
+                for output in stage.step([StageInput(*each) for each in zip(sessions[2:], ats, parts, strict=True)])
+            ]
+            for ats, parts in (([0, 0], prompts), (lengths, last))
+        ]
+    except Exception:
+        return False
+    close = float(torch.finfo(dtype).eps ** 0.5)
+    pairs = zip(chain(*apart), chain(*packed), strict=True)
+    return all(torch.allclose(a, b, rtol=close, atol=close * float(a.abs().max())) for a, b in pairs)

@@ -57,8 +57,12 @@ class ServerConfig(_Section):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
-    max_sessions: Annotated[int, Field(ge=1, le=1024)] = 8
-    max_engines: Annotated[int, Field(ge=1, le=64)] = 8
+    max_sessions: Annotated[int, Field(ge=1, le=1024)] = 64
+    max_waiting: Annotated[int, Field(ge=0, le=1024)] = 32
+    max_others: Annotated[int, Field(ge=0, le=64)] = 8
+    kv_bytes: Annotated[int, Field(ge=1)] | None = None
+    kv_block_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
+    prompt_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
 
 
 class GenerationConfig(_Section):

@@ -67,7 +67,14 @@ class TrunkRefused(TrunkError):
 
 
 class TrunkFull(TrunkError):
-    """The trunk has no room for another session at the moment."""
+    """The trunk has no room for another session at the moment. `retry_s`: seconds after which it may have."""
+
+    def __init__(self, message: str, retry_s: float = 1.0) -> None:
+        super().__init__(message, retry_s)
+        self.retry_s = retry_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class TrunkFailed(TrunkError):

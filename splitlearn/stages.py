@@ -18,6 +18,7 @@ from splitlearn.errors import InputError
 from splitlearn.events import StageTiming
 from splitlearn.flags import Settings
 from splitlearn.flags import settings as settings_of
+from splitlearn.packed import Packed, forward_packed
 from splitlearn.split import CutModel, forward
 
 
@@ -98,8 +99,11 @@ class LocalStage:
         return LocalSession(cache, settings, max_length)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """One step of each session. Raises InputError for a position beyond the cached length or too many tokens."""
-        return [self._step(item.session, item.position, item.x) for item in batch]
+        """One step of each session; of several in one forward, for which their caches lie in one pool and their flags
+        are the same. Raises InputError for a position beyond the cached length or too many tokens."""
+        if len(batch) == 1:
+            return [self._step(batch[0].session, batch[0].position, batch[0].x)]
+        return self._packed(batch)
 
     def _step(self, session: LocalSession, position: int, x: torch.Tensor) -> StageOutput:
         started, compiled = time.perf_counter(), compile_seconds()
@@ -117,10 +121,28 @@ class LocalStage:
                 arguments=session.settings.forward_arguments,
             )
         session.length = position + x.shape[1]
+        return StageOutput(out, self._timing(started, compiled))
+
+    def _packed(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        started, compiled = time.perf_counter(), compile_seconds()
+        for item in batch:
+            _make_room(item.session, item.position, item.x.shape[1])
+        parts = [Packed(item.session.cache, item.position, item.x.shape[1]) for item in batch]
+        settings = batch[0].session.settings
+        with settings.gradient_guard():
+            x = torch.cat([item.x for item in batch], dim=1).to(self.device)
+            out = forward_packed(self.cut, x, parts, settings.forward_arguments)
+        for item in batch:
+            item.session.length = item.position + item.x.shape[1]
+        timing = self._timing(started, compiled)
+        return [StageOutput(own, timing) for own in torch.split(out, [part.tokens for part in parts], dim=1)]
+
+    def _timing(self, started: float, compiled: float) -> StageTiming:
+        """What was spent since `started`, once the device is done."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         spent = time.perf_counter() - started
-        return StageOutput(out, StageTiming({self.word: spent}, compile_s=compile_seconds() - compiled))
+        return StageTiming({self.word: spent}, compile_s=compile_seconds() - compiled)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from tests.trunk import (
     tensor_of,
 )
 
-SESSIONS, ENGINES = 3, 2
+SESSIONS, OTHERS = 3, 2
 MAX_LENGTH = 64
 MEGABYTE = 1 << 20
 # A client that opens sessions and then does nothing; it has nothing in common with the client under test.
@@ -65,7 +65,7 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
 
 @pytest.fixture(scope="module")
 def shared(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trunk]:
-    config = settings(files, server={"max_sessions": SESSIONS, "max_engines": ENGINES})
+    config = settings(files, server={"max_sessions": SESSIONS, "max_waiting": 0, "max_others": OTHERS})
     with serve(config, tmp_path_factory.mktemp("server")) as running:
         yield running
 
@@ -300,31 +300,41 @@ def test_one_session_too_many_is_refused_until_one_ends(trunk: Trunk, files: Mod
         with Raw(trunk.address) as raw:
             status, details = raw.refusal(opening(files))
         assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "all 3 sessions (server.max_sessions)" in details
+        assert "3 of 3 sessions" in details
         sessions[0].end()
         assert eventually(lambda: free_places(trunk.address, files) == 1)
 
 
-def test_one_set_of_flags_too_many_is_refused_until_an_engine_is_idle(trunk: Trunk, files: ModelFiles) -> None:
+def test_one_set_of_flags_too_many_is_refused_until_another_is_idle(trunk: Trunk, files: ModelFiles) -> None:
     with session(trunk, files, flags=["low_cpu_mem_usage"]) as one, session(trunk, files, flags=["output_attentions"]):
         with Raw(trunk.address) as raw:
-            status, details = raw.refusal(opening(files))
+            status, details = raw.refusal(opening(files, flags=["float32_matmul_precision"]))
         assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "all 2 engine processes (server.max_engines)" in details
+        assert "all 2 places for other sets of load and process flags (server.max_others)" in details
         one.end()
-        assert eventually(lambda: free_places(trunk.address, files) > 0)
-        assert len(trunk.engines()) <= ENGINES
+        assert eventually(lambda: served_with(trunk.address, files, ["float32_matmul_precision"]))
+        assert len(trunk.others()) <= OTHERS
 
 
-def test_the_same_flags_in_other_words_share_an_engine(trunk: Trunk, files: ModelFiles) -> None:
+def served_with(address: str, files: ModelFiles, flags: list[str]) -> bool:
+    """Whether a session with these flags is let in."""
+    with Raw(address) as raw:
+        raw.send(opening(files, flags=flags))
+        try:
+            return raw.receive().HasField("opened")
+        except grpc.RpcError:
+            return False
+
+
+def test_the_same_flags_in_other_words_share_a_server(trunk: Trunk, files: ModelFiles) -> None:
     answer(trunk.address, files, flags=["use_cache", "float32_matmul_precision"])
-    before = {engine.pid for engine in trunk.engines()}
+    before = {other.pid for other in trunk.others()}
     for flags in (
         ["use_cache", "float32_matmul_precision=medium"],
         ["use_cache", "low_cpu_mem_usage=off", "float32_matmul_precision", "float32_matmul_precision"],
     ):
         answer(trunk.address, files, flags=flags)
-    assert {engine.pid for engine in trunk.engines()} == before
+    assert {other.pid for other in trunk.others()} == before
 
 
 @pytest.mark.parametrize("how", ["end", "cancel"])
@@ -362,9 +372,9 @@ def test_a_client_that_stopped_answering_is_noticed(files: ModelFiles, monkeypat
     quicker = tuple((name, after_ms // 10) for name, after_ms in server_main.KEEP_ALIVE)
     monkeypatch.setattr(server_main, "KEEP_ALIVE", quicker)
     with serve_here(files) as here, holder(here.address, files, 2) as client:
-        assert here.service.sessions == 2
+        assert here.served.admission.sessions == 2
         client.send_signal(signal.SIGSTOP)  # its connection stays open, as that of a machine without power
-        assert eventually(lambda: here.service.sessions == 0, within_s=20)
+        assert eventually(lambda: here.served.admission.sessions == 0, within_s=20)
 
 
 def test_streams_that_say_nothing_do_not_keep_others_out(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,32 +383,31 @@ def test_streams_that_say_nothing_do_not_keep_others_out(files: ModelFiles, monk
         for _ in range(4 * SESSIONS):
             stack.enter_context(Raw(here.address))
         assert answer(here.address, files).shape[1] == 4
-        assert eventually(lambda: here.service.sessions == 0)
+        assert eventually(lambda: here.served.admission.sessions == 0)
 
 
-def test_an_engine_that_is_killed_fails_its_session_clearly_and_is_replaced(trunk: Trunk, files: ModelFiles) -> None:
-    with session(trunk, files) as raw:
+def test_a_server_for_other_flags_that_is_killed_ends_its_session_and_is_replaced(
+    trunk: Trunk, files: ModelFiles
+) -> None:
+    flags = ["use_cache", "low_cpu_mem_usage"]
+    with session(trunk, files, flags=flags) as raw:
         raw.ask(step(hidden(files, 3), 0, 1))
-        for engine in trunk.engines():
-            engine.kill()
-        status, details = raw.refusal(step(hidden(files, 1), 3, 2))
-    assert status is grpc.StatusCode.INTERNAL
-    assert "engine process was killed" in details
-    assert answer(trunk.address, files).isfinite().all()
+        for other in trunk.others():
+            other.kill()
+        status, _ = raw.refusal(step(hidden(files, 1), 3, 2))
+    assert status is grpc.StatusCode.UNAVAILABLE
+    assert answer(trunk.address, files, flags=flags).isfinite().all()
 
 
-def test_a_session_that_is_opened_after_its_engine_was_killed_works(trunk: Trunk, files: ModelFiles) -> None:
-    answer(trunk.address, files)
-    for engine in (engines := trunk.engines()):
-        engine.kill()
-    assert eventually(lambda: all(gone(engine.pid) for engine in engines))
-    assert answer(trunk.address, files).isfinite().all()
+def test_other_flags_give_what_their_own_server_gives(trunk: Trunk, files: ModelFiles) -> None:
+    assert torch.equal(
+        answer(trunk.address, files, flags=["use_cache", "low_cpu_mem_usage"]), answer(trunk.address, files)
+    )
 
 
 def test_memory_does_not_grow_with_the_sessions_that_were_there(trunk: Trunk, files: ModelFiles) -> None:
     def resident() -> int:
-        processes = [psutil.Process(trunk.process.pid), *trunk.engines()]
-        return sum(process.memory_info().rss for process in processes)
+        return int(psutil.Process(trunk.process.pid).memory_info().rss)
 
     def stay(number: int) -> None:
         with session(trunk, files, max_length=512) as raw:
@@ -467,15 +476,15 @@ def test_a_config_that_cannot_be_served_is_one_clear_line(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_server_that_ends_takes_its_engines_with_it(
+def test_a_server_that_ends_takes_those_for_other_flags_with_it(
     number: signal.Signals, files: ModelFiles, tmp_path: Path
 ) -> None:
-    with serve(settings(files), tmp_path) as own, session(own, files) as raw:
+    with serve(settings(files), tmp_path) as own, session(own, files, flags=["low_cpu_mem_usage"]) as raw:
         raw.ask(step(hidden(files, 3), 0))
-        engines = own.engines()
-        assert engines
+        others = own.others()
+        assert others
         own.process.send_signal(number)
-        assert own.process.wait(5) == (0 if number is signal.SIGTERM else -signal.SIGKILL)
-        assert eventually(lambda: all(gone(engine.pid) for engine in engines))
+        assert own.process.wait(10) == (0 if number is signal.SIGTERM else -signal.SIGKILL)
+        assert eventually(lambda: all(gone(other.pid) for other in others))
         with pytest.raises(grpc.RpcError):
             raw.ask(step(hidden(files, 1), 3, 2))

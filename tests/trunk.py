@@ -22,7 +22,10 @@ import psutil
 import torch
 import yaml
 
-from server.__main__ import listen, prepare
+from server.__main__ import listen
+from server.build import Served as ServedHere
+from server.build import build
+from server.others import Others
 from server.service import TrunkService
 from splitlearn import config
 from splitlearn.progress import silent
@@ -40,6 +43,7 @@ ANSWER_TIMEOUT_S = 30.0
 def settings(files: ModelFiles, **sections: Mapping[str, object]) -> dict[str, Any]:
     """What config.yaml would say to run `files` on one thread; `sections` on top."""
     usual: dict[str, Any] = {"model": {"name": str(files.folder), "device": "cpu"}, "runs": {"threads": 1}}
+    usual["flags"] = "trunk:none"
     return {**usual, **{name: {**usual.get(name, {}), **section} for name, section in sections.items()}}
 
 
@@ -51,10 +55,9 @@ class Trunk:
     address: str
     errors: Path
 
-    def engines(self) -> list[psutil.Process]:
-        """Its engine processes: the children of its fork server."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if child.ppid() != self.process.pid]
+    def others(self) -> list[psutil.Process]:
+        """The servers that it has started for other sets of flags."""
+        return psutil.Process(self.process.pid).children()
 
 
 def start(config: Mapping[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -87,10 +90,10 @@ def serve(config: Mapping[str, Any], folder: Path, port: int = 0) -> Iterator[Tr
 
 @dataclass(frozen=True)
 class TrunkHere:
-    """A server in this process, so that a test can look into it; its engines are processes of their own as always."""
+    """A server in this process, so that a test can look into it."""
 
     address: str
-    service: TrunkService
+    served: ServedHere
 
 
 @contextmanager
@@ -98,16 +101,15 @@ def serve_here(files: ModelFiles, **limits: int) -> Iterator[TrunkHere]:
     """The real server on a real socket in this process."""
     layers = {"start": PLAN.start, "end": PLAN.end}
     parsed = config.parse(settings(files, split=layers, server={"port": 0, **limits}))
-    facts, engines = prepare(parsed, silent)
-    service = TrunkService(facts, engines)
+    built, others = build(parsed, silent), Others(parsed)
     said = io.StringIO()
     with redirect_stdout(said):
-        server = listen(service, parsed.server)
+        server = listen(TrunkService(built, others), parsed.server)
     try:
-        yield TrunkHere(said.getvalue().removeprefix(READY).strip(), service)
+        yield TrunkHere(said.getvalue().removeprefix(READY).strip(), built)
     finally:
         server.stop(grace=0).wait()
-        engines.stop()
+        others.stop()
 
 
 def eventually(holds: Callable[[], object], within_s: float = 8.0) -> bool:

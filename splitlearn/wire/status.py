@@ -1,6 +1,12 @@
-"""Exceptions as gRPC status codes and back: the one place for both directions."""
+"""Exceptions as gRPC statuses and back: the one place for both directions.
+
+A refusal for want of room carries google.rpc.RetryInfo: the time after which to try again.
+"""
 
 import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from splitlearn.errors import (
     InputError,
@@ -35,8 +41,22 @@ _ERRORS: dict[grpc.StatusCode, type[TrunkError]] = {
 
 
 def code_of(error: Exception) -> grpc.StatusCode:
-    """The status with which a server answers `error`; INTERNAL for what nobody foresaw."""
+    """The code with which a server answers `error`; INTERNAL for what nobody foresaw."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def status_of(error: Exception) -> grpc.Status:
+    """The status with which a server answers `error`."""
+    number: int = code_of(error).value[0]
+    message = status_pb2.Status(code=number, message=shorten(str(error)))
+    if isinstance(error, TrunkFull):
+        info = error_details_pb2.RetryInfo()
+        info.retry_delay.FromNanoseconds(int(error.retry_s * 1e9))
+        detail = AnyMessage()
+        detail.Pack(info)
+        message.details.append(detail)
+    status: grpc.Status = rpc_status.to_status(message)
+    return status
 
 
 def shorten(details: str) -> str:
@@ -54,4 +74,18 @@ def error_of(error: grpc.RpcError, address: str) -> TrunkError:
             f"The trunk server at {address} does not answer or was lost ({details}). "
             "Start it with `python -m server --config config.yaml`, or set trunk.address."
         )
-    return kind(f"The trunk server at {address} answered {code.name}: {details}")
+    said = f"The trunk server at {address} answered {code.name}: {details}"
+    return TrunkFull(said, _retry_s(error)) if kind is TrunkFull else kind(said)
+
+
+def _retry_s(error: grpc.RpcError) -> float:
+    """Seconds after which to try again, as the status says; one second where it says nothing."""
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # details that contradict the status: another server's doing
+        status = None
+    info = error_details_pb2.RetryInfo()
+    for detail in status.details if status else ():
+        if detail.Unpack(info):
+            return float(info.retry_delay.ToNanoseconds() / 1e9)
+    return 1.0

@@ -1,0 +1,103 @@
+"""From settings to what serves: the checked weights, the stage in memory, its KV pool and its engine."""
+
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from server.admission import Admission
+from server.engine import Engine, can_pack
+from splitlearn import loading, models
+from splitlearn.config import Config, ServerConfig
+from splitlearn.errors import InputError
+from splitlearn.flags import SIDES, Place, of_scope
+from splitlearn.kv import KVPool, bytes_per_token, shapes_of
+from splitlearn.loading import Placement
+from splitlearn.process import default_threads
+from splitlearn.progress import Progress, Step
+from splitlearn.selection import availability, parse
+from splitlearn.split import SplitPlan
+from splitlearn.stages import LocalStage, StageInput
+from splitlearn.store import ModelFiles
+from splitlearn.wire.codec import DTYPES
+
+# Without a budget given: this share of the memory that is free once the weights are loaded.
+KV_SHARE = 0.25
+# A forward with a piece of a prompt takes at most this many times what one of a single token takes.
+PROMPT_SHARE = 1.8
+
+
+@dataclass(frozen=True)
+class Served:
+    """What this server serves: a model's layers with one set of load and process flags."""
+
+    files: ModelFiles
+    plan: SplitPlan
+    placement: Placement
+    own_flags: frozenset[str]
+    threads: int
+    load_s: float
+    import_rss_bytes: int
+    engine: Engine
+    admission: Admission
+
+
+def build(settings: Config, progress: Progress) -> Served:
+    """Load and prepare all. Raises ModelError and InputError for what cannot be served."""
+    files = models.prepare(settings.model, progress)
+    plan = SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
+    placement = Placement(models.resolve_device(settings.model.device), DTYPES[settings.model.dtype])
+    here = Place(device=str(placement.device))
+    applied = parse(settings.flags, availability(dict.fromkeys(SIDES, here))).trunk
+    own = of_scope(applied, "load", "process")
+    progress(Step("Loading the trunk"))
+    threads = loading.prepare_process(own, settings.runs.threads or default_threads())
+    loaded = loading.load(files, loading.trunk_specs(plan), own, placement)
+    stage, hidden_size = loaded.stages[0], files.facts.hidden_size
+    server = settings.server
+    admission = Admission(_pool(stage, hidden_size, placement, server), server.max_sessions, server.max_waiting)
+    prompt_tokens = server.prompt_tokens or _prompt_tokens(stage, hidden_size, placement.dtype)
+    engine = Engine(stage, admission, prompt_tokens, can_pack(stage, hidden_size, placement.dtype))
+    return Served(files, plan, placement, own, threads, loaded.load_s, loaded.import_rss_bytes, engine, admission)
+
+
+def _pool(stage: LocalStage, hidden_size: int, placement: Placement, server: ServerConfig) -> KVPool:
+    """The KV memory that the settings allow. Raises InputError for a budget below one block."""
+    shapes = shapes_of(stage.cut, hidden_size, placement.dtype, placement.device)
+    block = bytes_per_token(shapes, placement.dtype) * server.kv_block_tokens
+    budget = server.kv_bytes or max(block, int(KV_SHARE * _free_bytes(placement.device)))
+    if budget < block:
+        limit = f"at least {block}, the bytes of a block of {server.kv_block_tokens} tokens (server.kv_block_tokens)"
+        raise InputError("server.kv_bytes", budget, limit)
+    return KVPool(shapes, budget // block, server.kv_block_tokens, placement.dtype, placement.device)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses, of the device or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _prompt_tokens(stage: LocalStage, hidden_size: int, dtype: torch.dtype) -> int:
+    """How many tokens of prompts a forward may take while others decode: measured, since it depends on the machine.
+
+    The largest power of two whose step takes at most PROMPT_SHARE times as long as a step of one token.
+    """
+    one, tokens = _step_s(stage, 1, hidden_size, dtype), 4
+    while tokens < 4096 and _step_s(stage, 2 * tokens, hidden_size, dtype) <= PROMPT_SHARE * one:
+        tokens *= 2
+    return tokens
+
+
+def _step_s(stage: LocalStage, tokens: int, hidden_size: int, dtype: torch.dtype) -> float:
+    """Seconds of a step of `tokens`, the best of three."""
+    x = torch.zeros(1, tokens, hidden_size, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        session = stage.open(frozenset({"inference_mode", "use_cache"}), tokens)
+        started = time.perf_counter()
+        stage.step([StageInput(session, 0, x)])
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -1,0 +1,100 @@
+"""Trunk servers for other sets of load and process flags than this server's own: the same program, as children.
+
+A session that asks for such a set is handed on, byte for byte, to the child that has it, which is started at the first
+one; that costs a second hop on this machine for each step. So the settings of a whole process, its weights and its
+memory belong to one set, and a comparison of flags works with a remote trunk, too.
+"""
+
+import threading
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import grpc
+
+from splitlearn.config import Config, parse
+from splitlearn.embedded import EmbeddedTrunk
+from splitlearn.errors import TrunkFull
+from splitlearn.wire import SERVICE
+
+if TYPE_CHECKING:  # grpc's classes are generic for the type checker only
+    Method = grpc.StreamStreamMultiCallable[bytes, bytes]
+
+
+class _Child:
+    """A running child. `sessions` counts those that are handed on to it."""
+
+    def __init__(self, config: Config) -> None:
+        self.trunk = EmbeddedTrunk(config)
+        self.channel = grpc.insecure_channel(self.trunk.address, options=(("grpc.use_local_subchannel_pool", 1),))
+        self.sessions = 0
+
+    def stop(self) -> None:
+        """End it."""
+        self.channel.close()
+        self.trunk.stop()
+
+
+class Others:
+    """The children, at most `server.max_others`. An idle one makes room for another set of flags."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._children: dict[frozenset[str], _Child] = {}
+
+    def session(
+        self, flags: frozenset[str], first: bytes, requests: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        """The whole of a session at the child that has `flags`, ended with the child's own status. Raises TrunkFull."""
+        child = self._take(flags)
+        try:
+            method: Method = child.channel.stream_stream(f"/{SERVICE}/Session")
+            call = method(chain([first], requests))
+            try:
+                yield from call
+            except grpc.RpcError:
+                if context.is_active():
+                    context.set_trailing_metadata(call.trailing_metadata() or ())
+                    context.abort(call.code(), call.details() or "")
+                raise
+            finally:
+                call.cancel()
+        finally:
+            with self._lock:
+                child.sessions -= 1
+
+    def stop(self) -> None:
+        """End all children."""
+        with self._lock:
+            for child in self._children.values():
+                child.stop()
+            self._children.clear()
+
+    def _take(self, flags: frozenset[str]) -> _Child:
+        with self._lock:
+            child = self._children.pop(flags, None)
+            if child is None or not child.trunk.alive():
+                self._make_room()
+                child = _Child(self._settings(flags))
+            self._children[flags] = child  # at the end: the least recently used one is first
+            child.sessions += 1
+            return child
+
+    def _settings(self, flags: frozenset[str]) -> Config:
+        data = self._config.model_dump()
+        server = {**data["server"], "max_others": 0}
+        return parse(
+            {**data, "server": server, "flags": f"full:none client:none trunk:{','.join(sorted(flags)) or 'none'}"}
+        )
+
+    def _make_room(self) -> None:
+        limit = self._config.server.max_others
+        if len(self._children) < limit:
+            return
+        idle = next((flags for flags, child in self._children.items() if child.sessions == 0), None)
+        if idle is None:
+            raise TrunkFull(
+                f"all {limit} places for other sets of load and process flags (server.max_others) are taken"
+            )
+        self._children.pop(idle).stop()

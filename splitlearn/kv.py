@@ -1,0 +1,184 @@
+"""KV memory for many sessions: set aside once, in blocks, and handed out by the run.
+
+    pool = KVPool(shapes_of(cut, hidden_size, dtype, device), n_blocks, block_tokens, dtype, device)
+    run = pool.reserve(max_length)       # None when there is no room
+    cache = pool.cache(run)              # a transformers cache for one session, within its run
+    pool.release(run)
+
+A session says at its opening how long it may become, and has that much from the start: nothing has to be moved, swapped
+or recomputed later, and its keys and values are views of one tensor, with which any attention function works. Memory is
+reserved, not touched: what was never written takes none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from splitlearn.errors import FamilyRefused
+from splitlearn.split import CutModel, forward
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """Heads and head size of one layer's keys and values; which of the two they are, the pool does not mind."""
+
+    heads: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring blocks of a pool: the tokens `[start, start + tokens)`."""
+
+    start: int
+    tokens: int
+
+
+class KVPool:
+    """`n_blocks` blocks of `block_tokens` tokens: `capacity` tokens of keys and values for every layer."""
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[KVShape, KVShape]],
+        n_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        flat = [shape for pair in shapes for shape in pair]
+        self.n_blocks, self.block_tokens = n_blocks, block_tokens
+        self.capacity = n_blocks * block_tokens
+        self._free = [Run(0, self.capacity)]
+        # One tensor [n, 1, heads, capacity, size] for all layers of one shape: a session's views come with two calls.
+        self._stacks = {
+            shape: torch.empty(flat.count(shape), 1, shape.heads, self.capacity, shape.size, dtype=dtype, device=device)
+            for shape in dict.fromkeys(flat)
+        }
+        seen = dict.fromkeys(self._stacks, 0)
+        self._places: list[tuple[KVShape, int]] = []
+        for shape in flat:
+            self._places.append((shape, seen[shape]))
+            seen[shape] += 1
+
+    @property
+    def blocks_used(self) -> int:
+        """Blocks that sessions have."""
+        return self.n_blocks - sum(run.tokens for run in self._free) // self.block_tokens
+
+    def fits(self, tokens: int) -> bool:
+        """Whether some run of free blocks holds `tokens`."""
+        return any(free.tokens >= tokens for free in self._free)
+
+    def reserve(self, tokens: int) -> Run | None:
+        """The first run of free blocks that holds `tokens`, or None."""
+        needed = -(-tokens // self.block_tokens) * self.block_tokens
+        for index, free in enumerate(self._free):
+            if free.tokens >= needed:
+                rest = Run(free.start + needed, free.tokens - needed)
+                self._free[index : index + 1] = [rest] if rest.tokens else []
+                return Run(free.start, needed)
+        return None
+
+    def release(self, run: Run) -> None:
+        """Give `run` back; what lies beside each other becomes one run again."""
+        merged: list[Run] = []
+        for free in sorted([*self._free, run], key=lambda each: each.start):
+            if merged and merged[-1].start + merged[-1].tokens == free.start:
+                merged[-1] = Run(merged[-1].start, merged[-1].tokens + free.tokens)
+            else:
+                merged.append(free)
+        self._free = merged
+
+    def views(self, start: int, tokens: int) -> list[torch.Tensor]:
+        """Keys and values [1, heads, tokens, size]: keys of layer 0, values of layer 0, keys of layer 1, and on."""
+        cut = {shape: stack.narrow(3, start, tokens).unbind(0) for shape, stack in self._stacks.items()}
+        return [cut[shape][index] for shape, index in self._places]
+
+    def cache(self, run: Run) -> "PooledCache":
+        """An empty cache within `run`."""
+        return PooledCache(self, run)
+
+
+class _PooledLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer within a run: written in place, given back as views."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.length = keys, values, 0
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is left to do."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new tokens behind the old ones; all of them."""
+        new = key_states.shape[-2]
+        self.keys.narrow(2, self.length, new).copy_(key_states)
+        self.values.narrow(2, self.length, new).copy_(value_states)
+        self.length += new
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys in the step to come."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens that are held."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Tokens that there is room for."""
+        return int(self.keys.shape[-2])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number is negative, as in DynamicLayer."""
+        self.length += tokens_to_remove
+
+
+class PooledCache(Cache):  # type: ignore[misc]
+    """One session's cache within its run of a pool."""
+
+    def __init__(self, pool: KVPool, run: Run) -> None:
+        flat = pool.views(run.start, run.tokens)
+        super().__init__(layers=[_PooledLayer(*flat[at : at + 2]) for at in range(0, len(flat), 2)])
+        self.pool = pool
+        self.run = run
+
+    def grown(self, tokens: int) -> None:
+        """`tokens` more were written behind the old ones by somebody else."""
+        for layer in self.layers:
+            layer.length += tokens
+
+
+def shapes_of(
+    cut: CutModel, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[KVShape, KVShape]]:
+    """The shapes of each layer's keys and values, as a step of one token makes them.
+
+    Raises FamilyRefused for layers that keep something else (a recurrent state).
+    """
+    cache = DynamicCache()
+    with torch.inference_mode():
+        forward(cut, torch.zeros(1, 1, hidden_size, dtype=dtype, device=device), 0, cache)
+    layers = cache.layers
+    if len(layers) != cut.end - cut.start or not all(
+        type(layer) is DynamicLayer and layer.keys is not None for layer in layers
+    ):
+        raise FamilyRefused(f"the layers of {type(cut.module).__name__} keep something else than keys and values")
+    return [(_shape(layer.keys), _shape(layer.values)) for layer in layers]
+
+
+def bytes_per_token(shapes: Sequence[tuple[KVShape, KVShape]], dtype: torch.dtype) -> int:
+    """What one token takes in a pool of these shapes."""
+    return sum(shape.heads * shape.size for pair in shapes for shape in pair) * dtype.itemsize
+
+
+def _shape(kept: torch.Tensor) -> KVShape:
+    return KVShape(kept.shape[1], kept.shape[3])

@@ -1,0 +1,176 @@
+"""One forward for steps of several sessions: their tokens side by side in one row, each with its own keys and values.
+
+Everything in a layer but attention works on each token alone, so the tokens of all sessions are one input [1, T, H]
+with their own positions. Attention is taken apart: transformers lets a model run with a registered attention function,
+and this one runs the model's own once for each session, on that session's part of the row. Masks are transformers' own,
+too, made for each session. (transformers' continuous batching packs in the same way.)
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from splitlearn.kv import PooledCache
+from splitlearn.split import CutModel
+
+NAME = "splitlearn_packed"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One session's tokens in a packed step: `tokens` of them from `position` on."""
+
+    cache: PooledCache
+    position: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What the attention function needs to know of the forward that is under way."""
+
+    attention: str
+    parts: Sequence[Packed]
+    lengths: list[int]
+    views: list[list[torch.Tensor]]
+    """Of each session: keys and values of each layer in turn, up to and with the new tokens."""
+
+
+_current: ContextVar[_Row] = ContextVar("packed row")
+
+
+class _PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Writes the new tokens of all sessions to their places in the pool with one call each for keys and values."""
+
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> None:
+        super().__init__()
+        self._keys, self._values, self._places = keys, values, places
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is left to do."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention function looks up what each session has by itself: what is returned only has the right type."""
+        self._keys.index_copy_(2, self._places, key_states)
+        self._values.index_copy_(2, self._places, value_states)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of no use to a row of several sessions; `_masks` has the real ones."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """As above."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """As above."""
+        return -1
+
+
+def forward_packed(
+    cut: CutModel, x: torch.Tensor, parts: Sequence[Packed], arguments: Mapping[str, Any] | None = None
+) -> torch.Tensor:
+    """One step of each of `parts`: hidden states [1, T, H], T = all their tokens in order, to hidden states [1, T, H].
+
+    Each cache must hold `position` tokens, of one pool, and holds its new ones afterwards. Stages between the first and
+    the last only.
+    """
+    device = x.device
+    pool = parts[0].cache.pool
+    places = torch.cat(
+        [
+            torch.arange(part.cache.run.start + part.position, part.cache.run.start + part.position + part.tokens)
+            for part in parts
+        ]
+    ).to(device)
+    positions = torch.cat([torch.arange(part.position, part.position + part.tokens) for part in parts]).to(device)
+    whole = pool.views(0, pool.capacity)
+    cache = Cache(layers=[_PackedLayer(whole[at], whole[at + 1], places) for at in range(0, len(whole), 2)])
+    views = [pool.views(part.cache.run.start, part.position + part.tokens) for part in parts]
+    call: dict[str, Any] = {"inputs_embeds": x, "past_key_values": cache, "use_cache": True, **(arguments or {})}
+    if "position_ids" in cut.accepts:
+        call["position_ids"] = positions.unsqueeze(0)
+    with _attending(cut, parts, views):
+        out: torch.Tensor = cut.module(**call).last_hidden_state
+    for part in parts:
+        part.cache.grown(part.tokens)
+    return out
+
+
+@contextmanager
+def _attending(cut: CutModel, parts: Sequence[Packed], views: list[list[torch.Tensor]]) -> Iterator[None]:
+    """Within it the model's layers attend by `_attend`."""
+    configs = {id(config): config for module in cut.module.modules() if (config := getattr(module, "config", None))}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    used = before[id(cut.module.config)]
+    token = _current.set(_Row(used, parts, [part.tokens for part in parts], views))
+    for config in configs.values():
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+        _current.reset(token)
+
+
+def _attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **arguments: Any
+) -> tuple[torch.Tensor, None]:
+    """The model's own attention for each session: query [1, heads, T, size] to [1, T, heads, size]."""
+    row = _current.get()
+    attend = _own_attention(module, row.attention)
+    masks = attention_mask or [None] * len(row.parts)
+    at = 2 * module.layer_idx
+    outputs = [
+        attend(module, part, views[at], views[at + 1], mask, **arguments)[0]
+        for part, views, mask in zip(torch.split(query, row.lengths, dim=2), row.views, masks, strict=True)
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+def _masks(*, mask_function: Callable[..., Any], **arguments: Any) -> list[torch.Tensor | None]:
+    """The masks that transformers makes for each session alone, by the same rule (causal, sliding, chunked)."""
+    row = _current.get()
+    make = ALL_MASK_ATTENTION_FUNCTIONS[row.attention]
+    own = {
+        name: value
+        for name, value in arguments.items()
+        if name not in ("q_length", "kv_length", "q_offset", "kv_offset")
+    }
+    return [
+        make(
+            q_length=part.tokens,
+            kv_length=part.position + part.tokens,
+            q_offset=part.position,
+            kv_offset=0,
+            mask_function=mask_function,
+            **own,
+        )
+        for part in row.parts
+    ]
+
+
+def _own_attention(module: Any, name: str) -> Callable[..., Any]:
+    """What the layer would attend with; each model's file has an eager function of its own."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return function
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, _masks)
