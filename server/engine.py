@@ -86,7 +86,7 @@ class Engine:
 
     def __init__(self, stage: LocalStage, admission: Admission, prompt_tokens: int, packs: bool) -> None:
         self._stage, self._admission = stage, admission
-        self._prompt_tokens, self._packs = prompt_tokens, packs
+        self._prompt_tokens, self.packs = prompt_tokens, packs
         self._arrived = threading.Condition()
         self._seats: list[Seat] = []
         self._jobs: list[_Job] = []
@@ -184,7 +184,7 @@ class Engine:
         if not self._jobs:
             return []
         first = min(self._jobs, key=lambda job: job.last_run or job.began)
-        if first.seat.session.recomputes or not self._packs:
+        if first.seat.session.recomputes or not self.packs:
             return [(first, first.left)]
         alike = [job for job in self._jobs if job.seat.applied == first.seat.applied]
         if len(alike) == 1 and not any(seat.answered is not None for seat in self._seats if seat is not first.seat):

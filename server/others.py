@@ -5,6 +5,7 @@ one; that costs a second hop on this machine for each step. So the settings of a
 memory belong to one set, and a comparison of flags works with a remote trunk, too.
 """
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from itertools import chain
@@ -35,6 +36,12 @@ class _Child:
         self.trunk.stop()
 
 
+def _until_gone(requests: Iterator[bytes]) -> Iterator[bytes]:
+    """What a client sends, up to its end or its loss: gRPC would log a traceback for the latter."""
+    with contextlib.suppress(grpc.RpcError):
+        yield from requests
+
+
 class Others:
     """The children, at most `server.max_others`. An idle one makes room for another set of flags."""
 
@@ -50,7 +57,8 @@ class Others:
         child = self._take(flags)
         try:
             method: Method = child.channel.stream_stream(f"/{SERVICE}/Session")
-            call = method(chain([first], requests))
+            call = method(chain([first], _until_gone(requests)))
+            context.add_callback(call.cancel)
             try:
                 yield from call
             except grpc.RpcError:
@@ -58,8 +66,6 @@ class Others:
                     context.set_trailing_metadata(call.trailing_metadata() or ())
                     context.abort(call.code(), call.details() or "")
                 raise
-            finally:
-                call.cancel()
         finally:
             with self._lock:
                 child.sessions -= 1

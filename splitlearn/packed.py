@@ -21,8 +21,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from splitlearn.kv import PooledCache
 from splitlearn.split import CutModel
+from splitlearn.threads import computing_on
 
 NAME = "splitlearn_packed"
+# Queries times keys of a session up to which its attention is computed on one thread.
+ONE_THREAD_WORK = 1024
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class _Row:
     lengths: list[int]
     views: list[list[torch.Tensor]]
     """Of each session: keys and values of each layer in turn, up to and with the new tokens."""
+    threads: int
 
 
 _current: ContextVar[_Row] = ContextVar("packed row")
@@ -117,7 +121,7 @@ def _attending(cut: CutModel, parts: Sequence[Packed], views: list[list[torch.Te
     configs = {id(config): config for module in cut.module.modules() if (config := getattr(module, "config", None))}
     before = {key: config._attn_implementation for key, config in configs.items()}
     used = before[id(cut.module.config)]
-    token = _current.set(_Row(used, parts, [part.tokens for part in parts], views))
+    token = _current.set(_Row(used, parts, [part.tokens for part in parts], views, _threads(parts)))
     for config in configs.values():
         config._attn_implementation = NAME
     try:
@@ -136,11 +140,18 @@ def _attend(
     attend = _own_attention(module, row.attention)
     masks = attention_mask or [None] * len(row.parts)
     at = 2 * module.layer_idx
-    outputs = [
-        attend(module, part, views[at], views[at + 1], mask, **arguments)[0]
-        for part, views, mask in zip(torch.split(query, row.lengths, dim=2), row.views, masks, strict=True)
-    ]
+    with computing_on(row.threads):
+        outputs = [
+            attend(module, part, views[at], views[at + 1], mask, **arguments)[0]
+            for part, views, mask in zip(torch.split(query, row.lengths, dim=2), row.views, masks, strict=True)
+        ]
     return torch.cat(outputs, dim=1), None
+
+
+def _threads(parts: Sequence[Packed]) -> int:
+    """One for many small products: each would wait for the other threads for longer than it computes."""
+    work = max(part.tokens * (part.position + part.tokens) for part in parts)
+    return 1 if work <= ONE_THREAD_WORK else torch.get_num_threads()
 
 
 def _masks(*, mask_function: Callable[..., Any], **arguments: Any) -> list[torch.Tensor | None]:

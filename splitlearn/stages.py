@@ -6,8 +6,7 @@ weights and a session's cache are two things, so that one stage can serve many s
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from splitlearn.flags import Settings
 from splitlearn.flags import settings as settings_of
 from splitlearn.packed import Packed, forward_packed
 from splitlearn.split import CutModel, forward
+from splitlearn.threads import computing_on
 
 
 class Session(Protocol):
@@ -109,7 +109,7 @@ class LocalStage:
         started, compiled = time.perf_counter(), compile_seconds()
         _make_room(session, position, x.shape[1])
         with (
-            _threads(self.row_threads if x.shape[1] == 1 else torch.get_num_threads()),
+            computing_on(self.row_threads if x.shape[1] == 1 else torch.get_num_threads()),
             session.settings.gradient_guard(),
         ):
             out = forward(
@@ -143,17 +143,6 @@ class LocalStage:
             torch.accelerator.synchronize(self.device)
         spent = time.perf_counter() - started
         return StageTiming({self.word: spent}, compile_s=compile_seconds() - compiled)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute with `count` threads inside; setting the number takes a tenth of a microsecond."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _make_room(session: LocalSession, position: int, tokens: int) -> None:

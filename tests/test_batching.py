@@ -1,0 +1,187 @@
+"""Sessions of any length that come and go share forwards at the trunk, and each gets the answer that it gets alone."""
+
+import random
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+
+import pytest
+import torch
+
+from server.build import Served
+from splitlearn.events import GenerationRequest, TokenEvent
+from splitlearn.flags import settings as settings_of
+from splitlearn.generate import Generator, Link
+from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
+from splitlearn.store import ModelFiles
+from splitlearn.tokens import Tokens
+from tests.conftest import TinyFactory
+from tests.test_ten_families import CACHED, GREEDY, UNCACHED, running
+from tests.trunk import Raw as Stream
+from tests.trunk import eventually, hidden, opening, serve_here, step, tensor_of
+
+FAMILIES = ("gpt2", "llama", "qwen3", "gemma2")
+SESSIONS, AT_ONCE = 50, 8
+WORDS = ("The", "sky", "is", "blue", "because", "air", "scatters", "short", "waves", "of", "light", "more")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One session: how long its prompt is, how many tokens it asks for and how many it stays for, when it comes."""
+
+    words: int
+    tokens: int
+    stays: int
+    delay_s: float
+
+    @property
+    def request(self) -> GenerationRequest:
+        prompt = " ".join(WORDS[at % len(WORDS)] for at in range(self.words))
+        return GenerationRequest(prompt, max_new_tokens=self.tokens, ignore_eos=True, sampling=GREEDY)
+
+
+@dataclass(frozen=True)
+class OneAtATime:
+    """A local stage that several threads may call: a module runs one call at a time."""
+
+    stage: LocalStage
+    lock: threading.Lock
+
+    def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
+        return self.stage.open(applied, max_length)
+
+    def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        with self.lock:
+            return self.stage.step(batch)
+
+
+def wishes(seed: int) -> list[Wish]:
+    rng = random.Random(seed)
+    made = []
+    for _ in range(SESSIONS):
+        tokens = rng.randint(1, 24)
+        stays = rng.choice([tokens, tokens, rng.randint(1, tokens)])
+        made.append(Wish(rng.randint(1, 40), tokens, stays, rng.uniform(0, 0.05)))
+    return made
+
+
+def answer(links: list[Link], tokens: Tokens, wish: Wish) -> list[int]:
+    """The tokens that this session sees before it leaves."""
+    time.sleep(wish.delay_s)
+    generator = Generator(links, tokens, None, settings_of(CACHED).top_k)
+    with closing(generator.stream(wish.request)) as events:
+        seen = islice((event for event in events if isinstance(event, TokenEvent)), wish.stays)
+        return [token for event in seen for token in event.token_ids]
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many sessions each step of any local stage had, as they come."""
+    seen: list[int] = []
+    real = LocalStage.step
+
+    def count(self: LocalStage, batch: Sequence[StageInput]) -> list[StageOutput]:
+        seen.append(len(batch))
+        return real(self, batch)
+
+    monkeypatch.setattr(LocalStage, "step", count)
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_batched_answer_is_the_answer_alone(family: str, tiny_model: TinyFactory, sizes: list[int]) -> None:
+    with running(tiny_model(family)) as model:
+        tokens = Tokens.load(model.files.folder, use_fast=True)
+        asked = wishes(seed=len(family))
+        alone = [answer([Link(model.full, CACHED)], tokens, wish) for wish in asked]
+        lock = threading.Lock()
+        bottom, top = (OneAtATime(stage, lock) for stage in model.client)
+        links = [Link(bottom, CACHED), Link(model.trunk, CACHED), Link(top, CACHED)]
+        with ThreadPoolExecutor(AT_ONCE) as clients:
+            batched = list(clients.map(lambda wish: answer(links, tokens, wish), asked))
+    assert batched == alone
+    assert max(sizes) > AT_ONCE // 2, "the sessions did not meet"
+
+
+def test_sessions_with_other_session_flags_are_served_beside(tiny_model: TinyFactory) -> None:
+    with running(tiny_model("llama")) as model:
+        tokens = Tokens.load(model.files.folder, use_fast=True)
+        wish = Wish(words=30, tokens=12, stays=12, delay_s=0)
+        alone = answer([Link(model.full, CACHED)], tokens, wish)
+        lock = threading.Lock()
+        bottom, top = (OneAtATime(stage, lock) for stage in model.client)
+        chains = [
+            [Link(bottom, CACHED), Link(model.trunk, at_trunk), Link(top, CACHED)]
+            for at_trunk in (CACHED, UNCACHED, frozenset({"use_cache"}), CACHED)
+        ]
+        with ThreadPoolExecutor(len(chains)) as clients:
+            found = list(clients.map(lambda links: answer(links, tokens, wish), chains))
+    assert found == [alone] * len(chains)
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model: TinyFactory) -> ModelFiles:
+    return tiny_model("llama")
+
+
+def test_a_long_prompt_is_computed_in_pieces_while_others_decode(files: ModelFiles, sizes: list[int]) -> None:
+    x = hidden(files, 200)
+    with serve_here(files, prompt_tokens=16) as here, Stream(here.address) as one, Stream(here.address) as two:
+        one.ask(opening(files, max_length=256))
+        whole = tensor_of(one.ask(step(x, 0)), files)
+        one.ask(step(x[:, :1], 200, 2))
+        two.ask(opening(files, max_length=256))
+        sizes.clear()
+        pieces = tensor_of(two.ask(step(x, 0)), files)
+        assert len(sizes) == -(-200 // 16)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_last_positions_are_answered_when_no_more_are_wanted(files: ModelFiles) -> None:
+    x = hidden(files, 9)
+    with serve_here(files) as here, Stream(here.address) as stream:
+        stream.ask(opening(files))
+        whole = tensor_of(stream.ask(step(x, 0)), files)
+        reply = stream.ask(step(x, 0, 2, answer_last=2, roll_back=True))
+    assert reply.result.position == 7
+    assert torch.equal(tensor_of(reply, files), whole[:, 7:])
+
+
+def test_a_session_that_leaves_gives_its_blocks_back(files: ModelFiles) -> None:
+    with serve_here(files, kv_block_tokens=16) as here:
+        pool = here.served.admission.pool
+        with Stream(here.address) as stream:
+            stream.ask(opening(files, max_length=100))
+            assert pool.blocks_used == 7
+            stream.ask(step(hidden(files, 5), 0))
+        assert eventually(lambda: pool.blocks_used == 0)
+
+
+def test_one_session_cannot_reach_what_another_left(files: ModelFiles) -> None:
+    with serve_here(files, kv_block_tokens=64) as here:
+        with Stream(here.address) as stream:
+            stream.ask(opening(files))
+            stream.ask(step(1e3 * hidden(files, 60, seed=5), 0))
+        assert eventually(lambda: here.served.admission.sessions == 0)
+        with Stream(here.address) as stream:
+            stream.ask(opening(files))
+            after = tensor_of(stream.ask(step(hidden(files, 3), 0)), files)
+    with serve_here(files) as fresh, Stream(fresh.address) as stream:
+        stream.ask(opening(files))
+        assert torch.equal(after, tensor_of(stream.ask(step(hidden(files, 3), 0)), files))
+
+
+def test_every_one_of_the_ten_families_is_batched_or_served_alone(tiny_model: TinyFactory) -> None:
+    """Which of the two it is shows in the engine; that the tokens are right is shown by test_ten_families."""
+    packed = {family: served_packed(tiny_model(family)) for family in ("llama", "gpt2", "bloom", "opt")}
+    assert packed["llama"] and packed["gpt2"]
+
+
+def served_packed(files: ModelFiles) -> bool:
+    with serve_here(files) as here:
+        served: Served = here.served
+        return served.engine.packs
