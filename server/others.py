@@ -42,6 +42,10 @@ def _until_gone(requests: Iterator[bytes]) -> Iterator[bytes]:
         yield from requests
 
 
+def _cancel(call: grpc.Call) -> None:
+    call.cancel()
+
+
 class Others:
     """The children, at most `server.max_others`. An idle one makes room for another set of flags."""
 
@@ -58,7 +62,7 @@ class Others:
         try:
             method: Method = child.channel.stream_stream(f"/{SERVICE}/Session")
             call = method(chain([first], _until_gone(requests)))
-            context.add_callback(call.cancel)
+            context.add_callback(lambda: _cancel(call))
             try:
                 yield from call
             except grpc.RpcError:

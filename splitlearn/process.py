@@ -24,6 +24,7 @@ from splitlearn.errors import WorkerDied
 
 ASK_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
+_M_ARENA_MAX = -8  # malloc.h
 # What every child needs, imported once; transformers would otherwise import its larger half on first use.
 PRELOAD = [
     "splitlearn.arm",
@@ -153,6 +154,18 @@ def return_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def share_one_heap() -> None:
+    """Have all threads of this process allocate from one heap, where the C library is glibc.
+
+    By default each thread that computes gets a heap of its own, which keeps what it once held: with threads that take
+    turns at one stage, memory would grow by the largest step with each new thread.
+    """
+    if sys.platform == "linux":
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+        if set_option is not None:
+            set_option(_M_ARENA_MAX, 1)
 
 
 def default_threads() -> int:
