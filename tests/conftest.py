@@ -30,6 +30,13 @@ except SplitlearnError as error:
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests share a process: those of a file; and those of the lab, since one machine runs one experiment."""
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("lab" if name.startswith("test_lab") else name))
+
+
 @pytest.fixture(scope="session")
 def default_model() -> ModelFiles:
     """The catalogue's default model, fetched on first use; a test that asks for it is marked `weights`."""
