@@ -58,7 +58,7 @@ def _round(runs: Runs, address: str, order: random.Random) -> tuple[float, float
     loading.prepare_process(flags.client, spec.threads)
     placement = loading.Placement(spec.device, spec.dtype)
     stages = loading.load(spec.files, loading.client_specs(spec.plan), flags.client, placement).stages
-    trunk = RemoteStage(spec.address or "", spec.served(), spec.timeout_s)
+    trunk = RemoteStage(spec.addresses, spec.served(), spec.timeout_s)
     feeds = [Feed(stage, stage.open(flags.client, 256)) for stage in (stages[0], stages[1])]
     remote = Feed(trunk, trunk.open(flags.trunk, 256))
     echo = _Echo(address)

@@ -23,11 +23,13 @@ from splitlearn.progress import on_console
 from splitlearn.wire import MAX_MESSAGE_BYTES, READY, SERVICE
 
 # A client whose machine went away closes nothing: without pings its session would stay for ever.
-# The third is for a ping of another kind, behind which a keepalive ping waits.
+# The third is for a ping of another kind, behind which a keepalive ping waits. The fourth permits the clients' pings
+# (splitlearn/trunks.py): gRPC's default takes more than one in five minutes for an attack, and shuts the connection.
 KEEP_ALIVE = (
     ("grpc.keepalive_time_ms", 15_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
 SPARE_THREADS = 16
 

@@ -106,7 +106,7 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=_real("repetition_penalty"), default=1.0, metavar="R", help="1 is none (default)"
     )
     parser.add_argument("--seed", type=_whole("seed"), default=0, metavar="S", help="of sampling (default 0)")
-    parser.add_argument("--trunk", metavar="HOST:PORT", help="overrides trunk.address")
+    parser.add_argument("--trunk", metavar="HOST:PORT[,...]", help="overrides trunk.address")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
 
 
@@ -133,7 +133,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line (default: generation.prompt)")
     parser.add_argument("--max-new-tokens", type=_whole("max_new_tokens"), metavar="N", help="of each run (default 64)")
     parser.add_argument("--seed", type=_whole("seed"), metavar="S", help="of the order of the arms (default 0)")
-    parser.add_argument("--trunk", metavar="HOST:PORT", help="overrides trunk.address")
+    parser.add_argument("--trunk", metavar="HOST:PORT[,...]", help="overrides trunk.address")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default: lab/ and the time)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the experiment in that folder")
     parser.add_argument("--json", action="store_true", help="the findings as one JSON object on stdout")

@@ -18,11 +18,12 @@ from splitlearn.errors import as_error
 from splitlearn.events import Event
 from splitlearn.flags import settings
 from splitlearn.generate import Generator, Link
-from splitlearn.remote import RemoteStage, Served, TrunkFacts
+from splitlearn.remote import RemoteStage, TrunkFacts
 from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
 from splitlearn.stages import LocalStage
 from splitlearn.store import ModelFiles
+from splitlearn.stream import Served
 from splitlearn.tokens import Tokens
 
 Kind = Literal["full", "split"]
@@ -31,8 +32,8 @@ CANCEL = "cancel"
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """All that a worker needs to know. `address` is the trunk's, None for the full arm; `copy` tells apart workers that
-    are otherwise the same."""
+    """All that a worker needs to know. `addresses` are the trunk's, none for the full arm; `copy` tells apart workers
+    that are otherwise the same."""
 
     kind: Kind
     files: ModelFiles
@@ -41,12 +42,12 @@ class ArmSpec:
     dtype: torch.dtype
     threads: int | None
     flags: FlagSet
-    address: str | None
+    addresses: tuple[str, ...]
     timeout_s: float
     copy: int = 0
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.files.digest, self.flags, self.address, self.copy))
+        return hash((self.kind, self.files.digest, self.flags, self.addresses, self.copy))
 
     def served(self) -> Served:
         """What the trunk must serve."""
@@ -118,9 +119,9 @@ def _specs(spec: ArmSpec) -> list[loading.StageSpec]:
 
 def _trunk(spec: ArmSpec) -> RemoteStage | None:
     """The trunk's stage with its channel warm and the engine for the trunk's flags loaded."""
-    if spec.address is None:
+    if not spec.addresses:
         return None
-    trunk = RemoteStage(spec.address, spec.served(), spec.timeout_s)
+    trunk = RemoteStage(spec.addresses, spec.served(), spec.timeout_s)
     trunk.open(spec.flags.trunk, max_length=1).close()
     return trunk
 

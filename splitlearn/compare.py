@@ -7,7 +7,7 @@ import platform
 import random
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,7 @@ def _trunk_as_json(report: ArmReport) -> dict[str, Any]:
         "bytes_down": metrics.bytes_down,
         "decode_bytes_up": metrics.decode_bytes_up,
         "decode_bytes_down": metrics.decode_bytes_down,
+        "recoveries": [{"token": token, **asdict(recovery)} for token, recovery in metrics.recoveries],
         "trunk_address": report.trunk_address,
         "trunk_peak_rss_bytes": trunk.peak_rss_bytes if trunk else 0,
         "trunk_import_rss_bytes": trunk.import_rss_bytes if trunk else 0,

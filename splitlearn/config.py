@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from splitlearn.errors import InputError
 
@@ -17,12 +17,26 @@ EMBEDDED = "embedded"
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def valid_address(value: str) -> str:
-    """`host:port` with a port of 1 to 65535, or the word `embedded`; ValueError otherwise."""
-    host, colon, port = value.rpartition(":")
-    if value != EMBEDDED and not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
-        raise ValueError(f"'{EMBEDDED}' or host:port, with a port from 1 to 65535")
-    return value
+def valid_addresses(value: object) -> tuple[str, ...]:
+    """The word `embedded` alone, or `host:port` with a port of 1 to 65535, once or several times: as a list, or as text
+    with commas between; ValueError otherwise."""
+    listed = value.split(",") if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple) or not all(isinstance(each, str) for each in listed):
+        raise ValueError(_ADDRESSES)
+    addresses = tuple(each.strip() for each in listed)
+    if addresses != (EMBEDDED,) and not (addresses and all(map(_is_address, addresses))):
+        raise ValueError(_ADDRESSES)
+    if len(set(addresses)) < len(addresses):
+        raise ValueError("each address once")
+    return addresses
+
+
+_ADDRESSES = f"'{EMBEDDED}' or host:port, with a port from 1 to 65535, or a list of them"
+
+
+def _is_address(text: str) -> bool:
+    host, colon, port = text.rpartition(":")
+    return bool(colon and host and port.isdecimal() and 0 < int(port) < 65536)
 
 
 class _Section(BaseModel):
@@ -46,10 +60,15 @@ class SplitConfig(_Section):
 
 
 class TrunkConfig(_Section):
-    """Where the client finds its trunk."""
+    """Where the client finds its trunk: the first address that works, and the others when that one is lost."""
 
-    address: Annotated[str, AfterValidator(valid_address)] = EMBEDDED
+    address: Annotated[tuple[str, ...], BeforeValidator(valid_addresses)] = (EMBEDDED,)
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
+
+    @property
+    def embedded(self) -> bool:
+        """True when this program starts its trunk itself."""
+        return self.address == (EMBEDDED,)
 
 
 class ServerConfig(_Section):
@@ -147,5 +166,5 @@ def _keys(place: list[str]) -> list[str]:
 
 
 def with_trunk(config: Config, address: str) -> Config:
-    """The same settings with another trunk address. Raises InputError for what is no address."""
+    """The same settings with another trunk address, or several with commas between. Raises InputError for others."""
     return parse({**config.model_dump(), "trunk": {**config.trunk.model_dump(), "address": address}})

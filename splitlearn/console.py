@@ -13,7 +13,7 @@ from splitlearn.arm import Kind
 from splitlearn.compare import Comparison, Watch
 from splitlearn.events import TokenEvent
 from splitlearn.flags import FLAGS, SIDES
-from splitlearn.metrics import LEDGER_ORDER, RunMetrics
+from splitlearn.metrics import LEDGER_ORDER, RunMetrics, recovery_sentence
 from splitlearn.models import ModelStatus
 from splitlearn.parts import Part
 from splitlearn.progress import Progress, Step
@@ -49,6 +49,8 @@ def print_comparison(found: Comparison) -> None:
     console.print(_figures(found))
     console.print(_ledger(found.full.metrics, found.split.metrics))
     at = found.first_divergence
+    for recovered in found.split.metrics.recoveries:
+        console.print(recovery_sentence(*recovered), highlight=False)
     verdict = "identical" if at is None else f"they differ from token {at + 1} on"
     console.print(f"Tokens of full and split: [bold]{verdict}[/]. One run of each (n = 1).", highlight=False)
 

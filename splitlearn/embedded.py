@@ -1,9 +1,14 @@
-"""A trunk server as a child process on a free loopback port, for when none is given. It ends with its parent."""
+"""A trunk server as a child process on a free loopback port, for when none is given. It ends with its parent.
+
+When the server dies it is started again on the same port, so that clients find it there again and go on.
+"""
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import IO, cast
 
@@ -11,48 +16,112 @@ from splitlearn.config import Config
 from splitlearn.errors import SetupError
 from splitlearn.wire import READY
 
+log = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 10.0
+POLL_S = 0.05
+# A server that cannot be started so often in a row is given up; the pause before each start doubles.
+MOST_STARTS = 5
+FIRST_PAUSE_S = 0.5
 
 
 class EmbeddedTrunk:
-    """`python -m server` with this program's settings. `address` is where it listens."""
+    """`python -m server` with this program's settings. `address` is where it listens, also after it was restarted."""
 
     def __init__(self, config: Config) -> None:
+        self._config = config
+        self._stopping = threading.Event()
+        self._lost = threading.Event()
+        self._server = _Server(config, port=0)
+        address = self._server.wait_ready()
+        if address is None:
+            self.stop()
+            raise SetupError("The embedded trunk server did not start; its message stands above.")
+        self.address = address
+        threading.Thread(target=self._supervise, daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """The server's process id; another one after a restart."""
+        return self._server.process.pid
+
+    def alive(self) -> bool:
+        """True while the server runs."""
+        return self._server.process.poll() is None
+
+    def ready(self) -> bool:
+        """Wait while the server is being started again; False when it was stopped or given up."""
+        while not (self._server.ready and self.alive()):
+            if self._lost.is_set() or self._stopping.wait(POLL_S):
+                return False
+        return True
+
+    def stop(self) -> None:
+        """End the server by closing its stdin, as the end of this process would."""
+        self._stopping.set()
+        self._server.stop()
+
+    def _supervise(self) -> None:
+        """Start the server again whenever it has died, until it is stopped or cannot be started."""
+        port, starts = int(self.address.rpartition(":")[2]), 0
+        while True:
+            self._server.process.wait()
+            starts = 0 if self._server.ready else starts
+            if starts == MOST_STARTS:
+                log.error("The embedded trunk server could not be started again.")
+                self._lost.set()
+                return
+            if self._stopping.wait(FIRST_PAUSE_S * (2**starts - 1)):
+                return
+            log.warning("The embedded trunk server died (exit status %s).", self._server.process.returncode)
+            self._server.close()
+            self._server = _Server(self._config, port)
+            starts += 1
+            if self._stopping.is_set():  # stop() may have seen the server before this one
+                self._server.stop()
+                return
+            self._server.wait_ready()
+
+
+class _Server:
+    """One process of the server. `ready` is true once it serves."""
+
+    def __init__(self, config: Config, port: int) -> None:
         root = Path(__file__).resolve().parent.parent  # where the packages splitlearn and server lie
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "server", "--embedded", "--host", "127.0.0.1", "--port", "0"],
+        self.ready = False
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server", "--embedded", "--host", "127.0.0.1", "--port", str(port)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C at the terminal reaches the parent, which ends this in order
         )
-        self._stdin, self._stdout = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
+        self._stdin, self._stdout = cast(IO[str], self.process.stdin), cast(IO[str], self.process.stdout)
         with contextlib.suppress(BrokenPipeError):  # it died at once: the missing line on stdout tells
             self._stdin.write(config.model_dump_json() + "\n")
             self._stdin.flush()
-        line = self._stdout.readline()
-        if not line.startswith(READY):
-            self.stop()
-            raise SetupError("The embedded trunk server did not start; its message stands above.")
-        self.address = line.removeprefix(READY).strip()
 
-    @property
-    def pid(self) -> int:
-        """The server's process id."""
-        return self._process.pid
-
-    def alive(self) -> bool:
-        """True while the server runs."""
-        return self._process.poll() is None
+    def wait_ready(self) -> str | None:
+        """Wait until it serves; where, or None when it ended before it did."""
+        try:
+            line = self._stdout.readline()
+        except ValueError:  # stop() has closed it
+            line = ""
+        self.ready = line.startswith(READY)
+        return line.removeprefix(READY).strip() if self.ready else None
 
     def stop(self) -> None:
-        """End the server by closing its stdin, as the end of this process would."""
+        """End the process: asked, and killed if it does not end or does not serve yet. Again, it does nothing."""
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_TIMEOUT_S if self.ready else 0)
+        self.process.kill()
+        self.process.wait()
+        self.close()
+
+    def close(self) -> None:
+        """Close the pipes."""
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
         self._stdout.close()

@@ -41,10 +41,21 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """A trunk that was lost within a step and found again: the seconds that the step took there, the addresses before
+    and after, and how many earlier tokens were sent once more."""
+
+    seconds: float
+    lost: str
+    found: str
+    replayed_tokens: int
+
+
+@dataclass(frozen=True)
 class StageTiming:
     """What one step of one stage cost.
 
-    `ledger` maps the ledger's words (bottom, encode, wire, queue, trunk, decode, top, model) to seconds on the
+    `ledger` maps the ledger's words (bottom, encode, wire, queue, trunk, decode, recover, top, model) to seconds on the
     critical path; `compile_s` is the part of it that went into compilation; bytes are those of the wire.
     """
 
@@ -52,6 +63,7 @@ class StageTiming:
     compile_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    recoveries: tuple[Recovery, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,7 @@ class TokenEvent:
     compile_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    recoveries: tuple[Recovery, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from splitlearn.errors import InputError
-from splitlearn.events import Done, Event, FinishReason, GenerationRequest, TokenEvent
+from splitlearn.events import Done, Event, FinishReason, GenerationRequest, Recovery, TokenEvent
 from splitlearn.metrics import UNATTRIBUTED
 from splitlearn.sampling import TopK, random_source, sample
 from splitlearn.stages import Session, Stage, StageInput, StageOutput
@@ -64,6 +64,7 @@ class _Ledger:
     compile_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    recoveries: tuple[Recovery, ...] = ()
 
     def now(self) -> float:
         return time.perf_counter() - self.t0
@@ -78,13 +79,15 @@ class _Ledger:
         self.compile_s += timing.compile_s
         self.bytes_up += timing.bytes_up
         self.bytes_down += timing.bytes_down
+        self.recoveries += timing.recoveries
 
     def close_step(self, token: int, text: str, at: float) -> TokenEvent:
         """The event of a step whose token was on the host at `at`; begins the next interval there."""
         parts = dict(self.parts)
         parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
-        event = TokenEvent((token,), text, at, parts, self.compile_s, self.bytes_up, self.bytes_down)
+        event = TokenEvent((token,), text, at, parts, self.compile_s, self.bytes_up, self.bytes_down, self.recoveries)
         self.since, self.parts, self.compile_s, self.bytes_up, self.bytes_down = at, defaultdict(float), 0.0, 0, 0
+        self.recoveries = ()
         return event
 
 
@@ -96,9 +99,11 @@ class _NoLedger(_Ledger):
 
     def add(self, output: StageOutput) -> None:
         self.compile_s += output.timing.compile_s
+        self.recoveries += output.timing.recoveries
 
     def close_step(self, token: int, text: str, at: float) -> TokenEvent:
-        event, self.compile_s = TokenEvent((token,), text, at, {}, self.compile_s), 0.0
+        event = TokenEvent((token,), text, at, {}, self.compile_s, recoveries=self.recoveries)
+        self.compile_s, self.recoveries = 0.0, ()
         return event
 
 

@@ -6,17 +6,17 @@ TPS (decode) = 1 / TPOT; ITL_i = t_i - t_(i-1).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-from splitlearn.events import Done, Event, FinishReason, TokenEvent
+from splitlearn.events import Done, Event, FinishReason, Recovery, TokenEvent
 
 UNATTRIBUTED = "unattributed"
 # The parts of a step in the order in which they happen.
 LEDGER_ORDER = (
-    *("tokenise", "open", "model", "bottom", "encode", "wire", "queue", "trunk", "decode", "top"),
+    *("tokenise", "open", "model", "bottom", "encode", "wire", "queue", "trunk", "decode", "recover", "top"),
     *("sample", "emit", UNATTRIBUTED),
 )
 
@@ -26,7 +26,8 @@ class RunMetrics:
     """One generation in figures. Times in seconds; None where there is no such thing (TPOT of a single token).
 
     `ledger` sums each step's parts over the whole run, and so sums to `e2el_s`. `decode_ledger` leaves out the steps up
-    to the first token. Bytes are those on the wire, up (to the trunk) and down.
+    to the first token. Bytes are those on the wire, up (to the trunk) and down. `recoveries` has each time that the
+    trunk was lost and found again, with the number (from 1) of the token that was then under way.
     """
 
     token_ids: tuple[int, ...]
@@ -44,6 +45,7 @@ class RunMetrics:
     bytes_down: int
     decode_bytes_up: int
     decode_bytes_down: int
+    recoveries: tuple[tuple[int, Recovery], ...]
 
     @classmethod
     def from_events(cls, events: Iterable[Event]) -> "RunMetrics | None":
@@ -72,6 +74,7 @@ class RunMetrics:
             bytes_down=sum(step.bytes_down for step in steps),
             decode_bytes_up=sum(step.bytes_up for step in steps[1:]),
             decode_bytes_down=sum(step.bytes_down for step in steps[1:]),
+            recoveries=tuple(_recoveries(steps)),
         )
 
     @property
@@ -95,11 +98,28 @@ class RunMetrics:
         return median(self.itl_s) if self.itl_s else None
 
 
+def recovery_sentence(token: int, recovery: Recovery) -> str:
+    """What a person is told of a trunk that was lost while token number `token` was under way."""
+    where = f"reconnected to {recovery.found}" if recovery.found != recovery.lost else "reconnected"
+    tokens = "1 token" if recovery.replayed_tokens == 1 else f"{recovery.replayed_tokens} tokens"
+    return (
+        f"The trunk at {recovery.lost} was lost at token {token}; {where} in {recovery.seconds:.1f} s, "
+        f"with {tokens} replayed."
+    )
+
+
 def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
     """The index of the first token id that differs, or None when the two are identical, in length too."""
     differing = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     shorter = min(len(one), len(other))
     return next(differing, None if len(one) == len(other) else shorter)
+
+
+def _recoveries(steps: Iterable[TokenEvent]) -> Iterator[tuple[int, Recovery]]:
+    before = 0
+    for step in steps:
+        yield from ((before + 1, recovery) for recovery in step.recoveries)
+        before += len(step.token_ids)
 
 
 def _sum(steps: Iterable[TokenEvent]) -> dict[str, float]:

@@ -1,78 +1,53 @@
 """A stage at the far end of a gRPC stream: the trunk server's layers, seen from the client.
 
-A session is one stream. What the client waits for the trunk is taken apart with the durations that the server ships
-(never timestamps: the two clocks are not compared): wire = round trip - what the server says it spent.
+A session survives the loss of its trunk. It keeps the hidden states that it has sent; when its stream breaks it opens
+another, at the same trunk or at the next in the list, sends them once more with the step that was under way, and hands
+on that step's answer as if nothing had happened: the decode loop sees no token twice and misses none.
 """
 
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import grpc
 import torch
-from google.protobuf.message import DecodeError
 
-from splitlearn.errors import InputError, TrunkFailed, TrunkRefused, TrunkUnavailable
-from splitlearn.events import StageTiming
-from splitlearn.split import SplitPlan
+from splitlearn.errors import TrunkError, TrunkRefused, TrunkUnavailable
+from splitlearn.events import Recovery
 from splitlearn.stages import StageInput, StageOutput
+from splitlearn.stream import Served, Stream
+from splitlearn.trunks import Effort, Trunks, channel
 from splitlearn.wire import PROTOCOL, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import error_of
 
-CLOSE_TIMEOUT_S = 2.0
-# gRPC's own wait before it looks again for a trunk that was lost grows to two minutes, long after it was restarted.
-_CHANNEL_OPTIONS = (
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
-
-
-@dataclass(frozen=True)
-class Served:
-    """What a trunk must serve to be of use: a model by name and digest, the layers of a plan, a dtype."""
-
-    model: str
-    digest: str
-    plan: SplitPlan
-    dtype: torch.dtype
-    hidden_size: int
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class TrunkFacts:
-    """What a trunk said of the engine process that serves a session."""
+    """What a trunk said of the process that serves a session; `address` is where the last session was in the end."""
 
     threads: int = 0
     load_s: float = 0.0
     import_rss_bytes: int = 0
     peak_rss_bytes: int = 0
-
-
-if TYPE_CHECKING:  # grpc's classes are generic for the type checker only
-    Method = grpc.StreamStreamMultiCallable[bytes, bytes]
+    address: str = ""
 
 
 class RemoteStage:
-    """The trunk at `address`. `facts` holds what it last said of itself. Raises TrunkError throughout."""
+    """The trunk at the first of `addresses` that works. `facts` holds what it last said of itself. Raises TrunkError
+    throughout."""
 
-    def __init__(self, address: str, served: Served, timeout_s: float) -> None:
-        self.address = address
+    def __init__(self, addresses: Sequence[str], served: Served, timeout_s: float) -> None:
         self.served = served
         self.facts = TrunkFacts()
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        method: Method = self._channel.stream_stream(f"/{SERVICE}/Session")
-        self._method = method
+        self._trunks = Trunks(addresses, served, timeout_s)
 
     def open(self, applied: frozenset[str], max_length: int) -> "RemoteSession":
         """Open a session with the trunk's flags; refused unless the trunk serves exactly what is asked for."""
-        session = RemoteSession(self, self._method, self._timeout_s, recomputes="use_cache" not in applied)
         plan = self.served.plan
         opening = pb.Open(
             protocol=PROTOCOL,
@@ -84,22 +59,23 @@ class RemoteStage:
             dtype=str(self.served.dtype).removeprefix("torch."),
             max_length=max_length,
             flags=sorted(applied),
+            timeout_s=self._timeout_s,
         )
-        try:
-            opened = session.open(pb.ClientMessage(open=opening).SerializeToString())
-        except BaseException:
-            session.close()
-            raise
-        self.facts = TrunkFacts(opened.threads, opened.load_s, opened.import_rss_bytes, self.facts.peak_rss_bytes)
-        return session
+        message = pb.ClientMessage(open=opening).SerializeToString()
+        return RemoteSession(self, self._trunks, message, recomputes="use_cache" not in applied)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """One step of each session, in order: hidden state [1, T, H] to hidden state [1, T, H], on the CPU."""
         return [item.session.step(item.position, item.x) for item in batch]
 
     def close(self) -> None:
-        """Close the channel and with it every session."""
-        self._channel.close()
+        """Close the channels and with them every session."""
+        self._trunks.close()
+
+    def note_opened(self, opened: pb.Opened, address: str) -> None:
+        """Keep what the trunk of a new session said."""
+        peak = self.facts.peak_rss_bytes if address == self.facts.address else 0
+        self.facts = TrunkFacts(opened.threads, opened.load_s, opened.import_rss_bytes, peak, address)
 
     def note_peak(self, peak_rss_bytes: int) -> None:
         """Keep what a session heard last."""
@@ -107,138 +83,79 @@ class RemoteStage:
 
 
 class RemoteSession:
-    """One generation's stay at a trunk: a stream, and the number of the step it is at."""
+    """One generation's stay at a trunk, or at several one after the other when one is lost."""
 
-    def __init__(self, stage: RemoteStage, method: "Method", timeout_s: float, recomputes: bool) -> None:
+    def __init__(self, stage: RemoteStage, trunks: Trunks, opening: bytes, recomputes: bool) -> None:
         self.recomputes = recomputes
         self._stage = stage
-        self._timeout_s = timeout_s
-        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
-        self._steps = 0
-        self._length = 0
-        self._deadline = time.monotonic() + timeout_s
-        self._closed = threading.Event()
-        self._call = method(iter(self._outgoing.get, None))
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def open(self, message: bytes) -> pb.Opened:
-        """Send the opening message and wait for its reply."""
-        self._outgoing.put(message)
-        return self._parse(self._receive(), "opened").opened
+        self._trunks = trunks
+        self._opening = opening
+        self._row_bytes = stage.served.hidden_size * stage.served.dtype.itemsize
+        self._sent = bytearray()  # the hidden state of every position that the trunk's cache holds
+        self._stream = self._open(trunks.effort(), patient=False)
 
     def step(self, position: int, x: torch.Tensor) -> StageOutput:
-        """Send `x` [1, T, H], in parts if it is long, and wait for the trunk's answer to all of it."""
+        """Send `x` [1, T, H] and wait for the trunk's answer to all of it, from another trunk if this one is lost."""
         started = time.perf_counter()
-        messages = self._encode(position, x)
-        encoded = time.perf_counter()
-        for message in messages:
-            self._outgoing.put(message)
-        replies = [self._receive()]
-        received = time.perf_counter()
-        results = [self._result(replies[0])]
-        while results[-1].more:
-            replies.append(self._receive())
-            received = time.perf_counter()
-            results.append(self._result(replies[-1]))
-        out = self._decode(results, x)
-        self._length = position + x.shape[1]
-        server = results[-1]
-        spent = server.decode_s + server.queue_s + server.trunk_s + server.encode_s
-        ledger = {
-            "encode": encoded - started + server.encode_s,
-            "wire": received - encoded - spent,
-            "queue": server.queue_s,
-            "trunk": server.trunk_s,
-            "decode": time.perf_counter() - received + server.decode_s,
-        }
-        sizes = sum(map(len, messages)), sum(map(len, replies))
-        return StageOutput(out, StageTiming(ledger, server.compile_s, *sizes))
+        kept = position * self._row_bytes
+        roll_back = kept < len(self._sent)
+        if not self.recomputes:
+            del self._sent[kept:]
+            self._sent += codec.to_bytes(x)
+        effort = self._trunks.effort()
+        try:
+            output = self._stream.step(position, x, effort.wait_s(), roll_back=roll_back)
+        except TrunkUnavailable as error:
+            lost = self._stream.address
+            output = self._recover(x, error, effort)
+            spent = time.perf_counter() - started
+            recovery = Recovery(spent, lost, self._stream.address, 0 if self.recomputes else position)
+            timing = replace(output.timing, ledger={"recover": spent}, recoveries=(recovery,))
+            output = StageOutput(output.x, timing)
+        self._trunks.works(self._stream)
+        return output
 
     def close(self) -> None:
         """End the stream, so that the trunk frees the session; learn the trunk's peak memory if it still answers."""
-        if self._closed.is_set():
-            return
-        self._deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        self._outgoing.put(None)
-        try:
-            self._stage.note_peak(self._parse(next(self._call), "closed").closed.peak_rss_bytes)
-        except (grpc.RpcError, StopIteration, TrunkFailed):
-            # The session is over either way, and why it broke has been raised where it was noticed.
-            pass
-        finally:
-            self._closed.set()
-            self._call.cancel()
+        peak_rss_bytes = self._trunks.end(self._stream)
+        if peak_rss_bytes is not None:
+            self._stage.note_peak(peak_rss_bytes)
 
-    def _encode(self, position: int, x: torch.Tensor) -> list[bytes]:
-        self._steps += 1
-        parts = list(codec.parts(x))
-        messages: list[bytes] = []
-        for part in parts:
-            step = pb.Step(
-                sequence_id=1,
-                step_id=self._steps,
-                position=position,
-                hidden=codec.encode(part),
-                more=part is not parts[-1],
-                roll_back=not messages and not self.recomputes and position < self._length,
-            )
-            messages.append(pb.ClientMessage(step=step).SerializeToString())
-            position += part.shape[1]
-        return messages
+    def _open(self, effort: Effort, *, patient: bool) -> Stream:
+        stream, opened = self._trunks.open(self._opening, effort, patient=patient)
+        self._stage.note_opened(opened, stream.address)
+        return stream
 
-    def _receive(self) -> bytes:
-        self._deadline = time.monotonic() + self._timeout_s
-        try:
-            reply: bytes = next(self._call)
-        except StopIteration:
-            raise TrunkUnavailable(f"The trunk server at {self._stage.address} ended the session.") from None
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.CANCELLED and time.monotonic() > self._deadline:
-                late = f"The trunk server at {self._stage.address} did not answer within {self._timeout_s:g} s."
-                raise TrunkUnavailable(f"{late} Raise trunk.timeout_s if it needs longer.") from error
-            raise error_of(error, self._stage.address) from error
-        self._deadline = float("inf")
-        return reply
-
-    def _parse(self, reply: bytes, kind: str) -> pb.ServerMessage:
-        """A reply, which must be of `kind`."""
-        try:
-            message = pb.ServerMessage.FromString(reply)
-        except DecodeError as error:
-            raise TrunkFailed(f"The trunk server at {self._stage.address} sent what is no answer: {error}") from error
-        if message.WhichOneof("kind") != kind:
-            raise TrunkFailed(f"The trunk server at {self._stage.address} sent another answer than {kind!r}.")
-        return message
-
-    def _result(self, reply: bytes) -> pb.StepResult:
-        result = self._parse(reply, "result").result
-        if result.step_id != self._steps:
-            raise TrunkFailed(f"The trunk answered step {result.step_id} instead of step {self._steps}.")
-        return result
-
-    def _decode(self, results: Sequence[pb.StepResult], x: torch.Tensor) -> torch.Tensor:
+    def _recover(self, x: torch.Tensor, error: TrunkUnavailable, effort: Effort) -> StageOutput:
+        """Do the step that was lost at another stream: all that was sent goes once more, in one step, and only the
+        positions of `x` come back. Raises what the trunks said when the effort is over."""
         served = self._stage.served
-        try:
-            tokens = sum(codec.check(result.hidden, served.dtype, served.hidden_size) for result in results)
-        except InputError as error:
-            raise TrunkFailed(
-                f"The trunk server at {self._stage.address} answered what does not fit: {error}"
-            ) from error
-        if tokens != x.shape[1]:
-            raise TrunkFailed(f"The trunk answered {tokens} positions instead of {x.shape[1]}.")
-        return codec.from_bytes(b"".join(result.hidden.data for result in results), served.dtype, served.hidden_size)
+        replay = x if self.recomputes else codec.from_bytes(bytes(self._sent), served.dtype, served.hidden_size)
+        while True:
+            self._trunks.lost(self._stream, error, effort)
+            effort.pause()
+            self._stream = self._open(effort, patient=True)
+            try:
+                return self._stream.step(0, replay, effort.wait_s(), answer_last=x.shape[1])
+            except TrunkUnavailable as again:
+                error = again
 
-    def _watch(self) -> None:
-        """Cancel the call when a reply is overdue: gRPC's own deadline counts for a whole stream, not for a step."""
-        while not self._closed.wait(0.5):
-            if time.monotonic() > self._deadline:
-                self._call.cancel()
+
+def first_that_works(addresses: Sequence[str], ask: Callable[[str], Found]) -> Found:
+    """What `ask` gives for the first address at which it raises no TrunkError; what it raised for the first if none."""
+    first: TrunkError | None = None
+    for address in addresses:
+        try:
+            return ask(address)
+        except TrunkError as error:
+            first = first or error
+    raise first or TrunkUnavailable("No trunk server is known.")
 
 
 def describe(address: str, timeout_s: float = 10.0) -> pb.Description:
     """What the trunk at `address` serves. Raises TrunkUnavailable when nobody answers there."""
-    with grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
-        method = channel.unary_unary(
+    with channel(address) as opened:
+        method = opened.unary_unary(
             f"/{SERVICE}/Describe",
             request_serializer=pb.DescribeRequest.SerializeToString,
             response_deserializer=pb.Description.FromString,

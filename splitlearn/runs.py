@@ -18,15 +18,15 @@ import psutil
 
 from splitlearn import arm, models
 from splitlearn.arm import CANCEL, ArmEnd, ArmReady, ArmSpec, Kind
-from splitlearn.config import EMBEDDED, Config
+from splitlearn.config import Config
 from splitlearn.embedded import EmbeddedTrunk
-from splitlearn.errors import SplitlearnError, TrunkUnavailable, WorkerDied
+from splitlearn.errors import SplitlearnError, WorkerDied
 from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.flags import Place
 from splitlearn.metrics import RunMetrics
 from splitlearn.process import Child
 from splitlearn.progress import Progress
-from splitlearn.remote import TrunkFacts, check_served, describe
+from splitlearn.remote import TrunkFacts, check_served, describe, first_that_works
 from splitlearn.selection import Availability, FlagSet, availability
 from splitlearn.selection import check as check_flags
 from splitlearn.selection import parse as parse_flags
@@ -103,19 +103,24 @@ class Runs:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def trunk_address(self) -> str:
-        """Where the trunk listens; starts the embedded one if there is none, or if it has died."""
-        if self.config.trunk.address != EMBEDDED:
+    def trunk_addresses(self) -> tuple[str, ...]:
+        """Where trunks listen, in the order of preference; starts the embedded one if there is none."""
+        if not self.config.trunk.embedded:
             return self.config.trunk.address
         with self._trunk_lock:  # a page that opens asks for it beside the run that does
-            if self._trunk is None or not self._trunk.alive():
+            if self._trunk is None or not self._trunk.ready():
                 self._trunk = EmbeddedTrunk(self.config)
-            return self._trunk.address
+            return (self._trunk.address,)
+
+    def trunk_address(self) -> str:
+        """Where a trunk answers: the first address that there is, or the first of several that works."""
+        first, *others = self.trunk_addresses()
+        return first_that_works((first, *others), _answering) if others else first
 
     def check_trunk(self) -> None:
         """Raise TrunkError unless a trunk answers and serves what this configuration needs."""
-        address = self.trunk_address()
-        check_served(describe(address), self.spec("split", FlagSet()).served(), address)
+        served = self.spec("split", FlagSet()).served()
+        first_that_works(self.trunk_addresses(), lambda address: check_served(describe(address), served, address))
 
     def availability(self) -> Availability:
         """Which flags can be applied where: here for full and client; for the trunk, what it says itself."""
@@ -157,8 +162,8 @@ class Runs:
                 self._warm_up(worker, request, stop)
                 if not stop.is_set():
                     yield from self._measure(spec, worker, request, stop)
-            except BaseException as error:
-                self._clear_up(spec, isinstance(error, TrunkUnavailable))
+            except BaseException:
+                self._clear_up()
                 raise
 
     def close(self) -> None:
@@ -171,23 +176,19 @@ class Runs:
             self._trunk.stop()
             self._trunk = None
 
-    def _clear_up(self, spec: ArmSpec, trunk_lost: bool) -> None:
-        """Drop workers that are dead, and a trunk that was lost with those who use it: the next run has new ones."""
-        with self._trunk_lock:
-            if trunk_lost and self._trunk is not None:
-                self._trunk.stop()
-                self._trunk = None
+    def _clear_up(self) -> None:
+        """Drop workers that are dead: the next run has new ones."""
         for known, worker in list(self._workers.items()):
-            if not worker.child.alive() or (trunk_lost and known.address == spec.address):
+            if not worker.child.alive():
                 self._workers.pop(known).child.stop()
 
     def spec(self, kind: Kind, flags: FlagSet) -> ArmSpec:
         """What a worker of this arm is told; starts the embedded trunk for a split one."""
         split = kind == "split"
         own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
-        address = self.trunk_address() if split else None
+        addresses = self.trunk_addresses() if split else ()
         threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
-        return ArmSpec(kind, self.files, self.plan, self.device, self.dtype, threads, own, address, timeout_s)
+        return ArmSpec(kind, self.files, self.plan, self.device, self.dtype, threads, own, addresses, timeout_s)
 
     def _worker(self, spec: ArmSpec, stop: threading.Event) -> _Worker | None:
         """The worker for `spec`, loaded; the least recently used one makes room for a new one. None when stopped."""
@@ -255,9 +256,15 @@ class Runs:
             dtype=self.config.model.dtype,
             device=str(spec.device),
             threads=worker.ready.threads,
-            trunk_address=spec.address,
+            trunk_address=end.trunk.address if end.trunk else None,
             trunk=end.trunk,
         )
+
+
+def _answering(address: str) -> str:
+    """`address`, if a trunk answers there. Raises TrunkError."""
+    describe(address)
+    return address
 
 
 def _generation(worker: _Worker, request: GenerationRequest, stop: threading.Event) -> Iterator[Event | ArmEnd]:

@@ -14,14 +14,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("errors", "progress", "stop", "threads"),
+    ("breaker", "errors", "progress", "stop", "threads"),
     ("config", "families", "process", "sampling", "store", "wire"),
     ("convert", "events", "flags", "split", "tokens"),
     ("kv",),
     ("packed",),
     ("fetch", "metrics", "parts", "proof", "selection", "stages"),
-    ("embedded", "flags_page", "loading", "models", "remote"),
-    ("generate",),
+    ("embedded", "flags_page", "loading", "models", "stream"),
+    ("trunks",),
+    ("generate", "remote"),
     ("arm",),
     ("runs",),
     ("compare",),

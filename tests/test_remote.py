@@ -43,7 +43,7 @@ def here(files: ModelFiles) -> Iterator[TrunkHere]:
 
 @pytest.fixture
 def stage(here: TrunkHere, files: ModelFiles) -> Iterator[RemoteStage]:
-    remote = RemoteStage(here.address, served(files), timeout_s=20)
+    remote = RemoteStage([here.address], served(files), timeout_s=20)
     yield remote
     remote.close()
     assert eventually(lambda: here.served.admission.sessions == 0), "a session outlived its client's channel"
@@ -157,7 +157,7 @@ def test_a_closed_session_is_free_at_the_trunk_and_has_told_its_memory(
 def test_a_trunk_that_serves_something_else_refuses(
     changes: dict[str, Any], words: str, here: TrunkHere, files: ModelFiles
 ) -> None:
-    stage = RemoteStage(here.address, replace(served(files), **changes), timeout_s=20)
+    stage = RemoteStage([here.address], replace(served(files), **changes), timeout_s=20)
     with contextlib.closing(stage), pytest.raises(TrunkRefused, match=f"FAILED_PRECONDITION.*{words}"):
         stage.open(CACHED, MAX_LENGTH)
 
@@ -194,7 +194,7 @@ def test_nobody_at_the_address_is_said_at_once_with_what_to_do(files: ModelFiles
     address = f"127.0.0.1:{free_port()}"
     started = time.monotonic()
     with pytest.raises(TrunkUnavailable, match=f"{address}.*python -m server --config config.yaml"):
-        RemoteStage(address, served(files), timeout_s=20).open(CACHED, MAX_LENGTH)
+        RemoteStage([address], served(files), timeout_s=20).open(CACHED, MAX_LENGTH)
     with pytest.raises(TrunkUnavailable, match=address):
         describe(address)
     assert time.monotonic() - started < 10
@@ -251,21 +251,21 @@ STRANGE: dict[str, tuple[Callable[[pb.Step], bytes], str]] = {
 def test_a_trunk_that_answers_nonsense_is_an_error_of_the_trunk(case: str, files: ModelFiles) -> None:
     reply, words = STRANGE[case]
     with strange_trunk(lambda number, message: reply(message.step) if number else OPENED) as address:
-        stage = RemoteStage(address, served(files), timeout_s=20)
+        stage = RemoteStage([address], served(files), timeout_s=20)
         with contextlib.closing(stage), opened(stage) as session, pytest.raises(TrunkFailed, match=words):
             session.step(0, hidden(files, 3))
 
 
 def test_a_first_answer_that_is_not_opened_is_an_error_of_the_trunk(files: ModelFiles) -> None:
     with strange_trunk(lambda number, message: result(message.step, torch.zeros(1, 1, 48))) as address:
-        stage = RemoteStage(address, served(files), timeout_s=20)
+        stage = RemoteStage([address], served(files), timeout_s=20)
         with contextlib.closing(stage), pytest.raises(TrunkFailed, match="another answer than 'opened'"):
             stage.open(CACHED, MAX_LENGTH)
 
 
 def test_a_trunk_that_does_not_answer_in_time_is_given_up_with_the_setting_to_raise(files: ModelFiles) -> None:
     with strange_trunk(lambda number, message: None if number else OPENED) as address:
-        stage = RemoteStage(address, served(files), timeout_s=0.5)
+        stage = RemoteStage([address], served(files), timeout_s=0.5)
         with contextlib.closing(stage), opened(stage) as session:
             started = time.monotonic()
             with pytest.raises(TrunkUnavailable, match=r"within 0\.5 s\. Raise trunk\.timeout_s"):
@@ -275,7 +275,7 @@ def test_a_trunk_that_does_not_answer_in_time_is_given_up_with_the_setting_to_ra
 
 def test_a_trunk_that_went_away_in_the_middle_is_an_error_of_the_trunk(files: ModelFiles) -> None:
     with strange_trunk(lambda number, message: OPENED) as address:
-        stage = RemoteStage(address, served(files), timeout_s=20)
+        stage = RemoteStage([address], served(files), timeout_s=2)
         session = stage.open(CACHED, MAX_LENGTH)
     with contextlib.closing(stage), contextlib.closing(session), pytest.raises(TrunkError, match=address):
         session.step(0, hidden(files, 3))

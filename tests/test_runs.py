@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from splitlearn import config
+from splitlearn import breaker, config
 from splitlearn.arm import Kind
 from splitlearn.errors import InputError, TrunkUnavailable, WorkerDied
 from splitlearn.events import Done, GenerationRequest, TokenEvent
@@ -143,14 +143,20 @@ def test_a_worker_that_is_killed_between_runs_is_replaced(runs: Runs) -> None:
     assert report(runs, "full").metrics.n_tokens == 6
 
 
-def test_a_trunk_that_is_killed_in_the_middle_is_an_error_and_the_next_run_has_a_new_one(runs: Runs) -> None:
-    wanted, old = report(runs, "split").metrics.token_ids, runs.trunk_address()
+def test_an_embedded_trunk_that_is_killed_is_started_again_and_the_answer_goes_on(runs: Runs) -> None:
+    wanted, address = report(runs, "split", LONG).metrics, runs.trunk_address()
     (server,) = [child for child in psutil.Process().children() if "server" in child.cmdline()]
-    with pytest.raises(TrunkUnavailable, match=f"{old} does not answer or was lost"):
-        list(interrupted(runs, "split", server.kill))
-    again = report(runs, "split")
-    assert again.metrics.token_ids == wanted
-    assert again.trunk_address != old
+    *_, last = interrupted(runs, "split", server.kill)
+    assert isinstance(last, ArmReport)
+    assert last.metrics.token_ids == wanted.token_ids
+    assert last.metrics.text == wanted.text
+    assert (last.trunk_address, runs.trunk_address()) == (address, address)
+    ((token, recovery),) = last.metrics.recoveries
+    assert 20 <= token < 480
+    assert (recovery.lost, recovery.found) == (address, address)
+    assert recovery.replayed_tokens == last.metrics.prompt_tokens + token - 2
+    assert last.metrics.ledger["recover"] == recovery.seconds
+    assert report(runs, "split").metrics.recoveries == ()
 
 
 def test_a_trunk_elsewhere_that_is_started_again_serves_the_same_client(files: ModelFiles, tmp_path: Path) -> None:
@@ -165,6 +171,7 @@ def test_a_trunk_elsewhere_that_is_started_again_serves_the_same_client(files: M
                 with pytest.raises(TrunkUnavailable, match=first.address):
                     report(made, "split")
             with serve(sections, tmp_path, port=int(first.address.rpartition(":")[2])):
+                time.sleep(breaker.LONGEST_S)  # until it is tried again
                 assert report(made, "split").metrics.token_ids == wanted
 
 

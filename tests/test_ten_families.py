@@ -61,7 +61,7 @@ def running(files: ModelFiles) -> Iterator[Model]:
     full = loading.load(files, loading.full_specs(files.n_layers), frozenset(), placement).stages[0]
     client = loading.load(files, loading.client_specs(PLAN), frozenset(), placement).stages
     with serve_here(files) as here:
-        trunk = RemoteStage(here.address, served(files), timeout_s=30)
+        trunk = RemoteStage([here.address], served(files), timeout_s=30)
         yield Model(files, full, client, trunk)
         trunk.close()
 

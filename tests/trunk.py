@@ -29,9 +29,9 @@ from server.others import Others
 from server.service import TrunkService
 from splitlearn import config
 from splitlearn.progress import silent
-from splitlearn.remote import Served
 from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
+from splitlearn.stream import Served
 from splitlearn.wire import PROTOCOL, READY, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from tests.conftest import ROOT

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitlearn import config
-from splitlearn.config import EMBEDDED, Config
+from splitlearn.config import Config
 from splitlearn.errors import SetupError, SplitlearnError, TrunkError
 from splitlearn.progress import Progress, Step, on_console
 from ui import share
@@ -57,7 +57,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="a config.yaml (default: the one beside app.py)")
     parser.add_argument("--host", help="overrides ui.host")
     parser.add_argument("--port", type=int, help="overrides ui.port; 0 takes a free one")
-    parser.add_argument("--trunk", metavar="HOST:PORT", help="overrides trunk.address")
+    parser.add_argument("--trunk", metavar="HOST:PORT[,...]", help="overrides trunk.address")
     parser.add_argument("--share", action="store_true", default=None, help="ask for a public link; demands a login")
     parser.add_argument("--share-without-login", action="store_true", help="let everybody in who has the link")
     return parser.parse_args(arguments)
@@ -97,7 +97,7 @@ def _serve(settings: Config, port: int, login: Login, repeat: list[str]) -> None
 
 def _greet_trunk(runs: "Runs", progress: Progress) -> None:
     """Start or find the trunk now rather than at the first prompt; a remote one may still come up later."""
-    embedded = runs.config.trunk.address == EMBEDDED
+    embedded = runs.config.trunk.embedded
     progress(Step("Starting the trunk server" if embedded else "Looking for the trunk server"))
     try:
         runs.check_trunk()

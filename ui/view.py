@@ -4,8 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from html import escape
 
-from splitlearn.config import EMBEDDED
-from splitlearn.metrics import RunMetrics, first_divergence
+from splitlearn.metrics import RunMetrics, first_divergence, recovery_sentence
 from splitlearn.runs import ArmReport, Runs
 from ui.format import MISSING, rate, ratio, seconds, size
 from ui.session import ArmView, Shown, State
@@ -45,7 +44,7 @@ def card(arm: ArmView) -> str:
         f'<header><h3>{title}</h3><span class="sl-what">{what}</span>'
         f'<span class="sl-state" role="status">{state}</span></header>'
         f'<div class="sl-busy" {"" if busy else "hidden"}></div>'
-        f'<dl class="sl-tiles">{tiles}</dl>{_answer(arm)}</section>'
+        f'<dl class="sl-tiles">{tiles}</dl>{_recoveries(arm)}{_answer(arm)}</section>'
     )
 
 
@@ -82,7 +81,7 @@ def result(shown: Shown, decode: Decode, flags: str) -> str:
 
 def facts(runs: Runs) -> str:
     """One line on what is compared."""
-    plan, trunk = runs.plan, runs.config.trunk.address
+    plan, trunk = runs.plan, ", ".join(runs.config.trunk.address)
     parts = (
         f"<b>{escape(runs.files.name)}</b>",
         f"{runs.config.model.dtype} on {escape(str(runs.device))}",
@@ -94,8 +93,8 @@ def facts(runs: Runs) -> str:
 
 def split_facts(runs: Runs) -> str:
     """How the model is cut and where its trunk is: set in config.yaml, not here."""
-    plan, trunk = runs.plan, runs.config.trunk.address
-    where = "started by this program" if trunk == EMBEDDED else f"at {trunk}"
+    plan, trunk = runs.plan, runs.config.trunk
+    where = "started by this program" if trunk.embedded else f"at {' or '.join(trunk.address)}"
     client = f"[0, {plan.start}) and [{plan.end}, {plan.n_layers})"
     said = f"Split: the client has layers {client}, the trunk [{plan.start}, {plan.end}). Trunk server {where}."
     return f'<p class="sl-small">{escape(said)} config.yaml sets both.</p>'
@@ -133,6 +132,12 @@ def _answer(arm: ArmView) -> str:
     waiting = "Runs go one after the other: two at once would measure each other." if arm.state == "waiting" else ""
     shown = escape(text) or f'<span class="sl-small">{waiting}</span>'
     return f'<div class="sl-answer" tabindex="0" role="region" aria-label="Answer"><div>{shown}</div></div>'
+
+
+def _recoveries(arm: ArmView) -> str:
+    """A sentence for each time that the trunk was lost and found again."""
+    said = " ".join(recovery_sentence(*recovered) for recovered in arm.metrics.recoveries) if arm.metrics else ""
+    return f'<p class="sl-small" role="status">{escape(said)}</p>' if said else ""
 
 
 def _verdict(one: RunMetrics, other: RunMetrics, decode: Decode) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from filelock import FileLock, Timeout
 
-from splitlearn.config import EMBEDDED, Config
+from splitlearn.config import Config
 from splitlearn.errors import InputError, SetupError, SplitlearnError
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.analysis import Findings, analyse, good_blocks
@@ -141,9 +141,8 @@ class Experiment:
         order = random.Random(f"{self.setup.seed} {number} {attempt}")
         prompt = self.setup.prompts[number % len(self.setup.prompts)]
         arms = self._arms()
-        address = self.runs.config.trunk.address
-        trunk = None if address == EMBEDDED else trunk_pid(address)
-        before, started = reading(None, trunk), time.monotonic()
+        trunk = None if self.runs.config.trunk.embedded else trunk_pid(self.runs.trunk_address())
+        before, started, recovered = reading(None, trunk), time.monotonic(), False
         for place, arm in enumerate(order.sample(arms, len(arms))):
             yield self._state(f"block {number + 1}: {arm.name}")
             if self.stop.is_set():
@@ -152,8 +151,9 @@ class Experiment:
             report = self._run(arm, self._request(arm, prompt, self.setup.max_new_tokens))
             if report is None:
                 continue
+            recovered = recovered or bool(report.metrics.recoveries)
             self.store.add(Trial.of(report, arm.name, number, attempt, place, time.time(), ""))
-        wrong = _what_disturbed(before, reading(before, trunk))
+        wrong = _what_disturbed(before, reading(before, trunk)) or ("the trunk was lost" if recovered else "")
         if wrong and attempt < MOST_ATTEMPTS:
             self.store.discard(number, attempt, wrong)
         elif wrong:

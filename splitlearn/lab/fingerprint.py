@@ -71,7 +71,7 @@ def fingerprint(runs: Runs) -> dict[str, Any]:
         "model": runs.files.name,
         "dtype": config.model.dtype,
         "split": {"start": plan.start, "end": plan.end, "n_layers": plan.n_layers},
-        "trunk": {**known["trunk"], "address": EMBEDDED if config.trunk.address == EMBEDDED else "host"},
+        "trunk": {**known["trunk"], "address": EMBEDDED if config.trunk.embedded else "host"},
         "rtt_s": round_trip_s(runs.trunk_address()),
     }
 

@@ -1,0 +1,181 @@
+"""One session's stream at one trunk server, from Open to end. One that is lost stays lost: remote.py opens another.
+
+What the client waits for the trunk is taken apart with the durations that the server ships (never timestamps: the two
+clocks are not compared): wire = round trip - what the server says it spent.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import grpc
+import torch
+from google.protobuf.message import DecodeError
+
+from splitlearn.errors import InputError, TrunkFailed, TrunkUnavailable
+from splitlearn.events import StageTiming
+from splitlearn.split import SplitPlan
+from splitlearn.stages import StageOutput
+from splitlearn.wire import SERVICE, codec
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.status import error_of
+
+CLOSE_TIMEOUT_S = 2.0
+WATCH_S = 0.5
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a trunk must serve to be of use: a model by name and digest, the layers of a plan, a dtype."""
+
+    model: str
+    digest: str
+    plan: SplitPlan
+    dtype: torch.dtype
+    hidden_size: int
+
+
+class Stream:
+    """A session at the trunk at `address`, alone on `channel`. Raises TrunkError throughout, TrunkUnavailable when the
+    trunk is lost."""
+
+    def __init__(self, channel: grpc.Channel, address: str, served: Served) -> None:
+        self.channel = channel
+        self.address = address
+        self._served = served
+        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        self._steps = 0
+        self._deadline = float("inf")
+        self._over = threading.Event()
+        method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/Session")
+        self._call = method(iter(self._outgoing.get, None))
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def open(self, opening: bytes, wait_s: float) -> pb.Opened:
+        """Send the opening message and wait for its reply."""
+        self._outgoing.put(opening)
+        return self._parse(self._receive(wait_s), "opened").opened
+
+    def step(
+        self, position: int, x: torch.Tensor, wait_s: float, *, roll_back: bool = False, answer_last: int = 0
+    ) -> StageOutput:
+        """Send `x` [1, T, H], in parts if it is long, and wait at most `wait_s` for each part of the answer.
+
+        The answer has the last `answer_last` of the T positions, 0 for all of them.
+        """
+        started = time.perf_counter()
+        messages = self._encode(position, x, roll_back, answer_last)
+        encoded = time.perf_counter()
+        for message in messages:
+            self._outgoing.put(message)
+        replies = [self._receive(wait_s)]
+        received = time.perf_counter()
+        results = [self._result(replies[0])]
+        while results[-1].more:
+            replies.append(self._receive(wait_s))
+            received = time.perf_counter()
+            results.append(self._result(replies[-1]))
+        out = self._decode(results, answer_last or x.shape[1], x.shape[1])
+        server = results[-1]
+        spent = server.decode_s + server.queue_s + server.trunk_s + server.encode_s
+        ledger = {
+            "encode": encoded - started + server.encode_s,
+            "wire": received - encoded - spent,
+            "queue": server.queue_s,
+            "trunk": server.trunk_s,
+            "decode": time.perf_counter() - received + server.decode_s,
+        }
+        sizes = sum(map(len, messages)), sum(map(len, replies))
+        return StageOutput(out, StageTiming(ledger, server.compile_s, *sizes))
+
+    def close(self) -> int | None:
+        """End the stream in order, so that the trunk frees the session: the trunk's peak memory in bytes, and the
+        channel can be used again. None when the stream was over before, or broke; then the channel is closed."""
+        if self._over.is_set():
+            return None
+        self._deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        self._outgoing.put(None)
+        try:
+            peak_rss_bytes = self._parse(next(self._call), "closed").closed.peak_rss_bytes
+        except (grpc.RpcError, StopIteration, TrunkFailed):
+            # The session is over either way, and why it broke has been raised where it was noticed.
+            self.drop()
+            return None
+        self._over.set()
+        self._call.cancel()
+        return peak_rss_bytes
+
+    def drop(self) -> None:
+        """Break off, and close the channel: nothing of a stream that was lost is waited for."""
+        self._over.set()
+        self._outgoing.put(None)
+        self._call.cancel()
+        self.channel.close()
+
+    def _encode(self, position: int, x: torch.Tensor, roll_back: bool, answer_last: int) -> list[bytes]:
+        self._steps += 1
+        parts = list(codec.parts(x))
+        messages: list[bytes] = []
+        for part in parts:
+            step = pb.Step(
+                sequence_id=1,
+                step_id=self._steps,
+                position=position,
+                hidden=codec.encode(part),
+                more=part is not parts[-1],
+                roll_back=roll_back and not messages,
+                answer_last=answer_last,
+            )
+            messages.append(pb.ClientMessage(step=step).SerializeToString())
+            position += part.shape[1]
+        return messages
+
+    def _receive(self, wait_s: float) -> bytes:
+        self._deadline = time.monotonic() + wait_s
+        try:
+            reply: bytes = next(self._call)
+        except StopIteration:
+            raise TrunkUnavailable(f"The trunk server at {self.address} ended the session.") from None
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.CANCELLED and time.monotonic() > self._deadline:
+                late = f"The trunk server at {self.address} did not answer within {round(wait_s, 1):g} s."
+                raise TrunkUnavailable(f"{late} Raise trunk.timeout_s if it needs longer.") from error
+            raise error_of(error, self.address) from error
+        self._deadline = float("inf")
+        return reply
+
+    def _parse(self, reply: bytes, kind: str) -> pb.ServerMessage:
+        """A reply, which must be of `kind`."""
+        try:
+            message = pb.ServerMessage.FromString(reply)
+        except DecodeError as error:
+            raise TrunkFailed(f"The trunk server at {self.address} sent what is no answer: {error}") from error
+        if message.WhichOneof("kind") != kind:
+            raise TrunkFailed(f"The trunk server at {self.address} sent another answer than {kind!r}.")
+        return message
+
+    def _result(self, reply: bytes) -> pb.StepResult:
+        result = self._parse(reply, "result").result
+        if result.step_id != self._steps:
+            raise TrunkFailed(f"The trunk answered step {result.step_id} instead of step {self._steps}.")
+        return result
+
+    def _decode(self, results: Sequence[pb.StepResult], wanted: int, sent: int) -> torch.Tensor:
+        """The answer [1, `wanted`, H]."""
+        served = self._served
+        try:
+            tokens = sum(codec.check(result.hidden, served.dtype, served.hidden_size) for result in results)
+        except InputError as error:
+            raise TrunkFailed(f"The trunk server at {self.address} answered what does not fit: {error}") from error
+        if tokens not in (wanted, sent):  # until the server's core lands, which honours answer_last
+            raise TrunkFailed(f"The trunk answered {tokens} positions instead of {wanted}.")
+        data = b"".join(result.hidden.data for result in results)
+        return codec.from_bytes(data, served.dtype, served.hidden_size)[:, -wanted:]
+
+    def _watch(self) -> None:
+        """Cancel the call when a reply is overdue: gRPC's own deadline counts for a whole stream, not for a step."""
+        while not self._over.wait(WATCH_S):
+            if time.monotonic() > self._deadline:
+                self._call.cancel()
