@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import fidelity, lab, memory, overhead, wire
+from bench import chaos, fidelity, lab, memory, overhead, wire
 from splitlearn import config
 from splitlearn.progress import on_console
 from splitlearn.runs import Runs
@@ -15,6 +15,7 @@ BENCHES = {
     "memory": memory.main,
     "fidelity": fidelity.main,
     "lab": lab.main,
+    "chaos": chaos.main,
 }
 
 

@@ -84,7 +84,7 @@ class Others:
     def _take(self, flags: frozenset[str]) -> _Child:
         with self._lock:
             child = self._children.pop(flags, None)
-            if child is None or not child.trunk.alive():
+            if child is None or not child.trunk.ready():
                 self._make_room()
                 child = _Child(self._settings(flags))
             self._children[flags] = child  # at the end: the least recently used one is first

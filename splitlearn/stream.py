@@ -77,7 +77,7 @@ class Stream:
             replies.append(self._receive(wait_s))
             received = time.perf_counter()
             results.append(self._result(replies[-1]))
-        out = self._decode(results, answer_last or x.shape[1], x.shape[1])
+        out = self._decode(results, answer_last or x.shape[1])
         server = results[-1]
         spent = server.decode_s + server.queue_s + server.trunk_s + server.encode_s
         ledger = {
@@ -162,17 +162,16 @@ class Stream:
             raise TrunkFailed(f"The trunk answered step {result.step_id} instead of step {self._steps}.")
         return result
 
-    def _decode(self, results: Sequence[pb.StepResult], wanted: int, sent: int) -> torch.Tensor:
+    def _decode(self, results: Sequence[pb.StepResult], wanted: int) -> torch.Tensor:
         """The answer [1, `wanted`, H]."""
         served = self._served
         try:
             tokens = sum(codec.check(result.hidden, served.dtype, served.hidden_size) for result in results)
         except InputError as error:
             raise TrunkFailed(f"The trunk server at {self.address} answered what does not fit: {error}") from error
-        if tokens not in (wanted, sent):  # until the server's core lands, which honours answer_last
+        if tokens != wanted:
             raise TrunkFailed(f"The trunk answered {tokens} positions instead of {wanted}.")
-        data = b"".join(result.hidden.data for result in results)
-        return codec.from_bytes(data, served.dtype, served.hidden_size)[:, -wanted:]
+        return codec.from_bytes(b"".join(result.hidden.data for result in results), served.dtype, served.hidden_size)
 
     def _watch(self) -> None:
         """Cancel the call when a reply is overdue: gRPC's own deadline counts for a whole stream, not for a step."""

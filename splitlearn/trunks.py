@@ -112,11 +112,9 @@ class _Trunk:
     def due_s(self, error: TrunkError, patient: bool) -> float | None:
         """In how many seconds to try again after `error`; None for not at all."""
         rest_s = self.breaker.rest_s()
-        if isinstance(error, TrunkFull) and error.retry_s is not None:
+        if isinstance(error, TrunkFull):
             return max(error.retry_s, rest_s)
-        if isinstance(error, TrunkUnavailable) and (patient or not rest_s):
-            return rest_s
-        return rest_s if isinstance(error, TrunkFull) and patient else None
+        return rest_s if isinstance(error, TrunkUnavailable) and (patient or not rest_s) else None
 
 
 class Trunks:

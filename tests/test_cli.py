@@ -23,6 +23,7 @@ ARM = {
     "import_rss_bytes": int, "load_s": float, "compile_s": (int, float), "dtype": str, "threads": int, "ledger": dict,
 }  # fmt: skip
 SPLIT_ARM = {**ARM, "bytes_up": int, "bytes_down": int, "trunk_address": str, "trunk_peak_rss_bytes": int}
+SPLIT_ARM |= {"recoveries": list}
 COMPARISON = {
     "model": str, "split": dict, "flags": list, "full": dict, "split_run": dict, "identical_tokens": bool,
     "first_divergence": (int, type(None)), "environment": dict,

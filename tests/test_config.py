@@ -1,5 +1,6 @@
 """config.yaml: what is written there is what is used, and what is wrong is named as it is written."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ def test_the_file_in_the_repository_says_the_defaults() -> None:
     assert config.load(ROOT / "config.yaml") == config.Config() == config.load(None)
 
 
+@pytest.mark.parametrize("given", ["a:1, b:2", ["a:1", "b:2"], ("a:1", "b:2")])
+def test_a_trunk_may_have_several_addresses(given: object) -> None:
+    parsed = config.parse({"trunk": {"address": given}})
+    assert parsed.trunk.address == ("a:1", "b:2")
+    assert not parsed.trunk.embedded
+    assert config.parse(json.loads(parsed.model_dump_json())) == parsed == config.with_trunk(config.Config(), "a:1,b:2")
+
+
 @pytest.mark.parametrize(
     ("data", "named"),
     [
@@ -25,6 +34,9 @@ def test_the_file_in_the_repository_says_the_defaults() -> None:
         ({"model": {"device": "tpu"}}, "model.device"),
         ({"trunk": {"address": "nowhere"}}, "trunk.address"),
         ({"trunk": {"address": "host:99999"}}, "trunk.address"),
+        ({"trunk": {"address": []}}, "trunk.address"),
+        ({"trunk": {"address": ["a:1", "a:1"]}}, "trunk.address"),
+        ({"trunk": {"address": ["a:1", "embedded"]}}, "trunk.address"),
         ({"ui": {"port": 70000}}, "ui.port"),
         ({"generation": {"max_new_tokens": 0}}, "generation.max_new_tokens"),
         ({"ui": {"auth": "user:password"}}, "ui.auth"),

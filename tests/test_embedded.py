@@ -1,5 +1,6 @@
 """Everything that a program starts ends with it, however it ends."""
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from splitlearn import config
+from splitlearn import config, embedded
 from splitlearn.embedded import EmbeddedTrunk
 from splitlearn.errors import SetupError
 from splitlearn.remote import check_served, describe
@@ -84,6 +85,29 @@ def test_an_embedded_trunk_serves_the_configured_model_on_loopback_and_stops(fil
     assert not trunk.alive()
     assert eventually(lambda: all(gone(child.pid) for child in below))
     trunk.stop()  # a second time does nothing
+
+
+def test_an_embedded_trunk_that_was_killed_is_back_at_its_address_until_it_cannot_be_started_any_more(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "MOST_STARTS", 1)
+    trunk = EmbeddedTrunk(config.parse(settings(files)))
+    try:
+        host, _, port = trunk.address.rpartition(":")
+        first = trunk.pid
+        psutil.Process(first).kill()
+        assert eventually(lambda: gone(first))
+        assert trunk.ready()
+        assert trunk.pid != first
+        check_served(describe(trunk.address), served(files), trunk.address)
+        second = trunk.pid
+        psutil.Process(second).kill()
+        assert eventually(lambda: gone(second))
+        with socket.create_server((host, int(port))):
+            assert not trunk.ready()
+    finally:
+        trunk.stop()
+    assert not trunk.alive()
 
 
 def test_an_embedded_trunk_that_cannot_start_says_so(files: ModelFiles, capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from splitlearn import config
 from splitlearn.arm import Kind
 from splitlearn.errors import InputError, SetupError, TrunkRefused
+from splitlearn.events import Recovery
 from splitlearn.lab import analysis, experiment
 from splitlearn.lab.asking import Asked, setup
 from splitlearn.lab.design import CHECKS
@@ -19,7 +20,7 @@ from splitlearn.lab.experiment import Experiment, State, alone
 from splitlearn.lab.fingerprint import Reading, reading
 from splitlearn.lab.store import Store
 from splitlearn.progress import silent
-from splitlearn.runs import Item, Runs
+from splitlearn.runs import ArmReport, Item, Runs
 from tests.conftest import TinyFactory
 from tests.trunk import settings
 
@@ -105,6 +106,27 @@ def test_a_block_that_other_programs_disturbed_is_run_again(
         list(Experiment(runs, store).go())
         trials = store.trials()
     assert {t.bad for t in trials if (t.block, t.attempt) == (0, 1)} == {"other programs used 1.70 cores"}
+    assert {(t.block, t.attempt) for t in trials if not t.bad} == {(0, 2), (1, 1)}
+
+
+def test_a_block_in_which_the_trunk_was_lost_is_run_again(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, lost = runs.stream, iter([((3, Recovery(0.5, "a:1", "a:1", 12)),)])
+
+    def recovered(*asked: object) -> Iterator[Item]:
+        for item in stream(*asked):  # type: ignore[arg-type]
+            measured = isinstance(item, ArmReport) and item.kind == "split" and len(item.metrics.token_ids) == 4
+            if isinstance(item, ArmReport) and measured:
+                item = replace(item, metrics=replace(item.metrics, recoveries=next(lost, ())))
+            yield item
+
+    monkeypatch.setattr(experiment, "WARM_UP_TOKENS", 2)
+    monkeypatch.setattr(runs, "stream", recovered)
+    with _store(runs, tmp_path) as store:
+        list(Experiment(runs, store).go())
+        trials = store.trials()
+    assert {t.bad for t in trials if (t.block, t.attempt) == (0, 1)} == {"the trunk was lost"}
     assert {(t.block, t.attempt) for t in trials if not t.bad} == {(0, 2), (1, 1)}
 
 

@@ -3,13 +3,14 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import cast
 
 import pytest
 
 from splitlearn.arm import Kind
 from splitlearn.errors import InputError, SplitlearnError, TrunkUnavailable
-from splitlearn.events import Done, GenerationRequest, TokenEvent
+from splitlearn.events import Done, GenerationRequest, Recovery, TokenEvent
 from splitlearn.flags import SIDES, Place
 from splitlearn.metrics import RunMetrics
 from splitlearn.remote import TrunkFacts
@@ -98,6 +99,14 @@ def test_tokens_are_drawn_about_ten_times_a_second_however_fast_they_come() -> N
 def test_what_a_model_writes_cannot_become_part_of_the_page() -> None:
     shown = both([1], [1], "<script>alert(1)</script>")
     assert "<script>" not in view.card(shown.full) + view.result(shown, str, "<b>")
+
+
+def test_a_trunk_that_was_lost_and_found_is_told_on_its_card() -> None:
+    metrics = report("split", [1, 2, 3]).metrics
+    lost = replace(metrics, recoveries=((2, Recovery(0.84, "a:1", "b:2", 34)),))
+    said = view.card(ArmView("split", "running", lost))
+    assert "The trunk at a:1 was lost at token 2; reconnected to b:2 in 0.8 s, with 34 tokens replayed." in said
+    assert "was lost" not in view.card(ArmView("split", "running", metrics))
 
 
 def test_identical_tokens_are_called_so() -> None:

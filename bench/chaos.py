@@ -1,0 +1,196 @@
+"""The trunk is killed with SIGKILL at random tokens while clients generate: is every answer complete, and the same?
+
+The clients are the split arm's worker processes, the trunk is the embedded one, which its supervisor starts again on
+the same port. Whichever client's token is the one drawn by lot brings the kill; the next is drawn once every client has
+had a token since. What is asked while no trunk runs is refused at once, and asked again, as a person would.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+
+from bench.report import write
+from splitlearn import arm
+from splitlearn.arm import ArmEnd
+from splitlearn.compare import environment
+from splitlearn.errors import SplitlearnError, TrunkUnavailable
+from splitlearn.events import Event, GenerationRequest, Recovery, TokenEvent
+from splitlearn.lab.fidelity import Fed, logits_apart
+from splitlearn.lab.fingerprint import trunk_pid
+from splitlearn.metrics import RunMetrics, first_divergence
+from splitlearn.process import Child
+from splitlearn.runs import Runs
+from splitlearn.selection import FlagSet
+from splitlearn.tokens import Tokens
+
+PROMPTS = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()
+KILLS = 100
+CLIENTS = 4
+TOKENS = 64
+ASK_AGAIN_S = 0.5
+
+
+@dataclass
+class Found:
+    """What became of the answers. `broken` says how an answer ended that began and was not completed."""
+
+    kills: int = 0
+    answers: int = 0
+    asked_again: int = 0
+    broken: list[str] = field(default_factory=list)
+    different: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    recoveries: list[Recovery] = field(default_factory=list)
+
+
+def main(runs: Runs) -> None:
+    """Measure and write docs/results/chaos.md."""
+    requests = [GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
+    address = runs.trunk_address()
+    found, wanted = chaos(
+        runs,
+        runs.flags("default"),
+        requests,
+        KILLS,
+        random.Random(0),
+        kill=lambda: psutil.Process(trunk_pid(address)).kill(),
+    )
+    judged = [_judge(runs, prompt, wanted[prompt], ids) for prompt, ids in found.different]
+    lost = [recovery.seconds for recovery in found.recoveries]
+    rows: list[dict[str, Any]] = [
+        {"what": "kills", "": found.kills},
+        {"what": f"answers, of {TOKENS} tokens each", "": found.answers},
+        {"what": "answers that were not completed", "": f"{len(found.broken)} {' '.join(found.broken)}"},
+        {"what": "answers with other token ids", "": len(found.different)},
+        {"what": "of them by more than rounding", "": sum(not within for within, _ in judged)},
+        {"what": "gaps of the two best logits, and largest difference, there", "": "; ".join(how for _, how in judged)},
+        {"what": "losses recovered from", "": len(lost)},
+        {"what": "seconds lost by one, median and most", "": f"{median(lost):.1f}, {max(lost):.1f}"},
+        {"what": "tokens replayed", "": sum(recovery.replayed_tokens for recovery in found.recoveries)},
+        {"what": "questions asked again, since no trunk was there to begin", "": found.asked_again},
+    ]
+    text = (
+        f"{CLIENTS} clients generate while their trunk is killed with SIGKILL at a random token. Most of a loss is the "
+        "time that the trunk takes to start. A token may differ where the gap of the two best logits is at most twice "
+        "the largest difference that one step in the place of single ones makes."
+    )
+    write("chaos", "The trunk killed while clients generate", text, rows, environment(runs))
+
+
+def chaos(
+    runs: Runs,
+    flags: FlagSet,
+    requests: Sequence[GenerationRequest],
+    kills: int,
+    order: random.Random,
+    kill: Callable[[], None],
+) -> tuple[Found, dict[str, tuple[int, ...]]]:
+    """`kill` the trunk of `runs` so many times while CLIENTS ask; what was found, and each prompt's undisturbed ids."""
+    spec = runs.spec("split", flags)
+    children = [arm.start(replace(spec, copy=number)) for number in range(CLIENTS)]
+    try:
+        for child in children:
+            if isinstance(ready := child.receive(), SplitlearnError):
+                raise ready
+        wanted = {request.prompt: _ask(children[0], request).token_ids for request in requests}
+        trial = _Trial(wanted, kills, order, kill)
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            list(pool.map(lambda number: trial.client(number, children[number], requests), range(CLIENTS)))
+    finally:
+        for child in children:
+            child.stop()
+    return trial.found, wanted
+
+
+class _Trial:
+    """What the clients' threads share: when the next kill is, and what was found."""
+
+    def __init__(
+        self, wanted: dict[str, tuple[int, ...]], kills: int, order: random.Random, kill: Callable[[], None]
+    ) -> None:
+        self.found = Found()
+        self._wanted = wanted
+        self._kills = kills
+        self._order = order
+        self._kill = kill
+        self._lock = threading.Lock()
+        self._waiting_for: set[int] = set()
+        self._left = order.randint(1, CLIENTS * TOKENS)
+
+    def client(self, number: int, child: Child, requests: Sequence[GenerationRequest]) -> None:
+        """Ask one question after the other until the kills are over; the last answer is brought to its end."""
+        for request in cycle(requests[number:] or requests):
+            if self.found.kills == self._kills and not self._waiting_for:
+                return
+            began: list[Event] = []
+            try:
+                metrics = _ask(child, request, began, lambda: self._token(number))
+            except TrunkUnavailable as error:
+                if began:
+                    self.found.broken.append(str(error))
+                self.found.asked_again += not began
+                time.sleep(ASK_AGAIN_S)
+            except SplitlearnError as error:
+                self.found.broken.append(str(error))
+                return
+            else:
+                self._answered(request.prompt, metrics)
+
+    def _answered(self, prompt: str, metrics: RunMetrics) -> None:
+        self.found.answers += 1
+        self.found.recoveries += [recovery for _, recovery in metrics.recoveries]
+        if metrics.token_ids != self._wanted[prompt]:
+            self.found.different.append((prompt, metrics.token_ids))
+
+    def _token(self, number: int) -> None:
+        """Client `number` has one more token: it may be the one that brings the kill."""
+        with self._lock:
+            self._waiting_for.discard(number)
+            if self._waiting_for or self.found.kills == self._kills:
+                return
+            self._left -= 1
+            if self._left:
+                return
+            self._kill()
+            self.found.kills += 1
+            print(f"kill {self.found.kills} of {self._kills}; {self.found.answers} answers", flush=True)
+            self._left = self._order.randint(1, CLIENTS * TOKENS)
+            self._waiting_for = set(range(CLIENTS))
+
+
+def _ask(child: Child, request: GenerationRequest, events: list[Event] | None = None, token: Any = None) -> RunMetrics:
+    """One answer of a worker; its events are added to `events` as they come, `token()` is called for each token."""
+    seen: list[Event] = [] if events is None else events
+    child.send(request)
+    while not isinstance(item := child.receive(), ArmEnd):
+        if isinstance(item, SplitlearnError):
+            raise item
+        seen.append(item)
+        if isinstance(item, TokenEvent) and token is not None:
+            token()
+    metrics = RunMetrics.from_events(seen)
+    if metrics is None:
+        raise SplitlearnError("An answer without tokens.")
+    return metrics
+
+
+def _judge(runs: Runs, prompt: str, wanted: tuple[int, ...], ids: tuple[int, ...]) -> tuple[bool, str]:
+    """Whether the first token that differs is one that rounding may change, and in words how near the two were."""
+    at = first_divergence(wanted, ids) or 0
+    start = Tokens.load(runs.files.folder, use_fast=True).encode(prompt, chat=True)
+    threads = runs.config.runs.threads
+    fed = Fed(runs.files, runs.plan, "split", runs.flags("default"), (*start, *wanted[:at]), len(start), threads)
+    singly = logits_apart(fed)[-1]
+    at_once = logits_apart(replace(fed, prompt_tokens=len(fed.ids)))[-1]
+    best, second = torch.topk(singly, 2).values.tolist()
+    largest = (singly - at_once).abs().max().item()
+    return best - second <= 2 * largest, f"{best - second:.2g}, {largest:.2g}"

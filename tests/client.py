@@ -1,0 +1,55 @@
+"""A split client in this process: its own bottom and top, and a trunk behind a real socket."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from splitlearn import flags, loading
+from splitlearn.events import GenerationRequest, TokenEvent
+from splitlearn.generate import Generator, Link
+from splitlearn.metrics import RunMetrics
+from splitlearn.remote import RemoteStage
+from splitlearn.store import ModelFiles
+from splitlearn.tokens import Tokens
+from tests.trunk import PLAN, served
+
+CACHED = frozenset({"use_cache", "inference_mode"})
+At = Callable[[int], object]
+
+
+class Client:
+    """Asks prompts one after the other. `stage` is its trunk."""
+
+    def __init__(
+        self, files: ModelFiles, addresses: Sequence[str], timeout_s: float = 60, trunk: frozenset[str] = CACHED
+    ) -> None:
+        placement = loading.Placement(torch.device("cpu"), torch.float32)
+        bottom, top = loading.load(files, loading.client_specs(PLAN), CACHED, placement).stages
+        self.stage = RemoteStage(addresses, served(files), timeout_s)
+        links = [Link(bottom, CACHED), Link(self.stage, trunk), Link(top, CACHED)]
+        tokens = Tokens.load(files.folder, use_fast=True)
+        self._generator = Generator(links, tokens, files.facts.context_length, flags.settings(CACHED).top_k)
+
+    def ask(self, request: GenerationRequest, at: At = lambda token: None) -> RunMetrics:
+        """The answer; `at(n)` is called when there are n tokens."""
+        events = []
+        for event in self._generator.stream(request):
+            events.append(event)
+            if isinstance(event, TokenEvent):
+                at(len(events))
+        metrics = RunMetrics.from_events(events)
+        assert metrics is not None
+        return metrics
+
+
+@contextmanager
+def client(
+    files: ModelFiles, *addresses: str, timeout_s: float = 60, trunk: frozenset[str] = CACHED
+) -> Iterator[Client]:
+    """A client of the trunks at `addresses`."""
+    made = Client(files, addresses, timeout_s, trunk)
+    try:
+        yield made
+    finally:
+        made.stage.close()
