@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+import server.__main__ as server_main
 from server import admission
 from splitlearn import config, trunks
 from splitlearn.breaker import COOL_DOWN_S, FAILURES, LONGEST_S, Breaker
@@ -194,6 +195,20 @@ def test_a_trunk_that_hangs_is_left_for_the_next_one(
         found = asking.ask(request(), once(20, stall))
     check_same(found, undisturbed[0])
     assert [recovery.found for _, recovery in found.recoveries] == [here.address]
+
+
+def test_a_session_that_is_idle_may_be_pinged_and_is_not_shut_for_it(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ends' own settings, ten times as quick; with gRPC's default for a server the fourth ping is one too many."""
+    for end in (trunks, server_main):
+        quick = tuple((name, value // 10) for name, value in end.KEEP_ALIVE)
+        monkeypatch.setattr(end, "KEEP_ALIVE", quick)
+    with serve_here(files) as pinged, closing(RemoteStage([pinged.address], served(files), 20)) as stage:
+        session = stage.open(CACHED, MAX_LENGTH)
+        session.step(0, hidden(files, 2))
+        time.sleep(6)
+        assert session.step(2, hidden(files, 1)).timing.recoveries == ()
 
 
 def test_a_trunk_that_is_slow_or_a_client_that_does_not_read_harms_nobody(
