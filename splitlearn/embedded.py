@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import IO, cast
 
+from splitlearn import process
 from splitlearn.config import Config
 from splitlearn.errors import SetupError
 from splitlearn.wire import READY
@@ -46,7 +47,8 @@ class EmbeddedTrunk:
 
     def alive(self) -> bool:
         """True while the server runs."""
-        return self._server.process.poll() is None
+        server = self._server.process
+        return server.poll() is None and process.runs(server.pid)
 
     def ready(self) -> bool:
         """Wait while the server is being started again; False when it was stopped or given up."""

@@ -70,16 +70,8 @@ class Child:
             raise self.death() from error
 
     def alive(self) -> bool:
-        """True while the process runs: a killed one has stopped some time before its end is reported or its pipe shut.
-
-        Its threads end one by one, and the last of them closes the pipe.
-        """
-        if self.process.pid is None or not self.process.is_alive():
-            return False
-        try:
-            return psutil.Process(self.process.pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-        except psutil.NoSuchProcess:
-            return False
+        """True while the process runs."""
+        return self.process.pid is not None and self.process.is_alive() and runs(self.process.pid)
 
     def stop(self) -> None:
         """End the process: asked by the closing of its pipe, then told, then killed."""
@@ -108,6 +100,17 @@ def start(what: str, target: Callable[..., None], *arguments: object) -> Child:
     process.start()
     theirs.close()
     return Child(process, ours, what)
+
+
+def runs(pid: int) -> bool:
+    """True while that process runs: a killed one has stopped some time before its end is reported or its pipes shut.
+
+    Its threads end one by one, and the last of them closes the pipes.
+    """
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _main(target: Callable[..., None], connection: Connection, *arguments: object) -> None:

@@ -173,9 +173,10 @@ def test_what_a_trunk_serves_is_compared_before_anything_is_run(here: TrunkHere,
     assert "digest" not in str(caught.value)
 
 
-def test_a_full_trunk_says_so(stage: RemoteStage) -> None:
-    with opened(stage), opened(stage), pytest.raises(TrunkFull, match="2 of 2 sessions"):
-        stage.open(CACHED, MAX_LENGTH)
+def test_a_full_trunk_says_so(stage: RemoteStage, here: TrunkHere, files: ModelFiles) -> None:
+    hasty = RemoteStage([here.address], served(files), timeout_s=0.5)
+    with contextlib.closing(hasty), opened(stage), opened(stage), pytest.raises(TrunkFull, match="2 of 2 sessions"):
+        hasty.open(CACHED, MAX_LENGTH)
 
 
 def test_a_step_that_the_trunk_refuses_ends_the_session_with_its_words(stage: RemoteStage, files: ModelFiles) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from splitlearn import breaker, config
+from splitlearn import config
 from splitlearn.arm import Kind
 from splitlearn.errors import InputError, TrunkUnavailable, WorkerDied
 from splitlearn.events import Done, GenerationRequest, TokenEvent
@@ -20,11 +20,14 @@ from splitlearn.sampling import SamplingParams
 from splitlearn.selection import FlagSet
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
-from tests.trunk import Raw, eventually, gone, opening, serve, settings
+from tests.forked import forked
+from tests.trunk import Raw, eventually, gone, opening, settings
 
 KINDS: tuple[Kind, ...] = ("full", "split")
 CACHED = frozenset({"use_cache", "inference_mode", "low_cpu_mem_usage"})
 FLAGS = FlagSet(CACHED, CACHED, CACHED)
+# Those for which the tests' trunks start no server beside their own.
+OWN_FLAGS = FlagSet(CACHED, CACHED, CACHED - {"low_cpu_mem_usage"})
 SHORT = GenerationRequest("Why is the sky blue?", max_new_tokens=6, ignore_eos=True)
 LONG = GenerationRequest("Why is the sky blue?", max_new_tokens=480, ignore_eos=True)
 SESSIONS = 2
@@ -49,9 +52,9 @@ def report(runs: Runs, kind: Kind, request: GenerationRequest = SHORT, flags: Fl
     return last
 
 
-def interrupted(runs: Runs, kind: Kind, hit: Callable[[], object]) -> Iterator[Item]:
+def interrupted(runs: Runs, kind: Kind, hit: Callable[[], object], flags: FlagSet = FLAGS) -> Iterator[Item]:
     """A long run in whose middle `hit` is called."""
-    items = runs.stream(kind, FLAGS, LONG)
+    items = runs.stream(kind, flags, LONG)
     for _ in range(20):
         yield next(items)
     hit()
@@ -144,9 +147,9 @@ def test_a_worker_that_is_killed_between_runs_is_replaced(runs: Runs) -> None:
 
 
 def test_an_embedded_trunk_that_is_killed_is_started_again_and_the_answer_goes_on(runs: Runs) -> None:
-    wanted, address = report(runs, "split", LONG).metrics, runs.trunk_address()
+    wanted, address = report(runs, "split", LONG, OWN_FLAGS).metrics, runs.trunk_address()
     (server,) = [child for child in psutil.Process().children() if "server" in child.cmdline()]
-    *_, last = interrupted(runs, "split", server.kill)
+    *_, last = interrupted(runs, "split", server.kill, OWN_FLAGS)
     assert isinstance(last, ArmReport)
     assert last.metrics.token_ids == wanted.token_ids
     assert last.metrics.text == wanted.text
@@ -156,23 +159,30 @@ def test_an_embedded_trunk_that_is_killed_is_started_again_and_the_answer_goes_o
     assert (recovery.lost, recovery.found) == (address, address)
     assert recovery.replayed_tokens == last.metrics.prompt_tokens + token - 2
     assert last.metrics.ledger["recover"] == recovery.seconds
-    assert report(runs, "split").metrics.recoveries == ()
+    assert report(runs, "split", flags=OWN_FLAGS).metrics.recoveries == ()
+
+
+def found_again(runs: Runs) -> tuple[int, ...] | None:
+    """The tokens of a run; None while the trunk is not tried, or not there."""
+    try:
+        return report(runs, "split", flags=OWN_FLAGS).metrics.token_ids
+    except TrunkUnavailable:
+        return None
 
 
 def test_a_trunk_elsewhere_that_is_started_again_serves_the_same_client(files: ModelFiles, tmp_path: Path) -> None:
     sections = settings(files)
-    with serve(sections, tmp_path) as first:
-        parsed = config.with_trunk(config.parse(sections), first.address)
+    with forked(sections, tmp_path) as trunk:
+        parsed = config.with_trunk(config.parse(sections), trunk.address)
         with Runs(parsed, silent) as made:
-            wanted = report(made, "split").metrics.token_ids
-            first.process.kill()
-            first.process.wait()
+            wanted = found_again(made)
+            assert wanted
+            trunk.kill()
             for _ in range(2):
-                with pytest.raises(TrunkUnavailable, match=first.address):
-                    report(made, "split")
-            with serve(sections, tmp_path, port=int(first.address.rpartition(":")[2])):
-                time.sleep(breaker.LONGEST_S)  # until it is tried again
-                assert report(made, "split").metrics.token_ids == wanted
+                with pytest.raises(TrunkUnavailable, match=trunk.address):
+                    report(made, "split", flags=OWN_FLAGS)
+            trunk.start()
+            assert eventually(lambda: found_again(made) == wanted, 30)
 
 
 def test_an_input_error_leaves_the_worker_as_it_is(runs: Runs) -> None:
