@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import chaos, fidelity, lab, memory, overhead, wire
+from bench import chaos, fidelity, fuzz, lab, memory, overhead, wire
 from splitlearn import config
 from splitlearn.progress import on_console
 from splitlearn.runs import Runs
@@ -16,6 +16,7 @@ BENCHES = {
     "fidelity": fidelity.main,
     "lab": lab.main,
     "chaos": chaos.main,
+    "fuzz": fuzz.main,
 }
 
 

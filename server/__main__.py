@@ -13,14 +13,17 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from server import bearer
+from server.access import Gate
 from server.build import build
+from server.door import Door
 from server.others import Others
 from server.service import TrunkService
 from splitlearn import config
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.progress import on_console
-from splitlearn.wire import MAX_MESSAGE_BYTES, READY, SERVICE
+from splitlearn.wire import READY, SERVICE
 
 # A client whose machine went away closes nothing: without pings its session would stay for ever.
 # The third is for a ping of another kind, behind which a keepalive ping waits. The fourth permits the clients' pings
@@ -42,11 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
+        if options.command == "token":
+            return _make_token(options.name)
         settings = _settings(options)
+        door = Door.of(settings.server)
         with on_console() as progress:
             served = build(settings, progress)
         others = Others(settings)
-        server = listen(TrunkService(served, others), settings.server)
+        server = listen(TrunkService(served, others, settings.server, door.access), settings.server, door)
     except SplitlearnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,34 +70,59 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", help="overrides server.host")
     parser.add_argument("--port", type=int, help="overrides server.port; 0 takes a free one")
     parser.add_argument(
+        "--allow-open",
+        action="store_true",
+        default=None,
+        help="listen beyond loopback without access control: whoever reaches the port uses the trunk",
+    )
+    parser.add_argument(
         "--embedded",
         action="store_true",
         help="for the program that starts this one: settings come as one line of JSON on stdin, and the server ends "
         "when stdin closes",
     )
+    words = "make a token: the secret for a client, shown once (stderr), and the entry for server.tokens (stdout)"
+    token = parser.add_subparsers(dest="command", metavar="token").add_parser("token", help=words, description=words)
+    token.add_argument("name", metavar="NAME", help="whom it is for")
     return parser.parse_args(arguments)
 
 
 def _settings(options: argparse.Namespace) -> Config:
     settings = config.parse(json.loads(sys.stdin.readline())) if options.embedded else config.load(options.config)
-    changes = {name: value for name in ("host", "port") if (value := getattr(options, name)) is not None}
+    changes = {name: value for name in ("host", "port", "allow_open") if (value := getattr(options, name)) is not None}
     return config.parse({**settings.model_dump(), "server": {**settings.server.model_dump(), **changes}})
 
 
-def listen(service: TrunkService, settings: ServerConfig) -> grpc.Server:
+def _make_token(name: str) -> int:
+    secret, entry = bearer.make(name)
+    print(
+        f"The token of {name}, shown this once; its client finds it in the variable that trunk.token names:\n{secret}",
+        file=sys.stderr,
+    )
+    print(entry, end="")
+    return 0
+
+
+def listen(service: TrunkService, settings: ServerConfig, door: Door) -> grpc.Server:
     """A started server with health and reflection; says on stdout where. Raises SetupError when it cannot listen."""
     # Each session holds a thread, and so does each that waits; the others answer Describe, health checks and refusals.
     # Without a limit gRPC would keep what finds no thread waiting in silence.
     threads = settings.max_sessions + settings.max_waiting + SPARE_THREADS
     workers = ThreadPoolExecutor(threads)
     # Without so_reuseport=0 a second server on the same port starts and gets half of the clients.
-    options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), *KEEP_ALIVE)
-    server = grpc.server(workers, handlers=[service.handler()], options=options, maximum_concurrent_rpcs=threads)
+    options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", settings.max_message_bytes), *KEEP_ALIVE)
+    server = grpc.server(
+        workers,
+        handlers=[service.handler()],
+        interceptors=[Gate(door.access)],
+        options=options,
+        maximum_concurrent_rpcs=threads,
+    )
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        port = server.add_insecure_port(f"{settings.host}:{settings.port}")
+        port = door.listen(server, f"{settings.host}:{settings.port}")
     except RuntimeError as error:
         address = f"{settings.host}:{settings.port}"
         raise SetupError(f"server.port: cannot listen on {address}; is another program using it?") from error

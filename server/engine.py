@@ -17,10 +17,12 @@ from itertools import chain
 import torch
 
 from server.admission import Admission, Place
-from splitlearn.errors import InputError, SplitlearnError, TrunkUnavailable, as_error
+from splitlearn.errors import InputError, SplitlearnError, TrunkFailed, TrunkUnavailable, as_error
+from splitlearn.finite import first_not_finite
 from splitlearn.flags import settings
 from splitlearn.kv import KVPool, PooledCache, Run, shapes_of
 from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
+from splitlearn.wire.codec import where_not_finite
 
 # The share of a forward's time for which it waits for sessions that are about to bring their next step: those that were
 # left out would wait for a whole forward.
@@ -225,11 +227,21 @@ class Engine:
     def _outcomes(self, inputs: Sequence[StageInput]) -> list[StageOutput | SplitlearnError]:
         """The stage's outputs. If a forward of several fails, each is tried alone, so that one cannot hurt another."""
         try:
-            return list(self._stage.step(inputs)) if inputs else []
+            outputs = self._stage.step(inputs) if inputs else []
+            return [self._checked(item, output) for item, output in zip(inputs, outputs, strict=True)]
         except Exception as error:
             if len(inputs) == 1:
                 return [as_error(error, "computing")]
         return [self._outcomes([item])[0] for item in inputs]
+
+    def _checked(self, item: StageInput, output: StageOutput) -> StageOutput | SplitlearnError:
+        """The output; or, where it holds what is no number, an error that says in which layer that began."""
+        found = where_not_finite(output.x)
+        if found is None:
+            return output
+        row, value = found
+        layer = first_not_finite(self._stage.cut, lambda: self._stage.step([item]))
+        return TrunkFailed(f"{value} at position {item.position + row}, first in layer {layer}")
 
     def _finish(self, job: _Job, error: SplitlearnError | None = None) -> None:
         """Wake the thread that waits for `job`."""

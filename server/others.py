@@ -16,7 +16,8 @@ import grpc
 from splitlearn.config import Config, parse
 from splitlearn.embedded import EmbeddedTrunk
 from splitlearn.errors import TrunkFull
-from splitlearn.wire import SERVICE
+from splitlearn.wire import SERVICE, TOKEN_HEADER
+from splitlearn.wire.channel import open_channel
 
 if TYPE_CHECKING:  # grpc's classes are generic for the type checker only
     Method = grpc.StreamStreamMultiCallable[bytes, bytes]
@@ -26,8 +27,8 @@ class _Child:
     """A running child. `sessions` counts those that are handed on to it."""
 
     def __init__(self, config: Config) -> None:
-        self.trunk = EmbeddedTrunk(config)
-        self.channel = grpc.insecure_channel(self.trunk.address, options=(("grpc.use_local_subchannel_pool", 1),))
+        self.trunk = EmbeddedTrunk(config, config.server.tokens)
+        self.channel = open_channel(self.trunk.address)
         self.sessions = 0
 
     def stop(self) -> None:
@@ -61,7 +62,8 @@ class Others:
         child = self._take(flags)
         try:
             method: Method = child.channel.stream_stream(f"/{SERVICE}/Session")
-            call = method(chain([first], _until_gone(requests)))
+            shown = tuple(pair for pair in context.invocation_metadata() or () if pair[0] == TOKEN_HEADER)
+            call = method(chain([first], _until_gone(requests)), metadata=shown)
             context.add_callback(lambda: _cancel(call))
             try:
                 yield from call

@@ -1,7 +1,6 @@
 """The gRPC face of the trunk: checks what comes in, hands steps to the engine, says clearly what it refuses."""
 
 import logging
-import threading
 import time
 from collections.abc import Iterator
 
@@ -10,41 +9,52 @@ import torch
 import transformers
 from google.protobuf.message import DecodeError
 
+from server.access import Access, Guest
 from server.build import Served
 from server.engine import Seat
 from server.others import Others
+from server.patience import Patience
+from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError, SplitlearnError, TrunkRefused
 from splitlearn.flags import FLAGS, Place, of_scope
 from splitlearn.process import peak_resident_bytes
 from splitlearn.selection import applied_of, chosen_in, why_not
-from splitlearn.wire import MAX_TENSOR_BYTES, PROTOCOL, SERVICE, codec
+from splitlearn.wire import ENVELOPE_BYTES, MAX_TENSOR_BYTES, PROTOCOL, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import status_of
 
 log = logging.getLogger(__name__)
-OPEN_TIMEOUT_S = 10.0
+MAX_OPEN_BYTES = 64 * 1024
 DEFAULT_WAIT_S = 120.0
 """How long a client waits that does not say."""
 
 
 class TrunkService:
-    """Describe and Session."""
+    """Describe and Session. Raises InputError for a limit on messages into which no step fits."""
 
-    def __init__(self, served: Served, others: Others) -> None:
+    def __init__(self, served: Served, others: Others, limits: ServerConfig, access: Access) -> None:
         self._served = served
         self._others = others
+        self._limits = limits
+        self._access = access
+        self._patience = Patience(limits.open_s, limits.idle_s)
+        self._part_bytes = min(MAX_TENSOR_BYTES, limits.max_message_bytes - ENVELOPE_BYTES)
+        row = served.files.facts.hidden_size * served.placement.dtype.itemsize
+        if self._part_bytes < row:
+            least = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
+            raise InputError("server.max_message_bytes", limits.max_message_bytes, least)
         self._place = Place(device=str(served.placement.device))
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Both methods. Session takes raw bytes, so that reading and writing them can be timed here."""
-        describe = grpc.unary_unary_rpc_method_handler(
-            self.describe, pb.DescribeRequest.FromString, pb.Description.SerializeToString
+        describe: grpc.RpcMethodHandler[bytes, pb.Description] = grpc.unary_unary_rpc_method_handler(
+            self.describe, None, pb.Description.SerializeToString
         )
         session: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(self.session)
         return grpc.method_handlers_generic_handler(SERVICE, {"Describe": describe, "Session": session})
 
-    def describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
-        """What is served here, and which flags can be applied."""
+    def describe(self, request: bytes, context: grpc.ServicerContext) -> pb.Description:
+        """What is served here, and which flags can be applied. A request says nothing, so that none can be wrong."""
         served, facts = self._served, self._served.files.facts
         return pb.Description(
             protocol=PROTOCOL,
@@ -56,7 +66,7 @@ class TrunkService:
             dtype=_name(served.placement.dtype),
             device=str(served.placement.device),
             hidden_size=facts.hidden_size,
-            max_length=facts.context_length or 0,
+            max_length=self._longest() or 0,
             threads=served.threads,
             flags=[pb.FlagState(name=name, unavailable=why_not(name, "trunk", self._place) or "") for name in FLAGS],
             versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
@@ -64,17 +74,21 @@ class TrunkService:
 
     def session(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """One session, from Open to the end of the stream; whatever ends it, its memory is freed."""
+        watched = self._patience.watch(context)
         try:
-            yield from self._session(requests, context)
+            guest = self._access.enter(context)
+            yield from watched.answers(self._session(watched.requests(requests), context, guest))
         except SplitlearnError as error:
             context.abort_with_status(status_of(error))
         except grpc.RpcError:
             log.info("a session's client went away")
 
-    def _session(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        first = _first(requests, context)
+    def _session(self, requests: Iterator[bytes], context: grpc.ServicerContext, guest: Guest) -> Iterator[bytes]:
+        first = next(requests, None)
         if first is None:
             return
+        if len(first) > MAX_OPEN_BYTES:
+            raise InputError("message", f"{len(first)} bytes", f"an Open of at most {MAX_OPEN_BYTES}")
         opening = _parse(first, "open").open
         self._check(opening)
         applied = self._applied(opening)
@@ -82,9 +96,9 @@ class TrunkService:
         if flags != self._served.own_flags:
             yield from self._others.session(flags, first, requests, context)
             return
-        began, timeout_s = time.perf_counter(), opening.timeout_s or DEFAULT_WAIT_S
+        began, timeout_s = time.perf_counter(), min(opening.timeout_s or DEFAULT_WAIT_S, self._limits.max_wait_s)
         seat = self._served.engine.open(applied, opening.max_length, timeout_s, context.is_active)
-        stay = _Stay(self._served, seat, opening.max_length, timeout_s)
+        stay = _Stay(self._served, seat, guest, opening.max_length, timeout_s)
         # The stream can end while this generator waits at a yield: then only the callback runs in time.
         if not context.add_callback(stay.close):
             stay.close()
@@ -101,7 +115,11 @@ class TrunkService:
     def _opened(self, queue_s: float) -> bytes:
         served = self._served
         opened = pb.Opened(
-            threads=served.threads, load_s=served.load_s, import_rss_bytes=served.import_rss_bytes, queue_s=queue_s
+            threads=served.threads,
+            load_s=served.load_s,
+            import_rss_bytes=served.import_rss_bytes,
+            queue_s=queue_s,
+            max_tensor_bytes=self._part_bytes,
         )
         return pb.ServerMessage(opened=opened).SerializeToString()
 
@@ -121,11 +139,16 @@ class TrunkService:
         ]
         if differing:
             raise TrunkRefused(f"this trunk serves something else: {'; '.join(differing)}")
-        limit = served.files.facts.context_length
+        limit = self._longest()
         if opening.max_length < 1 or (limit is not None and opening.max_length > limit):
             raise InputError("max_length", opening.max_length, f"1 to {limit or 'any number of'} tokens")
         if not 0 <= opening.timeout_s < float("inf"):
             raise InputError("timeout_s", opening.timeout_s, "seconds, 0 or more")
+
+    def _longest(self) -> int | None:
+        """The most tokens of a session that the model and the settings allow; None where neither says."""
+        limits = (self._served.files.facts.context_length, self._limits.max_length)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _applied(self, opening: pb.Open) -> frozenset[str]:
         """The flags of a session, in the words by which they are compared. Refuses what cannot be applied here."""
@@ -140,38 +163,42 @@ class TrunkService:
 class _Stay:
     """One session at the engine, and the parts of a long step that have come so far."""
 
-    def __init__(self, served: Served, seat: Seat, max_length: int, timeout_s: float) -> None:
-        self._served, self._seat = served, seat
+    def __init__(self, served: Served, seat: Seat, guest: Guest, max_length: int, timeout_s: float) -> None:
+        self._served, self._seat, self._guest = served, seat, guest
         self._max_length, self._timeout_s = max_length, timeout_s
         self._dtype, self._hidden_size = served.placement.dtype, served.files.facts.hidden_size
-        self._parts: list[pb.Step] = []
+        # Of the parts that have come so far, no more than the values: what else stands in a message may be long.
+        self._parts: list[bytes] = []
+        self._first = (0, 0, False)
         self._tokens = 0
+        self._held_up_s = 0.0
 
     def feed(self, raw: bytes) -> Iterator[bytes]:
         """Take one message; the last part of a step is answered."""
-        started = time.perf_counter()
+        started, held_up_before_s = time.perf_counter(), self._held_up_s
         step = _parse(raw, "step").step
         self._take(step)
         if step.more:
             return
-        first, tokens = self._parts[0], self._tokens
-        x = codec.from_bytes(b"".join(part.hidden.data for part in self._parts), self._dtype, self._hidden_size)
-        self._parts, self._tokens = [], 0
+        (_, position, roll_back), tokens, held_up_s = self._first, self._tokens, self._held_up_s
+        x = codec.from_bytes(b"".join(self._parts), self._dtype, self._hidden_size)
+        self._parts, self._tokens, self._held_up_s = [], 0, 0.0
+        codec.check_finite(x, position)
         decoded = time.perf_counter()
-        done = self._served.engine.step(self._seat, first.position, x, self._timeout_s, first.roll_back)
+        done = self._served.engine.step(self._seat, position, x, self._timeout_s, roll_back)
         computed = time.perf_counter()
         wanted = min(step.answer_last or tokens, tokens)
         data = codec.to_bytes(done.x[:, tokens - wanted :])
         result = pb.StepResult(
             sequence_id=step.sequence_id,
             step_id=step.step_id,
-            decode_s=decoded - started,
-            queue_s=done.queue_s,
+            decode_s=decoded - started - (held_up_s - held_up_before_s),
+            queue_s=done.queue_s + held_up_s,
             trunk_s=done.trunk_s,
             encode_s=time.perf_counter() - computed,
             compile_s=done.compile_s,
         )
-        yield from self._answers(result, first.position + tokens - wanted, data)
+        yield from self._answers(result, position + tokens - wanted, data)
 
     def close(self) -> None:
         """Free the session at the engine; calling it again does nothing."""
@@ -181,14 +208,15 @@ class _Stay:
         """Check one part against what is served and against the parts before it."""
         tokens = codec.check(step.hidden, self._dtype, self._hidden_size)
         if self._parts:
-            expected = self._parts[0].position + self._tokens
-            if step.step_id != self._parts[0].step_id or step.position != expected:
-                raise InputError(
-                    "position", step.position, f"{expected}, the next part of step {self._parts[0].step_id}"
-                )
+            step_id, expected = self._first[0], self._first[1] + self._tokens
+            if step.step_id != step_id or step.position != expected:
+                raise InputError("position", step.position, f"{expected}, the next part of step {step_id}")
+        else:
+            self._first = (step.step_id, step.position, step.roll_back)
         if step.position + tokens > self._max_length:
             raise InputError("position", step.position, f"at most {self._max_length} tokens in all, as opened")
-        self._parts.append(step)
+        self._held_up_s += self._guest.spend(tokens, self._timeout_s)
+        self._parts.append(step.hidden.data)
         self._tokens += tokens
 
     def _answers(self, result: pb.StepResult, position: int, data: bytes) -> Iterator[bytes]:
@@ -199,16 +227,6 @@ class _Stay:
             result.position, result.more = position + start // row, start + size < len(data)
             result.hidden.CopyFrom(codec.message(part, self._dtype, self._hidden_size))
             yield pb.ServerMessage(result=result).SerializeToString()
-
-
-def _first(requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes | None:
-    """A stream's first message. Each stream holds a thread: one that never opens a session must not keep it."""
-    timer = threading.Timer(OPEN_TIMEOUT_S, context.cancel)
-    timer.start()
-    try:
-        return next(requests, None)
-    finally:
-        timer.cancel()
 
 
 def _parse(raw: bytes, kind: str) -> pb.ClientMessage:

@@ -25,6 +25,7 @@ from splitlearn.stages import LocalStage
 from splitlearn.store import ModelFiles
 from splitlearn.stream import Served
 from splitlearn.tokens import Tokens
+from splitlearn.wire.channel import NONE, Credentials
 
 Kind = Literal["full", "split"]
 CANCEL = "cancel"
@@ -44,6 +45,7 @@ class ArmSpec:
     flags: FlagSet
     addresses: tuple[str, ...]
     timeout_s: float
+    credentials: Credentials = NONE
     copy: int = 0
 
     def __hash__(self) -> int:
@@ -121,7 +123,7 @@ def _trunk(spec: ArmSpec) -> RemoteStage | None:
     """The trunk's stage with its channel warm and the engine for the trunk's flags loaded."""
     if not spec.addresses:
         return None
-    trunk = RemoteStage(spec.addresses, spec.served(), spec.timeout_s)
+    trunk = RemoteStage(spec.addresses, spec.served(), spec.timeout_s, spec.credentials)
     trunk.open(spec.flags.trunk, max_length=1).close()
     return trunk
 

@@ -15,7 +15,6 @@ from typing import Any
 from splitlearn.arm import Kind
 from splitlearn.events import GenerationRequest
 from splitlearn.metrics import UNATTRIBUTED, RunMetrics, first_divergence
-from splitlearn.remote import describe
 from splitlearn.runs import ArmReport, Item, Runs
 from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
@@ -84,7 +83,7 @@ def compare(
 
 def environment(runs: Runs) -> dict[str, Any]:
     """What a reader needs to know of the machine and the software to place the figures."""
-    trunk = describe(runs.trunk_address())
+    trunk = runs.describe_trunk()
     return {
         "machine": platform.machine(),
         "processor": _processor(),

@@ -5,11 +5,12 @@ names the key as it is written in the file (`split.start`), the value, and what 
 which flags exist: `flags.py` does.
 """
 
+import ipaddress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from splitlearn.errors import InputError
 
@@ -39,8 +40,21 @@ def _is_address(text: str) -> bool:
     return bool(colon and host and port.isdecimal() and 0 < int(port) < 65536)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`, a name or an address (an IPv6 one may stand in brackets)."""
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+File = Annotated[Path, Field(strict=False)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""The name of an environment variable that holds a secret, never the secret itself."""
 
 
 class ModelConfig(_Section):
@@ -49,7 +63,7 @@ class ModelConfig(_Section):
     name: str = Field("smollm2-135m-instruct", min_length=1)
     dtype: Dtype = "float32"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    cache: Path | None = Field(None, strict=False)
+    cache: File | None = None
 
 
 class SplitConfig(_Section):
@@ -59,11 +73,40 @@ class SplitConfig(_Section):
     end: Annotated[int, Field(ge=1)] | None = None
 
 
+class _Pair(_Section):
+    """A certificate and its private key, PEM files: both or neither."""
+
+    certificate: File | None = None
+    key: File | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key together, or neither")
+        return self
+
+
+class TrunkTls(_Pair):
+    """TLS at the client: `ca` signed the trunk's certificate, and its absence means plaintext."""
+
+    ca: File | None = None
+    server_name: str | None = None
+
+    @model_validator(mode="after")
+    def _only_with_ca(self) -> Self:
+        if self.ca is None and (self.certificate is not None or self.server_name is not None):
+            raise ValueError("ca, without which there is no TLS that the other keys could be for")
+        return self
+
+
 class TrunkConfig(_Section):
-    """Where the client finds its trunk: the first address that works, and the others when that one is lost."""
+    """Where the client finds its trunk, the first address that works and the others when that one is lost, and what it
+    shows to each."""
 
     address: Annotated[tuple[str, ...], BeforeValidator(valid_addresses)] = (EMBEDDED,)
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
+    tls: TrunkTls = TrunkTls()
+    token: Variable = "SPLITLEARN_TRUNK_TOKEN"
 
     @property
     def embedded(self) -> bool:
@@ -71,17 +114,37 @@ class TrunkConfig(_Section):
         return self.address == (EMBEDDED,)
 
 
+class ServerTls(_Pair):
+    """TLS at the server; with `client_ca`, clients must show a certificate that it signed."""
+
+    client_ca: File | None = None
+
+    @model_validator(mode="after")
+    def _only_with_certificate(self) -> Self:
+        if self.client_ca is not None and self.certificate is None:
+            raise ValueError("certificate and key, without which there is no TLS for client_ca")
+        return self
+
+
 class ServerConfig(_Section):
-    """What `python -m server` listens on and how much it takes on."""
+    """What `python -m server` listens on, whom it lets in, and how much it takes on."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
+    tls: ServerTls = ServerTls()
+    tokens: File | None = None
+    allow_open: bool = False
     max_sessions: Annotated[int, Field(ge=1, le=1024)] = 64
     max_waiting: Annotated[int, Field(ge=0, le=1024)] = 32
     max_others: Annotated[int, Field(ge=0, le=64)] = 8
     kv_bytes: Annotated[int, Field(ge=1)] | None = None
     kv_block_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
     prompt_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
+    max_length: Annotated[int, Field(ge=1)] | None = None
+    max_message_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 3 * 1024 * 1024
+    open_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    idle_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
+    max_wait_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
 
 
 class GenerationConfig(_Section):
@@ -100,12 +163,12 @@ class RunsConfig(_Section):
 
 
 class UiConfig(_Section):
-    """The page. `auth` names the environment variable that holds `user:password`, never the secret itself."""
+    """The page. `auth` names the environment variable that holds `user:password`."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
     share: bool = False
-    auth: str = Field("SPLITLEARN_AUTH", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    auth: Variable = "SPLITLEARN_AUTH"
 
 
 class Config(_Section):

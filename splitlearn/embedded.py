@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from splitlearn import process
-from splitlearn.config import Config
+from splitlearn.config import Config, ServerTls
 from splitlearn.errors import SetupError
 from splitlearn.wire import READY
 
@@ -26,13 +26,15 @@ FIRST_PAUSE_S = 0.5
 
 
 class EmbeddedTrunk:
-    """`python -m server` with this program's settings. `address` is where it listens, also after it was restarted."""
+    """`python -m server` with this program's settings, on loopback: without TLS, and without tokens but for those of
+    the file `tokens`. `address` is where it listens, also after it was restarted."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, tokens: Path | None = None) -> None:
+        own = config.server.model_copy(update={"tls": ServerTls(), "tokens": tokens})
+        self._config = config.model_copy(update={"server": own})
         self._stopping = threading.Event()
         self._lost = threading.Event()
-        self._server = _Server(config, port=0)
+        self._server = _Server(self._config, port=0)
         address = self._server.wait_ready()
         if address is None:
             self.stop()

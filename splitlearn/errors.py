@@ -9,6 +9,7 @@
     |-- TrunkError          the far end of a split
     |   |-- TrunkUnavailable   nobody answers, or the connection was lost
     |   |-- TrunkRefused       the trunk serves something else, or did not accept what was sent
+    |   |   `-- TrunkDenied       it asks for a token, and the one that it got, if any, is not valid
     |   |-- TrunkFull          no room for a session now
     |   `-- TrunkFailed        the trunk broke while computing
     |-- WorkFailed          a worker process met an error that nobody foresaw, and goes on
@@ -64,6 +65,10 @@ class TrunkUnavailable(TrunkError):
 
 class TrunkRefused(TrunkError):
     """The trunk serves something else than what was asked for, or refused what was sent."""
+
+
+class TrunkDenied(TrunkRefused):
+    """The trunk lets in those with a valid token only."""
 
 
 class TrunkFull(TrunkError):

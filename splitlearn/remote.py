@@ -17,9 +17,10 @@ from splitlearn.errors import TrunkError, TrunkRefused, TrunkUnavailable
 from splitlearn.events import Recovery
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.stream import Served, Stream
-from splitlearn.trunks import Effort, Trunks, channel
+from splitlearn.trunks import Effort, Trunks
 from splitlearn.wire import PROTOCOL, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.status import error_of
 
 Found = TypeVar("Found")
@@ -42,10 +43,10 @@ class RemoteStage:
     """The trunk at the first of `addresses` that works. `facts` holds what it last said of itself. Raises TrunkError
     throughout."""
 
-    def __init__(self, addresses: Sequence[str], served: Served, timeout_s: float) -> None:
+    def __init__(self, addresses: Sequence[str], served: Served, timeout_s: float, shown: Credentials = NONE) -> None:
         self.served = served
         self.facts = TrunkFacts()
-        self._trunks = Trunks(addresses, served, timeout_s)
+        self._trunks = Trunks(addresses, served, timeout_s, shown)
 
     def open(self, applied: frozenset[str], max_length: int) -> "RemoteSession":
         """Open a session with the trunk's flags; refused unless the trunk serves exactly what is asked for."""
@@ -153,9 +154,9 @@ def first_that_works(addresses: Sequence[str], ask: Callable[[str], Found]) -> F
     raise first or TrunkUnavailable("No trunk server is known.")
 
 
-def describe(address: str, timeout_s: float = 10.0) -> pb.Description:
+def describe(address: str, shown: Credentials = NONE, timeout_s: float = 10.0) -> pb.Description:
     """What the trunk at `address` serves. Raises TrunkUnavailable when nobody answers there."""
-    with channel(address) as opened:
+    with open_channel(address, shown) as opened:
         method = opened.unary_unary(
             f"/{SERVICE}/Describe",
             request_serializer=pb.DescribeRequest.SerializeToString,

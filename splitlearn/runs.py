@@ -32,6 +32,9 @@ from splitlearn.selection import check as check_flags
 from splitlearn.selection import parse as parse_flags
 from splitlearn.split import SplitPlan
 from splitlearn.tokens import python_tokenizer_available
+from splitlearn.wire import channel
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import NONE, Credentials
 from splitlearn.wire.codec import DTYPES
 
 WARM_UP_TOKENS = 8
@@ -115,19 +118,35 @@ class Runs:
     def trunk_address(self) -> str:
         """Where a trunk answers: the first address that there is, or the first of several that works."""
         first, *others = self.trunk_addresses()
-        return first_that_works((first, *others), _answering) if others else first
+        return first_that_works((first, *others), self._answering) if others else first
+
+    def _answering(self, address: str) -> str:
+        """`address`, if a trunk answers there."""
+        describe(address, self.credentials)
+        return address
 
     def check_trunk(self) -> None:
         """Raise TrunkError unless a trunk answers and serves what this configuration needs."""
-        served = self.spec("split", FlagSet()).served()
-        first_that_works(self.trunk_addresses(), lambda address: check_served(describe(address), served, address))
+        served, shown = self.spec("split", FlagSet()).served(), self.credentials
+        first_that_works(
+            self.trunk_addresses(), lambda address: check_served(describe(address, shown), served, address)
+        )
 
     def availability(self) -> Availability:
         """Which flags can be applied where: here for full and client; for the trunk, what it says itself."""
         known = dict(availability({"full": self.here, "client": self.here}))
-        said = {flag.name: flag.unavailable or None for flag in describe(self.trunk_address()).flags}
+        said = {flag.name: flag.unavailable or None for flag in self.describe_trunk().flags}
         absent = "unknown to this trunk server"
         return {**known, "trunk": {name: said.get(name, absent) for name in known["client"]}}
+
+    def describe_trunk(self) -> pb.Description:
+        """What the trunk says that it serves. Raises TrunkError."""
+        return describe(self.trunk_address(), self.credentials)
+
+    @cached_property
+    def credentials(self) -> Credentials:
+        """What is shown to the trunk; the embedded one is on loopback and asks for nothing. Raises InputError."""
+        return NONE if self.config.trunk.embedded else channel.credentials(self.config.trunk)
 
     @cached_property
     def here(self) -> Place:
@@ -188,7 +207,8 @@ class Runs:
         own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
         addresses = self.trunk_addresses() if split else ()
         threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
-        return ArmSpec(kind, self.files, self.plan, self.device, self.dtype, threads, own, addresses, timeout_s)
+        shown = self.credentials if split else NONE
+        return ArmSpec(kind, self.files, self.plan, self.device, self.dtype, threads, own, addresses, timeout_s, shown)
 
     def _worker(self, spec: ArmSpec, stop: threading.Event) -> _Worker | None:
         """The worker for `spec`, loaded; the least recently used one makes room for a new one. None when stopped."""
@@ -259,12 +279,6 @@ class Runs:
             trunk_address=end.trunk.address if end.trunk else None,
             trunk=end.trunk,
         )
-
-
-def _answering(address: str) -> str:
-    """`address`, if a trunk answers there. Raises TrunkError."""
-    describe(address)
-    return address
 
 
 def _generation(worker: _Worker, request: GenerationRequest, stop: threading.Event) -> Iterator[Event | ArmEnd]:

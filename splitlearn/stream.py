@@ -47,6 +47,7 @@ class Stream:
         self._served = served
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self._steps = 0
+        self._part_bytes = 0
         self._deadline = float("inf")
         self._over = threading.Event()
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/Session")
@@ -56,7 +57,9 @@ class Stream:
     def open(self, opening: bytes, wait_s: float) -> pb.Opened:
         """Send the opening message and wait for its reply."""
         self._outgoing.put(opening)
-        return self._parse(self._receive(wait_s), "opened").opened
+        opened = self._parse(self._receive(wait_s), "opened").opened
+        self._part_bytes = opened.max_tensor_bytes
+        return opened
 
     def step(
         self, position: int, x: torch.Tensor, wait_s: float, *, roll_back: bool = False, answer_last: int = 0
@@ -116,7 +119,7 @@ class Stream:
 
     def _encode(self, position: int, x: torch.Tensor, roll_back: bool, answer_last: int) -> list[bytes]:
         self._steps += 1
-        parts = list(codec.parts(x))
+        parts = list(codec.parts(x, self._part_bytes))
         messages: list[bytes] = []
         for part in parts:
             step = pb.Step(

@@ -17,29 +17,10 @@ from splitlearn.breaker import Breaker
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.stream import Served, Stream
 from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import Credentials, open_channel
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 LEAST_WAIT_S = 1.0
-# A trunk whose machine went away, or that hangs, closes nothing: a ping that stays unanswered tells. The server permits
-# them as often (KEEP_ALIVE in server/__main__.py). The third is for a ping of another kind, behind which a keepalive
-# ping waits; the fourth lets pings go on while a long prompt is computed and nothing is sent.
-KEEP_ALIVE = (
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-# A machine that takes a connection and says nothing on it would be waited for 20 s.
-_OPTIONS = (
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.min_reconnect_backoff_ms", 5_000),
-)
-
-
-def channel(address: str) -> grpc.Channel:
-    """A channel to the trunk at `address`; it connects when it is first used."""
-    return grpc.insecure_channel(address, options=(*_OPTIONS, *KEEP_ALIVE))
 
 
 class Effort:
@@ -87,13 +68,15 @@ class _Trunk:
     """
 
     address: str
+    shown: Credentials
     breaker: Breaker = field(default_factory=Breaker)
     idle: list[grpc.Channel] = field(default_factory=list)
 
     def open(self, opening: bytes, served: Served, wait_s: float) -> tuple[Stream, pb.Opened]:
         """A session here, and what the trunk said of itself."""
         self.breaker.trying()
-        stream = Stream(self.idle.pop() if self.idle else channel(self.address), self.address, served)
+        channel = self.idle.pop() if self.idle else open_channel(self.address, self.shown)
+        stream = Stream(channel, self.address, served)
         try:
             return stream, stream.open(opening, wait_s)
         except BaseException as error:
@@ -120,8 +103,8 @@ class _Trunk:
 class Trunks:
     """The trunks at `addresses`, of which one is current. `open` gives a session at one that works."""
 
-    def __init__(self, addresses: Sequence[str], served: Served, timeout_s: float) -> None:
-        self._trunks = {address: _Trunk(address) for address in addresses}
+    def __init__(self, addresses: Sequence[str], served: Served, timeout_s: float, shown: Credentials) -> None:
+        self._trunks = {address: _Trunk(address, shown) for address in addresses}
         self._order = deque(addresses)  # the current one is first
         self._served = served
         self._timeout_s = timeout_s

@@ -79,6 +79,27 @@ def test_what_does_not_fit_together_is_refused_with_what_would_be_right(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("place", [(0, 0), (2, HIDDEN - 1), (4, 3)], ids=str)
+def test_a_number_that_is_not_finite_is_named_with_its_position(
+    dtype: torch.dtype, value: float, place: tuple[int, int]
+) -> None:
+    x = random_hidden(5, dtype)
+    x[0, place[0], place[1]] = value
+    x[0, 4, HIDDEN - 1] = -value
+    with pytest.raises(InputError, match=rf"tensor\.data: '{value} at position {100 + place[0]}' .*finite numbers"):
+        codec.check_finite(x, 100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finite_numbers_whose_sum_is_not_pass(dtype: torch.dtype) -> None:
+    x = torch.full((1, 3, HIDDEN), torch.finfo(dtype).max, dtype=dtype)
+    assert not x.sum().isfinite()
+    codec.check_finite(x, 0)
+    codec.check_finite(-x, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_parts_of_a_long_prompt_fit_into_a_message_and_are_the_whole(dtype: torch.dtype) -> None:
     x = random_hidden(5000, dtype, size=576)
     parts = list(codec.parts(x))

@@ -16,7 +16,7 @@ import torch
 
 import server.__main__ as server_main
 from server import admission
-from splitlearn import config, trunks
+from splitlearn import config
 from splitlearn.breaker import COOL_DOWN_S, FAILURES, LONGEST_S, Breaker
 from splitlearn.errors import TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.events import GenerationRequest, Recovery
@@ -26,7 +26,7 @@ from splitlearn.remote import RemoteStage, describe, first_that_works
 from splitlearn.runs import Runs
 from splitlearn.selection import FlagSet
 from splitlearn.store import ModelFiles
-from splitlearn.wire import codec
+from splitlearn.wire import channel, codec
 from tests.client import CACHED, client
 from tests.conftest import TinyFactory
 from tests.forked import Forked, forked
@@ -188,8 +188,8 @@ def test_a_trunk_that_hangs_is_left_for_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By SIGSTOP, or by a network that carries nothing any more: no connection is closed, and no answer is overdue."""
-    quick = tuple((name, min(value, 1_000)) for name, value in trunks.KEEP_ALIVE)
-    monkeypatch.setattr(trunks, "KEEP_ALIVE", quick)
+    quick = tuple((name, min(value, 1_000)) for name, value in channel.KEEP_ALIVE)
+    monkeypatch.setattr(channel, "KEEP_ALIVE", quick)
     with proxy(trunk.address) as between, client(files, between.address, here.address) as asking:
         stall = between.hold if how == "held" else lambda: os.kill(trunk.pid, signal.SIGSTOP)
         found = asking.ask(request(), once(20, stall))
@@ -201,7 +201,7 @@ def test_a_session_that_is_idle_may_be_pinged_and_is_not_shut_for_it(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ends' own settings, ten times as quick; with gRPC's default for a server the fourth ping is one too many."""
-    for end in (trunks, server_main):
+    for end in (channel, server_main):
         quick = tuple((name, value // 10) for name, value in end.KEEP_ALIVE)
         monkeypatch.setattr(end, "KEEP_ALIVE", quick)
     with serve_here(files) as pinged, closing(RemoteStage([pinged.address], served(files), 20)) as stage:

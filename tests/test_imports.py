@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     ("breaker", "errors", "progress", "stop", "threads"),
-    ("config", "families", "process", "sampling", "store", "wire"),
-    ("convert", "events", "flags", "split", "tokens"),
+    ("config", "families", "process", "sampling", "store"),
+    ("convert", "events", "flags", "split", "tokens", "wire"),
     ("kv",),
     ("packed",),
-    ("fetch", "metrics", "parts", "proof", "selection", "stages"),
+    ("fetch", "finite", "metrics", "parts", "proof", "selection", "stages"),
     ("embedded", "flags_page", "loading", "models", "stream"),
     ("trunks",),
     ("generate", "remote"),

@@ -25,6 +25,7 @@ import yaml
 from server.__main__ import listen
 from server.build import Served as ServedHere
 from server.build import build
+from server.door import Door
 from server.others import Others
 from server.service import TrunkService
 from splitlearn import config
@@ -34,6 +35,7 @@ from splitlearn.store import ModelFiles
 from splitlearn.stream import Served
 from splitlearn.wire import PROTOCOL, READY, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import NONE, Credentials, open_channel
 from tests.conftest import ROOT
 
 PLAN = SplitPlan(2, 4, 6)
@@ -97,14 +99,15 @@ class TrunkHere:
 
 
 @contextmanager
-def serve_here(files: ModelFiles, **limits: int) -> Iterator[TrunkHere]:
+def serve_here(files: ModelFiles, **limits: object) -> Iterator[TrunkHere]:
     """The real server on a real socket in this process."""
     layers = {"start": PLAN.start, "end": PLAN.end}
     parsed = config.parse(settings(files, split=layers, server={"port": 0, **limits}))
     built, others = build(parsed, silent), Others(parsed)
     said = io.StringIO()
     with redirect_stdout(said):
-        server = listen(TrunkService(built, others), parsed.server)
+        door = Door.of(parsed.server)
+        server = listen(TrunkService(built, others, parsed.server, door.access), parsed.server, door)
     try:
         yield TrunkHere(said.getvalue().removeprefix(READY).strip(), built)
     finally:
@@ -158,9 +161,9 @@ def step(x: torch.Tensor | pb.Tensor, position: int, step_id: int = 1, **changes
 class Raw:
     """One session's stream. `ask` sends bytes and waits for a reply; `refusal` for the status that ends the stream."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, shown: Credentials = NONE) -> None:
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
-        self._channel = grpc.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),))
+        self._channel = open_channel(address, shown)
         method: Any = self._channel.stream_stream(f"/{SERVICE}/Session")
         self._call = method(iter(self._outgoing.get, None), timeout=ANSWER_TIMEOUT_S, wait_for_ready=True)
 

@@ -23,6 +23,7 @@ from splitlearn.compare import environment
 from splitlearn.config import EMBEDDED
 from splitlearn.process import default_threads
 from splitlearn.runs import Runs
+from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.status import error_of
 
 CPU_FOLDER = Path("/sys/devices/system/cpu")
@@ -72,7 +73,7 @@ def fingerprint(runs: Runs) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "split": {"start": plan.start, "end": plan.end, "n_layers": plan.n_layers},
         "trunk": {**known["trunk"], "address": EMBEDDED if config.trunk.embedded else "host"},
-        "rtt_s": round_trip_s(runs.trunk_address()),
+        "rtt_s": round_trip_s(runs.trunk_address(), runs.credentials),
     }
 
 
@@ -83,12 +84,11 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {_said(first.get(name))} and {_said(second.get(name))}" for name in names]
 
 
-def round_trip_s(address: str) -> float:
+def round_trip_s(address: str, shown: Credentials = NONE) -> float:
     """The time for asking the trunk at `address` the least there is to ask, in seconds: the median of 20 gRPC health
     checks over one channel that is open. Raises TrunkError."""
     request, spent = health_pb2.HealthCheckRequest(), []
-    # No proxy, as remote.py's channel has none.
-    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+    with open_channel(address, shown) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         for _ in range(WARM_UP + ROUND_TRIPS):
             started = time.perf_counter()

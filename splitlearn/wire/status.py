@@ -11,6 +11,7 @@ from grpc_status import rpc_status
 from splitlearn.errors import (
     InputError,
     SplitlearnError,
+    TrunkDenied,
     TrunkError,
     TrunkFailed,
     TrunkFull,
@@ -22,17 +23,21 @@ from splitlearn.errors import (
 # value of any length.
 _MAX_DETAILS = 2000
 
+# The first that fits counts.
 _CODES: tuple[tuple[type[SplitlearnError], grpc.StatusCode], ...] = (
     (InputError, grpc.StatusCode.INVALID_ARGUMENT),
+    (TrunkDenied, grpc.StatusCode.UNAUTHENTICATED),
     (TrunkRefused, grpc.StatusCode.FAILED_PRECONDITION),
     (TrunkFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (TrunkUnavailable, grpc.StatusCode.UNAVAILABLE),
 )
 
+_NOT_TRUSTED = ("handshake failed", "verification check failed")
 _ERRORS: dict[grpc.StatusCode, type[TrunkError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: TrunkRefused,
     grpc.StatusCode.FAILED_PRECONDITION: TrunkRefused,
     grpc.StatusCode.UNIMPLEMENTED: TrunkRefused,
+    grpc.StatusCode.UNAUTHENTICATED: TrunkDenied,
     grpc.StatusCode.RESOURCE_EXHAUSTED: TrunkFull,
     grpc.StatusCode.UNAVAILABLE: TrunkUnavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: TrunkUnavailable,
@@ -70,12 +75,22 @@ def error_of(error: grpc.RpcError, address: str) -> TrunkError:
     code, details = error.code(), error.details() or "no details"
     kind = _ERRORS.get(code, TrunkFailed)
     if kind is TrunkUnavailable:
-        return kind(
-            f"The trunk server at {address} does not answer or was lost ({details}). "
-            "Start it with `python -m server --config config.yaml`, or set trunk.address."
-        )
-    said = f"The trunk server at {address} answered {code.name}: {details}"
+        return kind(f"The trunk server at {address} does not answer or was lost ({details}). {_advice(details)}")
+    ask = " Set the environment variable that trunk.token names to one." if kind is TrunkDenied else ""
+    said = f"The trunk server at {address} answered {code.name}: {details}{ask}"
     return TrunkFull(said, _retry_s(error)) if kind is TrunkFull else kind(said)
+
+
+def _advice(details: str) -> str:
+    """What a person can do about a trunk that is not reached, by gRPC's words for why."""
+    if any(words in details for words in _NOT_TRUSTED):
+        return (
+            "Look at trunk.tls: its ca, its server_name, and whether the trunk speaks TLS with a certificate in date."
+        )
+    start = "Start it with `python -m server --config config.yaml`, or set trunk.address."
+    if "Socket closed" in details:  # of TLS that is refused, no more is heard
+        return f"{start} If it asks for TLS or for a client's certificate, set trunk.tls."
+    return start
 
 
 def _retry_s(error: grpc.RpcError) -> float:

@@ -113,16 +113,18 @@ class Open(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., flags: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("threads", "load_s", "import_rss_bytes", "queue_s")
+    __slots__ = ("threads", "load_s", "import_rss_bytes", "queue_s", "max_tensor_bytes")
     THREADS_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     IMPORT_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     threads: int
     load_s: float
     import_rss_bytes: int
     queue_s: float
-    def __init__(self, threads: _Optional[int] = ..., load_s: _Optional[float] = ..., import_rss_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
+    max_tensor_bytes: int
+    def __init__(self, threads: _Optional[int] = ..., load_s: _Optional[float] = ..., import_rss_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ..., max_tensor_bytes: _Optional[int] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")

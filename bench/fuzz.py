@@ -1,0 +1,229 @@
+"""A server under hostile clients, beside one that generates and must get its exact tokens.
+
+The trunk is a server process of its own with two layers of the configured model, and with two tokens: one for the
+hostile clients, one for the other. bench/hostile.py has what they send. It ends with an error when anything was not as
+it should be.
+"""
+
+import os
+import random
+import socket
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import hypothesis
+import psutil
+import yaml
+from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
+
+from bench.hostile import Attacker, End, Script, Target, improper, oversized, scripts, silent, target
+from bench.report import write
+from server import bearer
+from splitlearn import config
+from splitlearn.compare import environment
+from splitlearn.config import Config
+from splitlearn.embedded import EmbeddedTrunk
+from splitlearn.errors import SplitlearnError
+from splitlearn.events import GenerationRequest, TokenEvent
+from splitlearn.progress import silent as without_progress
+from splitlearn.remote import describe
+from splitlearn.runs import Runs
+from splitlearn.wire.channel import NONE, Credentials
+
+MESSAGES = 100_000
+EXAMPLES, AT_ONCE = 100, 8
+TOKENS = 32
+VARIABLE = "SPLITLEARN_FUZZ_TOKEN"
+HOSTILE_SESSIONS = 16
+SILENT_EVERY = 10
+STRANGER = "all of these without a token"
+SERVER = {"open_s": 2.0, "idle_s": 4.0, "kv_bytes": 64 << 20, "max_others": 0}
+# KV memory, and for each hostile session four messages of the largest size: as it came, parsed, joined, as a tensor.
+MEMORY_LIMIT = (64 << 20) + HOSTILE_SESSIONS * 4 * config.ServerConfig().max_message_bytes
+
+
+@dataclass
+class Tally:
+    """What was sent, how the streams ended, and what was wrong with that."""
+
+    messages: int = 0
+    ends: Counter[tuple[str, str]] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    def count(self, played: Sequence[Script], ends: Sequence[End]) -> None:
+        """Add streams that were played, and those that have ended."""
+        self.messages += sum(len(script.messages) for script in played)
+        self.ends.update((end.script.kind, end.code.name) for end in ends)
+        self.wrong += [why for end in ends if (why := improper(end)) is not None]
+
+
+@dataclass
+class Watch:
+    """What the server's process came to meanwhile, in bytes."""
+
+    before: int
+    peak: int
+
+
+def attack(attacker: Attacker, drawn: st.SearchStrategy[Script], examples: int, seed: int, tally: Tally) -> None:
+    """Play `examples` groups of up to AT_ONCE scripts, each group's at the same time. A seed gives the same ones."""
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(st.lists(drawn, min_size=1, max_size=AT_ONCE))
+    def play(group: list[Script]) -> None:
+        tally.count(group, attacker.play(group))
+
+    play()
+
+
+def knock(address: str, dice: random.Random) -> None:
+    """Connect, say what is no gRPC, and go."""
+    host, _, port = address.rpartition(":")
+    greeting = dice.choice([b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
+    with suppress(OSError), socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(greeting + dice.randbytes(dice.randrange(1, 2000)))
+
+
+def main(runs: Runs) -> None:
+    """Send the messages and write docs/results/fuzz.md. Raises SplitlearnError when something was not right."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings, secret = _settings(runs.config, Path(folder))
+        trunk = EmbeddedTrunk(settings, settings.server.tokens)
+        try:
+            _report(runs, *_run(settings, trunk, Credentials(token=secret)))
+        finally:
+            trunk.stop()
+
+
+def _settings(base: Config, folder: Path) -> tuple[Config, str]:
+    """A trunk of two layers that knows two tokens: the other client's, in the environment, and the returned one."""
+    hostile, other = bearer.make("hostile"), bearer.make("other")
+    os.environ[VARIABLE] = other[0]
+    limits = {"sessions": HOSTILE_SESSIONS, "tokens_per_second": 1e6}
+    entries = [{**entry, **limits} for _, text in (hostile, other) for entry in yaml.safe_load(text)]
+    (folder / "tokens.yaml").write_text(yaml.safe_dump(entries), encoding="utf-8")
+    plain = base.model_dump()
+    server = {**plain["server"], **SERVER, "tokens": folder / "tokens.yaml"}
+    split = {"start": 2, "end": 4}
+    return config.parse({**plain, "server": server, "split": split, "trunk": {"token": VARIABLE}}), hostile[0]
+
+
+def _run(settings: Config, trunk: EmbeddedTrunk, shown: Credentials) -> tuple[Tally, Watch, int, float]:
+    with Runs(config.with_trunk(settings, trunk.address), without_progress) as own:
+        wanted, said = _answer(own), describe(trunk.address, shown)
+        aim = target(said, own.flags("default").trunk, settings.server.max_message_bytes)
+        with _watching(trunk.pid) as watch, _generating(own) as answers:
+            began = time.monotonic()
+            tally = _attack_until(trunk.address, shown, aim)
+            spent = time.monotonic() - began
+    left = Attacker(trunk.address, shown)
+    ends = left.play([Script("all sessions again", (aim.open(), aim.step(1, 0)))] * HOSTILE_SESSIONS)
+    left.close()
+    tally.wrong += [f"a session is left over: {end.details}" for end in ends if end.answers != 3]
+    tally.wrong += [f"the other client got {answer}, not {wanted}" for answer in answers if answer != wanted]
+    if watch.peak - watch.before > MEMORY_LIMIT:
+        tally.wrong.append(f"memory grew by {watch.peak - watch.before} bytes, over {MEMORY_LIMIT}")
+    return tally, watch, len(answers), spent
+
+
+def _attack_until(address: str, shown: Credentials, aim: Target) -> Tally:
+    """All kinds of attacks in turn, until enough messages were sent."""
+    tally, dice, round_number = Tally(), random.Random(0), 0
+    attacker, stranger = Attacker(address, shown), Attacker(address, NONE)
+    while tally.messages < MESSAGES:
+        round_number += 1
+        if round_number % SILENT_EVERY == 1:  # each of them takes as long as the server's patience
+            attack(attacker, silent(aim), 2, round_number, tally)
+        attack(attacker, scripts(aim), EXAMPLES, round_number, tally)
+        attack(attacker, oversized(aim), 2, round_number, tally)
+        attack(stranger, scripts(aim).map(_without_a_token), 5, round_number, tally)
+        for _ in range(5):
+            knock(address, dice)
+        print(f"{tally.messages} messages, {len(tally.wrong)} wrong", flush=True)
+        if round_number % SILENT_EVERY == 1:
+            tally.count([], attacker.let_go())
+    attacker.close()
+    stranger.close()
+    let_in = [code for kind, code in tally.ends if kind == STRANGER and code != "UNAUTHENTICATED"]
+    tally.wrong += [f"without a token: {code}" for code in let_in]
+    return tally
+
+
+def _without_a_token(script: Script) -> Script:
+    return replace(script, kind=STRANGER)
+
+
+def _answer(own: Runs) -> list[int]:
+    """The token ids of the other client's one prompt."""
+    request = GenerationRequest(own.config.generation.prompt, max_new_tokens=TOKENS, ignore_eos=True)
+    events = own.stream("split", own.flags("default"), request)
+    return [token for event in events if isinstance(event, TokenEvent) for token in event.token_ids]
+
+
+@contextmanager
+def _generating(own: Runs) -> Iterator[list[list[int] | str]]:
+    """The other client, which asks again and again; its answers, or the errors that it had."""
+    answers: list[list[int] | str] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                answers.append(_answer(own))
+            except SplitlearnError as error:
+                answers.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def _watching(pid: int) -> Iterator[Watch]:
+    """Looks at the memory of a process twenty times a second."""
+    process, over = psutil.Process(pid), threading.Event()
+    watch = Watch(process.memory_info().rss, 0)
+
+    def look() -> None:
+        while not over.wait(0.05):
+            watch.peak = max(watch.peak, process.memory_info().rss)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield watch
+    finally:
+        over.set()
+        thread.join()
+
+
+def _report(runs: Runs, tally: Tally, watch: Watch, n_answers: int, spent_s: float) -> None:
+    rows = [{"what was sent": kind, "status": code, "streams": n} for (kind, code), n in sorted(tally.ends.items())]
+    text = (
+        f"{tally.messages} messages in {sum(tally.ends.values())} streams, up to {AT_ONCE} at a time, in "
+        f"{spent_s:.0f} s. Meanwhile another client asked {n_answers} times for {TOKENS} tokens and got its exact ones "
+        f"each time. "
+        f"The server's memory was {watch.before >> 20} MiB before and {watch.peak >> 20} MiB at most (limit for the "
+        f"difference: {MEMORY_LIMIT >> 20} MiB). Not as it should be: {len(tally.wrong)}."
+    )
+    write("fuzz", "A server under hostile clients", text, rows, environment(runs))
+    if tally.wrong:
+        raise SplitlearnError(f"{len(tally.wrong)} ends were not as they should be, the first: {tally.wrong[0]}")

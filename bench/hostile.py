@@ -1,0 +1,309 @@
+"""Hostile clients: what they send (hypothesis strategies), and what a server must make of it.
+
+A `Script` is one stream: messages, and whether the client then says that it is done or says nothing more. `Attacker`
+plays scripts, several at once, and gives each one's end. `improper` says what is wrong with an end, if anything is.
+"""
+
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import torch
+from hypothesis import strategies as st
+
+from splitlearn.wire import PROTOCOL, SERVICE, codec
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import Credentials, open_channel
+
+ANSWER_TIMEOUT_S = 60.0
+NUMBERS = st.sampled_from([0, 1, 2, 3, 7, 63, 64, 65, 511, 512, 8192, 2**16, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])
+SECONDS = st.sampled_from([0.0, 0.001, 1.0, -1.0, 1e300, float("inf"), float("-inf"), float("nan")])
+VALUES = st.sampled_from([0.0, -0.0, 1e-45, 1.0, 3.0e38, -3.0e38, float("nan"), float("inf"), float("-inf")])
+TEXTS = st.one_of(
+    st.text(max_size=40), st.sampled_from(["float32", "bfloat16", "use_cache", "torch_compile", "x" * 5000])
+)
+# Statuses with which a server may refuse. INTERNAL is one for numbers that overflow in its own layers only.
+REFUSALS = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+OVERFLOW = "first in layer"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a server takes: the Open that fits it, its limit on messages."""
+
+    opening: pb.Open
+    hidden_size: int
+    max_message_bytes: int
+
+    def open(self, **changes: Any) -> bytes:
+        """The Open that fits, but for `changes`."""
+        made = pb.Open()
+        made.CopyFrom(self.opening)
+        for name, value in changes.items():
+            if name == "flags":
+                del made.flags[:]
+                made.flags.extend(value)
+            else:
+                setattr(made, name, value)
+        return pb.ClientMessage(open=made).SerializeToString()
+
+    def step(self, tokens: int, position: int, **changes: Any) -> bytes:
+        """A Step of so many tokens, but for `changes`."""
+        x = torch.full((1, tokens, self.hidden_size), 0.1)
+        right: dict[str, Any] = {"sequence_id": 1, "step_id": 1, "position": position, "hidden": codec.encode(x)}
+        return pb.ClientMessage(step=pb.Step(**{**right, **changes})).SerializeToString()
+
+
+@dataclass(frozen=True)
+class Script:
+    """One stream. `holds`: after its messages the client says nothing, not even that it is done."""
+
+    kind: str
+    messages: tuple[bytes, ...]
+    holds: bool = False
+    method: str = f"/{SERVICE}/Session"
+
+
+@dataclass(frozen=True)
+class End:
+    """How a stream ended; `answers` came before that."""
+
+    script: Script
+    code: grpc.StatusCode
+    details: str
+    answers: int
+
+
+def target(description: pb.Description, flags: Iterable[str], max_message_bytes: int, max_length: int = 64) -> Target:
+    """What the described server takes. `flags`: applied ones with which it need not start another server."""
+    said = description
+    opening = pb.Open(
+        protocol=PROTOCOL,
+        model=said.model,
+        digest=said.digest,
+        start=said.start,
+        end=said.end,
+        n_layers=said.n_layers,
+        dtype=said.dtype,
+        max_length=max_length,
+        flags=sorted(flags),
+        timeout_s=30,
+    )
+    return Target(opening, said.hidden_size, max_message_bytes)
+
+
+def scripts(aim: Target) -> st.SearchStrategy[Script]:
+    """Every kind of hostile stream that is cheap for its sender."""
+    after_open = {
+        "garbage": st.lists(st.binary(max_size=500), min_size=1, max_size=3),
+        "spoiled step": st.lists(_spoiled(st.just(aim.step(2, 0))), min_size=1, max_size=2),
+        "tensor": st.lists(_tensors(aim).map(lambda tensor: aim.step(1, 0, hidden=tensor)), min_size=1, max_size=2),
+        "numbers": _numbers(aim).map(lambda tensor: [aim.step(1, 0, hidden=tensor)]),
+        "positions": st.lists(_positions(aim), min_size=1, max_size=6),
+        "parts": st.lists(_parts(aim), min_size=2, max_size=8),
+        "again open": st.just([aim.open()]),
+        "unknown fields": st.integers(1, 200_000).map(lambda size: [aim.step(1, 0) + _unknown(size)]),
+    }
+    first = {
+        "garbage first": st.binary(max_size=2000).map(lambda message: [message]),
+        "step first": st.just([aim.step(1, 0)]),
+        "spoiled open": _spoiled(st.just(aim.open())).map(lambda message: [message]),
+        "odd open": _openings(aim).map(lambda message: [message, aim.step(1, 0)]),
+        "nothing": st.just([]),
+    }
+    return st.one_of(
+        [_script(kind, messages, [aim.open()]) for kind, messages in after_open.items()]
+        + [_script(kind, messages, []) for kind, messages in first.items()]
+        + [_other_methods()]
+    )
+
+
+def silent(aim: Target) -> st.SearchStrategy[Script]:
+    """Clients that keep a stream open and say no more: never-ending opens, sessions, prompts."""
+    begun = [(), (aim.open(),), (aim.open(), aim.step(1, 0, more=True)), (aim.open(), aim.step(1, 0))]
+    return st.sampled_from([Script("silent", messages, holds=True) for messages in begun])
+
+
+def oversized(aim: Target) -> st.SearchStrategy[Script]:
+    """Messages at and over the limit; each costs its sender what it costs the server."""
+    size = aim.max_message_bytes
+    sizes = st.sampled_from([size - 1, size, size + 1, 2 * size])
+    bodies = sizes.map(lambda wanted: bytes(wanted))
+    unknown = sizes.map(lambda wanted: aim.step(1, 0) + _unknown(wanted - 4096))
+    shapes = st.just(aim.step(1, 0, hidden=pb.Tensor(dtype=pb.FLOAT32, shape=[1] * (size - 1000), data=b"")))
+    after = st.one_of(bodies, unknown, shapes).map(lambda body: Script("oversized", (aim.open(), body)))
+    return st.one_of(after, bodies.map(lambda body: Script("oversized", (body,))))
+
+
+def improper(end: End) -> str | None:
+    """What is wrong with how a stream ended; None when it was answered or refused as it should be."""
+    said = f"{end.script.kind}: {end.code.name} {end.details!r}"
+    if end.code is grpc.StatusCode.OK:
+        return None if not end.script.holds else f"{said}: a stream that says nothing was ended without a word"
+    if end.code is grpc.StatusCode.INTERNAL and OVERFLOW in end.details:
+        return None
+    if end.code not in REFUSALS or not end.details or "Exception" in end.details:
+        return f"{said} is no proper refusal"
+    return None
+
+
+class Attacker:
+    """A client that plays scripts at `address`, all of a call at the same time."""
+
+    def __init__(self, address: str, shown: Credentials) -> None:
+        self._channel = open_channel(address, shown)
+        self._over = threading.Event()
+        self._held: list[tuple[Script, Any]] = []
+
+    def play(self, scripts: Sequence[Script]) -> list[End]:
+        """The ends of `scripts`; those that hold are left open, for `let_go`."""
+        calls = [(script, self._start(script)) for script in scripts]
+        self._held += [(script, call) for script, call in calls if script.holds]
+        return [_end(script, call) for script, call in calls if not script.holds]
+
+    def let_go(self) -> list[End]:
+        """The ends of the streams that were held, which the server has to bring about."""
+        held, self._held = self._held, []
+        return [_end(script, call) for script, call in held]
+
+    def close(self) -> None:
+        """Break everything off."""
+        self._over.set()
+        self._channel.close()
+
+    def _start(self, script: Script) -> Any:
+        method: Any = self._channel.stream_stream(script.method)
+        return method(self._say(script), timeout=ANSWER_TIMEOUT_S)
+
+    def _say(self, script: Script) -> Iterator[bytes]:
+        yield from script.messages
+        if script.holds:
+            self._over.wait(2 * ANSWER_TIMEOUT_S)
+
+
+def _end(script: Script, call: Any) -> End:
+    answers = 0
+    try:
+        for _ in call:
+            answers += 1
+    except grpc.RpcError as error:
+        failed: Any = error
+        return End(script, failed.code(), failed.details() or "", answers)
+    return End(script, call.code(), call.details() or "", answers)
+
+
+def _script(kind: str, messages: st.SearchStrategy[list[bytes]], before: Sequence[bytes]) -> st.SearchStrategy[Script]:
+    return messages.map(lambda drawn: Script(kind, (*before, *drawn)))
+
+
+@st.composite
+def _spoiled(draw: st.DrawFn, right: st.SearchStrategy[bytes]) -> bytes:
+    """A message cut short, with bytes changed, or with others put in."""
+    message = bytearray(draw(right))
+    how = draw(st.sampled_from(["cut", "change", "insert", "twice"]))
+    at = draw(st.integers(0, min(len(message) - 1, 200)))
+    if how == "cut":
+        return bytes(message[: draw(st.integers(0, len(message) - 1))])
+    if how == "twice":
+        return bytes(message + message[at:])
+    other = draw(st.binary(min_size=1, max_size=8))
+    message[at : at + (len(other) if how == "change" else 0)] = other
+    return bytes(message)
+
+
+@st.composite
+def _openings(draw: st.DrawFn, aim: Target) -> bytes:
+    fields = {
+        "protocol": NUMBERS,
+        "model": TEXTS,
+        "digest": TEXTS,
+        "start": NUMBERS,
+        "end": NUMBERS,
+        "n_layers": NUMBERS,
+        "dtype": TEXTS,
+        "max_length": NUMBERS,
+        "flags": st.lists(TEXTS, max_size=5),
+        "timeout_s": SECONDS,
+    }
+    names = draw(st.sets(st.sampled_from(sorted(fields)), min_size=1, max_size=3))
+    return aim.open(**{name: draw(fields[name]) for name in sorted(names)})
+
+
+@st.composite
+def _tensors(draw: st.DrawFn, aim: Target) -> pb.Tensor:
+    """A dtype, a shape and a size that need not have to do with each other."""
+    shape = draw(st.one_of(st.just([1, 1, aim.hidden_size]), st.lists(NUMBERS, max_size=5)))
+    size = draw(st.sampled_from([0, 1, 4, 4 * aim.hidden_size - 1, 4 * aim.hidden_size, 4 * aim.hidden_size + 1, 9999]))
+    dtype: Any = draw(st.sampled_from([-(2**31), -1, 0, 1, 2, 3, 4, 99, 2**31 - 1]))
+    return pb.Tensor(dtype=dtype, shape=shape, data=bytes(size))
+
+
+@st.composite
+def _numbers(draw: st.DrawFn, aim: Target) -> pb.Tensor:
+    """The right shape, and values that no layer gives."""
+    values = draw(st.lists(VALUES, min_size=1, max_size=4))
+    row = [values[index % len(values)] for index in range(aim.hidden_size)]
+    data = b"".join(struct.pack("<f", min(max(value, -3.4e38), 3.4e38) if value == value else value) for value in row)
+    if draw(st.booleans()):
+        data = data[:-4] + struct.pack("<f", draw(VALUES))
+    return pb.Tensor(dtype=pb.FLOAT32, shape=[1, 1, aim.hidden_size], data=data)
+
+
+@st.composite
+def _positions(draw: st.DrawFn, aim: Target) -> bytes:
+    """Steps forward, back, beyond, and with a position of ten bytes, which is a negative one."""
+    if draw(st.integers(0, 7)) == 0:
+        negative = b"\x18" + b"\xff" * 9 + b"\x01"
+        hidden = codec.encode(torch.full((1, 1, aim.hidden_size), 0.1)).SerializeToString()
+        body = negative + b"\x22" + _varint(len(hidden)) + hidden
+        return b"\x12" + _varint(len(body)) + body
+    changes = {"roll_back": draw(st.booleans()), "step_id": draw(NUMBERS), "answer_last": draw(NUMBERS)}
+    return aim.step(draw(st.integers(1, 3)), draw(st.one_of(st.integers(0, 4), NUMBERS)), **changes)
+
+
+@st.composite
+def _parts(draw: st.DrawFn, aim: Target) -> bytes:
+    """Parts of steps, in whatever order."""
+    if draw(st.integers(0, 9)) == 0:
+        return aim.open()
+    return aim.step(
+        draw(st.integers(1, 20)),
+        draw(st.integers(0, 40)),
+        step_id=draw(st.integers(1, 2)),
+        sequence_id=draw(NUMBERS),
+        more=draw(st.booleans()),
+    )
+
+
+def _other_methods() -> st.SearchStrategy[Script]:
+    names = st.sampled_from([f"/{SERVICE}/Describe", f"/{SERVICE}/NoSuch", "/nobody.Knows/It", "/x"])
+    return st.builds(
+        lambda name, message: Script("other method", (message,), method=name),
+        names,
+        st.binary(min_size=1, max_size=200),
+    )
+
+
+def _unknown(size: int) -> bytes:
+    """A field that the protocol does not have, of so many bytes."""
+    return b"\xfa\x7f" + _varint(size) + bytes(size)
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 127:
+        encoded.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*encoded, number])

@@ -1,0 +1,67 @@
+"""Bearer tokens: the file that `server.tokens` names, and how one is made. Of a token its SHA-256 alone is kept."""
+
+import hashlib
+import secrets
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from splitlearn.errors import InputError
+
+SECRET_BYTES = 32
+
+
+class Token(BaseModel):
+    """One entry of the tokens' file. `tokens_per_second` counts positions computed, of a prompt and after it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sessions: Annotated[int, Field(ge=1)]
+    tokens_per_second: Annotated[float, Field(ge=0.01)]
+    expires: datetime | date | None = None
+
+    def expired(self) -> bool:
+        """Whether its time is over; a date without a time ends at its first moment, and both are UTC if not said."""
+        if self.expires is None:
+            return False
+        end = self.expires
+        moment = end if isinstance(end, datetime) else datetime(end.year, end.month, end.day)
+        return datetime.now(UTC) >= (moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+
+
+def load(path: Path) -> tuple[Token, ...]:
+    """The tokens of a file. Raises InputError for one that cannot be used; what it holds is not repeated."""
+    setting, shape = "server.tokens", "a YAML list of entries as `python -m server token NAME` prints them"
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(setting, str(path), f"a readable file ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(setting, str(path), shape) from error
+    try:
+        tokens = TypeAdapter(tuple[Token, ...]).validate_python(tuple(data) if isinstance(data, list) else data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(setting, str(path), f"{shape}; {place}: {first['msg']}") from error
+    for what in ("name", "sha256"):
+        if len({getattr(token, what) for token in tokens}) < max(1, len(tokens)):
+            raise InputError(setting, str(path), f"at least one entry, each with a {what} of its own")
+    return tokens
+
+
+def digest(secret: str) -> str:
+    """What is kept of a token."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def make(name: str) -> tuple[str, str]:
+    """A new secret, and the entry for the tokens' file that lets in who has it."""
+    secret = secrets.token_urlsafe(SECRET_BYTES)
+    entry = {"name": name, "sha256": digest(secret), "sessions": 2, "tokens_per_second": 200.0}
+    return secret, yaml.safe_dump([entry], sort_keys=False, allow_unicode=True)

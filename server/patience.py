@@ -1,0 +1,97 @@
+"""Ends calls whose client is silent for too long, with a status that says so.
+
+A session holds a thread and KV memory: one that sends no Open, brings no step, or does not take its answers must not
+keep them. What the server itself takes for an answer does not count.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+LOOK_S = 0.25
+NEVER = float("inf")
+
+
+class Patience:
+    """Watches calls: `open_s` for the first message, `idle_s` for each after it and for an answer to be taken."""
+
+    def __init__(self, open_s: float, idle_s: float) -> None:
+        self.open_s, self.idle_s = open_s, idle_s
+        self._lock = threading.Lock()
+        self._calls: set[Watched] = set()
+        self._looking = False
+
+    def watch(self, context: grpc.ServicerContext) -> "Watched":
+        """Watch a call until it ends."""
+        call = Watched(self, context)
+        with self._lock:
+            self._calls.add(call)
+            if not self._looking:
+                self._looking = True
+                threading.Thread(target=self._look, daemon=True).start()
+        if not context.add_callback(lambda: self._forget(call)):
+            self._forget(call)
+        return call
+
+    def _forget(self, call: "Watched") -> None:
+        with self._lock:
+            self._calls.discard(call)
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(LOOK_S)
+            now = time.monotonic()
+            with self._lock:
+                if not self._calls:
+                    self._looking = False
+                    return
+                late = [call for call in self._calls if now > min(call.read_by, call.written_by)]
+                self._calls.difference_update(late)
+            for call in late:
+                call.end()
+
+
+class Watched:
+    """One call. `read_by` and `written_by` are the moments by which its client must have sent, and taken, something."""
+
+    def __init__(self, patience: Patience, context: grpc.ServicerContext) -> None:
+        self._patience = patience
+        self._context: Any = context
+        self._opened = False
+        self.read_by = self.written_by = NEVER
+
+    def requests(self, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """The same messages, each waited for only so long."""
+        wait_s = self._patience.open_s
+        while True:
+            self.read_by = time.monotonic() + wait_s
+            try:
+                message = next(requests, None)
+            finally:
+                self.read_by = NEVER
+            if message is None:
+                return
+            self._opened = True
+            yield message
+            wait_s = self._patience.idle_s
+
+    def answers(self, answers: Iterator[bytes]) -> Iterator[bytes]:
+        """The same messages, each to be taken within so long."""
+        for answer in answers:
+            self.written_by = time.monotonic() + self._patience.idle_s
+            yield answer
+            self.written_by = NEVER
+
+    def end(self) -> None:
+        """End the call with DEADLINE_EXCEEDED.
+
+        Of gRPC's public ways to end a call, one is for the handler's own thread, which is the one that waits here, and
+        the other gives no reason.
+        """
+        limits = self._patience
+        waited = f"{limits.idle_s:g} s (server.idle_s)" if self._opened else f"{limits.open_s:g} s (server.open_s)"
+        said = f"nothing was heard of the client for {waited}"
+        self._context._rpc_event.call.cancel(grpc.StatusCode.DEADLINE_EXCEEDED.value[0], said)

@@ -1,0 +1,40 @@
+"""Where in a stage numbers stopped being finite: looked for only when a step's result was found not to be."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from splitlearn.split import CutModel
+
+
+def first_not_finite(cut: CutModel, again: Callable[[], object]) -> int | None:
+    """The layer, by its number in the whole model, that is the first to give a NaN or an Inf while `again` runs.
+
+    `again` repeats the step that went wrong, from the cache as it was before it. None when all layers stay finite.
+    """
+    found: list[int] = []
+
+    def look(number: int) -> Callable[[nn.Module, Any, Any], None]:
+        def after(module: nn.Module, inputs: Any, output: Any) -> None:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if not found and not bool(hidden.isfinite().all()):
+                found.append(number)
+
+        return after
+
+    with ExitStack() as stack:
+        if cut.module._compiled_call_impl is not None:  # compiled code passes hooks by that came after it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for index, layer in enumerate(_layers(cut)):
+            stack.enter_context(layer.register_forward_hook(look(cut.start + index)))
+        again()
+    return found[0] if found else None
+
+
+def _layers(cut: CutModel) -> nn.ModuleList:
+    """The stage's own layers. The module of a stage that is not the last is the body alone."""
+    path, body = cut.structure.layers, cut.structure.body
+    return cast(nn.ModuleList, cut.module.get_submodule(path if cut.last else path.removeprefix(f"{body}.")))
