@@ -6,8 +6,12 @@ import logging
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -15,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from server import bearer
 from server.access import Gate
+from server.admission import Admission
 from server.build import build
 from server.door import Door
 from server.others import Others
@@ -35,15 +40,25 @@ KEEP_ALIVE = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 SPARE_THREADS = 16
+DRAIN_LOOK_S = 0.05
+STOP, ORPHANED = "stop", "orphaned"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that listens, and what it answers to health checks."""
+
+    server: grpc.Server
+    health: health.HealthServicer
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until told to stop. Returns the exit status: 2 when the server cannot start as asked."""
     options = _options(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    stop = threading.Event()
+    told: SimpleQueue[str] = SimpleQueue()  # which a signal's handler may use at any moment
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: told.put(STOP))
     try:
         if options.command == "token":
             return _make_token(options.name)
@@ -52,16 +67,29 @@ def main(arguments: list[str] | None = None) -> int:
         with on_console() as progress:
             served = build(settings, progress)
         others = Others(settings)
-        server = listen(TrunkService(served, others, settings.server, door.access), settings.server, door)
+        running = listen(TrunkService(served, others, settings.server, door.access), settings.server, door)
     except SplitlearnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.embedded:
-        threading.Thread(target=_wait_for_parent, args=(stop,), daemon=True).start()
-    stop.wait()
-    server.stop(grace=0).wait()
+        threading.Thread(target=_wait_for_parent, args=(told,), daemon=True).start()
+    if told.get() == STOP:
+        _drain(running, served.admission, others, settings.server.drain_s, told)
+    running.server.stop(grace=0).wait()
     others.stop()
     return 0
+
+
+def _drain(running: Running, admission: Admission, others: Others, grace_s: float, told: SimpleQueue[str]) -> None:
+    """Let nobody in, say so to health checks, and let those who are in finish: for `grace_s`, or until told again."""
+    running.health.enter_graceful_shutdown()
+    admission.drain()
+    others.drain()
+    deadline = time.monotonic() + grace_s
+    while admission.sessions + others.sessions and time.monotonic() < deadline:
+        with suppress(Empty):
+            told.get(timeout=DRAIN_LOOK_S)
+            return
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -103,7 +131,7 @@ def _make_token(name: str) -> int:
     return 0
 
 
-def listen(service: TrunkService, settings: ServerConfig, door: Door) -> grpc.Server:
+def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running:
     """A started server with health and reflection; says on stdout where. Raises SetupError when it cannot listen."""
     # Each session holds a thread, and so does each that waits; the others answer Describe, health checks and refusals.
     # Without a limit gRPC would keep what finds no thread waiting in silence.
@@ -130,13 +158,13 @@ def listen(service: TrunkService, settings: ServerConfig, door: Door) -> grpc.Se
     for name in ("", SERVICE):
         state.set(name, health_pb2.HealthCheckResponse.SERVING)
     print(f"{READY}{settings.host}:{port}", flush=True)
-    return server
+    return Running(server, state)
 
 
-def _wait_for_parent(stop: threading.Event) -> None:
+def _wait_for_parent(told: SimpleQueue[str]) -> None:
     """The parent holds the other end of stdin: when it ends, however it ends, this reads the end of the file."""
     sys.stdin.read()
-    stop.set()
+    told.put(ORPHANED)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from splitlearn.kv import KVPool, Run
 LOOK_S = 0.05
 FIRST_GUESS_S = 5.0
 RETRY_S = (0.1, 30.0)
+DRAINING = "this trunk server is shutting down"
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Admission:
             try:
                 while True:
                     if self._draining:
-                        raise TrunkUnavailable("this trunk server is shutting down")
+                        raise TrunkUnavailable(DRAINING)
                     if self._line[0] is ticket and self._room(tokens):
                         return self._take(tokens)
                     left = deadline - time.monotonic()

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from splitlearn.config import Config, parse
+from server.admission import DRAINING
+from splitlearn.config import Config, serving
 from splitlearn.embedded import EmbeddedTrunk
-from splitlearn.errors import TrunkFull
+from splitlearn.errors import TrunkFull, TrunkUnavailable
 from splitlearn.wire import SERVICE, TOKEN_HEADER
 from splitlearn.wire.channel import open_channel
 
@@ -54,6 +55,17 @@ class Others:
         self._config = config
         self._lock = threading.Lock()
         self._children: dict[frozenset[str], _Child] = {}
+        self._draining = False
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that are handed on now."""
+        with self._lock:
+            return sum(child.sessions for child in self._children.values())
+
+    def drain(self) -> None:
+        """Hand on nobody any more."""
+        self._draining = True
 
     def session(
         self, flags: frozenset[str], first: bytes, requests: Iterator[bytes], context: grpc.ServicerContext
@@ -85,6 +97,8 @@ class Others:
 
     def _take(self, flags: frozenset[str]) -> _Child:
         with self._lock:
+            if self._draining:
+                raise TrunkUnavailable(DRAINING)
             child = self._children.pop(flags, None)
             if child is None or not child.trunk.ready():
                 self._make_room()
@@ -94,11 +108,8 @@ class Others:
             return child
 
     def _settings(self, flags: frozenset[str]) -> Config:
-        data = self._config.model_dump()
-        server = {**data["server"], "max_others": 0}
-        return parse(
-            {**data, "server": server, "flags": f"full:none client:none trunk:{','.join(sorted(flags)) or 'none'}"}
-        )
+        own = self._config.server.model_copy(update={"max_others": 0})
+        return serving(self._config.model_copy(update={"server": own}), flags)
 
     def _make_room(self) -> None:
         limit = self._config.server.max_others

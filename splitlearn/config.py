@@ -6,6 +6,7 @@ which flags exist: `flags.py` does.
 """
 
 import ipaddress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -139,6 +140,7 @@ class ServerConfig(_Section):
     max_others: Annotated[int, Field(ge=0, le=64)] = 8
     kv_bytes: Annotated[int, Field(ge=1)] | None = None
     kv_block_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     prompt_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
     max_length: Annotated[int, Field(ge=1)] | None = None
     max_message_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 3 * 1024 * 1024
@@ -226,6 +228,11 @@ def _keys(place: list[str]) -> list[str]:
             return []
         section = annotation
     return list(section.model_fields)
+
+
+def serving(config: Config, flags: Iterable[str]) -> Config:
+    """The same settings for a trunk server whose own flags are `flags`."""
+    return parse({**config.model_dump(), "flags": f"trunk:{','.join(sorted(flags)) or 'none'}"})
 
 
 def with_trunk(config: Config, address: str) -> Config:

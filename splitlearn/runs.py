@@ -18,11 +18,11 @@ import psutil
 
 from splitlearn import arm, models
 from splitlearn.arm import CANCEL, ArmEnd, ArmReady, ArmSpec, Kind
-from splitlearn.config import Config
+from splitlearn.config import Config, serving
 from splitlearn.embedded import EmbeddedTrunk
 from splitlearn.errors import SplitlearnError, WorkerDied
 from splitlearn.events import Event, GenerationRequest, TokenEvent
-from splitlearn.flags import Place
+from splitlearn.flags import SIDES, Place, of_scope
 from splitlearn.metrics import RunMetrics
 from splitlearn.process import Child
 from splitlearn.progress import Progress
@@ -98,7 +98,7 @@ class Runs:
         self._lock = threading.Lock()
         self._workers: dict[ArmSpec, _Worker] = {}
         self._trunk_lock = threading.Lock()
-        self._trunk: EmbeddedTrunk | None = None
+        self._trunks: dict[frozenset[str], EmbeddedTrunk] = {}
 
     def __enter__(self) -> "Runs":
         return self
@@ -106,14 +106,33 @@ class Runs:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def trunk_addresses(self) -> tuple[str, ...]:
-        """Where trunks listen, in the order of preference; starts the embedded one if there is none."""
+    def trunk_addresses(self, applied: frozenset[str] | None = None) -> tuple[str, ...]:
+        """Where trunks listen, in the order of preference.
+
+        There is an embedded one for each set of load and process flags, started when it is first asked for: `applied`
+        are the trunk's flags, None for any of them.
+        """
         if not self.config.trunk.embedded:
             return self.config.trunk.address
         with self._trunk_lock:  # a page that opens asks for it beside the run that does
-            if self._trunk is None or not self._trunk.ready():
-                self._trunk = EmbeddedTrunk(self.config)
-            return (self._trunk.address,)
+            flags = next(reversed(self._trunks), self._first_flags) if applied is None else applied
+            own = of_scope(flags, "load", "process")
+            trunk = self._trunks.pop(own, None)
+            if trunk is None or not trunk.ready():
+                self._make_room()
+                trunk = EmbeddedTrunk(serving(self.config, own))
+            self._trunks[own] = trunk  # at the end: the least recently used one is first
+            return (trunk.address,)
+
+    @cached_property
+    def _first_flags(self) -> frozenset[str]:
+        """The trunk's flags of the configuration."""
+        return parse_flags(self.config.flags, availability(dict.fromkeys(SIDES, self.here))).trunk
+
+    def _make_room(self) -> None:
+        """End embedded trunks that were not used for longest while another one would find too little memory."""
+        while self._trunks and not self._has_memory():
+            self._trunks.pop(next(iter(self._trunks))).stop()
 
     def trunk_address(self) -> str:
         """Where a trunk answers: the first address that there is, or the first of several that works."""
@@ -127,7 +146,7 @@ class Runs:
 
     def check_trunk(self) -> None:
         """Raise TrunkError unless a trunk answers and serves what this configuration needs."""
-        served, shown = self.spec("split", FlagSet()).served(), self.credentials
+        served, shown = self.spec("full", FlagSet()).served(), self.credentials
         first_that_works(
             self.trunk_addresses(), lambda address: check_served(describe(address, shown), served, address)
         )
@@ -191,9 +210,9 @@ class Runs:
         for worker in self._workers.values():
             worker.child.stop()
         self._workers.clear()
-        if self._trunk is not None:
-            self._trunk.stop()
-            self._trunk = None
+        for trunk in self._trunks.values():
+            trunk.stop()
+        self._trunks.clear()
 
     def _clear_up(self) -> None:
         """Drop workers that are dead: the next run has new ones."""
@@ -205,7 +224,7 @@ class Runs:
         """What a worker of this arm is told; starts the embedded trunk for a split one."""
         split = kind == "split"
         own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
-        addresses = self.trunk_addresses() if split else ()
+        addresses = self.trunk_addresses(flags.trunk) if split else ()
         threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
         shown = self.credentials if split else NONE
         return ArmSpec(kind, self.files, self.plan, self.device, self.dtype, threads, own, addresses, timeout_s, shown)
@@ -234,6 +253,10 @@ class Runs:
         most = self.config.runs.warm_workers
         if most is not None:
             return len(self._workers) < most
+        return self._has_memory()
+
+    def _has_memory(self) -> bool:
+        """Whether there is memory for another process with a part of the model."""
         return psutil.virtual_memory().available > WEIGHTS_FREE * self.files.weights.stat().st_size
 
     def _warm_up(self, worker: _Worker, request: GenerationRequest, stop: threading.Event) -> None:

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import server.__main__ as server_main
+from server.admission import DRAINING
 from splitlearn.remote import describe
 from splitlearn.store import ModelFiles
 from splitlearn.wire import PROTOCOL, SERVICE
@@ -493,3 +494,28 @@ def test_a_server_that_ends_takes_those_for_other_flags_with_it(
         assert eventually(lambda: all(gone(other.pid) for other in others))
         with pytest.raises(grpc.RpcError):
             raw.ask(step(hidden(files, 1), 3, 2))
+
+
+def test_a_server_that_is_told_to_stop_lets_sessions_finish_and_nobody_in(files: ModelFiles, tmp_path: Path) -> None:
+    with serve(settings(files, server={"drain_s": 60}), tmp_path) as own, session(own, files) as raw:
+        with grpc.insecure_channel(own.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+            raw.ask(step(hidden(files, 3), 0))
+            own.process.send_signal(signal.SIGTERM)
+            said = health_pb2.HealthCheckResponse.NOT_SERVING
+            assert eventually(lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=10).status == said)
+            with Raw(own.address) as late:
+                assert late.refusal(opening(files)) == (grpc.StatusCode.UNAVAILABLE, DRAINING)
+            raw.ask(step(hidden(files, 1), 3, 2))
+            raw.end()
+        assert own.process.wait(10) == 0
+
+
+def test_a_server_that_is_told_twice_does_not_wait(files: ModelFiles, tmp_path: Path) -> None:
+    with serve(settings(files, server={"drain_s": 600}), tmp_path) as own, session(own, files):
+        own.process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            own.process.wait(1)
+        own.process.send_signal(signal.SIGTERM)
+        assert own.process.wait(10) == 0

@@ -45,7 +45,7 @@ ANSWER_TIMEOUT_S = 30.0
 def settings(files: ModelFiles, **sections: Mapping[str, object]) -> dict[str, Any]:
     """What config.yaml would say to run `files` on one thread; `sections` on top."""
     usual: dict[str, Any] = {"model": {"name": str(files.folder), "device": "cpu"}, "runs": {"threads": 1}}
-    usual["flags"] = "trunk:none"
+    usual |= {"flags": "trunk:none", "server": {"drain_s": 0}}
     return {**usual, **{name: {**usual.get(name, {}), **section} for name, section in sections.items()}}
 
 
@@ -107,11 +107,11 @@ def serve_here(files: ModelFiles, **limits: object) -> Iterator[TrunkHere]:
     said = io.StringIO()
     with redirect_stdout(said):
         door = Door.of(parsed.server)
-        server = listen(TrunkService(built, others, parsed.server, door.access), parsed.server, door)
+        running = listen(TrunkService(built, others, parsed.server, door.access), parsed.server, door)
     try:
         yield TrunkHere(said.getvalue().removeprefix(READY).strip(), built)
     finally:
-        server.stop(grace=0).wait()
+        running.server.stop(grace=0).wait()
         others.stop()
 
 
