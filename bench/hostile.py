@@ -112,7 +112,7 @@ def scripts(aim: Target) -> st.SearchStrategy[Script]:
         "tensor": st.lists(_tensors(aim).map(lambda tensor: aim.step(1, 0, hidden=tensor)), min_size=1, max_size=2),
         "numbers": _numbers(aim).map(lambda tensor: [aim.step(1, 0, hidden=tensor)]),
         "positions": st.lists(_positions(aim), min_size=1, max_size=6),
-        "parts": st.lists(_parts(aim), min_size=2, max_size=8),
+        "steps out of order": _walks(aim),
         "again open": st.just([aim.open()]),
         "unknown fields": st.integers(1, 200_000).map(lambda size: [aim.step(1, 0) + _unknown(size)]),
     }
@@ -274,17 +274,20 @@ def _positions(draw: st.DrawFn, aim: Target) -> bytes:
 
 
 @st.composite
-def _parts(draw: st.DrawFn, aim: Target) -> bytes:
-    """Parts of steps, in whatever order."""
-    if draw(st.integers(0, 9)) == 0:
-        return aim.open()
-    return aim.step(
-        draw(st.integers(1, 20)),
-        draw(st.integers(0, 40)),
-        step_id=draw(st.integers(1, 2)),
-        sequence_id=draw(NUMBERS),
-        more=draw(st.booleans()),
-    )
+def _walks(draw: st.DrawFn, aim: Target) -> list[bytes]:
+    """Steps and parts of steps, most of them where they belong: what follows on them meets a session in any state."""
+    messages, at, step_id = [], 0, 1
+    for _ in range(draw(st.integers(2, 8))):
+        tokens, more = draw(st.integers(1, 20)), draw(st.booleans())
+        kind = draw(st.sampled_from(["right", "right", "right", "back", "gap", "other step", "open"]))
+        position = {"back": draw(st.integers(0, at)), "gap": at + draw(st.integers(1, 3))}.get(kind, at)
+        if kind == "open":
+            messages.append(aim.open())
+            continue
+        changes = {"step_id": step_id + (kind == "other step"), "more": more, "roll_back": kind == "back"}
+        messages.append(aim.step(tokens, position, sequence_id=draw(NUMBERS), **changes))
+        at, step_id = position + tokens, step_id if more else step_id + 1
+    return messages
 
 
 def _other_methods() -> st.SearchStrategy[Script]:

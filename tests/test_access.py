@@ -127,7 +127,7 @@ def test_a_client_without_a_token_is_told_where_one_is_looked_for(here: TrunkHer
 def test_a_token_has_so_many_sessions_and_no_more_and_others_are_not_touched(
     here: TrunkHere, files: ModelFiles
 ) -> None:
-    ann = RemoteStage([here.address], served(files), 20, Credentials(token=ANN))
+    ann = RemoteStage([here.address], served(files), 2, Credentials(token=ANN))
     bob = RemoteStage([here.address], served(files), 20, Credentials(token=BOB))
     first = ann.open(frozenset(), 8)
     with pytest.raises(TrunkFull, match="all 1 sessions of this client"):
