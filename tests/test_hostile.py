@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.fuzz import STRANGER, Tally, attack, knock
@@ -39,6 +39,7 @@ MAX_MESSAGE_BYTES = 65_536
 PROMPT = "The sky is blue because air scatters short waves of light more than long ones."
 MEGABYTE = 1 << 20
 HIDDEN = 6
+ANY_SPEED = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,7 @@ def test_nothing_of_a_prompt_a_hidden_state_or_a_token_is_in_the_log(
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=300, deadline=None, database=None)
+@settings(ANY_SPEED, max_examples=300)
 def test_any_bytes_are_a_message_or_an_input_error(raw: bytes) -> None:
     from server.service import _parse
 
@@ -215,7 +216,7 @@ SHAPES = st.one_of(
     st.sampled_from(list(codec.DTYPES.values())),
     st.integers(HIDDEN - 1, HIDDEN),
 )
-@settings(max_examples=300, deadline=None, database=None)
+@settings(ANY_SPEED, max_examples=300)
 def test_what_passes_the_check_of_a_tensor_is_what_can_be_decoded(
     dtype: int, shape: list[int], data: bytes, wanted: torch.dtype, hidden_size: int
 ) -> None:
@@ -232,7 +233,7 @@ def test_what_passes_the_check_of_a_tensor_is_what_can_be_decoded(
     st.sampled_from(list(codec.DTYPES.values())),
     st.lists(st.floats(width=16), min_size=6, max_size=60),
 )
-@settings(max_examples=60, deadline=None, database=None)
+@settings(ANY_SPEED, max_examples=60)
 def test_the_first_number_that_is_not_finite_is_found(dtype: torch.dtype, values: list[float]) -> None:
     x = torch.tensor(values[: len(values) // 6 * 6]).view(1, -1, 6).to(dtype)
     rows = [index for index, row in enumerate(x[0]) if not row.isfinite().all()]
