@@ -30,11 +30,13 @@ except SplitlearnError as error:
 """
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests share a process: those of a file; and those of the lab, since one machine runs one experiment."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("lab" if name.startswith("test_lab") else name))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Which tests share a process: those of a file; and those of the lab, since one machine runs one experiment.
+
+    (In pytest_collection_modifyitems it would come too late: xdist reads the mark in its own.)
+    """
+    name = item.path.stem
+    item.add_marker(pytest.mark.xdist_group("lab" if name.startswith("test_lab") else name))
 
 
 @pytest.fixture(scope="session")
