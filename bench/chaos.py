@@ -81,7 +81,8 @@ def main(runs: Runs) -> None:
     text = (
         f"{CLIENTS} clients generate while their trunk is killed with SIGKILL at a random token. Most of a loss is the "
         "time that the trunk takes to start. A token may differ where the gap of the two best logits is at most twice "
-        "the largest difference that one step in the place of single ones makes."
+        "the largest difference that one step in the place of single ones makes. Connections that are cut, trunks that "
+        "hang, are slow, or come back with another model: tests/test_faults.py."
     )
     write("chaos", "The trunk killed while clients generate", text, rows, environment(runs))
 
