@@ -55,10 +55,11 @@ class Found:
 def main(runs: Runs) -> None:
     """Measure and write docs/results/chaos.md."""
     requests = [GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
-    address = runs.trunk_address()
+    flags = runs.flags("default")
+    (address,) = runs.spec("split", flags).addresses
     found, wanted = chaos(
         runs,
-        runs.flags("default"),
+        flags,
         requests,
         KILLS,
         random.Random(0),

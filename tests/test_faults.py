@@ -171,6 +171,17 @@ def test_of_two_trunks_one_may_die(
         assert asking.ask(request(1)).recoveries == ()  # it stays where it works
 
 
+def test_a_trunk_that_is_told_to_stop_ends_its_answer_and_the_next_one_is_asked_for_more(
+    trunk: Forked, here: TrunkHere, files: ModelFiles, undisturbed: list[RunMetrics]
+) -> None:
+    with client(files, trunk.address, here.address) as asking:
+        found = asking.ask(request(), once(20, lambda: os.kill(trunk.pid, signal.SIGTERM)))
+        check_same(found, undisturbed[0])
+        assert (found.recoveries, asking.stage.facts.address) == ((), trunk.address)
+        check_same(asking.ask(request(1)), undisturbed[1])
+        assert asking.stage.facts.address == here.address
+
+
 def test_the_first_address_that_works_is_used(
     here: TrunkHere, files: ModelFiles, undisturbed: list[RunMetrics]
 ) -> None:
