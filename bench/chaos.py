@@ -55,10 +55,11 @@ class Found:
 def main(runs: Runs) -> None:
     """Measure and write docs/results/chaos.md."""
     requests = [GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
-    address = runs.trunk_address()
+    flags = runs.flags("default")
+    (address,) = runs.spec("split", flags).addresses
     found, wanted = chaos(
         runs,
-        runs.flags("default"),
+        flags,
         requests,
         KILLS,
         random.Random(0),
@@ -81,7 +82,8 @@ def main(runs: Runs) -> None:
     text = (
         f"{CLIENTS} clients generate while their trunk is killed with SIGKILL at a random token. Most of a loss is the "
         "time that the trunk takes to start. A token may differ where the gap of the two best logits is at most twice "
-        "the largest difference that one step in the place of single ones makes."
+        "the largest difference that one step in the place of single ones makes. Connections that are cut, trunks that "
+        "hang, are slow, or come back with another model: tests/test_faults.py."
     )
     write("chaos", "The trunk killed while clients generate", text, rows, environment(runs))
 

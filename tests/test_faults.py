@@ -81,6 +81,11 @@ def once(at: int, act: Callable[[], object]) -> Callable[[int], object]:
     return lambda tokens: act() if tokens == at else None
 
 
+def ping_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = tuple((name, min(value, 1_000)) for name, value in channel.KEEP_ALIVE)
+    monkeypatch.setattr(channel, "KEEP_ALIVE", quick)
+
+
 def check_same(found: RunMetrics, wanted: RunMetrics) -> None:
     assert found.token_ids == wanted.token_ids
     assert (found.text, found.finish_reason) == (wanted.text, wanted.finish_reason)
@@ -166,6 +171,17 @@ def test_of_two_trunks_one_may_die(
         assert asking.ask(request(1)).recoveries == ()  # it stays where it works
 
 
+def test_a_trunk_that_is_told_to_stop_ends_its_answer_and_the_next_one_is_asked_for_more(
+    trunk: Forked, here: TrunkHere, files: ModelFiles, undisturbed: list[RunMetrics]
+) -> None:
+    with client(files, trunk.address, here.address) as asking:
+        found = asking.ask(request(), once(20, lambda: os.kill(trunk.pid, signal.SIGTERM)))
+        check_same(found, undisturbed[0])
+        assert (found.recoveries, asking.stage.facts.address) == ((), trunk.address)
+        check_same(asking.ask(request(1)), undisturbed[1])
+        assert asking.stage.facts.address == here.address
+
+
 def test_the_first_address_that_works_is_used(
     here: TrunkHere, files: ModelFiles, undisturbed: list[RunMetrics]
 ) -> None:
@@ -188,13 +204,27 @@ def test_a_trunk_that_hangs_is_left_for_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By SIGSTOP, or by a network that carries nothing any more: no connection is closed, and no answer is overdue."""
-    quick = tuple((name, min(value, 1_000)) for name, value in channel.KEEP_ALIVE)
-    monkeypatch.setattr(channel, "KEEP_ALIVE", quick)
+    ping_every_second(monkeypatch)
     with proxy(trunk.address) as between, client(files, between.address, here.address) as asking:
         stall = between.hold if how == "held" else lambda: os.kill(trunk.pid, signal.SIGSTOP)
         found = asking.ask(request(), once(20, stall))
     check_same(found, undisturbed[0])
     assert [recovery.found for _, recovery in found.recoveries] == [here.address]
+
+
+def test_a_trunk_that_hung_for_a_while_is_taken_up_again_when_it_is_the_only_one(
+    trunk: Forked, files: ModelFiles, undisturbed: list[RunMetrics], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ping_every_second(monkeypatch)
+
+    def stall() -> None:
+        os.kill(trunk.pid, signal.SIGSTOP)
+        threading.Timer(3, os.kill, (trunk.pid, signal.SIGCONT)).start()
+
+    with client(files, trunk.address) as asking:
+        found = asking.ask(request(), once(20, stall))
+    check_same(found, undisturbed[0])
+    assert [token for token, _ in found.recoveries] == [21]
 
 
 def test_a_session_that_is_idle_may_be_pinged_and_is_not_shut_for_it(

@@ -14,6 +14,7 @@ from splitlearn import config
 from splitlearn.arm import Kind
 from splitlearn.errors import InputError, TrunkUnavailable, WorkerDied
 from splitlearn.events import Done, GenerationRequest, TokenEvent
+from splitlearn.lab.fingerprint import trunk_pid
 from splitlearn.progress import silent
 from splitlearn.runs import ArmReport, Item, Runs
 from splitlearn.sampling import SamplingParams
@@ -148,7 +149,7 @@ def test_a_worker_that_is_killed_between_runs_is_replaced(runs: Runs) -> None:
 
 def test_an_embedded_trunk_that_is_killed_is_started_again_and_the_answer_goes_on(runs: Runs) -> None:
     wanted, address = report(runs, "split", LONG, OWN_FLAGS).metrics, runs.trunk_address()
-    (server,) = [child for child in psutil.Process().children() if "server" in child.cmdline()]
+    server = psutil.Process(trunk_pid(address))
     *_, last = interrupted(runs, "split", server.kill, OWN_FLAGS)
     assert isinstance(last, ArmReport)
     assert last.metrics.token_ids == wanted.token_ids
@@ -235,7 +236,7 @@ def test_closing_ends_every_process(files: ModelFiles) -> None:
         for kind in KINDS:
             report(made, kind)
         mine = {child.pid for child in psutil.Process().children(recursive=True)} - already
-        assert len(mine) >= 4  # two workers, the server, its engine
+        assert len(mine) >= 3  # two workers and the server
     assert eventually(lambda: all(gone(pid) for pid in mine if pid not in _fork_servers()))
 
 
