@@ -17,7 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from server import bearer
+from server import bearer, logs, sight
 from server.access import Gate
 from server.admission import Admission
 from server.build import build
@@ -42,6 +42,7 @@ KEEP_ALIVE = (
 SPARE_THREADS = 16
 DRAIN_LOOK_S = 0.05
 STOP, ORPHANED = "stop", "orphaned"
+log = logging.getLogger("server")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Running:
 def main(arguments: list[str] | None = None) -> int:
     """Serve until told to stop. Returns the exit status: 2 when the server cannot start as asked."""
     options = _options(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # What an embedded server does, its parent shows; on its terminal there is room for what went wrong only.
+    logs.start(logging.WARNING if options.embedded else logging.INFO)
     told: SimpleQueue[str] = SimpleQueue()  # which a signal's handler may use at any moment
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.put(STOP))
@@ -67,14 +69,18 @@ def main(arguments: list[str] | None = None) -> int:
         with on_console() as progress:
             served = build(settings, progress)
         others = Others(settings)
-        running = listen(TrunkService(served, others, settings.server, door.access), settings.server, door)
+        service = TrunkService(served, others, settings.server, door.access)
+        metrics = sight.listen(served.metrics, settings.server)
+        running = listen(service, settings.server, door)
     except SplitlearnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.embedded:
         threading.Thread(target=_wait_for_parent, args=(told,), daemon=True).start()
+    logs.tell(log, "serving", metrics=metrics, **sight.what(served))
     if told.get() == STOP:
         _drain(running, served.admission, others, settings.server.drain_s, told)
+    logs.tell(log, "stopping", sessions=served.admission.sessions + others.sessions)
     running.server.stop(grace=0).wait()
     others.stop()
     return 0
@@ -82,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _drain(running: Running, admission: Admission, others: Others, grace_s: float, told: SimpleQueue[str]) -> None:
     """Let nobody in, say so to health checks, and let those who are in finish: for `grace_s`, or until told again."""
+    logs.tell(log, "draining", sessions=admission.sessions + others.sessions, at_most_s=grace_s)
     running.health.enter_graceful_shutdown()
     admission.drain()
     others.drain()
@@ -97,6 +104,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="a config.yaml (default: every setting at its default)")
     parser.add_argument("--host", help="overrides server.host")
     parser.add_argument("--port", type=int, help="overrides server.port; 0 takes a free one")
+    parser.add_argument("--metrics-host", metavar="HOST", help="overrides server.metrics_host")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="overrides server.metrics_port")
     parser.add_argument(
         "--allow-open",
         action="store_true",
@@ -117,7 +126,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def _settings(options: argparse.Namespace) -> Config:
     settings = config.parse(json.loads(sys.stdin.readline())) if options.embedded else config.load(options.config)
-    changes = {name: value for name in ("host", "port", "allow_open") if (value := getattr(options, name)) is not None}
+    names = ("host", "port", "allow_open", "metrics_host", "metrics_port")
+    changes = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.embedded:  # with the same settings there may be a server beside it, which has the port
+        changes["metrics_port"] = None
     return config.parse({**settings.model_dump(), "server": {**settings.server.model_dump(), **changes}})
 
 
@@ -142,7 +154,7 @@ def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running
     server = grpc.server(
         workers,
         handlers=[service.handler()],
-        interceptors=[Gate(door.access)],
+        interceptors=[Gate(door.access, service.denied)],
         options=options,
         maximum_concurrent_rpcs=threads,
     )
@@ -157,6 +169,8 @@ def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running
     server.start()
     for name in ("", SERVICE):
         state.set(name, health_pb2.HealthCheckResponse.SERVING)
+    guarded = {"tls": door.credentials is not None, "tokens": settings.tokens is not None}
+    logs.tell(log, "listening", address=f"{settings.host}:{port}", **guarded)
     print(f"{READY}{settings.host}:{port}", flush=True)
     return Running(server, state)
 

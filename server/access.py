@@ -48,7 +48,7 @@ class Bucket:
             wait_s = max(0.0, (tokens - self._saved) / self._rate)
             if wait_s > within_s:
                 said = f"{tokens} tokens are over this client's {self._rate:g} a second: {wait_s:.1f} s too early"
-                raise TrunkFull(said, wait_s)
+                raise TrunkFull(said, wait_s, "token_rate")
             self._saved -= tokens
             return wait_s
 
@@ -65,7 +65,8 @@ class _Account:
     def enter(self) -> None:
         with self._lock:
             if self._sessions >= self.token.sessions:
-                raise TrunkFull(f"all {self.token.sessions} sessions of this client are open; try again later")
+                said = f"all {self.token.sessions} sessions of this client are open; try again later"
+                raise TrunkFull(said, cause="token_sessions")
             self._sessions += 1
 
     def leave(self) -> None:
@@ -144,10 +145,15 @@ class Access:
 
 
 class Gate(grpc.ServerInterceptor):
-    """Before every method: without a token there is the health check, and for all else one and the same answer."""
+    """Before every method: without a token there is the health check, and for all else one and the same answer.
 
-    def __init__(self, access: Access) -> None:
+    `denied` is told of each call that is turned away.
+    """
+
+    def __init__(self, access: Access, denied: Callable[[grpc.ServicerContext], None]) -> None:
         self._access = access
+        # A stream's handler is called before anything of the call is read; a unary call is answered by it just as well.
+        self._deny: Handler = grpc.stream_stream_rpc_method_handler(lambda _, context: _deny(context, denied))
 
     def intercept_service(
         self,
@@ -158,12 +164,9 @@ class Gate(grpc.ServerInterceptor):
         details = handler_call_details
         if details.method == OPEN_METHOD or self._access.lets_in(details.invocation_metadata or ()):
             return continuation(details)
-        return _DENY
+        return self._deny
 
 
-def _deny(requests: object, context: grpc.ServicerContext) -> None:
-    context.abort(code_of(TrunkDenied()), DENIED)
-
-
-# A stream's handler is called before anything of the call is read; a unary call is answered by it just as well.
-_DENY: Handler = grpc.stream_stream_rpc_method_handler(_deny)
+def _deny(context: grpc.ServicerContext, denied: Callable[[grpc.ServicerContext], None]) -> None:
+    denied(context)
+    context.abort(code_of(TrunkDenied(DENIED)), DENIED)

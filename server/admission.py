@@ -57,17 +57,17 @@ class Admission:
         ticket, deadline = object(), time.monotonic() + timeout_s
         with self._changed:
             if len(self._line) >= self._max_waiting and (self._line or not self._room(tokens)):
-                raise self._full(f"{len(self._line)} sessions are waiting already")
+                raise self._full(f"{len(self._line)} sessions are waiting already", "line_full")
             self._line.append(ticket)
             try:
                 while True:
                     if self._draining:
-                        raise TrunkUnavailable(DRAINING)
+                        raise TrunkUnavailable(DRAINING, "draining")
                     if self._line[0] is ticket and self._room(tokens):
                         return self._take(tokens)
                     left = deadline - time.monotonic()
                     if left <= 0 or not wanted():
-                        raise self._full(f"there was no room within {timeout_s:g} s")
+                        raise self._full(f"there was no room within {timeout_s:g} s", "wait_over")
                     self._changed.wait(min(left, LOOK_S))
             finally:
                 self._line.remove(ticket)
@@ -95,10 +95,10 @@ class Admission:
         self.sessions += 1
         return Place(self.pool.reserve(tokens) if tokens else None, time.monotonic())
 
-    def _full(self, why: str) -> TrunkFull:
+    def _full(self, why: str, cause: str) -> TrunkFull:
         """With the time after which a place should be free for one more: what a stay took lately, shared by all."""
         shortest, longest = RETRY_S
         retry_s = self._stay_s * (1 + len(self._line)) / max(1, self.sessions)
         blocks = f"{self.pool.blocks_used} of {self.pool.n_blocks} KV blocks"
         used = f"{self.sessions} of {self._max_sessions} sessions, {blocks}"
-        return TrunkFull(f"no room: {why} ({used} in use)", min(longest, max(shortest, retry_s)))
+        return TrunkFull(f"no room: {why} ({used} in use)", min(longest, max(shortest, retry_s)), cause)

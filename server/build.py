@@ -8,6 +8,7 @@ import torch
 
 from server.admission import Admission
 from server.engine import Engine, can_pack
+from server.metrics import Metrics
 from splitlearn import loading, models
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import InputError
@@ -41,6 +42,7 @@ class Served:
     import_rss_bytes: int
     engine: Engine
     admission: Admission
+    metrics: Metrics
 
 
 def build(settings: Config, progress: Progress) -> Served:
@@ -59,8 +61,10 @@ def build(settings: Config, progress: Progress) -> Served:
     server = settings.server
     admission = Admission(_pool(stage, hidden_size, placement, server), server.max_sessions, server.max_waiting)
     prompt_tokens = server.prompt_tokens or _prompt_tokens(stage, hidden_size, placement.dtype)
-    engine = Engine(stage, admission, prompt_tokens, can_pack(stage, hidden_size, placement.dtype))
-    return Served(files, plan, placement, own, threads, loaded.load_s, loaded.import_rss_bytes, engine, admission)
+    metrics = Metrics()
+    engine = Engine(stage, admission, prompt_tokens, can_pack(stage, hidden_size, placement.dtype), metrics)
+    loaded_s, imports = loaded.load_s, loaded.import_rss_bytes
+    return Served(files, plan, placement, own, threads, loaded_s, imports, engine, admission, metrics)
 
 
 def _pool(stage: LocalStage, hidden_size: int, placement: Placement, server: ServerConfig) -> KVPool:

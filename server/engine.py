@@ -17,6 +17,7 @@ from itertools import chain
 import torch
 
 from server.admission import Admission, Place
+from server.metrics import Metrics
 from splitlearn.errors import InputError, SplitlearnError, TrunkFailed, TrunkUnavailable, as_error
 from splitlearn.finite import first_not_finite
 from splitlearn.flags import settings
@@ -86,14 +87,21 @@ class _Job:
 class Engine:
     """Runs one stage for many sessions; `prompt_tokens` bounds what prompts take of a forward that others wait for."""
 
-    def __init__(self, stage: LocalStage, admission: Admission, prompt_tokens: int, packs: bool) -> None:
-        self._stage, self._admission = stage, admission
+    def __init__(
+        self, stage: LocalStage, admission: Admission, prompt_tokens: int, packs: bool, metrics: Metrics
+    ) -> None:
+        self._stage, self._admission, self._metrics = stage, admission, metrics
         self._prompt_tokens, self.packs = prompt_tokens, packs
         self._arrived = threading.Condition()
         self._seats: list[Seat] = []
         self._jobs: list[_Job] = []
         self._led = False
         self._step_s = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Steps that are in no forward yet."""
+        return sum(not job.seat.running for job in tuple(self._jobs))
 
     def open(self, applied: frozenset[str], max_length: int, timeout_s: float, wanted: Callable[[], bool]) -> Seat:
         """A session with room for `max_length` tokens, once there is. Raises as `Admission.enter`."""
@@ -179,7 +187,7 @@ class Engine:
         now = time.perf_counter()
         for job in [job for job in self._jobs if job.seat.closed or now > job.deadline]:
             why = "its session has ended" if job.seat.closed else "it waited for longer than its client said it would"
-            self._finish(job, TrunkUnavailable(f"the step was dropped: {why}"))
+            self._finish(job, TrunkUnavailable(f"the step was dropped: {why}", "step_late"))
 
     def _chosen(self) -> list[tuple[_Job, int]]:
         """The job that has waited longest and those that can share its forward, each with a number of tokens."""
@@ -209,6 +217,9 @@ class Engine:
         started = time.perf_counter()
         outcomes = self._outcomes(inputs)
         ended = time.perf_counter()
+        done = sum(not isinstance(outcome, SplitlearnError) for outcome in outcomes)
+        if done:
+            self._metrics.forward(done, ended - started)
         with self._arrived:
             self._step_s += FOLLOW * (ended - started - self._step_s) if self._step_s else ended - started
             for (job, tokens), outcome in zip(chosen, outcomes, strict=True):

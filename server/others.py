@@ -98,7 +98,7 @@ class Others:
     def _take(self, flags: frozenset[str]) -> _Child:
         with self._lock:
             if self._draining:
-                raise TrunkUnavailable(DRAINING)
+                raise TrunkUnavailable(DRAINING, "draining")
             child = self._children.pop(flags, None)
             if child is None or not child.trunk.ready():
                 self._make_room()
@@ -117,7 +117,6 @@ class Others:
             return
         idle = next((flags for flags, child in self._children.items() if child.sessions == 0), None)
         if idle is None:
-            raise TrunkFull(
-                f"all {limit} places for other sets of load and process flags (server.max_others) are taken"
-            )
+            said = f"all {limit} places for other sets of load and process flags (server.max_others) are taken"
+            raise TrunkFull(said, cause="others_full")
         self._children.pop(idle).stop()

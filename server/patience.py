@@ -6,7 +6,7 @@ keep them. What the server itself takes for an answer does not count.
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -24,9 +24,9 @@ class Patience:
         self._calls: set[Watched] = set()
         self._looking = False
 
-    def watch(self, context: grpc.ServicerContext) -> "Watched":
-        """Watch a call until it ends."""
-        call = Watched(self, context)
+    def watch(self, context: grpc.ServicerContext, late: Callable[[str], None]) -> "Watched":
+        """Watch a call until it ends; `late` is told not_opened or idle when its client is too late."""
+        call = Watched(self, context, late)
         with self._lock:
             self._calls.add(call)
             if not self._looking:
@@ -57,8 +57,8 @@ class Patience:
 class Watched:
     """One call. `read_by` and `written_by` are the moments by which its client must have sent, and taken, something."""
 
-    def __init__(self, patience: Patience, context: grpc.ServicerContext) -> None:
-        self._patience = patience
+    def __init__(self, patience: Patience, context: grpc.ServicerContext, late: Callable[[str], None]) -> None:
+        self._patience, self._late = patience, late
         self._context: Any = context
         self._opened = False
         self.read_by = self.written_by = NEVER
@@ -94,4 +94,5 @@ class Watched:
         limits = self._patience
         waited = f"{limits.idle_s:g} s (server.idle_s)" if self._opened else f"{limits.open_s:g} s (server.open_s)"
         said = f"nothing was heard of the client for {waited}"
+        self._late("idle" if self._opened else "not_opened")
         self._context._rpc_event.call.cancel(grpc.StatusCode.DEADLINE_EXCEEDED.value[0], said)

@@ -3,17 +3,20 @@
 import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import torch
 import transformers
 from google.protobuf.message import DecodeError
 
+from server import logs, sight
 from server.access import Access, Guest
 from server.build import Served
 from server.engine import Seat
 from server.others import Others
 from server.patience import Patience
+from server.visit import Visit, peer
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError, SplitlearnError, TrunkRefused
 from splitlearn.flags import FLAGS, Place, of_scope
@@ -44,14 +47,23 @@ class TrunkService:
             least = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
             raise InputError("server.max_message_bytes", limits.max_message_bytes, least)
         self._place = Place(device=str(served.placement.device))
+        sight.connect(served, others, limits)
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """Both methods. Session takes raw bytes, so that reading and writing them can be timed here."""
+        """All methods. Session takes raw bytes, so that reading and writing them can be timed here."""
         describe: grpc.RpcMethodHandler[bytes, pb.Description] = grpc.unary_unary_rpc_method_handler(
             self.describe, None, pb.Description.SerializeToString
         )
+        metrics: grpc.RpcMethodHandler[bytes, pb.MetricsText] = grpc.unary_unary_rpc_method_handler(
+            self.metrics, None, pb.MetricsText.SerializeToString
+        )
         session: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(self.session)
-        return grpc.method_handlers_generic_handler(SERVICE, {"Describe": describe, "Session": session})
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Describe": describe,
+            "Metrics": metrics,
+            "Session": session,
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     def describe(self, request: bytes, context: grpc.ServicerContext) -> pb.Description:
         """What is served here, and which flags can be applied. A request says nothing, so that none can be wrong."""
@@ -72,18 +84,35 @@ class TrunkService:
             versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
         )
 
+    def metrics(self, request: bytes, context: grpc.ServicerContext) -> pb.MetricsText:
+        """How this server is."""
+        return pb.MetricsText(text=self._served.metrics.text())
+
+    def denied(self, context: grpc.ServicerContext) -> None:
+        """A call was turned away at the door."""
+        self._served.metrics.refused("denied")
+        logs.tell(log, "refused", peer=peer(context), cause="denied", code="UNAUTHENTICATED")
+
     def session(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """One session, from Open to the end of the stream; whatever ends it, its memory is freed."""
-        watched = self._patience.watch(context)
+        visit = Visit(self._served.metrics, context)
+        watched = self._patience.watch(context, visit.silent)
+        context.add_callback(visit.over)
         try:
             guest = self._access.enter(context)
-            yield from watched.answers(self._session(watched.requests(requests), context, guest))
+            requests = visit.received(watched.requests(requests))
+            yield from visit.sent(watched.answers(self._session(requests, context, guest, visit)))
         except SplitlearnError as error:
+            visit.refused(error)
             context.abort_with_status(status_of(error))
         except grpc.RpcError:
-            log.info("a session's client went away")
+            pass  # the client went away
+        finally:
+            visit.over()
 
-    def _session(self, requests: Iterator[bytes], context: grpc.ServicerContext, guest: Guest) -> Iterator[bytes]:
+    def _session(
+        self, requests: Iterator[bytes], context: grpc.ServicerContext, guest: Guest, visit: Visit
+    ) -> Iterator[bytes]:
         first = next(requests, None)
         if first is None:
             return
@@ -94,17 +123,19 @@ class TrunkService:
         applied = self._applied(opening)
         flags = of_scope(applied, "load", "process")
         if flags != self._served.own_flags:
-            yield from self._others.session(flags, first, requests, context)
+            yield from visit.handed_on(self._others.session(flags, first, requests, context))
             return
         began, timeout_s = time.perf_counter(), min(opening.timeout_s or DEFAULT_WAIT_S, self._limits.max_wait_s)
         seat = self._served.engine.open(applied, opening.max_length, timeout_s, context.is_active)
-        stay = _Stay(self._served, seat, guest, opening.max_length, timeout_s)
+        stay = _Stay(self._served, seat, guest, visit, opening.max_length, timeout_s)
         # The stream can end while this generator waits at a yield: then only the callback runs in time.
         if not context.add_callback(stay.close):
             stay.close()
             return
         try:
-            yield self._opened(time.perf_counter() - began)
+            waited_s = time.perf_counter() - began
+            visit.opened(waited_s)
+            yield self._opened(waited_s)
             for raw in requests:
                 yield from stay.feed(raw)
             closed = pb.Closed(peak_rss_bytes=peak_resident_bytes())
@@ -163,8 +194,10 @@ class TrunkService:
 class _Stay:
     """One session at the engine, and the parts of a long step that have come so far."""
 
-    def __init__(self, served: Served, seat: Seat, guest: Guest, max_length: int, timeout_s: float) -> None:
-        self._served, self._seat, self._guest = served, seat, guest
+    def __init__(
+        self, served: Served, seat: Seat, guest: Guest, visit: Visit, max_length: int, timeout_s: float
+    ) -> None:
+        self._served, self._seat, self._guest, self._visit = served, seat, guest, visit
         self._max_length, self._timeout_s = max_length, timeout_s
         self._dtype, self._hidden_size = served.placement.dtype, served.files.facts.hidden_size
         # Of the parts that have come so far, no more than the values: what else stands in a message may be long.
@@ -188,6 +221,7 @@ class _Stay:
         done = self._served.engine.step(self._seat, position, x, self._timeout_s, roll_back)
         computed = time.perf_counter()
         wanted = min(step.answer_last or tokens, tokens)
+        self._visit.stepped(tokens, wanted, self._seat.session.recomputes, done.queue_s)
         data = codec.to_bytes(done.x[:, tokens - wanted :])
         result = pb.StepResult(
             sequence_id=step.sequence_id,

@@ -135,6 +135,8 @@ class ServerConfig(_Section):
     tls: ServerTls = ServerTls()
     tokens: File | None = None
     allow_open: bool = False
+    metrics_host: str = "127.0.0.1"
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     max_sessions: Annotated[int, Field(ge=1, le=1024)] = 64
     max_waiting: Annotated[int, Field(ge=0, le=1024)] = 32
     max_others: Annotated[int, Field(ge=0, le=64)] = 8

@@ -56,7 +56,11 @@ class FamilyRefused(ModelError):
 
 
 class TrunkError(SplitlearnError):
-    """The trunk server did not do what was asked."""
+    """The trunk server did not do what was asked. `cause`: why, in the word by which a server counts it."""
+
+    def __init__(self, message: str, cause: str = "") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class TrunkUnavailable(TrunkError):
@@ -74,12 +78,9 @@ class TrunkDenied(TrunkRefused):
 class TrunkFull(TrunkError):
     """The trunk has no room for another session at the moment. `retry_s`: seconds after which it may have."""
 
-    def __init__(self, message: str, retry_s: float = 1.0) -> None:
-        super().__init__(message, retry_s)
+    def __init__(self, message: str, retry_s: float = 1.0, cause: str = "") -> None:
+        super().__init__(message, cause)
         self.retry_s = retry_s
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class TrunkFailed(TrunkError):
@@ -103,4 +104,6 @@ def as_error(error: Exception, doing: str) -> SplitlearnError:
     if isinstance(error, SplitlearnError):
         return error
     lines = str(error).strip().splitlines() or ["no message"]
-    return WorkFailed(f"{type(error).__name__} while {doing}: {lines[0]}")
+    failed = WorkFailed(f"{type(error).__name__} while {doing}: {lines[0]}")
+    failed.__cause__ = error
+    return failed

@@ -65,7 +65,7 @@ class KVPool:
     @property
     def blocks_used(self) -> int:
         """Blocks that sessions have."""
-        return self.n_blocks - sum(run.tokens for run in self._free) // self.block_tokens
+        return self.n_blocks - sum(run.tokens for run in tuple(self._free)) // self.block_tokens
 
     def fits(self, tokens: int) -> bool:
         """Whether some run of free blocks holds `tokens`."""

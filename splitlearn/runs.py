@@ -106,6 +106,11 @@ class Runs:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def busy(self) -> bool:
+        """Whether an arm runs now."""
+        return self._lock.locked()
+
     def trunk_addresses(self, applied: frozenset[str] | None = None) -> tuple[str, ...]:
         """Where trunks listen, in the order of preference.
 

@@ -45,12 +45,14 @@ def test_compose_accepts_the_files(files: list[str]) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_the_page_is_published_on_loopback_and_nothing_else_is() -> None:
+def test_the_page_and_prometheus_are_published_on_loopback_and_nothing_else_is() -> None:
     services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
     assert {name: service.get("ports") for name, service in services.items()} == {
         "trunk": None,
         "app": ["127.0.0.1:7860:7860"],
+        "prometheus": ["127.0.0.1:9090:9090"],
     }
+    assert services["prometheus"]["profiles"] == ["metrics"]
 
 
 def test_the_image_runs_as_a_user_with_a_number() -> None:

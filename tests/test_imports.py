@@ -23,7 +23,7 @@ LAYERS = (
     ("embedded", "flags_page", "loading", "models", "stream"),
     ("trunks",),
     ("generate", "remote"),
-    ("arm",),
+    ("arm", "watch"),
     ("runs",),
     ("compare",),
     ("console", "lab"),

@@ -14,6 +14,7 @@ from splitlearn.selection import parse
 from splitlearn.tokens import Tokens
 from ui import choice, inputs, session
 from ui.lab import Lab
+from ui.server import Monitor
 from ui.session import Shown, Stops
 
 MEASURING = (
@@ -33,6 +34,7 @@ class Handlers:
         self.stops = Stops()
         self._folder = tempfile.TemporaryDirectory(prefix="splitlearn-")
         self.lab = Lab(Job(runs, Path(FOLDER), options), Path(self._folder.name))
+        self.monitor = Monitor(runs, lambda: runs.busy or self.lab.job.running)
 
     def __enter__(self) -> "Handlers":
         return self
@@ -45,6 +47,7 @@ class Handlers:
         """End every comparison and the experiment, which can be resumed."""
         self.stops.stop_all()
         self.lab.job.close()
+        self.monitor.close()
 
     @cached_property
     def _tokens(self) -> Tokens:

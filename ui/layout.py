@@ -11,6 +11,7 @@ from ui import charts, choice, inputs, view
 from ui.handlers import Handlers
 from ui.lab_tab import LabTab, visitor
 from ui.picker import Picker, Updates
+from ui.server_tab import NAME, ServerTab
 from ui.session import ArmView, Shown
 from ui.share import Sharing
 
@@ -81,6 +82,8 @@ class Page:
                 self.ledger = gr.HTML("", elem_id="ledger-table")
             with gr.Tab("Lab", id="lab") as tab:
                 self.lab = LabTab(self.handlers.lab, tab, self.runs.config.generation)
+            with gr.Tab(NAME, id="server"):
+                self.server = ServerTab(self.handlers.monitor)
             with gr.Tab("Flags by side", id="matrix-tab"):
                 self.matrix.render()
 
@@ -95,6 +98,7 @@ class Page:
         drawn = [self.full, self.split, self.result, self.plot, self.ledger, self.error]
         compare = [self.compare.click, self.fields["prompt"].submit]
         self._action(compare, self._compare, self._begin_compare, {*self.fields.values(), self.picker.words}, drawn)
+        self.server.connect(self.tabs)
         self.lab.connect(self.picker.words, self.fields["prompt"], self.error)
 
     def _action(
@@ -102,7 +106,9 @@ class Page:
     ) -> None:
         """Begin at once, run when no other visitor's run is under way, and set the buttons back whatever happened."""
         buttons = [self.compare, self.stop]
-        begun = gr.on(triggers, begin, None, [*buttons, *drawn, self.tabs], queue=False, show_progress="hidden")
+        begun = gr.on(
+            triggers, begin, None, [*buttons, *drawn, self.tabs, self.server.timer], queue=False, show_progress="hidden"
+        )
         ran = begun.then(
             run, given, drawn, concurrency_id="runs", concurrency_limit=1, show_progress="hidden", trigger_mode="once"
         )
@@ -134,7 +140,13 @@ class Page:
         waiting = {self.full: view.card(ArmView("full", "waiting")), self.split: view.card(ArmView("split", "waiting"))}
         empty = {self.result: "", self.plot: gr.Plot(visible=False), self.ledger: "", self.error: ""}
         buttons = _buttons([self.compare, self.stop], running=True)
-        return {**waiting, **empty, **buttons, self.tabs: gr.Tabs(selected="answers")}
+        return {
+            **waiting,
+            **empty,
+            **buttons,
+            self.tabs: gr.Tabs(selected="answers"),
+            self.server.timer: gr.Timer(active=False),
+        }
 
     def _typed(self, given: dict[Any, Any]) -> dict[str, Any]:
         return {name: given[component] for name, component in self.fields.items()}

@@ -45,7 +45,7 @@ CSS = """
 .sl-card .sl-tiles dt { white-space: nowrap; }
 .sl-tiles dd { margin: 0; white-space: nowrap; font-size: 1.05rem; font-weight: 600;
   font-variant-numeric: tabular-nums; }
-.sl-result .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); }
+.sl-result .sl-tiles, .sl-server .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); }
 /* Reversed, the box stays scrolled to its end while text comes in. */
 .sl-answer { display: flex; flex-direction: column-reverse; justify-content: flex-end; min-height: 7rem;
   max-height: 22rem; overflow-y: auto; }

@@ -1,0 +1,61 @@
+"""What this server says of itself while it runs: one JSON object a line on stderr, for programs and people alike.
+
+    tell(log, "session closed", session=3, cause="done")
+
+There is one form only: a line of JSON is read by eye as well, and two forms would be two things to get wrong. Values
+from clients are not written: of an error only its kind and the places in the code, since its words may quote them.
+"""
+
+import json
+import logging
+import sys
+import time
+import traceback
+from pathlib import Path
+
+OWN = "server"
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line: time (UTC), level, event, and what belongs to it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        said: dict[str, object] = {"time": when, "level": record.levelname.lower()}
+        error = record.exc_info[1] if record.exc_info else None
+        if record.name.partition(".")[0] == OWN:
+            said |= {"event": record.msg, **getattr(record, "fields", {})}
+        else:
+            said |= {"event": "log", "logger": record.name}
+            if error is None:
+                said["message"] = record.getMessage()
+        if error is not None:
+            said |= {"error": type(error).__name__, "at": _places(error)}
+        return json.dumps(said)
+
+
+def start(level: int) -> None:
+    """Write records of this server from `level` on to stderr, and of libraries what warns."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger(OWN).setLevel(level)
+    logging.captureWarnings(True)
+
+
+def tell(log: logging.Logger, event: str, **fields: object) -> None:
+    """Write `event` with `fields`, which must be no values of a client's."""
+    log.info(event, extra={"fields": fields})
+
+
+def failed(log: logging.Logger, event: str, error: BaseException, **fields: object) -> None:
+    """Write that something broke: the kind of what was raised first, and where."""
+    first = error.__cause__ or error
+    log.error(event, extra={"fields": fields}, exc_info=(type(first), first, first.__traceback__))
+
+
+def _places(error: BaseException) -> list[str]:
+    """File, line and function of each call that led to `error`, the innermost last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
