@@ -16,7 +16,7 @@ from splitlearn.progress import Progress, Step
 
 GRACE_S = 30.0
 """What is under way when the load's time is over may take so long to end."""
-CLOSE_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 5.0
 PAUSE_S = 0.5
 """A closed-loop client that was refused or failed waits so long before its next request."""
 POLL_S = 0.1

@@ -69,7 +69,7 @@ def _share(name: str, values: Sequence[float], level: float) -> Any:
     )
     figure.add_vline(x=level * 1e3, line={"color": COLOURS["rejected"], "dash": "dash", "width": 1.5})
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
-    figure.update_xaxes(rangemode="tozero")
+    figure.update_xaxes(type="log", dtick="D1")
     return _style(figure, f"{name}: share of {len(values)} requests within so many ms", "ms")
 
 
