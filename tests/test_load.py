@@ -4,11 +4,12 @@ import json
 import re
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -38,7 +39,7 @@ __all__ = ["refusal"]
 
 PROMPTS = ("Why is the sky blue?", "The sky is blue because air scatters short waves of light more.", "How?")
 ASKED = Asked(PROMPTS, clients=2, duration_s=0.5, max_new_tokens=8)
-CACHED = frozenset({"use_cache", "inference_mode", "low_cpu_mem_usage"})
+CACHED = frozenset({"use_cache", "inference_mode"})
 SESSIONS = 2
 
 
@@ -47,10 +48,15 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
     return tiny_model("llama")
 
 
+def settings_of(files: ModelFiles, **sections: Mapping[str, object]) -> dict[str, Any]:
+    """One set of flags for client and trunk."""
+    return {**settings(files, **sections), "flags": "use_cache,inference_mode"}
+
+
 @pytest.fixture(scope="module")
 def trunk(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trunk]:
-    config = settings(files, server={"max_sessions": SESSIONS})
-    with serve(config, tmp_path_factory.mktemp("trunk")) as running:
+    limits = {"max_sessions": SESSIONS, "max_waiting": 0}
+    with serve(settings_of(files, server=limits), tmp_path_factory.mktemp("trunk")) as running:
         yield running
 
 
@@ -59,7 +65,7 @@ def folder(files: ModelFiles, trunk: Trunk, tmp_path: Path, monkeypatch: pytest.
     """The current folder: a config.yaml for the tiny model and a trunk that runs, and prompts of three lengths."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     monkeypatch.chdir(tmp_path)
-    return configured(tmp_path, settings(files, trunk={"address": trunk.address}))
+    return configured(tmp_path, settings_of(files, trunk={"address": trunk.address}))
 
 
 class Paced:
@@ -211,7 +217,7 @@ def test_percentiles_are_given_where_the_number_of_requests_bounds_them() -> Non
 
 def test_a_recording_is_what_the_bottom_gives_for_prompt_and_answer(files: ModelFiles, trunk: Trunk) -> None:
     with ExitStack() as stack:
-        parsed = config.parse(settings(files, trunk={"address": trunk.address}))
+        parsed = config.parse(settings_of(files, trunk={"address": trunk.address}))
         runs = stack.enter_context(Runs(parsed, silent))
         requests = [GenerationRequest(prompt, 6, ignore_eos=True) for prompt in PROMPTS[:2]]
         recordings = record(runs.spec("split", FlagSet(client=CACHED, trunk=CACHED)), requests, silent)

@@ -18,7 +18,7 @@ GRACE_S = 30.0
 """What is under way when the load's time is over may take so long to end."""
 CLOSE_TIMEOUT_S = 5.0
 PAUSE_S = 0.5
-"""A closed-loop client that was refused or failed waits so long before its next request."""
+"""A closed-loop client that failed waits so long before its next request; one that was refused, as it was told."""
 POLL_S = 0.1
 NOT_ENDED = "it had not ended when the load's time and the grace time were over"
 NOT_BEGUN = "no client was free for it"
@@ -119,14 +119,15 @@ class _Drive:
             at = _UnderWay(arrival, self._clock.now())
             with self._lock:
                 self._under_way[number] = at
-            state, reason = self._answer(client, at)
+            state, reason, pause_s = self._answer(client, at)
             with self._lock:
                 if self._under_way.pop(number, None) is not None:
                     self._outcomes.append(self._outcome(number, at, state, reason))
-            if state != "done":
-                self._cut.wait(PAUSE_S if isinstance(self._loop, ClosedLoop) else 0.0)
+            if isinstance(self._loop, ClosedLoop):
+                self._cut.wait(pause_s)
 
-    def _answer(self, client: Client, at: _UnderWay) -> tuple[State, str]:
+    def _answer(self, client: Client, at: _UnderWay) -> tuple[State, str, float]:
+        """What became of it, why, and how long the client should wait before it asks again."""
         try:
             with closing(client.answer(at.arrival.job)) as tokens:
                 for token in tokens:
@@ -134,11 +135,12 @@ class _Drive:
                     if self._cut.is_set():
                         break
         except TrunkFull as error:
-            return "rejected", str(error)
+            return "rejected", str(error), error.retry_s
         except Exception as error:  # whatever a client that is closed under its request raises, too
-            return ("incomplete", NOT_ENDED) if self._cut.is_set() else ("failed", str(as_error(error, "answering")))
+            if not self._cut.is_set():
+                return "failed", str(as_error(error, "answering")), PAUSE_S
         missing = at.arrival.job.new_tokens - len(at.token_s)
-        return ("incomplete", NOT_ENDED) if missing else ("done", "")
+        return ("incomplete", NOT_ENDED, 0.0) if missing else ("done", "", 0.0)
 
     def _outcome(self, number: int | None, at: _UnderWay, state: State, reason: str) -> Outcome:
         arrival = at.arrival
