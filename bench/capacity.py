@@ -26,7 +26,6 @@ from splitlearn.load.plan import PROMPTS, Asked
 from splitlearn.load.recording import record
 from splitlearn.load.terminal import measure
 from splitlearn.progress import silent
-from splitlearn.remote import RemoteStage
 from splitlearn.runs import Runs
 from splitlearn.tokens import Tokens
 from splitlearn.wire import codec
@@ -49,11 +48,10 @@ ALONE = "unbatched"
 def main(runs: Runs) -> None:
     """Measure and write docs/results/capacity.md."""
     with Runs(with_room(runs.config, ServerConfig(max_sessions=2 * max(SIZES))), silent) as own:
-        trunk = connected(own)
-        found = _steps(own, trunk)
+        trunk = recorded(own)
+        found = _steps(trunk)
         lengths = mixed(RUNNING, LENGTH)
         prompts = [admission(trunk, lengths, PROMPT, STEPS) for _ in range(ADMISSIONS)]
-        trunk.stage.close()
         real = [_real(own, clients) for clients in REAL]
         said = environment(own)
     text = (
@@ -79,8 +77,8 @@ def with_room(config: Config, server: ServerConfig) -> Config:
     return config.model_copy(update={"flags": FLAGS, "server": server})
 
 
-def connected(runs: Runs) -> Trunk:
-    """A connection to the trunk, and the hidden states of a text of PROMPT tokens."""
+def recorded(runs: Runs) -> Trunk:
+    """The trunk, and the hidden states of a text of PROMPT tokens."""
     tokens, text = Tokens.load(runs.files.folder, use_fast=True), ""
     for word in cycle(TEXT.split()):
         text += f"{word} "
@@ -88,14 +86,13 @@ def connected(runs: Runs) -> Trunk:
             break
     spec = runs.spec("split", runs.flags(FLAGS))
     states = record(spec, [GenerationRequest(text, 2, chat=False, ignore_eos=True)], silent)[0].states
-    stage = RemoteStage(spec.address or "", spec.served(), spec.timeout_s)
-    return Trunk(stage, spec.flags.trunk, states[:, :PROMPT].contiguous())
+    return Trunk(spec, states[:, :PROMPT].contiguous())
 
 
-def _steps(runs: Runs, trunk: Trunk) -> dict[str, list[Run]]:
+def _steps(trunk: Trunk) -> dict[str, list[Run]]:
     """What each block found: the trunk and the plain forward at each size, and one sequence unbatched."""
     data = codec.to_bytes(trunk.states[:, : LENGTH + STEPS + WARM_UP])
-    plain = Batched(runs.spec("split", runs.flags(FLAGS)), Contexts(data, LENGTH, SIZES))
+    plain = Batched(trunk.spec, Contexts(data, LENGTH, SIZES))
     arms = {ALONE: partial(plain.run, 0, STEPS)}
     for n in SIZES:
         arms[f"plain {n}"] = partial(plain.run, n, STEPS)

@@ -4,25 +4,26 @@ and what its client saw."""
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
 import torch
 
 from bench.batched import WARM_UP, Run
-from splitlearn.remote import RemoteSession, RemoteStage
-from splitlearn.stages import StageInput
+from splitlearn.arm import ArmSpec
+from splitlearn.load.replay import Sender
+
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
 class Trunk:
-    """A connection, the flags of its sessions, and the hidden states [1, T, H] that they send."""
+    """The trunk of `spec`, and the hidden states [1, T, H] that sessions send it."""
 
-    stage: RemoteStage
-    applied: frozenset[str]
+    spec: ArmSpec
     states: torch.Tensor
 
 
@@ -44,37 +45,60 @@ def mixed(count: int, mean: int) -> list[int]:
     return [mean] * (count % 2) + [length for shift in shifts for length in (mean - shift, mean + shift)]
 
 
-def side_by_side(trunk: Trunk, lengths: Sequence[int], steps: int) -> Run:
-    """One session for each of `lengths`; once all have their prompts, each makes `steps` steps as fast as it can."""
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(len(lengths)))
-        sessions = list(pool.map(lambda length: _opened(trunk, length, steps + WARM_UP), lengths))
-        for session in sessions:
-            stack.callback(session.close)
-        list(pool.map(lambda each: _step(trunk, each[0], 0, each[1]), zip(sessions, lengths, strict=True)))
-        walks = [Walk(trunk, *each) for each in zip(sessions, lengths, strict=True)]
-        list(pool.map(lambda walk: walk.go(steps + WARM_UP), walks))
-    return _run([walk.seen for walk in walks])
-
-
 class Walk:
-    """A session with its prompt at the trunk, one token further at each step."""
+    """A session with a connection of its own: first its prompt, then one token further at each step."""
 
-    def __init__(self, trunk: Trunk, session: RemoteSession, length: int) -> None:
-        self._trunk, self._session, self._position = trunk, session, length
+    def __init__(self, trunk: Trunk, length: int, more: int) -> None:
+        self._states, self._position = trunk.states, 0
+        self._sender = Sender(trunk.spec)
+        self._stream = self._sender.open(length + more)
         self.seen = Seen()
+
+    def prompt(self, tokens: int) -> None:
+        """The first `tokens` positions in one step."""
+        self._step(tokens)
 
     def go(self, steps: int) -> None:
         """So many steps, each as soon as the one before is answered."""
         for _ in range(steps):
-            self.seen.trunk_s.append(_step(self._trunk, self._session, self._position, 1))
+            self.seen.trunk_s.append(self._step(1))
             self.seen.answered.append(time.perf_counter())
-            self._position += 1
 
     def until(self, stop: threading.Event) -> None:
         """Steps until `stop` is set."""
         while not stop.is_set():
             self.go(1)
+
+    def close(self) -> None:
+        """End the session and its connection."""
+        self._sender.end(self._stream)
+        self._sender.close()
+
+    def _step(self, tokens: int) -> float:
+        """The seconds that the trunk says it computed."""
+        x = self._states[:, self._position : self._position + tokens]
+        output = self._stream.step(self._position, x, self._sender.wait_s)
+        self._position += tokens
+        return output.timing.ledger["trunk"]
+
+
+@contextmanager
+def walks(trunk: Trunk, lengths: Sequence[int], more: int) -> Iterator[tuple[ThreadPoolExecutor, list[Walk]]]:
+    """For each of `lengths` a thread, and a session with its prompt at the trunk and room for `more` tokens."""
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(len(lengths)))
+        made = [Walk(trunk, length, more) for length in lengths]
+        for walk in made:
+            stack.callback(walk.close)
+        list(pool.map(lambda walk, length: walk.prompt(length), made, lengths))
+        yield pool, made
+
+
+def side_by_side(trunk: Trunk, lengths: Sequence[int], steps: int) -> Run:
+    """One session for each of `lengths`; once all have their prompts, each makes `steps` steps as fast as it can."""
+    with walks(trunk, lengths, steps + WARM_UP) as (pool, made):
+        list(pool.map(lambda walk: walk.go(steps + WARM_UP), made))
+    return _run([walk.seen for walk in made])
 
 
 @dataclass(frozen=True)
@@ -91,29 +115,24 @@ class Admission:
 def admission(trunk: Trunk, lengths: Sequence[int], prompt: int, steps: int) -> Admission:
     """Sessions of `lengths` decode; after `steps` steps a prompt of `prompt` tokens comes, and when it is answered they
     end."""
-    room = trunk.states.shape[1] - max(lengths)
     stop = threading.Event()
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(len(lengths)))
-        walks = []
-        for length in lengths:
-            session = _opened(trunk, length, room)
-            stack.callback(session.close)
-            _step(trunk, session, 0, length)
-            walks.append(Walk(trunk, session, length))
-        stack.callback(stop.set)
-        running = [pool.submit(walk.until, stop) for walk in walks]
-        while min(len(walk.seen.answered) for walk in walks) < steps + WARM_UP:
-            time.sleep(0.05)
-        long = _opened(trunk, prompt, 1)
-        stack.callback(long.close)
-        began = time.perf_counter()
-        _step(trunk, long, 0, prompt)
-        ended = time.perf_counter()
-        stop.set()
+    with walks(trunk, lengths, trunk.states.shape[1] - max(lengths)) as (pool, made):
+        running = [pool.submit(walk.until, stop) for walk in made]
+        try:
+            while min(len(walk.seen.answered) for walk in made) < steps + WARM_UP and not any(
+                each.done() for each in running
+            ):
+                time.sleep(POLL_S)
+            long = Walk(trunk, prompt, 1)
+            began = time.perf_counter()
+            long.prompt(prompt)
+            ended = time.perf_counter()
+            long.close()
+        finally:
+            stop.set()
         for each in running:
             each.result()
-    found = [_split(walk.seen, began, ended) for walk in walks]
+    found = [_split(walk.seen, began, ended) for walk in made]
     longest = max(interval for _, during in found for interval in during)
     before, during = (median(fmean(values) for values in side) for side in zip(*found, strict=True))
     return Admission(before, during, longest, ended - began)
@@ -128,17 +147,6 @@ def _split(seen: Seen, began: float, ended: float) -> tuple[list[float], list[fl
         elif start < ended:
             during.append(end - start)
     return before, during
-
-
-def _opened(trunk: Trunk, length: int, more: int) -> RemoteSession:
-    return trunk.stage.open(trunk.applied, length + more)
-
-
-def _step(trunk: Trunk, session: RemoteSession, position: int, tokens: int) -> float:
-    """One step; the seconds that the trunk says it computed."""
-    x = trunk.states[:, position : position + tokens]
-    (output,) = trunk.stage.step([StageInput(session, position, x)])
-    return output.timing.ledger["trunk"]
 
 
 def _run(seen: Sequence[Seen]) -> Run:

@@ -15,12 +15,11 @@ from splitlearn import arm
 from splitlearn.arm import ArmEnd, ArmReady, ArmSpec
 from splitlearn.errors import SplitlearnError, TrunkFull
 from splitlearn.events import GenerationRequest, TokenEvent
-from splitlearn.generate import Feed
 from splitlearn.load.plan import Asked, Job
 from splitlearn.load.recording import Recording
+from splitlearn.load.replay import ReplayClient
 from splitlearn.process import default_threads
 from splitlearn.progress import Progress, Step
-from splitlearn.remote import RemoteStage
 
 WARM_UP = Job(prompt=0, new_tokens=2)
 
@@ -69,32 +68,6 @@ class RealClient:
     def close(self) -> None:
         """End the worker."""
         self._child.stop()
-
-
-class ReplayClient:
-    """A thread's own connection to the trunk, over which it sends what a client's bottom once gave; it has no layers,
-    so that it takes little of the machine that the trunk may run on."""
-
-    def __init__(self, spec: ArmSpec, recordings: Sequence[Recording]) -> None:
-        self._applied, self._recordings = spec.flags.trunk, recordings
-        self._trunk = RemoteStage(spec.address or "", spec.served(), spec.timeout_s)
-
-    def warm(self) -> None:
-        """Connect, and have the trunk load what the flags ask for."""
-        self._trunk.open(self._applied, max_length=1).close()
-
-    def answer(self, job: Job) -> Generator[float, None, None]:
-        """The time at which the trunk's answer for each token was here."""
-        recording = self._recordings[job.prompt]
-        with contextlib.closing(self._trunk.open(self._applied, recording.prompt_tokens + job.new_tokens)) as session:
-            feed = Feed(self._trunk, session)
-            for position, x in recording.steps(job.new_tokens):
-                feed.step(position, x)
-                yield time.perf_counter()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._trunk.close()
 
 
 def client_threads(clients: int) -> int:

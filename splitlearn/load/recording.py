@@ -14,6 +14,7 @@ from splitlearn import arm, loading, process
 from splitlearn.arm import ArmSpec
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.events import GenerationRequest
+from splitlearn.load.plan import Asked
 from splitlearn.progress import Progress, Step
 from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
 from splitlearn.wire import codec
@@ -27,15 +28,17 @@ class Recording:
     prompt_tokens: int
     states: torch.Tensor
 
-    def steps(self, new_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The steps of an answer of `new_tokens` tokens: the position and the hidden state [1, T, H] of each."""
+    def steps(self, new_tokens: int, recomputes: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
+        """The steps of an answer of `new_tokens` tokens: the position and the hidden state [1, T, H] of each; for a
+        trunk that `recomputes`, the whole prefix each time."""
         yield 0, self.states[:, : self.prompt_tokens]
         for position in range(self.prompt_tokens, self.prompt_tokens + new_tokens - 1):
-            yield position, self.states[:, position : position + 1]
+            first = 0 if recomputes else position
+            yield first, self.states[:, first : position + 1]
 
 
 def record(spec: ArmSpec, requests: Sequence[GenerationRequest], progress: Progress) -> list[Recording]:
-    """Run each request once through a split client in a process of its own, with the trunk at `spec.address`.
+    """Run each request once through a split client in a process of its own, with the trunk of `spec`.
 
     Raises what the client raises.
     """
@@ -53,6 +56,15 @@ def record(spec: ArmSpec, requests: Sequence[GenerationRequest], progress: Progr
         return made
     finally:
         child.stop()
+
+
+def recordings_of(asked: Asked, spec: ArmSpec, chat: bool, progress: Progress) -> list[Recording]:
+    """A recording of each prompt with the longest answer that is asked for."""
+    requests = [
+        GenerationRequest(prompt, asked.max_new_tokens, chat=chat, ignore_eos=True, ledger=False)
+        for prompt in asked.prompts
+    ]
+    return record(spec, requests, progress)
 
 
 class _Recorder:

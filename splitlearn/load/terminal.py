@@ -16,12 +16,11 @@ from rich.table import Table
 from splitlearn.arm import ArmSpec
 from splitlearn.compare import environment
 from splitlearn.config import Config
-from splitlearn.events import GenerationRequest
 from splitlearn.load import report
 from splitlearn.load.clients import Client, real_clients, replay_clients
 from splitlearn.load.drive import drive
 from splitlearn.load.plan import Asked, check_lengths
-from splitlearn.load.recording import record
+from splitlearn.load.recording import recordings_of
 from splitlearn.load.report import Findings
 from splitlearn.load.summary import Summary
 from splitlearn.progress import Progress, on_console
@@ -68,11 +67,7 @@ def clients_for(spec: ArmSpec, asked: Asked, chat: bool, progress: Progress) -> 
     """The clients that are asked for; those that replay are given a fresh recording."""
     if not asked.replay:
         return real_clients(spec, asked, chat, progress)
-    requests = [
-        GenerationRequest(prompt, asked.max_new_tokens, chat=chat, ignore_eos=True, ledger=False)
-        for prompt in asked.prompts
-    ]
-    return replay_clients(spec, asked, record(spec, requests, progress), progress)
+    return replay_clients(spec, asked, recordings_of(asked, spec, chat, progress), progress)
 
 
 @contextmanager
