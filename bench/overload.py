@@ -76,7 +76,7 @@ def main(runs: Runs) -> None:
         f"**Goodput under {FACTOR:g} times the capacity for {OFFERED_S:g} s: {kept:.1%} of that at capacity** (the "
         f"mean of before and after). Requests that never ended: {over.summary.incomplete}. The clients' process, on "
         f"the same cores, had {over.summary.busy:.0%} of a core busy.\n\n"
-        f"How those were told that got no place:\n\n{table(_told(over.measured))}\n\n"
+        f"How those were told that got no place:\n\n{table(told(over.measured))}\n\n"
         f"How the number of places was found:\n\n{table([_row(phase) for phase in ladder])}\n\n"
         "The same server at capacity and beyond:"
     )
@@ -115,7 +115,7 @@ def _percentiles(spread: Spread) -> str:
     return ", ".join("" if value is None else f"{value * 1e3:.0f} ms" for value in (spread.p50_s, spread.p95_s))
 
 
-def _told(measured: Measured) -> list[dict[str, str]]:
+def told(measured: Measured) -> list[dict[str, str]]:
     """From asking to the refusal by a full line; and from the end of the wait to being told of it."""
     refused = [each for each in measured.outcomes if each.state == "rejected" and each.begun_s is not None]
     took = [(each.ended_s - (each.begun_s or 0.0), WAITED in each.reason) for each in refused]

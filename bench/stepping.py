@@ -98,7 +98,7 @@ def side_by_side(trunk: Trunk, lengths: Sequence[int], steps: int) -> Run:
     """One session for each of `lengths`; once all have their prompts, each makes `steps` steps as fast as it can."""
     with walks(trunk, lengths, steps + WARM_UP) as (pool, made):
         list(pool.map(lambda walk: walk.go(steps + WARM_UP), made))
-    return _run([walk.seen for walk in made])
+    return run_of([walk.seen for walk in made])
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,13 @@ def admission(trunk: Trunk, lengths: Sequence[int], prompt: int, steps: int) -> 
             stop.set()
         for each in running:
             each.result()
-    found = [_split(walk.seen, began, ended) for walk in made]
+    found = [split(walk.seen, began, ended) for walk in made]
     longest = max(interval for _, during in found for interval in during)
     before, during = (median(fmean(values) for values in side) for side in zip(*found, strict=True))
     return Admission(before, during, longest, ended - began)
 
 
-def _split(seen: Seen, began: float, ended: float) -> tuple[list[float], list[float]]:
+def split(seen: Seen, began: float, ended: float) -> tuple[list[float], list[float]]:
     """The intervals that were over before `began`, and those that have a part of the time up to `ended`."""
     before, during = [], []
     for start, end in zip(seen.answered[WARM_UP:], seen.answered[WARM_UP + 1 :], strict=False):
@@ -149,10 +149,10 @@ def _split(seen: Seen, began: float, ended: float) -> tuple[list[float], list[fl
     return before, during
 
 
-def _run(seen: Sequence[Seen]) -> Run:
+def run_of(seen: Sequence[Seen]) -> Run:
     """A forward has one duration, which the trunk tells to each session in it: as many equal ones as there are sessions
     are a step that carried all."""
-    told = [value for each in seen for value in each.trunk_s[WARM_UP:]]
-    whole = [value for value, count in Counter(told).items() if count >= len(seen)]
+    told = Counter(value for each in seen for value in set(each.trunk_s[WARM_UP:]))
+    whole = [value for value, sessions in told.items() if sessions == len(seen)]
     tpot = median(fmean(each.intervals()[WARM_UP:]) for each in seen)
-    return Run(median(whole) if whole else None, len(whole) * len(seen) / len(told), tpot)
+    return Run(median(whole) if whole else None, len(whole) * len(seen) / told.total(), tpot)

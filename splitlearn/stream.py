@@ -110,6 +110,11 @@ class Stream:
         self._call.cancel()
         return peak_rss_bytes
 
+    def leave(self) -> None:
+        """After a refusal: the stream is over, and its channel can be used again."""
+        self._over.set()
+        self._outgoing.put(None)
+
     def drop(self) -> None:
         """Break off, and close the channel: nothing of a stream that was lost is waited for."""
         self._over.set()

@@ -38,6 +38,10 @@ class Sender:
         stream = self._stream = Stream(channel, address, self._served)
         try:
             stream.open(self._opening(max_length), self.wait_s)
+        except TrunkFull:
+            stream.leave()
+            self._channel = channel
+            raise
         except BaseException:
             stream.drop()
             raise
