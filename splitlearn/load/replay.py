@@ -14,8 +14,6 @@ from splitlearn.errors import TrunkFull
 from splitlearn.load.plan import Job
 from splitlearn.load.recording import Recording
 from splitlearn.stream import Stream
-from splitlearn.wire import PROTOCOL
-from splitlearn.wire import trunk_pb2 as pb
 
 ANSWER_S = 10.0
 """Beyond what the trunk is told that its client waits: what it says when that is over must still arrive."""
@@ -33,11 +31,12 @@ class Sender:
 
     def open(self, max_length: int) -> Stream:
         """A session, at once or when the trunk has room within the time that its client waits."""
-        address = self._spec.addresses[0]
+        spec, address = self._spec, self._spec.addresses[0]
         channel, self._channel = self._channel or trunks.channel(address), None
+        opening = self._served.opening(spec.flags.trunk, max_length, spec.timeout_s)
         stream = self._stream = Stream(channel, address, self._served)
         try:
-            stream.open(self._opening(max_length), self.wait_s)
+            stream.open(opening, self.wait_s)
         except TrunkFull:
             stream.leave()
             self._channel = channel
@@ -58,22 +57,6 @@ class Sender:
             self._stream.drop()
         if self._channel is not None:
             self._channel.close()
-
-    def _opening(self, max_length: int) -> bytes:
-        served = self._served
-        opening = pb.Open(
-            protocol=PROTOCOL,
-            model=served.model,
-            digest=served.digest,
-            start=served.plan.start,
-            end=served.plan.end,
-            n_layers=served.plan.n_layers,
-            dtype=str(served.dtype).removeprefix("torch."),
-            max_length=max_length,
-            flags=sorted(self._spec.flags.trunk),
-            timeout_s=self._spec.timeout_s,
-        )
-        return pb.ClientMessage(open=opening).SerializeToString()
 
 
 class ReplayClient:
