@@ -7,6 +7,7 @@ decode; and the system TPS of real clients, which share the machine with the tru
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -39,6 +40,8 @@ BLOCKS = 10
 RUNNING = 8
 PROMPT = 2000
 ADMISSIONS = 6
+# A long prompt goes in pieces between the steps of others.
+TIMEOUT_S = 600.0
 REAL = (1, 2, 4, 8, 16)
 REAL_S = 20.0
 TEXT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8")
@@ -84,7 +87,7 @@ def recorded(runs: Runs) -> Trunk:
         text += f"{word} "
         if len(text) > PROMPT and len(tokens.encode(text, chat=False)) >= PROMPT:
             break
-    spec = runs.spec("split", runs.flags(FLAGS))
+    spec = replace(runs.spec("split", runs.flags(FLAGS)), timeout_s=TIMEOUT_S)
     states = record(spec, [GenerationRequest(text, 2, chat=False, ignore_eos=True)], silent)[0].states
     return Trunk(spec, states[:, :PROMPT].contiguous())
 

@@ -15,7 +15,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.capacity import with_room
 from bench.report import write
-from splitlearn import trunks
 from splitlearn.arm import ArmSpec
 from splitlearn.compare import environment
 from splitlearn.config import ServerConfig
@@ -29,6 +28,7 @@ from splitlearn.progress import silent
 from splitlearn.runs import Runs
 from splitlearn.wire import SERVICE
 from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import open_channel
 
 SESSIONS = 2000
 WARM_UP = 100
@@ -95,8 +95,7 @@ def soak(
     say: Callable[[int], None] = lambda count: None,
 ) -> Soaked:
     """So many sessions at the trunk of `spec`, which must run on this machine; the server before and after."""
-    address, resident = spec.addresses[0], list[int]()
-    before, server = held(address), _server(address)
+    before, server, resident = held(spec), _server(spec), list[int]()
     dice = random.Random(seed)
     asked = [(dice.choice(WAYS), random.Random(dice.random())) for _ in range(sessions)]
 
@@ -108,7 +107,7 @@ def soak(
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         answered = sum(pool.map(one, asked))
-    return Soaked(before, tuple(resident), settled(address, before), answered)
+    return Soaked(before, tuple(resident), settled(spec, before), answered)
 
 
 def _session(spec: ArmSpec, recorded: Sequence[Recording], way: str, dice: random.Random, longest_s: float) -> bool:
@@ -132,28 +131,28 @@ def _session(spec: ArmSpec, recorded: Sequence[Recording], way: str, dice: rando
     return steps == tokens
 
 
-def settled(address: str, wanted: Held) -> Held:
+def settled(spec: ArmSpec, wanted: Held) -> Held:
     """What the server holds once it is no more than `wanted`, or SETTLE_S are over.
 
     Threads are not waited for: the server's pool of them grows to the most that were needed at once, and stays so.
     """
     deadline = time.monotonic() + SETTLE_S
     while True:
-        now = held(address)
+        now = held(spec)
         if (now.descriptors <= wanted.descriptors and not now.kv_blocks) or time.monotonic() > deadline:
             return now
         time.sleep(0.2)
 
 
-def held(address: str) -> Held:
-    """What the server at `address`, a process of this machine, holds now."""
-    server = _server(address)
-    return Held(server.memory_info().rss, server.num_threads(), server.num_fds(), kv_blocks(address))
+def held(spec: ArmSpec) -> Held:
+    """What the trunk of `spec`, a process of this machine, holds now."""
+    server = _server(spec)
+    return Held(server.memory_info().rss, server.num_threads(), server.num_fds(), kv_blocks(spec))
 
 
-def kv_blocks(address: str) -> int | None:
+def kv_blocks(spec: ArmSpec) -> int | None:
     """Blocks of KV memory that sessions have, as the server's own metrics say; None where they do not."""
-    with trunks.channel(address) as channel:
+    with open_channel(spec.addresses[0], spec.credentials) as channel:
         method = channel.unary_unary(
             f"/{SERVICE}/Metrics",
             request_serializer=pb.MetricsRequest.SerializeToString,
@@ -167,8 +166,8 @@ def kv_blocks(address: str) -> int | None:
     return next((int(sample.value) for sample in samples if sample.name == KV_BLOCKS), None)
 
 
-def _server(address: str) -> psutil.Process:
-    return psutil.Process(trunk_pid(address))
+def _server(spec: ArmSpec) -> psutil.Process:
+    return psutil.Process(trunk_pid(spec.addresses[0]))
 
 
 def _row(name: str, now: Held) -> dict[str, str]:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
@@ -86,10 +86,11 @@ class Walk:
 def walks(trunk: Trunk, lengths: Sequence[int], more: int) -> Iterator[tuple[ThreadPoolExecutor, list[Walk]]]:
     """For each of `lengths` a thread, and a session with its prompt at the trunk and room for `more` tokens."""
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(len(lengths)))
-        made = [Walk(trunk, length, more) for length in lengths]
-        for walk in made:
-            stack.callback(walk.close)
+        made: list[Walk] = []
+        for length in lengths:
+            made.append(Walk(trunk, length, more))
+            stack.callback(made[-1].close)
+        pool = stack.enter_context(ThreadPoolExecutor(len(lengths)))  # its threads end before their sessions
         list(pool.map(lambda walk, length: walk.prompt(length), made, lengths))
         yield pool, made
 
@@ -123,11 +124,10 @@ def admission(trunk: Trunk, lengths: Sequence[int], prompt: int, steps: int) -> 
                 each.done() for each in running
             ):
                 time.sleep(POLL_S)
-            long = Walk(trunk, prompt, 1)
-            began = time.perf_counter()
-            long.prompt(prompt)
-            ended = time.perf_counter()
-            long.close()
+            with closing(Walk(trunk, prompt, 1)) as long:
+                began = time.perf_counter()
+                long.prompt(prompt)
+                ended = time.perf_counter()
         finally:
             stop.set()
         for each in running:

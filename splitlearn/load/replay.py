@@ -8,12 +8,12 @@ from contextlib import suppress
 
 import grpc
 
-from splitlearn import trunks
 from splitlearn.arm import ArmSpec
 from splitlearn.errors import TrunkFull
 from splitlearn.load.plan import Job
 from splitlearn.load.recording import Recording
 from splitlearn.stream import Stream
+from splitlearn.wire.channel import open_channel
 
 ANSWER_S = 10.0
 """Beyond what the trunk is told that its client waits: what it says when that is over must still arrive."""
@@ -32,7 +32,7 @@ class Sender:
     def open(self, max_length: int) -> Stream:
         """A session, at once or when the trunk has room within the time that its client waits."""
         spec, address = self._spec, self._spec.addresses[0]
-        channel, self._channel = self._channel or trunks.channel(address), None
+        channel, self._channel = self._channel or open_channel(address, spec.credentials), None
         opening = self._served.opening(spec.flags.trunk, max_length, spec.timeout_s)
         stream = self._stream = Stream(channel, address, self._served)
         try:
