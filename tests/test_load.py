@@ -152,7 +152,8 @@ def test_open_loop_what_a_request_waits_for_a_free_client_counts() -> None:
         assert after.ttft_s >= number * 2 * 0.02 - after.arrived_s
 
 
-def test_what_never_ends_and_what_is_never_begun_is_counted_as_incomplete() -> None:
+def test_what_never_ends_and_what_is_never_begun_is_counted_as_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitlearn.load.drive.CLOSE_TIMEOUT_S", 0.3)
     asked = replace(ASKED, rate=20.0)
     measured = driven([Hanging()], asked, grace_s=0.2)
     begun, *waiting = measured.outcomes
