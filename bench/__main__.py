@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import chaos, fidelity, fuzz, lab, memory, overhead, wire
+from bench import capacity, chaos, fidelity, fuzz, lab, memory, overhead, overload, soak, wire
 from splitlearn import config
 from splitlearn.progress import on_console
 from splitlearn.runs import Runs
@@ -17,6 +17,9 @@ BENCHES = {
     "lab": lab.main,
     "chaos": chaos.main,
     "fuzz": fuzz.main,
+    "capacity": capacity.main,
+    "overload": overload.main,
+    "soak": soak.main,
 }
 
 

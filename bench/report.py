@@ -10,12 +10,17 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 def write(name: str, title: str, text: str, rows: list[dict[str, Any]], environment: dict[str, Any]) -> None:
     """Write docs/results/`name`.md and print it."""
-    heads = list(rows[0])
-    lines = [f"# {title}", "", f"Made by `python -m bench {name}`; do not edit.", "", text.strip(), ""]
-    lines += ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    lines += ["| " + " | ".join(str(row[head]) for head in heads) + " |" for row in rows]
+    lines = [f"# {title}", "", f"Made by `python -m bench {name}`; do not edit.", "", text.strip(), "", table(rows)]
     lines += ["", "## Environment", "", "```json", json.dumps(environment, indent=2), "```", ""]
     page = "\n".join(lines)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
     print(page, file=sys.stdout)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of the same keys as a Markdown table."""
+    heads = list(rows[0])
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    lines += ["| " + " | ".join(str(row[head]) for head in heads) + " |" for row in rows]
+    return "\n".join(lines)

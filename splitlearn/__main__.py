@@ -1,4 +1,4 @@
-"""The command line: `python -m splitlearn compare|bench|report|fetch|models|parts|flags`.
+"""The command line: `python -m splitlearn compare|bench|report|load|fetch|models|parts|flags`.
 
 Results go to stdout, progress and errors to stderr. What cannot be done ends with status 2 and one line that says why.
 """
@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from splitlearn import config as configuration
 from splitlearn.config import Config
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare_options(add("compare", _compare, "Run one prompt through the full and the split model."))
     _add_bench_options(add("bench", _bench, "Measure what each flag does, so that it can be defended."))
     _add_report_options(add("report", _report, "Show an experiment of `bench`, or hold two against each other."))
+    _add_load_options(add("load", _load, "Load a trunk server with many clients at once, and say what they got."))
     add("fetch", _fetch, "Fetch and convert the configured model, if the cache does not have it.")
     add("models", _models, "List the catalogue, and what is cached.")
     parts = add("parts", _parts, "What client and trunk hold, and what crosses the wire, for the configured model.")
@@ -144,6 +145,28 @@ def _add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the findings as one JSON object on stdout")
 
 
+def _add_load_options(parser: argparse.ArgumentParser) -> None:
+    whole, real = _whole, _real
+    parser.add_argument("--clients", type=whole("clients"), metavar="N", help="requests at once (default 8)")
+    parser.add_argument(
+        "--rate", type=real("rate"), metavar="R", help="open-loop: Poisson arrivals per second (default: closed-loop)"
+    )
+    parser.add_argument("--duration", type=real("duration"), metavar="S", help="seconds (default 30)")
+    parser.add_argument(
+        "--replay", action="store_true", help="clients without layers, which send recorded hidden states"
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line (default: eight of its own)")
+    parser.add_argument(
+        "--max-new-tokens", type=whole("max_new_tokens"), metavar="N", help="of the longest answer (default 64)"
+    )
+    parser.add_argument("--seed", type=whole("seed"), metavar="S", help="of lengths and arrivals (default 0)")
+    parser.add_argument("--ttft", type=real("ttft"), metavar="S", help="service level in seconds (default 2)")
+    parser.add_argument("--tpot", type=real("tpot"), metavar="S", help="service level in seconds (default 0.2)")
+    parser.add_argument("--trunk", metavar="HOST:PORT", help="overrides trunk.address")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of the report (default: load/ and the time)")
+    parser.add_argument("--json", action="store_true", help="the figures as one JSON object on stdout")
+
+
 def _request(options: argparse.Namespace, config: Config) -> GenerationRequest:
     from splitlearn.sampling import SamplingParams
 
@@ -203,8 +226,37 @@ def _bench(options: argparse.Namespace, config: Config) -> None:
         "prompts": read_prompts(options.prompts) if options.prompts else None,
     }
     flags = " ".join(options.flags) if options.flags else config.flags
-    asked = Asked(flags, **{name: value for name, value in given.items() if value is not None})
+    asked = Asked(flags, **_given(given))
     terminal.run(asked, config, options.out, as_json=options.json)
+
+
+def _load(options: argparse.Namespace, config: Config) -> None:
+    from splitlearn.lab.asking import read_prompts
+    from splitlearn.load import terminal
+    from splitlearn.load.plan import PROMPTS, Asked, Levels
+
+    if options.trunk is not None:
+        config = configuration.with_trunk(config, options.trunk)
+    levels = {"ttft_s": options.ttft, "tpot_s": options.tpot}
+    given = {
+        "clients": options.clients,
+        "rate": options.rate,
+        "duration_s": options.duration,
+        "max_new_tokens": options.max_new_tokens,
+        "seed": options.seed,
+    }
+    asked = Asked(
+        read_prompts(options.prompts or PROMPTS),
+        replay=options.replay,
+        levels=Levels(**_given(levels)),
+        **_given(given),
+    )
+    terminal.run(asked, config, options.out, as_json=options.json)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given: the others keep their defaults."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _report(options: argparse.Namespace, config: Config) -> None:

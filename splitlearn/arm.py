@@ -5,7 +5,7 @@ looks for a cancellation between two steps.
 """
 
 from collections import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -21,7 +21,7 @@ from splitlearn.generate import Generator, Link
 from splitlearn.remote import RemoteStage, TrunkFacts
 from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
-from splitlearn.stages import LocalStage
+from splitlearn.stages import Stage
 from splitlearn.store import ModelFiles
 from splitlearn.stream import Served
 from splitlearn.tokens import Tokens
@@ -82,8 +82,8 @@ def _main(connection: Connection, spec: ArmSpec) -> None:
     try:
         threads = loading.prepare_process(_local_flags(spec), spec.threads)
         loaded = loading.load(spec.files, _specs(spec), _local_flags(spec), loading.Placement(spec.device, spec.dtype))
-        trunk = _trunk(spec)
-        generator = _generator(spec, loaded.stages, trunk)
+        trunk = open_trunk(spec)
+        answers = generator(spec, loaded.stages, trunk)
         process.return_freed_memory()
     except Exception as error:
         connection.send(as_error(error, "loading the model"))
@@ -94,7 +94,7 @@ def _main(connection: Connection, spec: ArmSpec) -> None:
         if request == CANCEL:  # of a generation that had ended by itself
             continue
         try:
-            for event in _until_cancelled(generator.stream(request), connection):
+            for event in _until_cancelled(answers.stream(request), connection):
                 connection.send(event)
             connection.send(ArmEnd(process.peak_resident_bytes(), trunk.facts if trunk else None))
         except Exception as error:  # the run fails with its cause; the worker goes on
@@ -119,7 +119,7 @@ def _specs(spec: ArmSpec) -> list[loading.StageSpec]:
     return loading.full_specs(spec.plan.n_layers) if spec.kind == "full" else loading.client_specs(spec.plan)
 
 
-def _trunk(spec: ArmSpec) -> RemoteStage | None:
+def open_trunk(spec: ArmSpec) -> RemoteStage | None:
     """The trunk's stage with its channel warm and the engine for the trunk's flags loaded."""
     if not spec.addresses:
         return None
@@ -128,7 +128,8 @@ def _trunk(spec: ArmSpec) -> RemoteStage | None:
     return trunk
 
 
-def _generator(spec: ArmSpec, stages: tuple[LocalStage, ...], trunk: RemoteStage | None) -> Generator:
+def generator(spec: ArmSpec, stages: Sequence[Stage], trunk: RemoteStage | None) -> Generator:
+    """The decode loop over the arm's local stages, with the trunk after the first of them."""
     applied = _local_flags(spec)
     links = [Link(stage, applied) for stage in stages]
     if trunk is not None:

@@ -50,20 +50,7 @@ class RemoteStage:
 
     def open(self, applied: frozenset[str], max_length: int) -> "RemoteSession":
         """Open a session with the trunk's flags; refused unless the trunk serves exactly what is asked for."""
-        plan = self.served.plan
-        opening = pb.Open(
-            protocol=PROTOCOL,
-            model=self.served.model,
-            digest=self.served.digest,
-            start=plan.start,
-            end=plan.end,
-            n_layers=plan.n_layers,
-            dtype=str(self.served.dtype).removeprefix("torch."),
-            max_length=max_length,
-            flags=sorted(applied),
-            timeout_s=TOLD * self._trunks.effort().wait_s(),
-        )
-        message = pb.ClientMessage(open=opening).SerializeToString()
+        message = self.served.opening(applied, max_length, TOLD * self._trunks.effort().wait_s())
         return RemoteSession(self, self._trunks, message, recomputes="use_cache" not in applied)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:

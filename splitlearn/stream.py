@@ -18,7 +18,7 @@ from splitlearn.errors import InputError, TrunkFailed, TrunkUnavailable
 from splitlearn.events import StageTiming
 from splitlearn.split import SplitPlan
 from splitlearn.stages import StageOutput
-from splitlearn.wire import SERVICE, codec
+from splitlearn.wire import PROTOCOL, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import error_of
 
@@ -35,6 +35,23 @@ class Served:
     plan: SplitPlan
     dtype: torch.dtype
     hidden_size: int
+
+    def opening(self, applied: frozenset[str], max_length: int, timeout_s: float) -> bytes:
+        """The message that opens a session with the trunk's flags. `timeout_s` is what the trunk is told that its
+        client waits: for a place, and then for each step."""
+        opening = pb.Open(
+            protocol=PROTOCOL,
+            model=self.model,
+            digest=self.digest,
+            start=self.plan.start,
+            end=self.plan.end,
+            n_layers=self.plan.n_layers,
+            dtype=str(self.dtype).removeprefix("torch."),
+            max_length=max_length,
+            flags=sorted(applied),
+            timeout_s=timeout_s,
+        )
+        return pb.ClientMessage(open=opening).SerializeToString()
 
 
 class Stream:
@@ -109,6 +126,11 @@ class Stream:
         self._over.set()
         self._call.cancel()
         return peak_rss_bytes
+
+    def leave(self) -> None:
+        """After a refusal: the stream is over, and its channel can be used again."""
+        self._over.set()
+        self._outgoing.put(None)
 
     def drop(self) -> None:
         """Break off, and close the channel: nothing of a stream that was lost is waited for."""

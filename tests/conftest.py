@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from splitlearn import models, progress
 from splitlearn.config import ModelConfig
@@ -30,13 +32,20 @@ except SplitlearnError as error:
 """
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Which tests share a process: those of a file; and those of the lab, since one machine runs one experiment.
+class _ByFile(LoadScopeScheduling):
+    """The tests of a file share a process, and so do all of the lab: one machine runs one experiment.
 
-    (In pytest_collection_modifyitems it would come too late: xdist reads the mark in its own.)
+    (xdist's own groups do nothing under pytest 9: they are written into an attribute that it no longer reads.)
     """
-    name = item.path.stem
-    item.add_marker(pytest.mark.xdist_group("lab" if name.startswith("test_lab") else name))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0]).stem
+        return "lab" if file.startswith("test_lab") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Which process gets which tests."""
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

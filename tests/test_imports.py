@@ -27,6 +27,7 @@ LAYERS = (
     ("runs",),
     ("compare",),
     ("console", "lab"),
+    ("load",),
     ("__main__",),
     ("server", "ui"),
     ("app",),

@@ -84,7 +84,7 @@ def serve(config: Mapping[str, Any], folder: Path, port: int = 0) -> Iterator[Tr
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(10)
+            process.wait(30)
         finally:
             process.kill()
             process.stdout.close()

@@ -1,0 +1,127 @@
+"""The trunk's layers as a plain batched forward, in a worker process: what a trunk server's step is held against.
+
+transformers' own batch dimension and DynamicCache, sequences of equal length, no padding; and beside it one sequence
+through LocalStage, as a stage runs it for a single client.
+"""
+
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Protocol
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from splitlearn import loading, process
+from splitlearn.arm import ArmSpec
+from splitlearn.split import forward
+from splitlearn.stages import LocalStage, StageInput
+from splitlearn.wire import codec
+
+WARM_UP = 2
+"""Steps before those that are timed."""
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Hidden states to fill caches with: `data` are the raw values of [1, T, H], of which each sequence gets the first
+    `length` and a step the next one. `sizes` are the batches that will be asked for."""
+
+    data: bytes
+    length: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Sequences that stepped side by side, in seconds a step.
+
+    `tpot_s` is what those who asked for the steps saw; `trunk_s` the layers' own time for a step that carried all of
+    them, None when none did; `whole` the share of steps that did.
+    """
+
+    trunk_s: float | None
+    whole: float
+    tpot_s: float
+
+
+class Batched:
+    """The worker: `run(n, steps)` steps n sequences from the same context; n = 0 is one through LocalStage."""
+
+    def __init__(self, spec: ArmSpec, contexts: Contexts) -> None:
+        self._child = process.start("The plain batched forward's worker process", _main, spec, contexts)
+
+    def run(self, sequences: int, steps: int) -> Run:
+        """So many steps; the median time of one."""
+        self._child.send((sequences, steps))
+        step_s: float = self._child.receive()
+        return Run(step_s, 1.0, step_s)
+
+    def stop(self) -> None:
+        """End the worker."""
+        self._child.stop()
+
+
+def _main(connection: Connection, spec: ArmSpec, contexts: Contexts) -> None:
+    loading.prepare_process(spec.flags.trunk, spec.threads)
+    placement = loading.Placement(spec.device, spec.dtype)
+    stage = loading.load(spec.files, loading.trunk_specs(spec.plan), spec.flags.trunk, placement).stages[0]
+    states = codec.from_bytes(contexts.data, spec.dtype, spec.files.facts.hidden_size)
+    with torch.inference_mode():
+        arms: dict[int, _Sequences] = {n: _Plain(stage, states, contexts.length, n) for n in contexts.sizes}
+        arms[0] = _Unbatched(stage, states, contexts.length, spec.flags.trunk)
+        while True:
+            n, steps = connection.recv()
+            connection.send(_median_s(arms[n], steps))
+
+
+class _Sequences(Protocol):
+    def step(self, index: int) -> None:
+        """The step `index` after the context."""
+
+    def rewind(self, steps: int) -> None:
+        """Forget so many last steps."""
+
+
+class _Plain:
+    """`n` sequences of `length` tokens in one batch."""
+
+    def __init__(self, stage: LocalStage, states: torch.Tensor, length: int, n: int) -> None:
+        self._cut, self._states, self._length = stage.cut, states.expand(n, -1, -1), length
+        self._cache = DynamicCache()
+        forward(self._cut, self._states[:, :length], 0, self._cache)
+
+    def step(self, index: int) -> None:
+        at = self._length + index
+        forward(self._cut, self._states[:, at : at + 1], at, self._cache)
+
+    def rewind(self, steps: int) -> None:
+        self._cache.crop(-steps)
+
+
+class _Unbatched:
+    """One sequence through LocalStage."""
+
+    def __init__(self, stage: LocalStage, states: torch.Tensor, length: int, applied: frozenset[str]) -> None:
+        self._stage, self._states, self._length = stage, states, length
+        self._session = stage.open(applied, states.shape[1])
+        stage.step([StageInput(self._session, 0, states[:, :length])])
+
+    def step(self, index: int) -> None:
+        at = self._length + index
+        self._stage.step([StageInput(self._session, at, self._states[:, at : at + 1])])
+
+    def rewind(self, steps: int) -> None:
+        return  # a step at a lower position rolls the session back
+
+
+def _median_s(sequences: _Sequences, steps: int) -> float:
+    """The median time of a step, those of the warm-up left out."""
+    times = []
+    for index in range(steps + WARM_UP):
+        started = time.perf_counter()
+        sequences.step(index)
+        times.append(time.perf_counter() - started)
+    sequences.rewind(len(times))
+    return median(times[WARM_UP:])

@@ -1,0 +1,138 @@
+"""Ten times what a trunk server can do, offered for a minute: what is still done, and how the rest is told.
+
+Capacity is the goodput of as many closed-loop clients as give the most of it. A server with places for so many sessions
+is then offered ten times that by open-loop arrivals. All clients replay hidden states.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from bench.capacity import with_room
+from bench.report import table, write
+from splitlearn.arm import ArmSpec
+from splitlearn.compare import environment
+from splitlearn.config import ServerConfig
+from splitlearn.lab.asking import read_prompts
+from splitlearn.lab.stats import percentile
+from splitlearn.load.clients import replay_clients
+from splitlearn.load.drive import Measured, drive
+from splitlearn.load.plan import PROMPTS, Asked, Levels
+from splitlearn.load.recording import Recording, recordings_of
+from splitlearn.load.summary import Spread, Summary
+from splitlearn.progress import silent
+from splitlearn.runs import Runs
+
+FACTOR = 10.0
+OFFERED_S = 60.0
+CAPACITY_S = 40.0
+LADDER = (4, 8, 16, 32)
+LADDER_S = 20.0
+LEVELS = Levels(ttft_s=4.0, tpot_s=0.25)
+# How long a client waits for a place: within the level of TTFT it must leave time for the prompt.
+WAIT_S = 2.0
+# Requests at once that the open-loop clients can have under way: more than the server has places and a line for.
+CLIENTS = 256
+# Of a refusal after a wait; a full line is told in other words.
+WAITED = "there was no room within"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One load of the trunk, and its name."""
+
+    name: str
+    measured: Measured
+
+    @property
+    def summary(self) -> Summary:
+        """Its figures under LEVELS."""
+        return Summary.of(self.measured, LEVELS)
+
+
+def main(runs: Runs) -> None:
+    """Measure and write docs/results/overload.md."""
+    asked = Asked(read_prompts(PROMPTS), levels=LEVELS, duration_s=LADDER_S, replay=True)
+    with Runs(with_room(runs.config, ServerConfig(max_sessions=2 * max(LADDER))), silent) as roomy:
+        spec = _spec(roomy)
+        recorded = recordings_of(asked, spec, roomy.config.generation.chat, silent)
+        ladder = [_load(f"{n} clients", spec, replace(asked, clients=n), recorded) for n in LADDER]
+    best = LADDER[max(range(len(LADDER)), key=lambda index: ladder[index].summary.goodput_per_s)]
+    server = ServerConfig(max_sessions=best)
+    with Runs(with_room(runs.config, server), silent) as limited:
+        spec, closed = _spec(limited), replace(asked, clients=best, duration_s=CAPACITY_S)
+        before = _load("capacity, before", spec, closed, recorded)
+        rate = FACTOR * before.summary.goodput_per_s
+        flood = replace(asked, clients=CLIENTS, rate=rate, duration_s=OFFERED_S)
+        over = _load(f"{FACTOR:g} times that", spec, flood, recorded)
+        after = _load("capacity, after", spec, closed, recorded)
+        said = environment(limited)
+    kept = over.summary.goodput_per_s / fmean(phase.summary.goodput_per_s for phase in (before, after))
+    text = (
+        f"Service levels: TTFT {LEVELS.ttft_s:g} s, TPOT {LEVELS.tpot_s:g} s; a client waits {WAIT_S:g} s for a place. "
+        f"Prompts and answer lengths are those of `python -m splitlearn load`. {best} closed-loop clients gave most "
+        f"goodput, so that the server was given {best} places, and a line of {server.max_waiting}.\n\n"
+        f"**Goodput under {FACTOR:g} times the capacity for {OFFERED_S:g} s: {kept:.1%} of that at capacity** (the "
+        f"mean of before and after). Requests that never ended: {over.summary.incomplete}. The clients' process, on "
+        f"the same cores, had {over.summary.busy:.0%} of a core busy.\n\n"
+        f"How those were told that got no place:\n\n{table(told(over.measured))}\n\n"
+        f"How the number of places was found:\n\n{table([_row(phase) for phase in ladder])}\n\n"
+        "The same server at capacity and beyond:"
+    )
+    rows = [_row(each) for each in (before, over, after)]
+    write("overload", "A trunk server under ten times its load", text, rows, said)
+
+
+def _spec(runs: Runs) -> ArmSpec:
+    return replace(runs.spec("split", runs.flags(runs.config.flags)), timeout_s=WAIT_S)
+
+
+def _load(name: str, spec: ArmSpec, asked: Asked, recorded: Sequence[Recording]) -> Phase:
+    with replay_clients(spec, asked, recorded, silent) as clients:
+        found = Phase(name, drive(clients, asked, silent, threading.Event()))
+    print(f"{name}: goodput {found.summary.goodput_per_s:.2f} requests/s", flush=True)
+    return found
+
+
+def _row(phase: Phase) -> dict[str, str]:
+    found = phase.summary
+    return {
+        "load": phase.name,
+        "offered /s": f"{found.offered / found.duration_s:.2f}",
+        "goodput /s": f"{found.goodput_per_s:.2f}",
+        "TPS (system)": f"{found.tps_system:.1f}",
+        "TTFT p50, p95": _percentiles(found.ttft),
+        "TPOT p50, p95": _percentiles(found.tpot),
+        "done": str(found.done),
+        "rejected": str(found.rejected),
+        "failed": str(found.failed),
+        "incomplete": str(found.incomplete),
+    }
+
+
+def _percentiles(spread: Spread) -> str:
+    return ", ".join("" if value is None else f"{value * 1e3:.0f} ms" for value in (spread.p50_s, spread.p95_s))
+
+
+def told(measured: Measured) -> list[dict[str, str]]:
+    """From asking to the refusal by a full line; and from the end of the wait to being told of it."""
+    refused = [each for each in measured.outcomes if each.state == "rejected" and each.begun_s is not None]
+    took = [(each.ended_s - (each.begun_s or 0.0), WAITED in each.reason) for each in refused]
+    return [
+        _late("full line: from asking to the refusal", [seconds for seconds, waited in took if not waited]),
+        _late("waited: after its deadline", [seconds - WAIT_S for seconds, waited in took if waited]),
+    ]
+
+
+def _late(what: str, seconds: Sequence[float]) -> dict[str, str]:
+    def ms(value: float | None) -> str:
+        return "" if value is None else f"{value * 1e3:.0f} ms"
+
+    return {
+        "refusal": what,
+        "n": str(len(seconds)),
+        "p50": ms(percentile(seconds, 0.5)),
+        "p95": ms(percentile(seconds, 0.95)),
+        "largest": ms(max(seconds, default=None)),
+    }

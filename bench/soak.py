@@ -1,0 +1,185 @@
+"""Two thousand sessions at one server process, most of them cut short at random: does anything of them stay?"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from statistics import fmean
+
+import grpc
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from bench.capacity import with_room
+from bench.report import write
+from splitlearn.arm import ArmSpec
+from splitlearn.compare import environment
+from splitlearn.config import ServerConfig
+from splitlearn.errors import TrunkError
+from splitlearn.lab.asking import read_prompts
+from splitlearn.lab.fingerprint import trunk_pid
+from splitlearn.load.plan import PROMPTS, Asked
+from splitlearn.load.recording import Recording, recordings_of
+from splitlearn.load.replay import Sender
+from splitlearn.progress import silent
+from splitlearn.runs import Runs
+from splitlearn.wire import SERVICE
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import open_channel
+
+SESSIONS = 2000
+WARM_UP = 100
+CLIENTS = 12
+PLACES = 8
+TOKENS = 16
+# A session ends in one of these ways, each as likely as any other: in order after its whole answer; in order at some
+# step; without a word between two steps; without a word at any time, waiting for a place, for its prompt or in a step.
+WAYS = ("whole", "leaves", "breaks off", "breaks off at any time")
+LONGEST_S = 3.0
+KV_BLOCKS = "splitlearn_kv_blocks_used"
+SETTLE_S = 30.0
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a server process holds: resident bytes, threads, descriptors, KV blocks (None where it does not say)."""
+
+    resident: int
+    threads: int
+    descriptors: int
+    kv_blocks: int | None
+
+
+@dataclass(frozen=True)
+class Soaked:
+    """The server before a round of sessions, its resident bytes after each, the server once all were over, and how many
+    sessions had their whole answer."""
+
+    before: Held
+    resident: tuple[int, ...]
+    after: Held
+    answered: int
+
+
+def main(runs: Runs) -> None:
+    """Measure and write docs/results/soak.md."""
+    asked = Asked(read_prompts(PROMPTS), max_new_tokens=TOKENS)
+    with Runs(with_room(runs.config, ServerConfig(max_sessions=PLACES)), silent) as own:
+        spec = replace(own.spec("split", own.flags(own.config.flags)), timeout_s=30.0)
+        recorded = recordings_of(asked, spec, own.config.generation.chat, silent)
+        soak(spec, recorded, WARM_UP, seed=0)
+        halves = [soak(spec, recorded, SESSIONS // 2, seed=seed, say=_say) for seed in (1, 2)]
+        said = environment(own)
+    one, other = (fmean(half.resident) for half in halves)
+    text = (
+        f"{SESSIONS} sessions from {CLIENTS} clients at a server with {PLACES} places; prompts of `python -m "
+        f"splitlearn load`, answers of up to {TOKENS} tokens; a session ends at random in one of {len(WAYS)} ways: "
+        f"{', '.join(WAYS)}. Before them {WARM_UP} others, after which threads and descriptors are counted first.\n\n"
+        f"**Mean resident memory in the second thousand: {other / one:.4f} times that in the first** "
+        f"({one / 1e6:.1f} MB). Whole answers: {halves[0].answered + halves[1].answered}."
+    )
+    states = (("before", halves[0].before), ("after the first half", halves[0].after), ("after all", halves[1].after))
+    write("soak", "What sessions leave behind", text, [_row(name, held) for name, held in states], said)
+
+
+def soak(
+    spec: ArmSpec,
+    recorded: Sequence[Recording],
+    sessions: int,
+    seed: int,
+    longest_s: float = LONGEST_S,
+    say: Callable[[int], None] = lambda count: None,
+) -> Soaked:
+    """So many sessions at the trunk of `spec`, which must run on this machine; the server before and after."""
+    before, server, resident = held(spec), _server(spec), list[int]()
+    dice = random.Random(seed)
+    asked = [(dice.choice(WAYS), random.Random(dice.random())) for _ in range(sessions)]
+
+    def one(each: tuple[str, random.Random]) -> bool:
+        whole = _session(spec, recorded, *each, longest_s)
+        resident.append(server.memory_info().rss)
+        say(len(resident))
+        return whole
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        answered = sum(pool.map(one, asked))
+    return Soaked(before, tuple(resident), settled(spec, before), answered)
+
+
+def _session(spec: ArmSpec, recorded: Sequence[Recording], way: str, dice: random.Random, longest_s: float) -> bool:
+    """One session that ends in the way `way`; whether its answer was whole."""
+    recording, tokens = dice.choice(recorded), dice.randint(2, TOKENS)
+    steps = tokens if way == "whole" or way == WAYS[-1] else dice.randrange(tokens)
+    sender = Sender(spec)
+    timer = threading.Timer(dice.uniform(0, longest_s) if way == WAYS[-1] else TIMEOUT_S, sender.close)
+    timer.start()
+    try:
+        stream = sender.open(recording.prompt_tokens + tokens)
+        for position, x in islice(recording.steps(tokens, sender.recomputes), steps):
+            stream.step(position, x, sender.wait_s)
+        if way != "breaks off":
+            sender.end(stream)
+    except (TrunkError, ValueError):  # ValueError: gRPC's, for a channel that was closed
+        return False
+    finally:
+        timer.cancel()
+        sender.close()
+    return steps == tokens
+
+
+def settled(spec: ArmSpec, wanted: Held) -> Held:
+    """What the server holds once it is no more than `wanted`, or SETTLE_S are over.
+
+    Threads are not waited for: the server's pool of them grows to the most that were needed at once, and stays so.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        now = held(spec)
+        if (now.descriptors <= wanted.descriptors and not now.kv_blocks) or time.monotonic() > deadline:
+            return now
+        time.sleep(0.2)
+
+
+def held(spec: ArmSpec) -> Held:
+    """What the trunk of `spec`, a process of this machine, holds now."""
+    server = _server(spec)
+    return Held(server.memory_info().rss, server.num_threads(), server.num_fds(), kv_blocks(spec))
+
+
+def kv_blocks(spec: ArmSpec) -> int | None:
+    """Blocks of KV memory that sessions have, as the server's own metrics say; None where they do not."""
+    with open_channel(spec.addresses[0], spec.credentials) as channel:
+        method = channel.unary_unary(
+            f"/{SERVICE}/Metrics",
+            request_serializer=pb.MetricsRequest.SerializeToString,
+            response_deserializer=pb.MetricsText.FromString,
+        )
+        try:
+            text: str = method(pb.MetricsRequest(), timeout=TIMEOUT_S).text
+        except grpc.RpcError:
+            return None
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return next((int(sample.value) for sample in samples if sample.name == KV_BLOCKS), None)
+
+
+def _server(spec: ArmSpec) -> psutil.Process:
+    return psutil.Process(trunk_pid(spec.addresses[0]))
+
+
+def _row(name: str, now: Held) -> dict[str, str]:
+    return {
+        "when": name,
+        "resident, MB": f"{now.resident / 1e6:.1f}",
+        "threads": str(now.threads),
+        "descriptors": str(now.descriptors),
+        "KV blocks": "not told" if now.kv_blocks is None else str(now.kv_blocks),
+    }
+
+
+def _say(count: int) -> None:
+    if count % 100 == 0:
+        print(f"{count} sessions", flush=True)
