@@ -32,7 +32,7 @@ except SplitlearnError as error:
 """
 
 
-class _ByFile(LoadScopeScheduling):
+class _ByFile(LoadScopeScheduling):  # type: ignore[misc]
     """The tests of a file share a process, and so do all of the lab: one machine runs one experiment.
 
     (xdist's own groups do nothing under pytest 9: they are written into an attribute that it no longer reads.)
