@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -51,10 +52,25 @@ def press(browser: Browser) -> str:
     return said.inner_text()
 
 
+def cut(browser: Browser) -> str:
+    """Kill the trunk in the middle of the page's split answer, start it again, and give what the page says then."""
+    page = open_page(browser, PAGE)
+    page.locator("#settings > button").click()
+    page.locator("#max_new_tokens").locator("input, textarea").first.fill("256")
+    page.get_by_label("Ignore the end token").check()
+    page.locator("#compare").click()
+    answer = page.locator("#split section[data-state=running] .sl-answer").filter(has_text=re.compile(r"\w"))
+    answer.wait_for(timeout=240_000)
+    compose("kill", "trunk")
+    compose("start", "trunk")
+    page.locator("#result section, #error [role=alert]").first.wait_for(timeout=240_000)
+    return "\n".join(page.locator("#result, #error, #split section").all_inner_texts())
+
+
 def on_the_page() -> dict[str, str]:
     """What the page says with the trunk there, with it killed, and with it back."""
     with chromium() as browser:
-        said = {"first": press(browser)}
+        said = {"first": press(browser), "cut": cut(browser)}
         compose("kill", "trunk")
         said["killed"] = press(browser)
         compose("start", "trunk")

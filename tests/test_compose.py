@@ -102,6 +102,10 @@ class TestStack:
     def test_the_button_on_the_page_compares_through_the_trunks_container(self, seen: dict[str, Any]) -> None:
         assert "Identical" in seen["page"]["first"]
 
+    def test_an_answer_whose_trunk_is_killed_and_started_again_is_completed(self, seen: dict[str, Any]) -> None:
+        assert "Identical" in seen["page"]["cut"]
+        assert "was lost at token" in seen["page"]["cut"]
+
     def test_a_killed_trunk_is_an_error_on_the_page_and_one_that_comes_back_is_used(self, seen: dict[str, Any]) -> None:
         assert "trunk:50051" in seen["page"]["killed"]
         assert "Identical" in seen["page"]["back"]

@@ -1,5 +1,6 @@
 """The page in a real browser: what a person does with it, and what it says of what cannot be done."""
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,18 +164,17 @@ def test_page_works_after_bad_input(page: Page) -> None:
     assert page.locator("#error .sl-error").count() == 0
 
 
-def test_trunk_killed_in_the_middle_fails_the_split_side_alone_and_the_next_run_works(page: Page, app: App) -> None:
+def test_a_trunk_killed_in_the_middle_is_started_again_and_its_answer_goes_on(page: Page, app: App) -> None:
     fold_out(page, "settings")
     setting(page, "max_new_tokens", "450")
     page.get_by_label("Ignore the end token").check()
     page.locator("#compare").click()
     expect(page.locator("#split section")).to_have_attribute("data-state", "running", timeout=RUN_MS)
+    expect(page.locator("#split section[data-state=running] .sl-answer")).to_contain_text(re.compile(r"\w"))
     app.trunk().kill()
-    assert error(page).startswith("Split: ")
-    expect(page.locator("#split section")).to_have_attribute("data-state", "failed")
-    expect(page.locator("#full section")).to_have_attribute("data-state", "done")
-    setting(page, "max_new_tokens", "8")
-    compares(page)
+    assert verdict(page).startswith("Identical")
+    expect(page.locator("#split section")).to_have_attribute("data-state", "done")
+    expect(page.locator("#split section")).to_contain_text("was lost at token")
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
