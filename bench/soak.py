@@ -39,7 +39,7 @@ TOKENS = 16
 # step; without a word between two steps; without a word at any time, waiting for a place, for its prompt or in a step.
 WAYS = ("whole", "leaves", "breaks off", "breaks off at any time")
 LONGEST_S = 3.0
-KV_BLOCKS = "splitlearn_kv_blocks_used"
+KV_BLOCKS = "splitlearn_trunk_kv_blocks_used"
 SETTLE_S = 30.0
 TIMEOUT_S = 120.0
 

@@ -1,14 +1,14 @@
 """From settings to what serves: the checked weights, the stage in memory, its KV pool and its engine."""
 
-import time
 from dataclasses import dataclass
 
 import psutil
 import torch
 
 from server.admission import Admission
-from server.engine import Engine, can_pack
+from server.engine import Engine
 from server.metrics import Metrics
+from server.trial import Trial
 from splitlearn import loading, models
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import InputError
@@ -19,14 +19,12 @@ from splitlearn.process import default_threads, share_one_heap
 from splitlearn.progress import Progress, Step
 from splitlearn.selection import availability, parse
 from splitlearn.split import SplitPlan
-from splitlearn.stages import LocalStage, StageInput
+from splitlearn.stages import LocalStage
 from splitlearn.store import ModelFiles
 from splitlearn.wire.codec import DTYPES
 
 # Without a budget given: this share of the memory that is free once the weights are loaded.
 KV_SHARE = 0.25
-# A forward with a piece of a prompt takes at most this many times what one of a single token takes.
-PROMPT_SHARE = 1.8
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,10 @@ def build(settings: Config, progress: Progress) -> Served:
     stage, hidden_size = loaded.stages[0], files.facts.hidden_size
     server = settings.server
     admission = Admission(_pool(stage, hidden_size, placement, server), server.max_sessions, server.max_waiting)
-    prompt_tokens = server.prompt_tokens or _prompt_tokens(stage, hidden_size, placement.dtype)
-    metrics = Metrics()
-    engine = Engine(stage, admission, prompt_tokens, can_pack(stage, hidden_size, placement.dtype), metrics)
+    trial, metrics = Trial(stage, applied | {"use_cache"}, hidden_size, placement.dtype), Metrics()
+    packs = trial.packs()
+    prompt_tokens = server.prompt_tokens or (trial.prompt_tokens() if packs else 1)
+    engine = Engine(stage, admission, prompt_tokens, packs, metrics)
     loaded_s, imports = loaded.load_s, loaded.import_rss_bytes
     return Served(files, plan, placement, own, threads, loaded_s, imports, engine, admission, metrics)
 
@@ -83,26 +82,3 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
-
-
-def _prompt_tokens(stage: LocalStage, hidden_size: int, dtype: torch.dtype) -> int:
-    """How many tokens of prompts a forward may take while others decode: measured, since it depends on the machine.
-
-    The largest power of two whose step takes at most PROMPT_SHARE times as long as a step of one token.
-    """
-    one, tokens = _step_s(stage, 1, hidden_size, dtype), 4
-    while tokens < 4096 and _step_s(stage, 2 * tokens, hidden_size, dtype) <= PROMPT_SHARE * one:
-        tokens *= 2
-    return tokens
-
-
-def _step_s(stage: LocalStage, tokens: int, hidden_size: int, dtype: torch.dtype) -> float:
-    """Seconds of a step of `tokens`, the best of three."""
-    x = torch.zeros(1, tokens, hidden_size, dtype=dtype)
-    best = float("inf")
-    for _ in range(3):
-        session = stage.open(frozenset({"inference_mode", "use_cache"}), tokens)
-        started = time.perf_counter()
-        stage.step([StageInput(session, 0, x)])
-        best = min(best, time.perf_counter() - started)
-    return best

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 
@@ -21,7 +20,6 @@ from server.metrics import Metrics
 from splitlearn.errors import InputError, SplitlearnError, TrunkFailed, TrunkUnavailable, as_error
 from splitlearn.finite import first_not_finite
 from splitlearn.flags import settings
-from splitlearn.kv import KVPool, PooledCache, Run, shapes_of
 from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
 from splitlearn.wire.codec import where_not_finite
 
@@ -270,36 +268,3 @@ class Engine:
         self._seats.remove(seat)
         seat.session.close()
         self._admission.leave(seat.place)
-
-
-def can_pack(stage: LocalStage, hidden_size: int, dtype: torch.dtype) -> bool:
-    """Whether the model's layers give in one packed forward what they give apart, but for rounding.
-
-    Asked of the loaded stage itself: a family whose attention does not go through transformers' interface, or that does
-    more with keys and values than keep them, shows it here, and is served one session a forward.
-    """
-    lengths, applied = [3, 2], frozenset({"use_cache", "inference_mode"})
-    pool = KVPool(shapes_of(stage.cut, hidden_size, dtype, stage.device), 16, 4, dtype, stage.device)
-    sessions = [LocalSession(PooledCache(pool, Run(4 * at, 4)), settings(applied), 4) for at in range(4)]
-    x = 0.1 * torch.randn(1, sum(lengths) + 2, hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    prompts, last = torch.split(x[:, : sum(lengths)], lengths, dim=1), torch.split(x[:, sum(lengths) :], 1, dim=1)
-    apart = [
-        [
-            stage.step([StageInput(session, at, part)])[0].x
-            for session, at, part in zip(sessions, ats, parts, strict=False)
-        ]
-        for ats, parts in (([0, 0], prompts), (lengths, last))
-    ]
-    try:
-        packed = [
-            [
-                output.x
-                for output in stage.step([StageInput(*each) for each in zip(sessions[2:], ats, parts, strict=True)])
-            ]
-            for ats, parts in (([0, 0], prompts), (lengths, last))
-        ]
-    except Exception:
-        return False
-    close = float(torch.finfo(dtype).eps ** 0.5)
-    pairs = zip(chain(*apart), chain(*packed), strict=True)
-    return all(torch.allclose(a, b, rtol=close, atol=close * float(a.abs().max())) for a, b in pairs)
