@@ -7,6 +7,7 @@ is then offered ten times that by open-loop arrivals. All clients replay hidden 
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 
 from bench.capacity import with_room
@@ -14,11 +15,10 @@ from bench.report import table, write
 from splitlearn.arm import ArmSpec
 from splitlearn.compare import environment
 from splitlearn.config import ServerConfig
-from splitlearn.lab.asking import read_prompts
 from splitlearn.lab.stats import percentile
 from splitlearn.load.clients import replay_clients
 from splitlearn.load.drive import Measured, drive
-from splitlearn.load.plan import PROMPTS, Asked, Levels
+from splitlearn.load.plan import SHORTEST, Asked, Levels
 from splitlearn.load.recording import Recording, recordings_of
 from splitlearn.load.summary import Spread, Summary
 from splitlearn.progress import silent
@@ -29,9 +29,11 @@ OFFERED_S = 60.0
 CAPACITY_S = 40.0
 LADDER = (4, 8, 16, 32)
 LADDER_S = 20.0
-LEVELS = Levels(ttft_s=4.0, tpot_s=0.25)
-# How long a client waits for a place: within the level of TTFT it must leave time for the prompt.
-WAIT_S = 2.0
+LEVELS = Levels(ttft_s=10.0, tpot_s=0.25)
+# How long a client waits for a place, and then for each step: it must be enough for the prompts of all places at once,
+# and within the level of TTFT it must leave time for the prompt.
+WAIT_S = 5.0
+PROMPTS = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[:8]
 # Requests at once that the open-loop clients can have under way: more than the server has places and a line for.
 CLIENTS = 256
 # Of a refusal after a wait; a full line is told in other words.
@@ -53,7 +55,7 @@ class Phase:
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/overload.md."""
-    asked = Asked(read_prompts(PROMPTS), levels=LEVELS, duration_s=LADDER_S, replay=True)
+    asked = Asked(tuple(PROMPTS), levels=LEVELS, duration_s=LADDER_S, replay=True)
     with Runs(with_room(runs.config, ServerConfig(max_sessions=2 * max(LADDER))), silent) as roomy:
         spec = _spec(roomy)
         recorded = recordings_of(asked, spec, roomy.config.generation.chat, silent)
@@ -71,8 +73,9 @@ def main(runs: Runs) -> None:
     kept = over.summary.goodput_per_s / fmean(phase.summary.goodput_per_s for phase in (before, after))
     text = (
         f"Service levels: TTFT {LEVELS.ttft_s:g} s, TPOT {LEVELS.tpot_s:g} s; a client waits {WAIT_S:g} s for a place. "
-        f"Prompts and answer lengths are those of `python -m splitlearn load`. {best} closed-loop clients gave most "
-        f"goodput, so that the server was given {best} places, and a line of {server.max_waiting}.\n\n"
+        f"{len(PROMPTS)} prompts of one sentence, answers of {asked.max_new_tokens // SHORTEST} to "
+        f"{asked.max_new_tokens} tokens. {best} closed-loop clients gave most goodput, so that the server was given "
+        f"{best} places, and a line of {server.max_waiting}.\n\n"
         f"**Goodput under {FACTOR:g} times the capacity for {OFFERED_S:g} s: {kept:.1%} of that at capacity** (the "
         f"mean of before and after). Requests that never ended: {over.summary.incomplete}. The clients' process, on "
         f"the same cores, had {over.summary.busy:.0%} of a core busy.\n\n"
