@@ -5,11 +5,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import fmean
 
-import grpc
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -26,9 +26,7 @@ from splitlearn.load.recording import Recording, recordings_of
 from splitlearn.load.replay import Sender
 from splitlearn.progress import silent
 from splitlearn.runs import Runs
-from splitlearn.wire import SERVICE
-from splitlearn.wire import trunk_pb2 as pb
-from splitlearn.wire.channel import open_channel
+from splitlearn.watch import Watch
 
 SESSIONS = 2000
 WARM_UP = 100
@@ -46,12 +44,12 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Held:
-    """What a server process holds: resident bytes, threads, descriptors, KV blocks (None where it does not say)."""
+    """What a server process holds: resident bytes, threads, descriptors, KV blocks."""
 
     resident: int
     threads: int
     descriptors: int
-    kv_blocks: int | None
+    kv_blocks: int
 
 
 @dataclass(frozen=True)
@@ -150,20 +148,12 @@ def held(spec: ArmSpec) -> Held:
     return Held(server.memory_info().rss, server.num_threads(), server.num_fds(), kv_blocks(spec))
 
 
-def kv_blocks(spec: ArmSpec) -> int | None:
-    """Blocks of KV memory that sessions have, as the server's own metrics say; None where they do not."""
-    with open_channel(spec.addresses[0], spec.credentials) as channel:
-        method = channel.unary_unary(
-            f"/{SERVICE}/Metrics",
-            request_serializer=pb.MetricsRequest.SerializeToString,
-            response_deserializer=pb.MetricsText.FromString,
-        )
-        try:
-            text: str = method(pb.MetricsRequest(), timeout=TIMEOUT_S).text
-        except grpc.RpcError:
-            return None
+def kv_blocks(spec: ArmSpec) -> int:
+    """Blocks of KV memory that sessions have, as the server's own metrics say."""
+    with closing(Watch(spec.credentials)) as watch:
+        text = watch.look(spec.addresses).metrics
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-    return next((int(sample.value) for sample in samples if sample.name == KV_BLOCKS), None)
+    return next(int(sample.value) for sample in samples if sample.name == KV_BLOCKS)
 
 
 def _server(spec: ArmSpec) -> psutil.Process:
@@ -176,7 +166,7 @@ def _row(name: str, now: Held) -> dict[str, str]:
         "resident, MB": f"{now.resident / 1e6:.1f}",
         "threads": str(now.threads),
         "descriptors": str(now.descriptors),
-        "KV blocks": "not told" if now.kv_blocks is None else str(now.kv_blocks),
+        "KV blocks": str(now.kv_blocks),
     }
 
 
