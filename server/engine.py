@@ -26,6 +26,8 @@ from splitlearn.wire.codec import where_not_finite
 # The share of a forward's time for which it waits for sessions that are about to bring their next step: those that were
 # left out would wait for a whole forward.
 GATHER = 0.15
+# A client that takes so many times what it usually takes, and the slack, is not waited for any more.
+OVERDUE, SLACK_S, LONGEST_AWAY_S = 3.0, 0.005, 1.0
 # How fast what is known of durations follows what is seen.
 FOLLOW = 0.3
 
@@ -52,6 +54,15 @@ class Seat:
     running: bool = False
     closed: bool = False
     freed: bool = False
+
+    @property
+    def due_s(self) -> float:
+        """When its client should bring the next step."""
+        return (self.answered or 0.0) + self.away_s
+
+    def comes(self, now: float) -> bool:
+        """Whether its client should still bring one: it has answered steps before, and is not long overdue."""
+        return self.answered is not None and now < self.answered + OVERDUE * min(self.away_s, LONGEST_AWAY_S) + SLACK_S
 
 
 @dataclass(eq=False)
@@ -173,12 +184,12 @@ class Engine:
 
     def _others_are_due(self, until: float) -> bool:
         """Whether a session without a step here should bring one before `until`."""
-        here = {id(job.seat) for job in self._jobs}
-        return any(
-            seat.answered is not None and not seat.closed and seat.answered + seat.away_s < until
-            for seat in self._seats
-            if id(seat) not in here
-        )
+        return any(seat.due_s < until for seat in self._coming())
+
+    def _coming(self) -> list[Seat]:
+        """Sessions without a step here whose clients are at work on the next one, as far as one can tell."""
+        here, now = {id(job.seat) for job in self._jobs}, time.perf_counter()
+        return [seat for seat in self._seats if id(seat) not in here and not seat.closed and seat.comes(now)]
 
     def _drop(self) -> None:
         """What nobody waits for (any more) is not computed."""
@@ -195,10 +206,11 @@ class Engine:
         if first.seat.session.recomputes or not self.packs:
             return [(first, first.left)]
         alike = [job for job in self._jobs if job.seat.applied == first.seat.applied]
-        if len(alike) == 1 and not any(seat.answered is not None for seat in self._seats if seat is not first.seat):
-            return [(first, first.left)]
+        prompts = [job for job in alike if job.left > 1]
         budget, chosen = self._prompt_tokens, []
-        for job in sorted(alike, key=lambda job: (job.left > 1, job.last_run or job.began)):
+        if len(prompts) == len(self._jobs) and not self._coming():  # nobody decodes
+            budget = max(budget, min(prompts, key=lambda job: job.began).left)
+        for job in sorted(alike, key=lambda job: (job.left > 1, job.began)):
             tokens = 1 if job.left == 1 else min(job.left, budget)
             if job.left > 1:
                 budget -= tokens

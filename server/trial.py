@@ -13,7 +13,7 @@ from splitlearn.stages import LocalSession, LocalStage, StageInput
 
 # A forward with a piece of a prompt takes at most this many times what one of a single token takes.
 PROMPT_SHARE = 1.8
-MOST_PROMPT_TOKENS = 4096
+LEAST_PROMPT_TOKENS, MOST_PROMPT_TOKENS = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ class Trial:
     def prompt_tokens(self) -> int:
         """How many tokens of prompts a forward may take while others decode: measured, as it depends on the machine.
 
-        The largest power of two whose step takes at most PROMPT_SHARE times as long as a step of one token.
+        The largest power of two whose step takes at most PROMPT_SHARE times as long as a step of one token, and at
+        least LEAST_PROMPT_TOKENS: on a machine that was busy at the start, prompts would never be done.
         """
-        one, tokens = self._seconds(1), 4
+        one, tokens = self._seconds(1), LEAST_PROMPT_TOKENS
         while tokens < MOST_PROMPT_TOKENS and self._seconds(2 * tokens) <= PROMPT_SHARE * one:
             tokens *= 2
         return tokens

@@ -133,12 +133,28 @@ def test_a_long_prompt_is_computed_in_pieces_while_others_decode(files: ModelFil
     with serve_here(files, prompt_tokens=16) as here, Stream(here.address) as one, Stream(here.address) as two:
         one.ask(opening(files, max_length=256))
         whole = tensor_of(one.ask(step(x, 0)), files)
+        time.sleep(0.7)  # a client that takes as long between its steps is waited for as long again
         one.ask(step(x[:, :1], 200, 2))
         two.ask(opening(files, max_length=256))
         sizes.clear()
         pieces = tensor_of(two.ask(step(x, 0)), files)
         assert len(sizes) == -(-200 // 16)
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_prompt_beside_a_session_that_says_no_more_is_computed_at_once(
+    files: ModelFiles, sizes: list[int]
+) -> None:
+    x = hidden(files, 200)
+    with serve_here(files, prompt_tokens=16) as here, Stream(here.address) as one, Stream(here.address) as two:
+        one.ask(opening(files, max_length=256))
+        one.ask(step(x[:, :1], 0))
+        one.ask(step(x[:, :1], 1, 2))
+        two.ask(opening(files, max_length=256))
+        time.sleep(0.5)
+        sizes.clear()
+        two.ask(step(x, 0))
+        assert len(sizes) == 1
 
 
 def test_only_the_last_positions_are_answered_when_no_more_are_wanted(files: ModelFiles) -> None:
