@@ -17,7 +17,7 @@ import torch
 
 from server.admission import Admission, Place
 from server.metrics import Metrics
-from splitlearn.errors import InputError, SplitlearnError, TrunkFailed, TrunkUnavailable, as_error
+from splitlearn.errors import InputError, SplitlearnError, TrunkFailed, TrunkLate, as_error
 from splitlearn.finite import first_not_finite
 from splitlearn.flags import settings
 from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
@@ -125,7 +125,7 @@ class Engine:
     def step(self, seat: Seat, position: int, x: torch.Tensor, timeout_s: float, roll_back: bool = False) -> EngineStep:
         """Compute `x` [1, T, H] from `position` on, together with what the other sessions bring.
 
-        Raises InputError for a position that does not follow, TrunkUnavailable when it waited for longer than
+        Raises InputError for a position that does not follow, TrunkLate when it waited for longer than
         `timeout_s` or its session has ended.
         """
         session, began = seat.session, time.perf_counter()
@@ -196,7 +196,7 @@ class Engine:
         now = time.perf_counter()
         for job in [job for job in self._jobs if job.seat.closed or now > job.deadline]:
             why = "its session has ended" if job.seat.closed else "it waited for longer than its client said it would"
-            self._finish(job, TrunkUnavailable(f"the step was dropped: {why}", "step_late"))
+            self._finish(job, TrunkLate(f"the step was dropped: {why}", "step_late"))
 
     def _chosen(self) -> list[tuple[_Job, int]]:
         """The job that has waited longest and those that can share its forward, each with a number of tokens."""

@@ -8,6 +8,7 @@
     |   `-- FamilyRefused      the architecture cannot be cut exactly
     |-- TrunkError          the far end of a split
     |   |-- TrunkUnavailable   nobody answers, or the connection was lost
+    |   |   `-- TrunkLate          it would answer too late: the step was dropped
     |   |-- TrunkRefused       the trunk serves something else, or did not accept what was sent
     |   |   `-- TrunkDenied       it asks for a token, and the one that it got, if any, is not valid
     |   |-- TrunkFull          no room for a session now
@@ -65,6 +66,10 @@ class TrunkError(SplitlearnError):
 
 class TrunkUnavailable(TrunkError):
     """Nobody answers at the address, or the connection was lost."""
+
+
+class TrunkLate(TrunkUnavailable):
+    """The trunk dropped a step that had waited for longer than its client said that it would."""
 
 
 class TrunkRefused(TrunkError):

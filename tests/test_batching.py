@@ -104,7 +104,7 @@ def test_every_batched_answer_is_the_answer_alone(family: str, tiny_model: TinyF
         with ThreadPoolExecutor(AT_ONCE) as clients:
             batched = list(clients.map(lambda wish: answer(links, tokens, wish), asked))
     assert batched == alone
-    assert max(sizes) > AT_ONCE // 2, "the sessions did not meet"
+    assert max(sizes) > 2, "the sessions did not meet"
 
 
 def test_sessions_with_other_session_flags_are_served_beside(tiny_model: TinyFactory) -> None:

@@ -55,9 +55,11 @@ def test_a_flag_changes_the_logits_no_more_than_it_says(
     assert difference <= (0.0 if FLAGS[name].fidelity == "exact" else ROUNDING)
 
 
-@pytest.mark.parametrize(
-    "flags", [row[2] for row in ROWS] + [ALL, FlagSet()], ids=lambda flags: ",".join(flags.names())
-)
+# A trunk keeps keys and values in memory set aside, which rounds as a dynamic cache does and not as a static one.
+ALIKE = list(dict.fromkeys(flags.without("cache") for flags in [*(row[2] for row in ROWS), ALL, FlagSet()]))
+
+
+@pytest.mark.parametrize("flags", ALIKE, ids=lambda flags: ",".join(flags.names()))
 def test_the_split_has_the_logits_of_the_full_model_to_the_bit(files: ModelFiles, flags: FlagSet) -> None:
     assert torch.equal(_logits(files, "full", flags), _logits(files, "split", flags))
 
@@ -72,7 +74,6 @@ def test_sides_that_disagree_about_the_cache_still_give_the_same_tokens(files: M
 
 def test_a_static_cache_gives_logits_within_rounding(files: ModelFiles) -> None:
     dynamic, static = parse("use_cache", HERE), parse("use_cache,cache=static", HERE)
-    assert torch.equal(_logits(files, "full", static), _logits(files, "split", static))
     assert not torch.equal(_logits(files, "full", static), _logits(files, "full", FlagSet()))
     for kind in KINDS:
         assert (_logits(files, kind, static) - _logits(files, kind, dynamic)).abs().max().item() <= ROUNDING

@@ -427,7 +427,7 @@ def test_memory_does_not_grow_with_the_sessions_that_were_there(trunk: Trunk, fi
     after_five = resident()
     for number in range(45):
         stay(number)
-    assert eventually(lambda: resident() <= 1.02 * after_five)
+    assert eventually(lambda: resident() <= 1.02 * after_five), (resident(), after_five)
 
 
 def test_describe_says_what_is_served(trunk: Trunk, files: ModelFiles) -> None:

@@ -15,6 +15,7 @@ from splitlearn.errors import (
     TrunkError,
     TrunkFailed,
     TrunkFull,
+    TrunkLate,
     TrunkRefused,
     TrunkUnavailable,
 )
@@ -29,6 +30,7 @@ _CODES: tuple[tuple[type[SplitlearnError], grpc.StatusCode], ...] = (
     (TrunkDenied, grpc.StatusCode.UNAUTHENTICATED),
     (TrunkRefused, grpc.StatusCode.FAILED_PRECONDITION),
     (TrunkFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (TrunkLate, grpc.StatusCode.DEADLINE_EXCEEDED),
     (TrunkUnavailable, grpc.StatusCode.UNAVAILABLE),
 )
 
