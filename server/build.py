@@ -59,9 +59,9 @@ def build(settings: Config, progress: Progress) -> Served:
     server = settings.server
     admission = Admission(_pool(stage, hidden_size, placement, server), server.max_sessions, server.max_waiting)
     trial, metrics = Trial(stage, applied | {"use_cache"}, hidden_size, placement.dtype), Metrics()
-    packs = trial.packs()
-    prompt_tokens = server.prompt_tokens or (trial.prompt_tokens() if packs else 1)
-    engine = Engine(stage, admission, prompt_tokens, packs, metrics)
+    gather_s = trial.gather_s() if trial.packs() else None
+    prompt_tokens = server.prompt_tokens or (trial.prompt_tokens() if gather_s else 1)
+    engine = Engine(stage, admission, prompt_tokens, gather_s, metrics)
     loaded_s, imports = loaded.load_s, loaded.import_rss_bytes
     return Served(files, plan, placement, own, threads, loaded_s, imports, engine, admission, metrics)
 

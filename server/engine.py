@@ -23,9 +23,6 @@ from splitlearn.flags import settings
 from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
 from splitlearn.wire.codec import where_not_finite
 
-# The share of a forward's time for which it waits for sessions that are about to bring their next step: those that were
-# left out would wait for a whole forward.
-GATHER = 0.15
 # A client that takes so many times what it usually takes, and the slack, is not waited for any more.
 OVERDUE, SLACK_S, LONGEST_AWAY_S = 3.0, 0.005, 1.0
 # How fast what is known of durations follows what is seen.
@@ -94,18 +91,21 @@ class _Job:
 
 
 class Engine:
-    """Runs one stage for many sessions; `prompt_tokens` bounds what prompts take of a forward that others wait for."""
+    """Runs one stage for many sessions.
+
+    `prompt_tokens` bounds what prompts take of a forward that others wait for. `gather_s` is how long a forward waits
+    for sessions that are about to bring their next step; None for a stage that takes one session a forward.
+    """
 
     def __init__(
-        self, stage: LocalStage, admission: Admission, prompt_tokens: int, packs: bool, metrics: Metrics
+        self, stage: LocalStage, admission: Admission, prompt_tokens: int, gather_s: float | None, metrics: Metrics
     ) -> None:
         self._stage, self._admission, self._metrics = stage, admission, metrics
-        self._prompt_tokens, self.packs = prompt_tokens, packs
+        self._prompt_tokens, self._gather_s, self.packs = prompt_tokens, gather_s or 0.0, gather_s is not None
         self._arrived = threading.Condition()
         self._seats: list[Seat] = []
         self._jobs: list[_Job] = []
         self._led = False
-        self._step_s = 0.0
 
     @property
     def waiting(self) -> int:
@@ -173,7 +173,7 @@ class Engine:
     def _gather(self) -> list[tuple[_Job, int]]:
         """The jobs of the next forward, and how many tokens of each."""
         with self._arrived:
-            until = time.perf_counter() + GATHER * self._step_s
+            until = time.perf_counter() + self._gather_s
             while (left := until - time.perf_counter()) > 0 and self._others_are_due(until):
                 self._arrived.wait(left)
             self._drop()
@@ -231,7 +231,6 @@ class Engine:
         if done:
             self._metrics.forward(done, ended - started)
         with self._arrived:
-            self._step_s += FOLLOW * (ended - started - self._step_s) if self._step_s else ended - started
             for (job, tokens), outcome in zip(chosen, outcomes, strict=True):
                 job.seat.running = False
                 job.last_run = ended
