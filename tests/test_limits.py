@@ -95,7 +95,7 @@ def test_a_session_that_goes_on_is_not_idle(here: TrunkHere, files: ModelFiles) 
     with Raw(here.address) as raw:
         raw.ask(opening(files, max_length=40))
         for position in range(8):
-            raw.ask(step(hidden(files, 1), position, position + 1))
+            assert raw.ask(step(hidden(files, 1), position, position + 1)).result.step_id == position + 1
             time.sleep(0.35)
 
 
