@@ -54,9 +54,9 @@ def html(findings: Findings) -> str:
         arms=shown.arms(findings),
         claims=shown.claims(),
         left_out=shown.left_out(findings),
-        forests=[_picture(pictures.forest(findings, kind, metric)) for metric in METRICS for kind in KINDS],
-        dots=[_picture(pictures.dots(findings, kind, metric)) for metric in METRICS for kind in KINDS],
-        ledgers=[_picture(pictures.ledger(findings, kind)) for kind in KINDS],
+        forests=[picture(pictures.forest(findings, kind, metric)) for metric in METRICS for kind in KINDS],
+        dots=[picture(pictures.dots(findings, kind, metric)) for metric in METRICS for kind in KINDS],
+        ledgers=[picture(pictures.ledger(findings, kind)) for kind in KINDS],
         key=[(word, pictures.LEDGER_COLOURS[word]) for word in pictures.words(findings.arms)],
         command=setup.command,
         prompts=setup.prompts,
@@ -111,7 +111,8 @@ def _asked_otherwise(one: Findings, other: Findings) -> Iterator[str]:
             yield f"{name}: {values[0]} against {values[1]}"
 
 
-def _picture(figure: Any) -> str:
+def picture(figure: Any) -> str:
+    """A figure as a part of a page that has plotly's script."""
     text: str = plotly.io.to_html(
         figure,
         include_plotlyjs=False,

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plotly.io
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from splitlearn.lab.report import picture
 from splitlearn.load import pictures
 from splitlearn.load.drive import Measured
 from splitlearn.load.plan import Asked
@@ -76,7 +76,7 @@ def html(findings: Findings) -> str:
         times=times(findings.summary),
         counts=counts(findings),
         reasons=findings.summary.reasons,
-        pictures=[_picture(figure) for figure in figures],
+        pictures=[picture(figure) for figure in figures],
         command=findings.command,
         environment=json.dumps(findings.environment, indent=2),
         plotly_js=get_plotlyjs(),
@@ -157,14 +157,3 @@ def _requests(findings: Findings) -> str:
         for outcome in findings.measured.outcomes
     ]
     return pd.DataFrame(rows).to_csv(index=False)
-
-
-def _picture(figure: Any) -> str:
-    text: str = plotly.io.to_html(
-        figure,
-        include_plotlyjs=False,
-        full_html=False,
-        default_height=f"{figure.layout.height}px",
-        config={"responsive": True, "displayModeBar": False},
-    )
-    return text
