@@ -2,38 +2,27 @@
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
-from bench import capacity, chaos, fidelity, fuzz, lab, memory, overhead, overload, soak, wire
 from splitlearn import config
 from splitlearn.progress import on_console
 from splitlearn.runs import Runs
 
-BENCHES = {
-    "overhead": overhead.main,
-    "wire": wire.main,
-    "memory": memory.main,
-    "fidelity": fidelity.main,
-    "lab": lab.main,
-    "chaos": chaos.main,
-    "fuzz": fuzz.main,
-    "capacity": capacity.main,
-    "overload": overload.main,
-    "soak": soak.main,
-}
+BENCHES = ("overhead", "wire", "memory", "fidelity", "lab", "chaos", "fuzz", "capacity", "overload", "soak")
 
 
 def main() -> int:
     """Run what is named."""
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(BENCHES)} (default: all)")
-    names = parser.parse_args().names or list(BENCHES)
+    names = parser.parse_args().names or BENCHES
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     for name in names:
         with on_console() as progress, Runs(config.load(Path("config.yaml")), progress) as runs:
-            BENCHES[name](runs)
+            import_module(f"bench.{name}").main(runs)
     return 0
 
 

@@ -3,8 +3,6 @@
 `build.py` puts them together; `others.py` hands on what asks for other load and process flags.
 """
 
-import os
+from splitlearn import native
 
-# A pool of threads that spins while it has nothing to do takes the cores from the client on the same machine. OpenMP
-# reads this when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+native.tell()

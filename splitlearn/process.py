@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from splitlearn import native
 from splitlearn.errors import WorkerDied
 
 ASK_TIMEOUT_S = 1.0
@@ -37,11 +38,7 @@ PRELOAD = [
 
 def _context() -> ForkServerContext:
     """The fork server's context. The environment that its children inherit is set before it starts."""
-    # The client and the trunk take turns on the same cores: a pool that spins while it has nothing to do takes them
-    # from the other side: with GNU OpenMP's own default split took 1.21 [1.17, 1.24] times full, so 1.10 [1.08, 1.12]
-    # (6 and 12 pairs).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    native.tell()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context

@@ -154,6 +154,7 @@ def _make_room(session: LocalSession, position: int, tokens: int) -> None:
         raise InputError("position", position, f"at most {session.max_length} tokens in all, as the session was opened")
     if session.cache is not None and position < session.length:
         session.cache.crop(position - session.length)
+        session.length = position  # what is tried again, alone, must not be cropped again
 
 
 def compile_seconds() -> float:

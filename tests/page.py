@@ -18,6 +18,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = Path("/usr/bin/chromium")
 START_S = 90.0
+# How long a page may take for what has no bound of its own: the machine may be busy with other tests.
+PATIENCE_MS = 30_000
 LOCAL = re.compile(r"The page is on (http://\S+)")
 
 
@@ -117,6 +119,7 @@ def running(
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """A Chromium without windows; `open_page` opens the app's page in it."""
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
@@ -128,7 +131,7 @@ def chromium() -> Iterator[Browser]:
 def open_page(browser: Browser, url: str, width: int = 1280, height: int = 800, theme: str = "light") -> Page:
     """A fresh visitor's page, once it can be used."""
     page = browser.new_page(viewport={"width": width, "height": height})
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(PATIENCE_MS)
     page.goto(f"{url}?__theme={theme}")
     expect(page.locator("#compare")).to_be_enabled()
     return page

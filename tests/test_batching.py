@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from server.build import Served
+from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
 from splitlearn.generate import Generator, Link
@@ -189,6 +190,37 @@ def test_one_session_cannot_reach_what_another_left(files: ModelFiles) -> None:
     with serve_here(files) as fresh, Stream(fresh.address) as stream:
         stream.ask(opening(files))
         assert torch.equal(after, tensor_of(stream.ask(step(hidden(files, 3), 0)), files))
+
+
+def test_a_session_that_goes_back_beside_one_that_is_refused_gets_its_answer(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, tried, real = threading.Event(), [], LocalStage.step
+
+    def wait_and_step(self: LocalStage, batch: Sequence[StageInput]) -> list[StageOutput]:
+        go_on.wait(10)
+        tried.append(len(batch))
+        return real(self, batch)
+
+    whole, other = hidden(files, 9), hidden(files, 1, seed=1)
+    with serve_here(files) as here:
+        engine = here.served.engine
+        back, ahead, first = (engine.open(CACHED, 20, 5.0, lambda: True) for _ in range(3))
+        wanted = engine.step(back, 0, whole, 5.0).x[:, 8:]
+        monkeypatch.setattr(LocalStage, "step", wait_and_step)
+        with ThreadPoolExecutor(3) as pool:
+            led = pool.submit(engine.step, first, 0, other, 5.0)
+            assert eventually(lambda: first.running)
+            again = pool.submit(engine.step, back, 8, whole[:, 8:], 5.0, roll_back=True)
+            assert eventually(lambda: engine.waiting == 1)
+            gap = pool.submit(engine.step, ahead, 3, other, 5.0)
+            assert eventually(lambda: engine.waiting == 2)
+            go_on.set()
+            assert led.result() is not None
+            with pytest.raises(InputError, match="position: 3"):
+                gap.result()
+            assert torch.allclose(again.result().x, wanted, atol=1e-5)
+    assert tried == [1, 2, 1, 1]
 
 
 def test_every_one_of_the_ten_families_is_batched_or_served_alone(tiny_model: TinyFactory) -> None:

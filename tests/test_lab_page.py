@@ -76,7 +76,7 @@ def setting(page: Page, name: str, value: str) -> None:
 def ask(page: Page, pairs: str, flags: str = FLAG) -> None:
     """Everything that an experiment needs to be short."""
     page.locator("#flags > button").click()
-    expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled(timeout=30_000)  # the flags are there
+    expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled()  # the flags are there
     setting(page, "flag-words", flags)
     page.locator("#lab-advanced > button").click()
     page.get_by_label("A fixed number of pairs").check()
@@ -90,7 +90,7 @@ def ends(page: Page, said: str) -> None:
 
 def error(page: Page) -> str:
     shown = page.locator("#error .sl-error")
-    expect(shown).to_be_visible(timeout=10_000)
+    expect(shown).to_be_visible()
     return shown.inner_text()
 
 

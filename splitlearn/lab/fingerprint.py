@@ -19,6 +19,7 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from splitlearn import native
 from splitlearn.compare import environment
 from splitlearn.config import EMBEDDED
 from splitlearn.process import default_threads
@@ -153,8 +154,8 @@ def _hardware() -> dict[str, Any]:
 
 
 def _wait_policy() -> str:
-    """What OpenMP's threads do in the workers while they have no work: as said, or as process.py says at its start."""
-    return os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    """What OpenMP's threads do in the workers while they have no work: as said, or as native.py says."""
+    return os.environ.get("OMP_WAIT_POLICY", native.DEFAULTS["OMP_WAIT_POLICY"])
 
 
 def _clock(which: str) -> float | None:
