@@ -8,21 +8,20 @@ from typing import Any
 import grpc
 import torch
 import transformers
-from google.protobuf.message import DecodeError
 
 from server import logs, sight
 from server.access import Access, Guest
 from server.build import Served
-from server.engine import Seat
 from server.others import Others
 from server.patience import Patience
+from server.stay import Stay, parse
 from server.visit import Visit, peer
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError, SplitlearnError, TrunkRefused
 from splitlearn.flags import FLAGS, Place, of_scope
 from splitlearn.process import peak_resident_bytes
 from splitlearn.selection import applied_of, chosen_in, why_not
-from splitlearn.wire import ENVELOPE_BYTES, MAX_TENSOR_BYTES, PROTOCOL, SERVICE, codec
+from splitlearn.wire import ENVELOPE_BYTES, MAX_TENSOR_BYTES, PROTOCOL, SERVICE
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import status_of
 
@@ -118,7 +117,7 @@ class TrunkService:
             return
         if len(first) > MAX_OPEN_BYTES:
             raise InputError("message", f"{len(first)} bytes", f"an Open of at most {MAX_OPEN_BYTES}")
-        opening = _parse(first, "open").open
+        opening = parse(first, "open").open
         self._check(opening)
         applied = self._applied(opening)
         flags = of_scope(applied, "load", "process")
@@ -127,7 +126,7 @@ class TrunkService:
             return
         began, timeout_s = time.perf_counter(), min(opening.timeout_s or DEFAULT_WAIT_S, self._limits.max_wait_s)
         seat = self._served.engine.open(applied, opening.max_length, timeout_s, context.is_active)
-        stay = _Stay(self._served, seat, guest, visit, opening.max_length, timeout_s)
+        stay = Stay(self._served, seat, guest, visit, opening.max_length, timeout_s)
         # The stream can end while this generator waits at a yield: then only the callback runs in time.
         if not context.add_callback(stay.close):
             stay.close()
@@ -189,89 +188,6 @@ class TrunkService:
             if reason:
                 raise TrunkRefused(f"flag {name} is unavailable at this trunk: {reason}")
         return applied_of(chosen)
-
-
-class _Stay:
-    """One session at the engine, and the parts of a long step that have come so far."""
-
-    def __init__(
-        self, served: Served, seat: Seat, guest: Guest, visit: Visit, max_length: int, timeout_s: float
-    ) -> None:
-        self._served, self._seat, self._guest, self._visit = served, seat, guest, visit
-        self._max_length, self._timeout_s = max_length, timeout_s
-        self._dtype, self._hidden_size = served.placement.dtype, served.files.facts.hidden_size
-        # Of the parts that have come so far, no more than the values: what else stands in a message may be long.
-        self._parts: list[bytes] = []
-        self._first = (0, 0, False)
-        self._tokens = 0
-        self._held_up_s = 0.0
-
-    def feed(self, raw: bytes) -> Iterator[bytes]:
-        """Take one message; the last part of a step is answered."""
-        started, held_up_before_s = time.perf_counter(), self._held_up_s
-        step = _parse(raw, "step").step
-        self._take(step)
-        if step.more:
-            return
-        (_, position, roll_back), tokens, held_up_s = self._first, self._tokens, self._held_up_s
-        x = codec.from_bytes(b"".join(self._parts), self._dtype, self._hidden_size)
-        self._parts, self._tokens, self._held_up_s = [], 0, 0.0
-        codec.check_finite(x, position)
-        decoded = time.perf_counter()
-        done = self._served.engine.step(self._seat, position, x, self._timeout_s, roll_back)
-        computed = time.perf_counter()
-        wanted = min(step.answer_last or tokens, tokens)
-        self._visit.stepped(tokens, wanted, self._seat.session.recomputes, done.queue_s)
-        data = codec.to_bytes(done.x[:, tokens - wanted :])
-        result = pb.StepResult(
-            sequence_id=step.sequence_id,
-            step_id=step.step_id,
-            decode_s=decoded - started - (held_up_s - held_up_before_s),
-            queue_s=done.queue_s + held_up_s,
-            trunk_s=done.trunk_s,
-            encode_s=time.perf_counter() - computed,
-            compile_s=done.compile_s,
-        )
-        yield from self._answers(result, position + tokens - wanted, data)
-
-    def close(self) -> None:
-        """Free the session at the engine; calling it again does nothing."""
-        self._served.engine.close(self._seat)
-
-    def _take(self, step: pb.Step) -> None:
-        """Check one part against what is served and against the parts before it."""
-        tokens = codec.check(step.hidden, self._dtype, self._hidden_size)
-        if self._parts:
-            step_id, expected = self._first[0], self._first[1] + self._tokens
-            if step.step_id != step_id or step.position != expected:
-                raise InputError("position", step.position, f"{expected}, the next part of step {step_id}")
-        else:
-            self._first = (step.step_id, step.position, step.roll_back)
-        if step.position + tokens > self._max_length:
-            raise InputError("position", step.position, f"at most {self._max_length} tokens in all, as opened")
-        self._held_up_s += self._guest.spend(tokens, self._timeout_s)
-        self._parts.append(step.hidden.data)
-        self._tokens += tokens
-
-    def _answers(self, result: pb.StepResult, position: int, data: bytes) -> Iterator[bytes]:
-        row = self._hidden_size * self._dtype.itemsize
-        size = max(1, MAX_TENSOR_BYTES // row) * row
-        for start in range(0, len(data), size):
-            part = data[start : start + size]
-            result.position, result.more = position + start // row, start + size < len(data)
-            result.hidden.CopyFrom(codec.message(part, self._dtype, self._hidden_size))
-            yield pb.ServerMessage(result=result).SerializeToString()
-
-
-def _parse(raw: bytes, kind: str) -> pb.ClientMessage:
-    """A client's message, which must be of `kind`."""
-    try:
-        message = pb.ClientMessage.FromString(raw)
-    except DecodeError as error:
-        raise InputError("message", f"{len(raw)} bytes", "a serialized splitlearn.v1.ClientMessage") from error
-    if message.WhichOneof("kind") != kind:
-        raise InputError("message", message.WhichOneof("kind") or "an empty one", f"one of kind {kind!r}")
-    return message
 
 
 def _name(dtype: torch.dtype) -> str:
