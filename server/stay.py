@@ -1,0 +1,97 @@
+"""One session at the engine: its messages, checked, in; its answers out."""
+
+import time
+from collections.abc import Iterator
+
+from google.protobuf.message import DecodeError
+
+from server.access import Guest
+from server.build import Served
+from server.engine import Seat
+from server.visit import Visit
+from splitlearn.errors import InputError
+from splitlearn.wire import MAX_TENSOR_BYTES, codec
+from splitlearn.wire import trunk_pb2 as pb
+
+
+class Stay:
+    """One session at the engine, and the parts of a long step that have come so far."""
+
+    def __init__(
+        self, served: Served, seat: Seat, guest: Guest, visit: Visit, max_length: int, timeout_s: float
+    ) -> None:
+        self._served, self._seat, self._guest, self._visit = served, seat, guest, visit
+        self._max_length, self._timeout_s = max_length, timeout_s
+        self._dtype, self._hidden_size = served.placement.dtype, served.files.facts.hidden_size
+        # Of the parts that have come so far, no more than the values: what else stands in a message may be long.
+        self._parts: list[bytes] = []
+        self._first = (0, 0, False)
+        self._tokens = 0
+        self._held_up_s = 0.0
+
+    def feed(self, raw: bytes) -> Iterator[bytes]:
+        """Take one message; the last part of a step is answered."""
+        started, held_up_before_s = time.perf_counter(), self._held_up_s
+        step = parse(raw, "step").step
+        self._take(step)
+        if step.more:
+            return
+        (_, position, roll_back), tokens, held_up_s = self._first, self._tokens, self._held_up_s
+        x = codec.from_bytes(b"".join(self._parts), self._dtype, self._hidden_size)
+        self._parts, self._tokens, self._held_up_s = [], 0, 0.0
+        codec.check_finite(x, position)
+        decoded = time.perf_counter()
+        done = self._served.engine.step(self._seat, position, x, self._timeout_s, roll_back)
+        computed = time.perf_counter()
+        wanted = min(step.answer_last or tokens, tokens)
+        self._visit.stepped(tokens, wanted, self._seat.session.recomputes, done.queue_s)
+        data = codec.to_bytes(done.x[:, tokens - wanted :])
+        result = pb.StepResult(
+            sequence_id=step.sequence_id,
+            step_id=step.step_id,
+            decode_s=decoded - started - (held_up_s - held_up_before_s),
+            queue_s=done.queue_s + held_up_s,
+            trunk_s=done.trunk_s,
+            encode_s=time.perf_counter() - computed,
+            compile_s=done.compile_s,
+        )
+        yield from self._answers(result, position + tokens - wanted, data)
+
+    def close(self) -> None:
+        """Free the session at the engine; calling it again does nothing."""
+        self._served.engine.close(self._seat)
+
+    def _take(self, step: pb.Step) -> None:
+        """Check one part against what is served and against the parts before it."""
+        tokens = codec.check(step.hidden, self._dtype, self._hidden_size)
+        if self._parts:
+            step_id, expected = self._first[0], self._first[1] + self._tokens
+            if step.step_id != step_id or step.position != expected:
+                raise InputError("position", step.position, f"{expected}, the next part of step {step_id}")
+        else:
+            self._first = (step.step_id, step.position, step.roll_back)
+        if step.position + tokens > self._max_length:
+            raise InputError("position", step.position, f"at most {self._max_length} tokens in all, as opened")
+        self._held_up_s += self._guest.spend(tokens, self._timeout_s)
+        self._parts.append(step.hidden.data)
+        self._tokens += tokens
+
+    def _answers(self, result: pb.StepResult, position: int, data: bytes) -> Iterator[bytes]:
+        row = self._hidden_size * self._dtype.itemsize
+        size = max(1, MAX_TENSOR_BYTES // row) * row
+        for start in range(0, len(data), size):
+            part = data[start : start + size]
+            result.position, result.more = position + start // row, start + size < len(data)
+            result.hidden.CopyFrom(codec.message(part, self._dtype, self._hidden_size))
+            yield pb.ServerMessage(result=result).SerializeToString()
+
+
+def parse(raw: bytes, kind: str) -> pb.ClientMessage:
+    """A client's message, which must be of `kind`."""
+    try:
+        message = pb.ClientMessage.FromString(raw)
+    except DecodeError as error:
+        raise InputError("message", f"{len(raw)} bytes", "a serialized splitlearn.v1.ClientMessage") from error
+    if message.WhichOneof("kind") != kind:
+        raise InputError("message", message.WhichOneof("kind") or "an empty one", f"one of kind {kind!r}")
+    return message
