@@ -37,6 +37,8 @@ REFUSALS = frozenset(
     }
 )
 OVERFLOW = "first in layer"
+# What gRPC says for an exception that a handler did not turn into a status.
+UNCAUGHT = "Exception calling application"
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def improper(end: End) -> str | None:
         return None if not end.script.holds else f"{said}: a stream that says nothing was ended without a word"
     if end.code is grpc.StatusCode.INTERNAL and OVERFLOW in end.details:
         return None
-    if end.code not in REFUSALS or not end.details or "Exception" in end.details:
+    if end.code not in REFUSALS or not end.details or UNCAUGHT in end.details:
         return f"{said} is no proper refusal"
     return None
 
