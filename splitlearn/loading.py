@@ -154,9 +154,23 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool)
 
 def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placement) -> LocalStage:
     cut.module.to(placement.device)
+    module: Any = cut.module
+    head = module.get_output_embeddings() if cut.last else None
+    if head is not None:
+        head.register_forward_pre_hook(_with_own_row)
     if wanted.compile_module is not None:
         wanted.compile_module(cut.module)
     return LocalStage(cut, spec.word, placement.device, _row_threads(placement))
+
+
+def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The last row of a prompt's hidden states [1, T, H], copied out of them.
+
+    torch makes no matrix product of a row with the strides of T, but a batched one, for which oneDNN
+    (float32_matmul_precision "medium") first makes a transposed copy of the head's weights.
+    """
+    x, *rest = arguments
+    return (x.clone(memory_format=torch.contiguous_format) if x.shape[1] == 1 else x, *rest)
 
 
 def _row_threads(placement: Placement) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -175,3 +176,19 @@ def test_rolling_back_gives_what_a_fresh_session_gives(stages: list[LocalStage],
     new = torch.tensor([[9, 8]])
     rolled = bottom.step([StageInput(session, 2, new)])[0].x
     assert torch.equal(rolled, bottom.step([StageInput(fresh, 2, new)])[0].x)
+
+
+def test_the_head_gets_the_last_position_of_a_prompt_as_a_row_of_its_own(
+    files: ModelFiles, stages: list[LocalStage]
+) -> None:
+    top, size = stages[-1], files.facts.hidden_size
+    seen: list[tuple[int, ...]] = []
+    module: Any = top.cut.module
+    hook = module.get_output_embeddings().register_forward_hook(
+        lambda head, given, output: seen.append(given[0].stride())
+    )
+    try:
+        top.step([StageInput(top.open(APPLIED, 9), 0, torch.zeros(1, 9, size))])
+    finally:
+        hook.remove()
+    assert seen == [(size, size, 1)]

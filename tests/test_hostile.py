@@ -195,11 +195,11 @@ def test_nothing_of_a_prompt_a_hidden_state_or_a_token_is_in_the_log(
 @given(st.binary(max_size=300))
 @settings(ANY_SPEED, max_examples=300)
 def test_any_bytes_are_a_message_or_an_input_error(raw: bytes) -> None:
-    from server.service import _parse
+    from server.stay import parse
 
     for kind in ("open", "step"):
         try:
-            assert _parse(raw, kind).WhichOneof("kind") == kind
+            assert parse(raw, kind).WhichOneof("kind") == kind
         except InputError as error:
             assert len(str(error)) < 300
 
