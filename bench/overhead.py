@@ -19,7 +19,7 @@ from splitlearn.runs import ArmReport, Runs
 from splitlearn.selection import FlagSet
 
 PAIRS = 12
-THREADS = (2,)
+THREADS = (1, 2)
 TOKENS = 64
 PROMPT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[0]
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
