@@ -142,6 +142,8 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiments", type=Path, nargs="+", metavar="DIR", help="one folder of `bench`, or two")
+    parser.add_argument("--ttft", type=_real("ttft"), metavar="S", help="service level in seconds (default 0.5)")
+    parser.add_argument("--tps", type=_real("tps"), metavar="N", help="service level, decoding (default 20)")
     parser.add_argument("--json", action="store_true", help="the findings as one JSON object on stdout")
 
 
@@ -261,10 +263,12 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 def _report(options: argparse.Namespace, config: Config) -> None:
     from splitlearn.lab import terminal
+    from splitlearn.lab.work import ServiceLevel
 
     if len(options.experiments) > 2:
         raise InputError("experiments", len(options.experiments), "one folder, or two to hold against each other")
-    terminal.show(options.experiments, as_json=options.json)
+    level = ServiceLevel(**_given({"ttft_s": options.ttft, "decode_tps": options.tps}))
+    terminal.show(options.experiments, level, as_json=options.json)
 
 
 def _fetch(options: argparse.Namespace, config: Config) -> None:

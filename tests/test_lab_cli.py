@@ -42,6 +42,10 @@ def test_bench_measures_and_report_shows_it_again(folder: Path) -> None:
     shown = run(folder, "report", "found")
     assert shown.returncode == 0
     assert "inference_mode" in shown.stdout
+    for tps, meets in (("0.001", True), ("1e9", False)):
+        held = json.loads(run(folder, "report", "found", "--json", "--ttft", "1000", "--tps", tps).stdout)
+        assert held["service_level"] == {"ttft_s": 1000.0, "decode_tps": float(tps)}
+        assert {arm["meets_decode_tps"] for arm in held["arms"]} == {meets}
     both = run(folder, "report", "found", "found")
     assert both.returncode == 0
     assert "inference_mode" in both.stdout
@@ -92,6 +96,8 @@ def _stored(file: Path) -> list[tuple[int, int, str, float]]:
         (("bench", "--prompts", "missing.txt"), "missing.txt"),
         (("bench", "--resume", "nowhere"), "nowhere"),
         (("report", "nowhere"), "nowhere"),
+        (("report", "nowhere", "--ttft", "0"), "ttft: 0.0 cannot be used"),
+        (("report", "nowhere", "--tps", "nan"), "tps: nan cannot be used"),
         (("report", "a", "b", "c"), "experiments: 3 cannot be used"),
     ],
 )

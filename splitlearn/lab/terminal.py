@@ -16,10 +16,11 @@ from rich.table import Table
 
 from splitlearn.config import Config
 from splitlearn.lab import analysis, frames, report
-from splitlearn.lab.analysis import METRIC_NAMES, Findings
+from splitlearn.lab.analysis import METRIC_NAMES, SERVICE, Findings
 from splitlearn.lab.asking import Asked, setup
 from splitlearn.lab.experiment import Experiment, State, alone
 from splitlearn.lab.store import Store
+from splitlearn.lab.work import ServiceLevel
 from splitlearn.progress import on_console
 from splitlearn.runs import Runs
 
@@ -51,9 +52,9 @@ def resume(folder: Path, config: Config, *, as_json: bool) -> None:
     _end(folder, as_json)
 
 
-def show(folders: Sequence[Path], *, as_json: bool) -> None:
+def show(folders: Sequence[Path], service: ServiceLevel, *, as_json: bool) -> None:
     """One experiment, or two held against each other."""
-    found = [_read(folder) for folder in folders]
+    found = [_read(folder, service) for folder in folders]
     if len(found) == 2:
         print(report.compare_two(*found))
     elif as_json:
@@ -63,9 +64,9 @@ def show(folders: Sequence[Path], *, as_json: bool) -> None:
         _print(found[0], folders[0])
 
 
-def _read(folder: Path) -> Findings:
+def _read(folder: Path, service: ServiceLevel = SERVICE) -> Findings:
     with Store.open(folder / FILE) as store:
-        return analysis.of(store)
+        return analysis.of(store, service)
 
 
 def _go(runs: Runs, store: Store) -> None:

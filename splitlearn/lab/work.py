@@ -1,10 +1,12 @@
 """What the runs of an experiment did, apart from how long they took against each other: which blocks count, whether
 both sides of a pair did the same work, where the time of a token went, and the figures of each arm."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from splitlearn.errors import InputError
 from splitlearn.lab import stats
 from splitlearn.lab.design import Arm, Question
 from splitlearn.lab.trial import Trial
@@ -17,10 +19,18 @@ Block = Mapping[str, Trial]
 
 @dataclass(frozen=True)
 class ServiceLevel:
-    """What a user may expect: the first token under `ttft_s` seconds, then more than `decode_tps` tokens per second."""
+    """What a user may expect: the first token under `ttft_s` seconds, then more than `decode_tps` tokens per second.
+
+    Raises InputError unless both are above 0.
+    """
 
     ttft_s: float = 0.5
     decode_tps: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft", self.ttft_s), ("tps", self.decode_tps)):
+            if not 0 < value < math.inf:
+                raise InputError(name, value, "a number above 0")
 
 
 @dataclass(frozen=True)
