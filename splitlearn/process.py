@@ -25,7 +25,8 @@ from splitlearn.errors import WorkerDied
 
 ASK_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
-_M_ARENA_MAX = -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+_BIG, _SPARE = 1 << 20, 8 << 20
 # What every child needs, imported once; transformers would otherwise import its larger half on first use.
 PRELOAD = [
     "splitlearn.arm",
@@ -160,12 +161,16 @@ def share_one_heap() -> None:
     """Have all threads of this process allocate from one heap, where the C library is glibc.
 
     By default each thread that computes gets a heap of its own, which keeps what it once held: with threads that take
-    turns at one stage, memory would grow by the largest step with each new thread.
+    turns at one stage, memory would grow by the largest step with each new thread. And what is larger than 1 MiB is
+    given back when it is freed: the library would come to keep blocks of up to 32 MiB in the heap, where small ones
+    that stay soon lie between them (30 MB after 50 sessions on a tiny model).
     """
     if sys.platform == "linux":
         set_option = getattr(ctypes.CDLL(None), "mallopt", None)
         if set_option is not None:
             set_option(_M_ARENA_MAX, 1)
+            set_option(_M_MMAP_THRESHOLD, _BIG)
+            set_option(_M_TRIM_THRESHOLD, _SPARE)
 
 
 def default_threads() -> int:
