@@ -37,8 +37,9 @@ REFUSALS = frozenset(
     }
 )
 OVERFLOW = "first in layer"
-# What gRPC says for an exception that a handler did not turn into a status.
-UNCAUGHT = "Exception calling application"
+# How gRPC begins for an exception that a handler did not turn into a status: calling, iterating, deserializing. What a
+# client sent never stands first.
+UNCAUGHT = "Exception "
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def improper(end: End) -> str | None:
         return None if not end.script.holds else f"{said}: a stream that says nothing was ended without a word"
     if end.code is grpc.StatusCode.INTERNAL and OVERFLOW in end.details:
         return None
-    if end.code not in REFUSALS or not end.details or UNCAUGHT in end.details:
+    if end.code not in REFUSALS or not end.details or end.details.startswith(UNCAUGHT):
         return f"{said} is no proper refusal"
     return None
 

@@ -15,7 +15,7 @@ from splitlearn.errors import InputError
 from splitlearn.flags import SIDES, Place, of_scope
 from splitlearn.kv import KVPool, bytes_per_token, shapes_of
 from splitlearn.loading import Placement
-from splitlearn.process import default_threads, share_one_heap
+from splitlearn.process import default_threads, keep_heap_small
 from splitlearn.progress import Progress, Step
 from splitlearn.selection import availability, parse
 from splitlearn.split import SplitPlan
@@ -52,7 +52,7 @@ def build(settings: Config, progress: Progress) -> Served:
     applied = parse(settings.flags, availability(dict.fromkeys(SIDES, here))).trunk
     own = of_scope(applied, "load", "process")
     progress(Step("Loading the trunk"))
-    share_one_heap()
+    keep_heap_small()
     threads = loading.prepare_process(own, settings.runs.threads or default_threads())
     loaded = loading.load(files, loading.trunk_specs(plan), own, placement)
     stage, hidden_size = loaded.stages[0], files.facts.hidden_size

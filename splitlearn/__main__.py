@@ -267,6 +267,8 @@ def _report(options: argparse.Namespace, config: Config) -> None:
 
     if len(options.experiments) > 2:
         raise InputError("experiments", len(options.experiments), "one folder, or two to hold against each other")
+    if len(options.experiments) == 2 and (options.json or options.ttft is not None or options.tps is not None):
+        raise InputError("experiments", 2, "one folder with --json, --ttft or --tps")
     level = ServiceLevel(**_given({"ttft_s": options.ttft, "decode_tps": options.tps}))
     terminal.show(options.experiments, level, as_json=options.json)
 

@@ -26,7 +26,7 @@ from splitlearn.errors import WorkerDied
 ASK_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-_BIG, _SPARE = 1 << 20, 8 << 20
+_MMAPPED_BYTES, _SPARE_BYTES = 1 << 20, 8 << 20
 # What every child needs, imported once; transformers would otherwise import its larger half on first use.
 PRELOAD = [
     "splitlearn.arm",
@@ -157,8 +157,8 @@ def return_freed_memory() -> None:
             trim(0)
 
 
-def share_one_heap() -> None:
-    """Have all threads of this process allocate from one heap, where the C library is glibc.
+def keep_heap_small() -> None:
+    """Have all threads of this process allocate from one heap that gives back what it can, where there is glibc.
 
     By default each thread that computes gets a heap of its own, which keeps what it once held: with threads that take
     turns at one stage, memory would grow by the largest step with each new thread. And what is larger than 1 MiB is
@@ -169,8 +169,8 @@ def share_one_heap() -> None:
         set_option = getattr(ctypes.CDLL(None), "mallopt", None)
         if set_option is not None:
             set_option(_M_ARENA_MAX, 1)
-            set_option(_M_MMAP_THRESHOLD, _BIG)
-            set_option(_M_TRIM_THRESHOLD, _SPARE)
+            set_option(_M_MMAP_THRESHOLD, _MMAPPED_BYTES)
+            set_option(_M_TRIM_THRESHOLD, _SPARE_BYTES)
 
 
 def default_threads() -> int:

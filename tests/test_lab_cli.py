@@ -99,6 +99,7 @@ def _stored(file: Path) -> list[tuple[int, int, str, float]]:
         (("report", "nowhere", "--ttft", "0"), "ttft: 0.0 cannot be used"),
         (("report", "nowhere", "--tps", "nan"), "tps: nan cannot be used"),
         (("report", "a", "b", "c"), "experiments: 3 cannot be used"),
+        (("report", "a", "b", "--tps", "5"), "experiments: 2 cannot be used"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_and_status_2(folder: Path, arguments: tuple[str, ...], said: str) -> None:

@@ -156,6 +156,20 @@ def test_bad_input_is_named_nothing_typed_is_lost(page: Page, field: str, value:
     assert page.locator(f"#{field}").locator("input, textarea").first.input_value() == value
 
 
+def test_what_a_button_said_stays_while_flags_are_typed_and_wrong_flags_are_named_below_them(page: Page) -> None:
+    setting(page, "prompt", "")
+    page.locator("#compare").click()
+    said = error(page)
+    fold_out(page, "flags")
+    words = page.locator("#flag-words").locator("input, textarea").first
+    for typed, wrong in (("no_such_flag", 1), ("none", 0)):
+        words.fill(typed)
+        words.blur()
+        expect(page.locator("#flags-error .sl-error")).to_have_count(wrong)
+    expect(page.get_by_label("none", exact=True)).to_be_checked()
+    assert error(page) == said
+
+
 def test_page_works_after_bad_input(page: Page) -> None:
     setting(page, "prompt", "")
     page.locator("#compare").click()

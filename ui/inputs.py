@@ -1,5 +1,6 @@
 """From what was typed on the page to a request. The library checks values; here text only becomes numbers."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,5 +98,12 @@ def lab_at_first(settings: GenerationConfig) -> dict[str, str]:
 
 def service_level(typed: Mapping[str, Any]) -> ServiceLevel:
     """The thresholds that were typed."""
-    found = {name: decimal(name, typed[name]) for name in ("ttft_ms", "decode_tps")}
-    return ServiceLevel(found["ttft_ms"] / 1e3, found["decode_tps"])
+    ttft_ms, decode_tps = (_above_zero(name, typed[name]) for name in ("ttft_ms", "decode_tps"))
+    return ServiceLevel(ttft_ms / 1e3, decode_tps)
+
+
+def _above_zero(field: str, typed: object) -> float:
+    value = decimal(field, typed)
+    if not 0 < value < math.inf:  # here, too: on the page the unit and the name are others
+        raise InputError(field, typed, "a number above 0")
+    return value

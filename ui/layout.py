@@ -88,7 +88,7 @@ class Page:
                 self.matrix.render()
 
     def _connect(self) -> None:
-        self.picker.connect(self.runs, self.error)
+        self.picker.connect(self.runs)
         self.blocks.load(
             self._open, None, [*self.picker.outputs, self.link, self.timer, self.error], show_progress="hidden"
         )
@@ -121,7 +121,8 @@ class Page:
             flags, wrong = parse(self.runs.config.flags, known), ""
         except InputError as error:  # a flag that config.yaml names and that cannot be applied here now
             flags, wrong = parse("default", known), str(error)
-        return {**self.picker.show(flags, known), **self._link(), self.error: view.error(wrong)}
+        said = {self.error: view.error(wrong)} if wrong else {}
+        return {**self.picker.show(flags, known), **self._link(), **said}
 
     def _leave(self, request: gr.Request) -> None:
         self.handlers.stops.forget(visitor(request))

@@ -36,6 +36,9 @@ class Picker:
         # In the same accordion as the controls: Gradio keeps no value for a field that was never on the screen but the
         # one that it began with.
         self.words = gr.Textbox(at_first, label="Flags in words", info=WORDS_HELP, elem_id="flag-words")
+        # A box of its own: the answer to what was typed may come after the one to a button that was pressed next, and
+        # would clear away what that one said.
+        self.error = gr.HTML("", elem_id="flags-error")
         with gr.Accordion("Advanced: choose for each side", open=False, elem_id="sides"):
             self.sides = {side: gr.CheckboxGroup([], label=f"Applied on {side}") for side in SIDES}
 
@@ -45,16 +48,16 @@ class Picker:
         controls = [*self.flags.values(), *self.about.values(), *self.sides.values()]
         return [self.preset, *controls, self.words, self.matrix]
 
-    def connect(self, runs: Runs, error: Any) -> None:
-        """Let each control change the words, and the others with them; what cannot be used is said in `error`."""
-        outputs = [*self.outputs, error]
+    def connect(self, runs: Runs) -> None:
+        """Let each control change the words, and the others with them; what cannot be used is said below the words."""
+        outputs = [*self.outputs, self.error]
 
         def on_words(text: str) -> Updates:
             try:
                 known = choice.available(runs)
-                return {**self.show(parse(text, known), known), error: ""}
+                return {**self.show(parse(text, known), known), self.error: ""}
             except SplitlearnError as problem:
-                return {error: view.error(str(problem))}
+                return {self.error: view.error(str(problem))}
 
         def on_typed(text: str) -> Updates:
             """What was typed stays as it is: the ladder of the lab adds flags in the order of these words."""
@@ -65,9 +68,9 @@ class Picker:
                 try:
                     known = choice.available(runs)
                     flags = choice.with_choice(parse(text, known), name, _chosen(FLAGS[name], value), known)
-                    return {**self.show(flags, known), error: ""}
+                    return {**self.show(flags, known), self.error: ""}
                 except SplitlearnError as problem:
-                    return {error: view.error(str(problem))}
+                    return {self.error: view.error(str(problem))}
 
             return change
 

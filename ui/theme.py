@@ -23,7 +23,8 @@ THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONTS)
 CSS = """
 .gradio-container > main { max-width: 1240px !important; margin: 0 auto !important; padding: 12px !important; }
 .gradio-container .html-container { padding: 0; }
-#error:not(:has(.sl-error)), #share-link:not(:has(.sl-note)), #result:not(:has(section)) { display: none; }
+:is(#error, #flags-error):not(:has(.sl-error)), #share-link:not(:has(.sl-note)), #result:not(:has(section)) {
+  display: none; }
 .sl-title h1 { font-size: 1.35rem; margin: 0; }
 .sl-facts, .sl-small { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0; overflow-wrap: anywhere; }
 .sl-card, .sl-result { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px;
