@@ -1,18 +1,22 @@
 """Peak memory of each arm beyond its imports, each in a fresh process, and the trunk server's over 50 sessions."""
 
+import multiprocessing
+from importlib import import_module
+from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
 
 from bench.report import write
-from splitlearn.arm import Kind
-from splitlearn.compare import environment
-from splitlearn.config import Config, RunsConfig
+from splitlearn import arm, native, process
+from splitlearn.arm import ArmEnd, ArmSpec
+from splitlearn.compare import KINDS, environment
+from splitlearn.config import Config
 from splitlearn.events import GenerationRequest
 from splitlearn.parts import parts
 from splitlearn.progress import silent
-from splitlearn.runs import ArmReport, Runs
-from splitlearn.selection import FlagSet
+from splitlearn.remote import TrunkFacts
+from splitlearn.runs import Runs
 from splitlearn.wire.codec import DTYPES
 
 SESSIONS = 50
@@ -31,20 +35,19 @@ def main(runs: Runs) -> None:
     rows = [_row(runs.config, name, words, weights) for name, words in SETS.items()]
     early, late = _sessions(runs)
     text = (
-        "Peak resident memory (VmHWM) of a fresh worker process minus what it held after its imports, in MB; a prompt "
-        f"and 32 tokens. The trunk server's processes together after {SESSIONS} sessions: {late / early:.4f} times "
-        f"their resident memory after the first five ({early / 1e6:.1f} MB)."
+        "Peak resident memory (VmHWM) of a fresh worker process, which does its own imports, minus what it held after "
+        f"them, in MB; a prompt and 32 tokens. The trunk server's processes together after {SESSIONS} sessions: "
+        f"{late / early:.4f} times their resident memory after the first five ({early / 1e6:.1f} MB)."
     )
     write("memory", "Memory of each arm", text, rows, environment(runs))
 
 
 def _row(config: Config, name: str, words: str, weights: dict[str, int]) -> dict[str, Any]:
     """Fresh processes for each set of flags, the trunk server's too."""
-    with Runs(config.model_copy(update={"runs": RunsConfig(warm_workers=1)}), silent) as runs:
+    with Runs(config, silent) as runs:
         flags = runs.flags(words)
-        full, split = (_report(runs, kind, flags) for kind in ("full", "split"))
-    whole, client = (report.peak_rss_bytes - report.import_rss_bytes for report in (full, split))
-    trunk = split.trunk.peak_rss_bytes - split.trunk.import_rss_bytes if split.trunk else 0
+        (whole, _), (client, facts) = (_added(runs.spec(kind, flags)) for kind in KINDS)
+    trunk = facts.peak_rss_bytes - facts.import_rss_bytes if facts else 0
     return {
         "flags": name,
         "full": f"{whole / 1e6:.0f}",
@@ -56,15 +59,43 @@ def _row(config: Config, name: str, words: str, weights: dict[str, int]) -> dict
     }
 
 
-def _report(runs: Runs, kind: Kind, flags: FlagSet) -> ArmReport:
-    return next(item for item in runs.stream(kind, flags, REQUEST) if isinstance(item, ArmReport))
+def _added(spec: ArmSpec) -> tuple[int, TrunkFacts | None]:
+    """What a worker adds to its imports in bytes, and what its trunk says of itself.
+
+    The worker does its own imports: one that is forked, as those of the app are, has at first fewer pages of the
+    libraries in memory than a process that has just read them, and so would seem to add 15 MB more.
+    """
+    native.tell()
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=_work, args=(theirs, spec), daemon=True)
+    worker.start()
+    try:
+        ready = _told(ours.recv())
+        ours.send(REQUEST)
+        end = next(said for said in iter(lambda: _told(ours.recv()), None) if isinstance(said, ArmEnd))
+    finally:
+        worker.kill()
+    return end.peak_rss_bytes - ready.import_rss_bytes, end.trunk
+
+
+def _work(connection: Connection, spec: ArmSpec) -> None:
+    for name in process.PRELOAD:
+        import_module(name)
+    arm.work(connection, spec)
+
+
+def _told(said: Any) -> Any:
+    if isinstance(said, Exception):
+        raise said
+    return said
 
 
 def _sessions(runs: Runs) -> tuple[int, int]:
     """Resident bytes of the trunk server and its engines after five sessions, and after all."""
     flags, seen = runs.flags("default"), list[int]()
     for _ in range(SESSIONS):
-        _report(runs, "split", flags)
+        list(runs.stream("split", flags, REQUEST))
         seen.append(_trunk_resident())
     return seen[4], seen[-1]
 

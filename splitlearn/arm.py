@@ -75,10 +75,11 @@ class ArmEnd:
 
 def start(spec: ArmSpec) -> process.Child:
     """Start a worker for `spec`; its first message is an ArmReady or an error."""
-    return process.start(f"The {spec.kind} arm's worker process", _main, spec)
+    return process.start(f"The {spec.kind} arm's worker process", work, spec)
 
 
-def _main(connection: Connection, spec: ArmSpec) -> None:
+def work(connection: Connection, spec: ArmSpec) -> None:
+    """A worker's life: an ArmReady, then for each request its events and an ArmEnd; for what fails, the error."""
     try:
         threads = loading.prepare_process(_local_flags(spec), spec.threads)
         loaded = loading.load(spec.files, _specs(spec), _local_flags(spec), loading.Placement(spec.device, spec.dtype))
