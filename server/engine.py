@@ -10,9 +10,11 @@ long prompt holds up the others by no more than those take. Sessions join and le
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from statistics import median_low
 
 import torch
 
@@ -26,8 +28,8 @@ from splitlearn.wire.codec import where_not_finite
 
 # A client that takes so many times what it usually takes, and the slack, is not waited for any more.
 OVERDUE, SLACK_S, LONGEST_AWAY_S = 3.0, 0.005, 1.0
-# How fast what is known of durations follows what is seen.
-FOLLOW = 0.3
+# So many of a client's last pauses tell how long it usually takes.
+PAUSES = 5
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class EngineStep:
 
 @dataclass
 class Seat:
-    """A session at the engine. `away_s` is how long its client lately took between an answer and the next step."""
+    """A session at the engine. `away_s` is how long its client usually takes between an answer and the next step."""
 
     session: LocalSession
     applied: frozenset[str]
     place: Place
     answered: float | None = None
     away_s: float = float("inf")
+    pauses: deque[float] = field(default_factory=lambda: deque(maxlen=PAUSES))
     running: bool = False
     closed: bool = False
     freed: bool = False
@@ -58,9 +61,16 @@ class Seat:
         """When its client should bring the next step."""
         return (self.answered or 0.0) + self.away_s
 
-    def comes(self, now: float) -> bool:
-        """Whether its client should still bring one: it has answered steps before, and is not long overdue."""
-        return self.answered is not None and now < self.answered + OVERDUE * min(self.away_s, LONGEST_AWAY_S) + SLACK_S
+    @property
+    def overdue_s(self) -> float:
+        """From when on it is not waited for any more; a client that was never answered is not waited for at all."""
+        return 0.0 if self.answered is None else self.answered + OVERDUE * min(self.away_s, LONGEST_AWAY_S) + SLACK_S
+
+    def returns(self, now: float) -> None:
+        """Its client has brought the next step. The median: one long pause, as after a prompt, says nothing."""
+        if self.answered is not None:
+            self.pauses.append(now - self.answered)
+            self.away_s = median_low(self.pauses)
 
 
 @dataclass(eq=False)
@@ -135,9 +145,7 @@ class Engine:
             raise InputError("position", position, f"{session.length}, or roll_back to go back from there")
         job = _Job(seat, position, x, began + timeout_s, began)
         with self._arrived:
-            if seat.answered is not None:
-                away = began - seat.answered
-                seat.away_s = away if seat.away_s == float("inf") else seat.away_s + FOLLOW * (away - seat.away_s)
+            seat.returns(began)
             self._jobs.append(job)
             leads, self._led = not self._led, True
             if not leads:
@@ -176,7 +184,7 @@ class Engine:
         """The jobs of the next forward, and how many tokens of each."""
         with self._arrived:
             until = time.perf_counter() + self._gather_s
-            while (left := until - time.perf_counter()) > 0 and self._others_are_due(until):
+            while (left := self._awaited_until(until) - time.perf_counter()) > 0:
                 self._arrived.wait(left)
             self._drop()
             chosen = self._chosen()
@@ -184,14 +192,14 @@ class Engine:
                 job.seat.running = True
             return chosen
 
-    def _others_are_due(self, until: float) -> bool:
-        """Whether a session without a step here should bring one before `until`."""
-        return any(seat.due_s < until for seat in self._coming())
+    def _awaited_until(self, until: float) -> float:
+        """When the last of the sessions that should bring a step before `until` is overdue; no later than `until`."""
+        return min(until, max((seat.overdue_s for seat in self._coming() if seat.due_s < until), default=0.0))
 
     def _coming(self) -> list[Seat]:
         """Sessions without a step here whose clients are at work on the next one, as far as one can tell."""
         here, now = {id(job.seat) for job in self._jobs}, time.perf_counter()
-        return [seat for seat in self._seats if id(seat) not in here and not seat.closed and seat.comes(now)]
+        return [seat for seat in self._seats if id(seat) not in here and not seat.closed and now < seat.overdue_s]
 
     def _drop(self) -> None:
         """What nobody waits for (any more) is not computed."""

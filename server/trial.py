@@ -14,7 +14,6 @@ from splitlearn.stages import LocalSession, LocalStage, StageInput
 # A forward with a piece of a prompt takes at most this many times what one of a single token takes.
 PROMPT_SHARE = 1.8
 LEAST_PROMPT_TOKENS, MOST_PROMPT_TOKENS = 16, 4096
-GATHER = 0.6
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Trial:
         Sessions that miss each other go on missing each other, in two forwards by turns that both read all weights. To
         wait costs less than that, as long as it takes less than a forward of one token.
         """
-        return GATHER * self._seconds(1)
+        return self._seconds(1)
 
     def prompt_tokens(self) -> int:
         """How many tokens of prompts a forward may take while others decode: measured, as it depends on the machine.
