@@ -12,7 +12,9 @@ from itertools import islice
 import pytest
 import torch
 
+from server.admission import Place
 from server.build import Served
+from server.engine import Seat
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
@@ -233,3 +235,15 @@ def served_packed(files: ModelFiles) -> bool:
     with serve_here(files) as here:
         served: Served = here.served
         return served.engine.packs
+
+
+def test_one_long_pause_of_a_client_does_not_count_as_what_it_usually_takes() -> None:
+    seat, now = Seat(LocalSession(None, settings_of(frozenset()), 4), frozenset(), Place(None)), 100.0
+    seat.returns(now)  # its first step follows no answer
+    assert seat.away_s == float("inf")
+    for pause in (5.0, 0.01, 0.01):
+        seat.answered = now
+        now += pause
+        seat.returns(now)
+    seat.answered = now
+    assert now < seat.due_s < seat.overdue_s < now + 0.1
