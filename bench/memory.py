@@ -71,9 +71,10 @@ def _added(spec: ArmSpec) -> tuple[int, TrunkFacts | None]:
     worker = context.Process(target=_work, args=(theirs, spec), daemon=True)
     worker.start()
     try:
-        ready = _told(ours.recv())
+        ready = arm.raised(ours.recv())
         ours.send(REQUEST)
-        end = next(said for said in iter(lambda: _told(ours.recv()), None) if isinstance(said, ArmEnd))
+        while not isinstance(end := arm.raised(ours.recv()), ArmEnd):
+            pass
     finally:
         worker.kill()
     return end.peak_rss_bytes - ready.import_rss_bytes, end.trunk
@@ -83,12 +84,6 @@ def _work(connection: Connection, spec: ArmSpec) -> None:
     for name in process.PRELOAD:
         import_module(name)
     arm.work(connection, spec)
-
-
-def _told(said: Any) -> Any:
-    if isinstance(said, Exception):
-        raise said
-    return said
 
 
 def _sessions(runs: Runs) -> tuple[int, int]:

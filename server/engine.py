@@ -1,8 +1,9 @@
 """The engine: the steps of all sessions, as many as wait in one forward.
 
-A handler's thread brings a step and waits for its answer. Nobody runs the engine but these threads: the first that
-finds it idle leads, and goes on until its own step is done; then it hands the lead to one that still waits. So one
-client alone has its steps of one token computed by the thread that read them, with no other thread between.
+A handler's thread brings a step and waits for its answer. The first that finds the engine idle leads, and goes on
+until its own step is done; then it hands the lead to one that still waits. A forward of one row is computed by the
+thread that leads, so that one client alone has its tokens computed by the thread that read them; all others are by one
+thread of the engine's own.
 
 A forward takes one token of each session that decodes and beside them a bounded number of tokens of prompts, so that a
 long prompt holds up the others by no more than those take. Sessions join and leave between two forwards.

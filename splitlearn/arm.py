@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from splitlearn import loading, process
-from splitlearn.errors import as_error
+from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.events import Event
 from splitlearn.flags import settings
 from splitlearn.generate import Generator, Link
@@ -100,6 +100,13 @@ def work(connection: Connection, spec: ArmSpec) -> None:
             connection.send(ArmEnd(process.peak_resident_bytes(), trunk.facts if trunk else None))
         except Exception as error:  # the run fails with its cause; the worker goes on
             connection.send(as_error(error, "generating"))
+
+
+def raised(item: Any) -> Any:
+    """What a worker sent, raised if it is an error."""
+    if isinstance(item, SplitlearnError):
+        raise item
+    return item
 
 
 def _until_cancelled(events: abc.Generator[Event, None, None], connection: Connection) -> Iterator[Event]:

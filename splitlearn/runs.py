@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import psutil
 
@@ -246,7 +245,7 @@ class Runs:
                     if stop.is_set():
                         child.stop()
                         return None
-                worker = _Worker(child, _raised(child.receive()))
+                worker = _Worker(child, arm.raised(child.receive()))
             except SplitlearnError:
                 child.stop()
                 raise
@@ -318,7 +317,7 @@ def _generation(worker: _Worker, request: GenerationRequest, stop: threading.Eve
             if worker.child.connection.poll(POLL_S):
                 item = worker.child.receive()
                 ended = isinstance(item, ArmEnd | SplitlearnError)
-                yield _raised(item)
+                yield arm.raised(item)
     finally:
         if not ended:
             _cancel(worker)
@@ -339,10 +338,3 @@ def _cancel(worker: _Worker) -> None:
 
 def _compile_s(items: Iterable[object]) -> float:
     return sum(item.compile_s for item in items if isinstance(item, TokenEvent))
-
-
-def _raised(item: Any) -> Any:
-    """What a worker sent, raised if it is an error."""
-    if isinstance(item, SplitlearnError):
-        raise item
-    return item

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from splitlearn import arm
 from splitlearn.arm import ArmEnd, ArmReady, ArmSpec
@@ -46,7 +46,7 @@ class RealClient:
 
     def warm(self) -> None:
         """Wait until the model is loaded, then run a short request."""
-        ready = _raised(self._child.receive())
+        ready = arm.raised(self._child.receive())
         if not isinstance(ready, ArmReady):
             raise SplitlearnError("A client's worker process did not say that it is ready.")
         for _ in self.answer(WARM_UP):
@@ -60,7 +60,7 @@ class RealClient:
         )
         self._child.send(chosen)
         offset: float | None = None
-        while not isinstance(item := _raised(self._child.receive()), ArmEnd):
+        while not isinstance(item := arm.raised(self._child.receive()), ArmEnd):
             if isinstance(item, TokenEvent):
                 offset = time.perf_counter() - item.time_s if offset is None else offset
                 yield from [offset + item.time_s] * len(item.token_ids)
@@ -113,10 +113,3 @@ def _warm(clients: Sequence[Client], progress: Progress) -> None:
     with ThreadPoolExecutor(min(len(clients), 32)) as pool:
         for count, _ in enumerate(pool.map(warm, clients), 1):
             progress(Step("Starting the clients", count, len(clients)))
-
-
-def _raised(item: Any) -> Any:
-    """What a worker sent, raised if it is an error."""
-    if isinstance(item, SplitlearnError):
-        raise item
-    return item
