@@ -17,6 +17,7 @@ from bench.batched import WARM_UP, Batched, Contexts, Run
 from bench.pairs import blocks
 from bench.report import table, write
 from bench.stepping import Admission, Trunk, admission, mixed, side_by_side
+from bench.unbatched import Unbatched
 from splitlearn.compare import environment
 from splitlearn.config import Config, ServerConfig
 from splitlearn.events import GenerationRequest
@@ -45,14 +46,14 @@ TIMEOUT_S = 600.0
 REAL = (1, 2, 4, 8, 16)
 REAL_S = 20.0
 TEXT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8")
-ALONE = "unbatched"
+ALONE, DIRECT = "unbatched", "server without batching"
 
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/capacity.md."""
     with Runs(with_room(runs.config, ServerConfig(max_sessions=2 * max(SIZES))), silent) as own:
         trunk = recorded(own)
-        found = _steps(trunk)
+        found = _steps(own, trunk)
         lengths = mixed(RUNNING, LENGTH)
         prompts = [admission(trunk, lengths, PROMPT, STEPS) for _ in range(ADMISSIONS)]
         real = [_real(own, clients) for clients in REAL]
@@ -64,7 +65,8 @@ def main(runs: Runs) -> None:
         "step*: the trunk's own time for a step that carried all sessions. *TPOT*: as the replaying clients saw it, "
         "which run on the same cores. Threads of the trunk and of the plain forward: "
         f"{said['trunk']['threads']} each.\n\n"
-        f"One client alone, against one sequence through the same layers in a process by itself:\n\n"
+        "One client alone, its TPOT against that at a server that computes each step by itself at once, all else being "
+        "the same; and against one sequence through the same layers in a loop, without a server:\n\n"
         f"{table(_alone(found))}\n\n"
         f"{RUNNING} sessions decode while a prompt of {PROMPT} tokens is admitted, {ADMISSIONS} times:\n\n"
         f"{table(_prompts(prompts))}\n\n"
@@ -92,11 +94,12 @@ def recorded(runs: Runs) -> Trunk:
     return Trunk(spec, states[:, :PROMPT].contiguous())
 
 
-def _steps(trunk: Trunk) -> dict[str, list[Run]]:
+def _steps(runs: Runs, trunk: Trunk) -> dict[str, list[Run]]:
     """What each block found: the trunk and the plain forward at each size, and one sequence unbatched."""
     data = codec.to_bytes(trunk.states[:, : LENGTH + STEPS + WARM_UP])
-    plain = Batched(trunk.spec, Contexts(data, LENGTH, SIZES))
-    arms = {ALONE: partial(plain.run, 0, STEPS)}
+    plain, direct = Batched(trunk.spec, Contexts(data, LENGTH, SIZES)), Unbatched(runs.config)
+    there = replace(trunk, spec=replace(trunk.spec, addresses=(direct.address,)))
+    arms = {ALONE: partial(plain.run, 0, STEPS), DIRECT: partial(side_by_side, there, mixed(1, LENGTH), STEPS)}
     for n in SIZES:
         arms[f"plain {n}"] = partial(plain.run, n, STEPS)
         arms[f"trunk {n}"] = partial(side_by_side, trunk, mixed(n, LENGTH), STEPS)
@@ -106,6 +109,7 @@ def _steps(trunk: Trunk) -> dict[str, list[Run]]:
         return blocks(arms, BLOCKS)
     finally:
         plain.stop()
+        direct.stop()
 
 
 def _row(found: Mapping[str, Sequence[Run]], n: int) -> dict[str, str]:
@@ -122,10 +126,13 @@ def _row(found: Mapping[str, Sequence[Run]], n: int) -> dict[str, str]:
 
 
 def _alone(found: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
-    """One session at the trunk against one sequence through LocalStage."""
-    trunk, local = found["trunk 1"], found[ALONE]
+    """One session at the trunk against the same without batching, and against one sequence through LocalStage."""
+    trunk, local, direct = found["trunk 1"], found[ALONE], found[DIRECT]
     return [
         {
+            "TPOT, ms": _ms(run.tpot_s for run in trunk),
+            "without batching, ms": _ms(run.tpot_s for run in direct),
+            "TPOT / without batching": _ratio(trunk, direct, lambda run: run.tpot_s),
             "unbatched step, ms": _ms(run.tpot_s for run in local),
             "trunk step / unbatched": _ratio(trunk, local, lambda run: run.trunk_s),
             "TPOT / unbatched": _ratio(trunk, local, lambda run: run.tpot_s),

@@ -55,7 +55,7 @@ def _flag(name: str, share: float) -> Flag:
         "Planted for testing the lab.",
         "Not planted.",
         {"off": nothing, "on": _waiting(share) if share else nothing},
-        sides=frozenset({"full"}),
+        sides=frozenset({"full", "client"}),
         scope="load",
         on_by_default=False,
     )

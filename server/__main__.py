@@ -47,9 +47,10 @@ log = logging.getLogger("server")
 
 @dataclass(frozen=True)
 class Running:
-    """A server that listens, and what it answers to health checks."""
+    """A server that listens on `address`, and what it answers to health checks."""
 
     server: grpc.Server
+    address: str
     health: health.HealthServicer
 
 
@@ -170,9 +171,10 @@ def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running
     for name in ("", SERVICE):
         state.set(name, health_pb2.HealthCheckResponse.SERVING)
     guarded = {"tls": door.credentials is not None, "tokens": settings.tokens is not None}
-    logs.tell(log, "listening", address=f"{settings.host}:{port}", **guarded)
-    print(f"{READY}{settings.host}:{port}", flush=True)
-    return Running(server, state)
+    address = f"{settings.host}:{port}"
+    logs.tell(log, "listening", address=address, **guarded)
+    print(f"{READY}{address}", flush=True)
+    return Running(server, address, state)
 
 
 def _wait_for_parent(told: SimpleQueue[str]) -> None:

@@ -11,26 +11,20 @@ long prompt holds up the others by no more than those take. Sessions join and le
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from statistics import median_low
+from dataclasses import dataclass
 
 import torch
 
-from server.admission import Admission, Place
+from server.admission import Admission
 from server.metrics import Metrics
+from server.seat import Job, Seat
 from splitlearn.errors import InputError, SplitlearnError, TrunkFailed, TrunkLate, as_error
 from splitlearn.finite import first_not_finite
 from splitlearn.flags import settings
 from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
 from splitlearn.wire.codec import where_not_finite
-
-# A client that takes so many times what it usually takes, and the slack, is not waited for any more.
-OVERDUE, SLACK_S, LONGEST_AWAY_S = 3.0, 0.005, 1.0
-# So many of a client's last pauses tell how long it usually takes.
-PAUSES = 5
 
 
 @dataclass(frozen=True)
@@ -41,65 +35,6 @@ class EngineStep:
     trunk_s: float
     queue_s: float
     compile_s: float
-
-
-@dataclass
-class Seat:
-    """A session at the engine. `away_s` is how long its client usually takes between an answer and the next step."""
-
-    session: LocalSession
-    applied: frozenset[str]
-    place: Place
-    answered: float | None = None
-    away_s: float = float("inf")
-    pauses: deque[float] = field(default_factory=lambda: deque(maxlen=PAUSES))
-    running: bool = False
-    closed: bool = False
-    freed: bool = False
-
-    @property
-    def due_s(self) -> float:
-        """When its client should bring the next step."""
-        return (self.answered or 0.0) + self.away_s
-
-    @property
-    def overdue_s(self) -> float:
-        """From when on it is not waited for any more; a client that was never answered is not waited for at all."""
-        return 0.0 if self.answered is None else self.answered + OVERDUE * min(self.away_s, LONGEST_AWAY_S) + SLACK_S
-
-    def returns(self, now: float) -> None:
-        """Its client has brought the next step. The median: one long pause, as after a prompt, says nothing."""
-        if self.answered is not None:
-            self.pauses.append(now - self.answered)
-            self.away_s = median_low(self.pauses)
-
-
-@dataclass(eq=False)
-class _Job:
-    """A step under way: `x` [1, T, H] from `position` on, of which `done` tokens are computed."""
-
-    seat: Seat
-    position: int
-    x: torch.Tensor
-    deadline: float
-    began: float
-    wake: threading.Event = field(default_factory=threading.Event)
-    outputs: list[torch.Tensor] = field(default_factory=list)
-    done: int = 0
-    trunk_s: float = 0.0
-    compile_s: float = 0.0
-    last_run: float = 0.0
-    error: SplitlearnError | None = None
-
-    @property
-    def left(self) -> int:
-        """Tokens still to compute."""
-        return self.x.shape[1] - self.done
-
-    @property
-    def finished(self) -> bool:
-        """Whether the answer, or the error, is there."""
-        return self.error is not None or not self.left
 
 
 class Engine:
@@ -116,7 +51,7 @@ class Engine:
         self._prompt_tokens, self._gather_s, self.packs = prompt_tokens, gather_s or 0.0, gather_s is not None
         self._arrived = threading.Condition()
         self._seats: list[Seat] = []
-        self._jobs: list[_Job] = []
+        self._jobs: list[Job] = []
         self._led = False
         self._own_thread = ThreadPoolExecutor(1, "engine")
 
@@ -144,7 +79,7 @@ class Engine:
         session, began = seat.session, time.perf_counter()
         if not session.recomputes and position < session.length and not roll_back:
             raise InputError("position", position, f"{session.length}, or roll_back to go back from there")
-        job = _Job(seat, position, x, began + timeout_s, began)
+        job = Job(seat, position, x, began + timeout_s, began)
         with self._arrived:
             seat.returns(began)
             self._jobs.append(job)
@@ -169,7 +104,7 @@ class Engine:
             if not seat.running:
                 self._free(seat)
 
-    def _lead(self, own: _Job) -> None:
+    def _lead(self, own: Job) -> None:
         """Run forwards until `own` is done, then let another thread that waits go on."""
         try:
             while not own.finished:
@@ -181,7 +116,7 @@ class Engine:
                 if waiting is not None:
                     waiting.wake.set()
 
-    def _gather(self) -> list[tuple[_Job, int]]:
+    def _gather(self) -> list[tuple[Job, int]]:
         """The jobs of the next forward, and how many tokens of each."""
         with self._arrived:
             until = time.perf_counter() + self._gather_s
@@ -209,7 +144,7 @@ class Engine:
             why = "its session has ended" if job.seat.closed else "it waited for longer than its client said it would"
             self._finish(job, TrunkLate(f"the step was dropped: {why}", "step_late"))
 
-    def _chosen(self) -> list[tuple[_Job, int]]:
+    def _chosen(self) -> list[tuple[Job, int]]:
         """The job that has waited longest and those that can share its forward, each with a number of tokens."""
         if not self._jobs:
             return []
@@ -229,7 +164,7 @@ class Engine:
                 chosen.append((job, tokens))
         return chosen
 
-    def _forward(self, chosen: Sequence[tuple[_Job, int]]) -> None:
+    def _forward(self, chosen: Sequence[tuple[Job, int]]) -> None:
         """One forward of the stage, its outcome given to the jobs."""
         inputs = [
             StageInput(job.seat.session, job.position + job.done, job.x[:, job.done : job.done + tokens])
@@ -284,7 +219,7 @@ class Engine:
         layer = first_not_finite(self._stage.cut, lambda: self._stage.step([item]))
         return TrunkFailed(f"{value} at position {item.position + row}, first in layer {layer}")
 
-    def _finish(self, job: _Job, error: SplitlearnError | None = None) -> None:
+    def _finish(self, job: Job, error: SplitlearnError | None = None) -> None:
         """Wake the thread that waits for `job`."""
         job.error = error
         self._jobs.remove(job)

@@ -7,7 +7,6 @@ from typing import Any
 
 import grpc
 import torch
-import transformers
 
 from server import logs, sight
 from server.access import Access, Guest
@@ -16,6 +15,7 @@ from server.others import Others
 from server.patience import Patience
 from server.stay import Stay, parse
 from server.visit import Visit, peer
+from splitlearn import machine
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError, SplitlearnError, TrunkRefused
 from splitlearn.flags import FLAGS, Place, of_scope
@@ -46,6 +46,7 @@ class TrunkService:
             least = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
             raise InputError("server.max_message_bytes", limits.max_message_bytes, least)
         self._place = Place(device=str(served.placement.device))
+        self._machine = {name: str(value) for name, value in machine.described().items() if value is not None}
         sight.connect(served, others, limits)
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -80,7 +81,7 @@ class TrunkService:
             max_length=self._longest() or 0,
             threads=served.threads,
             flags=[pb.FlagState(name=name, unavailable=why_not(name, "trunk", self._place) or "") for name in FLAGS],
-            versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
+            machine=self._machine,
         )
 
     def metrics(self, request: bytes, context: grpc.ServicerContext) -> pb.MetricsText:

@@ -7,7 +7,7 @@ from google.protobuf.message import DecodeError
 
 from server.access import Guest
 from server.build import Served
-from server.engine import Seat
+from server.seat import Seat
 from server.visit import Visit
 from splitlearn.errors import InputError
 from splitlearn.wire import MAX_TENSOR_BYTES, codec

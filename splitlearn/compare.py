@@ -3,15 +3,13 @@
 Ratios are split / full of one run each, so n = 1: what a flag or a split costs is the lab's question, not this one's.
 """
 
-import platform
 import random
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+from splitlearn import machine
 from splitlearn.arm import Kind
 from splitlearn.events import GenerationRequest
 from splitlearn.metrics import UNATTRIBUTED, RunMetrics, first_divergence
@@ -85,14 +83,10 @@ def environment(runs: Runs) -> dict[str, Any]:
     """What a reader needs to know of the machine and the software to place the figures."""
     trunk = runs.describe_trunk()
     return {
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
+        **machine.described(),
         "device": str(runs.device),
         "digest": runs.files.digest,
-        **{name: version(name) for name in ("torch", "transformers", "grpcio")},
-        "trunk": {"device": trunk.device, "threads": trunk.threads, "versions": trunk.versions},
+        "trunk": {"device": trunk.device, "threads": trunk.threads, **dict(sorted(trunk.machine.items()))},
     }
 
 
@@ -142,12 +136,3 @@ def _trunk_as_json(report: ArmReport) -> dict[str, Any]:
 def _ledger(metrics: RunMetrics) -> dict[str, float]:
     rest = {f"{name}_s": spent for name, spent in metrics.ledger.items() if name != UNATTRIBUTED}
     return {**rest, f"{UNATTRIBUTED}_s": metrics.ledger[UNATTRIBUTED]}
-
-
-def _processor() -> str:
-    """The processor's name; platform.processor() is empty on most Linux machines."""
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

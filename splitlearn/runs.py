@@ -8,22 +8,19 @@ One arm runs at a time, since two at once on one machine measure each other. Wor
 """
 
 import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import psutil
 
-from splitlearn import arm, models
-from splitlearn.arm import CANCEL, ArmEnd, ArmReady, ArmSpec, Kind
+from splitlearn import models
+from splitlearn.arm import ArmEnd, ArmSpec, Kind
 from splitlearn.config import Config, serving
 from splitlearn.embedded import EmbeddedTrunk
-from splitlearn.errors import SplitlearnError, WorkerDied
-from splitlearn.events import Event, GenerationRequest, TokenEvent
+from splitlearn.events import Event, GenerationRequest
 from splitlearn.flags import SIDES, Place, of_scope
 from splitlearn.metrics import RunMetrics
-from splitlearn.process import Child
 from splitlearn.progress import Progress
 from splitlearn.remote import TrunkFacts, check_served, describe, first_that_works
 from splitlearn.selection import Availability, FlagSet, availability
@@ -35,11 +32,9 @@ from splitlearn.wire import channel
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials
 from splitlearn.wire.codec import DTYPES
+from splitlearn.worker import Worker, compile_seconds
 
-WARM_UP_TOKENS = 8
-CANCEL_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 3.0
-POLL_S = 0.05
 # Memory that must be left, in sizes of the model's weights, before one more worker is kept: it may load a second copy.
 WEIGHTS_FREE = 6
 
@@ -75,16 +70,6 @@ class Restarted:
 Item = Event | Restarted | ArmReport
 
 
-@dataclass
-class _Worker:
-    """A running worker process, and whether it has run anything yet."""
-
-    child: Child
-    ready: ArmReady
-    warm: bool = False
-    compile_s: float = 0.0
-
-
 class Runs:
     """Runs arms of one configuration. Raises InputError and ModelError at once for what cannot work."""
 
@@ -95,7 +80,7 @@ class Runs:
         self.device = models.resolve_device(config.model.device)
         self.dtype = DTYPES[config.model.dtype]
         self._lock = threading.Lock()
-        self._workers: dict[ArmSpec, _Worker] = {}
+        self._workers: dict[ArmSpec, Worker] = {}
         self._trunk_lock = threading.Lock()
         self._trunks: dict[frozenset[str], EmbeddedTrunk] = {}
 
@@ -201,7 +186,7 @@ class Runs:
                 worker = self._worker(spec, stop)
                 if worker is None:
                     return
-                self._warm_up(worker, request, stop)
+                worker.warm_up(request, stop)
                 if not stop.is_set():
                     yield from self._measure(spec, worker, request, stop)
             except BaseException:
@@ -233,22 +218,15 @@ class Runs:
         shown = self.credentials if split else NONE
         return ArmSpec(kind, self.files, self.plan, self.device, self.dtype, threads, own, addresses, timeout_s, shown)
 
-    def _worker(self, spec: ArmSpec, stop: threading.Event) -> _Worker | None:
+    def _worker(self, spec: ArmSpec, stop: threading.Event) -> Worker | None:
         """The worker for `spec`, loaded; the least recently used one makes room for a new one. None when stopped."""
         worker = self._workers.pop(spec, None)
         if worker is None or not worker.child.alive():
             while self._workers and not self._has_room():
                 self._workers.pop(next(iter(self._workers))).child.stop()
-            child = arm.start(spec)
-            try:
-                while not child.connection.poll(POLL_S):
-                    if stop.is_set():
-                        child.stop()
-                        return None
-                worker = _Worker(child, arm.raised(child.receive()))
-            except SplitlearnError:
-                child.stop()
-                raise
+            worker = Worker.start(spec, stop)
+            if worker is None:
+                return None
         self._workers[spec] = worker
         return worker
 
@@ -263,25 +241,17 @@ class Runs:
         """Whether there is memory for another process with a part of the model."""
         return psutil.virtual_memory().available > WEIGHTS_FREE * self.files.weights.stat().st_size
 
-    def _warm_up(self, worker: _Worker, request: GenerationRequest, stop: threading.Event) -> None:
-        if worker.warm:
-            return
-        short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
-        events = list(_generation(worker, short, stop))
-        worker.compile_s += _compile_s(events)
-        worker.warm = not stop.is_set()
-
     def _measure(
-        self, spec: ArmSpec, worker: _Worker, request: GenerationRequest, stop: threading.Event
+        self, spec: ArmSpec, worker: Worker, request: GenerationRequest, stop: threading.Event
     ) -> Iterator[Item]:
         """The run that counts, and those before it in which something was compiled."""
         while True:
             seen: list[Event | ArmEnd] = []
-            for item in _generation(worker, request, stop):
+            for item in worker.generate(request, stop):
                 seen.append(item)
                 if not isinstance(item, ArmEnd):
                     yield item
-            compiled = _compile_s(seen)
+            compiled = compile_seconds(seen)
             worker.compile_s += compiled
             metrics = RunMetrics.from_events(item for item in seen if not isinstance(item, ArmEnd))
             if compiled and not stop.is_set():
@@ -292,7 +262,7 @@ class Runs:
                 yield self._report(spec, worker, metrics, end)
             return
 
-    def _report(self, spec: ArmSpec, worker: _Worker, metrics: RunMetrics, end: ArmEnd) -> ArmReport:
+    def _report(self, spec: ArmSpec, worker: Worker, metrics: RunMetrics, end: ArmEnd) -> ArmReport:
         return ArmReport(
             kind=spec.kind,
             metrics=metrics,
@@ -306,35 +276,3 @@ class Runs:
             trunk_address=end.trunk.address if end.trunk else None,
             trunk=end.trunk,
         )
-
-
-def _generation(worker: _Worker, request: GenerationRequest, stop: threading.Event) -> Iterator[Event | ArmEnd]:
-    """What the worker sends for one request, up to its ArmEnd. Raises the error that it sends instead."""
-    worker.child.send(request)
-    ended = False
-    try:
-        while not ended and not stop.is_set():
-            if worker.child.connection.poll(POLL_S):
-                item = worker.child.receive()
-                ended = isinstance(item, ArmEnd | SplitlearnError)
-                yield arm.raised(item)
-    finally:
-        if not ended:
-            _cancel(worker)
-
-
-def _cancel(worker: _Worker) -> None:
-    """Have the worker end its run; one that is in the middle of something long is ended itself."""
-    deadline = time.monotonic() + CANCEL_TIMEOUT_S
-    try:
-        worker.child.send(CANCEL)
-        while worker.child.connection.poll(max(0.0, deadline - time.monotonic())):
-            if isinstance(worker.child.receive(), ArmEnd | SplitlearnError):
-                return
-    except WorkerDied:
-        return
-    worker.child.stop()
-
-
-def _compile_s(items: Iterable[object]) -> float:
-    return sum(item.compile_s for item in items if isinstance(item, TokenEvent))

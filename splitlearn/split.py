@@ -16,6 +16,7 @@ import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,6 +77,12 @@ class CutModel:
     """Those of position_ids and logits_to_keep that the module's forward takes."""
     tied: Mapping[str, str]
     """Full names of parameters that are another one's values: tied name -> the name of the one that is stored."""
+
+    @cached_property
+    def configs(self) -> tuple[Any, ...]:
+        """The configurations that its modules look things up in, each once."""
+        found = {id(config): config for module in self.module.modules() if (config := getattr(module, "config", None))}
+        return tuple(found.values())
 
     def full_name(self, name: str) -> str:
         """The name in the whole model's state dict of the stage's parameter or buffer `name`.

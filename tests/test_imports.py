@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     ("breaker", "errors", "native", "progress", "stop", "threads"),
-    ("config", "families", "process", "sampling", "store"),
+    ("config", "families", "machine", "process", "sampling", "store"),
     ("convert", "events", "flags", "split", "tokens", "wire"),
     ("kv",),
     ("packed",),
@@ -24,6 +24,7 @@ LAYERS = (
     ("trunks",),
     ("generate", "remote"),
     ("arm", "watch"),
+    ("worker",),
     ("runs",),
     ("compare",),
     ("console", "lab"),

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from splitlearn import config, process
+from splitlearn import config, machine, process
 from splitlearn.compare import environment
 from splitlearn.errors import TrunkError
 from splitlearn.lab import fingerprint as module
@@ -46,13 +45,6 @@ def found(files: ModelFiles) -> Iterator[dict[str, object]]:
         yield {"fingerprint": fingerprint(runs), "environment": environment(runs)}
 
 
-@pytest.fixture
-def cpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where Linux would tell of the processor; empty."""
-    monkeypatch.setattr(module, "CPU_FOLDER", tmp_path)
-    return tmp_path
-
-
 @contextmanager
 def burning(cpu_s: float, ours: bool) -> Iterator[int]:
     """A program that computes for so long; somebody else's if it is not `ours`. Its process id; ended at the end."""
@@ -77,6 +69,14 @@ def test_it_extends_what_compare_says(found: dict[str, dict[str, object]]) -> No
     trunk = known.pop("trunk")
     assert known.items() <= said.items()
     assert said["trunk"] == {**trunk, "address": "embedded"}  # type: ignore[dict-item]
+
+
+def test_the_trunk_says_of_its_own_machine_what_decides_its_figures(found: dict[str, dict[str, object]]) -> None:
+    said, trunk = found["fingerprint"], found["fingerprint"]["trunk"]
+    known = {name: str(value) for name, value in machine.described().items() if value is not None}
+    assert known.items() <= trunk.items()  # type: ignore[attr-defined]
+    elsewhere = {**said, "trunk": {**trunk, "logical_cores": "96"}}  # type: ignore[dict-item]
+    assert differences(said, elsewhere) == [f"trunk.logical_cores: {os.cpu_count()} and 96"]
 
 
 def test_it_names_what_decides_the_figures(found: dict[str, dict[str, object]], files: ModelFiles) -> None:
@@ -114,15 +114,6 @@ def test_no_trunk_is_a_clear_error() -> None:
         round_trip_s("127.0.0.1:1")
 
 
-def test_the_wait_policy_is_the_one_that_workers_get(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    before = module._wait_policy()
-    process._context()
-    assert before == module._wait_policy() == os.environ["OMP_WAIT_POLICY"]
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert module._wait_policy() == "ACTIVE"
-
-
 def test_equal_fingerprints_do_not_differ(found: dict[str, dict[str, object]]) -> None:
     assert differences(found["fingerprint"], found["fingerprint"]) == []
 
@@ -140,57 +131,6 @@ def test_each_thing_that_differs_is_named_with_both_values() -> None:
 
 def test_what_varies_by_itself_is_no_difference() -> None:
     assert differences(ONE, {**ONE, "rtt_s": 0.05, "cpu_mhz": 800.0}) == []
-
-
-def test_the_commit_says_whether_there_are_changes(tmp_path: Path) -> None:
-    if shutil.which("git") is None:
-        pytest.skip("needs git")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    subprocess.run([*git, "init", "--quiet"], check=True)
-    (tmp_path / "file").write_text("one")
-    subprocess.run([*git, "add", "file"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "-m", "one"], check=True)
-    subprocess.run([*git, "tag", "-a", "-m", "v1", "v1"], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    assert module._commit(tmp_path) == head
-    (tmp_path / "results").write_text("not tracked")
-    assert module._commit(tmp_path) == head
-    (tmp_path / "file").write_text("two")
-    assert module._commit(tmp_path) == f"{head}-dirty"
-    (tmp_path / "installed").mkdir()
-    assert module._commit(tmp_path / "installed") is None, "that is another project's commit"
-
-
-def test_without_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module._commit(tmp_path) is None
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert module._commit(module.CHECKOUT) is None
-
-
-def test_the_governors_and_throttle_counts_are_read_where_the_machine_tells(cpu_folder: Path) -> None:
-    assert module._hardware()["governor"] is None
-    assert reading(None).throttled is None
-    for core, governor in enumerate(("powersave", "performance", "powersave")):
-        for name, text in (
-            ("cpufreq/scaling_governor", governor),
-            ("thermal_throttle/core_throttle_count", str(core)),
-            ("thermal_throttle/package_throttle_count", "5"),
-        ):
-            path = cpu_folder / f"cpu{core}" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{text}\n")
-    assert module._hardware()["governor"] == "performance, powersave"
-    assert reading(None).throttled == 0 + 1 + 2 + 3 * 5
-
-
-@pytest.mark.parametrize("said", [None, OSError("no such file"), NotImplementedError()], ids=str)
-def test_a_clock_that_cannot_be_read_is_none(monkeypatch: pytest.MonkeyPatch, said: Exception | None) -> None:
-    def cpu_freq() -> None:
-        if said is not None:
-            raise said
-
-    monkeypatch.setattr(psutil, "cpu_freq", cpu_freq)
-    assert reading(None).cpu_mhz is None and module._hardware()["cpu_max_mhz"] is None
 
 
 def test_a_first_reading_knows_of_no_others() -> None:

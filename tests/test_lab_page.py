@@ -106,6 +106,17 @@ def exports(page: Page, into: Path) -> dict[str, Path]:
     return found
 
 
+def test_before_any_experiment_a_service_level_is_checked_as_it_is_typed(page: Page) -> None:
+    page.locator("#lab-levels > button").click()
+    typed = page.locator("#lab-decode_tps input, #lab-decode_tps textarea").first
+    typed.fill("many")
+    typed.press("Enter")
+    assert "decode_tps: 'many' cannot be used" in error(page)
+    typed.fill("30")
+    typed.press("Enter")
+    expect(page.locator("#error .sl-error")).to_have_count(0)
+
+
 def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
     browser: Browser, url: str, page: Page, tmp_path: Path
 ) -> None:
@@ -161,7 +172,9 @@ def test_while_one_runs_another_is_refused_and_so_is_a_comparison_and_a_stopped_
     expect(page.locator("#lab-progress")).to_contain_text("block 1", timeout=END_MS)
     other.get_by_role("tab", name="Lab").click()
     other.locator("#lab-stop").click()
-    expect(other.locator("#lab-stop")).to_be_disabled()  # the server has it; a page that closes drops what it still sends
+    expect(
+        other.locator("#lab-stop")
+    ).to_be_disabled()  # the server has it; a page that closes drops what it still sends
     other.close()
     ends(page, "Ended: stopped")
     expect(page.locator("#lab-report")).to_contain_text("Not finished")

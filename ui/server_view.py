@@ -45,7 +45,8 @@ def card(shown: Shown, paused: bool = False) -> str:
         f"layers [{said.start}, {said.end}) of {said.n_layers}",
         f"{escape(said.dtype)} on {escape(said.device)}",
         f"{said.threads} thread{'s' * (said.threads != 1)}",
-        escape(said.versions),
+        *(escape(said.machine[name]) for name in ("processor", "system") if said.machine.get(name)),
+        *(f"{name} {escape(said.machine[name])}" for name in ("torch", "transformers") if said.machine.get(name)),
     )
     tiles = "".join(f'<div title="{why}"><dt>{name}</dt><dd>{value}</dd></div>' for name, value, why in _tiles(at))
     return (

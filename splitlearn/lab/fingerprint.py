@@ -6,20 +6,18 @@
 
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from splitlearn import native
+from splitlearn import machine
 from splitlearn.compare import environment
 from splitlearn.config import EMBEDDED
 from splitlearn.process import default_threads
@@ -27,8 +25,6 @@ from splitlearn.runs import Runs
 from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.status import error_of
 
-CPU_FOLDER = Path("/sys/devices/system/cpu")
-CHECKOUT = Path(__file__).resolve().parents[2]
 ROUND_TRIPS, WARM_UP = 20, 5
 TIMEOUT_S = 10.0
 # What varies by itself from one moment to the next: shown, never compared.
@@ -65,11 +61,9 @@ def fingerprint(runs: Runs) -> dict[str, Any]:
     known, plan, config = environment(runs), runs.plan, runs.config
     return {
         **known,
-        **{name: version(name) for name in ("numpy", "scipy")},
-        "commit": _commit(CHECKOUT),
-        **_hardware(),
+        "scipy": version("scipy"),
+        "cpu_mhz": machine.clock_mhz("current"),
         "threads": config.runs.threads or default_threads(),
-        "omp_wait_policy": _wait_policy(),
         "model": runs.files.name,
         "dtype": config.model.dtype,
         "split": {"start": plan.start, "end": plan.end, "n_layers": plan.n_layers},
@@ -126,7 +120,15 @@ def reading(before: Reading | None, also: int | None = None) -> Reading:
         others_cpu = max(0.0, busy_s - before.busy_s - (ours_s - before.ours_s)) / elapsed_s
         stolen_cpu = max(0.0, stolen_s - before.stolen_s) / elapsed_s
     return Reading(
-        time.time(), _clock("current"), _throttled(), others_cpu, stolen_cpu, clock_s, busy_s, ours_s, stolen_s
+        time.time(),
+        machine.clock_mhz("current"),
+        machine.throttled(),
+        others_cpu,
+        stolen_cpu,
+        clock_s,
+        busy_s,
+        ours_s,
+        stolen_s,
     )
 
 
@@ -140,52 +142,6 @@ def _tree_s(pid: int) -> float:
         except psutil.NoSuchProcess:
             if not psutil.pid_exists(pid):
                 return 0.0
-
-
-def _hardware() -> dict[str, Any]:
-    return {
-        "physical_cores": psutil.cpu_count(logical=False),
-        "logical_cores": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "governor": ", ".join(sorted(set(_texts("cpu[0-9]*/cpufreq/scaling_governor")))) or None,
-        "cpu_max_mhz": _clock("max"),
-        "cpu_mhz": _clock("current"),
-    }
-
-
-def _wait_policy() -> str:
-    """What OpenMP's threads do in the workers while they have no work: as said, or as native.py says."""
-    return os.environ.get("OMP_WAIT_POLICY", native.DEFAULTS["OMP_WAIT_POLICY"])
-
-
-def _clock(which: str) -> float | None:
-    """The cores' mean clock in MHz, "current" or "max"; None where the machine does not tell (psutil says 0 there)."""
-    with suppress(OSError, NotImplementedError, AttributeError):
-        return float(getattr(psutil.cpu_freq(), which)) or None
-    return None
-
-
-def _throttled() -> int | None:
-    """Linux's counts of the times that cores and their packages were throttled, added up: only a rise says anything."""
-    counts = [int(text) for text in _texts("cpu[0-9]*/thermal_throttle/*_throttle_count") if text.isdecimal()]
-    return sum(counts) if counts else None
-
-
-def _texts(pattern: str) -> Iterator[str]:
-    for path in CPU_FOLDER.glob(pattern):
-        with suppress(OSError):
-            yield path.read_text(encoding="ascii").strip()
-
-
-def _commit(checkout: Path) -> str | None:
-    """The commit of the folder, with "-dirty" if tracked files have changed; None where there is no git."""
-    # The folder's own repository, not one that it happens to lie in; without locks, so that nobody's git is disturbed.
-    command = ["git", f"--git-dir={checkout / '.git'}", f"--work-tree={checkout}"]
-    command += ["--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with suppress(OSError):
-        found = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
-        return found.stdout.strip() or None
-    return None
 
 
 def _flat(found: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -41,7 +41,14 @@ class FlagState(_message.Message):
     def __init__(self, name: _Optional[str] = ..., unavailable: _Optional[str] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "device", "hidden_size", "max_length", "threads", "flags", "versions")
+    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "device", "hidden_size", "max_length", "threads", "flags", "machine")
+    class MachineEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -54,7 +61,7 @@ class Description(_message.Message):
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
     FLAGS_FIELD_NUMBER: _ClassVar[int]
-    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: str
     digest: str
@@ -67,8 +74,8 @@ class Description(_message.Message):
     max_length: int
     threads: int
     flags: _containers.RepeatedCompositeFieldContainer[FlagState]
-    versions: str
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., hidden_size: _Optional[int] = ..., max_length: _Optional[int] = ..., threads: _Optional[int] = ..., flags: _Optional[_Iterable[_Union[FlagState, _Mapping]]] = ..., versions: _Optional[str] = ...) -> None: ...
+    machine: _containers.ScalarMap[str, str]
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., hidden_size: _Optional[int] = ..., max_length: _Optional[int] = ..., threads: _Optional[int] = ..., flags: _Optional[_Iterable[_Union[FlagState, _Mapping]]] = ..., machine: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
     __slots__ = ("open", "step")

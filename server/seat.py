@@ -1,0 +1,76 @@
+"""A session's seat at the engine, and a step of it that is under way."""
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median_low
+
+import torch
+
+from server.admission import Place
+from splitlearn.errors import SplitlearnError
+from splitlearn.stages import LocalSession
+
+# A client that takes so many times what it usually takes, and the slack, is not waited for any more.
+OVERDUE, SLACK_S, LONGEST_AWAY_S = 3.0, 0.005, 1.0
+# So many of a client's last pauses tell how long it usually takes.
+PAUSES = 5
+
+
+@dataclass
+class Seat:
+    """A session at the engine. `away_s` is how long its client usually takes between an answer and the next step."""
+
+    session: LocalSession
+    applied: frozenset[str]
+    place: Place
+    answered: float | None = None
+    away_s: float = float("inf")
+    pauses: deque[float] = field(default_factory=lambda: deque(maxlen=PAUSES))
+    running: bool = False
+    closed: bool = False
+    freed: bool = False
+
+    @property
+    def due_s(self) -> float:
+        """When its client should bring the next step."""
+        return (self.answered or 0.0) + self.away_s
+
+    @property
+    def overdue_s(self) -> float:
+        """From when on it is not waited for any more; a client that was never answered is not waited for at all."""
+        return 0.0 if self.answered is None else self.answered + OVERDUE * min(self.away_s, LONGEST_AWAY_S) + SLACK_S
+
+    def returns(self, now: float) -> None:
+        """Its client has brought the next step. The median: one long pause, as after a prompt, says nothing."""
+        if self.answered is not None:
+            self.pauses.append(now - self.answered)
+            self.away_s = median_low(self.pauses)
+
+
+@dataclass(eq=False)
+class Job:
+    """A step under way: `x` [1, T, H] from `position` on, of which `done` tokens are computed."""
+
+    seat: Seat
+    position: int
+    x: torch.Tensor
+    deadline: float
+    began: float
+    wake: threading.Event = field(default_factory=threading.Event)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    done: int = 0
+    trunk_s: float = 0.0
+    compile_s: float = 0.0
+    last_run: float = 0.0
+    error: SplitlearnError | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens still to compute."""
+        return self.x.shape[1] - self.done
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer, or the error, is there."""
+        return self.error is not None or not self.left
