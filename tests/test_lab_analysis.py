@@ -17,7 +17,7 @@ from splitlearn.lab.analysis import (
     analyse,
     good_blocks,
 )
-from splitlearn.lab.claims import claim
+from splitlearn.lab.claims import CLAIMS, claim, measured
 from splitlearn.lab.design import AA, OBSERVER, Arm
 from splitlearn.lab.store import Store
 from splitlearn.lab.trial import Trial
@@ -207,3 +207,13 @@ def test_claims_stand_in_the_rows_that_they_were_made_about() -> None:
     assert "5 to 10% sooner" in claim(findings, row(findings, "all flags", "split", "ttft_s"))
     assert claim(findings, row(findings, "inference_mode", "split", "ttft_s")) == ""
     assert claim(findings, row(findings, AA, "full", "tpot_s")) == ""
+
+
+def test_beside_each_claim_stands_what_was_measured_of_it_in_the_same_kind_of_arm() -> None:
+    findings = analyse(SETUP, trials(SETUP), {})
+    said = {(one.kinds, one.metric, one.words.partition(",")[0]): measured(findings, one) for one in CLAIMS}
+    cache = row(findings, "use_cache", "split", "tpot_s").effect
+    assert cache is not None
+    assert f"use_cache, split: {cache.ratio:.2f}" in said[("split",), "tpot_s", "500 to 1000% faster with the KV cache"]
+    assert "full" not in said[("split",), "tpot_s", "500 to 1000% faster with the KV cache"]
+    assert said[("full",), "memory", "25 to 40% less memory"].startswith("all flags, full: ")

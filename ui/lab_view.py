@@ -71,7 +71,7 @@ def details(findings: Findings) -> str:
         f"<h3>How to repeat it</h3><pre>{escape(setup.command)}</pre>"
         + _folded("Arms: percentiles, service level, time unattributed", _table(shown.arms(findings), "Arms"))
         + _folded("Did both sides do the same work?", _table(shown.work(findings), "Same work"))
-        + _folded("What was published of the earlier system", _table(shown.claims(), "Claims"))
+        + _folded("What was published of the earlier system", _table(shown.claims(findings), "Claims"))
         + _folded("Blocks that do not count", _table(shown.left_out(findings), "Blocks that do not count"))
         + _folded("Environment", f"<pre>{environment}</pre>")
         + _folded("Prompts", prompts)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from splitlearn.arm import Kind
 from splitlearn.lab.analysis import Findings, Metric, Row
-from splitlearn.lab.design import ALL, CACHE
+from splitlearn.lab.design import ALL, CACHE, Question
 
 STATIC = "cache"
 COMPILE = "torch_compile"
@@ -58,14 +58,29 @@ CLAIMS = (
 
 def claim(findings: Findings, row: Row) -> str:
     """The claims that belong beside `row` as text, or ""."""
-    arm = findings.setup.plan.arm(row.question.treated)
-    applied = arm.flags.full if arm.kind == "full" else arm.flags.client | arm.flags.trunk
-    found = [
-        f"{one.shown} ({one.words})"
-        for one in CLAIMS
-        if one.metric == row.metric
-        and row.question.kind in one.kinds
-        and row.question.flag in one.flags
-        and (not one.needs or one.needs in applied)
-    ]
-    return "; ".join(found)
+    found = [one for one in CLAIMS if one.metric == row.metric and _is_about(one, findings, row.question)]
+    return "; ".join(f"{one.shown} ({one.words})" for one in found)
+
+
+def measured(findings: Findings, one: Claim) -> str:
+    """What this experiment says of `one`, a ratio for each question that it is about; or ""."""
+    if one.metric == "memory":
+        added = {figures.arm: figures.added_bytes for figures in findings.arms}
+        ratios = {
+            question.key: added[question.treated] / added[question.control]
+            for question in findings.setup.plan.questions
+            if _is_about(one, findings, question) and added.get(question.treated) and added.get(question.control)
+        }
+    else:
+        ratios = {
+            row.question.key: row.effect.ratio
+            for row in findings.rows
+            if row.metric == one.metric and row.effect and _is_about(one, findings, row.question)
+        }
+    return "; ".join(f"{key}: {ratio:.2f}" for key, ratio in ratios.items())
+
+
+def _is_about(one: Claim, findings: Findings, question: Question) -> bool:
+    flags = findings.setup.plan.arm(question.treated).flags
+    applied = flags.full if question.kind == "full" else flags.client | flags.trunk
+    return question.kind in one.kinds and question.flag in one.flags and (not one.needs or one.needs in applied)

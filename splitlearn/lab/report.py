@@ -28,6 +28,7 @@ def write_exports(findings: Findings, folder: Path) -> list[Path]:
         "pairs.csv": frames.pairs(findings).to_csv(index=False),
         "trials.csv": frames.trials(findings).to_csv(index=False),
         "report.html": html(findings),
+        "report.md": markdown(findings),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", newline="")
@@ -52,7 +53,7 @@ def html(findings: Findings) -> str:
         verdicts=shown.verdicts(findings),
         work=shown.work(findings),
         arms=shown.arms(findings),
-        claims=shown.claims(),
+        claims=shown.claims(findings),
         left_out=shown.left_out(findings),
         forests=[picture(pictures.forest(findings, kind, metric)) for metric in METRICS for kind in KINDS],
         dots=[picture(pictures.dots(findings, kind, metric)) for metric in METRICS for kind in KINDS],
@@ -80,6 +81,8 @@ def markdown(findings: Findings) -> str:
         "## Arms",
         "Medians over n runs; percentiles only where there are enough values (72 for p95, 368 for p99).",
         shown.markdown_table(shown.arms(findings)),
+        "## What was published of the earlier system",
+        shown.markdown_table(shown.claims(findings)),
         "## How to repeat it",
         f"```\n{findings.setup.command}\n```",
         "## Environment",

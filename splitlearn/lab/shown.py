@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from splitlearn.lab.analysis import METRIC_NAMES, Evidence, Findings, Row
-from splitlearn.lab.claims import CLAIMS, claim
+from splitlearn.lab.claims import CLAIMS, claim, measured
 from splitlearn.lab.stats import Effect
 from splitlearn.lab.work import UNATTRIBUTED_LIMIT, ArmFigures
 
@@ -105,11 +105,20 @@ def _arm(arm: ArmFigures) -> tuple[Cell, ...]:
     )
 
 
-def claims() -> Shown:
-    """All that was published."""
+def claims(findings: Findings) -> Shown:
+    """All that was published, beside what was measured of it."""
     of = {**{str(metric): name for metric, name in METRIC_NAMES.items()}, "memory": "memory"}
-    rows = [(Cell(one.words), Cell(", ".join(one.kinds)), Cell(of[one.metric]), _number(one.shown)) for one in CLAIMS]
-    return Shown(("Claim", "Arm", "Of", "As a ratio"), tuple(rows))
+    rows = [
+        (
+            Cell(one.words),
+            Cell(", ".join(one.kinds)),
+            Cell(of[one.metric]),
+            _number(one.shown),
+            Cell(measured(findings, one) or NOTHING),
+        )
+        for one in CLAIMS
+    ]
+    return Shown(("Claim", "Arm", "Of", "As a ratio", "Measured here"), tuple(rows))
 
 
 def left_out(findings: Findings) -> Shown:
