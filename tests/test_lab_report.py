@@ -35,7 +35,7 @@ def folder(findings: Findings, tmp_path_factory: pytest.TempPathFactory) -> Path
     return where
 
 
-EXPORTS = ("results.json", "verdicts.csv", "pairs.csv", "trials.csv", "report.html")
+EXPORTS = ("results.json", "verdicts.csv", "pairs.csv", "trials.csv", "report.html", "report.md")
 
 
 class Page(HTMLParser):

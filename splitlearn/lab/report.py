@@ -19,8 +19,8 @@ TEMPLATE = "report.html.jinja"
 
 
 def write_exports(findings: Findings, folder: Path) -> list[Path]:
-    """Write results.json, verdicts.csv, pairs.csv, trials.csv and report.html into `folder`, which is made if it is not
-    there. Gives their paths."""
+    """Write results.json, verdicts.csv, pairs.csv, trials.csv, report.html and report.md into `folder`, which is made
+    if it is not there. Gives their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "results.json": json.dumps(frames.as_json(findings), indent=1, allow_nan=False) + "\n",
