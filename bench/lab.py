@@ -34,7 +34,7 @@ process.PRELOAD.append(planted.__name__)
 
 
 def main(runs: Runs) -> None:
-    """Measure and write docs/results/lab-method.md."""
+    """Measure and write docs/results/lab.md."""
     with alone(runs.config), tempfile.TemporaryDirectory() as kept:
         folder = Path(kept)
         same = [_experiment(runs, folder, seed, KINDS[seed % 2], [NOTHING], PAIRS) for seed in range(EXPERIMENTS)]
@@ -49,7 +49,7 @@ def main(runs: Runs) -> None:
     verdicts = [_row(same, NOTHING, kind) for kind in KINDS] + [_row([apart], flag, "full") for flag in WAITING]
     observer = [_observer([*same, apart], kind) for kind in KINDS]
     text += f"\n\n{table(observer)}"
-    write("lab-method", "What the lab says of flags whose effect is known", text, verdicts, environment(runs))
+    write("lab", "What the lab says of flags whose effect is known", text, verdicts, environment(runs))
 
 
 def _experiment(runs: Runs, folder: Path, seed: int, kind: Kind, about: Sequence[str], pairs: int) -> analysis.Findings:
