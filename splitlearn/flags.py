@@ -229,7 +229,7 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "torch_compile",
             "torch.compile",
-            "Compiles each stage; the time that takes is shown apart. A first compilation can take over a minute.",
+            "Compiles each stage; the time that takes is shown apart. A first compilation can take minutes.",
             "Eager execution.",
             _on(compile_module=_compile),
             fidelity="rounding",

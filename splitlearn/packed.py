@@ -28,9 +28,9 @@ from splitlearn.threads import computing_on
 NAME = "splitlearn_packed"
 # Queries times keys of a session up to which its attention is computed on one thread.
 ONE_THREAD_WORK = 1024
-# Sessions of one token each that make it worth handing their attention to one more thread: with two threads 16 took
-# 14.4 instead of 19.5 ms a step, 32 took 24.1 instead of 32.4 (26 layers), but 8 took 9.3 instead of 7.5. The products
-# run without the interpreter's lock; TorchScript's fork gained no more.
+# Sessions of one token each that make it worth handing a part of their attention to one more thread: with two threads
+# 16 took 14.4 instead of 19.5 ms a step, 32 took 24.1 instead of 32.4 (26 layers). The products run without the
+# interpreter's lock. TorchScript's fork gained no more, and made 8 slower: 9.3 instead of 7.5 ms.
 SESSIONS_OF_A_THREAD = 8
 
 
@@ -134,9 +134,8 @@ def _attending(cut: CutModel, parts: Sequence[Packed], views: list[list[torch.Te
     used = module.config._attn_implementation
     lengths = [part.tokens for part in parts]
     plain = used == "sdpa" and max(lengths) == 1
-    helpers = _helpers_of(len(parts)) if views[0][0].device.type == "cpu" else 0
-    threads = 1 if plain and helpers else _threads(parts)
-    token = _current.set(_Row(used, parts, lengths, views, threads, plain, helpers))
+    helpers = _helpers_of(len(parts)) if plain and views[0][0].device.type == "cpu" else 0
+    token = _current.set(_Row(used, parts, lengths, views, _threads(parts), plain, helpers))
     for config in cut.configs:
         config._attn_implementation = NAME
     try:
@@ -155,9 +154,10 @@ def _attend(
     attend = _own_attention(module, row.attention)
     masks = attention_mask or [None] * len(row.parts)
     at = 2 * module.layer_idx
-    with computing_on(row.threads):
-        if row.plain and not any(map(torch.is_tensor, masks)) and arguments.get("position_bias") is None:
+    if row.plain and not any(map(torch.is_tensor, masks)) and arguments.get("position_bias") is None:
+        with computing_on(1 if row.helpers else row.threads):
             return _attend_singly(query, row, at, arguments.get("scaling")), None
+    with computing_on(row.threads):
         outputs = [
             attend(module, part, views[at], views[at + 1], mask, **arguments)[0]
             for part, views, mask in zip(torch.split(query, row.lengths, dim=2), row.views, masks, strict=True)

@@ -20,6 +20,7 @@ from splitlearn.config import Config, serving
 from splitlearn.embedded import EmbeddedTrunk
 from splitlearn.events import Event, GenerationRequest
 from splitlearn.flags import SIDES, Place, of_scope
+from splitlearn.flags import settings as settings_of
 from splitlearn.metrics import RunMetrics
 from splitlearn.progress import Progress
 from splitlearn.remote import TrunkFacts, check_served, describe, first_that_works
@@ -35,6 +36,9 @@ from splitlearn.wire.codec import DTYPES
 from splitlearn.worker import Worker, compile_seconds
 
 CLOSE_TIMEOUT_S = 3.0
+# How long a trunk that compiles is waited for, where trunk.timeout_s is less: its first steps say nothing until all its
+# layers are compiled, which took 26 of them more than two minutes on two cores.
+COMPILE_TIMEOUT_S = 1800.0
 # Memory that must be left, in sizes of the model's weights, before one more worker is kept: it may load a second copy.
 WEIGHTS_FREE = 6
 
@@ -215,6 +219,8 @@ class Runs:
         own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
         addresses = self.trunk_addresses(flags.trunk) if split else ()
         threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
+        if settings_of(own.trunk).compile_module is not None:
+            timeout_s = max(timeout_s, COMPILE_TIMEOUT_S)
         shown = self.credentials if split else NONE
         return ArmSpec(kind, self.files, self.plan, self.device, self.dtype, threads, own, addresses, timeout_s, shown)
 

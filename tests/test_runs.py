@@ -251,3 +251,12 @@ def test_ctrl_c_at_the_terminal_does_not_reach_the_workers(runs: Runs) -> None:
     worker.send_signal(signal.SIGINT)
     assert report(runs, "full").metrics.n_tokens == 6
     assert not gone(worker.pid)
+
+
+def test_a_trunk_that_compiles_is_waited_for_longer_than_one_that_does_not(tiny_model: TinyFactory) -> None:
+    compiled = FlagSet(full=CACHED, client=CACHED, trunk=CACHED | {"torch_compile"})
+    parsed = config.parse(settings(tiny_model("llama", n_layers=3), trunk={"timeout_s": 0.5}))
+    with Runs(parsed, silent) as impatient:
+        done = report(impatient, "split", flags=compiled)
+        assert done.compile_s > parsed.trunk.timeout_s
+        assert done.metrics.n_tokens == SHORT.max_new_tokens

@@ -118,7 +118,7 @@ class LabTab:
         self.stop.click(self._stop, None, self.stop, queue=False, show_progress="hidden")
         self.chosen.input(self._open, given, changed, show_progress="hidden")
         levels = [self.fields["ttft_ms"].submit, self.fields["decode_tps"].submit]
-        gr.on(levels, self._judge, given, changed, show_progress="hidden")
+        gr.on(levels, self._open, given, changed, show_progress="hidden")
         self.other.input(self._compare, given, [self.beside, error], show_progress="hidden")
 
     @property
@@ -186,21 +186,20 @@ class LabTab:
         return {**self._idle(name), **drawn, self.progress: lab_view.progress(seen)}
 
     def _open(self, given: dict[Any, Any], request: gr.Request) -> Updates:
-        """What was chosen from the list."""
+        """What was chosen from the list, under the service level that was typed; without a choice, that is checked."""
         name = given[self.chosen]
-        if name is None or self.lab.job.running:  # the lists of another page may be open still
+        if self.lab.job.running:  # the lists of another page may be open still
             return {self.error: ""}
+        if name is None:
+            return self._checked(given)
         return {**self._idle(name), self.error: "", self.progress: "", **self._opened(name, given, request)}
 
-    def _judge(self, given: dict[Any, Any], request: gr.Request) -> Updates:
-        """A service level was typed: what was chosen is shown under it; without that, it is only checked."""
-        if given[self.chosen] is not None:
-            return self._open(given, request)
+    def _checked(self, given: dict[Any, Any]) -> Updates:
         try:
             inputs.service_level(self._typed(given))
-            return {self.error: ""}
         except SplitlearnError as error:
             return {self.error: view.error(str(error))}
+        return {self.error: ""}
 
     def _opened(self, name: str, given: dict[Any, Any], request: gr.Request) -> Updates:
         """The report of the experiment called `name`, or why there is none."""
