@@ -115,13 +115,13 @@ class Page:
         ran.then(lambda: _buttons(buttons, running=False), None, buttons, queue=False, show_progress="hidden")
 
     def _open(self) -> Updates:
-        """A page was opened: the flags as they are available now, as the configuration has them."""
-        known = choice.available(self.runs)
+        """A page was opened: the flags as they are available now, as the configuration has them. Its words are there
+        already, and a quick visitor may have typed others before this comes."""
+        known, said = choice.available(self.runs), {}
         try:
-            flags, wrong = parse(self.runs.config.flags, known), ""
+            flags = parse(self.runs.config.flags, known)
         except InputError as error:  # a flag that config.yaml names and that cannot be applied here now
-            flags, wrong = parse("default", known), str(error)
-        said = {self.error: view.error(wrong)} if wrong else {}
+            flags, said = parse("default", known), {self.picker.words: "default", self.error: view.error(str(error))}
         return {**self.picker.show(flags, known), **self._link(), **said}
 
     def _leave(self, request: gr.Request) -> None:

@@ -44,7 +44,7 @@ class Picker:
 
     @property
     def outputs(self) -> list[Any]:
-        """All that `show` gives values for."""
+        """All that a choice of flags is shown in."""
         controls = [*self.flags.values(), *self.about.values(), *self.sides.values()]
         return [self.preset, *controls, self.words, self.matrix]
 
@@ -52,25 +52,26 @@ class Picker:
         """Let each control change the words, and the others with them; what cannot be used is said below the words."""
         outputs = [*self.outputs, self.error]
 
-        def on_words(text: str) -> Updates:
+        def at(flags_of: Callable[[Availability], FlagSet], *, typed: bool = False) -> Updates:
             try:
                 known = choice.available(runs)
-                return {**self.show(parse(text, known), known), self.error: ""}
+                flags = flags_of(known)
             except SplitlearnError as problem:
                 return {self.error: view.error(str(problem))}
+            # What was typed stays as it is: the ladder of the lab adds flags in the order of these words.
+            words = {} if typed else {self.words: choice.words(flags, known)}
+            return {**self.show(flags, known), **words, self.error: ""}
+
+        def on_words(text: str) -> Updates:
+            return at(lambda known: parse(text, known))
 
         def on_typed(text: str) -> Updates:
-            """What was typed stays as it is: the ladder of the lab adds flags in the order of these words."""
-            return {box: value for box, value in on_words(text).items() if box is not self.words}
+            return at(lambda known: parse(text, known), typed=True)
 
         def on_flag(name: str) -> Callable[[Any, str], Updates]:
             def change(value: Any, text: str) -> Updates:
-                try:
-                    known = choice.available(runs)
-                    flags = choice.with_choice(parse(text, known), name, _chosen(FLAGS[name], value), known)
-                    return {**self.show(flags, known), self.error: ""}
-                except SplitlearnError as problem:
-                    return {self.error: view.error(str(problem))}
+                chosen = _chosen(FLAGS[name], value)
+                return at(lambda known: choice.with_choice(parse(text, known), name, chosen, known))
 
             return change
 
@@ -85,7 +86,7 @@ class Picker:
         gr.on([self.words.submit, self.words.blur], on_typed, self.words, outputs, show_progress="hidden")
 
     def show(self, flags: FlagSet, known: Availability) -> Updates:
-        """Every control as `flags` has it."""
+        """Every control but the words as `flags` has it."""
         why_not = {name: choice.why_nowhere(name, known) for name in FLAGS}
         controls = {
             control: _update(FLAGS[name], choice.choice_of(flags, name, known), why_not[name])
@@ -101,7 +102,6 @@ class Picker:
             **about,
             **sides,
             self.preset: choice.set_of(flags, known),
-            self.words: choice.words(flags, known),
             self.matrix: flag_view.matrix(known, flags),
         }
 
