@@ -8,7 +8,6 @@ too, made for each session. (transformers' continuous batching packs in the same
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,10 +27,6 @@ from splitlearn.threads import computing_on
 NAME = "splitlearn_packed"
 # Queries times keys of a session up to which its attention is computed on one thread.
 ONE_THREAD_WORK = 1024
-# Sessions of one token each that make it worth handing a part of their attention to one more thread: with two threads
-# 16 took 14.4 instead of 19.5 ms a step, 32 took 24.1 instead of 32.4 (26 layers). The products run without the
-# interpreter's lock. TorchScript's fork gained no more, and made 8 slower: 9.3 instead of 7.5 ms.
-SESSIONS_OF_A_THREAD = 8
 
 
 @dataclass(frozen=True)
@@ -55,12 +50,9 @@ class _Row:
     threads: int
     plain: bool
     """Torch's own attention, for one token of each session."""
-    helpers: int
-    """Threads beside this one that take a part of the sessions then."""
 
 
 _current: ContextVar[_Row] = ContextVar("packed row")
-_helpers = ThreadPoolExecutor(thread_name_prefix="attention")
 
 
 class _PackedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -134,8 +126,7 @@ def _attending(cut: CutModel, parts: Sequence[Packed], views: list[list[torch.Te
     used = module.config._attn_implementation
     lengths = [part.tokens for part in parts]
     plain = used == "sdpa" and max(lengths) == 1
-    helpers = _helpers_of(len(parts)) if plain and views[0][0].device.type == "cpu" else 0
-    token = _current.set(_Row(used, parts, lengths, views, _threads(parts), plain, helpers))
+    token = _current.set(_Row(used, parts, lengths, views, _threads(parts), plain))
     for config in cut.configs:
         config._attn_implementation = NAME
     try:
@@ -154,10 +145,9 @@ def _attend(
     attend = _own_attention(module, row.attention)
     masks = attention_mask or [None] * len(row.parts)
     at = 2 * module.layer_idx
-    if row.plain and not any(map(torch.is_tensor, masks)) and arguments.get("position_bias") is None:
-        with computing_on(1 if row.helpers else row.threads):
-            return _attend_singly(query, row, at, arguments.get("scaling")), None
     with computing_on(row.threads):
+        if row.plain and not any(map(torch.is_tensor, masks)) and arguments.get("position_bias") is None:
+            return _attend_singly(query, row.views, at, arguments.get("scaling")), None
         outputs = [
             attend(module, part, views[at], views[at + 1], mask, **arguments)[0]
             for part, views, mask in zip(torch.split(query, row.lengths, dim=2), row.views, masks, strict=True)
@@ -165,30 +155,25 @@ def _attend(
     return torch.cat(outputs, dim=1), None
 
 
-def _attend_singly(query: torch.Tensor, row: _Row, at: int, scale: float | None) -> torch.Tensor:
+def _attend_singly(
+    query: torch.Tensor, views: Sequence[Sequence[torch.Tensor]], at: int, scale: float | None
+) -> torch.Tensor:
     """What `sdpa` does for one token of each session, which sees all keys: [1, heads, T, size] to [1, T, heads, size].
 
     As in transformers' own function, the heads that share keys are the rows of one product; what that function does
-    around the product for each session and layer takes 12 of its 54 microseconds.
+    around the product for each session and layer takes 12 of its 54 microseconds. Half of the sessions handed to a
+    second thread made a step of 16 or 32 longer: 1.03 to 1.06 times, four runs of 55 pairs. One product over sequences
+    padded to one length (1.06 to 1.18 times) or over blocks of the pool (1.17 to 1.42) was slower, too: the time is the
+    keys' and values' way from memory, some 5 GB/s.
     """
-    tokens, groups = query.shape[2], row.views[0][at].shape[1]
+    tokens, groups = query.shape[2], views[0][at].shape[1]
     rows = query.transpose(1, 2).reshape(tokens, 1, groups, -1, query.shape[3]).unbind()
-
-    def attended(first: int, end: int) -> list[torch.Tensor]:
-        return [
-            scaled_dot_product_attention(rows[index], own[at], own[at + 1], scale=scale)
-            for index, own in enumerate(row.views[first:end], first)
+    out = torch.cat(
+        [
+            scaled_dot_product_attention(row, own[at], own[at + 1], scale=scale)
+            for row, own in zip(rows, views, strict=True)
         ]
-
-    inference = torch.is_inference_mode_enabled()  # the modes of torch are each thread's own
-
-    def helping(first: int, end: int) -> list[torch.Tensor]:
-        with torch.inference_mode(inference), torch.no_grad(), computing_on(1):
-            return attended(first, end)
-
-    share = -(-tokens // (row.helpers + 1))
-    others = [_helpers.submit(helping, first, first + share) for first in range(share, tokens, share)]
-    out = torch.cat([*attended(0, share), *(each for other in others for each in other.result())])
+    )
     return out.view(1, tokens, -1, out.shape[3])
 
 
@@ -196,11 +181,6 @@ def _threads(parts: Sequence[Packed]) -> int:
     """One for many small products: each would wait for the other threads for longer than it computes."""
     work = max(part.tokens * (part.position + part.tokens) for part in parts)
     return 1 if work <= ONE_THREAD_WORK else torch.get_num_threads()
-
-
-def _helpers_of(sessions: int) -> int:
-    """Threads beside the one that leads, for the attention of so many sessions."""
-    return max(0, min(torch.get_num_threads(), sessions // SESSIONS_OF_A_THREAD) - 1)
 
 
 def _masks(*, mask_function: Callable[..., Any], **arguments: Any) -> list[torch.Tensor | None]:

@@ -3,8 +3,8 @@
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -15,16 +15,12 @@ import torch
 from server.admission import Place
 from server.build import Served
 from server.seat import Seat
-from splitlearn import loading, packed
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
 from splitlearn.generate import Generator, Link
-from splitlearn.kv import KVPool, PooledCache, Run, shapes_of
-from splitlearn.split import SplitPlan
 from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
 from splitlearn.store import ModelFiles
-from splitlearn.threads import computing_on
 from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory
 from tests.test_ten_families import CACHED, GREEDY, UNCACHED, running
@@ -229,35 +225,6 @@ def test_a_session_that_goes_back_beside_one_that_is_refused_gets_its_answer(
                 gap.result()
             assert torch.allclose(again.result().x, wanted, atol=1e-5)
     assert tried == [1, 2, 1, 1]
-
-
-@pytest.mark.parametrize("applied", [FUSED, FUSED - {"inference_mode"}], ids=["inference_mode", "no_grad"])
-def test_attention_shared_out_among_threads_gives_every_bit(
-    applied: frozenset[str], files: ModelFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    placement = loading.Placement(torch.device("cpu"), torch.float32)
-    stage = loading.load(files, loading.trunk_specs(SplitPlan(1, 5, 6)), FUSED, placement).stages[0]
-    shapes = shapes_of(stage.cut, files.facts.hidden_size, torch.float32, placement.device)
-    pool = KVPool(shapes, 20, 64, torch.float32, placement.device)
-    shared: list[tuple[int, int]] = []
-    real = packed._helpers.submit
-
-    def submit(helping: Callable[[int, int], object], first: int, end: int) -> Future[object]:
-        shared.append((first, end))
-        return real(helping, first, end)
-
-    monkeypatch.setattr(packed._helpers, "submit", submit)
-    answers: list[list[torch.Tensor]] = []
-    for sessions_of_a_thread in (8, 100):
-        monkeypatch.setattr(packed, "SESSIONS_OF_A_THREAD", sessions_of_a_thread)
-        sessions = [LocalSession(PooledCache(pool, Run(64 * at, 64)), settings_of(applied), 64) for at in range(20)]
-        answers.append([])
-        with computing_on(3):
-            for position, tokens in ((0, 9), (9, 1), (10, 1)):
-                batch = [StageInput(each, position, hidden(files, tokens, seed=at)) for at, each in enumerate(sessions)]
-                answers[-1] += [output.x for output in stage.step(batch)]
-    assert all(map(torch.equal, *answers))
-    assert shared == [(10, 20)] * 4 * 2
 
 
 def test_every_one_of_the_ten_families_is_batched_or_served_alone(tiny_model: TinyFactory) -> None:
