@@ -29,7 +29,6 @@ from tests.trunk import eventually, hidden, opening, serve_here, step, tensor_of
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gemma2")
 SESSIONS, AT_ONCE = 50, 8
-# With these, torch's fused attention is used.
 WORDS = ("The", "sky", "is", "blue", "because", "air", "scatters", "short", "waves", "of", "light", "more")
 
 
