@@ -13,13 +13,15 @@ from pathlib import Path
 
 import psutil
 import yaml
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = Path("/usr/bin/chromium")
 START_S = 90.0
 # How long a page may take for what has no bound of its own: the machine may be busy with other tests.
 PATIENCE_MS = 30_000
+# How long what was typed must stay: Gradio sets up what was just folded out once more, a moment after it can be seen.
+SETTLED_MS, TIMES = 300, 10
 LOCAL = re.compile(r"The page is on (http://\S+)")
 
 
@@ -61,9 +63,9 @@ class App:
         """Every process that the app has started and that runs."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def trunk(self) -> psutil.Process:
-        """The embedded trunk server."""
-        return next(child for child in self.children() if child.cmdline()[1:3] == ["-m", "server"])
+    def trunks(self) -> list[psutil.Process]:
+        """The embedded trunk servers: one for each set of load and process flags that was asked for."""
+        return [child for child in self.children() if child.cmdline()[1:3] == ["-m", "server"]]
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End the app and wait until it has gone; its exit status."""
@@ -135,3 +137,13 @@ def open_page(browser: Browser, url: str, width: int = 1280, height: int = 800, 
     page.goto(f"{url}?__theme={theme}")
     expect(page.locator("#compare")).to_be_enabled()
     return page
+
+
+def type_into(box: Locator, value: str) -> None:
+    """Fill a field that may have been folded out just now; a person is never quick enough to lose it so."""
+    for _ in range(TIMES):
+        box.fill(value)
+        box.page.wait_for_timeout(SETTLED_MS)
+        if box.input_value() == value:
+            return
+    raise AssertionError(f"the field does not keep {value!r}")

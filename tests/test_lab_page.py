@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.conftest import TinyFactory
-from tests.page import CHROMIUM, ROOT, App, chromium, open_page, running, write_config
+from tests.page import CHROMIUM, ROOT, SETTLED_MS, App, chromium, open_page, running, type_into, write_config
 
 pytestmark = [
     pytest.mark.browser,
@@ -70,7 +70,7 @@ def open_lab(browser: Browser, url: str) -> Page:
 
 
 def setting(page: Page, name: str, value: str) -> None:
-    page.locator(f"#{name}").locator("input, textarea").first.fill(value)
+    type_into(page.locator(f"#{name}").locator("input, textarea").first, value)
 
 
 def ask(page: Page, pairs: str, flags: str = FLAG) -> None:
@@ -109,10 +109,10 @@ def exports(page: Page, into: Path) -> dict[str, Path]:
 def test_before_any_experiment_a_service_level_is_checked_as_it_is_typed(page: Page) -> None:
     page.locator("#lab-levels > button").click()
     typed = page.locator("#lab-decode_tps input, #lab-decode_tps textarea").first
-    typed.fill("many")
+    type_into(typed, "many")
     typed.press("Enter")
     assert "decode_tps: 'many' cannot be used" in error(page)
-    typed.fill("30")
+    type_into(typed, "30")
     typed.press("Enter")
     expect(page.locator("#error .sl-error")).to_have_count(0)
 
@@ -172,9 +172,8 @@ def test_while_one_runs_another_is_refused_and_so_is_a_comparison_and_a_stopped_
     expect(page.locator("#lab-progress")).to_contain_text("block 1", timeout=END_MS)
     other.get_by_role("tab", name="Lab").click()
     other.locator("#lab-stop").click()
-    expect(
-        other.locator("#lab-stop")
-    ).to_be_disabled()  # the server has it; a page that closes drops what it still sends
+    # The server has it: a page that closes drops what it still sends.
+    expect(other.locator("#lab-stop")).to_be_disabled()
     other.close()
     ends(page, "Ended: stopped")
     expect(page.locator("#lab-report")).to_contain_text("Not finished")
@@ -190,6 +189,7 @@ def test_two_experiments_are_held_against_each_other(page: Page) -> None:
         page.locator(f"#{name} input").click()
         page.get_by_role("option").nth(at).click()
         expect(page.locator("#lab-details")).to_contain_text("--pairs 2")  # the older one
+        page.wait_for_timeout(SETTLED_MS)  # the lists come after the report
     expect(page.locator("#lab-beside table")).to_contain_text("B: verdict")
 
 
@@ -199,11 +199,11 @@ def test_the_service_level_that_was_typed_is_the_one_that_is_shown(page: Page) -
     setting(page, "lab-decode_tps", "0.001")
     typed = page.locator("#lab-ttft_ms input, #lab-ttft_ms textarea").first
     for threshold, met in (("0.001", "not met"), ("60000", "met")):
-        typed.fill(threshold)
+        type_into(typed, threshold)
         typed.press("Enter")
         cell = page.locator("#lab-report [aria-label='Full and split'] tbody tr").first.locator("td").last
         expect(cell).to_have_text(met)
-    typed.fill("-5")
+    type_into(typed, "-5")
     typed.press("Enter")
     assert "ttft_ms: '-5' cannot be used" in error(page)
     expect(cell).to_have_text("met")
