@@ -13,7 +13,7 @@ from splitlearn.stages import LocalSession, LocalStage, StageInput
 
 # A forward with a piece of a prompt takes at most this many times what one of a single token takes.
 PROMPT_SHARE = 1.8
-LEAST_PROMPT_TOKENS, MOST_PROMPT_TOKENS = 8, 4096
+LEAST_PROMPT_TOKENS, MOST_PROMPT_TOKENS = 16, 4096
 
 
 @dataclass(frozen=True)

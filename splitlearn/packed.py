@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -47,9 +48,9 @@ class _Row:
     lengths: list[int]
     views: list[list[torch.Tensor]]
     """Of each session: keys and values of each layer in turn, up to and with the new tokens."""
-    threads: int
-    plain: bool
-    """Torch's own attention, for one token of each session."""
+    single: int
+    """How many of the first sessions bring one token, where attention is torch's own; 0 where it is not."""
+    single_threads: int
 
 
 _current: ContextVar[_Row] = ContextVar("packed row")
@@ -125,8 +126,8 @@ def _attending(cut: CutModel, parts: Sequence[Packed], views: list[list[torch.Te
     module: Any = cut.module
     used = module.config._attn_implementation
     lengths = [part.tokens for part in parts]
-    plain = used == "sdpa" and max(lengths) == 1
-    token = _current.set(_Row(used, parts, lengths, views, _threads(parts), plain))
+    single = len(list(takewhile(lambda tokens: tokens == 1, lengths))) if used == "sdpa" else 0
+    token = _current.set(_Row(used, parts, lengths, views, single, _threads(parts[:single])))
     for config in cut.configs:
         config._attn_implementation = NAME
     try:
@@ -142,44 +143,60 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """The model's own attention for each session: query [1, heads, T, size] to [1, T, heads, size]."""
     row = _current.get()
-    attend = _own_attention(module, row.attention)
     masks = attention_mask or [None] * len(row.parts)
-    at = 2 * module.layer_idx
-    with computing_on(row.threads):
-        if row.plain and not any(map(torch.is_tensor, masks)) and arguments.get("position_bias") is None:
-            return _attend_singly(query, row.views, at, arguments.get("scaling")), None
-        outputs = [
-            attend(module, part, views[at], views[at + 1], mask, **arguments)[0]
-            for part, views, mask in zip(torch.split(query, row.lengths, dim=2), row.views, masks, strict=True)
-        ]
+    masked = arguments.get("position_bias") is not None or any(map(torch.is_tensor, masks[: row.single]))
+    single = 0 if masked else row.single
+    outputs = []
+    if single:
+        with computing_on(row.single_threads):
+            one = _attend_singly(query[:, :, :single], row.views, 2 * module.layer_idx, arguments.get("scaling"))
+        outputs.append(one)
+    if single < len(row.parts):
+        outputs += _attend_apart(module, query, masks, single, arguments)
     return torch.cat(outputs, dim=1), None
+
+
+def _attend_apart(
+    module: Any, query: torch.Tensor, masks: Sequence[Any], first: int, arguments: Mapping[str, Any]
+) -> list[torch.Tensor]:
+    """The model's own attention, called for each session from `first` on: each [1, tokens, heads, size]."""
+    row, at = _current.get(), 2 * module.layer_idx
+    attend, queries = _own_attention(module, row.attention), torch.split(query, row.lengths, dim=2)
+    outputs = []
+    for index in range(first, len(row.parts)):
+        views = row.views[index]
+        with computing_on(_threads(row.parts[index : index + 1])):
+            outputs.append(attend(module, queries[index], views[at], views[at + 1], masks[index], **arguments)[0])
+    return outputs
 
 
 def _attend_singly(
     query: torch.Tensor, views: Sequence[Sequence[torch.Tensor]], at: int, scale: float | None
 ) -> torch.Tensor:
-    """What `sdpa` does for one token of each session, which sees all keys: [1, heads, T, size] to [1, T, heads, size].
+    """What `sdpa` does for one token of each of the first T sessions, which sees all keys: [1, heads, T, size] to
+    [1, T, heads, size].
 
     As in transformers' own function, the heads that share keys are the rows of one product; what that function does
     around the product for each session and layer takes 12 of its 54 microseconds. Half of the sessions handed to a
     second thread made a step of 16 or 32 longer: 1.03 to 1.06 times, four runs of 55 pairs. One product over sequences
-    padded to one length (1.06 to 1.18 times) or over blocks of the pool (1.17 to 1.42) was slower, too: the time is the
-    keys' and values' way from memory, some 5 GB/s.
+    padded to one length (1.06 to 1.18 times) or over blocks of the pool (1.17 to 1.42) was slower, too. With 100 tokens
+    in each of 32 sessions, 29 of 49 microseconds for each session and layer are left when keys and values are in the
+    core's cache: the calls, more than the memory. Memory in huge pages or laid out by session saves 3.
     """
     tokens, groups = query.shape[2], views[0][at].shape[1]
     rows = query.transpose(1, 2).reshape(tokens, 1, groups, -1, query.shape[3]).unbind()
     out = torch.cat(
         [
             scaled_dot_product_attention(row, own[at], own[at + 1], scale=scale)
-            for row, own in zip(rows, views, strict=True)
+            for row, own in zip(rows, views, strict=False)
         ]
     )
     return out.view(1, tokens, -1, out.shape[3])
 
 
 def _threads(parts: Sequence[Packed]) -> int:
-    """One for many small products: each would wait for the other threads for longer than it computes."""
-    work = max(part.tokens * (part.position + part.tokens) for part in parts)
+    """One for small products: each would wait for the other threads for longer than it computes."""
+    work = max((part.tokens * (part.position + part.tokens) for part in parts), default=0)
     return 1 if work <= ONE_THREAD_WORK else torch.get_num_threads()
 
 
