@@ -14,8 +14,8 @@ DEFAULTS = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "8",
     "TOKENIZERS_PARALLELISM": "false",
-    # gRPC's event engine, which 1.85 has on for Python, hands what a connection brings from thread to thread of a pool: a
-    # token took 27 wake-ups of threads in client and trunk, and takes 18 with the poller of before, where the thread
+    # gRPC's event engine, which 1.85 has on for Python, hands what a connection brings from thread to thread of a pool:
+    # a token took 27 wake-ups of threads in client and trunk. It takes 18 with the poller of before, where the thread
     # that waits for an answer reads it. On cores that have gone to sleep meanwhile each costs a tenth of a millisecond:
     # split took 1.16 [1.12, 1.20] times full with it, 1.11 [1.06, 1.17] without (10 pairs in one run).
     "GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener",

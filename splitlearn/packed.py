@@ -159,15 +159,34 @@ def _attend(
 def _attend_apart(
     module: Any, query: torch.Tensor, masks: Sequence[Any], first: int, arguments: Mapping[str, Any]
 ) -> list[torch.Tensor]:
-    """The model's own attention, called for each session from `first` on: each [1, tokens, heads, size]."""
+    """The model's own attention for each session from `first` on: each [1, tokens, heads, size]."""
     row, at = _current.get(), 2 * module.layer_idx
     attend, queries = _own_attention(module, row.attention), torch.split(query, row.lengths, dim=2)
+    folds = row.attention == "sdpa" and arguments.get("position_bias") is None
     outputs = []
     for index in range(first, len(row.parts)):
-        views = row.views[index]
+        keys, values, mask = row.views[index][at], row.views[index][at + 1], masks[index]
         with computing_on(_threads(row.parts[index : index + 1])):
-            outputs.append(attend(module, queries[index], views[at], views[at + 1], masks[index], **arguments)[0])
+            if folds and torch.is_tensor(mask) and mask.shape[1] == 1:
+                outputs.append(_attend_folded(queries[index], keys, values, mask, arguments.get("scaling")))
+            else:
+                outputs.append(attend(module, queries[index], keys, values, mask, **arguments)[0])
     return outputs
+
+
+def _attend_folded(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """What `sdpa` does for a piece of a prompt: [1, heads, T, size], masked by [1, 1, T, keys], to [1, T, heads, size].
+
+    The heads that share keys are the rows of one product. transformers' own function copies keys and values for each
+    head first: 13 of 163 ms of a forward of 8 sessions and 16 tokens of a prompt after 1,000.
+    """
+    heads, tokens, size = query.shape[1:]
+    rows = query.reshape(1, keys.shape[1], -1, size)
+    shared = mask.repeat(1, 1, heads // keys.shape[1], 1)
+    out = scaled_dot_product_attention(rows, keys, values, attn_mask=shared, scale=scale)
+    return out.reshape(1, heads, tokens, -1).transpose(1, 2)
 
 
 def _attend_singly(
