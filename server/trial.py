@@ -34,8 +34,8 @@ class Trial:
         """
         if settings(self.applied).compile_module is not None:
             return False
-        lengths, ends = [3, 2], [1, 1]
-        x = 0.1 * torch.randn(1, 7, self.hidden_size, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        lengths, ends = [3, 2], [1, 2]  # prompts from their beginnings; then one token, and a piece of a prompt
+        x = 0.1 * torch.randn(1, 8, self.hidden_size, generator=torch.Generator().manual_seed(0)).to(self.dtype)
         prompts, last = torch.split(x[:, :5], lengths, dim=1), torch.split(x[:, 5:], ends, dim=1)
         sessions = self._sessions(4)
         apart = [

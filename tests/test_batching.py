@@ -15,6 +15,8 @@ import torch
 from server.admission import Place
 from server.build import Served
 from server.seat import Seat
+from server.trial import Trial
+from splitlearn import loading
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
@@ -24,8 +26,8 @@ from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory
 from tests.test_ten_families import CACHED, GREEDY, UNCACHED, running
+from tests.trunk import PLAN, eventually, hidden, opening, serve_here, step, tensor_of
 from tests.trunk import Raw as Stream
-from tests.trunk import eventually, hidden, opening, serve_here, step, tensor_of
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gemma2")
 SESSIONS, AT_ONCE = 50, 8
@@ -229,6 +231,17 @@ def test_every_one_of_the_ten_families_is_batched_or_served_alone(tiny_model: Ti
     """Which of the two it is shows in the engine; that the tokens are right is shown by test_ten_families."""
     packed = {family: served_packed(tiny_model(family)) for family in ("llama", "gpt2", "bloom", "opt")}
     assert packed["llama"] and packed["gpt2"]
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "qwen3"))
+def test_with_sdpa_a_token_and_a_piece_of_a_prompt_share_a_forward_and_are_what_they_are_alone(
+    family: str, tiny_model: TinyFactory
+) -> None:
+    files, applied = tiny_model(family), frozenset({"output_attentions", "use_cache", "inference_mode"})
+    placement = loading.Placement(torch.device("cpu"), torch.float32)
+    stage = loading.load(files, loading.trunk_specs(PLAN), applied, placement).stages[0]
+    assert {config._attn_implementation for config in stage.cut.configs} == {"sdpa"}
+    assert Trial(stage, applied, files.facts.hidden_size, torch.float32).packs()
 
 
 def served_packed(files: ModelFiles) -> bool:
