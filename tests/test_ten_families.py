@@ -55,12 +55,12 @@ class Model:
 
 
 @contextmanager
-def running(files: ModelFiles) -> Iterator[Model]:
-    """The model's stages, with its trunk behind a socket."""
+def running(files: ModelFiles, applied: frozenset[str] = frozenset(), **limits: object) -> Iterator[Model]:
+    """The model's stages, loaded with the flags `applied`, with its trunk behind a socket."""
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    full = loading.load(files, loading.full_specs(files.n_layers), frozenset(), placement).stages[0]
-    client = loading.load(files, loading.client_specs(PLAN), frozenset(), placement).stages
-    with serve_here(files) as here:
+    full = loading.load(files, loading.full_specs(files.n_layers), applied, placement).stages[0]
+    client = loading.load(files, loading.client_specs(PLAN), applied, placement).stages
+    with serve_here(files, f"trunk:{','.join(applied) or 'none'}", **limits) as here:
         trunk = RemoteStage([here.address], served(files), timeout_s=30)
         yield Model(files, full, client, trunk)
         trunk.close()

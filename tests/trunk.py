@@ -99,10 +99,10 @@ class TrunkHere:
 
 
 @contextmanager
-def serve_here(files: ModelFiles, **limits: object) -> Iterator[TrunkHere]:
-    """The real server on a real socket in this process."""
+def serve_here(files: ModelFiles, flags: str = "trunk:none", /, **limits: object) -> Iterator[TrunkHere]:
+    """The real server on a real socket in this process, with the trunk's `flags`."""
     layers = {"start": PLAN.start, "end": PLAN.end}
-    parsed = config.parse(settings(files, split=layers, server={"port": 0, **limits}))
+    parsed = config.parse({**settings(files, split=layers, server={"port": 0, **limits}), "flags": flags})
     built, others = build(parsed, silent), Others(parsed)
     said = io.StringIO()
     with redirect_stdout(said):
