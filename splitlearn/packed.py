@@ -149,8 +149,8 @@ def _attend(
     outputs = []
     if single:
         with computing_on(row.single_threads):
-            one = _attend_singly(query[:, :, :single], row.views, 2 * module.layer_idx, arguments.get("scaling"))
-        outputs.append(one)
+            at, scale = 2 * module.layer_idx, arguments.get("scaling")
+            outputs.append(_attend_singly(query[:, :, :single], row.views[:single], at, scale))
     if single < len(row.parts):
         outputs += _attend_apart(module, query, masks, single, arguments)
     return torch.cat(outputs, dim=1), None
@@ -192,8 +192,7 @@ def _attend_folded(
 def _attend_singly(
     query: torch.Tensor, views: Sequence[Sequence[torch.Tensor]], at: int, scale: float | None
 ) -> torch.Tensor:
-    """What `sdpa` does for one token of each of the first T sessions, which sees all keys: [1, heads, T, size] to
-    [1, T, heads, size].
+    """What `sdpa` does for one token of each session, which sees all keys: [1, heads, T, size] to [1, T, heads, size].
 
     As in transformers' own function, the heads that share keys are the rows of one product; what that function does
     around the product for each session and layer takes 12 of its 54 microseconds. Half of the sessions handed to a
@@ -207,7 +206,7 @@ def _attend_singly(
     out = torch.cat(
         [
             scaled_dot_product_attention(row, own[at], own[at + 1], scale=scale)
-            for row, own in zip(rows, views, strict=False)
+            for row, own in zip(rows, views, strict=True)
         ]
     )
     return out.view(1, tokens, -1, out.shape[3])
