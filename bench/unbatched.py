@@ -47,7 +47,8 @@ class Unbatched:
 def _main(connection: Connection, config: Config) -> None:
     settings = config.server.model_copy(update={"port": 0})
     served, door = build(config, silent), Door.of(settings)
-    engine = Direct(served.engine._stage, served.admission, 1, None, served.metrics)
+    own = served.engine
+    engine = Direct(own._stage, served.admission, 1, None, served.metrics, own._own_thread)
     service = TrunkService(replace(served, engine=engine), Others(config), settings, door.access)
     running = listen(service, settings, door)
     connection.send(running.address)

@@ -1,5 +1,6 @@
 """From settings to what serves: the checked weights, the stage in memory, its KV pool and its engine."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import psutil
@@ -44,11 +45,20 @@ class Served:
 
 
 def build(settings: Config, progress: Progress) -> Served:
-    """Load and prepare all. Raises ModelError and InputError for what cannot be served."""
+    """Load and prepare all. Raises ModelError and InputError for what cannot be served.
+
+    What computes does so in one thread, here and in the engine: GNU OpenMP keeps a team of threads for each one that
+    ever computed, and lets none of them wait awake once there are more of them than cores.
+    """
+    thread = ThreadPoolExecutor(1, "engine")
+    return thread.submit(_build, settings, progress, thread).result()
+
+
+def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> Served:
     files = models.prepare(settings.model, progress)
     plan = SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
     placement = Placement(models.resolve_device(settings.model.device), DTYPES[settings.model.dtype])
-    here = Place(device=str(placement.device))
+    here = Place(device=str(placement.device), dtype=placement.dtype)
     applied = parse(settings.flags, availability(dict.fromkeys(SIDES, here))).trunk
     own = of_scope(applied, "load", "process")
     progress(Step("Loading the trunk"))
@@ -61,7 +71,7 @@ def build(settings: Config, progress: Progress) -> Served:
     trial, metrics = Trial(stage, applied | {"use_cache"}, hidden_size, placement.dtype), Metrics()
     gather_s = trial.gather_s() if trial.packs() else None
     prompt_tokens = server.prompt_tokens or (trial.prompt_tokens() if gather_s else 1)
-    engine = Engine(stage, admission, prompt_tokens, gather_s, metrics)
+    engine = Engine(stage, admission, prompt_tokens, gather_s, metrics, thread)
     loaded_s, imports = loaded.load_s, loaded.import_rss_bytes
     return Served(files, plan, placement, own, threads, loaded_s, imports, engine, admission, metrics)
 

@@ -45,7 +45,13 @@ class Engine:
     """
 
     def __init__(
-        self, stage: LocalStage, admission: Admission, prompt_tokens: int, gather_s: float | None, metrics: Metrics
+        self,
+        stage: LocalStage,
+        admission: Admission,
+        prompt_tokens: int,
+        gather_s: float | None,
+        metrics: Metrics,
+        thread: ThreadPoolExecutor,
     ) -> None:
         self._stage, self._admission, self._metrics = stage, admission, metrics
         self._prompt_tokens, self._gather_s, self.packs = prompt_tokens, gather_s or 0.0, gather_s is not None
@@ -53,7 +59,7 @@ class Engine:
         self._seats: list[Seat] = []
         self._jobs: list[Job] = []
         self._led = False
-        self._own_thread = ThreadPoolExecutor(1, "engine")
+        self._own_thread = thread
 
     @property
     def waiting(self) -> int:
@@ -196,7 +202,7 @@ class Engine:
         The math library keeps buffers for each thread that ever multiplied matrices: 5 MB for each, 100 MB with a few
         clients. One row is multiplied without.
         """
-        if sum(item.x.shape[1] for item in inputs) <= 1:
+        if self._stage.row_threads == 1 and sum(item.x.shape[1] for item in inputs) <= 1:
             return self._outcomes(inputs)
         return self._own_thread.submit(self._outcomes, inputs).result()
 

@@ -44,7 +44,6 @@ class Stay:
         done = self._served.engine.step(self._seat, position, x, self._timeout_s, roll_back)
         computed = time.perf_counter()
         wanted = min(step.answer_last or tokens, tokens)
-        self._visit.stepped(tokens, wanted, self._seat.session.recomputes, done.queue_s)
         data = codec.to_bytes(done.x[:, tokens - wanted :])
         result = pb.StepResult(
             sequence_id=step.sequence_id,
@@ -56,6 +55,7 @@ class Stay:
             compile_s=done.compile_s,
         )
         yield from self._answers(result, position + tokens - wanted, data)
+        self._visit.stepped(tokens, wanted, self._seat.session.recomputes, done.queue_s)
 
     def close(self) -> None:
         """Free the session at the engine; calling it again does nothing."""

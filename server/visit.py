@@ -1,4 +1,7 @@
-"""One call of Session, as it is counted and logged: what came, what went, and how it ended."""
+"""One call of Session, as it is counted and logged: what came, what went, and how it ended.
+
+Counting waits until an answer is on its way, so that no client waits for it.
+"""
 
 import itertools
 import logging
@@ -35,17 +38,17 @@ class Visit:
     def received(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """The same messages, counted."""
         for message in requests:
+            yield message
             self._bytes_in += len(message)
             self._metrics.received_bytes.inc(len(message))
-            yield message
         self._end = "done"  # the client says that it sends no more
 
     def sent(self, answers: Iterator[bytes]) -> Iterator[bytes]:
         """The same messages, counted."""
         for message in answers:
+            yield message
             self._bytes_out += len(message)
             self._metrics.sent_bytes.inc(len(message))
-            yield message
 
     def opened(self, waited_s: float) -> None:
         """The session was let in."""

@@ -10,21 +10,23 @@ a process's life.
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.cache_utils import Cache
 
+from splitlearn import caches, prepacked
 from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
 
 Side = Literal["full", "client", "trunk"]
 Fidelity = Literal["exact", "rounding", "lossy"]
 Scope = Literal["session", "load", "process"]
 SIDES: tuple[Side, ...] = ("full", "client", "trunk")
+MakeLinear = Callable[[Iterable[torch.Tensor], torch.Tensor | None], nn.Module]
 LOCAL: frozenset[Side] = frozenset({"full", "client"})
 
 
@@ -34,12 +36,15 @@ class Settings:
 
     `new_cache` makes a session's cache for a number of layers and at most a number of tokens; None keeps none.
     `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2).
+    `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
+    None leaves the model's own.
     """
 
     process: tuple[Callable[[], None], ...] = ()
     use_fast_tokenizer: bool = False
     assign_weights: bool = False
     attention: str | None = None
+    linear: MakeLinear | None = None
     compile_module: Callable[[nn.Module], None] | None = None
     new_cache: Callable[[int, int], Cache] | None = None
     forward_arguments: Mapping[str, bool] = field(default_factory=dict)
@@ -49,10 +54,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Place:
-    """What decides whether a flag can be applied: the device, the model's tokenizer, the tools that are installed."""
+    """What decides whether a flag can be applied: device, the model's tokenizer and dtype, the tools installed."""
 
     device: str
     no_python_tokenizer: str | None = None
+    dtype: torch.dtype = torch.float32
     has_compiler: bool = field(default_factory=lambda: any(map(shutil.which, ("c++", "g++", "clang++"))))
 
 
@@ -124,25 +130,9 @@ def _compile(module: nn.Module) -> None:
     module.compile(dynamic=True)
 
 
-def _dynamic_cache(layers: int, max_length: int) -> Cache:
-    return DynamicCache()
-
-
-class _StaticLayer(StaticLayer):  # type: ignore[misc]
-    """transformers' static layer with a way back: what lies behind the new length is masked, and replaced in time."""
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; their number is negative, as in DynamicLayer."""
-        self.cumulative_length.add_(tokens_to_remove)
-
-
-def _static_cache(layers: int, max_length: int) -> Cache:
-    return Cache(layers=[_StaticLayer(max_length) for _ in range(max(1, layers))])
-
-
-def _keep_static(settings: Settings) -> Settings:
+def _keep(kind: Callable[[int, int], Cache]) -> Apply:
     """Only the kind of a cache changes: without `use_cache` there is still none."""
-    return replace(settings, new_cache=_static_cache) if settings.new_cache else settings
+    return lambda settings: replace(settings, new_cache=kind) if settings.new_cache else settings
 
 
 def _needs_cuda(place: Place) -> str | None:
@@ -151,6 +141,10 @@ def _needs_cuda(place: Place) -> str | None:
 
 def _needs_python_tokenizer(place: Place) -> str | None:
     return place.no_python_tokenizer
+
+
+def _needs_onednn(place: Place) -> str | None:
+    return prepacked.why_not(place.device, place.dtype)
 
 
 def _needs_compiler(place: Place) -> str | None:
@@ -212,19 +206,29 @@ FLAGS: Mapping[str, Flag] = {
             "use_cache",
             "Keeps keys and values: at the client for its layers, at the trunk server for the trunk's.",
             "Recomputes the whole prefix for each token; a trunk without it is sent the whole prefix each time.",
-            _on(new_cache=_dynamic_cache),
+            _on(new_cache=caches.dynamic),
             fidelity="rounding",
         ),
         Flag(
             "cache",
             "cache",
-            "Static: keys and values go into memory set aside for the whole answer, so that shapes never change.",
-            "Dynamic: keys and values are copied to a longer tensor for each token. A trunk always has it static.",
-            {"dynamic": _same, "static": _keep_static},
-            applied="static",
+            "Reserved: keys and values are written into memory set aside for the whole answer. Static: that, and "
+            "attention always sees all of it, masked, so that shapes never change (for torch_compile).",
+            "Dynamic: keys and values are copied to a longer tensor for each token. A trunk always has it reserved.",
+            {"dynamic": _same, "reserved": _keep(caches.reserved), "static": _keep(caches.static)},
+            applied="reserved",
             sides=LOCAL,
             fidelity="rounding",
-            on_by_default=False,
+        ),
+        Flag(
+            "weight_prepack",
+            "weight_prepack",
+            "Linear layers' weights are kept in the blocked layout that oneDNN's products read.",
+            "Linear layers' weights are plain matrices.",
+            _on(linear=prepacked.PrepackedLinear),
+            fidelity="rounding",
+            scope="load",
+            unavailable=_needs_onednn,
         ),
         Flag(
             "torch_compile",

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from splitlearn.caches import ReservedLayer
 from splitlearn.errors import FamilyRefused
 from splitlearn.split import CutModel, forward
 
@@ -101,45 +102,13 @@ class KVPool:
         return PooledCache(self, run)
 
 
-class _PooledLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer within a run: written in place, given back as views."""
-
-    is_sliding = False
-    is_croppable = True
+class _PooledLayer(ReservedLayer):
+    """A layer whose memory lies within a run."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.length = keys, values, 0
+        super().__init__(keys.shape[2])
+        self.keys, self.values = keys, values
         self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is left to do."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new tokens behind the old ones; all of them."""
-        new = key_states.shape[-2]
-        self.keys.narrow(2, self.length, new).copy_(key_states)
-        self.values.narrow(2, self.length, new).copy_(value_states)
-        self.length += new
-        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys in the step to come."""
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens that are held."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """Tokens that there is room for."""
-        return int(self.keys.shape[-2])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; their number is negative, as in DynamicLayer."""
-        self.length += tokens_to_remove
 
 
 class PooledCache(Cache):  # type: ignore[misc]

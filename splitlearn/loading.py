@@ -5,8 +5,9 @@ file. Stages that are loaded together share a tied tensor, so a client's embeddi
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,20 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
 from splitlearn import proof
 from splitlearn.errors import WeightsDamaged
-from splitlearn.flags import Settings, settings
+from splitlearn.families import join
+from splitlearn.flags import MakeLinear, Settings, settings
 from splitlearn.process import default_threads, resident_bytes
 from splitlearn.split import CutModel, SplitPlan, carve
 from splitlearn.stages import LocalStage
 from splitlearn.store import ALIGNMENT, ModelFiles
+
+# Layers that are linear and nothing else; what a family makes of them has a class of its own.
+LINEAR = (nn.Linear, Conv1D)
+PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str],
     wanted = settings(applied)
     imports, started = resident_bytes(), time.perf_counter()
     cuts = [_skeleton(architecture, config, spec, wanted, placement.dtype) for spec in specs]
-    _fill(files, cuts, placement, copy=not wanted.assign_weights)
+    _fill(files, cuts, placement, wanted)
     stages = tuple(_finish(cut, spec, wanted, placement) for cut, spec in zip(cuts, specs, strict=True))
     return Loaded(stages, time.perf_counter() - started, imports)
 
@@ -103,18 +110,49 @@ def _skeleton(architecture: Any, config: Any, spec: StageSpec, wanted: Settings,
     return carve(model.eval(), spec.start, spec.end, first=spec.first, last=spec.last)
 
 
-def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, copy: bool) -> None:
+def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, wanted: Settings) -> None:
     """Give each parameter and stored buffer its tensor, once for each name in the file."""
-    have: dict[str, torch.Tensor] = {}
     with safe_open(files.weights, framework="pt") as weights:
-        if copy:
-            have.update(_second_copy(weights, files, cuts))
+        copies = {} if wanted.assign_weights else _second_copy(weights, files, cuts)
+        have = dict(copies)
         for cut in cuts:
+            if wanted.linear is not None:
+                _replace_linears(cut, wanted.linear, partial(_get_apart, files, copies), placement.dtype)
             for name, empty in cut.module.state_dict(keep_vars=True).items():
                 full = cut.full_name(name)
                 tensor = have[full] if full in have else _read(weights, files, full)
                 have[full] = tensor.to(placement.device, placement.dtype if tensor.is_floating_point() else None)
                 _put(cut.module, name, have[full], isinstance(empty, nn.Parameter))
+
+
+def _replace_linears(cut: CutModel, linear: MakeLinear, get: Callable[[str], torch.Tensor], dtype: torch.dtype) -> None:
+    """Put what `linear` makes of their weights in the place of the linear layers."""
+    for path, layer in list(cut.module.named_modules()):
+        if type(layer) in LINEAR:
+            whole = partial(get, cut.full_name(join(path, "weight")))
+            bias = None if layer.bias is None else get(cut.full_name(join(path, "bias"))).to(dtype, copy=True)
+            cut.module.set_submodule(path, linear(_pieces(whole, type(layer) is Conv1D, dtype), bias))
+
+
+def _pieces(whole: Callable[[], torch.Tensor], transposed: bool, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The rows of a linear layer's weight [out, in], some at a time.
+
+    `whole` maps the file anew for each piece, so that no more of it than a piece counts as memory of this process.
+    """
+    start, end = 0, 1
+    while start < end:
+        weight = whole().t() if transposed else whole()
+        end, rows = len(weight), max(1, PIECE_BYTES // (weight.shape[1] * weight.element_size()))
+        yield weight[start : start + rows].to(dtype).contiguous()
+        start += rows
+
+
+def _get_apart(files: ModelFiles, copies: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The tensor `name` of `copies`, or in a mapping of the file of its own, which ends with it."""
+    if name in copies:
+        return copies[name]
+    with safe_open(files.weights, framework="pt") as own:
+        return _get(own, files, name)
 
 
 def _second_copy(weights: Any, files: ModelFiles, cuts: Sequence[CutModel]) -> dict[str, torch.Tensor]:
@@ -135,12 +173,17 @@ def _read(weights: Any, files: ModelFiles, name: str) -> torch.Tensor:
 
     Elsewhere float32 products would round differently, and a mapped load would not equal a copied one.
     """
+    tensor = _get(weights, files, name)
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def _get(weights: Any, files: ModelFiles, name: str) -> torch.Tensor:
     try:
         tensor: torch.Tensor = weights.get_tensor(name)
     except Exception as error:  # safetensors raises errors of its own that it does not export
         wrong = f"{files.weights} has no usable tensor {name} ({error})"
         raise WeightsDamaged(f"{wrong}. Delete the folder {files.folder} and start again.") from error
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+    return tensor
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool) -> None:
@@ -160,7 +203,7 @@ def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placeme
         head.register_forward_pre_hook(_with_own_row)
     if wanted.compile_module is not None:
         wanted.compile_module(cut.module)
-    return LocalStage(cut, spec.word, placement.device, _row_threads(placement))
+    return LocalStage(cut, spec.word, placement.device, _row_threads(placement, wanted))
 
 
 def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -173,11 +216,12 @@ def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple
     return (x.clone(memory_format=torch.contiguous_format) if x.shape[1] == 1 else x, *rest)
 
 
-def _row_threads(placement: Placement) -> int:
+def _row_threads(placement: Placement, wanted: Settings) -> int:
     """Threads for a step of one token.
 
     torch multiplies one float32 row on one thread whatever the setting (1536x576 to 8192x2048, two cores), so that the
-    others would only be woken for the small operations between. In bfloat16 a second thread halves the time.
+    others would only be woken for the small operations between. In bfloat16, or with weights packed for oneDNN, a
+    second thread pays.
     """
-    rows_on_one = placement.device.type == "cpu" and placement.dtype == torch.float32
-    return 1 if rows_on_one else torch.get_num_threads()
+    plain = placement.device.type == "cpu" and placement.dtype == torch.float32 and wanted.linear is None
+    return 1 if plain else torch.get_num_threads()

@@ -87,13 +87,13 @@ class RemoteSession:
         """Send `x` [1, T, H] and wait for the trunk's answer to all of it, from another trunk if this one is lost."""
         started = time.perf_counter()
         kept = position * self._row_bytes
-        roll_back = kept < len(self._sent)
-        if not self.recomputes:
+        effort = self._trunks.effort()
+        sent = self._stream.send(position, x, roll_back=kept < len(self._sent))
+        if not self.recomputes:  # noted down while the trunk computes
             del self._sent[kept:]
             self._sent += codec.to_bytes(x)
-        effort = self._trunks.effort()
         try:
-            output = self._stream.step(position, x, effort.wait_s(), roll_back=roll_back)
+            output = self._stream.answer(sent, effort.wait_s())
         except TrunkUnavailable as error:
             lost = self._stream.address
             output = self._recover(x, error, effort)

@@ -163,7 +163,7 @@ class Runs:
     @cached_property
     def here(self) -> Place:
         """What decides which flags can be applied in this machine's arms."""
-        return Place(str(self.device), python_tokenizer_available(self.files.folder))
+        return Place(str(self.device), python_tokenizer_available(self.files.folder), self.dtype)
 
     def flags(self, text: str) -> FlagSet:
         """The flags that a person asked for in words. Raises InputError."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from splitlearn.errors import InputError
-from splitlearn.flags import FLAGS, SIDES, Place, Side
+from splitlearn.flags import FLAGS, SIDES, Flag, Place, Side
 
 DOES_NOT_ACT = "does not act on this side"
 
@@ -18,7 +18,7 @@ NINE = (
 )
 THREE = "low_cpu_mem_usage,torch_compile,use_cache"
 TWO = "low_cpu_mem_usage,use_cache"
-CACHES = "use_cache,cache,torch_compile"
+CACHES = "use_cache,cache=static,torch_compile"
 
 PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
     "earlier-full": (
@@ -81,8 +81,7 @@ def availability(places: Mapping[Side, Place]) -> Availability:
 
 def why_not(name: str, side: Side, place: Place) -> str | None:
     """Why flag `name` cannot be applied on `side` at `place`, or None when it can."""
-    flag = FLAGS[name]
-    return DOES_NOT_ACT if side not in flag.sides else flag.unavailable(place)
+    return _never(FLAGS[name], side) or FLAGS[name].unavailable(place)
 
 
 def parse(text: str, available: Availability) -> FlagSet:
@@ -108,7 +107,14 @@ def parse(text: str, available: Availability) -> FlagSet:
 
 def check(text: str) -> None:
     """Raise InputError for words that could be meant nowhere, before anything is known of what is available."""
-    parse(text, availability(dict.fromkeys(SIDES, Place("cuda", has_compiler=True))))
+    parse(
+        text,
+        {side: {name: None if side in flag.sides else DOES_NOT_ACT for name, flag in FLAGS.items()} for side in SIDES},
+    )
+
+
+def _never(flag: Flag, side: Side) -> str | None:
+    return None if side in flag.sides else DOES_NOT_ACT
 
 
 def _side(name: str, group: str) -> Side:

@@ -106,7 +106,7 @@ class LocalStage:
         return self._packed(batch)
 
     def _step(self, session: LocalSession, position: int, x: torch.Tensor) -> StageOutput:
-        started, compiled = time.perf_counter(), compile_seconds()
+        started, compiled = time.perf_counter(), self._compile_seconds()
         _make_room(session, position, x.shape[1])
         with (
             computing_on(self.row_threads if x.shape[1] == 1 else torch.get_num_threads()),
@@ -124,7 +124,7 @@ class LocalStage:
         return StageOutput(out, self._timing(started, compiled))
 
     def _packed(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        started, compiled = time.perf_counter(), compile_seconds()
+        started, compiled = time.perf_counter(), self._compile_seconds()
         for item in batch:
             _make_room(item.session, item.position, item.x.shape[1])
         parts = [Packed(item.session.cache, item.position, item.x.shape[1]) for item in batch]
@@ -142,7 +142,11 @@ class LocalStage:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         spent = time.perf_counter() - started
-        return StageTiming({self.word: spent}, compile_s=compile_seconds() - compiled)
+        return StageTiming({self.word: spent}, compile_s=self._compile_seconds() - compiled)
+
+    def _compile_seconds(self) -> float:
+        """Seconds that this process has spent in torch.compile so far; 0 for a stage that is not compiled."""
+        return compile_seconds() if self.cut.module._compiled_call_impl is not None else 0.0
 
 
 def _make_room(session: LocalSession, position: int, tokens: int) -> None:

@@ -54,6 +54,17 @@ class Served:
         return pb.ClientMessage(open=opening).SerializeToString()
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A step that is under way: positions of it that will be answered, seconds that encoding it took, when it was
+    handed to gRPC, and its bytes."""
+
+    wanted: int
+    encode_s: float
+    at: float
+    size: int
+
+
 class Stream:
     """A session at the trunk at `address`, alone on `channel`. Raises TrunkError throughout, TrunkUnavailable when the
     trunk is lost."""
@@ -85,11 +96,19 @@ class Stream:
 
         The answer has the last `answer_last` of the T positions, 0 for all of them.
         """
+        return self.answer(self.send(position, x, roll_back=roll_back, answer_last=answer_last), wait_s)
+
+    def send(self, position: int, x: torch.Tensor, *, roll_back: bool = False, answer_last: int = 0) -> Sent:
+        """The first half of `step`: what is done before `answer` is done while the trunk computes."""
         started = time.perf_counter()
         messages = self._encode(position, x, roll_back, answer_last)
         encoded = time.perf_counter()
         for message in messages:
             self._outgoing.put(message)
+        return Sent(answer_last or x.shape[1], encoded - started, encoded, sum(map(len, messages)))
+
+    def answer(self, sent: Sent, wait_s: float) -> StageOutput:
+        """The second half of `step`: the answer to what was sent."""
         replies = [self._receive(wait_s)]
         received = time.perf_counter()
         results = [self._result(replies[0])]
@@ -97,18 +116,17 @@ class Stream:
             replies.append(self._receive(wait_s))
             received = time.perf_counter()
             results.append(self._result(replies[-1]))
-        out = self._decode(results, answer_last or x.shape[1])
+        out = self._decode(results, sent.wanted)
         server = results[-1]
         spent = server.decode_s + server.queue_s + server.trunk_s + server.encode_s
         ledger = {
-            "encode": encoded - started + server.encode_s,
-            "wire": received - encoded - spent,
+            "encode": sent.encode_s + server.encode_s,
+            "wire": received - sent.at - spent,
             "queue": server.queue_s,
             "trunk": server.trunk_s,
             "decode": time.perf_counter() - received + server.decode_s,
         }
-        sizes = sum(map(len, messages)), sum(map(len, replies))
-        return StageOutput(out, StageTiming(ledger, server.compile_s, *sizes))
+        return StageOutput(out, StageTiming(ledger, server.compile_s, sent.size, sum(map(len, replies))))
 
     def close(self) -> int | None:
         """End the stream in order, so that the trunk frees the session: the trunk's peak memory in bytes, and the

@@ -55,8 +55,7 @@ def test_a_flag_changes_the_logits_no_more_than_it_says(
     assert difference <= (0.0 if FLAGS[name].fidelity == "exact" else ROUNDING)
 
 
-# A trunk keeps keys and values in memory set aside, which rounds as a dynamic cache does and not as a static one.
-ALIKE = list(dict.fromkeys(flags.without("cache") for flags in [*(row[2] for row in ROWS), ALL, FlagSet()]))
+ALIKE = list(dict.fromkeys([*(row[2] for row in ROWS), ALL, FlagSet()]))
 
 
 @pytest.mark.parametrize("flags", ALIKE, ids=lambda flags: ",".join(flags.names()))
@@ -77,6 +76,11 @@ def test_a_static_cache_gives_logits_within_rounding(files: ModelFiles) -> None:
     assert not torch.equal(_logits(files, "full", static), _logits(files, "full", FlagSet()))
     for kind in KINDS:
         assert (_logits(files, kind, static) - _logits(files, kind, dynamic)).abs().max().item() <= ROUNDING
+
+
+def test_a_reserved_cache_gives_the_logits_of_a_dynamic_one_to_the_bit(files: ModelFiles) -> None:
+    dynamic, reserved = parse("use_cache", HERE), parse("use_cache,cache", HERE)
+    assert torch.equal(_logits(files, "full", reserved), _logits(files, "full", dynamic))
 
 
 def test_compiled_stages_give_logits_within_rounding(tiny_model: TinyFactory) -> None:

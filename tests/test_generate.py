@@ -166,9 +166,9 @@ def test_a_position_beyond_the_cache_or_past_the_end_is_refused(stages: list[Loc
         stages[0].step([StageInput(session, 3, ids)])
 
 
-@pytest.mark.parametrize("applied", [APPLIED, APPLIED | {"cache"}], ids=["dynamic cache", "static cache"])
-def test_rolling_back_gives_what_a_fresh_session_gives(stages: list[LocalStage], applied: frozenset[str]) -> None:
-    bottom = stages[0]
+@pytest.mark.parametrize("kind", ["dynamic", "reserved", "static"])
+def test_rolling_back_gives_what_a_fresh_session_gives(stages: list[LocalStage], kind: str) -> None:
+    bottom, applied = stages[0], APPLIED | {f"cache={kind}"}
     session, fresh = bottom.open(applied, 16), bottom.open(applied, 16)
     for kept in (session, fresh):
         bottom.step([StageInput(kept, 0, torch.tensor([[1, 2]]))])

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     ("breaker", "errors", "native", "progress", "stop", "threads"),
-    ("config", "families", "machine", "process", "sampling", "store"),
+    ("caches", "config", "families", "machine", "prepacked", "process", "sampling", "store"),
     ("convert", "events", "flags", "split", "tokens", "wire"),
     ("kv",),
     ("packed",),

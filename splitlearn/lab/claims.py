@@ -11,7 +11,7 @@ from splitlearn.arm import Kind
 from splitlearn.lab.analysis import Findings, Metric, Row
 from splitlearn.lab.design import ALL, CACHE, Question
 
-STATIC = "cache"
+STATIC = "cache=static"
 COMPILE = "torch_compile"
 
 
@@ -51,7 +51,7 @@ CLAIMS = (
     ),
     Claim(("full",), "memory", (ALL,), (0.60, 0.75), "25 to 40% less memory, nine flags together"),
     Claim(("split",), "memory", (ALL,), (0.85, 0.90), "10 to 15% less memory, three flags together"),
-    Claim(BOTH, "tpot_s", (STATIC,), (1 / 1.48, 1 / 1.48), "1.48 times, dynamic cache to static cache"),
+    Claim(BOTH, "tpot_s", ("cache",), (1 / 1.48, 1 / 1.48), "1.48 times, dynamic cache to static cache", STATIC),
     Claim(BOTH, "tpot_s", (COMPILE,), (1 / 8.8, 1 / 8.8), "8.8 times, static cache with JIT", STATIC),
 )
 

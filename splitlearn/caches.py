@@ -1,0 +1,75 @@
+"""The kinds of KV cache that a session can have in a local stage, each made for so many layers and at most so many
+tokens. All are transformers' own, but `reserved`, whose layers are also those of a trunk's pool (kv.py).
+"""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
+
+
+def dynamic(layers: int, max_length: int) -> Cache:
+    """Keys and values are copied to a longer tensor for each token."""
+    return DynamicCache()
+
+
+def static(layers: int, max_length: int) -> Cache:
+    """Memory for `max_length` tokens, all of which attention sees, masked behind the last one: one shape for ever."""
+    return Cache(layers=[_StaticLayer(max_length) for _ in range(max(1, layers))])
+
+
+def reserved(layers: int, max_length: int) -> Cache:
+    """Memory for `max_length` tokens, of which attention sees those that are there."""
+    return Cache(layers=[ReservedLayer(max_length) for _ in range(max(1, layers))])
+
+
+class _StaticLayer(StaticLayer):  # type: ignore[misc]
+    """transformers' static layer with a way back: what lies behind the new length is masked, and replaced in time."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number is negative, as in DynamicLayer."""
+        self.cumulative_length.add_(tokens_to_remove)
+
+
+class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values [1, heads, tokens, size] of one layer: written in place, given back as views of what is there."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self.max_length, self.length = max_length, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Set memory aside, which takes none before it is written."""
+        self.keys, self.values = (
+            state.new_empty(*state.shape[:2], self.max_length, state.shape[3]) for state in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new tokens behind the old ones; all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[-2]
+        self.keys.narrow(2, self.length, new).copy_(key_states)
+        self.values.narrow(2, self.length, new).copy_(value_states)
+        self.length += new
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys in the step to come."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens that are held."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Tokens that there is room for."""
+        return self.max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number is negative, as in DynamicLayer."""
+        self.length += tokens_to_remove
