@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("breaker", "errors", "native", "progress", "stop", "threads"),
+    ("attention", "breaker", "errors", "native", "progress", "stop", "threads"),
     ("config", "families", "machine", "process", "sampling", "store"),
     ("convert", "events", "flags", "split", "tokens", "wire"),
     ("kv",),
