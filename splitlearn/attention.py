@@ -31,7 +31,7 @@ EXPONENT_OF_ONE = np.int32(127)
 ROUNDED_ZERO = ROUNDS.view(np.int32)
 # Weights below 2**LEAST are taken for that, which is nothing beside the largest, 1.
 LEAST = np.float32(-100.0)
-# 2**x from -0.5 to 0.5: ln(2)**k / k!, by powers; the first that is left out is below the last bit of a float32.
+# 2**x from -0.5 to 0.5: ln(2)**k / k!, by powers; the first that is left out is at most the last bit of a float32.
 ONE, C1, C2, C3, C4, C5, C6 = (
     np.float32(c) for c in (1.0, 0.6931472, 0.24022651, 0.05550411, 0.009618129, 0.0013333558, 0.00015403530)
 )
@@ -156,13 +156,12 @@ def _add_up(weights: Any, values: Any, ahead: Any, out: Any) -> None:
                 out[head, d] += weights[head, at] * _float(values[at, d])
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+def _compiled(function: Callable[..., None]) -> Any:
     """`function` in machine code, kept for later processes where a folder for that can be written."""
     try:
-        compiled: Callable[..., None] = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        compiled = numba.njit(nogil=True)(function)
-    return compiled
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # numba says at once that it found none
+        return numba.njit(nogil=True)(function)
 
 
 @_compiled

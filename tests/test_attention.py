@@ -20,7 +20,7 @@ BLOCK = 8
 
 @dataclass(frozen=True)
 class Case:
-    """Sessions with keys and values in a pool of one layer, NaN elsewhere, and a query [1, heads, T, size] of theirs."""
+    """Sessions with keys and values in a pool of one layer, NaN elsewhere; their query is [1, heads, T, size]."""
 
     pool: KVPool
     runs: list[Run]
