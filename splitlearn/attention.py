@@ -2,9 +2,9 @@
 
     attend(query, keys, values, starts, lengths, scale)    # [1, heads, T, size] to [1, T, heads, size]
 
-Row t sees the keys `[starts[t], starts[t] + lengths[t])` of the pool, and nothing else of it is read. Importing this
-module loads LLVM (60 MB), and the first call compiles for a dtype (2 s and 110 MB; 0.3 s and 70 MB where an earlier
-process could keep the result), so that only what calls it should import it.
+Row t sees the keys `[starts[t], starts[t] + lengths[t])` of the pool, and nothing else of it is read. Only what calls
+this module should import it, since that loads LLVM, and the first call for a dtype compiles: a trunk server takes 2 s
+and 140 MB more to start; 0.2 s and 100 MB where an earlier process could keep what was compiled.
 
 torch's own attention, called for each session and layer, took 31 microseconds where this takes 9: most of it the call.
 Once that is gone, what is left is waiting for memory, as a step reads each key and value once. So lines are asked for
