@@ -12,8 +12,11 @@ reserved, not touched: what was never written takes none.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from splitlearn.caches import ReservedLayer
@@ -96,6 +99,17 @@ class KVPool:
         """Keys and values [1, heads, tokens, size]: keys of layer 0, values of layer 0, keys of layer 1, and on."""
         cut = {shape: stack.narrow(3, start, tokens).unbind(0) for shape, stack in self._stacks.items()}
         return [cut[shape][index] for shape, index in self._places]
+
+    @cached_property
+    def arrays(self) -> list[NDArray[Any]]:
+        """All of the pool as numpy has it, each [heads, capacity, size], in the order of `views`.
+
+        bfloat16 is uint16 there, of the same bits. Empty where numpy cannot read it: another device or dtype.
+        """
+        whole = [view[0] for view in self.views(0, self.capacity)]
+        if whole[0].device.type != "cpu" or whole[0].dtype not in (torch.float32, torch.bfloat16):
+            return []
+        return [(view.view(torch.uint16) if view.dtype == torch.bfloat16 else view).numpy() for view in whole]
 
     def cache(self, run: Run) -> "PooledCache":
         """An empty cache within `run`."""

@@ -3,18 +3,21 @@
 Everything in a layer but attention works on each token alone, so the tokens of all sessions are one input [1, T, H]
 with their own positions. Attention is taken apart: transformers lets a model run with a registered attention function,
 and this one runs the model's own once for each session, on that session's part of the row. Masks are transformers' own,
-too, made for each session. (transformers' continuous batching packs in the same way.)
+too, made for each session. (transformers' continuous batching packs in the same way.) One token of each of many
+sessions, the usual step, is attended in one call instead, where torch's sdpa would do and the pool is the processor's.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -45,12 +48,20 @@ class _Row:
 
     attention: str
     parts: Sequence[Packed]
-    lengths: list[int]
-    views: list[list[torch.Tensor]]
-    """Of each session: keys and values of each layer in turn, up to and with the new tokens."""
     single: int
-    """How many of the first sessions bring one token, where attention is torch's own; 0 where it is not."""
-    single_threads: int
+    """How many of the first sessions bring one token that `splitlearn.attention` can attend."""
+    starts: NDArray[np.int64]
+    """Where in the pool each session's keys begin."""
+    counts: NDArray[np.int64]
+    """How many keys each session has, its new ones among them."""
+    seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def views(self, index: int) -> list[torch.Tensor]:
+        """Keys and values of each layer in turn of the session `index`; made when first asked for."""
+        if index not in self.seen:
+            pool = self.parts[index].cache.pool
+            self.seen[index] = pool.views(int(self.starts[index]), int(self.counts[index]))
+        return self.seen[index]
 
 
 _current: ContextVar[_Row] = ContextVar("packed row")
@@ -108,11 +119,10 @@ def forward_packed(
     positions = torch.cat([torch.arange(part.position, part.position + part.tokens) for part in parts]).to(device)
     whole = pool.views(0, pool.capacity)
     cache = Cache(layers=[_PackedLayer(whole[at], whole[at + 1], places) for at in range(0, len(whole), 2)])
-    views = [pool.views(part.cache.run.start, part.position + part.tokens) for part in parts]
     call: dict[str, Any] = {"inputs_embeds": x, "past_key_values": cache, "use_cache": True, **(arguments or {})}
     if "position_ids" in cut.accepts:
         call["position_ids"] = positions.unsqueeze(0)
-    with _attending(cut, parts, views):
+    with _attending(cut, parts):
         out: torch.Tensor = cut.module(**call).last_hidden_state
     for part in parts:
         part.cache.grown(part.tokens)
@@ -120,14 +130,16 @@ def forward_packed(
 
 
 @contextmanager
-def _attending(cut: CutModel, parts: Sequence[Packed], views: list[list[torch.Tensor]]) -> Iterator[None]:
+def _attending(cut: CutModel, parts: Sequence[Packed]) -> Iterator[None]:
     """Within it the model's layers attend by `_attend`."""
     before = [config._attn_implementation for config in cut.configs]
     module: Any = cut.module
     used = module.config._attn_implementation
-    lengths = [part.tokens for part in parts]
-    single = len(list(takewhile(lambda tokens: tokens == 1, lengths))) if used == "sdpa" else 0
-    token = _current.set(_Row(used, parts, lengths, views, single, _threads(parts[:single])))
+    readable = used == "sdpa" and parts[0].cache.pool.arrays
+    single = len(list(takewhile(lambda part: part.tokens == 1, parts))) if readable else 0
+    starts = np.array([part.cache.run.start for part in parts])
+    counts = np.array([part.position + part.tokens for part in parts])
+    token = _current.set(_Row(used, parts, single, starts, counts))
     for config in cut.configs:
         config._attn_implementation = NAME
     try:
@@ -148,12 +160,20 @@ def _attend(
     single = 0 if masked else row.single
     outputs = []
     if single:
-        with computing_on(row.single_threads):
-            at, scale = 2 * module.layer_idx, arguments.get("scaling")
-            outputs.append(_attend_singly(query[:, :, :single], row.views[:single], at, scale))
+        outputs.append(_attend_singly(query[:, :, :single], module.layer_idx, arguments.get("scaling")))
     if single < len(row.parts):
         outputs += _attend_apart(module, query, masks, single, arguments)
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], None
+
+
+def _attend_singly(query: torch.Tensor, layer: int, scale: float | None) -> torch.Tensor:
+    """What `sdpa` does for one token of each of the first sessions, which sees all keys of its own: [1, heads, T, size]
+    to [1, T, heads, size]."""
+    from splitlearn.attention import attend  # loads a compiler, of which a client has no need
+
+    row, tokens = _current.get(), query.shape[2]
+    keys, values = row.parts[0].cache.pool.arrays[2 * layer : 2 * layer + 2]
+    return attend(query, keys, values, row.starts[:tokens], row.counts[:tokens], scale)
 
 
 def _attend_apart(
@@ -161,12 +181,12 @@ def _attend_apart(
 ) -> list[torch.Tensor]:
     """The model's own attention for each session from `first` on: each [1, tokens, heads, size]."""
     row, at = _current.get(), 2 * module.layer_idx
-    attend, queries = _own_attention(module, row.attention), torch.split(query, row.lengths, dim=2)
+    attend, queries = _own_attention(module, row.attention), torch.split(query, [p.tokens for p in row.parts], dim=2)
     folds = row.attention == "sdpa" and arguments.get("position_bias") is None
     outputs = []
     for index in range(first, len(row.parts)):
-        keys, values, mask = row.views[index][at], row.views[index][at + 1], masks[index]
-        with computing_on(_threads(row.parts[index : index + 1])):
+        (keys, values), mask = row.views(index)[at : at + 2], masks[index]
+        with computing_on(_threads(row.parts[index])):
             if folds and torch.is_tensor(mask) and mask.shape[1] == 1:
                 outputs.append(_attend_folded(queries[index], keys, values, mask, arguments.get("scaling")))
             else:
@@ -189,32 +209,9 @@ def _attend_folded(
     return out.reshape(1, heads, tokens, -1).transpose(1, 2)
 
 
-def _attend_singly(
-    query: torch.Tensor, views: Sequence[Sequence[torch.Tensor]], at: int, scale: float | None
-) -> torch.Tensor:
-    """What `sdpa` does for one token of each session, which sees all keys: [1, heads, T, size] to [1, T, heads, size].
-
-    As in transformers' own function, the heads that share keys are the rows of one product; what that function does
-    around the product for each session and layer takes 12 of its 54 microseconds. Half of the sessions handed to a
-    second thread made a step of 16 or 32 longer: 1.03 to 1.06 times, four runs of 55 pairs. One product over sequences
-    padded to one length (1.06 to 1.18 times) or over blocks of the pool (1.17 to 1.42) was slower, too. With 100 tokens
-    in each of 32 sessions, 29 of 49 microseconds for each session and layer are left when keys and values are in the
-    core's cache: the calls, more than the memory. Memory in huge pages or laid out by session saves 3.
-    """
-    tokens, groups = query.shape[2], views[0][at].shape[1]
-    rows = query.transpose(1, 2).reshape(tokens, 1, groups, -1, query.shape[3]).unbind()
-    out = torch.cat(
-        [
-            scaled_dot_product_attention(row, own[at], own[at + 1], scale=scale)
-            for row, own in zip(rows, views, strict=True)
-        ]
-    )
-    return out.view(1, tokens, -1, out.shape[3])
-
-
-def _threads(parts: Sequence[Packed]) -> int:
-    """One for small products: each would wait for the other threads for longer than it computes."""
-    work = max((part.tokens * (part.position + part.tokens) for part in parts), default=0)
+def _threads(part: Packed) -> int:
+    """One for a small product: it would wait for the other threads for longer than it computes."""
+    work = part.tokens * (part.position + part.tokens)
     return 1 if work <= ONE_THREAD_WORK else torch.get_num_threads()
 
 

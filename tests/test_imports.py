@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("breaker", "errors", "native", "progress", "stop", "threads"),
+    ("attention", "breaker", "errors", "native", "progress", "stop", "threads"),
     ("caches", "config", "families", "machine", "prepacked", "process", "sampling", "store"),
     ("convert", "events", "flags", "split", "tokens", "wire"),
     ("kv",),
