@@ -23,7 +23,7 @@ THREADS = (1, 2)
 TOKENS = 64
 PROMPT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[0]
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
-FLAGS = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hidden_states,fast_top_k"
+FLAGS = "low_cpu_mem_usage,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
 
 
 def main(runs: Runs) -> None:

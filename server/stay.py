@@ -10,7 +10,7 @@ from server.build import Served
 from server.seat import Seat
 from server.visit import Visit
 from splitlearn.errors import InputError
-from splitlearn.wire import MAX_TENSOR_BYTES, codec
+from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
 
 
@@ -78,7 +78,7 @@ class Stay:
 
     def _answers(self, result: pb.StepResult, position: int, data: bytes) -> Iterator[bytes]:
         row = self._hidden_size * self._dtype.itemsize
-        size = max(1, MAX_TENSOR_BYTES // row) * row
+        size = codec.part_bytes(row)
         for start in range(0, len(data), size):
             part = data[start : start + size]
             result.position, result.more = position + start // row, start + size < len(data)

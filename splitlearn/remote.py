@@ -79,19 +79,17 @@ class RemoteSession:
         self._stage = stage
         self._trunks = trunks
         self._opening = opening
-        self._row_bytes = stage.served.hidden_size * stage.served.dtype.itemsize
         self._sent = bytearray()  # the hidden state of every position that the trunk's cache holds
         self._stream = self._open(trunks.effort(), patient=False)
 
     def step(self, position: int, x: torch.Tensor) -> StageOutput:
         """Send `x` [1, T, H] and wait for the trunk's answer to all of it, from another trunk if this one is lost."""
         started = time.perf_counter()
-        kept = position * self._row_bytes
-        effort = self._trunks.effort()
+        kept, effort = position * self._stage.served.row_bytes, self._trunks.effort()
         sent = self._stream.send(position, x, roll_back=kept < len(self._sent))
-        if not self.recomputes:  # noted down while the trunk computes
+        if not self.recomputes:
             del self._sent[kept:]
-            self._sent += codec.to_bytes(x)
+            self._sent += sent.data
         try:
             output = self._stream.answer(sent, effort.wait_s())
         except TrunkUnavailable as error:
@@ -125,7 +123,8 @@ class RemoteSession:
             effort.pause()
             self._stream = self._open(effort, patient=True)
             try:
-                return self._stream.step(0, replay, effort.wait_s(), answer_last=x.shape[1])
+                sent = self._stream.send(0, replay, answer_last=x.shape[1])
+                return self._stream.answer(sent, effort.wait_s())
             except TrunkUnavailable as again:
                 error = again
 

@@ -36,6 +36,11 @@ class Served:
     dtype: torch.dtype
     hidden_size: int
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one position's hidden state."""
+        return self.hidden_size * self.dtype.itemsize
+
     def opening(self, applied: frozenset[str], max_length: int, timeout_s: float) -> bytes:
         """The message that opens a session with the trunk's flags. `timeout_s` is what the trunk is told that its
         client waits: for a place, and then for each step."""
@@ -56,9 +61,10 @@ class Served:
 
 @dataclass(frozen=True)
 class Sent:
-    """A step that is under way: positions of it that will be answered, seconds that encoding it took, when it was
-    handed to gRPC, and its bytes."""
+    """A step that is under way: the raw values that were sent, positions of it that will be answered, seconds that
+    encoding it took, when it was handed to gRPC, and its bytes there."""
 
+    data: bytes
     wanted: int
     encode_s: float
     at: float
@@ -89,23 +95,19 @@ class Stream:
         self._part_bytes = opened.max_tensor_bytes
         return opened
 
-    def step(
-        self, position: int, x: torch.Tensor, wait_s: float, *, roll_back: bool = False, answer_last: int = 0
-    ) -> StageOutput:
-        """Send `x` [1, T, H], in parts if it is long, and wait at most `wait_s` for each part of the answer.
-
-        The answer has the last `answer_last` of the T positions, 0 for all of them.
-        """
-        return self.answer(self.send(position, x, roll_back=roll_back, answer_last=answer_last), wait_s)
+    def step(self, position: int, x: torch.Tensor, wait_s: float) -> StageOutput:
+        """Send `x` [1, T, H], in parts if it is long, and wait at most `wait_s` for each part of the answer."""
+        return self.answer(self.send(position, x), wait_s)
 
     def send(self, position: int, x: torch.Tensor, *, roll_back: bool = False, answer_last: int = 0) -> Sent:
-        """The first half of `step`: what is done before `answer` is done while the trunk computes."""
+        """The first half of `step`. The answer has the last `answer_last` of the T positions, 0 for all of them."""
         started = time.perf_counter()
-        messages = self._encode(position, x, roll_back, answer_last)
+        data = codec.to_bytes(x)
+        messages = self._encode(position, data, roll_back, answer_last)
         encoded = time.perf_counter()
         for message in messages:
             self._outgoing.put(message)
-        return Sent(answer_last or x.shape[1], encoded - started, encoded, sum(map(len, messages)))
+        return Sent(data, answer_last or x.shape[1], encoded - started, encoded, sum(map(len, messages)))
 
     def answer(self, sent: Sent, wait_s: float) -> StageOutput:
         """The second half of `step`: the answer to what was sent."""
@@ -157,22 +159,21 @@ class Stream:
         self._call.cancel()
         self.channel.close()
 
-    def _encode(self, position: int, x: torch.Tensor, roll_back: bool, answer_last: int) -> list[bytes]:
+    def _encode(self, position: int, data: bytes, roll_back: bool, answer_last: int) -> list[bytes]:
         self._steps += 1
-        parts = list(codec.parts(x, self._part_bytes))
-        messages: list[bytes] = []
-        for part in parts:
+        served, messages = self._served, list[bytes]()
+        size = codec.part_bytes(served.row_bytes, self._part_bytes)
+        for start in range(0, len(data), size):
             step = pb.Step(
                 sequence_id=1,
                 step_id=self._steps,
-                position=position,
-                hidden=codec.encode(part),
-                more=part is not parts[-1],
+                position=position + start // served.row_bytes,
+                hidden=codec.message(data[start : start + size], served.dtype, served.hidden_size),
+                more=start + size < len(data),
                 roll_back=roll_back and not messages,
                 answer_last=answer_last,
             )
             messages.append(pb.ClientMessage(step=step).SerializeToString())
-            position += part.shape[1]
         return messages
 
     def _receive(self, wait_s: float) -> bytes:

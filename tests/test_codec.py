@@ -100,25 +100,22 @@ def test_finite_numbers_whose_sum_is_not_pass(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parts_of_a_long_prompt_fit_into_a_message_and_are_the_whole(dtype: torch.dtype) -> None:
-    x = random_hidden(5000, dtype, size=576)
-    parts = list(codec.parts(x))
-    assert len(parts) > 1
-    assert all(part.shape[1] * 576 * dtype.itemsize <= MAX_TENSOR_BYTES for part in parts)
-    assert torch.equal(torch.cat(parts, dim=1), x)
-    step = pb.Step(
-        sequence_id=2**32 - 1, step_id=2**32 - 1, position=2**32 - 1, hidden=codec.encode(parts[0]), more=True
-    )
+def test_a_part_of_a_long_prompt_fits_into_a_message(dtype: torch.dtype) -> None:
+    row = 576 * dtype.itemsize
+    size = codec.part_bytes(row)
+    assert size % row == 0 and size + row > MAX_TENSOR_BYTES >= size
+    part = codec.message(bytes(size), dtype, 576)
+    step = pb.Step(sequence_id=2**32 - 1, step_id=2**32 - 1, position=2**32 - 1, hidden=part, more=True)
     assert len(pb.ClientMessage(step=step).SerializeToString()) <= MAX_MESSAGE_BYTES
 
 
-def test_a_token_goes_in_one_part() -> None:
-    (part,) = codec.parts(random_hidden(1))
-    assert part.shape == (1, 1, HIDDEN)
+def test_a_part_is_no_more_than_the_other_end_takes() -> None:
+    assert codec.part_bytes(100, limit=250) == 200
+    assert codec.part_bytes(100, limit=10 * MAX_TENSOR_BYTES) <= MAX_TENSOR_BYTES
 
 
 def test_a_token_that_is_larger_than_a_part_is_not_cut() -> None:
-    assert [part.shape[1] for part in codec.parts(torch.zeros(1, 2, MAX_TENSOR_BYTES // 4 + 1))] == [1, 1]
+    assert codec.part_bytes(MAX_TENSOR_BYTES + 4) == MAX_TENSOR_BYTES + 4
 
 
 @pytest.mark.parametrize(

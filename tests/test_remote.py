@@ -14,7 +14,6 @@ import grpc
 import pytest
 import torch
 
-from server import stay as server_stay
 from splitlearn import loading
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.remote import RemoteSession, RemoteStage, check_served, describe
@@ -57,9 +56,7 @@ def opened(stage: RemoteStage, applied: frozenset[str] = CACHED) -> Iterator[Rem
 
 def small_messages(monkeypatch: pytest.MonkeyPatch, files: ModelFiles) -> None:
     """Let 10 tokens be the most that fits into a message, at both ends."""
-    size = 10 * files.facts.hidden_size * 4
-    monkeypatch.setattr(codec, "MAX_TENSOR_BYTES", size)
-    monkeypatch.setattr(server_stay, "MAX_TENSOR_BYTES", size)
+    monkeypatch.setattr(codec, "MAX_TENSOR_BYTES", 10 * files.facts.hidden_size * 4)
 
 
 def test_a_remote_stage_gives_what_the_same_layers_give_here(stage: RemoteStage, files: ModelFiles) -> None:

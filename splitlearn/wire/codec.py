@@ -1,7 +1,6 @@
 """Tensors as bytes and back: dtype, shape and raw little-endian values, checked against each other."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 
@@ -83,11 +82,9 @@ def where_not_finite(x: torch.Tensor) -> tuple[int, float] | None:
     return row, float(x[0, row, column])
 
 
-def parts(x: torch.Tensor, limit: int = 0) -> Iterator[torch.Tensor]:
-    """`x` [1, T, H] cut along T so that each part fits into one message; one part for all but long prompts.
+def part_bytes(row_bytes: int, limit: int = 0) -> int:
+    """How many bytes of a hidden state with rows of `row_bytes` go into one message: whole rows, all but long prompts'.
 
     `limit` is the most bytes that the other end takes, 0 where it does not say.
     """
-    size = min(limit or MAX_TENSOR_BYTES, MAX_TENSOR_BYTES)
-    rows = max(1, size // (x.shape[2] * x.element_size()))
-    return iter(torch.split(x, rows, dim=1))
+    return max(1, min(limit or MAX_TENSOR_BYTES, MAX_TENSOR_BYTES) // row_bytes) * row_bytes
