@@ -22,9 +22,9 @@ from splitlearn.wire.codec import DTYPES
 SESSIONS = 50
 EXACT = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hidden_states,fast_top_k"
 SETS = {
-    "default without float32_matmul_precision": EXACT,
+    "default without float32_matmul_precision, cache and weight_prepack": EXACT,
     "default": "default",
-    "the same without low_cpu_mem_usage": EXACT.replace("low_cpu_mem_usage,", ""),
+    "the first without low_cpu_mem_usage": EXACT.replace("low_cpu_mem_usage,", ""),
 }
 REQUEST = GenerationRequest("What is the capital of France?", max_new_tokens=32, ignore_eos=True)
 

@@ -96,7 +96,7 @@ def _main(connection: Connection, spec: ArmSpec, requests: Sequence[GenerationRe
         placement = loading.Placement(spec.device, spec.dtype)
         bottom, top = loading.load(spec.files, loading.client_specs(spec.plan), spec.flags.client, placement).stages
         recorder = _Recorder(bottom)
-        generator = arm.generator(spec, (recorder, top), arm.open_trunk(spec))
+        generator = arm.generator(spec, (recorder, top), arm.open_trunk(spec), arm.read_tokens(spec))
         for request in requests:
             for _ in generator.stream(request):
                 pass
