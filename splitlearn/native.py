@@ -11,10 +11,10 @@ DEFAULTS = {
     # 31 ms a token with weight_prepack and two threads, 19 when they spin this long (half a millisecond) before they
     # sleep. A tenth of it is too short (25 ms), three times as long changes nothing.
     "GOMP_SPINCOUNT": "10000",
-    # oneDNN, which computes bfloat16, packed weights and, with float32_matmul_precision "medium", float32 products, keeps
-    # what it made for each shape: 0.8 MB for each number of tokens and each shape of weights, 1024 of them unless told
-    # otherwise, and torch 1024 more for each thread. To make one takes 0.8 ms; all layers of a forward use the same
-    # few. Prompts of 160 lengths from 8 threads leave 100 MB with these, 650 without.
+    # oneDNN, which computes bfloat16, packed weights and, with float32_matmul_precision "medium", float32 products,
+    # keeps what it made for each shape: 0.8 MB for each number of tokens and each shape of weights, 1024 of them unless
+    # told otherwise, and torch 1024 more for each thread. To make one takes 0.8 ms; all layers of a forward use the
+    # same few. Prompts of 160 lengths from 8 threads leave 100 MB with these, 650 without.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "8",
     "TOKENIZERS_PARALLELISM": "false",
