@@ -5,6 +5,7 @@ Three arms, each in a worker process with the same threads, the same dtype and t
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 from bench.pairs import blocks
 from bench.reference import Generated, Reference
@@ -23,29 +24,35 @@ THREADS = (1, 2)
 TOKENS = 64
 PROMPT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[0]
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
-FLAGS = "low_cpu_mem_usage,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
+PLAIN = "low_cpu_mem_usage,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
+
+SETS = {"off": PLAIN, "on": f"{PLAIN},weight_prepack"}
 
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/overhead.md."""
-    rows = [row for threads in THREADS for row in _rows(runs.config, threads)]
+    rows = [row for packed in SETS for threads in THREADS for row in _rows(runs.config, threads, packed)]
     text = (
         f"Geometric mean ratios with 95% intervals over {PAIRS} blocks of {TOKENS} tokens, greedy, float32, the three "
-        f"arms in random order within each block, each process with the threads named; flags `{FLAGS}`. All processes "
-        "have the OpenMP wait policy PASSIVE, without which client and trunk take the cores from each other. One-token "
-        "steps of full and split run on one thread in float32, whatever the number named; those of generate() do not."
+        f"arms in random order within each block, each process with the threads named; flags `{PLAIN}`, and "
+        "weight_prepack where it says so. All processes have the OpenMP wait policy PASSIVE, without which client and "
+        "trunk take the cores from each other. One-token steps of full and split run on one thread in float32, "
+        "whatever the number named; those of generate() do not."
     )
     write("overhead", "What splitting costs, and what the decode loop costs", text, rows, environment(runs))
 
 
-def _rows(config: Config, threads: int) -> list[dict[str, str]]:
-    with Runs(config.model_copy(update={"runs": RunsConfig(threads=threads)}), silent) as runs:
+def _rows(config: Config, threads: int, packed: str) -> list[dict[str, str]]:
+    changes = {"runs": RunsConfig(threads=threads), "flags": SETS[packed]}
+    with Runs(config.model_copy(update=changes), silent) as runs:
         found = _measure(runs)
     same = len({run.token_ids for listed in found.values() for run in listed}) == 1
     return [
         {
+            "weight_prepack": packed,
             "threads": str(threads),
             "ratio": f"{name} / {baseline}",
+            "TPOT, ms": " / ".join(f"{median(run.tpot_s for run in found[arm]) * 1e3:.1f}" for arm in (name, baseline)),
             "TPOT": _ratio(found[name], found[baseline], "tpot_s"),
             "TTFT": _ratio(found[name], found[baseline], "ttft_s"),
             "token ids of all runs": "identical" if same else "NOT identical",
@@ -59,7 +66,7 @@ def _ratio(values: list[Generated], baselines: list[Generated], key: str) -> str
 
 
 def _measure(runs: Runs) -> dict[str, list[Generated]]:
-    flags = runs.flags(FLAGS)
+    flags = runs.flags(runs.config.flags)
     reference = Reference(runs.spec("full", flags))
     try:
         arms: dict[str, Callable[[], Generated]] = {

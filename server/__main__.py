@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import grpc
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -40,7 +41,7 @@ KEEP_ALIVE = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 SPARE_THREADS = 16
-DRAIN_LOOK_S = 0.05
+DRAIN_LOOK_S, TOLD_LOOK_S = 0.05, 0.5
 STOP, ORPHANED = "stop", "orphaned"
 log = logging.getLogger("server")
 
@@ -79,12 +80,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.embedded:
         threading.Thread(target=_wait_for_parent, args=(told,), daemon=True).start()
     logs.tell(log, "serving", metrics=metrics, **sight.what(served))
-    if told.get() == STOP:
+    if _told(told) == STOP:
         _drain(running, served.admission, others, settings.server.drain_s, told)
     logs.tell(log, "stopping", sessions=served.admission.sessions + others.sessions)
     running.server.stop(grace=0).wait()
     others.stop()
     return 0
+
+
+def _told(told: SimpleQueue[str]) -> str:
+    """What the server is told. A signal that another thread took does not end the wait for a lock: its handler runs
+    when the main thread looks up."""
+    while True:
+        with suppress(Empty):
+            return told.get(timeout=TOLD_LOOK_S)
 
 
 def _drain(running: Running, admission: Admission, others: Others, grace_s: float, told: SimpleQueue[str]) -> None:
@@ -149,7 +158,8 @@ def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running
     # Each session holds a thread, and so does each that waits; the others answer Describe, health checks and refusals.
     # Without a limit gRPC would keep what finds no thread waiting in silence.
     threads = settings.max_sessions + settings.max_waiting + SPARE_THREADS
-    workers = ThreadPoolExecutor(threads)
+    # They compute on one thread each: see build() for what a second one would do to the engine's.
+    workers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     # Without so_reuseport=0 a second server on the same port starts and gets half of the clients.
     options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", settings.max_message_bytes), *KEEP_ALIVE)
     server = grpc.server(

@@ -1,9 +1,9 @@
 """The engine: the steps of all sessions, as many as wait in one forward.
 
 A handler's thread brings a step and waits for its answer. The first that finds the engine idle leads, and goes on
-until its own step is done; then it hands the lead to one that still waits. A forward of one row is computed by the
-thread that leads, so that one client alone has its tokens computed by the thread that read them; all others are by one
-thread of the engine's own.
+until its own step is done; then it hands the lead to one that still waits. A forward of one row on one thread is
+computed by the thread that leads, so that one client alone has its tokens computed by the thread that read them; all
+others are by one thread of the engine's own.
 
 A forward takes one token of each session that decodes and beside them a bounded number of tokens of prompts, so that a
 long prompt holds up the others by no more than those take. Sessions join and leave between two forwards.
@@ -197,10 +197,10 @@ class Engine:
                     self._finish(job)
 
     def _computed(self, inputs: Sequence[StageInput]) -> list[StageOutput | SplitlearnError]:
-        """The outcomes of one forward: of a single row in this thread, of more in the engine's own.
+        """The outcomes of one forward: of a single row on one thread in this thread, of more in the engine's own.
 
         The math library keeps buffers for each thread that ever multiplied matrices: 5 MB for each, 100 MB with a few
-        clients. One row is multiplied without.
+        clients. One row is multiplied without. And only one thread should have others to compute with: see build().
         """
         if self._stage.row_threads == 1 and sum(item.x.shape[1] for item in inputs) <= 1:
             return self._outcomes(inputs)

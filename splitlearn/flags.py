@@ -223,7 +223,7 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "weight_prepack",
             "weight_prepack",
-            "Linear layers' weights are kept in the blocked layout that oneDNN's products read.",
+            "Linear layers' weights are kept in the blocked layout that oneDNN's products read, on a CPU.",
             "Linear layers' weights are plain matrices.",
             _on(linear=prepacked.PrepackedLinear),
             fidelity="rounding",

@@ -7,10 +7,9 @@ DEFAULTS = {
     # from the other side. With GNU OpenMP's own default split took 1.21 [1.17, 1.24] times full, so 1.10 [1.08, 1.12]
     # (6 and 12 pairs).
     "OMP_WAIT_POLICY": "PASSIVE",
-    # But from one operation of a forward to the next, some 50 us, waking a sleeping thread costs more than it brings:
-    # 31 ms a token with weight_prepack and two threads, 19 when they spin this long (half a millisecond) before they
-    # sleep. A tenth of it is too short (25 ms), three times as long changes nothing.
-    "GOMP_SPINCOUNT": "10000",
+    # With two threads and GOMP_SPINCOUNT=10000 beside it (half a millisecond awake before they sleep) a token of full
+    # with weight_prepack takes 20 ms in place of 23 on one, and a prompt 0.6 times as long. It is not set: a plain
+    # batched forward gains a quarter by it and the trunk's packed one nothing, which is not understood.
     # oneDNN, which computes bfloat16, packed weights and, with float32_matmul_precision "medium", float32 products,
     # keeps what it made for each shape: 0.8 MB for each number of tokens and each shape of weights, 1024 of them unless
     # told otherwise, and torch 1024 more for each thread. To make one takes 0.8 ms; all layers of a forward use the

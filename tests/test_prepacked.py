@@ -5,10 +5,14 @@ import torch
 from torch.nn.functional import linear
 
 from splitlearn import loading, prepacked
+from splitlearn.compare import KINDS
+from splitlearn.lab.fidelity import Fed, logits
 from splitlearn.prepacked import PrepackedLinear
+from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
+from tests.test_proof import TEN
 
 APPLIED = frozenset({"low_cpu_mem_usage", "use_cache", "weight_prepack"})
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
@@ -51,6 +55,20 @@ def test_every_linear_layer_of_a_stage_is_packed_and_the_embedding_is_left(
         assert packed and not layers
     embedding = next(module for module in stages[0].cut.module.modules() if isinstance(module, torch.nn.Embedding))
     assert embedding.weight.layout is torch.strided
+
+
+@pytest.mark.parametrize("family", TEN)
+def test_packed_families_split_to_the_bit_and_differ_from_plain_ones_by_rounding(
+    tiny_model: TinyFactory, family: str
+) -> None:
+    files = tiny_model(family, n_layers=3)
+    plan, ids = SplitPlan(1, 2, 3), tuple(range(3, 12))
+    plain, packed = (
+        {kind: logits(Fed(files, plan, kind, FlagSet(flags, flags, flags), ids, 5, threads=1)) for kind in KINDS}
+        for flags in (APPLIED - {"weight_prepack"}, APPLIED | {"cache"})
+    )
+    assert torch.equal(packed["full"], packed["split"])
+    assert _near(packed["full"], plain["full"])
 
 
 def test_a_weight_is_read_in_pieces_that_are_the_whole(
