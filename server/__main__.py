@@ -158,7 +158,7 @@ def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running
     # Each session holds a thread, and so does each that waits; the others answer Describe, health checks and refusals.
     # Without a limit gRPC would keep what finds no thread waiting in silence.
     threads = settings.max_sessions + settings.max_waiting + SPARE_THREADS
-    # They compute on one thread each: see build() for what a second one would do to the engine's.
+    # They compute on one thread each, and lead no team of threads beside the engine's (build()).
     workers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     # Without so_reuseport=0 a second server on the same port starts and gets half of the clients.
     options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", settings.max_message_bytes), *KEEP_ALIVE)

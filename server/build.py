@@ -47,8 +47,8 @@ class Served:
 def build(settings: Config, progress: Progress) -> Served:
     """Load and prepare all. Raises ModelError and InputError for what cannot be served.
 
-    What computes does so in one thread, here and in the engine: GNU OpenMP keeps a team of threads for each one that
-    ever computed, and lets none of them wait awake once there are more of them than cores.
+    What computes on several threads is led by one thread, here and in the engine: GNU OpenMP keeps a team for each that
+    ever led, and where teams have more threads than there are cores, none of them may wait awake (GOMP_SPINCOUNT).
     """
     thread = ThreadPoolExecutor(1, "engine")
     return thread.submit(_build, settings, progress, thread).result()
