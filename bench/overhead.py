@@ -24,32 +24,33 @@ THREADS = (1, 2)
 TOKENS = 64
 PROMPT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[0]
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
-PLAIN = "low_cpu_mem_usage,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
+PLAIN = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hidden_states,fast_top_k"
 
-SETS = {"off": PLAIN, "on": f"{PLAIN},weight_prepack"}
+MORE = "cache,weight_prepack"
+SETS = {"none": PLAIN, MORE: f"{PLAIN},{MORE}"}
 
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/overhead.md."""
-    rows = [row for packed in SETS for threads in THREADS for row in _rows(runs.config, threads, packed)]
+    rows = [row for more in SETS for threads in THREADS for row in _rows(runs.config, threads, more)]
     text = (
         f"Geometric mean ratios with 95% intervals over {PAIRS} blocks of {TOKENS} tokens, greedy, float32, the three "
         f"arms in random order within each block, each process with the threads named; flags `{PLAIN}`, and "
-        "weight_prepack where it says so. All processes have the OpenMP wait policy PASSIVE, without which client and "
+        "those named. All processes have the OpenMP wait policy PASSIVE, without which client and "
         "trunk take the cores from each other. One-token steps of full and split run on one thread in float32, "
         "whatever the number named; those of generate() do not."
     )
     write("overhead", "What splitting costs, and what the decode loop costs", text, rows, environment(runs))
 
 
-def _rows(config: Config, threads: int, packed: str) -> list[dict[str, str]]:
-    changes = {"runs": RunsConfig(threads=threads), "flags": SETS[packed]}
+def _rows(config: Config, threads: int, more: str) -> list[dict[str, str]]:
+    changes = {"runs": RunsConfig(threads=threads), "flags": SETS[more]}
     with Runs(config.model_copy(update=changes), silent) as runs:
         found = _measure(runs)
     same = len({run.token_ids for listed in found.values() for run in listed}) == 1
     return [
         {
-            "weight_prepack": packed,
+            "more flags": more,
             "threads": str(threads),
             "ratio": f"{name} / {baseline}",
             "TPOT, ms": " / ".join(f"{median(run.tpot_s for run in found[arm]) * 1e3:.1f}" for arm in (name, baseline)),
