@@ -107,10 +107,7 @@ def parse(text: str, available: Availability) -> FlagSet:
 
 def check(text: str) -> None:
     """Raise InputError for words that could be meant nowhere, before anything is known of what is available."""
-    parse(
-        text,
-        {side: {name: None if side in flag.sides else DOES_NOT_ACT for name, flag in FLAGS.items()} for side in SIDES},
-    )
+    parse(text, {side: {name: _never(flag, side) for name, flag in FLAGS.items()} for side in SIDES})
 
 
 def _never(flag: Flag, side: Side) -> str | None:
