@@ -9,7 +9,7 @@ from splitlearn import config
 from splitlearn.progress import on_console
 from splitlearn.runs import Runs
 
-BENCHES = ("overhead", "wire", "memory", "fidelity", "lab", "chaos", "fuzz", "capacity", "overload", "soak")
+BENCHES = ("overhead", "wire", "memory", "fidelity", "lab", "chaos", "fuzz", "capacity", "alone", "overload", "soak")
 
 
 def main() -> int:

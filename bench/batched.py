@@ -17,7 +17,7 @@ from splitlearn import loading, process
 from splitlearn.arm import ArmSpec
 from splitlearn.split import forward
 from splitlearn.stages import LocalStage, StageInput
-from splitlearn.wire import codec
+from splitlearn.wire.rows import Plain
 
 WARM_UP = 2
 """Steps before those that are timed."""
@@ -67,7 +67,7 @@ def _main(connection: Connection, spec: ArmSpec, contexts: Contexts) -> None:
     loading.prepare_process(spec.flags.trunk, spec.threads)
     placement = loading.Placement(spec.device, spec.dtype)
     stage = loading.load(spec.files, loading.trunk_specs(spec.plan), spec.flags.trunk, placement).stages[0]
-    states = codec.from_bytes(contexts.data, spec.dtype, spec.files.facts.hidden_size)
+    states = Plain(spec.dtype).from_bytes(contexts.data, spec.files.facts.hidden_size)
     with torch.inference_mode():
         arms: dict[int, _Sequences] = {n: _Plain(stage, states, contexts.length, n) for n in contexts.sizes}
         arms[0] = _Unbatched(stage, states, contexts.length, spec.flags.trunk)

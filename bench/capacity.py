@@ -30,7 +30,7 @@ from splitlearn.load.terminal import measure
 from splitlearn.progress import silent
 from splitlearn.runs import Runs
 from splitlearn.tokens import Tokens
-from splitlearn.wire import codec
+from splitlearn.wire.rows import Plain
 
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
 FLAGS = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hidden_states"
@@ -96,7 +96,7 @@ def recorded(runs: Runs) -> Trunk:
 
 def _steps(runs: Runs, trunk: Trunk) -> dict[str, list[Run]]:
     """What each block found: the trunk and the plain forward at each size, and one sequence unbatched."""
-    data = codec.to_bytes(trunk.states[:, : LENGTH + STEPS + WARM_UP])
+    data = Plain(trunk.spec.dtype).to_bytes(trunk.states[:, : LENGTH + STEPS + WARM_UP])
     plain, direct = Batched(trunk.spec, Contexts(data, LENGTH, SIZES)), Unbatched(runs.config)
     there = replace(trunk, spec=replace(trunk.spec, addresses=(direct.address,)))
     arms = {ALONE: partial(plain.run, 0, STEPS), DIRECT: partial(side_by_side, there, mixed(1, LENGTH), STEPS)}

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from splitlearn.wire import PROTOCOL, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import Credentials, open_channel
+from splitlearn.wire.rows import Plain
 
 ANSWER_TIMEOUT_S = 60.0
 NUMBERS = st.sampled_from([0, 1, 2, 3, 7, 63, 64, 65, 511, 512, 8192, 2**16, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])
@@ -65,8 +66,14 @@ class Target:
     def step(self, tokens: int, position: int, **changes: Any) -> bytes:
         """A Step of so many tokens, but for `changes`."""
         x = torch.full((1, tokens, self.hidden_size), 0.1)
-        right: dict[str, Any] = {"sequence_id": 1, "step_id": 1, "position": position, "hidden": codec.encode(x)}
+        right: dict[str, Any] = {"sequence_id": 1, "step_id": 1, "position": position, "hidden": _encoded(x)}
         return pb.ClientMessage(step=pb.Step(**{**right, **changes})).SerializeToString()
+
+
+def _encoded(x: torch.Tensor) -> pb.Tensor:
+    """`x` [1, T, H] as a trunk without flags takes it."""
+    rows = Plain(torch.float32)
+    return codec.message(rows.to_bytes(x), rows, x.shape[2])
 
 
 @dataclass(frozen=True)
@@ -269,7 +276,7 @@ def _positions(draw: st.DrawFn, aim: Target) -> bytes:
     """Steps forward, back, beyond, and with a position of ten bytes, which is a negative one."""
     if draw(st.integers(0, 7)) == 0:
         negative = b"\x18" + b"\xff" * 9 + b"\x01"
-        hidden = codec.encode(torch.full((1, 1, aim.hidden_size), 0.1)).SerializeToString()
+        hidden = _encoded(torch.full((1, 1, aim.hidden_size), 0.1)).SerializeToString()
         body = negative + b"\x22" + _varint(len(hidden)) + hidden
         return b"\x12" + _varint(len(body)) + body
     changes = {"roll_back": draw(st.booleans()), "step_id": draw(NUMBERS), "answer_last": draw(NUMBERS)}

@@ -12,6 +12,7 @@ from server.visit import Visit
 from splitlearn.errors import InputError
 from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.rows import Plain
 
 
 class Stay:
@@ -23,6 +24,7 @@ class Stay:
         self._served, self._seat, self._guest, self._visit = served, seat, guest, visit
         self._max_length, self._timeout_s = max_length, timeout_s
         self._dtype, self._hidden_size = served.placement.dtype, served.files.facts.hidden_size
+        self._rows = seat.session.settings.wire or Plain(self._dtype)
         # Of the parts that have come so far, no more than the values: what else stands in a message may be long.
         self._parts: list[bytes] = []
         self._first = (0, 0, False)
@@ -37,14 +39,14 @@ class Stay:
         if step.more:
             return
         (_, position, roll_back), tokens, held_up_s = self._first, self._tokens, self._held_up_s
-        x = codec.from_bytes(b"".join(self._parts), self._dtype, self._hidden_size)
+        x = self._rows.from_bytes(b"".join(self._parts), self._hidden_size).to(self._dtype)
         self._parts, self._tokens, self._held_up_s = [], 0, 0.0
         codec.check_finite(x, position)
         decoded = time.perf_counter()
         done = self._served.engine.step(self._seat, position, x, self._timeout_s, roll_back)
         computed = time.perf_counter()
         wanted = min(step.answer_last or tokens, tokens)
-        data = codec.to_bytes(done.x[:, tokens - wanted :])
+        data = self._rows.to_bytes(done.x[:, tokens - wanted :])
         result = pb.StepResult(
             sequence_id=step.sequence_id,
             step_id=step.step_id,
@@ -63,7 +65,7 @@ class Stay:
 
     def _take(self, step: pb.Step) -> None:
         """Check one part against what is served and against the parts before it."""
-        tokens = codec.check(step.hidden, self._dtype, self._hidden_size)
+        tokens = codec.check(step.hidden, self._rows, self._hidden_size)
         if self._parts:
             step_id, expected = self._first[0], self._first[1] + self._tokens
             if step.step_id != step_id or step.position != expected:
@@ -77,12 +79,12 @@ class Stay:
         self._tokens += tokens
 
     def _answers(self, result: pb.StepResult, position: int, data: bytes) -> Iterator[bytes]:
-        row = self._hidden_size * self._dtype.itemsize
+        row = self._rows.row_bytes(self._hidden_size)
         size = codec.part_bytes(row)
         for start in range(0, len(data), size):
             part = data[start : start + size]
             result.position, result.more = position + start // row, start + size < len(data)
-            result.hidden.CopyFrom(codec.message(part, self._dtype, self._hidden_size))
+            result.hidden.CopyFrom(codec.message(part, self._rows, self._hidden_size))
             yield pb.ServerMessage(result=result).SerializeToString()
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from splitlearn import caches, prepacked
 from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
+from splitlearn.wire.rows import Int8Blocks, Plain, Rows
 
 Side = Literal["full", "client", "trunk"]
 Fidelity = Literal["exact", "rounding", "lossy"]
@@ -37,7 +38,8 @@ class Settings:
     `new_cache` makes a session's cache for a number of layers and at most a number of tokens; None keeps none.
     `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2).
     `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
-    None leaves the model's own.
+    None leaves the model's own. `wire` is the form of hidden states on the wire, None for that in which they are
+    computed.
     """
 
     process: tuple[Callable[[], None], ...] = ()
@@ -50,6 +52,7 @@ class Settings:
     forward_arguments: Mapping[str, bool] = field(default_factory=dict)
     gradient_guard: Callable[[], AbstractContextManager[object]] = torch.no_grad
     top_k: TopK = top_k_by_sort
+    wire: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,22 @@ FLAGS: Mapping[str, Flag] = {
             _on(top_k=top_k_by_selection),
             sides=LOCAL,
             acts_when_sampling=True,
+        ),
+        Flag(
+            "wire_dtype",
+            "wire_dtype",
+            "Hidden states cross the wire as int8, with a bfloat16 scale for every 64 values of a row (0.26 of the "
+            "bytes), or as bfloat16 (half of them).",
+            "Hidden states cross the wire as they are computed: float32 where the model is.",
+            {
+                "float32": _same,
+                "bfloat16": lambda settings: replace(settings, wire=Plain(torch.bfloat16)),
+                "int8": lambda settings: replace(settings, wire=Int8Blocks()),
+            },
+            applied="int8",
+            sides=frozenset({"trunk"}),
+            fidelity="lossy",
+            on_by_default=False,
         ),
     )
 }

@@ -16,9 +16,9 @@ import torch
 from splitlearn.errors import TrunkError, TrunkRefused, TrunkUnavailable
 from splitlearn.events import Recovery
 from splitlearn.stages import StageInput, StageOutput
-from splitlearn.stream import Served, Stream
+from splitlearn.stream import Opening, Served, Stream
 from splitlearn.trunks import Effort, Trunks
-from splitlearn.wire import PROTOCOL, SERVICE, codec
+from splitlearn.wire import PROTOCOL, SERVICE
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.status import error_of
@@ -50,8 +50,8 @@ class RemoteStage:
 
     def open(self, applied: frozenset[str], max_length: int) -> "RemoteSession":
         """Open a session with the trunk's flags; refused unless the trunk serves exactly what is asked for."""
-        message = self.served.opening(applied, max_length, TOLD * self._trunks.effort().wait_s())
-        return RemoteSession(self, self._trunks, message, recomputes="use_cache" not in applied)
+        opening = self.served.opening(applied, max_length, TOLD * self._trunks.effort().wait_s())
+        return RemoteSession(self, self._trunks, opening, recomputes="use_cache" not in applied)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """One step of each session, in order: hidden state [1, T, H] to hidden state [1, T, H], on the CPU."""
@@ -74,18 +74,19 @@ class RemoteStage:
 class RemoteSession:
     """One generation's stay at a trunk, or at several one after the other when one is lost."""
 
-    def __init__(self, stage: RemoteStage, trunks: Trunks, opening: bytes, recomputes: bool) -> None:
+    def __init__(self, stage: RemoteStage, trunks: Trunks, opening: Opening, recomputes: bool) -> None:
         self.recomputes = recomputes
         self._stage = stage
         self._trunks = trunks
         self._opening = opening
+        self._row_bytes = opening.rows.row_bytes(stage.served.hidden_size)
         self._sent = bytearray()  # the hidden state of every position that the trunk's cache holds
         self._stream = self._open(trunks.effort(), patient=False)
 
     def step(self, position: int, x: torch.Tensor) -> StageOutput:
         """Send `x` [1, T, H] and wait for the trunk's answer to all of it, from another trunk if this one is lost."""
         started = time.perf_counter()
-        kept, effort = position * self._stage.served.row_bytes, self._trunks.effort()
+        kept, effort = position * self._row_bytes, self._trunks.effort()
         sent = self._stream.send(position, x, roll_back=kept < len(self._sent))
         if not self.recomputes:
             del self._sent[kept:]
@@ -116,8 +117,8 @@ class RemoteSession:
     def _recover(self, x: torch.Tensor, error: TrunkUnavailable, effort: Effort) -> StageOutput:
         """Do the step that was lost at another stream: all that was sent goes once more, in one step, and only the
         positions of `x` come back. Raises what the trunks said when the effort is over."""
-        served = self._stage.served
-        replay = x if self.recomputes else codec.from_bytes(bytes(self._sent), served.dtype, served.hidden_size)
+        hidden_size = self._stage.served.hidden_size
+        replay = x if self.recomputes else self._opening.rows.from_bytes(bytes(self._sent), hidden_size)
         while True:
             self._trunks.lost(self._stream, error, effort)
             effort.pause()

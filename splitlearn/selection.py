@@ -58,9 +58,9 @@ class FlagSet:
         """The same with `applied` on `side`."""
         return replace(self, **{side: applied})
 
-    def without(self, name: str) -> "FlagSet":
-        """The same with the flag `name` at its off arm on every side."""
-        kept = {side: frozenset(text for text in self.of(side) if _name(text) != name) for side in SIDES}
+    def without(self, *names: str) -> "FlagSet":
+        """The same with the flags `names` at their off arm on every side."""
+        kept = {side: frozenset(text for text in self.of(side) if _name(text) not in names) for side in SIDES}
         return FlagSet(**kept)
 
     def only(self, *names: str) -> "FlagSet":

@@ -16,14 +16,24 @@ from google.protobuf.message import DecodeError
 
 from splitlearn.errors import InputError, TrunkFailed, TrunkUnavailable
 from splitlearn.events import StageTiming
+from splitlearn.flags import settings
 from splitlearn.split import SplitPlan
 from splitlearn.stages import StageOutput
 from splitlearn.wire import PROTOCOL, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.rows import Plain, Rows
 from splitlearn.wire.status import error_of
 
 CLOSE_TIMEOUT_S = 2.0
 WATCH_S = 0.5
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The message that opens a session, and the form that hidden states then have."""
+
+    message: bytes
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -36,14 +46,13 @@ class Served:
     dtype: torch.dtype
     hidden_size: int
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one position's hidden state."""
-        return self.hidden_size * self.dtype.itemsize
+    def rows(self, applied: frozenset[str]) -> Rows:
+        """The form of hidden states on the wire in a session with the trunk's flags `applied`."""
+        return settings(applied).wire or Plain(self.dtype)
 
-    def opening(self, applied: frozenset[str], max_length: int, timeout_s: float) -> bytes:
-        """The message that opens a session with the trunk's flags. `timeout_s` is what the trunk is told that its
-        client waits: for a place, and then for each step."""
+    def opening(self, applied: frozenset[str], max_length: int, timeout_s: float) -> Opening:
+        """What opens a session with the trunk's flags. `timeout_s` is what the trunk is told that its client waits: for
+        a place, and then for each step."""
         opening = pb.Open(
             protocol=PROTOCOL,
             model=self.model,
@@ -56,12 +65,12 @@ class Served:
             flags=sorted(applied),
             timeout_s=timeout_s,
         )
-        return pb.ClientMessage(open=opening).SerializeToString()
+        return Opening(pb.ClientMessage(open=opening).SerializeToString(), self.rows(applied))
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A step that is under way: the raw values that were sent, positions of it that will be answered, seconds that
+    """A step that is under way: the rows that were sent, positions of it that will be answered, seconds that
     encoding it took, when it was handed to gRPC, and its bytes there."""
 
     data: bytes
@@ -75,10 +84,11 @@ class Stream:
     """A session at the trunk at `address`, alone on `channel`. Raises TrunkError throughout, TrunkUnavailable when the
     trunk is lost."""
 
-    def __init__(self, channel: grpc.Channel, address: str, served: Served) -> None:
+    def __init__(self, channel: grpc.Channel, address: str, served: Served, opening: Opening) -> None:
         self.channel = channel
         self.address = address
-        self._served = served
+        self._served, self._opening, self._rows = served, opening.message, opening.rows
+        self._row_bytes = self._rows.row_bytes(served.hidden_size)
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self._steps = 0
         self._part_bytes = 0
@@ -88,9 +98,9 @@ class Stream:
         self._call = method(iter(self._outgoing.get, None))
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def open(self, opening: bytes, wait_s: float) -> pb.Opened:
+    def open(self, wait_s: float) -> pb.Opened:
         """Send the opening message and wait for its reply."""
-        self._outgoing.put(opening)
+        self._outgoing.put(self._opening)
         opened = self._parse(self._receive(wait_s), "opened").opened
         self._part_bytes = opened.max_tensor_bytes
         return opened
@@ -102,7 +112,7 @@ class Stream:
     def send(self, position: int, x: torch.Tensor, *, roll_back: bool = False, answer_last: int = 0) -> Sent:
         """The first half of `step`. The answer has the last `answer_last` of the T positions, 0 for all of them."""
         started = time.perf_counter()
-        data = codec.to_bytes(x)
+        data = self._rows.to_bytes(x)
         messages = self._encode(position, data, roll_back, answer_last)
         encoded = time.perf_counter()
         for message in messages:
@@ -161,14 +171,14 @@ class Stream:
 
     def _encode(self, position: int, data: bytes, roll_back: bool, answer_last: int) -> list[bytes]:
         self._steps += 1
-        served, messages = self._served, list[bytes]()
-        size = codec.part_bytes(served.row_bytes, self._part_bytes)
+        hidden_size, messages = self._served.hidden_size, list[bytes]()
+        size = codec.part_bytes(self._row_bytes, self._part_bytes)
         for start in range(0, len(data), size):
             step = pb.Step(
                 sequence_id=1,
                 step_id=self._steps,
-                position=position + start // served.row_bytes,
-                hidden=codec.message(data[start : start + size], served.dtype, served.hidden_size),
+                position=position + start // self._row_bytes,
+                hidden=codec.message(data[start : start + size], self._rows, hidden_size),
                 more=start + size < len(data),
                 roll_back=roll_back and not messages,
                 answer_last=answer_last,
@@ -207,15 +217,16 @@ class Stream:
         return result
 
     def _decode(self, results: Sequence[pb.StepResult], wanted: int) -> torch.Tensor:
-        """The answer [1, `wanted`, H]."""
-        served = self._served
+        """The answer [1, `wanted`, H], in the dtype that the trunk computed it in."""
+        hidden_size = self._served.hidden_size
         try:
-            tokens = sum(codec.check(result.hidden, served.dtype, served.hidden_size) for result in results)
+            tokens = sum(codec.check(result.hidden, self._rows, hidden_size) for result in results)
         except InputError as error:
             raise TrunkFailed(f"The trunk server at {self.address} answered what does not fit: {error}") from error
         if tokens != wanted:
             raise TrunkFailed(f"The trunk answered {tokens} positions instead of {wanted}.")
-        return codec.from_bytes(b"".join(result.hidden.data for result in results), served.dtype, served.hidden_size)
+        data = b"".join(result.hidden.data for result in results)
+        return self._rows.from_bytes(data, hidden_size).to(self._served.dtype)
 
     def _watch(self) -> None:
         """Cancel the call when a reply is overdue: gRPC's own deadline counts for a whole stream, not for a step."""

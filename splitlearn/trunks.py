@@ -15,7 +15,7 @@ import grpc
 
 from splitlearn.breaker import Breaker
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
-from splitlearn.stream import Served, Stream
+from splitlearn.stream import Opening, Served, Stream
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import Credentials, open_channel
 
@@ -72,13 +72,13 @@ class _Trunk:
     breaker: Breaker = field(default_factory=Breaker)
     idle: list[grpc.Channel] = field(default_factory=list)
 
-    def open(self, opening: bytes, served: Served, wait_s: float) -> tuple[Stream, pb.Opened]:
+    def open(self, opening: Opening, served: Served, wait_s: float) -> tuple[Stream, pb.Opened]:
         """A session here, and what the trunk said of itself."""
         self.breaker.trying()
         channel = self.idle.pop() if self.idle else open_channel(self.address, self.shown)
-        stream = Stream(channel, self.address, served)
+        stream = Stream(channel, self.address, served, opening)
         try:
-            return stream, stream.open(opening, wait_s)
+            return stream, stream.open(wait_s)
         except BaseException as error:
             stream.drop()
             if isinstance(error, TrunkUnavailable):
@@ -115,7 +115,7 @@ class Trunks:
         """A new one, for a session's opening or for one step."""
         return Effort(self._timeout_s, len(self._trunks))
 
-    def open(self, opening: bytes, effort: Effort, *, patient: bool) -> tuple[Stream, pb.Opened]:
+    def open(self, opening: Opening, effort: Effort, *, patient: bool) -> tuple[Stream, pb.Opened]:
         """A session at the current trunk or else at the next that gives one, and what that trunk said of itself.
 
         A `patient` caller has an answer under way and waits, as long as the effort lasts, for a trunk to come back; the

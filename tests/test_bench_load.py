@@ -18,10 +18,9 @@ from splitlearn.progress import silent
 from splitlearn.runs import Runs
 from splitlearn.selection import FlagSet
 from splitlearn.store import ModelFiles
-from splitlearn.wire import codec
 from tests.conftest import TinyFactory
+from tests.trunk import RAW, hidden, serve, settings
 from tests.trunk import Trunk as Server
-from tests.trunk import hidden, serve, settings
 
 CACHED = frozenset({"use_cache", "inference_mode"})
 SESSIONS = 4
@@ -80,7 +79,7 @@ def test_sessions_step_side_by_side_and_beside_a_long_prompt(spec: ArmSpec, file
 
 
 def test_the_plain_forward_steps_from_the_same_context_each_time(spec: ArmSpec, files: ModelFiles) -> None:
-    data = codec.to_bytes(hidden(files, 16))
+    data = RAW.to_bytes(hidden(files, 16))
     plain = Batched(spec, Contexts(data, 8, (1, 3)))
     try:
         assert all(plain.run(n, 4).tpot_s > 0 for n in (0, 1, 3, 0, 3))

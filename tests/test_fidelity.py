@@ -23,6 +23,7 @@ from tests.conftest import TinyFactory
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 # Rounding in fp32 on this tiny model; the default model's figures are in docs/results/fidelity.md.
 ROUNDING = 1e-3
+ALLOWED = {"exact": 0.0, "rounding": ROUNDING, "lossy": 0.1}
 
 HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one", has_compiler=True)))
 ALL = parse("all", HERE).without("torch_compile")
@@ -52,10 +53,11 @@ def test_a_flag_changes_the_logits_no_more_than_it_says(
     files: ModelFiles, kind: Kind, name: str, how: str, flags: FlagSet, baseline: FlagSet
 ) -> None:
     difference = (_logits(files, kind, flags) - _logits(files, kind, baseline)).abs().max().item()
-    assert difference <= (0.0 if FLAGS[name].fidelity == "exact" else ROUNDING)
+    assert difference <= ALLOWED[FLAGS[name].fidelity]
 
 
-ALIKE = list(dict.fromkeys([*(row[2] for row in ROWS), ALL, FlagSet()]))
+LOSSY = [name for name in AVAILABLE if FLAGS[name].fidelity == "lossy"]
+ALIKE = list(dict.fromkeys([*(row[2].without(*LOSSY) for row in ROWS), ALL.without(*LOSSY), FlagSet()]))
 
 
 @pytest.mark.parametrize("flags", ALIKE, ids=lambda flags: ",".join(flags.names()))

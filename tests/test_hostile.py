@@ -28,8 +28,9 @@ from splitlearn.tokens import Tokens
 from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials
+from splitlearn.wire.rows import Int8Blocks, Plain, Rows
 from tests.conftest import TinyFactory
-from tests.trunk import PLAN, Raw, Trunk, eventually, hidden, opening, serve, served, step, tensor_of
+from tests.trunk import PLAN, Raw, Trunk, encoded, eventually, hidden, opening, serve, served, step, tensor_of
 from tests.trunk import settings as trunk_settings
 
 CACHED = frozenset({"use_cache", "inference_mode"})
@@ -159,7 +160,7 @@ def test_a_session_does_not_reach_anothers_cache(trunk: Trunk, files: ModelFiles
         for index, at in enumerate((0, 2, 4)):
             answer = tensor_of(victim.ask(step(x[:, at : at + 2], at, at + 1)), files)
             assert torch.equal(answer, wanted[index])
-            guess = pb.Step(sequence_id=1, step_id=at + 1, position=0, hidden=codec.encode(x[:, :1]), roll_back=True)
+            guess = pb.Step(sequence_id=1, step_id=at + 1, position=0, hidden=encoded(x[:, :1]), roll_back=True)
             for sequence_id in (0, 1, 2, 2**32 - 1):
                 guess.sequence_id = sequence_id
                 seen = tensor_of(spy.ask(pb.ClientMessage(step=guess).SerializeToString()), files)
@@ -213,20 +214,20 @@ SHAPES = st.one_of(
     st.one_of(st.integers(0, 4), st.integers(-(2**31), 2**31 - 1)),
     SHAPES,
     st.one_of(st.binary(max_size=400), st.integers(0, 4).map(lambda tokens: bytes(4 * HIDDEN * tokens))),
-    st.sampled_from(list(codec.DTYPES.values())),
+    st.sampled_from([*map(Plain, codec.DTYPES.values()), Int8Blocks()]),
     st.integers(HIDDEN - 1, HIDDEN),
 )
 @settings(ANY_SPEED, max_examples=300)
 def test_what_passes_the_check_of_a_tensor_is_what_can_be_decoded(
-    dtype: int, shape: list[int], data: bytes, wanted: torch.dtype, hidden_size: int
+    dtype: int, shape: list[int], data: bytes, rows: Rows, hidden_size: int
 ) -> None:
     received = pb.Tensor(shape=shape, data=data)
     received.dtype = dtype  # type: ignore[assignment]
     try:
-        tokens = codec.check(received, wanted, hidden_size)
+        tokens = codec.check(received, rows, hidden_size)
     except InputError:
         return
-    assert codec.from_bytes(received.data, wanted, hidden_size).shape == (1, tokens, hidden_size)
+    assert rows.from_bytes(received.data, hidden_size).shape == (1, tokens, hidden_size)
 
 
 @given(

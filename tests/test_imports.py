@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("attention", "breaker", "errors", "native", "progress", "stop", "threads"),
     ("caches", "config", "families", "machine", "prepacked", "process", "sampling", "store"),
-    ("convert", "events", "flags", "split", "tokens", "wire"),
+    ("convert", "wire"),
+    ("events", "flags", "split", "tokens"),
     ("kv",),
     ("packed",),
     ("fetch", "finite", "metrics", "parts", "proof", "selection", "stages"),

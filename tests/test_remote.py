@@ -23,7 +23,7 @@ from splitlearn.store import ModelFiles
 from splitlearn.wire import SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from tests.conftest import TinyFactory
-from tests.trunk import PLAN, TrunkHere, eventually, hidden, serve_here, served
+from tests.trunk import PLAN, TrunkHere, encoded, eventually, hidden, serve_here, served
 
 CACHED = frozenset({"use_cache", "inference_mode"})
 MAX_LENGTH = 256
@@ -227,7 +227,7 @@ OPENED = pb.ServerMessage(opened=pb.Opened(threads=1)).SerializeToString()
 
 
 def result(asked: pb.Step, x: torch.Tensor, **changes: Any) -> bytes:
-    right = {"sequence_id": asked.sequence_id, "step_id": asked.step_id, "hidden": codec.encode(x)}
+    right = {"sequence_id": asked.sequence_id, "step_id": asked.step_id, "hidden": encoded(x)}
     return pb.ServerMessage(result=pb.StepResult(**{**right, **changes})).SerializeToString()
 
 

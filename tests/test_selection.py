@@ -12,12 +12,19 @@ HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only 
 UNAVAILABLE = {"use_fast", "cudnn_benchmark"}
 
 
-def test_default_is_every_available_exact_or_rounding_flag_but_torch_compile() -> None:
-    assert parse("default", HERE).full == frozenset(FLAGS) - UNAVAILABLE - {"torch_compile"}
+def of(side: Side) -> frozenset[str]:
+    """The flags that act on `side` and can be applied here."""
+    return frozenset(name for name, flag in FLAGS.items() if side in flag.sides) - UNAVAILABLE
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_default_is_every_available_exact_or_rounding_flag_but_torch_compile(side: Side) -> None:
+    lossy = {name for name, flag in FLAGS.items() if flag.fidelity == "lossy"}
+    assert parse("default", HERE).of(side) == of(side) - {"torch_compile"} - lossy
 
 
 def test_all_is_what_can_be_applied_and_none_is_nothing() -> None:
-    assert parse("all", HERE).full == frozenset(FLAGS) - UNAVAILABLE
+    assert all(parse("all", HERE).of(side) == of(side) for side in SIDES)
     assert parse("none", HERE) == FlagSet() == parse("", HERE)
 
 

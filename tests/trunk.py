@@ -36,10 +36,12 @@ from splitlearn.stream import Served
 from splitlearn.wire import PROTOCOL, READY, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials, open_channel
+from splitlearn.wire.rows import Plain, Rows
 from tests.conftest import ROOT
 
 PLAN = SplitPlan(2, 4, 6)
 ANSWER_TIMEOUT_S = 30.0
+RAW = Plain(torch.float32)
 
 
 def settings(files: ModelFiles, **sections: Mapping[str, object]) -> dict[str, Any]:
@@ -151,9 +153,15 @@ def hidden(files: ModelFiles, tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(1, tokens, files.facts.hidden_size, generator=torch.Generator().manual_seed(seed))
 
 
+def encoded(x: torch.Tensor, rows: Rows | None = None) -> pb.Tensor:
+    """`x` [1, T, H] as it crosses the wire; as it is, unless a form is given."""
+    rows = rows or Plain(x.dtype)
+    return codec.message(rows.to_bytes(x), rows, x.shape[2])
+
+
 def step(x: torch.Tensor | pb.Tensor, position: int, step_id: int = 1, **changes: Any) -> bytes:
     """A Step message of `x` at `position`."""
-    tensor = x if isinstance(x, pb.Tensor) else codec.encode(x)
+    tensor = x if isinstance(x, pb.Tensor) else encoded(x)
     message = pb.Step(sequence_id=1, step_id=step_id, position=position, hidden=tensor, **changes)
     return pb.ClientMessage(step=message).SerializeToString()
 
@@ -211,7 +219,7 @@ class Raw:
 
 def tensor_of(reply: pb.ServerMessage, files: ModelFiles) -> torch.Tensor:
     """The hidden state in a step's answer."""
-    return codec.from_bytes(reply.result.hidden.data, torch.float32, files.facts.hidden_size)
+    return RAW.from_bytes(reply.result.hidden.data, files.facts.hidden_size)
 
 
 def gone(pid: int) -> bool:

@@ -1,11 +1,12 @@
 """The logits of a fixed sequence of ids under a set of flags, in either arm: what fidelity is judged by.
 
 The ids are given, not sampled, so that two sets of flags are compared step by step on the same input. The split arm's
-trunk is the stage that the trunk server's engine runs, here in the same process: the wire carries float32 unchanged.
+trunk is the stage that the trunk server's engine runs, here in the same process; its hidden states are put into the
+form that they have on the wire and back, both ways.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -14,13 +15,16 @@ import torch
 from splitlearn import loading, process
 from splitlearn.arm import Kind
 from splitlearn.errors import SplitlearnError, as_error
+from splitlearn.flags import settings
 from splitlearn.generate import Feed
 from splitlearn.lab.design import Plan, Question
 from splitlearn.runs import Runs
 from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
+from splitlearn.stages import Session, Stage, StageInput, StageOutput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
+from splitlearn.wire.rows import Plain, Rows
 
 TEXT = (
     "When we look to the individuals of the same variety or sub-variety of our older cultivated plants and animals, "
@@ -128,6 +132,28 @@ def _feeds(fed: Fed) -> list[Feed]:
     feeds = []
     for spec, applied in full if fed.kind == "full" else split:
         loading.prepare_process(applied, fed.threads)
-        stage = loading.load(fed.files, [spec], applied, fed.placement).stages[0]
+        stage: Stage = loading.load(fed.files, [spec], applied, fed.placement).stages[0]
+        if spec.word == "trunk":
+            stage = _OverTheWire(stage, settings(applied).wire or Plain(fed.placement.dtype))
         feeds.append(Feed(stage, stage.open(applied, len(fed.ids))))
     return feeds
+
+
+@dataclass(frozen=True)
+class _OverTheWire:
+    """A stage whose hidden states come and go in the form of `rows`."""
+
+    stage: Stage
+    rows: Rows
+
+    def open(self, applied: frozenset[str], max_length: int) -> Session:
+        """A session of the stage's own."""
+        return self.stage.open(applied, max_length)
+
+    def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        """The stage's own step."""
+        outputs = self.stage.step([replace(item, x=self._carried(item.x)) for item in batch])
+        return [replace(output, x=self._carried(output.x)) for output in outputs]
+
+    def _carried(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rows.from_bytes(self.rows.to_bytes(x), x.shape[2]).to(x.dtype)

@@ -17,7 +17,7 @@ from splitlearn.events import GenerationRequest
 from splitlearn.load.plan import Asked
 from splitlearn.progress import Progress, Step
 from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
-from splitlearn.wire import codec
+from splitlearn.wire.rows import Plain
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def record(spec: ArmSpec, requests: Sequence[GenerationRequest], progress: Progr
             if isinstance(item, SplitlearnError):
                 raise item
             prompt_tokens, data = item
-            states = codec.from_bytes(data, spec.dtype, spec.files.facts.hidden_size)
+            states = Plain(spec.dtype).from_bytes(data, spec.files.facts.hidden_size)
             made.append(Recording(prompt_tokens, states))
         return made
     finally:
@@ -100,6 +100,6 @@ def _main(connection: Connection, spec: ArmSpec, requests: Sequence[GenerationRe
         for request in requests:
             for _ in generator.stream(request):
                 pass
-            connection.send((recorder.prompt_tokens, codec.to_bytes(recorder.states)))
+            connection.send((recorder.prompt_tokens, Plain(spec.dtype).to_bytes(recorder.states)))
     except Exception as error:
         connection.send(as_error(error, "recording hidden states"))

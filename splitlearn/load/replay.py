@@ -34,9 +34,9 @@ class Sender:
         spec, address = self._spec, self._spec.addresses[0]
         channel, self._channel = self._channel or open_channel(address, spec.credentials), None
         opening = self._served.opening(spec.flags.trunk, max_length, spec.timeout_s)
-        stream = self._stream = Stream(channel, address, self._served)
+        stream = self._stream = Stream(channel, address, self._served, opening)
         try:
-            stream.open(opening, self.wait_s)
+            stream.open(self.wait_s)
         except TrunkFull:
             stream.leave()
             self._channel = channel

@@ -1,4 +1,4 @@
-"""Tensors as bytes and back: dtype, shape and raw little-endian values, checked against each other."""
+"""Hidden states as messages and back: form, shape and bytes, checked against each other."""
 
 import math
 
@@ -7,41 +7,28 @@ import torch
 from splitlearn.errors import InputError
 from splitlearn.wire import MAX_TENSOR_BYTES
 from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.rows import Rows
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TO_WIRE = {torch.float32: pb.FLOAT32, torch.bfloat16: pb.BFLOAT16, torch.float16: pb.FLOAT16}
-_FROM_WIRE = {number: dtype for dtype, number in _TO_WIRE.items()}
 
 
-def encode(x: torch.Tensor) -> pb.Tensor:
-    """`x` [1, T, H], of a dtype in DTYPES, as a message. Raises InputError for another dtype."""
-    if x.dtype not in _TO_WIRE:
-        raise InputError("tensor.dtype", str(x.dtype), f"one of: {', '.join(DTYPES)}")
-    return message(to_bytes(x), x.dtype, x.shape[2])
+def message(data: bytes, rows: Rows, hidden_size: int) -> pb.Tensor:
+    """Rows of a hidden state [1, T, hidden_size] as a message."""
+    shape = (1, len(data) // rows.row_bytes(hidden_size), hidden_size)
+    return pb.Tensor(dtype=rows.number, shape=shape, data=data)
 
 
-def message(data: bytes, dtype: torch.dtype, hidden_size: int) -> pb.Tensor:
-    """The raw values of a hidden state [1, T, hidden_size] as a message."""
-    shape = (1, len(data) // (hidden_size * dtype.itemsize), hidden_size)
-    return pb.Tensor(dtype=_TO_WIRE[dtype], shape=shape, data=data)
-
-
-def to_bytes(x: torch.Tensor) -> bytes:
-    """The values of `x`, of any dtype and device, row by row."""
-    return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def check(received: pb.Tensor, dtype: torch.dtype, hidden_size: int) -> int:
-    """The number of tokens T in `received`, which must hold [1, T, hidden_size] of `dtype`.
+def check(received: pb.Tensor, rows: Rows, hidden_size: int) -> int:
+    """The number of tokens T in `received`, which must hold [1, T, hidden_size] in the form of `rows`.
 
     Raises InputError that names what differs, before anything is allocated.
     """
-    if _FROM_WIRE.get(received.dtype) != dtype:
-        raise InputError("tensor.dtype", dtype_name(received.dtype), str(dtype).removeprefix("torch."))
+    if received.dtype != rows.number:
+        raise InputError("tensor.dtype", dtype_name(received.dtype), dtype_name(rows.number))
     shape = list(received.shape[:9])  # a message may hold millions of them
     if len(shape) != 3 or shape[0] != 1 or shape[1] < 1 or shape[2] != hidden_size:
         raise InputError("tensor.shape", shape, f"[1, tokens, {hidden_size}] with at least one token")
-    size = math.prod(shape) * dtype.itemsize
+    size = shape[1] * rows.row_bytes(hidden_size)
     if len(received.data) != size:
         raise InputError("tensor.data", f"{len(received.data)} bytes", f"{size} bytes for shape {shape}")
     return int(shape[1])
@@ -50,14 +37,6 @@ def check(received: pb.Tensor, dtype: torch.dtype, hidden_size: int) -> int:
 def dtype_name(number: int) -> str:
     """A wire dtype's name in lower case, or its number when it has none."""
     return pb.Dtype.Name(number).lower() if number in pb.Dtype.values() else str(number)
-
-
-def from_bytes(data: bytes, dtype: torch.dtype, hidden_size: int) -> torch.Tensor:
-    """[1, T, hidden_size] of `dtype` from checked bytes, in memory of torch's own.
-
-    Bytes begin anywhere, and a float32 product rounds differently on memory that is not aligned as torch's is.
-    """
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(1, -1, hidden_size).clone()
 
 
 def check_finite(x: torch.Tensor, position: int) -> None:

@@ -13,10 +13,12 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FLOAT32: _ClassVar[Dtype]
     BFLOAT16: _ClassVar[Dtype]
     FLOAT16: _ClassVar[Dtype]
+    INT8_BLOCKS: _ClassVar[Dtype]
 DTYPE_UNSPECIFIED: Dtype
 FLOAT32: Dtype
 BFLOAT16: Dtype
 FLOAT16: Dtype
+INT8_BLOCKS: Dtype
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

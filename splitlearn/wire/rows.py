@@ -1,0 +1,112 @@
+"""How the rows of a hidden state lie in a message: as they were computed, or in fewer bytes.
+
+`Rows` is the form that a session's flags choose (`wire_dtype`); both ends of the session use it, in both directions.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from splitlearn.wire import trunk_pb2 as pb
+
+TO_WIRE = {torch.float32: pb.FLOAT32, torch.bfloat16: pb.BFLOAT16, torch.float16: pb.FLOAT16}
+BLOCK = 64
+"""Values that share a scale. With 64, a row of 576 takes 0.26 of its float32 bytes."""
+LARGEST = 127
+
+
+class Rows(Protocol):
+    """One form of a hidden state [1, T, H] in bytes, row by row."""
+
+    @property
+    def number(self) -> pb.Dtype:
+        """What a message calls it."""
+
+    def row_bytes(self, hidden_size: int) -> int:
+        """Bytes of one row of `hidden_size` values."""
+
+    def to_bytes(self, x: torch.Tensor) -> bytes:
+        """The rows of `x` [1, T, H], of any device."""
+
+    def from_bytes(self, data: bytes, hidden_size: int) -> torch.Tensor:
+        """[1, T, hidden_size] on the CPU from checked bytes, in memory of torch's own."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Raw little-endian values of `dtype`."""
+
+    dtype: torch.dtype
+
+    @property
+    def number(self) -> pb.Dtype:
+        """The dtype's own."""
+        return TO_WIRE[self.dtype]
+
+    def row_bytes(self, hidden_size: int) -> int:
+        """hidden_size * bytes per element."""
+        return hidden_size * self.dtype.itemsize
+
+    def to_bytes(self, x: torch.Tensor) -> bytes:
+        """The values, converted where they have another dtype."""
+        return _raw(x.detach().to("cpu", self.dtype))
+
+    def from_bytes(self, data: bytes, hidden_size: int) -> torch.Tensor:
+        """The values in `dtype`.
+
+        Bytes begin anywhere, and a float32 product rounds differently on memory that is not aligned as torch's is.
+        """
+        return torch.frombuffer(bytearray(data), dtype=self.dtype).view(1, -1, hidden_size).clone()
+
+
+@dataclass(frozen=True)
+class Int8Blocks:
+    """Each row as bfloat16 scales, one for every BLOCK values, then an int8 for each value: value = int8 * scale.
+
+    The scale is the largest magnitude of its block / 127, as in Dettmers et al. 2022, "8-bit Optimizers via Block-wise
+    Quantization" (arXiv:2110.02861), here with a linear code. The error is at most 3/4 of a scale: half of one from
+    rounding, and at the largest values a quarter from the scale's own rounding.
+    """
+
+    @property
+    def number(self) -> pb.Dtype:
+        """INT8_BLOCKS."""
+        return pb.INT8_BLOCKS
+
+    def row_bytes(self, hidden_size: int) -> int:
+        """A byte for each value, and two for each block."""
+        return hidden_size + 2 * _blocks(hidden_size)
+
+    def to_bytes(self, x: torch.Tensor) -> bytes:
+        """The values rounded to the nearest int8; a NaN or an Inf makes a scale of its block that is one, too."""
+        rows = x.detach().to("cpu", torch.float32).view(-1, x.shape[-1])
+        blocks = _in_blocks(rows)
+        scales = (blocks.abs().amax(-1) / LARGEST).to(torch.bfloat16)
+        steps = scales.float().masked_fill(scales == 0, 1.0).unsqueeze(-1)
+        values = (blocks / steps).round_().clamp_(-LARGEST, LARGEST).nan_to_num_().to(torch.int8)
+        flat = values.view(len(rows), -1)[:, : rows.shape[1]].contiguous()
+        return _raw(torch.cat([scales.view(torch.uint8), flat.view(torch.uint8)], dim=1))
+
+    def from_bytes(self, data: bytes, hidden_size: int) -> torch.Tensor:
+        """The values in float32."""
+        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, self.row_bytes(hidden_size))
+        head = 2 * _blocks(hidden_size)
+        scales = raw[:, :head].contiguous().view(torch.bfloat16).float().unsqueeze(-1)
+        values = _in_blocks(raw[:, head:].contiguous().view(torch.int8).float()) * scales
+        return values.view(len(raw), -1)[:, :hidden_size].unsqueeze(0).contiguous()
+
+
+def _blocks(hidden_size: int) -> int:
+    return -(-hidden_size // BLOCK)
+
+
+def _in_blocks(rows: torch.Tensor) -> torch.Tensor:
+    """[T, H] as [T, blocks, BLOCK], the last block filled up with zeros."""
+    missing = -rows.shape[1] % BLOCK
+    padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+    return padded.view(len(rows), -1, BLOCK)
+
+
+def _raw(x: torch.Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
