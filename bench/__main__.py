@@ -9,7 +9,20 @@ from splitlearn import config
 from splitlearn.progress import on_console
 from splitlearn.runs import Runs
 
-BENCHES = ("overhead", "wire", "memory", "fidelity", "lab", "chaos", "fuzz", "capacity", "alone", "overload", "soak")
+BENCHES = (
+    "overhead",
+    "wire",
+    "memory",
+    "fidelity",
+    "lab",
+    "chaos",
+    "fuzz",
+    "capacity",
+    "alone",
+    "overload",
+    "soak",
+    "lookup",
+)
 
 
 def main() -> int:

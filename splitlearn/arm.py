@@ -154,4 +154,5 @@ def generator(spec: ArmSpec, stages: Sequence[Stage], trunk: RemoteStage | None,
     links = [Link(stage, applied) for stage in stages]
     if trunk is not None:
         links.insert(1, Link(trunk, spec.flags.trunk))
-    return Generator(links, tokens, spec.files.facts.context_length, settings(applied).top_k)
+    own = settings(applied)
+    return Generator(links, tokens, spec.files.facts.context_length, own.top_k, own.proposer)

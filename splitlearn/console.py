@@ -101,14 +101,17 @@ def _figures(found: Comparison) -> Table:
         table.add_row(label, _milliseconds(one), _milliseconds(other), ratio)
     table.add_row("TPS (request)", f"{full.tps:.1f} /s", f"{split.tps:.1f} /s", f"{split.tps / full.tps:.3f}")
     table.add_row("tokens", str(full.n_tokens), str(split.n_tokens), "")
+    if full.drafts or split.drafts:
+        table.add_row("drafts accepted", *(f"{each.drafts_accepted} of {each.drafts}" for each in (full, split)), "")
     table.add_row("finished by", full.finish_reason, split.finish_reason, "")
     table.add_row("memory beyond imports", _added(found.full), _added(found.split), "")
     if found.split.trunk is not None:
         trunk = found.split.trunk
         table.add_row("memory of the trunk", "", _bytes(trunk.peak_rss_bytes - trunk.import_rss_bytes), "")
-    steps = max(1, len(split.itl_s))
+    steps = max(1, split.n_tokens - 1)
     wire = f"{_bytes(split.decode_bytes_up // steps)} up, {_bytes(split.decode_bytes_down // steps)} down"
     table.add_row("wire per decoded token", "", wire, "")
+    table.add_row("if the KV cache crossed, too", "", f"{_bytes(found.split.kv_shipped_bytes)} more each way", "")
     return table
 
 

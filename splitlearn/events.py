@@ -72,7 +72,8 @@ class TokenEvent:
 
     `time_s` is when the step's tokens were on the host, after t0. `ledger` says where the time since the event before
     (or since t0) went, `unattributed` included, so it sums to that interval. `text` is what can be shown now: it lags
-    behind the ids while a character is not whole or a stop string may be under way.
+    behind the ids while a character is not whole or a stop string may be under way. `drafts` is how many draft tokens
+    were fed; those that came true are among `token_ids`, all but the last.
     """
 
     token_ids: tuple[int, ...]
@@ -83,6 +84,7 @@ class TokenEvent:
     bytes_up: int = 0
     bytes_down: int = 0
     recoveries: tuple[Recovery, ...] = ()
+    drafts: int = 0
 
 
 @dataclass(frozen=True)

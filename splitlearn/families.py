@@ -48,6 +48,13 @@ class Structure:
     n_layers: int
 
 
+def no_roll_back(config: Any) -> str | None:
+    """Why a session of a model with this configuration cannot go back to an earlier position, or None when it can."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    other = sorted(kind for kind in kinds if not kind.endswith("attention") or kind.startswith("linear"))
+    return f"needs layers that keep keys and values alone; this model has {', '.join(other)}" if other else None
+
+
 def structure_of(model: nn.Module) -> Structure:
     """The structure of a constructed causal LM (on any device, meta too), whole and not yet cut.
 

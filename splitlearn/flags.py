@@ -20,6 +20,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from splitlearn import caches, prepacked
+from splitlearn.drafts import PromptLookup, Proposer
 from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
 from splitlearn.wire.rows import Int8Blocks, Plain, Rows
 
@@ -39,7 +40,7 @@ class Settings:
     `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2).
     `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
     None leaves the model's own. `wire` is the form of hidden states on the wire, None for that in which they are
-    computed.
+    computed. `proposer` makes what guesses an answer's next tokens; None decodes one by one.
     """
 
     process: tuple[Callable[[], None], ...] = ()
@@ -53,14 +54,16 @@ class Settings:
     gradient_guard: Callable[[], AbstractContextManager[object]] = torch.no_grad
     top_k: TopK = top_k_by_sort
     wire: Rows | None = None
+    proposer: Callable[[], Proposer] | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """What decides whether a flag can be applied: device, the model's tokenizer and dtype, the tools installed."""
+    """What decides whether a flag can be applied: device, the model's tokenizer, layers and dtype, installed tools."""
 
     device: str
     no_python_tokenizer: str | None = None
+    no_roll_back: str | None = None
     dtype: torch.dtype = torch.float32
     has_compiler: bool = field(default_factory=lambda: any(map(shutil.which, ("c++", "g++", "clang++"))))
 
@@ -144,6 +147,10 @@ def _needs_cuda(place: Place) -> str | None:
 
 def _needs_python_tokenizer(place: Place) -> str | None:
     return place.no_python_tokenizer
+
+
+def _needs_roll_back(place: Place) -> str | None:
+    return place.no_roll_back
 
 
 def _needs_onednn(place: Place) -> str | None:
@@ -268,6 +275,18 @@ FLAGS: Mapping[str, Flag] = {
             _on(top_k=top_k_by_selection),
             sides=LOCAL,
             acts_when_sampling=True,
+        ),
+        Flag(
+            "prompt_lookup",
+            "prompt_lookup",
+            "Tokens that followed the last few before, in the prompt or the answer, are drafts: one step verifies "
+            "several, as many as pay. Tokens are the same; TPOT falls where an answer quotes.",
+            "One token for each step.",
+            _on(proposer=PromptLookup),
+            sides=LOCAL,
+            fidelity="rounding",
+            on_by_default=False,
+            unavailable=_needs_roll_back,
         ),
         Flag(
             "wire_dtype",

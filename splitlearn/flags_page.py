@@ -19,14 +19,19 @@ trunk server: applied, available, or unavailable and why.
 """
 
 # A place where everything that can be missing is missing, so that each flag says what it needs.
-_POOREST = Place("cpu", no_python_tokenizer="the model has only one tokenizer, Rust or Python", has_compiler=False)
+_POOREST = Place(
+    "cpu",
+    no_python_tokenizer="the model has only one tokenizer, Rust or Python",
+    no_roll_back="the model has layers that keep something else than keys and values",
+    has_compiler=False,
+)
 
 _SELECT = """
 ## Choosing flags
 
 In `config.yaml` (`flags:`), on the command line (`--flags`) and on the page the words are the same:
 
-- `default`: every available exact or rounding flag but `torch_compile`; `all`; `none`;
+- `default`: every available exact or rounding flag but `torch_compile` and `prompt_lookup`; `all`; `none`;
 - a list: `use_cache,inference_mode`; another choice of a flag: `float32_matmul_precision=high`;
 - one of these for each side: `full:all client:use_cache trunk:none`; a side that is not named has the default;
 - a preset:

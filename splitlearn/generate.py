@@ -9,12 +9,13 @@ stages' sessions, and so frees the trunk's cache.
 
 import time
 from collections import abc, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 
+from splitlearn.drafts import Proposer, Speculation
 from splitlearn.errors import InputError
 from splitlearn.events import Done, Event, FinishReason, GenerationRequest, Recovery, TokenEvent
 from splitlearn.metrics import UNATTRIBUTED
@@ -41,7 +42,7 @@ class Feed:
     length: int = 0
     prefix: torch.Tensor | None = None
 
-    def step(self, position: int, x: torch.Tensor) -> tuple[int, StageOutput]:
+    def step(self, position: int, x: torch.Tensor, logits: int = 1) -> tuple[int, StageOutput]:
         """Hand on `x`, which covers the positions from `position` on. Returns the output and its first position."""
         if self.session.recomputes:
             known = self.prefix[:, :position] if self.prefix is not None and position else x[:, :0]
@@ -49,9 +50,13 @@ class Feed:
             position = 0
         elif position < self.length:  # a stage before this one recomputed what this one has in its cache
             x, position = x[:, self.length - position :], self.length
-        output = self.stage.step([StageInput(self.session, position, x)])[0]
+        output = self.stage.step([StageInput(self.session, position, x, logits)])[0]
         self.length = position + x.shape[1]
         return position, output
+
+    def roll_back(self, position: int) -> None:
+        """The next step begins at `position`: what was fed from there on did not come true."""
+        self.length = min(self.length, position)
 
 
 @dataclass
@@ -81,11 +86,13 @@ class _Ledger:
         self.bytes_down += timing.bytes_down
         self.recoveries += timing.recoveries
 
-    def close_step(self, token: int, text: str, at: float) -> TokenEvent:
-        """The event of a step whose token was on the host at `at`; begins the next interval there."""
+    def close_step(self, tokens: tuple[int, ...], text: str, at: float, drafts: int) -> TokenEvent:
+        """The event of a step whose tokens were on the host at `at`; begins the next interval there."""
         parts = dict(self.parts)
         parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
-        event = TokenEvent((token,), text, at, parts, self.compile_s, self.bytes_up, self.bytes_down, self.recoveries)
+        event = TokenEvent(
+            tokens, text, at, parts, self.compile_s, self.bytes_up, self.bytes_down, self.recoveries, drafts
+        )
         self.since, self.parts, self.compile_s, self.bytes_up, self.bytes_down = at, defaultdict(float), 0.0, 0, 0
         self.recoveries = ()
         return event
@@ -101,8 +108,8 @@ class _NoLedger(_Ledger):
         self.compile_s += output.timing.compile_s
         self.recoveries += output.timing.recoveries
 
-    def close_step(self, token: int, text: str, at: float) -> TokenEvent:
-        event = TokenEvent((token,), text, at, {}, self.compile_s, recoveries=self.recoveries)
+    def close_step(self, tokens: tuple[int, ...], text: str, at: float, drafts: int) -> TokenEvent:
+        event = TokenEvent(tokens, text, at, {}, self.compile_s, recoveries=self.recoveries, drafts=drafts)
         self.compile_s, self.recoveries = 0.0, ()
         return event
 
@@ -115,6 +122,7 @@ class Generator:
     tokens: Tokens
     context_length: int | None
     top_k: TopK
+    proposer: Callable[[], Proposer] | None = None
 
     def stream(self, request: GenerationRequest) -> abc.Generator[Event, None, None]:
         """Yield a TokenEvent for each step and a Done at the end.
@@ -134,31 +142,60 @@ class Generator:
     def _decode(
         self, request: GenerationRequest, ids: list[int], feeds: Sequence[Feed], ledger: _Ledger
     ) -> abc.Generator[Event, None, None]:
-        """The loop: feed what is new, sample, emit, until a reason to end."""
+        """The loop: feed what is new and what may come, sample, emit, until a reason to end."""
         text, stops, rng = self.tokens.detokenizer(), StopStrings(request.stop), random_source(request.sampling)
+        speculation = Speculation(self.proposer()) if self.proposer else None
         sequence, position, reason = list(ids), 0, None
         while reason is None:
-            logits = self._forward(feeds, sequence[position:], position, ledger)
-            position = len(sequence)
+            began, known = ledger.now(), len(sequence)
+            left = request.max_new_tokens - (known - len(ids))
+            drafts = speculation.drafts(sequence, left - 1) if speculation and position else []
+            logits = self._forward(feeds, [*sequence[position:], *drafts], position, 1 + len(drafts), ledger)
             before = ledger.now()
-            token = sample(logits, request.sampling, sequence, rng, self.top_k)
+            self._sample(logits, drafts, request, sequence, rng)
             at = ledger.now()
             ledger.spend("sample", at - before)
-            sequence.append(token)
-            shown = stops.feed(text.feed(token))
-            reason = self._reason(request, token, len(sequence) - len(ids), stops.found)
-            yield ledger.close_step(token, shown, at)
+            new = sequence[known:]
+            if speculation and position:
+                speculation.came(new, len(drafts), at - began)
+            position = len(sequence) - 1
+            for feed in feeds:
+                feed.roll_back(position)
+            shown, kept = "", 0
+            while reason is None and kept < len(new):
+                shown += stops.feed(text.feed(new[kept]))
+                kept += 1
+                reason = self._reason(request, new[kept - 1], known + kept - len(ids), stops.found)
+            yield ledger.close_step(tuple(new[:kept]), shown, at, len(drafts))
             ledger.spend("emit", ledger.now() - at)
         yield Done(reason, stops.flush(text.flush()), len(ids))
 
-    def _forward(self, feeds: Sequence[Feed], new: Sequence[int], position: int, ledger: _Ledger) -> torch.Tensor:
-        """The logits [V] after the last of `new`, the ids from `position` on, through every stage."""
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        drafts: Sequence[int],
+        request: GenerationRequest,
+        sequence: list[int],
+        rng: torch.Generator,
+    ) -> None:
+        """Add to `sequence` a token for each row of `logits` [1 + drafts, V], up to the first that is not the draft fed
+        at its place, and that does not end the answer."""
+        for row, draft in zip(logits, [*drafts, None], strict=True):
+            token = sample(row, request.sampling, sequence, rng, self.top_k)
+            sequence.append(token)
+            if token != draft or (token in self.tokens.eos_ids and not request.ignore_eos):
+                return
+
+    def _forward(
+        self, feeds: Sequence[Feed], new: Sequence[int], position: int, count: int, ledger: _Ledger
+    ) -> torch.Tensor:
+        """The logits [count, V] after the last `count` of `new`, the ids from `position` on, through every stage."""
         x = torch.tensor([new], dtype=torch.long)
         for feed in feeds:
-            position, output = feed.step(position, x)
+            position, output = feed.step(position, x, count)
             ledger.add(output)
             x = output.x
-        return x[0, -1]
+        return x[0, -count:]
 
     def _open(self, stack: ExitStack, max_length: int) -> list[Feed]:
         feeds = []

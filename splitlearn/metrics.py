@@ -27,7 +27,8 @@ class RunMetrics:
 
     `ledger` sums each step's parts over the whole run, and so sums to `e2el_s`. `decode_ledger` leaves out the steps up
     to the first token. Bytes are those on the wire, up (to the trunk) and down. `recoveries` has each time that the
-    trunk was lost and found again, with the number (from 1) of the token that was then under way.
+    trunk was lost and found again, with the number (from 1) of the token that was then under way. `drafts` were fed to
+    be verified, and `drafts_accepted` of them came true.
     """
 
     token_ids: tuple[int, ...]
@@ -46,6 +47,8 @@ class RunMetrics:
     decode_bytes_up: int
     decode_bytes_down: int
     recoveries: tuple[tuple[int, Recovery], ...]
+    drafts: int
+    drafts_accepted: int
 
     @classmethod
     def from_events(cls, events: Iterable[Event]) -> "RunMetrics | None":
@@ -66,7 +69,7 @@ class RunMetrics:
             ttft_s=first,
             tpot_s=(last - first) / after if after else None,
             e2el_s=last,
-            itl_s=tuple(after.time_s - before.time_s for before, after in pairwise(steps)),
+            itl_s=tuple(_between(steps)),
             ledger=_sum(steps),
             decode_ledger=_sum(steps[1:]),
             compile_s=sum(step.compile_s for step in steps),
@@ -75,6 +78,8 @@ class RunMetrics:
             decode_bytes_up=sum(step.bytes_up for step in steps[1:]),
             decode_bytes_down=sum(step.bytes_down for step in steps[1:]),
             recoveries=tuple(_recoveries(steps)),
+            drafts=sum(step.drafts for step in steps),
+            drafts_accepted=sum(len(step.token_ids) - 1 for step in steps),
         )
 
     @property
@@ -113,6 +118,12 @@ def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
     differing = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     shorter = min(len(one), len(other))
     return next(differing, None if len(one) == len(other) else shorter)
+
+
+def _between(steps: Sequence[TokenEvent]) -> Iterator[float]:
+    """The time between each token and the one before; the tokens of one step come at once."""
+    times = [step.time_s for step in steps for _ in step.token_ids]
+    return (after - before for before, after in pairwise(times))
 
 
 def _recoveries(steps: Iterable[TokenEvent]) -> Iterator[tuple[int, Recovery]]:

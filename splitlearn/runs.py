@@ -13,15 +13,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import psutil
+from transformers import AutoConfig, PretrainedConfig
 
 from splitlearn import models
 from splitlearn.arm import ArmEnd, ArmSpec, Kind
 from splitlearn.config import Config, serving
 from splitlearn.embedded import EmbeddedTrunk
 from splitlearn.events import Event, GenerationRequest
+from splitlearn.families import no_roll_back
 from splitlearn.flags import SIDES, Place, of_scope
 from splitlearn.flags import settings as settings_of
 from splitlearn.metrics import RunMetrics
+from splitlearn.parts import kv_bytes_per_token
 from splitlearn.progress import Progress
 from splitlearn.remote import TrunkFacts, check_served, describe, first_that_works
 from splitlearn.selection import Availability, FlagSet, availability
@@ -45,7 +48,8 @@ WEIGHTS_FREE = 6
 
 @dataclass(frozen=True)
 class ArmReport:
-    """One arm's run: its figures, and what its process (and the trunk's) took. `compile_s` includes discarded runs."""
+    """One arm's run: its figures, and what its process (and the trunk's) took. `compile_s` includes discarded runs.
+    `kv_bytes_per_token` is what a token takes in the trunk's KV cache, by formula; 0 for the full arm."""
 
     kind: Kind
     metrics: RunMetrics
@@ -58,6 +62,13 @@ class ArmReport:
     threads: int
     trunk_address: str | None
     trunk: TrunkFacts | None
+    kv_bytes_per_token: int = 0
+
+    @property
+    def kv_shipped_bytes(self) -> float:
+        """What each decoded token would cost each way on the wire, if the trunk kept no KV cache and it were shipped at
+        each step: the trunk's KV bytes per token * the mean context, prompt_tokens + n_tokens / 2."""
+        return self.kv_bytes_per_token * (self.metrics.prompt_tokens + self.metrics.n_tokens / 2)
 
     @property
     def added_bytes(self) -> int:
@@ -163,7 +174,17 @@ class Runs:
     @cached_property
     def here(self) -> Place:
         """What decides which flags can be applied in this machine's arms."""
-        return Place(str(self.device), python_tokenizer_available(self.files.folder), self.dtype)
+        tokenizer, fixed = python_tokenizer_available(self.files.folder), no_roll_back(self._model_config)
+        return Place(str(self.device), tokenizer, fixed, self.dtype)
+
+    @cached_property
+    def _trunk_kv_bytes(self) -> int:
+        """What a token takes in the trunk's KV cache."""
+        return kv_bytes_per_token(self._model_config, self.plan.end - self.plan.start, self.dtype)
+
+    @cached_property
+    def _model_config(self) -> PretrainedConfig:
+        return AutoConfig.from_pretrained(self.files.folder)
 
     def flags(self, text: str) -> FlagSet:
         """The flags that a person asked for in words. Raises InputError."""
@@ -281,4 +302,5 @@ class Runs:
             threads=worker.ready.threads,
             trunk_address=end.trunk.address if end.trunk else None,
             trunk=end.trunk,
+            kv_bytes_per_token=self._trunk_kv_bytes if spec.kind == "split" else 0,
         )

@@ -38,16 +38,18 @@ class StageInput:
     """A step of one session: `x` is token ids int64 [1, T] at a first stage, otherwise a hidden state [1, T, H].
 
     `position` is the number of tokens before the first of `x`; below the cached length it rolls the session back.
+    `logits` is for how many of the last positions a last stage gives logits.
     """
 
     session: Any
     position: int
     x: torch.Tensor
+    logits: int = 1
 
 
 @dataclass(frozen=True)
 class StageOutput:
-    """`x` is a hidden state [1, T, H], or from a last stage the logits of the last position [1, 1, V]."""
+    """`x` is a hidden state [1, T, H], or from a last stage the logits of the last positions [1, logits, V]."""
 
     x: torch.Tensor
     timing: StageTiming
@@ -102,10 +104,11 @@ class LocalStage:
         """One step of each session; of several in one forward, for which their caches lie in one pool and their flags
         are the same. Raises InputError for a position beyond the cached length or too many tokens."""
         if len(batch) == 1:
-            return [self._step(batch[0].session, batch[0].position, batch[0].x)]
+            return [self._step(batch[0])]
         return self._packed(batch)
 
-    def _step(self, session: LocalSession, position: int, x: torch.Tensor) -> StageOutput:
+    def _step(self, item: StageInput) -> StageOutput:
+        session, position, x = item.session, item.position, item.x
         started, compiled = time.perf_counter(), self._compile_seconds()
         _make_room(session, position, x.shape[1])
         with (
@@ -117,7 +120,7 @@ class LocalStage:
                 x.to(self.device),
                 position,
                 session.cache,
-                logits_to_keep=1,
+                logits_to_keep=item.logits,
                 arguments=session.settings.forward_arguments,
             )
         session.length = position + x.shape[1]

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("attention", "breaker", "errors", "native", "progress", "stop", "threads"),
+    ("attention", "breaker", "drafts", "errors", "native", "progress", "stop", "threads"),
     ("caches", "config", "families", "machine", "prepacked", "process", "sampling", "store"),
     ("convert", "wire"),
     ("events", "flags", "split", "tokens"),

@@ -24,7 +24,7 @@ def test_times_follow_their_definitions() -> None:
     assert metrics.ttft_s == 0.5
     assert metrics.tpot_s == pytest.approx(0.1)
     assert metrics.e2el_s == pytest.approx(metrics.ttft_s + (metrics.n_tokens - 1) * (metrics.tpot_s or 0))
-    assert metrics.itl_s == pytest.approx((0.2, 0.1))
+    assert metrics.itl_s == pytest.approx((0.2, 0.0, 0.1))
     assert metrics.tps == pytest.approx(4 / 0.8)
     assert metrics.decode_tps == pytest.approx(10)
 

@@ -30,6 +30,10 @@ FIGURES: dict[str, tuple[str, Callable[[RunMetrics], str]]] = {
     "TPS (request)": ("Tokens per second of the whole request", lambda run: rate(run.tps)),
     "Tokens": ("Token ids generated", lambda run: str(run.n_tokens)),
 }
+DRAFTS = "Draft tokens that came true, of those that were fed to be verified"
+SHIPPED = (
+    "More bytes each way for each token, if the KV cache crossed the wire: KV bytes per token times the mean context"
+)
 
 
 def card(arm: ArmView) -> str:
@@ -39,6 +43,8 @@ def card(arm: ArmView) -> str:
     state = REASONS[arm.metrics.finish_reason] if arm.state == "done" and arm.metrics else STATES[arm.state]
     run = arm.metrics
     tiles = "".join(_tile(name, figure(run) if run else MISSING, why) for name, (why, figure) in FIGURES.items())
+    if run and run.drafts:
+        tiles += _tile("Drafts", f"{run.drafts_accepted} of {run.drafts}", DRAFTS)
     return (
         f'<section class="sl-card sl-{arm.kind}" aria-label="{title} model" data-state="{arm.state}">'
         f'<header><h3>{title}</h3><span class="sl-what">{what}</span>'
@@ -71,6 +77,7 @@ def result(shown: Shown, decode: Decode, flags: str) -> str:
         _tile("TPOT split/full (n = 1)", ratio(other.tpot_s, one.tpot_s), "One run of each"),
         _tile("Bytes up per token", size(other.decode_bytes_up / steps), "To the trunk, for each decoded token"),
         _tile("Bytes down per token", size(other.decode_bytes_down / steps), "From the trunk, for each decoded token"),
+        _tile("KV cache, were it shipped", size(split.kv_shipped_bytes), SHIPPED),
     )
     return (
         f'<section class="sl-result" aria-label="Comparison">{_verdict(one, other, decode)}'
