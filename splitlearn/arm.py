@@ -155,4 +155,4 @@ def generator(spec: ArmSpec, stages: Sequence[Stage], trunk: RemoteStage | None,
     if trunk is not None:
         links.insert(1, Link(trunk, spec.flags.trunk))
     own = settings(applied)
-    return Generator(links, tokens, spec.files.facts.context_length, own.top_k, own.proposer)
+    return Generator(links, tokens, spec.files.facts.context_length, own.top_k, own.proposer, own.piece_tokens)

@@ -126,6 +126,7 @@ def _trunk_as_json(report: ArmReport) -> dict[str, Any]:
         "bytes_down": metrics.bytes_down,
         "decode_bytes_up": metrics.decode_bytes_up,
         "decode_bytes_down": metrics.decode_bytes_down,
+        "overlapped_s": metrics.overlapped_s,
         "kv_shipped_bytes": report.kv_shipped_bytes,
         "recoveries": [{"token": token, **asdict(recovery)} for token, recovery in metrics.recoveries],
         "trunk_address": report.trunk_address,

@@ -110,6 +110,8 @@ def _figures(found: Comparison) -> Table:
         table.add_row("memory of the trunk", "", _bytes(trunk.peak_rss_bytes - trunk.import_rss_bytes), "")
     steps = max(1, split.n_tokens - 1)
     wire = f"{_bytes(split.decode_bytes_up // steps)} up, {_bytes(split.decode_bytes_down // steps)} down"
+    if split.overlapped_s:
+        table.add_row("trunk's time beside the client's own", "", _milliseconds(split.overlapped_s), "")
     table.add_row("wire per decoded token", "", wire, "")
     table.add_row("if the KV cache crossed, too", "", f"{_bytes(found.split.kv_shipped_bytes)} more each way", "")
     return table

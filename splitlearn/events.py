@@ -57,6 +57,7 @@ class StageTiming:
 
     `ledger` maps the ledger's words (bottom, encode, wire, queue, trunk, decode, recover, top, model) to seconds on the
     critical path; `compile_s` is the part of it that went into compilation; bytes are those of the wire.
+    `overlapped_s` are seconds of the trunk's that went by while the client was at work itself.
     """
 
     ledger: Mapping[str, float]
@@ -64,6 +65,7 @@ class StageTiming:
     bytes_up: int = 0
     bytes_down: int = 0
     recoveries: tuple[Recovery, ...] = ()
+    overlapped_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class TokenEvent:
     `time_s` is when the step's tokens were on the host, after t0. `ledger` says where the time since the event before
     (or since t0) went, `unattributed` included, so it sums to that interval. `text` is what can be shown now: it lags
     behind the ids while a character is not whole or a stop string may be under way. `drafts` is how many draft tokens
-    were fed; those that came true are among `token_ids`, all but the last.
+    were fed; those that came true are among `token_ids`, all but the last. `overlapped_s` is beside the ledger:
+    what the trunk did while the client was at work itself.
     """
 
     token_ids: tuple[int, ...]
@@ -85,6 +88,7 @@ class TokenEvent:
     bytes_down: int = 0
     recoveries: tuple[Recovery, ...] = ()
     drafts: int = 0
+    overlapped_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Settings:
     `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
     None leaves the model's own. `wire` is the form of hidden states on the wire, None for that in which they are
     computed. `proposer` makes what guesses an answer's next tokens; None decodes one by one.
+    `piece_tokens` is how many tokens of a prompt go through the stages at once; None: all.
     """
 
     process: tuple[Callable[[], None], ...] = ()
@@ -55,6 +56,7 @@ class Settings:
     top_k: TopK = top_k_by_sort
     wire: Rows | None = None
     proposer: Callable[[], Proposer] | None = None
+    piece_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,17 @@ FLAGS: Mapping[str, Flag] = {
             fidelity="rounding",
             on_by_default=False,
             unavailable=_needs_roll_back,
+        ),
+        Flag(
+            "prefill_overlap",
+            "prefill_overlap",
+            "A prompt goes in pieces of 256 tokens: while the trunk works on one, the client's bottom works on the "
+            "next and its top on the last.",
+            "A prompt goes whole: client and trunk wait for each other.",
+            _on(piece_tokens=256),
+            sides=frozenset({"client"}),
+            fidelity="rounding",
+            on_by_default=False,
         ),
         Flag(
             "wire_dtype",

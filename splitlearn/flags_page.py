@@ -31,7 +31,8 @@ _SELECT = """
 
 In `config.yaml` (`flags:`), on the command line (`--flags`) and on the page the words are the same:
 
-- `default`: every available exact or rounding flag but `torch_compile` and `prompt_lookup`; `all`; `none`;
+- `default`: every available exact or rounding flag but `torch_compile`, `prompt_lookup` and `prefill_overlap`;
+- `all`; `none`;
 - a list: `use_cache,inference_mode`; another choice of a flag: `float32_matmul_precision=high`;
 - one of these for each side: `full:all client:use_cache trunk:none`; a side that is not named has the default;
 - a preset:

@@ -8,10 +8,11 @@ stages' sessions, and so frees the trunk's cache.
 """
 
 import time
-from collections import abc, defaultdict
-from collections.abc import Callable, Sequence
+from collections import abc, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -20,7 +21,7 @@ from splitlearn.errors import InputError
 from splitlearn.events import Done, Event, FinishReason, GenerationRequest, Recovery, TokenEvent
 from splitlearn.metrics import UNATTRIBUTED
 from splitlearn.sampling import TopK, random_source, sample
-from splitlearn.stages import Session, Stage, StageInput, StageOutput
+from splitlearn.stages import Session, Stage, StageInput, StageOutput, WorksAhead
 from splitlearn.stop import StopStrings
 from splitlearn.tokens import Tokens
 
@@ -33,6 +34,9 @@ class Link:
     applied: frozenset[str]
 
 
+Piece = tuple[int, torch.Tensor]
+
+
 @dataclass
 class Feed:
     """What a stage's session is given: the new positions, or the whole prefix when it keeps nothing between steps."""
@@ -42,17 +46,49 @@ class Feed:
     length: int = 0
     prefix: torch.Tensor | None = None
 
+    @cached_property
+    def _elsewhere(self) -> WorksAhead | None:
+        """The stage, if it is one to which more can be sent than it has answered."""
+        return self.stage if isinstance(self.stage, WorksAhead) else None
+
     def step(self, position: int, x: torch.Tensor, logits: int = 1) -> tuple[int, StageOutput]:
         """Hand on `x`, which covers the positions from `position` on. Returns the output and its first position."""
+        item = self._input(position, x, logits)
+        return item.position, self.stage.step([item])[0]
+
+    def flow(self, pieces: Iterable[Piece], logits: int, ledger: "_Ledger") -> Iterator[Piece]:
+        """Hand on neighbouring pieces, each the first position and `x`, and give what comes out. A stage that works
+        elsewhere has the next piece before it is asked for the last."""
+        under_way: deque[tuple[int, Callable[[], StageOutput]]] = deque()
+
+        def finished() -> Piece:
+            position, finish = under_way.popleft()
+            output = finish()
+            ledger.add(output)
+            return position, output.x
+
+        for position, x in pieces:
+            item = self._input(position, x, logits)
+            if self._elsewhere is not None:
+                under_way.append((item.position, self._elsewhere.begin(item)))
+                if len(under_way) > 1:
+                    yield finished()
+            else:
+                output = self.stage.step([item])[0]
+                ledger.add(output)
+                yield item.position, output.x
+        while under_way:
+            yield finished()
+
+    def _input(self, position: int, x: torch.Tensor, logits: int) -> StageInput:
         if self.session.recomputes:
             known = self.prefix[:, :position] if self.prefix is not None and position else x[:, :0]
             self.prefix = x = torch.cat([known, x], dim=1)
             position = 0
         elif position < self.length:  # a stage before this one recomputed what this one has in its cache
             x, position = x[:, self.length - position :], self.length
-        output = self.stage.step([StageInput(self.session, position, x, logits)])[0]
         self.length = position + x.shape[1]
-        return position, output
+        return StageInput(self.session, position, x, logits)
 
     def roll_back(self, position: int) -> None:
         """The next step begins at `position`: what was fed from there on did not come true."""
@@ -70,6 +106,7 @@ class _Ledger:
     bytes_up: int = 0
     bytes_down: int = 0
     recoveries: tuple[Recovery, ...] = ()
+    overlapped_s: float = 0.0
 
     def now(self) -> float:
         return time.perf_counter() - self.t0
@@ -85,16 +122,26 @@ class _Ledger:
         self.bytes_up += timing.bytes_up
         self.bytes_down += timing.bytes_down
         self.recoveries += timing.recoveries
+        self.overlapped_s += timing.overlapped_s
 
     def close_step(self, tokens: tuple[int, ...], text: str, at: float, drafts: int) -> TokenEvent:
         """The event of a step whose tokens were on the host at `at`; begins the next interval there."""
         parts = dict(self.parts)
         parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
         event = TokenEvent(
-            tokens, text, at, parts, self.compile_s, self.bytes_up, self.bytes_down, self.recoveries, drafts
+            tokens,
+            text,
+            at,
+            parts,
+            self.compile_s,
+            self.bytes_up,
+            self.bytes_down,
+            self.recoveries,
+            drafts,
+            self.overlapped_s,
         )
         self.since, self.parts, self.compile_s, self.bytes_up, self.bytes_down = at, defaultdict(float), 0.0, 0, 0
-        self.recoveries = ()
+        self.recoveries, self.overlapped_s = (), 0.0
         return event
 
 
@@ -123,6 +170,8 @@ class Generator:
     context_length: int | None
     top_k: TopK
     proposer: Callable[[], Proposer] | None = None
+    piece_tokens: int | None = None
+    """Prompts go through the stages in pieces of so many tokens; None: whole."""
 
     def stream(self, request: GenerationRequest) -> abc.Generator[Event, None, None]:
         """Yield a TokenEvent for each step and a Done at the end.
@@ -190,12 +239,14 @@ class Generator:
         self, feeds: Sequence[Feed], new: Sequence[int], position: int, count: int, ledger: _Ledger
     ) -> torch.Tensor:
         """The logits [count, V] after the last `count` of `new`, the ids from `position` on, through every stage."""
-        x = torch.tensor([new], dtype=torch.long)
+        ids, whole = torch.tensor([new], dtype=torch.long), any(feed.session.recomputes for feed in feeds)
+        size = len(new) if whole or self.piece_tokens is None else self.piece_tokens
+        pieces: Iterable[Piece] = ((position + at, ids[:, at : at + size]) for at in range(0, len(new), size))
         for feed in feeds:
-            position, output = feed.step(position, x, count)
-            ledger.add(output)
-            x = output.x
-        return x[0, -count:]
+            pieces = feed.flow(pieces, count, ledger)
+        for _, x in pieces:
+            last = x
+        return last[0, -count:]
 
     def _open(self, stack: ExitStack, max_length: int) -> list[Feed]:
         feeds = []

@@ -27,8 +27,9 @@ class RunMetrics:
 
     `ledger` sums each step's parts over the whole run, and so sums to `e2el_s`. `decode_ledger` leaves out the steps up
     to the first token. Bytes are those on the wire, up (to the trunk) and down. `recoveries` has each time that the
-    trunk was lost and found again, with the number (from 1) of the token that was then under way. `drafts` were fed to
-    be verified, and `drafts_accepted` of them came true.
+    trunk was lost and found again, with the number (from 1) of the token that was then under way. `overlapped_s` is
+    what the trunk did while the client was at work itself. `drafts` were fed to be verified, and `drafts_accepted` of
+    them came true.
     """
 
     token_ids: tuple[int, ...]
@@ -47,6 +48,7 @@ class RunMetrics:
     decode_bytes_up: int
     decode_bytes_down: int
     recoveries: tuple[tuple[int, Recovery], ...]
+    overlapped_s: float
     drafts: int
     drafts_accepted: int
 
@@ -78,6 +80,7 @@ class RunMetrics:
             decode_bytes_up=sum(step.bytes_up for step in steps[1:]),
             decode_bytes_down=sum(step.bytes_down for step in steps[1:]),
             recoveries=tuple(_recoveries(steps)),
+            overlapped_s=sum(step.overlapped_s for step in steps),
             drafts=sum(step.drafts for step in steps),
             drafts_accepted=sum(len(step.token_ids) - 1 for step in steps),
         )

@@ -6,6 +6,7 @@ on that step's answer as if nothing had happened: the decode loop sees no token 
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -14,9 +15,9 @@ import grpc
 import torch
 
 from splitlearn.errors import TrunkError, TrunkRefused, TrunkUnavailable
-from splitlearn.events import Recovery
+from splitlearn.events import Recovery, StageTiming
 from splitlearn.stages import StageInput, StageOutput
-from splitlearn.stream import Opening, Served, Stream
+from splitlearn.stream import Opening, Sent, Served, Stream
 from splitlearn.trunks import Effort, Trunks
 from splitlearn.wire import PROTOCOL, SERVICE
 from splitlearn.wire import trunk_pb2 as pb
@@ -57,6 +58,11 @@ class RemoteStage:
         """One step of each session, in order: hidden state [1, T, H] to hidden state [1, T, H], on the CPU."""
         return [item.session.step(item.position, item.x) for item in batch]
 
+    def begin(self, item: StageInput) -> Callable[[], StageOutput]:
+        """Send a step; what is given waits for its answer. More may be sent before; answers come in the same order."""
+        finish: Callable[[], StageOutput] = item.session.begin(item.position, item.x)
+        return finish
+
     def close(self) -> None:
         """Close the channels and with them every session."""
         self._trunks.close()
@@ -81,21 +87,45 @@ class RemoteSession:
         self._opening = opening
         self._row_bytes = opening.rows.row_bytes(stage.served.hidden_size)
         self._sent = bytearray()  # the hidden state of every position that the trunk's cache holds
+        self._under_way: deque[Sent] = deque()
+        self._recovered: deque[StageOutput] = deque()  # answers to what else was under way when a trunk was lost
         self._stream = self._open(trunks.effort(), patient=False)
 
     def step(self, position: int, x: torch.Tensor) -> StageOutput:
         """Send `x` [1, T, H] and wait for the trunk's answer to all of it, from another trunk if this one is lost."""
         started = time.perf_counter()
-        kept, effort = position * self._row_bytes, self._trunks.effort()
+        self._send(position, x)
+        return self._finish(position, x, started, since=None)
+
+    def begin(self, position: int, x: torch.Tensor) -> Callable[[], StageOutput]:
+        """The first half of `step`, and what does the second."""
+        self._send(position, x)
+
+        def finish() -> StageOutput:
+            now = time.perf_counter()
+            return self._finish(position, x, now, since=now)
+
+        return finish
+
+    def _send(self, position: int, x: torch.Tensor) -> None:
+        kept = position * self._row_bytes
         sent = self._stream.send(position, x, roll_back=kept < len(self._sent))
+        self._under_way.append(sent)
         if not self.recomputes:
             del self._sent[kept:]
             self._sent += sent.data
+
+    def _finish(self, position: int, x: torch.Tensor, started: float, since: float | None) -> StageOutput:
+        """The answer to the first step that is under way, which this client has had no other work beside since `since`,
+        or since it was sent."""
+        sent, effort = self._under_way.popleft(), self._trunks.effort()
+        if self._recovered:
+            return self._recovered.popleft()
         try:
-            output = self._stream.answer(sent, effort.wait_s())
+            output = self._stream.answer(sent, effort.wait_s(), since=since)
         except TrunkUnavailable as error:
             lost = self._stream.address
-            output = self._recover(x, error, effort)
+            output = self._recover(x, sent, error, effort)
             spent = time.perf_counter() - started
             recovery = Recovery(spent, lost, self._stream.address, 0 if self.recomputes else position)
             timing = replace(output.timing, ledger={"recover": spent}, recoveries=(recovery,))
@@ -114,20 +144,24 @@ class RemoteSession:
         self._stage.note_opened(opened, stream.address)
         return stream
 
-    def _recover(self, x: torch.Tensor, error: TrunkUnavailable, effort: Effort) -> StageOutput:
-        """Do the step that was lost at another stream: all that was sent goes once more, in one step, and only the
-        positions of `x` come back. Raises what the trunks said when the effort is over."""
+    def _recover(self, x: torch.Tensor, lost: Sent, error: TrunkUnavailable, effort: Effort) -> StageOutput:
+        """Do the steps that were lost at another stream: all that was sent goes once more, in one step, and only the
+        positions that are not answered come back. Raises what the trunks said when the effort is over."""
         hidden_size = self._stage.served.hidden_size
         replay = x if self.recomputes else self._opening.rows.from_bytes(bytes(self._sent), hidden_size)
+        sizes = [sent.wanted for sent in (lost, *self._under_way)]
         while True:
             self._trunks.lost(self._stream, error, effort)
             effort.pause()
             self._stream = self._open(effort, patient=True)
             try:
-                sent = self._stream.send(0, replay, answer_last=x.shape[1])
-                return self._stream.answer(sent, effort.wait_s())
+                output = self._stream.answer(self._stream.send(0, replay, answer_last=sum(sizes)), effort.wait_s())
             except TrunkUnavailable as again:
                 error = again
+                continue
+            own, *others = torch.split(output.x, sizes, dim=1)
+            self._recovered.extend(StageOutput(other, StageTiming({})) for other in others)
+            return StageOutput(own, output.timing)
 
 
 def first_that_works(addresses: Sequence[str], ask: Callable[[str], Found]) -> Found:

@@ -6,9 +6,9 @@ weights and a session's cache are two things, so that one stage can serve many s
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers.cache_utils import Cache
@@ -63,6 +63,14 @@ class Stage(Protocol):
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """One step of each session in `batch`, in its order."""
+
+
+@runtime_checkable
+class WorksAhead(Protocol):
+    """A stage that computes elsewhere, so that its client can work meanwhile."""
+
+    def begin(self, item: StageInput) -> Callable[[], StageOutput]:
+        """Begin a step, and give what waits for its outcome; more may be begun before, and end in their order."""
 
 
 @dataclass

@@ -73,6 +73,7 @@ class Sent:
     """A step that is under way: the rows that were sent, positions of it that will be answered, seconds that
     encoding it took, when it was handed to gRPC, and its bytes there."""
 
+    step_id: int
     data: bytes
     wanted: int
     encode_s: float
@@ -117,28 +118,33 @@ class Stream:
         encoded = time.perf_counter()
         for message in messages:
             self._outgoing.put(message)
-        return Sent(data, answer_last or x.shape[1], encoded - started, encoded, sum(map(len, messages)))
+        return Sent(self._steps, data, answer_last or x.shape[1], encoded - started, encoded, sum(map(len, messages)))
 
-    def answer(self, sent: Sent, wait_s: float) -> StageOutput:
-        """The second half of `step`: the answer to what was sent."""
+    def answer(self, sent: Sent, wait_s: float, *, since: float | None = None) -> StageOutput:
+        """The second half of `step`: the answer to what was sent, which must be asked for in the order of sending.
+
+        `since` is when this client had nothing to do any more but wait for it: when it was sent, unless told.
+        """
         replies = [self._receive(wait_s)]
         received = time.perf_counter()
-        results = [self._result(replies[0])]
+        results = [self._result(replies[0], sent)]
         while results[-1].more:
             replies.append(self._receive(wait_s))
             received = time.perf_counter()
-            results.append(self._result(replies[-1]))
+            results.append(self._result(replies[-1], sent))
         out = self._decode(results, sent.wanted)
-        server = results[-1]
+        server, waited = results[-1], received - (sent.at if since is None else since)
         spent = server.decode_s + server.queue_s + server.trunk_s + server.encode_s
+        share = min(1.0, waited / spent) if spent else 1.0  # the rest went by while this client was at work itself
         ledger = {
-            "encode": sent.encode_s + server.encode_s,
-            "wire": received - sent.at - spent,
-            "queue": server.queue_s,
-            "trunk": server.trunk_s,
-            "decode": time.perf_counter() - received + server.decode_s,
+            "encode": sent.encode_s + share * server.encode_s,
+            "wire": waited - share * spent,
+            "queue": share * server.queue_s,
+            "trunk": share * server.trunk_s,
+            "decode": time.perf_counter() - received + share * server.decode_s,
         }
-        return StageOutput(out, StageTiming(ledger, server.compile_s, sent.size, sum(map(len, replies))))
+        size, overlapped_s = sum(map(len, replies)), (1 - share) * spent
+        return StageOutput(out, StageTiming(ledger, server.compile_s, sent.size, size, overlapped_s=overlapped_s))
 
     def close(self) -> int | None:
         """End the stream in order, so that the trunk frees the session: the trunk's peak memory in bytes, and the
@@ -210,10 +216,10 @@ class Stream:
             raise TrunkFailed(f"The trunk server at {self.address} sent another answer than {kind!r}.")
         return message
 
-    def _result(self, reply: bytes) -> pb.StepResult:
+    def _result(self, reply: bytes, sent: Sent) -> pb.StepResult:
         result = self._parse(reply, "result").result
-        if result.step_id != self._steps:
-            raise TrunkFailed(f"The trunk answered step {result.step_id} instead of step {self._steps}.")
+        if result.step_id != sent.step_id:
+            raise TrunkFailed(f"The trunk answered step {result.step_id} instead of step {sent.step_id}.")
         return result
 
     def _decode(self, results: Sequence[pb.StepResult], wanted: int) -> torch.Tensor:
