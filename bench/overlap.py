@@ -46,7 +46,7 @@ def _row(config: Config, name: str, split: SplitConfig) -> dict[str, Any]:
         with Runs(near.model_copy(update={"trunk": TrunkConfig(address=(address,))}), silent) as far:
             arms = {
                 WHOLE: partial(_run, far, FLAGS, request),
-                PIECES: partial(_run, far, f"full:none client:{FLAGS},prefill_overlap trunk:{FLAGS}", request),
+                PIECES: partial(_run, far, f"{FLAGS},prefill_overlap", request),
             }
             for arm in arms.values():
                 arm()
