@@ -23,6 +23,7 @@ BENCHES = (
     "soak",
     "lookup",
     "overlap",
+    "flips",
 )
 
 
