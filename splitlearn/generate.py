@@ -239,14 +239,25 @@ class Generator:
         self, feeds: Sequence[Feed], new: Sequence[int], position: int, count: int, ledger: _Ledger
     ) -> torch.Tensor:
         """The logits [count, V] after the last `count` of `new`, the ids from `position` on, through every stage."""
-        ids, whole = torch.tensor([new], dtype=torch.long), any(feed.session.recomputes for feed in feeds)
-        size = len(new) if whole or self.piece_tokens is None else self.piece_tokens
-        pieces: Iterable[Piece] = ((position + at, ids[:, at : at + size]) for at in range(0, len(new), size))
+        x, size = torch.tensor([new], dtype=torch.long), self.piece_tokens or len(new)
+        if size < len(new) and not any(feed.session.recomputes for feed in feeds):
+            return self._in_pieces(feeds, x, size, position, ledger)
         for feed in feeds:
-            pieces = feed.flow(pieces, count, ledger)
-        for _, x in pieces:
-            last = x
-        return last[0, -count:]
+            position, output = feed.step(position, x, count)
+            ledger.add(output)
+            x = output.x
+        return x[0, -count:]
+
+    def _in_pieces(
+        self, feeds: Sequence[Feed], ids: torch.Tensor, size: int, position: int, ledger: _Ledger
+    ) -> torch.Tensor:
+        """The logits [1, V] after the last of a prompt's `ids` [1, T], which go through the stages `size` at a time."""
+        starts = range(0, ids.shape[1], size)
+        pieces: Iterable[Piece] = ((position + at, ids[:, at : at + size]) for at in starts)
+        for feed in feeds:
+            pieces = feed.flow(pieces, 1, ledger)
+        last = deque(pieces, maxlen=1)
+        return last[0][1][0, -1:]
 
     def _open(self, stack: ExitStack, max_length: int) -> list[Feed]:
         feeds = []
