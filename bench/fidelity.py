@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bench.answer import answer
 from bench.report import write
 from splitlearn.arm import Kind
 from splitlearn.compare import KINDS, environment
@@ -18,7 +19,7 @@ from splitlearn.flags import FLAGS
 from splitlearn.lab.design import SAMPLED
 from splitlearn.lab.fidelity import Difference, Fed, difference, logits_apart
 from splitlearn.metrics import first_divergence
-from splitlearn.runs import ArmReport, Runs
+from splitlearn.runs import Runs
 from splitlearn.sampling import SamplingParams
 from splitlearn.selection import FlagSet
 from splitlearn.tokens import Tokens
@@ -61,8 +62,7 @@ def _identical(runs: Runs, flags: FlagSet, sampling: SamplingParams) -> int:
 
 
 def _ids(runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest) -> tuple[int, ...]:
-    report = next(item for item in runs.stream(kind, flags, request) if isinstance(item, ArmReport))
-    return report.metrics.token_ids
+    return answer(runs, kind, flags, request).token_ids
 
 
 def _rows(runs: Runs) -> list[dict[str, Any]]:

@@ -4,12 +4,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.lookup import FLAGS, OPEN, QUOTING
+from bench.answer import FAST, answer
+from bench.lookup import OPEN, QUOTING
 from bench.report import write
 from splitlearn.compare import environment
 from splitlearn.events import GenerationRequest
 from splitlearn.metrics import RunMetrics, first_divergence
-from splitlearn.runs import ArmReport, Runs
+from splitlearn.runs import Runs
 
 TOKENS = 32
 PROMPTS = (*OPEN, *QUOTING, *(Path(__file__).parent / "more_prompts.txt").read_text(encoding="utf-8").splitlines())
@@ -18,10 +19,10 @@ CHOICES = ("bfloat16", "int8")
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/flips.md."""
-    plain = [_run(runs, FLAGS, prompt) for prompt in PROMPTS]
+    plain = [_run(runs, FAST, prompt) for prompt in PROMPTS]
     rows = [_row(runs, choice, plain) for choice in CHOICES]
     text = (
-        f"{len(PROMPTS)} prompts, greedy, {TOKENS} tokens, the end token notwithstanding; flags `{FLAGS}`. Answers are "
+        f"{len(PROMPTS)} prompts, greedy, {TOKENS} tokens, the end token notwithstanding; flags `{FAST}`. Answers are "
         "compared up to the first token that differs: what follows has another text before it. Bytes are those of all "
         "messages of a decoded token, up and down."
     )
@@ -29,7 +30,7 @@ def main(runs: Runs) -> None:
 
 
 def _row(runs: Runs, choice: str, plain: list[RunMetrics]) -> dict[str, Any]:
-    found = [_run(runs, f"{FLAGS},wire_dtype={choice}", prompt) for prompt in PROMPTS]
+    found = [_run(runs, f"{FAST},wire_dtype={choice}", prompt) for prompt in PROMPTS]
     flips = [first_divergence(one.token_ids, other.token_ids) for one, other in zip(found, plain, strict=True)]
     places = [place + 1 for place in flips if place is not None]
     compared = sum(TOKENS if place is None else place + 1 for place in flips)
@@ -50,5 +51,4 @@ def _bytes(run: RunMetrics) -> float:
 
 def _run(runs: Runs, flags: str, prompt: str) -> RunMetrics:
     request = GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True)
-    stream = runs.stream("split", runs.flags(flags), request)
-    return next(item for item in stream if isinstance(item, ArmReport)).metrics
+    return answer(runs, "split", runs.flags(flags), request)

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from bench.answer import FAST, answer
 from bench.link import Shape, link
 from bench.pairs import blocks
 from bench.report import table, write
@@ -22,11 +23,10 @@ from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
 from splitlearn.metrics import RunMetrics, first_divergence
 from splitlearn.progress import silent
-from splitlearn.runs import ArmReport, Runs
+from splitlearn.runs import Runs
 
 SHAPE = Shape(0.050)
 TOKENS = 128
-FLAGS = "low_cpu_mem_usage,inference_mode,use_cache,cache,weight_prepack,output_attentions,output_hidden_states"
 HERE = Path(__file__).parent
 QUOTING: tuple[str, ...] = tuple(yaml.safe_load((HERE / "quoting.yaml").read_text(encoding="utf-8")))
 OPEN = tuple((HERE / "prompts.txt").read_text(encoding="utf-8").splitlines())
@@ -49,7 +49,7 @@ class Pair:
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/lookup.md."""
-    applied = runs.flags(FLAGS).trunk
+    applied = runs.flags(FAST).trunk
     with link(runs.trunk_addresses(applied)[0], SHAPE) as address:
         config = runs.config.model_copy(update={"trunk": TrunkConfig(address=(address,))})
         with Runs(config, silent) as far:
@@ -58,7 +58,7 @@ def main(runs: Runs) -> None:
     rows = [_row(name, pairs) for name, pairs in found.items()]
     every = [_line(name, number, pair) for name, pairs in found.items() for number, pair in enumerate(pairs, 1)]
     text = (
-        f"A link of {SHAPE} round trip, greedy, at most {TOKENS} tokens, flags `{FLAGS}` on both sides of both arms; "
+        f"A link of {SHAPE} round trip, greedy, at most {TOKENS} tokens, flags `{FAST}` on both sides of both arms; "
         "the arms in random order for each prompt, geometric mean ratios with 95% intervals over the prompts with at "
         "least two tokens that count. Tokens per second are those after the first token. Each prompt:\n\n"
         f"{table(every)}\n\nTogether:"
@@ -71,18 +71,14 @@ _SETS = {"quoting": QUOTING, "open": OPEN}
 
 def _pair(runs: Runs, prompt: str) -> Pair:
     request = GenerationRequest(prompt, max_new_tokens=TOKENS)
-    arms = {ALONE: partial(_run, runs, FLAGS, request), DRAFTS: partial(_run, runs, f"{FLAGS},prompt_lookup", request)}
+    words = {ALONE: FAST, DRAFTS: f"{FAST},prompt_lookup"}
+    arms = {name: partial(answer, runs, "split", runs.flags(chosen), request) for name, chosen in words.items()}
     found = blocks(arms, 1, seed=len(prompt), say=lambda said: None)
     drafted, alone = found[DRAFTS][0], found[ALONE][0]
     same = first_divergence(drafted.token_ids, alone.token_ids)
     counted = before_the_loop(alone.token_ids[:same])
     print(f"{prompt[:40]!r}: {counted} tokens count", flush=True)
     return Pair(drafted, alone, counted)
-
-
-def _run(runs: Runs, flags: str, request: GenerationRequest) -> RunMetrics:
-    chosen = runs.flags(flags)
-    return next(item for item in runs.stream("split", chosen, request) if isinstance(item, ArmReport)).metrics
 
 
 def before_the_loop(ids: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from bench.answer import answer
 from bench.pairs import blocks
 from bench.reference import Generated, Reference
 from bench.report import write
@@ -16,7 +17,7 @@ from splitlearn.config import Config, RunsConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
 from splitlearn.progress import silent
-from splitlearn.runs import ArmReport, Runs
+from splitlearn.runs import Runs
 from splitlearn.selection import FlagSet
 
 PAIRS = 12
@@ -84,6 +85,5 @@ def _measure(runs: Runs) -> dict[str, list[Generated]]:
 
 def _run(runs: Runs, kind: Kind, flags: FlagSet) -> Generated:
     request = GenerationRequest(PROMPT, max_new_tokens=TOKENS, ignore_eos=True)
-    report = next(item for item in runs.stream(kind, flags, request) if isinstance(item, ArmReport))
-    metrics = report.metrics
+    metrics = answer(runs, kind, flags, request)
     return Generated(metrics.token_ids, metrics.ttft_s, metrics.tpot_s or 0.0)

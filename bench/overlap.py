@@ -7,6 +7,7 @@ own layers work (prefill_overlap).
 from functools import partial
 from typing import Any
 
+from bench.answer import FAST, answer
 from bench.link import Shape, link
 from bench.pairs import blocks
 from bench.report import write
@@ -16,13 +17,12 @@ from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
 from splitlearn.metrics import RunMetrics
 from splitlearn.progress import silent
-from splitlearn.runs import ArmReport, Runs
+from splitlearn.runs import Runs
 from splitlearn.tokens import Tokens
 
 PAIRS = 12
 PROMPT_TOKENS = 2000
 SHAPE = Shape(0.020, 50e6)
-FLAGS = "low_cpu_mem_usage,inference_mode,use_cache,cache,weight_prepack,output_attentions,output_hidden_states"
 SPLITS = {"[8, 22)": SplitConfig(start=8, end=22), "default": SplitConfig()}
 SENTENCE = "The river rises in the hills above the town and flows south for thirty miles before it meets the sea. "
 PIECES, WHOLE = "prefill_overlap", "whole"
@@ -33,20 +33,20 @@ def main(runs: Runs) -> None:
     rows = [_row(runs.config, name, split) for name, split in SPLITS.items()]
     text = (
         f"TTFT of a prompt of {PROMPT_TOKENS} tokens over a link of {SHAPE}, one thread for each process, flags "
-        f"`{FLAGS}` on both sides of both arms; the arms in random order in each of {PAIRS} blocks, geometric mean "
+        f"`{FAST}` on both sides of both arms; the arms in random order in each of {PAIRS} blocks, geometric mean "
         "ratios with 95% intervals. *Overlapped*: what the trunk did while the client was at work itself."
     )
     write("overlap", "A prompt in pieces, over a link", text, rows, environment(runs))
 
 
 def _row(config: Config, name: str, split: SplitConfig) -> dict[str, Any]:
-    near = config.model_copy(update={"split": split, "runs": RunsConfig(threads=1), "flags": FLAGS})
+    near = config.model_copy(update={"split": split, "runs": RunsConfig(threads=1), "flags": FAST})
     with Runs(near, silent) as beside, link(beside.trunk_addresses()[0], SHAPE) as address:
         request = GenerationRequest(_prompt(beside), max_new_tokens=2, chat=False, ignore_eos=True)
         with Runs(near.model_copy(update={"trunk": TrunkConfig(address=(address,))}), silent) as far:
             arms = {
-                WHOLE: partial(_run, far, FLAGS, request),
-                PIECES: partial(_run, far, f"{FLAGS},prefill_overlap", request),
+                WHOLE: partial(answer, far, "split", far.flags(FAST), request),
+                PIECES: partial(answer, far, "split", far.flags(f"{FAST},prefill_overlap"), request),
             }
             for arm in arms.values():
                 arm()
@@ -64,11 +64,6 @@ def _row(config: Config, name: str, split: SplitConfig) -> dict[str, Any]:
 
 def _mean(found: list[RunMetrics]) -> float:
     return sum(run.ttft_s for run in found) / len(found)
-
-
-def _run(runs: Runs, flags: str, request: GenerationRequest) -> RunMetrics:
-    chosen = runs.flags(flags)
-    return next(item for item in runs.stream("split", chosen, request) if isinstance(item, ArmReport)).metrics
 
 
 def _prompt(runs: Runs) -> str:

@@ -12,7 +12,6 @@ from server.visit import Visit
 from splitlearn.errors import InputError
 from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
-from splitlearn.wire.rows import Plain
 
 
 class Stay:
@@ -24,7 +23,7 @@ class Stay:
         self._served, self._seat, self._guest, self._visit = served, seat, guest, visit
         self._max_length, self._timeout_s = max_length, timeout_s
         self._dtype, self._hidden_size = served.placement.dtype, served.files.facts.hidden_size
-        self._rows = seat.session.settings.wire or Plain(self._dtype)
+        self._rows = seat.session.settings.rows(self._dtype)
         # Of the parts that have come so far, no more than the values: what else stands in a message may be long.
         self._parts: list[bytes] = []
         self._first = (0, 0, False)

@@ -58,6 +58,10 @@ class Settings:
     proposer: Callable[[], Proposer] | None = None
     piece_tokens: int | None = None
 
+    def rows(self, dtype: torch.dtype) -> Rows:
+        """The form on the wire of hidden states that are computed in `dtype`."""
+        return self.wire or Plain(dtype)
+
 
 @dataclass(frozen=True)
 class Place:

@@ -11,7 +11,9 @@ A flag is one optimization. It is *applied*, or it is at its *off arm*: what a p
 write. Each side chooses for itself: `full` is the whole model in one process, `client` the bottom and the top of a
 split model, `trunk` the layers between, at the server.
 
-Fidelity: **exact** flags give bit-equal logits; **rounding** flags add in another order, so logits differ by rounding.
+Fidelity: **exact** flags give bit-equal logits; **rounding** flags add in another order, so logits differ by rounding;
+**lossy** flags change the numbers on purpose: full and split then may give other tokens, and only `all` or their name
+applies them.
 Scope: a **session** flag is chosen with each generation; **load** and **process** flags need a process of their own.
 
 The matrix below is of flag by side. `python -m splitlearn flags` and the page show the same for your machine, model and

@@ -21,7 +21,7 @@ from splitlearn.split import SplitPlan
 from splitlearn.stages import StageOutput
 from splitlearn.wire import PROTOCOL, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
-from splitlearn.wire.rows import Plain, Rows
+from splitlearn.wire.rows import Rows
 from splitlearn.wire.status import error_of
 
 CLOSE_TIMEOUT_S = 2.0
@@ -46,10 +46,6 @@ class Served:
     dtype: torch.dtype
     hidden_size: int
 
-    def rows(self, applied: frozenset[str]) -> Rows:
-        """The form of hidden states on the wire in a session with the trunk's flags `applied`."""
-        return settings(applied).wire or Plain(self.dtype)
-
     def opening(self, applied: frozenset[str], max_length: int, timeout_s: float) -> Opening:
         """What opens a session with the trunk's flags. `timeout_s` is what the trunk is told that its client waits: for
         a place, and then for each step."""
@@ -65,7 +61,7 @@ class Served:
             flags=sorted(applied),
             timeout_s=timeout_s,
         )
-        return Opening(pb.ClientMessage(open=opening).SerializeToString(), self.rows(applied))
+        return Opening(pb.ClientMessage(open=opening).SerializeToString(), settings(applied).rows(self.dtype))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from splitlearn.split import SplitPlan
 from splitlearn.stages import Session, Stage, StageInput, StageOutput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
-from splitlearn.wire.rows import Plain, Rows
+from splitlearn.wire.rows import Rows
 
 TEXT = (
     "When we look to the individuals of the same variety or sub-variety of our older cultivated plants and animals, "
@@ -134,7 +134,7 @@ def _feeds(fed: Fed) -> list[Feed]:
         loading.prepare_process(applied, fed.threads)
         stage: Stage = loading.load(fed.files, [spec], applied, fed.placement).stages[0]
         if spec.word == "trunk":
-            stage = _OverTheWire(stage, settings(applied).wire or Plain(fed.placement.dtype))
+            stage = _OverTheWire(stage, settings(applied).rows(fed.placement.dtype))
         feeds.append(Feed(stage, stage.open(applied, len(fed.ids))))
     return feeds
 
