@@ -9,7 +9,7 @@ from splitlearn.metrics import LEDGER_ORDER
 from splitlearn.runs import ArmReport
 from ui import view
 
-TITLE = "Where the time went: ms per token after the first"
+TITLE = "Time per token after the first, ms"
 
 
 def ledger(full: ArmReport, split: ArmReport) -> Any:

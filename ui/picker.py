@@ -12,7 +12,10 @@ from splitlearn.selection import Availability, FlagSet, parse
 from ui import choice, flag_view, view
 
 Updates = dict[Any, Any]
-PRESETS_HELP = "The earlier-* presets repeat an earlier system's comparison. They and 'all' compile: minutes at first."
+PRESETS_HELP = (
+    "The earlier-* presets repeat an earlier system's comparison. They and 'all' compile: minutes at first; 'all' has "
+    "lossy flags, too."
+)
 WORDS_HELP = (
     "As on the command line: a set as above, a list such as use_cache,inference_mode, or one for each side, such as "
     "full:all client:use_cache trunk:none"
