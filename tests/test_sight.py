@@ -72,6 +72,7 @@ def test_metrics_and_log_are_exactly_what_happened(trunk: Trunk, files: ModelFil
         with Raw(trunk.address) as third:
             assert third.refusal(opening(files))[0].name == "RESOURCE_EXHAUSTED"
         first.end()
+        assert eventually(lambda: value(counted(trunk), "sessions_closed_total", cause="done") == 1)
         assert second.refusal(step(hidden(files, 1), 9, 2))[0].name == "INVALID_ARGUMENT"
     with Raw(trunk.address) as other:
         other.refusal(opening(files, model="a name that is nowhere else"))
