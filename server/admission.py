@@ -8,13 +8,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from splitlearn.errors import InputError, TrunkFull, TrunkUnavailable
 from splitlearn.kv import KVPool, Run
 
-# How often a waiting session looks whether its client is still there.
-LOOK_S = 0.05
 FIRST_GUESS_S = 5.0
 RETRY_S = (0.1, 30.0)
 DRAINING = "this trunk server is shutting down"
@@ -28,6 +26,15 @@ class Place:
     since: float = 0.0
 
 
+@dataclass(eq=False)
+class _Ticket:
+    """A session in the line. It is woken when it has a place, and when it need not wait any more."""
+
+    tokens: int
+    place: Place | None = None
+    wake: threading.Event = field(default_factory=threading.Event)
+
+
 class Admission:
     """Hands out places. `sessions` and `waiting` say how many there are now."""
 
@@ -35,8 +42,8 @@ class Admission:
         self.pool = pool
         self.sessions = 0
         self._max_sessions, self._max_waiting = max_sessions, max_waiting
-        self._changed = threading.Condition()
-        self._line: deque[object] = deque()
+        self._lock = threading.Lock()
+        self._line: deque[_Ticket] = deque()
         self._stay_s = FIRST_GUESS_S
         self._draining = False
 
@@ -45,48 +52,61 @@ class Admission:
         """Sessions in the line."""
         return len(self._line)
 
-    def enter(self, tokens: int, timeout_s: float, wanted: Callable[[], bool]) -> Place:
-        """A place with room for `tokens` (0: no KV memory), waited for at most `timeout_s` while it is `wanted`.
+    def enter(self, tokens: int, timeout_s: float, when_gone: Callable[[Callable[[], None]], bool]) -> Place:
+        """A place with room for `tokens` (0: no KV memory), waited for at most `timeout_s`.
 
-        Raises TrunkFull for a full line and for a wait that was too long, InputError for what never fits,
+        `when_gone` is given what is to be called when nobody waits for the place any more; it returns False if that is
+        so already. Raises TrunkFull for a full line and for a wait that was too long, InputError for what never fits,
         TrunkUnavailable when the server is shutting down.
         """
         if tokens > self.pool.capacity:
             limit = f"at most {self.pool.capacity} tokens: server.kv_bytes has room for no more"
             raise InputError("max_length", tokens, limit)
-        ticket, deadline = object(), time.monotonic() + timeout_s
-        with self._changed:
-            if len(self._line) >= self._max_waiting and (self._line or not self._room(tokens)):
+        with self._lock:
+            self._check_open()
+            if not self._line and self._room(tokens):
+                return self._take(tokens)
+            if len(self._line) >= self._max_waiting:
                 raise self._full(f"{len(self._line)} sessions are waiting already", "line_full")
+            ticket = _Ticket(tokens)
             self._line.append(ticket)
-            try:
-                while True:
-                    if self._draining:
-                        raise TrunkUnavailable(DRAINING, "draining")
-                    if self._line[0] is ticket and self._room(tokens):
-                        return self._take(tokens)
-                    left = deadline - time.monotonic()
-                    if left <= 0 or not wanted():
-                        raise self._full(f"there was no room within {timeout_s:g} s", "wait_over")
-                    self._changed.wait(min(left, LOOK_S))
-            finally:
-                self._line.remove(ticket)
-                self._changed.notify_all()
+        if not when_gone(ticket.wake.set):
+            ticket.wake.set()
+        ticket.wake.wait(timeout_s)
+        with self._lock:
+            if ticket.place is not None:
+                return ticket.place
+            self._line.remove(ticket)
+            self._admit()  # those behind it may need less
+            self._check_open()
+            raise self._full(f"there was no room within {timeout_s:g} s", "wait_over")
 
     def leave(self, place: Place) -> None:
         """Give a place back."""
-        with self._changed:
+        with self._lock:
             self.sessions -= 1
             if place.run is not None:
                 self.pool.release(place.run)
             self._stay_s += 0.2 * (time.monotonic() - place.since - self._stay_s)
-            self._changed.notify_all()
+            self._admit()
 
     def drain(self) -> None:
         """Let nobody in any more."""
-        with self._changed:
+        with self._lock:
             self._draining = True
-            self._changed.notify_all()
+            for ticket in self._line:
+                ticket.wake.set()
+
+    def _admit(self) -> None:
+        """Give places to the first in the line, as far as there is room."""
+        while self._line and not self._draining and self._room(self._line[0].tokens):
+            ticket = self._line.popleft()
+            ticket.place = self._take(ticket.tokens)
+            ticket.wake.set()
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise TrunkUnavailable(DRAINING, "draining")
 
     def _room(self, tokens: int) -> bool:
         return self.sessions < self._max_sessions and (not tokens or self.pool.fits(tokens))

@@ -1,5 +1,6 @@
 """From settings to what serves: the checked weights, the stage in memory, its KV pool and its engine."""
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -73,6 +74,8 @@ def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> 
     prompt_tokens = server.prompt_tokens or (trial.prompt_tokens() if gather_s else 1)
     engine = Engine(stage, admission, prompt_tokens, gather_s, metrics, thread)
     loaded_s, imports = loaded.load_s, loaded.import_rss_bytes
+    gc.collect()
+    gc.freeze()  # what is here stays: a collection that looks through all of it stops every session meanwhile
     return Served(files, plan, placement, own, threads, loaded_s, imports, engine, admission, metrics)
 
 

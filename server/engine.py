@@ -66,10 +66,16 @@ class Engine:
         """Steps that are in no forward yet."""
         return sum(not job.seat.running for job in tuple(self._jobs))
 
-    def open(self, applied: frozenset[str], max_length: int, timeout_s: float, wanted: Callable[[], bool]) -> Seat:
+    def open(
+        self,
+        applied: frozenset[str],
+        max_length: int,
+        timeout_s: float,
+        when_gone: Callable[[Callable[[], None]], bool],
+    ) -> Seat:
         """A session with room for `max_length` tokens, once there is. Raises as `Admission.enter`."""
         keeps = settings(applied).new_cache is not None
-        place = self._admission.enter(max_length if keeps else 0, timeout_s, wanted)
+        place = self._admission.enter(max_length if keeps else 0, timeout_s, when_gone)
         cache = self._admission.pool.cache(place.run) if place.run else None
         seat = Seat(LocalSession(cache, settings(applied), max_length), applied, place)
         with self._arrived:

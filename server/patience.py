@@ -4,12 +4,13 @@ A session holds a thread and KV memory: one that sends no Open, brings no step, 
 keep them. What the server itself takes for an answer does not count.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
+
+from splitlearn.watchdog import Watchdog
 
 LOOK_S = 0.25
 NEVER = float("inf")
@@ -20,41 +21,18 @@ class Patience:
 
     def __init__(self, open_s: float, idle_s: float) -> None:
         self.open_s, self.idle_s = open_s, idle_s
-        self._lock = threading.Lock()
-        self._calls: set[Watched] = set()
-        self._looking = False
+        self._watchdog = Watchdog(LOOK_S)
 
-    def watch(self, context: grpc.ServicerContext, late: Callable[[str], None]) -> "Watched":
+    def watch(self, context: grpc.ServicerContext, late: Callable[[str], None]) -> "Call":
         """Watch a call until it ends; `late` is told not_opened or idle when its client is too late."""
-        call = Watched(self, context, late)
-        with self._lock:
-            self._calls.add(call)
-            if not self._looking:
-                self._looking = True
-                threading.Thread(target=self._look, daemon=True).start()
-        if not context.add_callback(lambda: self._forget(call)):
-            self._forget(call)
+        call = Call(self, context, late)
+        self._watchdog.watch(call)
+        if not context.add_callback(lambda: self._watchdog.drop(call)):
+            self._watchdog.drop(call)
         return call
 
-    def _forget(self, call: "Watched") -> None:
-        with self._lock:
-            self._calls.discard(call)
 
-    def _look(self) -> None:
-        while True:
-            time.sleep(LOOK_S)
-            now = time.monotonic()
-            with self._lock:
-                if not self._calls:
-                    self._looking = False
-                    return
-                late = [call for call in self._calls if now > min(call.read_by, call.written_by)]
-                self._calls.difference_update(late)
-            for call in late:
-                call.end()
-
-
-class Watched:
+class Call:
     """One call. `read_by` and `written_by` are the moments by which its client must have sent, and taken, something."""
 
     def __init__(self, patience: Patience, context: grpc.ServicerContext, late: Callable[[str], None]) -> None:
@@ -62,6 +40,10 @@ class Watched:
         self._context: Any = context
         self._opened = False
         self.read_by = self.written_by = NEVER
+
+    def due_s(self) -> float:
+        """Whichever of the two comes first."""
+        return min(self.read_by, self.written_by)
 
     def requests(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """The same messages, each waited for only so long."""
@@ -85,7 +67,7 @@ class Watched:
             yield answer
             self.written_by = NEVER
 
-    def end(self) -> None:
+    def overdue(self) -> None:
         """End the call with DEADLINE_EXCEEDED.
 
         Of gRPC's public ways to end a call, one is for the handler's own thread, which is the one that waits here, and

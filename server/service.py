@@ -126,7 +126,7 @@ class TrunkService:
             yield from visit.handed_on(self._others.session(flags, first, requests, context))
             return
         began, timeout_s = time.perf_counter(), min(opening.timeout_s or DEFAULT_WAIT_S, self._limits.max_wait_s)
-        seat = self._served.engine.open(applied, opening.max_length, timeout_s, context.is_active)
+        seat = self._served.engine.open(applied, opening.max_length, timeout_s, context.add_callback)
         stay = Stay(self._served, seat, guest, visit, opening.max_length, timeout_s)
         # The stream can end while this generator waits at a yield: then only the callback runs in time.
         if not context.add_callback(stay.close):

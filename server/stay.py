@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 
+import torch
 from google.protobuf.message import DecodeError
 
 from server.access import Guest
@@ -45,17 +46,13 @@ class Stay:
         done = self._served.engine.step(self._seat, position, x, self._timeout_s, roll_back)
         computed = time.perf_counter()
         wanted = min(step.answer_last or tokens, tokens)
-        data = self._rows.to_bytes(done.x[:, tokens - wanted :])
-        result = pb.StepResult(
-            sequence_id=step.sequence_id,
-            step_id=step.step_id,
-            decode_s=decoded - started - (held_up_s - held_up_before_s),
-            queue_s=done.queue_s + held_up_s,
-            trunk_s=done.trunk_s,
-            encode_s=time.perf_counter() - computed,
-            compile_s=done.compile_s,
-        )
-        yield from self._answers(result, position + tokens - wanted, data)
+        messages = self._answers(step, position + tokens - wanted, done.x[:, tokens - wanted :])
+        last = messages[-1].result
+        last.decode_s = decoded - started - (held_up_s - held_up_before_s)
+        last.queue_s, last.trunk_s, last.compile_s = done.queue_s + held_up_s, done.trunk_s, done.compile_s
+        last.encode_s = time.perf_counter() - computed
+        for message in messages:
+            yield message.SerializeToString()
         self._visit.stepped(tokens, wanted, self._seat.session.recomputes, done.queue_s)
 
     def close(self) -> None:
@@ -77,14 +74,22 @@ class Stay:
         self._parts.append(step.hidden.data)
         self._tokens += tokens
 
-    def _answers(self, result: pb.StepResult, position: int, data: bytes) -> Iterator[bytes]:
-        row = self._rows.row_bytes(self._hidden_size)
+    def _answers(self, step: pb.Step, position: int, x: torch.Tensor) -> list[pb.ServerMessage]:
+        """The answer `x` [1, T, H] to `step`, in as many parts as it takes. How long things took goes with the last."""
+        data, row = self._rows.to_bytes(x), self._rows.row_bytes(self._hidden_size)
         size = codec.part_bytes(row)
-        for start in range(0, len(data), size):
-            part = data[start : start + size]
-            result.position, result.more = position + start // row, start + size < len(data)
-            result.hidden.CopyFrom(codec.message(part, self._rows, self._hidden_size))
-            yield pb.ServerMessage(result=result).SerializeToString()
+        return [
+            pb.ServerMessage(
+                result=pb.StepResult(
+                    sequence_id=step.sequence_id,
+                    step_id=step.step_id,
+                    position=position + start // row,
+                    hidden=codec.message(data[start : start + size], self._rows, self._hidden_size),
+                    more=start + size < len(data),
+                )
+            )
+            for start in range(0, len(data), size)
+        ]
 
 
 def parse(raw: bytes, kind: str) -> pb.ClientMessage:

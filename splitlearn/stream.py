@@ -4,7 +4,6 @@ What the client waits for the trunk is taken apart with the durations that the s
 clocks are not compared): wire = round trip - what the server says it spent.
 """
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +18,15 @@ from splitlearn.events import StageTiming
 from splitlearn.flags import settings
 from splitlearn.split import SplitPlan
 from splitlearn.stages import StageOutput
+from splitlearn.watchdog import Watchdog
 from splitlearn.wire import PROTOCOL, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.rows import Rows
 from splitlearn.wire.status import error_of
 
 CLOSE_TIMEOUT_S = 2.0
-WATCH_S = 0.5
+# gRPC's own deadline counts for a whole stream, not for a step.
+_watchdog = Watchdog(look_s=0.5)
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,10 @@ class Stream:
         self._steps = 0
         self._part_bytes = 0
         self._deadline = float("inf")
-        self._over = threading.Event()
+        self._over = False
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/Session")
         self._call = method(iter(self._outgoing.get, None))
-        threading.Thread(target=self._watch, daemon=True).start()
+        _watchdog.watch(self)
 
     def open(self, wait_s: float) -> pb.Opened:
         """Send the opening message and wait for its reply."""
@@ -145,7 +146,7 @@ class Stream:
     def close(self) -> int | None:
         """End the stream in order, so that the trunk frees the session: the trunk's peak memory in bytes, and the
         channel can be used again. None when the stream was over before, or broke; then the channel is closed."""
-        if self._over.is_set():
+        if self._over:
             return None
         self._deadline = time.monotonic() + CLOSE_TIMEOUT_S
         self._outgoing.put(None)
@@ -155,21 +156,33 @@ class Stream:
             # The session is over either way, and why it broke has been raised where it was noticed.
             self.drop()
             return None
-        self._over.set()
+        self._end()
         self._call.cancel()
         return peak_rss_bytes
 
     def leave(self) -> None:
         """After a refusal: the stream is over, and its channel can be used again."""
-        self._over.set()
+        self._end()
         self._outgoing.put(None)
 
     def drop(self) -> None:
         """Break off, and close the channel: nothing of a stream that was lost is waited for."""
-        self._over.set()
+        self._end()
         self._outgoing.put(None)
         self._call.cancel()
         self.channel.close()
+
+    def due_s(self) -> float:
+        """When the next reply must be here."""
+        return self._deadline
+
+    def overdue(self) -> None:
+        """It is not: whoever waits for it is told."""
+        self._call.cancel()
+
+    def _end(self) -> None:
+        self._over = True
+        _watchdog.drop(self)
 
     def _encode(self, position: int, data: bytes, roll_back: bool, answer_last: int) -> list[bytes]:
         self._steps += 1
@@ -229,9 +242,3 @@ class Stream:
             raise TrunkFailed(f"The trunk answered {tokens} positions instead of {wanted}.")
         data = b"".join(result.hidden.data for result in results)
         return self._rows.from_bytes(data, hidden_size).to(self._served.dtype)
-
-    def _watch(self) -> None:
-        """Cancel the call when a reply is overdue: gRPC's own deadline counts for a whole stream, not for a step."""
-        while not self._over.wait(WATCH_S):
-            if time.monotonic() > self._deadline:
-                self._call.cancel()

@@ -217,7 +217,7 @@ def test_a_session_that_goes_back_beside_one_that_is_refused_gets_its_answer(
     whole, other = hidden(files, 9), hidden(files, 1, seed=1)
     with serve_here(files) as here:
         engine = here.served.engine
-        back, ahead, first = (engine.open(CACHED, 20, 5.0, lambda: True) for _ in range(3))
+        back, ahead, first = (engine.open(CACHED, 20, 5.0, lambda gone: True) for _ in range(3))
         wanted = engine.step(back, 0, whole, 5.0).x[:, 8:]
         monkeypatch.setattr(LocalStage, "step", wait_and_step)
         with ThreadPoolExecutor(3) as pool:
