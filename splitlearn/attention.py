@@ -22,6 +22,8 @@ from llvmlite import ir
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
+from splitlearn.jit import compiled
+
 # Sums may be taken in any order; that a number may be NaN or infinite is not given up: the server looks for those.
 ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
 CACHE_LINE = 64
@@ -156,15 +158,7 @@ def _add_up(weights: Any, values: Any, ahead: Any, out: Any) -> None:
                 out[head, d] += weights[head, at] * _float(values[at, d])
 
 
-def _compiled(function: Callable[..., None]) -> Any:
-    """`function` in machine code, kept for later processes where a folder for that can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba says at once that it found none
-        return numba.njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def _attend(query: Any, keys: Any, values: Any, starts: Any, lengths: Any, scale: Any, out: Any) -> None:
     """As `attend`, for `query` [T, heads, size], to `out` [T, heads, size of values]."""
     groups, shared = len(keys), query.shape[1] // len(keys)

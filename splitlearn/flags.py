@@ -13,13 +13,14 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from splitlearn import caches, prepacked
+from splitlearn import caches, prepacked, quantized
 from splitlearn.drafts import PromptLookup, Proposer
 from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
 from splitlearn.wire.rows import Int8Blocks, Plain, Rows
@@ -39,8 +40,9 @@ class Settings:
     `new_cache` makes a session's cache for a number of layers and at most a number of tokens; None keeps none.
     `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2).
     `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
-    None leaves the model's own. `wire` is the form of hidden states on the wire, None for that in which they are
-    computed. `proposer` makes what guesses an answer's next tokens; None decodes one by one.
+    None leaves the model's own. `head` is the same for the LM head, where that differs. `wire` is the form of hidden
+    states on the wire, None for that in which they are computed. `proposer` makes what guesses an answer's next tokens;
+    None decodes one by one.
     `piece_tokens` is how many tokens of a prompt go through the stages at once; None: all.
     """
 
@@ -49,6 +51,7 @@ class Settings:
     assign_weights: bool = False
     attention: str | None = None
     linear: MakeLinear | None = None
+    head: MakeLinear | None = None
     compile_module: Callable[[nn.Module], None] | None = None
     new_cache: Callable[[int, int], Cache] | None = None
     forward_arguments: Mapping[str, bool] = field(default_factory=dict)
@@ -147,6 +150,12 @@ def _keep(kind: Callable[[int, int], Cache]) -> Apply:
     return lambda settings: replace(settings, new_cache=kind) if settings.new_cache else settings
 
 
+def _quantized(bits: int) -> Apply:
+    """The LM head has 8 bits in any case: a logit is one product, where a hidden state is a sum of many layers'."""
+    layer, head = (partial(quantized.QuantizedLinear, bits=each) for each in (bits, 8))
+    return lambda settings: replace(settings, linear=layer, head=head)
+
+
 def _needs_cuda(place: Place) -> str | None:
     return None if place.device.startswith("cuda") else f"needs a CUDA device; this is {place.device}"
 
@@ -161,6 +170,10 @@ def _needs_roll_back(place: Place) -> str | None:
 
 def _needs_onednn(place: Place) -> str | None:
     return prepacked.why_not(place.device, place.dtype)
+
+
+def _needs_cpu(place: Place) -> str | None:
+    return quantized.why_not(place.device)
 
 
 def _needs_compiler(place: Place) -> str | None:
@@ -245,6 +258,19 @@ FLAGS: Mapping[str, Flag] = {
             fidelity="rounding",
             scope="load",
             unavailable=_needs_onednn,
+        ),
+        Flag(
+            "weight_dtype",
+            "weight_dtype",
+            "Linear layers' weights are rounded to 4 bits (the LM head's to 8), or all to 8, with a scale and an "
+            "offset for every 32 of them, on a CPU. In place of weight_prepack.",
+            "Linear layers' weights have the model's dtype.",
+            {"as computed": _same, "int8": _quantized(8), "int4": _quantized(4)},
+            applied="int4",
+            fidelity="lossy",
+            scope="load",
+            on_by_default=False,
+            unavailable=_needs_cpu,
         ),
         Flag(
             "torch_compile",

@@ -19,9 +19,10 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from splitlearn import proof
+from splitlearn.blocks import LANES
 from splitlearn.errors import WeightsDamaged
 from splitlearn.families import join
-from splitlearn.flags import MakeLinear, Settings, settings
+from splitlearn.flags import Settings, settings
 from splitlearn.process import default_threads, resident_bytes
 from splitlearn.split import CutModel, SplitPlan, carve
 from splitlearn.stages import LocalStage
@@ -116,8 +117,7 @@ def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, wan
         copies = {} if wanted.assign_weights else _second_copy(weights, files, cuts)
         have = dict(copies)
         for cut in cuts:
-            if wanted.linear is not None:
-                _replace_linears(cut, wanted.linear, partial(_get_apart, files, copies), placement.dtype)
+            _replace_linears(cut, wanted, partial(_get_apart, files, copies), placement.dtype)
             for name, empty in cut.module.state_dict(keep_vars=True).items():
                 full = cut.full_name(name)
                 tensor = have[full] if full in have else _read(weights, files, full)
@@ -125,13 +125,16 @@ def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, wan
                 _put(cut.module, name, have[full], isinstance(empty, nn.Parameter))
 
 
-def _replace_linears(cut: CutModel, linear: MakeLinear, get: Callable[[str], torch.Tensor], dtype: torch.dtype) -> None:
-    """Put what `linear` makes of their weights in the place of the linear layers."""
-    for path, layer in list(cut.module.named_modules()):
-        if type(layer) in LINEAR:
+def _replace_linears(cut: CutModel, wanted: Settings, get: Callable[[str], torch.Tensor], dtype: torch.dtype) -> None:
+    """Put what `wanted` makes of their weights in the place of the linear layers and of the LM head."""
+    module: Any = cut.module
+    head = module.get_output_embeddings() if cut.last else None
+    for path, layer in list(module.named_modules()):
+        make = (layer is head and wanted.head) or wanted.linear
+        if make is not None and type(layer) in LINEAR:
             whole = partial(get, cut.full_name(join(path, "weight")))
             bias = None if layer.bias is None else get(cut.full_name(join(path, "bias"))).to(dtype, copy=True)
-            cut.module.set_submodule(path, linear(_pieces(whole, type(layer) is Conv1D, dtype), bias))
+            module.set_submodule(path, make(_pieces(whole, type(layer) is Conv1D, dtype), bias))
 
 
 def _pieces(whole: Callable[[], torch.Tensor], transposed: bool, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -142,7 +145,7 @@ def _pieces(whole: Callable[[], torch.Tensor], transposed: bool, dtype: torch.dt
     start, end = 0, 1
     while start < end:
         weight = whole().t() if transposed else whole()
-        end, rows = len(weight), max(1, PIECE_BYTES // (weight.shape[1] * weight.element_size()))
+        end, rows = len(weight), LANES * max(1, PIECE_BYTES // (LANES * weight.shape[1] * weight.element_size()))
         yield weight[start : start + rows].to(dtype).contiguous()
         start += rows
 

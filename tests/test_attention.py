@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from splitlearn import attention
 from splitlearn.attention import attend
+from splitlearn.jit import compiled
 from splitlearn.kv import KVPool, KVShape, Run
 
 BLOCK = 8
@@ -114,7 +115,6 @@ def test_where_no_folder_can_keep_what_was_compiled_it_is_compiled_all_the_same(
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
     with pytest.raises(RuntimeError, match="no locator"):
         numba.njit(cache=True)(test_scores_far_apart_leave_the_largest_alone)
-    compiled = attention._compiled(attention._attend.py_func)
-    monkeypatch.setattr(attention, "_attend", compiled)
+    monkeypatch.setattr(attention, "_attend", compiled(attention._attend.py_func))
     made = case([5, 9])
     torch.testing.assert_close(made.attended(), made.expected(), rtol=1e-5, atol=1e-5)

@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("attention", "breaker", "drafts", "errors", "native", "progress", "stop", "threads"),
-    ("caches", "config", "families", "machine", "prepacked", "process", "sampling", "store"),
-    ("convert", "wire"),
+    ("blocks", "breaker", "drafts", "errors", "jit", "native", "progress", "stop", "threads", "watchdog"),
+    ("attention", "caches", "config", "families", "machine", "prepacked", "process", "products", "sampling", "store"),
+    ("convert", "quantized", "wire"),
     ("events", "flags", "split", "tokens"),
     ("kv",),
     ("packed",),

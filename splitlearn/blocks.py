@@ -1,0 +1,45 @@
+"""Weights in few bits: a matrix [N, K] as blocks, each value a whole number times a scale, plus an offset.
+
+Scale and offset are shared by GROUP neighbouring values of a row (asymmetric round-to-nearest, as the Q4_1 of GGUF; so
+weights that came from such a file stay what they are). products.py multiplies with them and says how a block lies.
+"""
+
+import torch
+from torch.nn.functional import pad
+
+LANES, GROUP = 16, 32
+SCALES_BYTES = 2 * 2 * LANES
+
+
+def block_bytes(bits: int) -> int:
+    """Bytes of one block of `bits`, 4 or 8."""
+    return SCALES_BYTES + GROUP * LANES * bits // 8
+
+
+def to_blocks(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """`weight` [N, K] rounded to `bits`, uint8 [ceil(N / LANES), ceil(K / GROUP), bytes of a block]; zeros fill up.
+
+    The smallest value of a group is its offset, the distance to the largest / (2**bits - 1) its scale.
+    """
+    whole = pad(weight.float(), (0, -weight.shape[1] % GROUP, 0, -weight.shape[0] % LANES))
+    values = whole.view(len(whole) // LANES, LANES, -1, GROUP).transpose(1, 2)
+    low, high = values.amin(-1), values.amax(-1)
+    scale, offset = ((high - low) / (2**bits - 1)).half(), low.half()
+    steps = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(-1)
+    q = ((values - offset.float().unsqueeze(-1)) / steps).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    q = q.transpose(2, 3)
+    if bits == 4:
+        q = q[:, :, : GROUP // 2] | q[:, :, GROUP // 2 :] << 4
+    scales = torch.stack([scale, offset], dim=2).view(torch.uint8)
+    return torch.cat([scales.flatten(2), q.flatten(2)], dim=2)
+
+
+def from_blocks(blocks: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """The matrix [n, k] in float32 that `blocks` stand for."""
+    groups, count, size = blocks.shape
+    scales = blocks[:, :, :SCALES_BYTES].contiguous().view(torch.float16).view(groups, count, 2, 1, LANES).float()
+    q = blocks[:, :, SCALES_BYTES:].reshape(groups, count, -1, LANES)
+    if size == block_bytes(4):
+        q = torch.cat([q & 15, q >> 4], dim=2)
+    values = q.float() * scales[:, :, 0] + scales[:, :, 1]
+    return values.permute(0, 3, 1, 2).reshape(groups * LANES, count * GROUP)[:n, :k].contiguous()
