@@ -34,7 +34,7 @@ proto: .venv/installed-test ## generate the wire protocol's Python code from tru
 docs: .venv/installed ## generate docs/flags.md (docs/families.md: python -m splitlearn.proof, minutes)
 	$(BIN)/python -m splitlearn flags --markdown >docs/flags.md
 
-bench: .venv/installed-test weights ## the side-by-side measurements of bench/
+bench: .venv/installed-bench weights ## the side-by-side measurements of bench/
 	$(BIN)/python -m bench
 
 clean: ## remove .venv and what the tools left; the weights in the cache folder stay
@@ -57,6 +57,10 @@ weights: .venv/installed
 
 .venv/installed-test: requirements-test.txt .venv/installed
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt
+	@touch $@
+
+.venv/installed-bench: bench/requirements.txt .venv/installed-test
+	$(BIN)/pip install --disable-pip-version-check -r $<
 	@touch $@
 
 # Debian's packages. What needs them skips, saying so, where they cannot be had.

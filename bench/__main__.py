@@ -24,6 +24,7 @@ BENCHES = (
     "lookup",
     "overlap",
     "flips",
+    "llama",
 )
 
 

@@ -1,6 +1,7 @@
 """transformers' own `generate()` in a worker process, timed token by token with the definitions of the other arms."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -40,9 +41,9 @@ class Reference:
     def __init__(self, spec: ArmSpec) -> None:
         self._child = process.start("The generate() worker process", _main, spec)
 
-    def run(self, prompt: str, count: int) -> Generated:
+    def run(self, prompt: str, count: int, *, chat: bool = True) -> Generated:
         """One call of generate()."""
-        self._child.send((prompt, count))
+        self._child.send((prompt, count, chat))
         found: Generated = self._child.receive()
         return found
 
@@ -57,14 +58,14 @@ def _main(connection: Connection, spec: ArmSpec) -> None:
     model.generation_config.eos_token_id = None
     tokens = Tokens.load(spec.files.folder, use_fast=True)
     while True:
-        prompt, count = connection.recv()
-        connection.send(_generate(model, tokens, prompt, count))
+        prompt, count, chat = connection.recv()
+        connection.send(_generate(model, tokens.encode(prompt, chat=chat), count))
 
 
-def _generate(model: torch.nn.Module, tokens: Tokens, prompt: str, count: int) -> Generated:
+def _generate(model: torch.nn.Module, prompt_ids: Sequence[int], count: int) -> Generated:
     clock, started = _Clock(), time.perf_counter()
-    ids = torch.tensor([tokens.encode(prompt, chat=True)])
+    ids = torch.tensor([prompt_ids])
     mask = torch.ones_like(ids)
     out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, streamer=clock)  # type: ignore[operator]
     first, last = clock.times[1], clock.times[-1]
-    return Generated(tuple(out[0, ids.shape[1] :].tolist()), first - started, (last - first) / (count - 1))
+    return Generated(tuple(out[0, ids.shape[1] :].tolist()), first - started, (last - first) / max(1, count - 1))

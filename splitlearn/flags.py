@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from splitlearn import caches, prepacked, quantized
+from splitlearn import caches, prepacked, quantized, row_attention
 from splitlearn.drafts import PromptLookup, Proposer
 from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
 from splitlearn.wire.rows import Int8Blocks, Plain, Rows
@@ -38,7 +38,8 @@ class Settings:
     """The seams. The values here are what runs when every flag is off.
 
     `new_cache` makes a session's cache for a number of layers and at most a number of tokens; None keeps none.
-    `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2).
+    `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2);
+    `sdpa` is what attends where sdpa is chosen.
     `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
     None leaves the model's own. `head` is the same for the LM head, where that differs. `wire` is the form of hidden
     states on the wire, None for that in which they are computed. `proposer` makes what guesses an answer's next tokens;
@@ -50,6 +51,7 @@ class Settings:
     use_fast_tokenizer: bool = False
     assign_weights: bool = False
     attention: str | None = None
+    sdpa: str = "sdpa"
     linear: MakeLinear | None = None
     head: MakeLinear | None = None
     compile_module: Callable[[nn.Module], None] | None = None
@@ -176,6 +178,10 @@ def _needs_cpu(place: Place) -> str | None:
     return quantized.why_not(place.device)
 
 
+def _needs_float32_on_cpu(place: Place) -> str | None:
+    return row_attention.why_not(place.device, place.dtype)
+
+
 def _needs_compiler(place: Place) -> str | None:
     if place.device == "cpu" and not place.has_compiler:
         return "needs a C++ compiler (g++ or clang++) on this machine"
@@ -248,6 +254,18 @@ FLAGS: Mapping[str, Flag] = {
             applied="reserved",
             sides=LOCAL,
             fidelity="rounding",
+        ),
+        Flag(
+            "row_attention",
+            "row_attention",
+            "One token attends in a kernel that is compiled here, where torch's sdpa would do, on a CPU in float32. "
+            "The compiler takes 100 MB of memory in each process.",
+            "sdpa, whatever the number of tokens.",
+            _on(sdpa=row_attention.NAME),
+            fidelity="rounding",
+            scope="load",
+            on_by_default=False,
+            unavailable=_needs_float32_on_cpu,
         ),
         Flag(
             "weight_prepack",

@@ -108,7 +108,11 @@ def _skeleton(architecture: Any, config: Any, spec: StageSpec, wanted: Settings,
     """A cut model whose parameters take no memory yet; its computed buffers (rotary frequencies) are real."""
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = architecture._from_config(config, attn_implementation=wanted.attention, dtype=dtype)
-    return carve(model.eval(), spec.start, spec.end, first=spec.first, last=spec.last)
+    cut = carve(model.eval(), spec.start, spec.end, first=spec.first, last=spec.last)
+    for own in cut.configs:
+        if own._attn_implementation == "sdpa":
+            own._attn_implementation = wanted.sdpa
+    return cut
 
 
 def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, wanted: Settings) -> None:

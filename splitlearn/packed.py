@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from splitlearn import row_attention
 from splitlearn.kv import PooledCache
 from splitlearn.split import CutModel
 from splitlearn.threads import computing_on
@@ -134,7 +135,7 @@ def _attending(cut: CutModel, parts: Sequence[Packed]) -> Iterator[None]:
     """Within it the model's layers attend by `_attend`."""
     before = [config._attn_implementation for config in cut.configs]
     module: Any = cut.module
-    used = module.config._attn_implementation
+    used = "sdpa" if module.config._attn_implementation == row_attention.NAME else module.config._attn_implementation
     readable = used == "sdpa" and parts[0].cache.pool.arrays
     single = len(list(takewhile(lambda part: part.tokens == 1, parts))) if readable else 0
     starts = np.array([part.cache.run.start for part in parts])

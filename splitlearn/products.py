@@ -1,6 +1,6 @@
 """Products of float32 rows with a matrix that lies in blocks of few bits, in one compiled call.
 
-    multiply(blocks, x, out)    # x [T, K], out [T, N], both float32
+    multiply(blocks, four_bits, x, out)    # x [T, K], out [T, N], both float32 and contiguous
 
 The matrix [N, K] is read once, as one stream, for up to eight rows at a time. A block is GROUP columns of LANES rows of
 the matrix: a float16 scale for each of the LANES, a float16 offset for each, then the whole numbers q, of which each
@@ -18,11 +18,9 @@ from functools import reduce
 from typing import Any
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
 from splitlearn.blocks import GROUP, LANES, SCALES_BYTES, block_bytes
 from splitlearn.jit import compiled
@@ -32,12 +30,6 @@ SUMS = 8
 FLOATS, INTS, BYTES, HALVES = (
     ir.VectorType(kind, LANES) for kind in (ir.FloatType(), ir.IntType(32), ir.IntType(8), ir.HalfType())
 )
-
-
-def multiply(blocks: NDArray[np.uint8], x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    """`out` [T, N] is set to `x` [T, K] times the transposed matrix [N, K], where `blocks` are contiguous and of shape
-    [N / LANES, K / GROUP, bytes of a block]."""
-    _multiply(blocks.reshape(-1), blocks.shape[2] == block_bytes(4), x, out)
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -118,7 +110,9 @@ def _in_all_lanes(builder: Any, value: Any) -> Any:
 
 
 @compiled
-def _multiply(blocks: Any, four_bits: Any, x: Any, out: Any) -> None:
+def multiply(blocks: Any, four_bits: Any, x: Any, out: Any) -> None:
+    """`out` [T, N] is set to `x` [T, K] times the transposed matrix [N, K], where `blocks` are contiguous, all bytes of
+    [N / LANES, K / GROUP, bytes of a block] one after the other."""
     n_rows, width, n = len(x), x.shape[1], out.shape[1]
     flat, results = x.reshape(-1), out.reshape(-1)
     for first in range(0, n, LANES):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("blocks", "breaker", "drafts", "errors", "jit", "native", "progress", "stop", "threads", "watchdog"),
     ("attention", "caches", "config", "families", "machine", "prepacked", "process", "products", "sampling", "store"),
-    ("convert", "quantized", "wire"),
+    ("convert", "quantized", "row_attention", "wire"),
     ("events", "flags", "split", "tokens"),
     ("kv",),
     ("packed",),
