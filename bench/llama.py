@@ -6,27 +6,27 @@ llama-cpp-python's low-level calls (bench/requirements.txt), with numpy's argmax
 round activations to 8 bits where ours leave them in float32, so that the two may come to differ in a token.
 """
 
+import json
+import os
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-import numpy as np
 
 from bench.answer import FAST, answer
 from bench.pairs import blocks
 from bench.reference import Generated, Reference
 from bench.report import write
-from splitlearn import fetch, process
+from splitlearn import fetch, native
 from splitlearn.compare import environment
 from splitlearn.config import Config, RunsConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
 from splitlearn.metrics import first_divergence
 from splitlearn.models import CATALOGUE
+from splitlearn.process import default_threads
 from splitlearn.progress import silent
 from splitlearn.runs import Runs
 from splitlearn.tokens import Tokens
@@ -35,7 +35,7 @@ PAIRS = 12
 THREADS = (1, 2)
 TOKENS = 64
 SHORT, LONG = 20, 512
-FLAGS = f"{FAST},weight_dtype=int4"
+FLAGS = f"{FAST},weight_dtype=int4,row_attention"
 OURS, LLAMA, GENERATE = "full, fast", "llama.cpp", "generate()"
 TEXTS = ("prompts.txt", "more_prompts.txt")
 
@@ -60,10 +60,9 @@ def main(runs: Runs) -> None:
 def _prompt(tokens: Tokens, length: int) -> str:
     """A text of so many tokens."""
     text = " ".join((Path(__file__).parent / name).read_text(encoding="utf-8").replace("\n", " ") for name in TEXTS)
-    found = tokens.decode(tokens.encode(text, chat=False)[:length])
-    if len(tokens.encode(found, chat=False)) != length:
-        raise ValueError(f"the first {length} tokens of {' and '.join(TEXTS)} are others when they stand alone")
-    return found
+    ids = tokens.encode(f"{text} {text}", chat=False)
+    parts = (tokens.decode(ids[start : start + length]) for start in range(len(ids) - length))
+    return next(part for part in parts if len(tokens.encode(part, chat=False)) == length)
 
 
 def _rows(config: Config, threads: int, tokens: Tokens, prompts: tuple[str, str], gguf: str) -> list[dict[str, str]]:
@@ -101,7 +100,7 @@ def _ratio(found: dict[str, list[Generated]], baseline: str, key: str) -> str:
 def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> dict[str, list[Generated]]:
     flags = runs.flags(FLAGS)
     spec = runs.spec("full", flags)
-    reference, llama = Reference(spec), process.start("The llama.cpp worker process", _serve, gguf, spec.threads)
+    reference, llama = Reference(spec), _Llama(gguf, spec.threads or default_threads())
     ids = tokens.encode(prompt, chat=False)
     request = GenerationRequest(prompt, max_new_tokens=count, chat=False, ignore_eos=True)
 
@@ -109,14 +108,9 @@ def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> 
         metrics = answer(runs, "full", flags, request)
         return Generated(metrics.token_ids, metrics.ttft_s, metrics.tpot_s or 0.0)
 
-    def theirs() -> Generated:
-        llama.send((ids, count))
-        found: Generated = llama.receive()
-        return found
-
     arms: dict[str, Callable[[], Generated]] = {
         OURS: ours,
-        LLAMA: theirs,
+        LLAMA: lambda: llama.run(ids, count),
         GENERATE: lambda: reference.run(prompt, count, chat=False),
     }
     try:
@@ -128,23 +122,27 @@ def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> 
         llama.stop()
 
 
-def _serve(connection: Connection, gguf: str, threads: int) -> None:
-    """llama.cpp's process."""
-    from llama_cpp import Llama
+class _Llama:
+    """The worker of bench/llama_worker.py, which has the OpenMP wait policy that is llama.cpp's own: its threads meet
+    after every operation."""
 
-    model = Llama(gguf, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
-    while True:
-        ids, count = connection.recv()
-        connection.send(_generated(model, ids, count))
+    def __init__(self, gguf: str, threads: int) -> None:
+        command = [sys.executable, "-m", "bench.llama_worker", gguf, str(threads)]
+        environment = {name: value for name, value in os.environ.items() if name not in native.DEFAULTS}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
+    def run(self, ids: Sequence[int], count: int) -> Generated:
+        """`count` tokens after `ids`, greedily."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise ValueError("the worker has no pipes")
+        print(json.dumps([ids, count]), file=stdin, flush=True)
+        found, ttft_s, tpot_s = json.loads(stdout.readline())
+        return Generated(tuple(found), ttft_s, tpot_s)
 
-def _generated(model: Any, ids: Sequence[int], count: int) -> Generated:
-    found, times, started = list[int](), list[float](), time.perf_counter()
-    model.reset()
-    model.eval(ids)
-    for number in range(count):
-        found.append(int(np.argmax(model.scores[model.n_tokens - 1])))
-        times.append(time.perf_counter())
-        if number + 1 < count:
-            model.eval(found[-1:])
-    return Generated(tuple(found), times[0] - started, (times[-1] - times[0]) / max(1, count - 1))
+    def stop(self) -> None:
+        """End the worker."""
+        self._process.kill()
+        self._process.wait()
