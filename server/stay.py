@@ -46,13 +46,17 @@ class Stay:
         done = self._served.engine.step(self._seat, position, x, self._timeout_s, roll_back)
         computed = time.perf_counter()
         wanted = min(step.answer_last or tokens, tokens)
-        messages = self._answers(step, position + tokens - wanted, done.x[:, tokens - wanted :])
-        last = messages[-1].result
-        last.decode_s = decoded - started - (held_up_s - held_up_before_s)
-        last.queue_s, last.trunk_s, last.compile_s = done.queue_s + held_up_s, done.trunk_s, done.compile_s
-        last.encode_s = time.perf_counter() - computed
-        for message in messages:
-            yield message.SerializeToString()
+        *parts, last = self._answers(step, position + tokens - wanted, done.x[:, tokens - wanted :])
+        took = pb.StepResult(
+            decode_s=decoded - started - (held_up_s - held_up_before_s),
+            queue_s=done.queue_s + held_up_s,
+            trunk_s=done.trunk_s,
+            encode_s=time.perf_counter() - computed,
+            compile_s=done.compile_s,
+        )
+        yield from parts
+        # Protocol Buffers merge what is serialized one after the other: so the time of encoding is in what it encoded.
+        yield last + pb.ServerMessage(result=took).SerializeToString()
         self._visit.stepped(tokens, wanted, self._seat.session.recomputes, done.queue_s)
 
     def close(self) -> None:
@@ -74,8 +78,8 @@ class Stay:
         self._parts.append(step.hidden.data)
         self._tokens += tokens
 
-    def _answers(self, step: pb.Step, position: int, x: torch.Tensor) -> list[pb.ServerMessage]:
-        """The answer `x` [1, T, H] to `step`, in as many parts as it takes. How long things took goes with the last."""
+    def _answers(self, step: pb.Step, position: int, x: torch.Tensor) -> list[bytes]:
+        """The answer `x` [1, T, H] to `step`, in as many parts as it takes."""
         data, row = self._rows.to_bytes(x), self._rows.row_bytes(self._hidden_size)
         size = codec.part_bytes(row)
         return [
@@ -87,7 +91,7 @@ class Stay:
                     hidden=codec.message(data[start : start + size], self._rows, self._hidden_size),
                     more=start + size < len(data),
                 )
-            )
+            ).SerializeToString()
             for start in range(0, len(data), size)
         ]
 
