@@ -1,7 +1,7 @@
-"""The full model as fast as it goes here, against llama.cpp on the file that its weights came from, and against
-transformers' `generate()` in float32.
+"""Full and split as fast as they go here: full against llama.cpp on the file that its weights came from, and against
+transformers' `generate()` in float32, split against full.
 
-Three workers, each with the same number of threads and the same prompt ids; greedy. llama.cpp is evaluated through
+All have the same number of threads and the same prompt ids; greedy. llama.cpp is evaluated through
 llama-cpp-python's low-level calls (bench/requirements.txt), with numpy's argmax in place of its samplers. Its products
 round activations to 8 bits where ours leave them in float32, so that the two may come to differ in a token.
 """
@@ -20,6 +20,7 @@ from bench.pairs import blocks
 from bench.reference import Generated, Reference
 from bench.report import write
 from splitlearn import fetch, native
+from splitlearn.arm import Kind
 from splitlearn.compare import environment
 from splitlearn.config import Config, RunsConfig
 from splitlearn.events import GenerationRequest
@@ -35,8 +36,9 @@ PAIRS = 12
 THREADS = (1, 2)
 TOKENS = 64
 SHORT, LONG = 20, 512
-FLAGS = f"{FAST},weight_dtype=int4,row_attention"
-OURS, LLAMA, GENERATE = "full, fast", "llama.cpp", "generate()"
+FLAGS = f"{FAST},weight_dtype=int4"
+OURS, SPLIT, LLAMA, GENERATE = "full, fast", "split, fast", "llama.cpp", "generate()"
+RATIOS = ((OURS, LLAMA), (OURS, GENERATE), (SPLIT, OURS))
 TEXTS = ("prompts.txt", "more_prompts.txt")
 
 
@@ -71,30 +73,33 @@ def _rows(config: Config, threads: int, tokens: Tokens, prompts: tuple[str, str]
         decode, prefill = (
             _measure(runs, tokens, prompt, count, gguf) for prompt, count in zip(prompts, (TOKENS, 1), strict=True)
         )
-    ours, theirs = decode[OURS][0].token_ids, decode[LLAMA][0].token_ids
-    differ = first_divergence(ours, theirs)
     return [
         {
             "threads": str(threads),
-            "ratio": f"{OURS} / {baseline}",
-            "TPOT, ms": _both(decode, baseline, "tpot_s"),
-            "TPOT": _ratio(decode, baseline, "tpot_s"),
-            f"TTFT of {SHORT}, ms": _both(decode, baseline, "ttft_s"),
-            f"TTFT of {SHORT}": _ratio(decode, baseline, "ttft_s"),
-            f"TTFT of {LONG}, ms": _both(prefill, baseline, "ttft_s"),
-            f"TTFT of {LONG}": _ratio(prefill, baseline, "ttft_s"),
-            "tokens": ("identical" if differ is None else f"differ from {differ} on") if baseline == LLAMA else "",
+            "ratio": f"{name} / {baseline}",
+            "TPOT, ms": _both(decode, name, baseline, "tpot_s"),
+            "TPOT": _ratio(decode, name, baseline, "tpot_s"),
+            f"TTFT of {SHORT}, ms": _both(decode, name, baseline, "ttft_s"),
+            f"TTFT of {SHORT}": _ratio(decode, name, baseline, "ttft_s"),
+            f"TTFT of {LONG}, ms": _both(prefill, name, baseline, "ttft_s"),
+            f"TTFT of {LONG}": _ratio(prefill, name, baseline, "ttft_s"),
+            "tokens": _same(decode[name][0].token_ids, decode[baseline][0].token_ids),
         }
-        for baseline in (LLAMA, GENERATE)
+        for name, baseline in RATIOS
     ]
 
 
-def _both(found: dict[str, list[Generated]], baseline: str, key: str) -> str:
-    return " / ".join(f"{median(getattr(run, key) for run in found[arm]) * 1e3:.1f}" for arm in (OURS, baseline))
+def _same(ids: Sequence[int], others: Sequence[int]) -> str:
+    differ = first_divergence(ids, others)
+    return "identical" if differ is None else f"differ from {differ} on"
 
 
-def _ratio(found: dict[str, list[Generated]], baseline: str, key: str) -> str:
-    return str(effect([getattr(run, key) for run in found[OURS]], [getattr(run, key) for run in found[baseline]]))
+def _both(found: dict[str, list[Generated]], name: str, baseline: str, key: str) -> str:
+    return " / ".join(f"{median(getattr(run, key) for run in found[arm]) * 1e3:.1f}" for arm in (name, baseline))
+
+
+def _ratio(found: dict[str, list[Generated]], name: str, baseline: str, key: str) -> str:
+    return str(effect([getattr(run, key) for run in found[name]], [getattr(run, key) for run in found[baseline]]))
 
 
 def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> dict[str, list[Generated]]:
@@ -104,12 +109,13 @@ def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> 
     ids = tokens.encode(prompt, chat=False)
     request = GenerationRequest(prompt, max_new_tokens=count, chat=False, ignore_eos=True)
 
-    def ours() -> Generated:
-        metrics = answer(runs, "full", flags, request)
+    def run(kind: Kind) -> Generated:
+        metrics = answer(runs, kind, flags, request)
         return Generated(metrics.token_ids, metrics.ttft_s, metrics.tpot_s or 0.0)
 
     arms: dict[str, Callable[[], Generated]] = {
-        OURS: ours,
+        OURS: lambda: run("full"),
+        SPLIT: lambda: run("split"),
         LLAMA: lambda: llama.run(ids, count),
         GENERATE: lambda: reference.run(prompt, count, chat=False),
     }

@@ -2,8 +2,14 @@
 tokens. All are transformers' own, but `reserved`, whose layers are also those of a trunk's pool (kv.py).
 """
 
+from functools import cached_property
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
+
+Arrays = tuple[NDArray[Any], NDArray[Any], int]
 
 
 def dynamic(layers: int, max_length: int) -> Cache:
@@ -58,6 +64,12 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length += new
         return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
+    @cached_property
+    def arrays(self) -> Arrays | None:
+        """Keys and values as `in_memory` gives them, and where they begin; once there are any."""
+        keys, values = in_memory(self.keys), in_memory(self.values)
+        return (keys[0], values[0], keys[1]) if keys and values and keys[1] == values[1] else None
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys in the step to come."""
         return self.length + query_length, 0
@@ -73,3 +85,14 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; their number is negative, as in DynamicLayer."""
         self.length += tokens_to_remove
+
+
+def in_memory(kept: torch.Tensor) -> tuple[NDArray[Any], int] | None:
+    """Keys or values [1, groups, tokens, size] as a part of what they lie in, [groups, capacity, size], and where in it
+    they begin; None where they do not lie so, or where numpy cannot read them or they are not float32."""
+    (batch, groups, _, size), (_, step, row, one) = kept.shape, kept.stride()
+    if batch != 1 or (row, one) != (size, 1) or step % size or kept.device.type != "cpu" or kept.dtype != torch.float32:
+        return None
+    offset = kept.storage_offset()
+    start = offset % step // size
+    return kept.as_strided((groups, step // size, size), (step, size, 1), offset - start * size).numpy(), start

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from splitlearn.split import CutModel
+from splitlearn.split import CutModel, layers_of
 
 
 def first_not_finite(cut: CutModel, again: Callable[[], object]) -> int | None:
@@ -28,13 +28,7 @@ def first_not_finite(cut: CutModel, again: Callable[[], object]) -> int | None:
     with ExitStack() as stack:
         if cut.module._compiled_call_impl is not None:  # compiled code passes hooks by that came after it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for index, layer in enumerate(_layers(cut)):
+        for index, layer in enumerate(layers_of(cut)):
             stack.enter_context(layer.register_forward_hook(look(cut.start + index)))
         again()
     return found[0] if found else None
-
-
-def _layers(cut: CutModel) -> nn.ModuleList:
-    """The stage's own layers. The module of a stage that is not the last is the body alone."""
-    path, body = cut.structure.layers, cut.structure.body
-    return cast(nn.ModuleList, cut.module.get_submodule(path if cut.last else path.removeprefix(f"{body}.")))

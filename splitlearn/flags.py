@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from splitlearn import caches, prepacked, quantized, row_attention
+from splitlearn import caches, fused, prepacked, quantized, row_attention
 from splitlearn.drafts import PromptLookup, Proposer
 from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
+from splitlearn.split import CutModel
 from splitlearn.wire.rows import Int8Blocks, Plain, Rows
 
 Side = Literal["full", "client", "trunk"]
@@ -41,7 +42,8 @@ class Settings:
     `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2);
     `sdpa` is what attends where sdpa is chosen.
     `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
-    None leaves the model's own. `head` is the same for the LM head, where that differs. `wire` is the form of hidden
+    None leaves the model's own. `head` is the same for the LM head, where that differs. `fuse` changes how a stage's
+    layers compute, once they have their weights. `wire` is the form of hidden
     states on the wire, None for that in which they are computed. `proposer` makes what guesses an answer's next tokens;
     None decodes one by one.
     `piece_tokens` is how many tokens of a prompt go through the stages at once; None: all.
@@ -54,6 +56,7 @@ class Settings:
     sdpa: str = "sdpa"
     linear: MakeLinear | None = None
     head: MakeLinear | None = None
+    fuse: Callable[[CutModel], None] | None = None
     compile_module: Callable[[nn.Module], None] | None = None
     new_cache: Callable[[int, int], Cache] | None = None
     forward_arguments: Mapping[str, bool] = field(default_factory=dict)
@@ -155,7 +158,7 @@ def _keep(kind: Callable[[int, int], Cache]) -> Apply:
 def _quantized(bits: int) -> Apply:
     """The LM head has 8 bits in any case: a logit is one product, where a hidden state is a sum of many layers'."""
     layer, head = (partial(quantized.QuantizedLinear, bits=each) for each in (bits, 8))
-    return lambda settings: replace(settings, linear=layer, head=head)
+    return lambda settings: replace(settings, linear=layer, head=head, fuse=fused.fuse)
 
 
 def _needs_cuda(place: Place) -> str | None:
@@ -281,7 +284,8 @@ FLAGS: Mapping[str, Flag] = {
             "weight_dtype",
             "weight_dtype",
             "Linear layers' weights are rounded to 4 bits (the LM head's to 8), or all to 8, with a scale and an "
-            "offset for every 32 of them, on a CPU. In place of weight_prepack.",
+            "offset for every 32 of them, on a CPU. In place of weight_prepack. One token goes through a layer "
+            "such as Llama's in one call, if the cache is reserved.",
             "Linear layers' weights have the model's dtype.",
             {"as computed": _same, "int8": _quantized(8), "int4": _quantized(4)},
             applied="int4",

@@ -49,7 +49,10 @@ def why_not(device: str) -> str | None:
 
 
 class QuantizedLinear(nn.Module):
-    """`x @ weight.T + bias` for x [..., in]; `pieces` are the rows of `weight` [out, in], some at a time."""
+    """`x @ weight.T + bias` for x [..., in]; `pieces` are the rows of `weight` [out, in], some at a time.
+
+    `array` holds the blocks, of 4 bits or of 8; `whole` says that nothing had to be filled up.
+    """
 
     def __init__(self, pieces: Iterable[torch.Tensor], bias: torch.Tensor | None, bits: int) -> None:
         super().__init__()
@@ -58,7 +61,8 @@ class QuantizedLinear(nn.Module):
             made.append(to_blocks(piece, bits))
             self.out_features, self.in_features = self.out_features + len(piece), piece.shape[1]
         self._blocks = made[0] if len(made) == 1 else torch.cat(made)
-        self._array, self._four_bits = self._blocks.view(-1).numpy(), bits == 4
+        self.array, self.four_bits = self._blocks.view(-1).numpy(), bits == 4
+        self.whole = not (self.out_features % LANES or self.in_features % GROUP)
         self.bias = bias
         self(torch.zeros(1, self.in_features))  # what compiles does so now, not in the first answer
 
@@ -72,5 +76,5 @@ class QuantizedLinear(nn.Module):
         if torch.compiler.is_compiling():
             out: torch.Tensor = torch.ops.splitlearn.quantized_linear(x, self._blocks, self.out_features)
         else:
-            out = _multiplied(x, self._array, self._four_bits, self.out_features)
+            out = _multiplied(x, self.array, self.four_bits, self.out_features)
         return out if self.bias is None else out + self.bias

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from splitlearn.caches import in_memory
 
 NAME = "splitlearn_rows"
 
@@ -27,7 +28,7 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, T, size] to [1, T, heads, size of values]."""
     if attention_mask is None and query.shape[2] == 1 and arguments.get("position_bias") is None:
-        keys, values = _in_memory(key), _in_memory(value)
+        keys, values = in_memory(key), in_memory(value)
         if keys is not None and values is not None and keys[1] == values[1]:
             from splitlearn.attention import attend  # loads a compiler, of which others have no need
 
@@ -35,17 +36,6 @@ def _attend(
             return attend(query, keys[0], values[0], starts, lengths, arguments.get("scaling")), None
     out: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)[0]
     return out, None
-
-
-def _in_memory(kept: torch.Tensor) -> tuple[NDArray[Any], int] | None:
-    """Keys or values [1, groups, tokens, size] as a part of what they lie in, [groups, capacity, size], and where in it
-    they begin; None where they do not lie so, or where numpy cannot read them."""
-    (batch, groups, _, size), (_, step, row, one) = kept.shape, kept.stride()
-    if batch != 1 or (row, one) != (size, 1) or step % size or kept.device.type != "cpu" or kept.dtype != torch.float32:
-        return None
-    offset = kept.storage_offset()
-    start = offset % step // size
-    return kept.as_strided((groups, step // size, size), (step, size, 1), offset - start * size).numpy(), start
 
 
 AttentionInterface.register(NAME, _attend)

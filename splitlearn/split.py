@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,12 @@ def forward(
     output = module(**call)
     result: Tensor = output.logits if stage.last else output.last_hidden_state
     return result[:, -logits_to_keep:] if stage.last else result
+
+
+def layers_of(cut: CutModel) -> nn.ModuleList:
+    """The stage's own layers. The module of a stage that is not the last is the body alone."""
+    path, body = cut.structure.layers, cut.structure.body
+    return cast(nn.ModuleList, cut.module.get_submodule(path if cut.last else path.removeprefix(f"{body}.")))
 
 
 def _accepted(module: nn.Module) -> frozenset[str]:

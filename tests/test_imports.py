@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("blocks", "breaker", "drafts", "errors", "jit", "native", "progress", "stop", "threads", "watchdog"),
     ("attention", "caches", "config", "families", "machine", "prepacked", "process", "products", "sampling", "store"),
-    ("convert", "quantized", "row_attention", "wire"),
-    ("events", "flags", "split", "tokens"),
-    ("kv",),
+    ("convert", "layer_kernel", "quantized", "row_attention", "wire"),
+    ("events", "split", "tokens"),
+    ("fused",),
+    ("flags", "kv"),
     ("packed",),
     ("fetch", "finite", "metrics", "parts", "proof", "selection", "stages"),
     ("embedded", "flags_page", "loading", "models", "stream"),
