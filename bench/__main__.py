@@ -25,6 +25,7 @@ BENCHES = (
     "overlap",
     "flips",
     "llama",
+    "context",
 )
 
 

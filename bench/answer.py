@@ -1,14 +1,28 @@
 """One answer of an arm, in figures; and the flags of measurements in which both ends are as fast as float32 allows."""
 
+from pathlib import Path
+
 from splitlearn.arm import Kind
 from splitlearn.events import GenerationRequest
 from splitlearn.metrics import RunMetrics
 from splitlearn.runs import ArmReport, Runs
 from splitlearn.selection import FlagSet
+from splitlearn.tokens import Tokens
 
 FAST = "low_cpu_mem_usage,inference_mode,use_cache,cache,weight_prepack,output_attentions,output_hidden_states"
+
+TEXTS = ("prompts.txt", "more_prompts.txt")
 
 
 def answer(runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest) -> RunMetrics:
     """Run `request` through one arm."""
     return next(item for item in runs.stream(kind, flags, request) if isinstance(item, ArmReport)).metrics
+
+
+def text_of(tokens: Tokens, length: int) -> str:
+    """A text of so many tokens, from the lines of TEXTS."""
+    text = " ".join((Path(__file__).parent / name).read_text(encoding="utf-8").replace("\n", " ") for name in TEXTS)
+    ids = tokens.encode(text, chat=False)
+    ids *= 2 + length // len(ids)
+    parts = (tokens.decode(ids[start : start + length]) for start in range(len(ids) - length))
+    return next(part for part in parts if len(tokens.encode(part, chat=False)) == length)

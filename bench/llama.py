@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from bench.answer import FAST, answer
+from bench.answer import FAST, answer, text_of
 from bench.pairs import blocks
 from bench.reference import Generated, Reference
 from bench.report import write
@@ -39,13 +39,12 @@ SHORT, LONG = 20, 512
 FLAGS = f"{FAST},weight_dtype=int4"
 OURS, SPLIT, LLAMA, GENERATE = "full, fast", "split, fast", "llama.cpp", "generate()"
 RATIOS = ((OURS, LLAMA), (OURS, GENERATE), (SPLIT, OURS))
-TEXTS = ("prompts.txt", "more_prompts.txt")
 
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/llama.md."""
     tokens = Tokens.load(runs.spec("full", runs.flags(FLAGS)).files.folder, use_fast=True)
-    short, long = (_prompt(tokens, length) for length in (SHORT, LONG))
+    short, long = (text_of(tokens, length) for length in (SHORT, LONG))
     with tempfile.TemporaryDirectory() as work:
         gguf = fetch.fetch(CATALOGUE[0].source, Path(work), silent).gguf
         rows = [
@@ -57,14 +56,6 @@ def main(runs: Runs) -> None:
         f"{SHORT} and {LONG} tokens. {OURS}: flags `{FLAGS}`; its steps of one token run on one thread in any case."
     )
     write("llama", "The full model against llama.cpp and generate()", text, rows, environment(runs))
-
-
-def _prompt(tokens: Tokens, length: int) -> str:
-    """A text of so many tokens."""
-    text = " ".join((Path(__file__).parent / name).read_text(encoding="utf-8").replace("\n", " ") for name in TEXTS)
-    ids = tokens.encode(f"{text} {text}", chat=False)
-    parts = (tokens.decode(ids[start : start + length]) for start in range(len(ids) - length))
-    return next(part for part in parts if len(tokens.encode(part, chat=False)) == length)
 
 
 def _rows(config: Config, threads: int, tokens: Tokens, prompts: tuple[str, str], gguf: str) -> list[dict[str, str]]:
