@@ -22,7 +22,6 @@ def answer(runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest) -
 def text_of(tokens: Tokens, length: int) -> str:
     """A text of so many tokens, from the lines of TEXTS."""
     text = " ".join((Path(__file__).parent / name).read_text(encoding="utf-8").replace("\n", " ") for name in TEXTS)
-    ids = tokens.encode(text, chat=False)
-    ids *= 2 + length // len(ids)
+    ids = tokens.encode(" ".join([text] * (2 + length // 100)), chat=False)
     parts = (tokens.decode(ids[start : start + length]) for start in range(len(ids) - length))
     return next(part for part in parts if len(tokens.encode(part, chat=False)) == length)
