@@ -163,8 +163,8 @@ def keep_heap_small() -> None:
     By default each thread that computes gets a heap of its own, which keeps what it once held: with threads that take
     turns at one stage, memory would grow by the largest step with each new thread. And what is larger than 8 MiB is
     given back when it is freed: the library would come to keep blocks of up to 32 MiB in the heap, where small ones
-    that stay soon lie between them (30 MB after 50 sessions on a tiny model). With a limit of 1 MiB every operation on a
-    prompt of some hundred tokens would get its memory from the system, page by page: a trunk took 600 ms in place of
+    that stay soon lie between them (30 MB after 50 sessions on a tiny model). With a limit of 1 MiB every operation on
+    a prompt of some hundred tokens would get its memory from the system, page by page: a trunk took 600 ms in place of
     420 for 512 tokens.
     """
     if sys.platform == "linux":
