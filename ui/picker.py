@@ -13,8 +13,8 @@ from ui import choice, flag_view, view
 
 Updates = dict[Any, Any]
 PRESETS_HELP = (
-    "The earlier-* presets repeat an earlier system's comparison. They and 'all' compile: minutes at first; 'all' has "
-    "lossy flags, too."
+    "fast: weights in 4 bits. The earlier-* presets repeat an earlier system's comparison. They and 'all' compile: "
+    "minutes at first. fast and 'all' are lossy."
 )
 WORDS_HELP = (
     "As on the command line: a set as above, a list such as use_cache,inference_mode, or one for each side, such as "
