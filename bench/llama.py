@@ -53,8 +53,8 @@ def main(runs: Runs) -> None:
     text = (
         f"Geometric mean ratios with 95% intervals over {PAIRS} blocks, the arms in random order within each, each arm "
         f"in a process with the threads named. TPOT: {TOKENS} tokens after a prompt of {SHORT}; TTFT: prompts of "
-        f"{SHORT} and {LONG} tokens. fast: the flags `{FLAGS}` (docs/flags.md); with them, steps of one token run on one "
-        "thread in any case."
+        f"{SHORT} and {LONG} tokens. fast: the flags `{FLAGS}` (docs/flags.md); with them, steps of one token run on "
+        "one thread in any case."
     )
     write("llama", "The full model against llama.cpp and generate()", text, rows, environment(runs))
 
