@@ -23,7 +23,9 @@ from tests.conftest import TinyFactory
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 # Rounding in fp32 on this tiny model; the default model's figures are in docs/results/fidelity.md.
 ROUNDING = 1e-3
-ALLOWED = {"exact": 0.0, "rounding": ROUNDING, "lossy": 0.1}
+ALLOWED = {"exact": 0.0, "rounding": ROUNDING}
+# Of a lossy flag, as a part of the logits' own spread: 8 bits of a hidden state, and 4 of each random weight.
+LOST = {"wire_dtype": 0.05, "weight_dtype": 0.5}
 
 HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one", has_compiler=True)))
 ALL = parse("all", HERE).without("torch_compile")
@@ -52,12 +54,16 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
 def test_a_flag_changes_the_logits_no_more_than_it_says(
     files: ModelFiles, kind: Kind, name: str, how: str, flags: FlagSet, baseline: FlagSet
 ) -> None:
-    difference = (_logits(files, kind, flags) - _logits(files, kind, baseline)).abs().max().item()
-    assert difference <= ALLOWED[FLAGS[name].fidelity]
+    before, fidelity = _logits(files, kind, baseline), FLAGS[name].fidelity
+    difference = _logits(files, kind, flags) - before
+    if fidelity == "lossy":
+        assert difference.std() <= LOST[name] * before.std()
+    else:
+        assert difference.abs().max().item() <= ALLOWED[fidelity]
 
 
-LOSSY = [name for name in AVAILABLE if FLAGS[name].fidelity == "lossy"]
-ALIKE = list(dict.fromkeys([*(row[2].without(*LOSSY) for row in ROWS), ALL.without(*LOSSY), FlagSet()]))
+# What is lost on the wire, full has not lost.
+ALIKE = list(dict.fromkeys([*(row[2].without("wire_dtype") for row in ROWS), ALL.without("wire_dtype"), FlagSet()]))
 
 
 @pytest.mark.parametrize("flags", ALIKE, ids=lambda flags: ",".join(flags.names()))
