@@ -287,7 +287,7 @@ FLAGS: Mapping[str, Flag] = {
             "offset for every 32 of them, on a CPU. In place of weight_prepack. One token goes through a layer "
             "such as Llama's in one call, if the cache is reserved.",
             "Linear layers' weights have the model's dtype.",
-            {"as computed": _same, "int8": _quantized(8), "int4": _quantized(4)},
+            {"off": _same, "int8": _quantized(8), "int4": _quantized(4)},
             applied="int4",
             fidelity="lossy",
             scope="load",
