@@ -54,7 +54,7 @@ def attend(
     """
     rows = query[0].transpose(0, 1).float().contiguous().numpy()
     out = np.empty((*rows.shape[:2], values.shape[2]), np.float32)
-    _attend(rows, keys, values, starts, lengths, rows.shape[2] ** -0.5 if scale is None else scale, out)
+    attend_arrays(rows, keys, values, starts, lengths, rows.shape[2] ** -0.5 if scale is None else scale, out)
     return torch.from_numpy(out).to(query.dtype).unsqueeze(0)
 
 
@@ -159,7 +159,7 @@ def _add_up(weights: Any, values: Any, ahead: Any, out: Any) -> None:
 
 
 @compiled
-def _attend(query: Any, keys: Any, values: Any, starts: Any, lengths: Any, scale: Any, out: Any) -> None:
+def attend_arrays(query: Any, keys: Any, values: Any, starts: Any, lengths: Any, scale: Any, out: Any) -> None:
     """As `attend`, for `query` [T, heads, size], to `out` [T, heads, size of values]."""
     groups, shared = len(keys), query.shape[1] // len(keys)
     scores = np.empty((shared, lengths.max()), np.float32)

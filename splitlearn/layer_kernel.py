@@ -9,11 +9,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from splitlearn.attention import _attend
+from splitlearn.attention import ANY_ORDER, attend_arrays
 from splitlearn.jit import compiled
 from splitlearn.products import multiply
-
-ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
 
 
 @numba.njit(fastmath=ANY_ORDER)  # type: ignore[untyped-decorator]
@@ -93,7 +91,7 @@ def step(
     values[:, start + length] = value.reshape(groups, size)
     attended = np.empty((1, n_heads, size), np.float32)
     starts, lengths = np.array([start]), np.array([length + 1])
-    _attend(query.reshape(1, n_heads, size), keys, values, starts, lengths, scale, attended)
+    attend_arrays(query.reshape(1, n_heads, size), keys, values, starts, lengths, scale, attended)
     between, result = np.empty((1, width), np.float32), np.empty((1, width), np.float32)
     multiply(o, four_bits, attended.reshape(1, n_heads * size), between)
     after = x + between[0]

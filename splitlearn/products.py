@@ -34,10 +34,10 @@ FLOATS, INTS, BYTES, HALVES = (
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def _product(
-    typing: Any, bits: Any, rows: Any, blocks: Any, block: Any, x: Any, at: Any, width: Any, out: Any, to: Any, n: Any
+    typing: Any, rows: Any, four: Any, blocks: Any, block: Any, x: Any, at: Any, width: Any, out: Any, to: Any, n: Any
 ) -> Any:
-    """The product of `rows` rows of x with LANES rows of the matrix, for compiled code, where `bits` and `rows` must be
-    constants. The arrays are flat, each followed by the index at which to begin; `width` is K and `n` is N."""
+    """The product of `rows` rows of x, a constant, with LANES rows of the matrix, of four bits or else eight, for
+    compiled code. The arrays are flat, each followed by the index at which to begin; `width` is K and `n` is N."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         flat = {
@@ -46,11 +46,14 @@ def _product(
             )
             for number in (2, 4, 7)
         }
-        _emit(builder, bits.literal_value, rows.literal_value, flat[2], flat[4], given[6], flat[7], given[9])
+        with builder.if_else(given[1]) as (then, otherwise):
+            for branch, bits in ((then, 4), (otherwise, 8)):
+                with branch:
+                    _emit(builder, bits, rows.literal_value, flat[2], flat[4], given[6], flat[7], given[9])
         return context.get_dummy_value()
 
-    index = numba.types.intp
-    return numba.types.void(bits, rows, blocks, index, x, index, index, out, index, index), generate
+    index, either = numba.types.intp, numba.types.boolean
+    return numba.types.void(rows, either, blocks, index, x, index, index, out, index, index), generate
 
 
 def _emit(builder: Any, bits: int, rows: int, block: Any, x: Any, width: Any, out: Any, n: Any) -> None:
@@ -120,26 +123,14 @@ def multiply(blocks: Any, four_bits: Any, x: Any, out: Any) -> None:
         while row < n_rows:
             at, to, left = row * width, row * n + first, n_rows - row
             if left >= 8:
-                if four_bits:
-                    _product(4, 8, blocks, block, flat, at, width, results, to, n)
-                else:
-                    _product(8, 8, blocks, block, flat, at, width, results, to, n)
+                _product(8, four_bits, blocks, block, flat, at, width, results, to, n)
                 row += 8
             elif left >= 4:
-                if four_bits:
-                    _product(4, 4, blocks, block, flat, at, width, results, to, n)
-                else:
-                    _product(8, 4, blocks, block, flat, at, width, results, to, n)
+                _product(4, four_bits, blocks, block, flat, at, width, results, to, n)
                 row += 4
             elif left >= 2:
-                if four_bits:
-                    _product(4, 2, blocks, block, flat, at, width, results, to, n)
-                else:
-                    _product(8, 2, blocks, block, flat, at, width, results, to, n)
+                _product(2, four_bits, blocks, block, flat, at, width, results, to, n)
                 row += 2
             else:
-                if four_bits:
-                    _product(4, 1, blocks, block, flat, at, width, results, to, n)
-                else:
-                    _product(8, 1, blocks, block, flat, at, width, results, to, n)
+                _product(1, four_bits, blocks, block, flat, at, width, results, to, n)
                 row += 1

@@ -115,6 +115,6 @@ def test_where_no_folder_can_keep_what_was_compiled_it_is_compiled_all_the_same(
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
     with pytest.raises(RuntimeError, match="no locator"):
         numba.njit(cache=True)(test_scores_far_apart_leave_the_largest_alone)
-    monkeypatch.setattr(attention, "_attend", compiled(attention._attend.py_func))
+    monkeypatch.setattr(attention, "attend_arrays", compiled(attention.attend_arrays.py_func))
     made = case([5, 9])
     torch.testing.assert_close(made.attended(), made.expected(), rtol=1e-5, atol=1e-5)
