@@ -27,8 +27,8 @@ PROMPT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").spl
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
 PLAIN = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hidden_states,fast_top_k"
 
-MORE = "cache,weight_prepack"
-SETS = {"none": PLAIN, MORE: f"{PLAIN},{MORE}"}
+MORE = ("cache,weight_prepack", "cache,weight_prepack=blocks")
+SETS = {"none": PLAIN, **{more: f"{PLAIN},{more}" for more in MORE}}
 
 
 def main(runs: Runs) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -228,7 +228,8 @@ class Engine:
         if found is None:
             return output
         row, value = found
-        layer = first_not_finite(self._stage.cut, lambda: self._stage.step([item]))
+        by_layers = replace(self._stage, row=None)
+        layer = first_not_finite(by_layers.cut, lambda: by_layers.step([item]))
         return TrunkFailed(f"{value} at position {item.position + row}, first in layer {layer}")
 
     def _finish(self, job: Job, error: SplitlearnError | None = None) -> None:

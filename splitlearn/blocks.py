@@ -1,4 +1,5 @@
-"""Weights in few bits: a matrix [N, K] as blocks, each value a whole number times a scale, plus an offset.
+"""A matrix [N, K] as blocks: of 32 bits, which are its own values in another order, or of few bits, each value a whole
+number times a scale, plus an offset.
 
 Scale and offset are shared by GROUP neighbouring values of a row (asymmetric round-to-nearest, as the Q4_1 of GGUF; so
 weights that came from such a file stay what they are). products.py multiplies with them and says how a block lies.
@@ -7,22 +8,30 @@ weights that came from such a file stay what they are). products.py multiplies w
 import torch
 from torch.nn.functional import pad
 
+BITS = (4, 8, 32)
 LANES, GROUP = 16, 32
 SCALES_BYTES = 2 * 2 * LANES
 
 
 def block_bytes(bits: int) -> int:
-    """Bytes of one block of `bits`, 4 or 8."""
-    return SCALES_BYTES + GROUP * LANES * bits // 8
+    """Bytes of one block of `bits`, one of BITS."""
+    return (0 if bits == 32 else SCALES_BYTES) + GROUP * LANES * bits // 8
+
+
+def bits_of(size: int) -> int:
+    """The bits of blocks of so many bytes."""
+    return next(bits for bits in BITS if block_bytes(bits) == size)
 
 
 def to_blocks(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """`weight` [N, K] rounded to `bits`, uint8 [ceil(N / LANES), ceil(K / GROUP), bytes of a block]; zeros fill up.
+    """`weight` [N, K] in `bits`, uint8 [ceil(N / LANES), ceil(K / GROUP), bytes of a block]; zeros fill up.
 
-    The smallest value of a group is its offset, the distance to the largest / (2**bits - 1) its scale.
+    Of 4 and 8 bits, the smallest value of a group is its offset, the distance to the largest / (2**bits - 1) its scale.
     """
     whole = pad(weight.float(), (0, -weight.shape[1] % GROUP, 0, -weight.shape[0] % LANES))
     values = whole.view(len(whole) // LANES, LANES, -1, GROUP).transpose(1, 2)
+    if bits == 32:
+        return values.transpose(2, 3).contiguous().view(torch.uint8).flatten(2)
     low, high = values.amin(-1), values.amax(-1)
     scale, offset = ((high - low) / (2**bits - 1)).half(), low.half()
     steps = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(-1)
@@ -37,9 +46,16 @@ def to_blocks(weight: torch.Tensor, bits: int) -> torch.Tensor:
 def from_blocks(blocks: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """The matrix [n, k] in float32 that `blocks` stand for."""
     groups, count, size = blocks.shape
+    if bits_of(size) == 32:
+        return _matrix(blocks.view(torch.float32).view(groups, count, GROUP, LANES), n, k)
     scales = blocks[:, :, :SCALES_BYTES].contiguous().view(torch.float16).view(groups, count, 2, 1, LANES).float()
     q = blocks[:, :, SCALES_BYTES:].reshape(groups, count, -1, LANES)
-    if size == block_bytes(4):
+    if bits_of(size) == 4:
         q = torch.cat([q & 15, q >> 4], dim=2)
-    values = q.float() * scales[:, :, 0] + scales[:, :, 1]
+    return _matrix(q.float() * scales[:, :, 0] + scales[:, :, 1], n, k)
+
+
+def _matrix(values: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """[groups, count, GROUP, LANES] to [n, k]."""
+    groups, count = values.shape[:2]
     return values.permute(0, 3, 1, 2).reshape(groups * LANES, count * GROUP)[:n, :k].contiguous()

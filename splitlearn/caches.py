@@ -2,14 +2,14 @@
 tokens. All are transformers' own, but `reserved`, whose layers are also those of a trunk's pool (kv.py).
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
-
-Arrays = tuple[NDArray[Any], NDArray[Any], int]
 
 
 def dynamic(layers: int, max_length: int) -> Cache:
@@ -24,7 +24,7 @@ def static(layers: int, max_length: int) -> Cache:
 
 def reserved(layers: int, max_length: int) -> Cache:
     """Memory for `max_length` tokens, of which attention sees those that are there."""
-    return Cache(layers=[ReservedLayer(max_length) for _ in range(max(1, layers))])
+    return ReservedCache(layers=[ReservedLayer(max_length) for _ in range(max(1, layers))])
 
 
 class _StaticLayer(StaticLayer):  # type: ignore[misc]
@@ -64,12 +64,6 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length += new
         return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
-    @cached_property
-    def arrays(self) -> Arrays | None:
-        """Keys and values as `in_memory` gives them, and where they begin; once there are any."""
-        keys, values = in_memory(self.keys), in_memory(self.values)
-        return (keys[0], values[0], keys[1]) if keys and values and keys[1] == values[1] else None
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys in the step to come."""
         return self.length + query_length, 0
@@ -85,6 +79,39 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; their number is negative, as in DynamicLayer."""
         self.length += tokens_to_remove
+
+
+class ReservedCache(Cache):  # type: ignore[misc]
+    """Reserved layers, which keep as many tokens as each other."""
+
+    @property
+    def kept(self) -> "Kept | None":
+        """Where keys and values are; None before there are any, and where a kernel could not read them."""
+        return self._kept if self.layers[0].is_initialized else None
+
+    @cached_property
+    def _kept(self) -> "Kept | None":
+        found = [(in_memory(layer.keys), in_memory(layer.values)) for layer in self.layers]
+        parts = [part for pair in found for part in pair if part is not None]
+        if len(parts) < 2 * len(found) or len({(array.shape, start) for array, start in parts}) > 1:
+            return None
+        (array, start), addresses = parts[0], [array.ctypes.data for array, _ in parts]
+        return Kept(np.array(addresses).reshape(-1, 2), array.shape, start)
+
+    def grown(self, tokens: int) -> None:
+        """`tokens` more were written behind the old ones by somebody else."""
+        for layer in self.layers:
+            layer.length += tokens
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values of each layer, by the addresses [layers, 2] of float32 arrays [groups, capacity, size] in which
+    they begin at `start`."""
+
+    addresses: NDArray[np.int64]
+    shape: tuple[int, ...]
+    start: int
 
 
 def in_memory(kept: torch.Tensor) -> tuple[NDArray[Any], int] | None:

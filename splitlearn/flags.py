@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from splitlearn import caches, fused, prepacked, quantized, row_attention
+from splitlearn import block_linear, caches, one_row, prepacked, row_attention
 from splitlearn.drafts import PromptLookup, Proposer
+from splitlearn.one_row import Row
 from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
 from splitlearn.split import CutModel
 from splitlearn.wire.rows import Int8Blocks, Plain, Rows
@@ -42,10 +43,10 @@ class Settings:
     `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2);
     `sdpa` is what attends where sdpa is chosen.
     `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
-    None leaves the model's own. `head` is the same for the LM head, where that differs. `fuse` changes how a stage's
-    layers compute, once they have their weights. `wire` is the form of hidden
-    states on the wire, None for that in which they are computed. `proposer` makes what guesses an answer's next tokens;
-    None decodes one by one.
+    None leaves the model's own. `head` is the same for the LM head, where that differs. `one_row` makes what takes one
+    token through a stage, of one that has its weights and is not compiled. `wire` is the form of hidden states on the
+    wire, None for that in which they are computed. `proposer` makes what guesses an answer's next tokens; None decodes
+    one by one.
     `piece_tokens` is how many tokens of a prompt go through the stages at once; None: all.
     """
 
@@ -56,7 +57,7 @@ class Settings:
     sdpa: str = "sdpa"
     linear: MakeLinear | None = None
     head: MakeLinear | None = None
-    fuse: Callable[[CutModel], None] | None = None
+    one_row: Callable[[CutModel], Row | None] | None = None
     compile_module: Callable[[nn.Module], None] | None = None
     new_cache: Callable[[int, int], Cache] | None = None
     forward_arguments: Mapping[str, bool] = field(default_factory=dict)
@@ -155,10 +156,14 @@ def _keep(kind: Callable[[int, int], Cache]) -> Apply:
     return lambda settings: replace(settings, new_cache=kind) if settings.new_cache else settings
 
 
-def _quantized(bits: int) -> Apply:
-    """The LM head has 8 bits in any case: a logit is one product, where a hidden state is a sum of many layers'."""
-    layer, head = (partial(quantized.QuantizedLinear, bits=each) for each in (bits, 8))
-    return lambda settings: replace(settings, linear=layer, head=head, fuse=fused.fuse)
+def _onednn(settings: Settings) -> Settings:
+    return replace(settings, linear=prepacked.PrepackedLinear)
+
+
+def _blocks(bits: int) -> Apply:
+    """The LM head has 8 bits at least: a logit is one product, where a hidden state is a sum of many layers'."""
+    layer, head = (partial(block_linear.BlockLinear, bits=each) for each in (bits, max(bits, 8)))
+    return lambda settings: replace(settings, linear=layer, head=head, one_row=one_row.of)
 
 
 def _needs_cuda(place: Place) -> str | None:
@@ -178,7 +183,7 @@ def _needs_onednn(place: Place) -> str | None:
 
 
 def _needs_cpu(place: Place) -> str | None:
-    return quantized.why_not(place.device)
+    return block_linear.why_not(place.device)
 
 
 def _needs_float32_on_cpu(place: Place) -> str | None:
@@ -273,9 +278,13 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "weight_prepack",
             "weight_prepack",
-            "Linear layers' weights are kept in the blocked layout that oneDNN's products read, on a CPU.",
+            "Linear layers' weights are kept in the order in which they are read, on a CPU. onednn: in the layout of "
+            "oneDNN's products. blocks: in float32, in that of a kernel which is compiled here and takes one token "
+            "through all layers of a stage in one call, if they are such as Llama's and the cache is reserved. The "
+            "compiler takes 100 MB of memory in each process.",
             "Linear layers' weights are plain matrices.",
-            _on(linear=prepacked.PrepackedLinear),
+            {"off": _same, "onednn": _onednn, "blocks": _blocks(32)},
+            applied="onednn",
             fidelity="rounding",
             scope="load",
             unavailable=_needs_onednn,
@@ -284,10 +293,9 @@ FLAGS: Mapping[str, Flag] = {
             "weight_dtype",
             "weight_dtype",
             "Linear layers' weights are rounded to 4 bits (the LM head's to 8), or all to 8, with a scale and an "
-            "offset for every 32 of them, on a CPU. In place of weight_prepack. One token goes through a layer "
-            "such as Llama's in one call, if the cache is reserved.",
+            "offset for every 32 of them, on a CPU. In place of weight_prepack, and otherwise as its blocks.",
             "Linear layers' weights have the model's dtype.",
-            {"off": _same, "int8": _quantized(8), "int4": _quantized(4)},
+            {"off": _same, "int8": _blocks(8), "int4": _blocks(4)},
             applied="int4",
             fidelity="lossy",
             scope="load",

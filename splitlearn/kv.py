@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from splitlearn.caches import ReservedLayer
+from splitlearn.caches import ReservedCache, ReservedLayer
 from splitlearn.errors import FamilyRefused
 from splitlearn.split import CutModel, forward
 
@@ -125,7 +125,7 @@ class _PooledLayer(ReservedLayer):
         self.is_initialized = True
 
 
-class PooledCache(Cache):  # type: ignore[misc]
+class PooledCache(ReservedCache):
     """One session's cache within its run of a pool."""
 
     def __init__(self, pool: KVPool, run: Run) -> None:
@@ -133,11 +133,6 @@ class PooledCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[_PooledLayer(*flat[at : at + 2]) for at in range(0, len(flat), 2)])
         self.pool = pool
         self.run = run
-
-    def grown(self, tokens: int) -> None:
-        """`tokens` more were written behind the old ones by somebody else."""
-        for layer in self.layers:
-            layer.length += tokens
 
 
 def shapes_of(

@@ -208,11 +208,12 @@ def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placeme
     head = module.get_output_embeddings() if cut.last else None
     if head is not None:
         head.register_forward_pre_hook(_with_own_row)
-    if wanted.fuse is not None:
-        wanted.fuse(cut)
+    row = None
     if wanted.compile_module is not None:
         wanted.compile_module(cut.module)
-    return LocalStage(cut, spec.word, placement.device, _row_threads(placement))
+    elif wanted.one_row is not None:
+        row = wanted.one_row(cut)
+    return LocalStage(cut, spec.word, placement.device, _row_threads(placement), row)
 
 
 def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -19,15 +19,19 @@ NINE = (
 THREE = "low_cpu_mem_usage,torch_compile,use_cache"
 TWO = "low_cpu_mem_usage,use_cache"
 CACHES = "use_cache,cache=static,torch_compile"
-FAST = (
-    "low_cpu_mem_usage,use_fast,inference_mode,use_cache,cache,weight_dtype,output_attentions,output_hidden_states,"
-    "fast_top_k"
+FAST_IN_ANY = (
+    "low_cpu_mem_usage,use_fast,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
 )
+FAST, FAST_FLOAT32 = f"{FAST_IN_ANY},weight_dtype", f"{FAST_IN_ANY},weight_prepack=blocks"
 
 PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
     "fast": (
         "The fastest on a CPU, on every side: weights in 4 bits, which other answers may come of.",
         {"full": FAST, "client": FAST, "trunk": FAST},
+    ),
+    "fast-float32": (
+        "The fastest on a CPU with weights as they are, on every side.",
+        {"full": FAST_FLOAT32, "client": FAST_FLOAT32, "trunk": FAST_FLOAT32},
     ),
     "earlier-full": (
         "The earlier system's full model: nine flags, on every side.",

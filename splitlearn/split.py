@@ -150,7 +150,12 @@ def forward(
 def layers_of(cut: CutModel) -> nn.ModuleList:
     """The stage's own layers. The module of a stage that is not the last is the body alone."""
     path, body = cut.structure.layers, cut.structure.body
-    return cast(nn.ModuleList, cut.module.get_submodule(path if cut.last else path.removeprefix(f"{body}.")))
+    return cast(nn.ModuleList, body_of(cut).get_submodule(path.removeprefix(f"{body}.")))
+
+
+def body_of(cut: CutModel) -> Any:
+    """The stage's module without the LM head."""
+    return cut.module.get_submodule(cut.structure.body) if cut.last else cut.module
 
 
 def _accepted(module: nn.Module) -> frozenset[str]:

@@ -17,6 +17,7 @@ from splitlearn.errors import InputError
 from splitlearn.events import StageTiming
 from splitlearn.flags import Settings
 from splitlearn.flags import settings as settings_of
+from splitlearn.one_row import Row
 from splitlearn.packed import Packed, forward_packed
 from splitlearn.split import CutModel, forward
 from splitlearn.threads import computing_on
@@ -101,6 +102,8 @@ class LocalStage:
     device: torch.device
     row_threads: int
     """Threads for a step of one token; longer steps have those of the process."""
+    row: Row | None = None
+    """What takes one token through the stage, where it can, in place of the model's forward."""
 
     def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
         """A new session; a cache is made only when the flags keep one."""
@@ -123,16 +126,18 @@ class LocalStage:
             computing_on(self.row_threads if x.shape[1] == 1 else torch.get_num_threads()),
             session.settings.gradient_guard(),
         ):
-            out = forward(
-                self.cut,
-                x.to(self.device),
-                position,
-                session.cache,
-                logits_to_keep=item.logits,
-                arguments=session.settings.forward_arguments,
-            )
+            out = self._forward(item)
         session.length = position + x.shape[1]
         return StageOutput(out, self._timing(started, compiled))
+
+    def _forward(self, item: StageInput) -> torch.Tensor:
+        session, arguments = item.session, item.session.settings.forward_arguments
+        if self.row is not None and not arguments:
+            out = self.row(item.x, item.position, session.cache)
+            if out is not None:
+                return out
+        x = item.x.to(self.device)
+        return forward(self.cut, x, item.position, session.cache, logits_to_keep=item.logits, arguments=arguments)
 
     def _packed(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         started, compiled = time.perf_counter(), self._compile_seconds()

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("blocks", "breaker", "drafts", "errors", "jit", "native", "progress", "stop", "threads", "watchdog"),
     ("attention", "caches", "config", "families", "machine", "prepacked", "process", "products", "sampling", "store"),
-    ("convert", "layer_kernel", "quantized", "row_attention", "wire"),
+    ("block_linear", "convert", "row_attention", "row_kernel", "wire"),
     ("events", "split", "tokens"),
-    ("fused",),
+    ("one_row",),
     ("flags", "kv"),
     ("packed",),
     ("fetch", "finite", "metrics", "parts", "proof", "selection", "stages"),

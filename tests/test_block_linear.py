@@ -1,4 +1,4 @@
-"""Weights in few bits: what blocks stand for, the products with them, and a model whose layers have them."""
+"""Weights in blocks: what they stand for, the products with them, and a model whose layers have them."""
 
 import numpy as np
 import pytest
@@ -7,24 +7,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch.nn.functional import linear
 
-from splitlearn import loading, quantized
-from splitlearn.blocks import GROUP, LANES, block_bytes, from_blocks, to_blocks
+from splitlearn import block_linear, loading
+from splitlearn.block_linear import MANY_ROWS, BlockLinear
+from splitlearn.blocks import BITS, GROUP, LANES, block_bytes, from_blocks, to_blocks
 from splitlearn.compare import KINDS
 from splitlearn.lab.fidelity import Fed, logits
 from splitlearn.products import multiply
-from splitlearn.quantized import QuantizedLinear
 from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
+from splitlearn.threads import computing_on
 from tests.conftest import TinyFactory
 from tests.test_proof import TEN
 
-BITS = (4, 8)
+FEW_BITS = (4, 8)
 APPLIED = frozenset({"low_cpu_mem_usage", "use_cache", "cache"})
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", FEW_BITS)
 @settings(deadline=None, max_examples=30)
 @given(
     n=some.integers(1, 40),
@@ -48,6 +49,11 @@ def test_a_value_is_off_by_half_a_step_at_most(bits: int, n: int, k: int, seed: 
         assert (error <= step / 2 + rounded).all()
 
 
+def test_of_32_bits_blocks_stand_for_what_they_were_made_of() -> None:
+    weight = torch.randn(37, 41)
+    assert torch.equal(from_blocks(to_blocks(weight, 32), 37, 41), weight)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_what_blocks_stand_for_is_kept_as_it_is(bits: int) -> None:
     kept = from_blocks(to_blocks(torch.randn(48, 96), bits), 48, 96)
@@ -59,7 +65,7 @@ def test_what_blocks_stand_for_is_kept_as_it_is(bits: int) -> None:
 def test_the_products_are_those_of_the_matrix_that_the_blocks_stand_for(bits: int, rows: int) -> None:
     weight, x = torch.randn(80, 96), torch.randn(rows, 96)
     blocks, out = to_blocks(weight, bits), np.full((rows, 80), np.nan, np.float32)
-    multiply(blocks.view(-1).numpy(), bits == 4, x.numpy(), out)
+    multiply(blocks.view(-1).numpy(), bits, x.numpy(), out, 0, 80)
     torch.testing.assert_close(torch.from_numpy(out), linear(x, from_blocks(blocks, 80, 96)), rtol=1e-4, atol=1e-4)
 
 
@@ -68,7 +74,7 @@ def test_the_products_are_those_of_the_matrix_that_the_blocks_stand_for(bits: in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_of_any_size_gives_the_products_of_its_weight(bits: int, biased: bool, dtype: torch.dtype) -> None:
     weight, bias = torch.randn(37, 41), torch.randn(37).to(dtype) if biased else None
-    layer = QuantizedLinear([weight[:16], weight[16:32], weight[32:]], bias, bits)
+    layer = BlockLinear([weight[:16], weight[16:32], weight[32:]], bias, bits)
     x = torch.randn(1, 5, 41).to(dtype)
     expected = linear(x.float(), layer.weight, None if bias is None else bias.float())
     assert layer(x).dtype is dtype
@@ -78,8 +84,17 @@ def test_a_layer_of_any_size_gives_the_products_of_its_weight(bits: int, biased:
     torch.testing.assert_close(layer.weight, weight, rtol=0, atol=0.5)
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_threads_share_the_product_of_many_rows(bits: int, threads: int) -> None:
+    layer, x = BlockLinear([torch.randn(80, 64)], None, bits), torch.randn(MANY_ROWS, 64)
+    with computing_on(threads):
+        found = layer(x)
+    torch.testing.assert_close(found, linear(x, layer.weight), rtol=1e-4, atol=1e-4)
+
+
 def test_a_layer_compiles_without_a_break() -> None:
-    layer = QuantizedLinear([torch.randn(12, 8)], torch.randn(12), 4)
+    layer = BlockLinear([torch.randn(12, 8)], torch.randn(12), 4)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.inference_mode():
         for rows in (1, 5):
@@ -108,7 +123,7 @@ def test_every_linear_layer_has_few_bits_and_the_head_eight(tiny_model: TinyFact
     ]
     modules = list(stage.cut.module.modules())
     assert not [module for module in modules if type(module) in loading.LINEAR]
-    layers = [module for module in modules if isinstance(module, QuantizedLinear)]
+    layers = [module for module in modules if isinstance(module, BlockLinear)]
     head = stage.cut.module.get_output_embeddings()  # type: ignore[operator]
     assert {layer._blocks.shape[2] for layer in layers if layer is not head} == {block_bytes(4)}
     assert head._blocks.shape[2] == block_bytes(8)
@@ -123,5 +138,5 @@ def test_the_blocks_of_the_default_models_own_file_are_kept_as_they_are(default_
 
 
 def test_it_says_where_weights_cannot_have_few_bits() -> None:
-    assert quantized.why_not("cpu") is None
-    assert "CPU" in (quantized.why_not("cuda:0") or "")
+    assert block_linear.why_not("cpu") is None
+    assert "CPU" in (block_linear.why_not("cuda:0") or "")

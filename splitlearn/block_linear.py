@@ -1,38 +1,62 @@
-"""Linear layers whose weights are kept in 4 or 8 bits (blocks.py). What is computed with stays as it is: weight-only.
+"""Linear layers whose weights lie in blocks (blocks.py): in float32 in the order in which they are read, or in 4 or 8
+bits. What is computed with stays as it is: weight-only.
 
-One row through SmolLM2-135M's layers and head takes 3 ms with 4 bits on one core, where packed float32 takes 20.
+One row through SmolLM2-135M's layers and head takes 3 ms with 4 bits on one core and 13 with 32, where oneDNN's packed
+float32 takes 20.
 """
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from splitlearn.blocks import GROUP, LANES, block_bytes, from_blocks, to_blocks
+from splitlearn.blocks import GROUP, LANES, bits_of, from_blocks, to_blocks
 
-OP = "quantized_linear"
+OP = "block_linear"
+# Rows from which on a product is shared among threads: for fewer, to wake them takes what they bring.
+MANY_ROWS = 32
 _library = torch.library.Library("splitlearn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(f"{OP}(Tensor x, Tensor blocks, int n) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _product(x: torch.Tensor, blocks: torch.Tensor, n: int) -> torch.Tensor:
-    return _multiplied(x, blocks.view(-1).numpy(), blocks.shape[2] == block_bytes(4), n)
+    return _multiplied(x, blocks.view(-1).numpy(), bits_of(blocks.shape[2]), n)
 
 
-def _multiplied(x: torch.Tensor, blocks: NDArray[np.uint8], four_bits: bool, n: int) -> torch.Tensor:
+def _multiplied(x: torch.Tensor, blocks: NDArray[np.uint8], bits: int, n: int) -> torch.Tensor:
     """[..., in] to [..., n]. By numpy's views: torch's would add a fifth to the time of one row."""
-    from splitlearn.products import multiply  # loads a compiler, for which only these layers have a use
-
     width = x.shape[-1]
     rows = np.ascontiguousarray((x if x.dtype is torch.float32 else x.float()).numpy().reshape(-1, width))
     if width % GROUP:
         rows = np.pad(rows, ((0, 0), (0, -width % GROUP)))
     out = np.empty((len(rows), n + -n % LANES), np.float32)
-    multiply(blocks, four_bits, rows, out)
+    _fill(blocks, bits, rows, out)
     found = torch.from_numpy((out[:, :n] if n % LANES else out).reshape(*x.shape[:-1], n))
     return found if x.dtype is torch.float32 else found.to(x.dtype)
+
+
+def _fill(blocks: NDArray[np.uint8], bits: int, rows: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """`out` is set to the product; where there are many rows, by as many threads as torch has."""
+    from splitlearn.products import multiply  # loads a compiler, for which only these layers have a use
+
+    n, threads = out.shape[1], torch.get_num_threads() if len(rows) >= MANY_ROWS else 1
+    each = LANES * -(-n // (LANES * threads))
+    others = [
+        _helpers().submit(multiply, blocks, bits, rows, out, begin, min(begin + each, n))
+        for begin in range(each, n, each)
+    ]
+    multiply(blocks, bits, rows, out, 0, min(each, n))
+    for other in others:
+        other.result()
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="products")
 
 
 def _shape_of_product(x: torch.Tensor, blocks: torch.Tensor, n: int) -> torch.Tensor:
@@ -44,14 +68,14 @@ torch.library.register_fake(f"splitlearn::{OP}", _shape_of_product, lib=_library
 
 
 def why_not(device: str) -> str | None:
-    """Why weights on `device` cannot be kept in few bits, or None."""
+    """Why weights on `device` cannot lie in blocks, or None."""
     return None if device == "cpu" else f"is for weights on the CPU; this is {device}"
 
 
-class QuantizedLinear(nn.Module):
+class BlockLinear(nn.Module):
     """`x @ weight.T + bias` for x [..., in]; `pieces` are the rows of `weight` [out, in], some at a time.
 
-    `array` holds the blocks, of 4 bits or of 8; `whole` says that nothing had to be filled up.
+    `array` holds the blocks, of `bits` bits; `whole` says that nothing had to be filled up.
     """
 
     def __init__(self, pieces: Iterable[torch.Tensor], bias: torch.Tensor | None, bits: int) -> None:
@@ -61,7 +85,7 @@ class QuantizedLinear(nn.Module):
             made.append(to_blocks(piece, bits))
             self.out_features, self.in_features = self.out_features + len(piece), piece.shape[1]
         self._blocks = made[0] if len(made) == 1 else torch.cat(made)
-        self.array, self.four_bits = self._blocks.view(-1).numpy(), bits == 4
+        self.bits, self.array = bits, self._blocks.view(-1).numpy()
         self.whole = not (self.out_features % LANES or self.in_features % GROUP)
         self.bias = bias
         self(torch.zeros(1, self.in_features))  # what compiles does so now, not in the first answer
@@ -71,10 +95,15 @@ class QuantizedLinear(nn.Module):
         """The matrix [out, in] in float32 that the blocks stand for, made anew."""
         return from_blocks(self._blocks, self.out_features, self.in_features)
 
+    def move(self, to: NDArray[np.uint8]) -> None:
+        """Copy the blocks to memory of their size, and have them there from now on."""
+        to[:] = self.array
+        self._blocks, self.array = torch.from_numpy(to).view(self._blocks.shape), to
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
         if torch.compiler.is_compiling():
-            out: torch.Tensor = torch.ops.splitlearn.quantized_linear(x, self._blocks, self.out_features)
+            out: torch.Tensor = torch.ops.splitlearn.block_linear(x, self._blocks, self.out_features)
         else:
-            out = _multiplied(x, self.array, self.four_bits, self.out_features)
+            out = _multiplied(x, self.array, self.bits, self.out_features)
         return out if self.bias is None else out + self.bias

@@ -1,0 +1,169 @@
+"""Stages through which one token goes in one call (row_kernel.py), where their layers are such as Llama's.
+
+Whether they are, their parts tell, and then the stage's own output: a token goes through both, after a few others, and
+where the two differ by more than rounding the stage is left as it is. So is every step of more than one token, and one
+whose keys and values do not lie where the kernel reads them.
+"""
+
+import mmap
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.cache_utils import Cache
+
+from splitlearn import caches, row_attention
+from splitlearn.block_linear import BlockLinear
+from splitlearn.caches import ReservedCache
+from splitlearn.split import CutModel, body_of, forward, layers_of
+
+Row = Callable[[torch.Tensor, int, Cache | None], torch.Tensor | None]
+
+# In the order of the kernel.
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+CHILDREN = {*NORMS, "self_attn", "mlp"}
+# Rotary embeddings whose frequencies change as the context grows.
+GROWING = ("dynamic", "longrope")
+FULL = "full_attention"
+TURNS = 256
+NEAR = 1e-3
+HUGE_PAGE = 2 << 20
+
+
+def of(cut: CutModel) -> Row | None:
+    """What takes one token through the stage in one call, if something can."""
+    layers: list[Any] = list(layers_of(cut))
+    if not layers or not all(map(_is_llamas, layers)) or not _is_llamas_body(cut, layers[0].self_attn.head_dim):
+        return None
+    if len({tuple((linear.out_features, linear.in_features) for linear in _linears(layer)) for layer in layers}) > 1:
+        return None
+    row = _OneRow(cut, layers)
+    return row if _same(cut, row, layers[0].self_attn.q_proj.in_features) else None
+
+
+class _OneRow:
+    """Of one token id [1, 1] or hidden state [1, 1, H] what the stage's own forward would make; None where it cannot.
+
+    The stage's linear layers have their blocks in its memory: one after the other as they are read, in huge pages where
+    there are any, a token takes 0.93 to 0.96 times as long as with memory of their own.
+    """
+
+    def __init__(self, cut: CutModel, layers: Sequence[Any]) -> None:
+        body, first = body_of(cut), layers[0]
+        linears = [linear for layer in layers for linear in _linears(layer)]
+        self._blocks, self._ends = _gathered(linears)
+        self._bits, self._inner = linears[0].bits, first.mlp.up_proj.out_features
+        self._norms = torch.stack([getattr(layer, name).weight.detach() for layer in layers for name in NORMS])
+        self._norms_array = self._norms.view(len(layers), 2, -1).numpy()
+        self._eps, self._scale = first.input_layernorm.variance_epsilon, float(first.self_attn.scaling)
+        self._n_heads = first.self_attn.q_proj.out_features // first.self_attn.head_dim
+        self._rotary, self._turns = body.rotary_emb, np.empty((0, 2, first.self_attn.head_dim), np.float32)
+        self._embedding = body.embed_tokens.weight.detach().numpy() if cut.first else None
+        module: Any = cut.module
+        self._head: BlockLinear | None = module.get_output_embeddings() if cut.last else None
+        self._norm = body.norm.weight.detach().numpy() if cut.last else None
+
+    def __call__(self, x: torch.Tensor, position: int, cache: Cache | None) -> torch.Tensor | None:
+        """The hidden state [1, 1, H], or the logits [1, 1, V]; the cache has the token then."""
+        if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or (kept := cache.kept) is None:
+            return None
+        from splitlearn import row_kernel  # loads a compiler
+
+        hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
+        row_kernel.step(
+            hidden,
+            self._blocks,
+            self._ends,
+            self._bits,
+            self._norms_array,
+            self._eps,
+            self._n_heads,
+            self._inner,
+            self._scale,
+            self._turn(position),
+            kept.addresses,
+            kept.shape,
+            kept.start,
+            position,
+        )
+        cache.grown(1)
+        if self._head is None:
+            return torch.from_numpy(hidden[None])
+        logits = np.empty((1, self._head.out_features), np.float32)
+        row_kernel.head(hidden, self._norm, self._eps, self._head.array, self._head.bits, logits)
+        return torch.from_numpy(logits[None])
+
+    def _turn(self, position: int) -> NDArray[np.float32]:
+        """cos and sin [2, size] of a position; computed for TURNS of them at once."""
+        while position >= len(self._turns):
+            more = torch.arange(len(self._turns), len(self._turns) + TURNS)[None]
+            found = torch.stack(self._rotary(self._norms, more), dim=2)[0].numpy()
+            self._turns = np.concatenate([self._turns, found])
+        turn: NDArray[np.float32] = self._turns[position]
+        return turn
+
+
+def _linears(layer: Any) -> list[Any]:
+    parts = [getattr(layer.self_attn, name, None) for name in ATTENTION]
+    return parts + [getattr(layer.mlp, name, None) for name in MLP]
+
+
+def _gathered(linears: Sequence[BlockLinear]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The blocks of all linears in one piece of memory, where they are from now on; where each begins, and the end."""
+    ends = np.array([0, *accumulate(len(linear.array) for linear in linears)])
+    memory = mmap.mmap(-1, int(ends[-1]) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    blocks = whole[-whole.ctypes.data % HUGE_PAGE :][: ends[-1]]
+    for linear, begin, end in zip(linears, ends[:-1], ends[1:], strict=True):
+        linear.move(blocks[begin:end])
+    return blocks, ends
+
+
+def _is_llamas(layer: Any) -> bool:
+    """Whether a layer has Llama's parts and no others, all as the kernel has them."""
+    if {name for name, _ in layer.named_children()} != CHILDREN:
+        return False
+    if layer.self_attn.config._attn_implementation not in ("sdpa", row_attention.NAME):
+        return False
+    linears, norms = _linears(layer), [getattr(layer, name) for name in NORMS]
+    return all(map(_is_whole, linears)) and len({linear.bits for linear in linears}) == 1 and all(map(_is_norm, norms))
+
+
+def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
+    """Whether what stands around the layers is Llama's, and each token sees all before it."""
+    body, module = body_of(cut), cut.module
+    rotary: Any = getattr(body, "rotary_emb", None)
+    config = body.config
+    if getattr(rotary, "rope_type", GROWING[0]) in GROWING or 2 * len(rotary.inv_freq) != head_size:
+        return False
+    if getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [FULL])} != {FULL}:
+        return False
+    if cut.first and body.embed_tokens.weight.dtype != torch.float32:
+        return False
+    return not cut.last or (_is_norm(body.norm) and _is_whole(module.get_output_embeddings()))  # type: ignore[operator]
+
+
+def _is_whole(linear: Any) -> bool:
+    return isinstance(linear, BlockLinear) and linear.whole and linear.bias is None
+
+
+def _is_norm(norm: Any) -> bool:
+    return hasattr(norm, "variance_epsilon") and norm.weight.dtype == torch.float32
+
+
+def _same(cut: CutModel, row: Row, width: int) -> bool:
+    """Whether a fifth token comes out of both alike."""
+    made = torch.Generator().manual_seed(0)
+    x = torch.randint(8, (1, 5), generator=made) if cut.first else torch.randn(1, 5, width, generator=made)
+    one, other = (caches.reserved(cut.end - cut.start, 8) for _ in range(2))
+    with torch.inference_mode():
+        for cache in (one, other):
+            forward(cut, x[:, :4], 0, cache)
+        own, found = forward(cut, x[:, 4:], 4, one), row(x[:, 4:], 4, other)
+    return found is not None and torch.allclose(own, found, rtol=NEAR, atol=NEAR * float(own.abs().max()))
