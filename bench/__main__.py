@@ -22,6 +22,7 @@ BENCHES = (
     "overload",
     "soak",
     "lookup",
+    "links",
     "overlap",
     "flips",
     "llama",

@@ -1,8 +1,11 @@
-"""What a token takes after a long context, against one after a short context: full and split, float32.
+"""What a token takes after a long context, against one after a short context: full and split, float32. And whether
+torch.compile compiles anything again while the context grows.
 
-One token attends in the compiled kernel (row_attention); beside it, full with torch's sdpa.
+One token attends in a compiled kernel, that of row_attention or of weight_prepack=blocks; beside them, full with torch's
+sdpa.
 """
 
+import itertools
 from collections.abc import Callable
 from statistics import median
 
@@ -13,26 +16,44 @@ from splitlearn.arm import Kind
 from splitlearn.compare import environment
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
-from splitlearn.runs import Runs
+from splitlearn.runs import Restarted, Runs
 from splitlearn.tokens import Tokens
+from splitlearn.worker import WARM_UP_TOKENS
 
 PAIRS = 12
 SHORT, LONG = 100, 4000
 TOKENS = 32
-KERNEL = f"{FAST},row_attention"
-ARMS: tuple[tuple[Kind, str], ...] = (("full", KERNEL), ("split", KERNEL), ("full", FAST))
+KERNEL, ONE_CALL = f"{FAST},row_attention", FAST.replace("weight_prepack", "weight_prepack=blocks")
+KINDS: tuple[Kind, ...] = ("full", "split")
+ARMS = (*itertools.product(KINDS, (KERNEL, ONE_CALL)), ("full", FAST))
+COMPILED = (
+    "low_cpu_mem_usage,inference_mode,use_cache,cache=static,output_attentions,output_hidden_states,torch_compile"
+)
+GROWN = 2000
 
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/context.md."""
     tokens = Tokens.load(runs.spec("full", runs.flags(FAST)).files.folder, use_fast=True)
     prompts = {length: text_of(tokens, length) for length in (SHORT, LONG)}
-    rows = [_row(runs, kind, flags, prompts) for kind, flags in ARMS]
+    rows: list[dict[str, str]] = [_row(runs, kind, flags, prompts) for kind, flags in ARMS]
     text = (
         f"TPOT of {TOKENS} tokens after prompts of {SHORT} and {LONG} tokens, float32, on one thread; geometric mean "
-        f"ratios with 95% intervals over {PAIRS} pairs in random order. Flags `{FAST}`, and those named."
+        f"ratios with 95% intervals over {PAIRS} pairs in random order. "
     )
+    text += "\n\n" + " ".join(_compiled_again(runs, kind) for kind in KINDS)
     write("context", "A token after a long context", text, rows, environment(runs))
+
+
+def _compiled_again(runs: Runs, kind: Kind) -> str:
+    """A sentence on what was compiled while GROWN tokens were generated, twice: each time the run begins again."""
+    request = GenerationRequest(runs.config.generation.prompt, max_new_tokens=GROWN, ignore_eos=True)
+    flags = runs.flags(COMPILED)
+    first, then = (sum(isinstance(item, Restarted) for item in runs.stream(kind, flags, request)) for _ in range(2))
+    return (
+        f"{kind} with `{COMPILED}`: after a warm-up of {WARM_UP_TOKENS} tokens, something was compiled in {first} runs "
+        f"of {GROWN} tokens until one went through without; in as many tokens after that, {then} times."
+    )
 
 
 def _row(runs: Runs, kind: Kind, flags: str, prompts: dict[int, str]) -> dict[str, str]:
@@ -47,7 +68,7 @@ def _row(runs: Runs, kind: Kind, flags: str, prompts: dict[int, str]) -> dict[st
     short, long = found[str(SHORT)], found[str(LONG)]
     return {
         "arm": kind,
-        "more flags": flags.removeprefix(FAST).strip(","),
+        "flags": flags,
         f"TPOT at {SHORT}, ms": f"{median(short) * 1e3:.1f}",
         f"TPOT at {LONG}, ms": f"{median(long) * 1e3:.1f}",
         "ratio": str(effect(long, short)),

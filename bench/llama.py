@@ -1,5 +1,5 @@
 """Full and split as fast as they go here: full against llama.cpp on the file that its weights came from, and against
-transformers' `generate()` in float32, split against full.
+transformers' `generate()` in float32, split against full and against llama.cpp's RPC mode over loopback.
 
 All have the same number of threads and the same prompt ids; greedy. llama.cpp is evaluated through
 llama-cpp-python's low-level calls (bench/requirements.txt), with numpy's argmax in place of its samplers. Its products
@@ -37,8 +37,10 @@ THREADS = (1, 2)
 TOKENS = 64
 SHORT, LONG = 20, 512
 FLAGS = "fast"
-OURS, SPLIT, LLAMA, GENERATE = "full, fast", "split, fast", "llama.cpp", "generate()"
-RATIOS = ((OURS, LLAMA), (OURS, GENERATE), (SPLIT, OURS))
+OURS, SPLIT, LLAMA, RPC, GENERATE = "full, fast", "split, fast", "llama.cpp", "llama.cpp RPC", "generate()"
+RATIOS = ((OURS, LLAMA), (OURS, GENERATE), (SPLIT, OURS), (SPLIT, RPC))
+# As many as the default split has in its trunk; llama.cpp's are the last ones.
+REMOTE_LAYERS = 26
 
 
 def main(runs: Runs) -> None:
@@ -54,7 +56,7 @@ def main(runs: Runs) -> None:
         f"Geometric mean ratios with 95% intervals over {PAIRS} blocks, the arms in random order within each, each arm "
         f"in a process with the threads named. TPOT: {TOKENS} tokens after a prompt of {SHORT}; TTFT: prompts of "
         f"{SHORT} and {LONG} tokens. fast: the flags `{FLAGS}` (docs/flags.md); with them, steps of one token run on "
-        "one thread in any case."
+        f"one thread in any case. llama.cpp RPC: {REMOTE_LAYERS} layers in a server with as many threads."
     )
     write("llama", "The full model against llama.cpp and generate()", text, rows, environment(runs))
 
@@ -97,7 +99,8 @@ def _ratio(found: dict[str, list[Generated]], name: str, baseline: str, key: str
 def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> dict[str, list[Generated]]:
     flags = runs.flags(FLAGS)
     spec = runs.spec("full", flags)
-    reference, llama = Reference(spec), _Llama(gguf, spec.threads or default_threads())
+    reference, threads = Reference(spec), spec.threads or default_threads()
+    llama, rpc = _Llama(gguf, threads), _Llama(gguf, threads, REMOTE_LAYERS)
     ids = tokens.encode(prompt, chat=False)
     request = GenerationRequest(prompt, max_new_tokens=count, chat=False, ignore_eos=True)
 
@@ -109,6 +112,7 @@ def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> 
         OURS: lambda: run("full"),
         SPLIT: lambda: run("split"),
         LLAMA: lambda: llama.run(ids, count),
+        RPC: lambda: rpc.run(ids, count),
         GENERATE: lambda: reference.run(prompt, count, chat=False),
     }
     try:
@@ -118,14 +122,15 @@ def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> 
     finally:
         reference.stop()
         llama.stop()
+        rpc.stop()
 
 
 class _Llama:
     """The worker of bench/llama_worker.py, which has the OpenMP wait policy that is llama.cpp's own: its threads meet
     after every operation."""
 
-    def __init__(self, gguf: str, threads: int) -> None:
-        command = [sys.executable, "-m", "bench.llama_worker", gguf, str(threads)]
+    def __init__(self, gguf: str, threads: int, *remote_layers: int) -> None:
+        command = [sys.executable, "-m", "bench.llama_worker", gguf, *map(str, (threads, *remote_layers))]
         environment = {name: value for name, value in os.environ.items() if name not in native.DEFAULTS}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -141,6 +146,5 @@ class _Llama:
         return Generated(tuple(found), ttft_s, tpot_s)
 
     def stop(self) -> None:
-        """End the worker."""
-        self._process.kill()
-        self._process.wait()
+        """End the worker, by the end of its stdin."""
+        self._process.communicate()

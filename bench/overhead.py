@@ -1,6 +1,7 @@
 """What splitting costs on loopback, and what the decode loop costs against transformers' `generate()`.
 
-Three arms, each in a worker process with the same threads, the same dtype and the same tokens.
+Three arms, each in a worker process with the same threads, the same dtype (but where the flags say otherwise) and the
+same tokens; and in each block as many round trips of a step's bytes to an echo server (bench/echo.py).
 """
 
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.answer import answer
+from bench.echo import READS, Echo, Memory
 from bench.pairs import blocks
 from bench.reference import Generated, Reference
 from bench.report import write
@@ -23,11 +25,13 @@ from splitlearn.selection import FlagSet
 PAIRS = 12
 THREADS = (1, 2)
 TOKENS = 64
+# For how long the echo server, and then its client, read memory between two messages: as trunk and client do, at least.
+HOLD_S, BETWEEN_S = 0.003, 0.0015
 PROMPT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[0]
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
 PLAIN = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hidden_states,fast_top_k"
 
-MORE = ("cache,weight_prepack", "cache,weight_prepack=blocks")
+MORE = ("cache,weight_prepack", "cache,weight_prepack=blocks", "cache,weight_dtype")
 SETS = {"none": PLAIN, **{more: f"{PLAIN},{more}" for more in MORE}}
 
 
@@ -35,9 +39,10 @@ def main(runs: Runs) -> None:
     """Measure and write docs/results/overhead.md."""
     rows = [row for more in SETS for threads in THREADS for row in _rows(runs.config, threads, more)]
     text = (
-        f"Geometric mean ratios with 95% intervals over {PAIRS} blocks of {TOKENS} tokens, greedy, float32, the three "
-        f"arms in random order within each block, each process with the threads named; flags `{PLAIN}`, and "
-        "those named. All processes have the OpenMP wait policy PASSIVE, without which client and "
+        f"Geometric mean ratios with 95% intervals over {PAIRS} blocks of {TOKENS} tokens, greedy, float32 but for the "
+        "weights with weight_dtype, the arms in random order within each block, each process with the threads named; "
+        f"flags `{PLAIN}`, and those named. Difference and echo (a round trip of the same bytes) are medians. All "
+        "processes have the OpenMP wait policy PASSIVE, without which client and "
         "trunk take the cores from each other. One-token steps of full and split run on one thread in float32, "
         "whatever the number named; those of generate() do not."
     )
@@ -48,7 +53,7 @@ def _rows(config: Config, threads: int, more: str) -> list[dict[str, str]]:
     changes = {"runs": RunsConfig(threads=threads), "flags": SETS[more]}
     with Runs(config.model_copy(update=changes), silent) as runs:
         found = _measure(runs)
-    same = len({run.token_ids for listed in found.values() for run in listed}) == 1
+    echo_s = median(run.tpot_s for run in found.pop("echo"))
     return [
         {
             "more flags": more,
@@ -56,11 +61,21 @@ def _rows(config: Config, threads: int, more: str) -> list[dict[str, str]]:
             "ratio": f"{name} / {baseline}",
             "TPOT, ms": " / ".join(f"{median(run.tpot_s for run in found[arm]) * 1e3:.1f}" for arm in (name, baseline)),
             "TPOT": _ratio(found[name], found[baseline], "tpot_s"),
+            "difference, ms": f"{1e3 * _difference_s(found[name], found[baseline]):.2f}",
+            "echo, ms": f"{1e3 * echo_s:.2f}",
             "TTFT": _ratio(found[name], found[baseline], "ttft_s"),
-            "token ids of all runs": "identical" if same else "NOT identical",
+            "token ids of all runs": "identical" if _same(found[name] + found[baseline]) else "NOT identical",
         }
         for name, baseline in (("split", "full"), ("full", "generate"), ("split", "generate"))
     ]
+
+
+def _same(runs: list[Generated]) -> bool:
+    return len({run.token_ids for run in runs}) == 1
+
+
+def _difference_s(runs: list[Generated], baselines: list[Generated]) -> float:
+    return median(run.tpot_s - baseline.tpot_s for run, baseline in zip(runs, baselines, strict=True))
 
 
 def _ratio(values: list[Generated], baselines: list[Generated], key: str) -> str:
@@ -69,18 +84,28 @@ def _ratio(values: list[Generated], baselines: list[Generated], key: str) -> str
 
 def _measure(runs: Runs) -> dict[str, list[Generated]]:
     flags = runs.flags(runs.config.flags)
-    reference = Reference(runs.spec("full", flags))
+    reference, echo, memory = Reference(runs.spec("full", flags)), Echo(READS), Memory()
     try:
         arms: dict[str, Callable[[], Generated]] = {
             "generate": lambda: reference.run(PROMPT, TOKENS),
             "full": lambda: _run(runs, "full", flags),
             "split": lambda: _run(runs, "split", flags),
+            "echo": lambda: _echo(echo, memory),
         }
         for arm in arms.values():
             arm()
         return blocks(arms, PAIRS)
     finally:
         reference.stop()
+        echo.close()
+
+
+def _echo(echo: Echo, memory: Memory) -> Generated:
+    taken = list[float]()
+    for _ in range(TOKENS):
+        memory.read(BETWEEN_S)
+        taken.append(echo.step(HOLD_S))
+    return Generated((), 0.0, median(taken))
 
 
 def _run(runs: Runs, kind: Kind, flags: FlagSet) -> Generated:

@@ -66,7 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "token":
             return _make_token(options.name)
-        settings = _settings(options)
+        given = sys.stdin.readline() if options.embedded else ""
+        if options.embedded and not given:
+            return 0  # the parent has no use for it
+        settings = _settings(options, given)
         door = Door.of(settings.server)
         with on_console() as progress:
             served = build(settings, progress)
@@ -134,8 +137,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _settings(options: argparse.Namespace) -> Config:
-    settings = config.parse(json.loads(sys.stdin.readline())) if options.embedded else config.load(options.config)
+def _settings(options: argparse.Namespace, given: str) -> Config:
+    """The settings of a file, or those `given` by a parent, with what the command line changes."""
+    settings = config.parse(json.loads(given)) if options.embedded else config.load(options.config)
     names = ("host", "port", "allow_open", "metrics_host", "metrics_port")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.embedded:  # with the same settings there may be a server beside it, which has the port

@@ -1,6 +1,10 @@
 """A trunk server as a child process on a free loopback port, for when none is given. It ends with its parent.
 
-When the server dies it is started again on the same port, so that clients find it there again and go on.
+When the server dies it is started again on the same port, so that clients find it there again and go on. Its process
+can be started before its settings are known, and imports meanwhile what takes seconds:
+
+    server = Server()
+    trunk = EmbeddedTrunk(config, server=server)
 """
 
 import contextlib
@@ -29,12 +33,13 @@ class EmbeddedTrunk:
     """`python -m server` with this program's settings, on loopback: without TLS, and without tokens but for those of
     the file `tokens`. `address` is where it listens, also after it was restarted."""
 
-    def __init__(self, config: Config, tokens: Path | None = None) -> None:
+    def __init__(self, config: Config, tokens: Path | None = None, server: "Server | None" = None) -> None:
         own = config.server.model_copy(update={"tls": ServerTls(), "tokens": tokens})
         self._config = config.model_copy(update={"server": own})
         self._stopping = threading.Event()
         self._lost = threading.Event()
-        self._server = _Server(self._config, port=0)
+        self._server = server or Server()
+        self._server.tell(self._config)
         address = self._server.wait_ready()
         if address is None:
             self.stop()
@@ -78,7 +83,8 @@ class EmbeddedTrunk:
                 return
             log.warning("The embedded trunk server died (exit status %s).", self._server.process.returncode)
             self._server.close()
-            self._server = _Server(self._config, port)
+            self._server = Server(port)
+            self._server.tell(self._config)
             starts += 1
             if self._stopping.is_set():  # stop() may have seen the server before this one
                 self._server.stop()
@@ -86,10 +92,10 @@ class EmbeddedTrunk:
             self._server.wait_ready()
 
 
-class _Server:
-    """One process of the server. `ready` is true once it serves."""
+class Server:
+    """One process of the server, which waits to be told its settings. `ready` is true once it serves."""
 
-    def __init__(self, config: Config, port: int) -> None:
+    def __init__(self, port: int = 0) -> None:
         root = Path(__file__).resolve().parent.parent  # where the packages splitlearn and server lie
         self.ready = False
         self.process = subprocess.Popen(
@@ -101,6 +107,9 @@ class _Server:
             start_new_session=True,  # Ctrl-C at the terminal reaches the parent, which ends this in order
         )
         self._stdin, self._stdout = cast(IO[str], self.process.stdin), cast(IO[str], self.process.stdout)
+
+    def tell(self, config: Config) -> None:
+        """Its settings; said once."""
         with contextlib.suppress(BrokenPipeError):  # it died at once: the missing line on stdout tells
             self._stdin.write(config.model_dump_json() + "\n")
             self._stdin.flush()

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 from splitlearn import models
 from splitlearn.arm import ArmEnd, ArmSpec, Kind
 from splitlearn.config import Config, serving
-from splitlearn.embedded import EmbeddedTrunk
+from splitlearn.embedded import EmbeddedTrunk, Server
 from splitlearn.events import Event, GenerationRequest
 from splitlearn.families import no_roll_back
 from splitlearn.flags import SIDES, Place, of_scope
@@ -86,9 +86,12 @@ Item = Event | Restarted | ArmReport
 
 
 class Runs:
-    """Runs arms of one configuration. Raises InputError and ModelError at once for what cannot work."""
+    """Runs arms of one configuration. Raises InputError and ModelError at once for what cannot work.
 
-    def __init__(self, config: Config, progress: Progress) -> None:
+    `server` is the process that the first embedded trunk becomes, where one was started before.
+    """
+
+    def __init__(self, config: Config, progress: Progress, server: Server | None = None) -> None:
         self.config = config
         self.files = models.prepare(config.model, progress)
         self.plan = SplitPlan.of(config.split.start, config.split.end, self.files.n_layers)
@@ -98,6 +101,7 @@ class Runs:
         self._workers: dict[ArmSpec, Worker] = {}
         self._trunk_lock = threading.Lock()
         self._trunks: dict[frozenset[str], EmbeddedTrunk] = {}
+        self._server = server
 
     def __enter__(self) -> "Runs":
         return self
@@ -124,7 +128,8 @@ class Runs:
             trunk = self._trunks.pop(own, None)
             if trunk is None or not trunk.ready():
                 self._make_room()
-                trunk = EmbeddedTrunk(serving(self.config, own))
+                server, self._server = self._server, None
+                trunk = EmbeddedTrunk(serving(self.config, own), server=server)
             self._trunks[own] = trunk  # at the end: the least recently used one is first
             return (trunk.address,)
 
@@ -227,6 +232,8 @@ class Runs:
         for trunk in self._trunks.values():
             trunk.stop()
         self._trunks.clear()
+        if self._server is not None:
+            self._server.stop()
 
     def _clear_up(self) -> None:
         """Drop workers that are dead: the next run has new ones."""

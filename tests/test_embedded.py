@@ -9,9 +9,11 @@ import psutil
 import pytest
 
 from splitlearn import config, embedded
-from splitlearn.embedded import EmbeddedTrunk
+from splitlearn.embedded import EmbeddedTrunk, Server
 from splitlearn.errors import SetupError
+from splitlearn.progress import silent
 from splitlearn.remote import check_served, describe
+from splitlearn.runs import Runs
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 from tests.trunk import environment, eventually, gone, served, settings
@@ -104,6 +106,21 @@ def test_an_embedded_trunk_that_was_killed_is_back_at_its_address_until_it_canno
     finally:
         trunk.stop()
     assert not trunk.alive()
+
+
+def test_a_server_that_was_started_before_becomes_the_first_trunk(files: ModelFiles) -> None:
+    server = Server()
+    with Runs(config.parse(settings(files)), silent, server) as runs:
+        check_served(describe(runs.trunk_address()), served(files), "it")
+        assert server.ready
+    assert gone(server.process.pid)
+
+
+def test_a_server_that_nobody_has_a_use_for_ends_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    server = Server()
+    server.close()
+    assert server.process.wait(30) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_an_embedded_trunk_that_cannot_start_says_so(files: ModelFiles, capfd: pytest.CaptureFixture[str]) -> None:

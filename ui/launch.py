@@ -6,11 +6,13 @@ import signal
 import socket
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitlearn import config
 from splitlearn.config import Config
+from splitlearn.embedded import Server
 from splitlearn.errors import SetupError, SplitlearnError, TrunkError
 from splitlearn.progress import Progress, Step, on_console
 from ui import share
@@ -84,12 +86,15 @@ def _repeat(options: argparse.Namespace) -> list[str]:
 def _serve(settings: Config, port: int, login: Login, repeat: list[str]) -> None:
     """Prepare the model, then launch the page and stay until interrupted; children end with it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    server = Server() if settings.trunk.embedded else None  # it imports torch while this process does, too
     from splitlearn.runs import Runs
     from splitlearn.selection import check
 
     check(settings.flags)
     with on_console() as progress:
-        runs = Runs(settings, progress)
+        runs = Runs(settings, progress, server)
+        # While the trunk loads, this process has nothing to do.
+        threading.Thread(target=import_module, args=("ui.layout",), daemon=True).start()
         _greet_trunk(runs, progress)
     with runs:
         _page(runs, port, login, repeat)

@@ -1,0 +1,84 @@
+"""A gRPC echo server in a process of its own: what a round trip of a trunk step's bytes takes by itself.
+
+It keeps a message for as long as it is told and says how long it kept it, so that its round trips are taken from a
+process that waited as long as for a trunk. One kind sleeps meanwhile; the other reads as much memory as a trunk does,
+since whoever has gone through 80 MB of weights has nothing of gRPC's code left in the processor's caches.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import torch
+
+from splitlearn import process
+
+METHOD = "/echo/Echo"
+SLEEPS, READS = "sleeps", "reads memory"
+# A trunk's answer is longer than the step it answers, by the durations that it ships; and a header of ours.
+MESSAGE_BYTES, HEADER = 2327, 12
+WEIGHTS_BYTES, READ = 80 << 20, 1 << 18
+
+
+class Memory:
+    """As much as weights take, to be read."""
+
+    def __init__(self) -> None:
+        self._values, self._at = torch.zeros(WEIGHTS_BYTES // 4), 0
+
+    def read(self, seconds: float) -> None:
+        """Read on from where it stopped, for so long."""
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            self._values[self._at : self._at + READ].sum()
+            self._at = (self._at + READ) % len(self._values)
+
+
+class Echo:
+    """A stream to an echo server of its own, which is of the kind SLEEPS or READS."""
+
+    def __init__(self, kind: str) -> None:
+        self._child = process.start("The echo server", _serve, kind)
+        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        self._channel = grpc.insecure_channel(self._child.receive())
+        method: Any = self._channel.stream_stream(METHOD)
+        self._call = method(iter(self._outgoing.get, None))
+
+    def step(self, hold_s: float, data: bytes = b"") -> float:
+        """Send `data`, filled up to a step's bytes, and get it back; the round trip less what the server kept it, in
+        seconds."""
+        message = data.ljust(MESSAGE_BYTES, b"\0")
+        started = time.perf_counter()
+        self._outgoing.put(b"%12.9f" % hold_s + message[HEADER:])
+        reply = next(self._call)
+        return time.perf_counter() - started - float(reply[:HEADER])
+
+    def close(self) -> None:
+        """End the stream and the server."""
+        self._outgoing.put(None)
+        self._channel.close()
+        self._child.stop()
+
+
+def _serve(connection: Connection, kind: str) -> None:
+    """The echo server's process."""
+    torch.set_num_threads(1)
+    keep = Memory().read if kind == READS else time.sleep
+
+    def echo(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        for message in requests:
+            started = time.perf_counter()
+            keep(float(message[:HEADER]))
+            yield b"%12.9f" % (time.perf_counter() - started) + message[HEADER:]
+
+    handler = grpc.method_handlers_generic_handler("echo", {"Echo": grpc.stream_stream_rpc_method_handler(echo)})
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[handler])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    connection.send(f"127.0.0.1:{port}")
+    threading.Event().wait()
