@@ -1,8 +1,8 @@
 """What a token takes after a long context, against one after a short context: full and split, float32. And whether
 torch.compile compiles anything again while the context grows.
 
-One token attends in a compiled kernel, that of row_attention or of weight_prepack=blocks; beside them, full with torch's
-sdpa.
+One token attends in a compiled kernel, that of row_attention or of weight_prepack=blocks; beside them, full with
+torch's sdpa.
 """
 
 import itertools
