@@ -5,12 +5,17 @@ Scale and offset are shared by GROUP neighbouring values of a row (asymmetric ro
 weights that came from such a file stay what they are). products.py multiplies with them and says how a block lies.
 """
 
+import mmap
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 BITS = (4, 8, 32)
 LANES, GROUP = 16, 32
 SCALES_BYTES = 2 * 2 * LANES
+HUGE_PAGE = 2 << 20
 
 
 def block_bytes(bits: int) -> int:
@@ -59,3 +64,12 @@ def _matrix(values: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """[groups, count, GROUP, LANES] to [n, k]."""
     groups, count = values.shape[:2]
     return values.permute(0, 3, 1, 2).reshape(groups * LANES, count * GROUP)[:n, :k].contiguous()
+
+
+def memory(size: int) -> NDArray[np.uint8]:
+    """So many bytes of zeros, in huge pages where there are any; they go back to the system when nothing uses them."""
+    mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE_PAGE:
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(mapped, np.uint8)
+    return whole[-whole.ctypes.data % HUGE_PAGE :][:size]

@@ -23,7 +23,7 @@ from splitlearn.blocks import LANES
 from splitlearn.errors import WeightsDamaged
 from splitlearn.families import join
 from splitlearn.flags import Settings, settings
-from splitlearn.process import default_threads, resident_bytes
+from splitlearn.process import default_threads, resident_bytes, trim_heap
 from splitlearn.split import CutModel, SplitPlan, carve
 from splitlearn.stages import LocalStage
 from splitlearn.store import ALIGNMENT, ModelFiles
@@ -139,6 +139,7 @@ def _replace_linears(cut: CutModel, wanted: Settings, get: Callable[[str], torch
             whole = partial(get, cut.full_name(join(path, "weight")))
             bias = None if layer.bias is None else get(cut.full_name(join(path, "bias"))).to(dtype, copy=True)
             module.set_submodule(path, make(_pieces(whole, type(layer) is Conv1D, dtype), bias))
+            trim_heap()
 
 
 def _pieces(whole: Callable[[], torch.Tensor], transposed: bool, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -5,7 +5,6 @@ where the two differ by more than rounding the stage is left as it is. So is eve
 whose keys and values do not lie where the kernel reads them.
 """
 
-import mmap
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from splitlearn import caches, row_attention
 from splitlearn.block_linear import BlockLinear
+from splitlearn.blocks import memory
 from splitlearn.caches import ReservedCache
 from splitlearn.split import CutModel, body_of, forward, layers_of
 
@@ -31,7 +31,6 @@ GROWING = ("dynamic", "longrope")
 FULL = "full_attention"
 TURNS = 256
 NEAR = 1e-3
-HUGE_PAGE = 2 << 20
 
 
 def of(cut: CutModel) -> Row | None:
@@ -115,11 +114,7 @@ def _linears(layer: Any) -> list[Any]:
 def _gathered(linears: Sequence[BlockLinear]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The blocks of all linears in one piece of memory, where they are from now on; where each begins, and the end."""
     ends = np.array([0, *accumulate(len(linear.array) for linear in linears)])
-    memory = mmap.mmap(-1, int(ends[-1]) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
-    blocks = whole[-whole.ctypes.data % HUGE_PAGE :][: ends[-1]]
+    blocks = memory(int(ends[-1]))
     for linear, begin, end in zip(linears, ends[:-1], ends[1:], strict=True):
         linear.move(blocks[begin:end])
     return blocks, ends
