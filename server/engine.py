@@ -229,7 +229,7 @@ class Engine:
             return output
         row, value = found
         by_layers = replace(self._stage, row=None)
-        layer = first_not_finite(by_layers.cut, lambda: by_layers.step([item]))
+        layer = first_not_finite(self._stage.cut, lambda: by_layers.step([item]))
         return TrunkFailed(f"{value} at position {item.position + row}, first in layer {layer}")
 
     def _finish(self, job: Job, error: SplitlearnError | None = None) -> None:

@@ -18,15 +18,13 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
-from splitlearn.jit import compiled
+from splitlearn.jit import CACHE_LINE, compiled, prefetch
 
 # Sums may be taken in any order; that a number may be NaN or infinite is not given up: the server looks for those.
 ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
-CACHE_LINE = 64
 # A float32 of this size has no bits for a fraction: what is added to it is rounded to a whole number, in its last bits.
 ROUNDS = np.float32(1.5 * 2**23)
 EXPONENT_OF_ONE = np.int32(127)
@@ -64,11 +62,7 @@ def _prefetch(typing: Any, array: Any, index: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), address)
-        kind = ir.FunctionType(ir.VoidType(), [address, number, number, number])
-        call = builder.module.declare_intrinsic("llvm.prefetch", [address], kind)
-        builder.call(call, [place, number(0), number(3), number(1)])  # to read, to keep close, data
+        prefetch(builder, builder.gep(data, [arguments[1]]))
         return context.get_dummy_value()
 
     return numba.types.void(array, numba.types.intp), generate

@@ -18,7 +18,8 @@ from torch import nn
 from splitlearn.blocks import GROUP, LANES, bits_of, from_blocks, memory, to_blocks
 
 OP = "block_linear"
-# Rows from which on a product is shared among threads: for fewer, to wake them takes what they bring.
+# Rows from which on a product is shared among threads: 8 take 1.14 times as long on two, 16 take 0.94 times, 32 take
+# 0.73 and 512 take 0.55 (float32, 1536x576).
 MANY_ROWS = 32
 _library = torch.library.Library("splitlearn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(f"{OP}(Tensor x, Tensor blocks, int n) -> Tensor")  # type: ignore[no-untyped-call]

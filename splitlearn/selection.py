@@ -24,18 +24,23 @@ FAST_IN_ANY = (
 )
 FAST, FAST_FLOAT32 = f"{FAST_IN_ANY},weight_dtype", f"{FAST_IN_ANY},weight_prepack=blocks"
 
+
+def _on_every_side(flags: str) -> Mapping[Side, str]:
+    return dict.fromkeys(SIDES, flags)
+
+
 PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
     "fast": (
         "The fastest on a CPU, on every side: weights in 4 bits, which other answers may come of.",
-        {"full": FAST, "client": FAST, "trunk": FAST},
+        _on_every_side(FAST),
     ),
     "fast-float32": (
         "The fastest on a CPU with weights as they are, on every side.",
-        {"full": FAST_FLOAT32, "client": FAST_FLOAT32, "trunk": FAST_FLOAT32},
+        _on_every_side(FAST_FLOAT32),
     ),
     "earlier-full": (
         "The earlier system's full model: nine flags, on every side.",
-        {"full": NINE, "client": NINE, "trunk": NINE},
+        _on_every_side(NINE),
     ),
     "earlier-client": (
         "The earlier system's comparison: its full model with nine flags against its split client with three.",
@@ -43,11 +48,11 @@ PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
     ),
     "earlier-library": (
         "The earlier system's library: two flags, on every side.",
-        {"full": TWO, "client": TWO, "trunk": TWO},
+        _on_every_side(TWO),
     ),
     "cache-ladder": (
         "For the ladder: dynamic cache, static cache, static cache and torch.compile.",
-        {"full": CACHES, "client": CACHES, "trunk": CACHES},
+        _on_every_side(CACHES),
     ),
 }
 

@@ -3,19 +3,22 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import torch
 
 from splitlearn.errors import InputError
 from splitlearn.remote import RemoteStage, describe
+from splitlearn.split import layers_of
 from splitlearn.store import ModelFiles
 from splitlearn.wire import SERVICE
 from splitlearn.wire.channel import open_channel
 from tests.conftest import TinyFactory
-from tests.trunk import Raw, TrunkHere, eventually, hidden, opening, serve_here, served, step
+from tests.trunk import PLAN, Raw, TrunkHere, eventually, hidden, opening, serve_here, served, step
 
 DEADLINE = grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -97,6 +100,22 @@ def test_a_session_that_goes_on_is_not_idle(here: TrunkHere, files: ModelFiles) 
         for position in range(8):
             assert raw.ask(step(hidden(files, 1), position, position + 1)).result.step_id == position + 1
             time.sleep(0.35)
+
+
+def test_the_layer_is_named_where_a_token_goes_through_all_in_one_call(default_model: ModelFiles) -> None:
+    flags = ["use_cache", "inference_mode", "output_attentions", "output_hidden_states", "weight_prepack=blocks"]
+    plan, x = replace(PLAN, n_layers=default_model.n_layers), hidden(default_model, 4)
+    with serve_here(default_model, f"trunk:{','.join(flags)}") as here, Raw(here.address) as raw:
+        stage = here.served.engine._stage
+        assert stage.row is not None
+        raw.ask(opening(here.served.files, plan, flags=flags))
+        raw.ask(step(x[:, :3], 0, 1))
+        layer: Any = layers_of(stage.cut)[1]
+        layer.mlp.down_proj.array.view(np.float32)[:] = np.nan
+        assert raw.refusal(step(x[:, 3:], 3, 2)) == (
+            grpc.StatusCode.INTERNAL,
+            f"nan at position 3, first in layer {PLAN.start + 1}",
+        )
 
 
 def test_numbers_that_overflow_in_a_layer_are_an_error_of_the_trunk_that_names_it(tiny_model: TinyFactory) -> None:
