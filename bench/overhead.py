@@ -29,9 +29,9 @@ TOKENS = 64
 HOLD_S, BETWEEN_S = 0.003, 0.0015
 PROMPT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[0]
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
-PLAIN = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hidden_states,fast_top_k"
+PLAIN = "low_cpu_mem_usage,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
 
-MORE = ("cache,weight_prepack", "cache,weight_prepack=blocks", "cache,weight_dtype")
+MORE = ("weight_prepack", "weight_prepack=blocks", "weight_dtype")
 SETS = {"none": PLAIN, **{more: f"{PLAIN},{more}" for more in MORE}}
 
 

@@ -227,7 +227,8 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "float32_matmul_precision",
             "float32_matmul_precision",
-            'torch.set_float32_matmul_precision("medium"): float32 products may use bfloat16 units.',
+            'torch.set_float32_matmul_precision("medium"): float32 products may use bfloat16 units; on a CPU, those of '
+            "several tokens.",
             '"highest": float32 products in full float32.',
             {level: _matmul_precision(level) for level in ("highest", "high", "medium")},
             applied="medium",

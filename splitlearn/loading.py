@@ -214,7 +214,8 @@ def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placeme
         wanted.compile_module(cut.module)
     elif wanted.one_row is not None:
         row = wanted.one_row(cut)
-    return LocalStage(cut, spec.word, placement.device, _row_threads(placement), row)
+    precision = torch.get_float32_matmul_precision()
+    return LocalStage(cut, spec.word, placement.device, _row_threads(placement), precision, row)
 
 
 def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

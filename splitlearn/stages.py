@@ -7,6 +7,7 @@ weights and a session's cache are two things, so that one stage can serve many s
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,7 +21,7 @@ from splitlearn.flags import settings as settings_of
 from splitlearn.one_row import Row
 from splitlearn.packed import Packed, forward_packed
 from splitlearn.split import CutModel, forward
-from splitlearn.threads import computing_on
+from splitlearn.threads import one_row
 
 
 class Session(Protocol):
@@ -102,6 +103,8 @@ class LocalStage:
     device: torch.device
     row_threads: int
     """Threads for a step of one token; longer steps have those of the process."""
+    precision: str
+    """torch's float32_matmul_precision in this process, in which longer steps are computed."""
     row: Row | None = None
     """What takes one token through the stage, where it can, in place of the model's forward."""
 
@@ -122,8 +125,9 @@ class LocalStage:
         session, position, x = item.session, item.position, item.x
         started, compiled = time.perf_counter(), self._compile_seconds()
         _make_room(session, position, x.shape[1])
+        alone = x.shape[1] == 1 and self.device.type == "cpu"
         with (
-            computing_on(self.row_threads if x.shape[1] == 1 else torch.get_num_threads()),
+            one_row(self.row_threads, self.precision) if alone else nullcontext(),
             session.settings.gradient_guard(),
         ):
             out = self._forward(item)

@@ -16,7 +16,8 @@ from splitlearn.compare import KINDS
 from splitlearn.flags import FLAGS, SIDES, Place
 from splitlearn.lab.fidelity import Fed, logits
 from splitlearn.selection import FlagSet, availability, parse
-from splitlearn.split import SplitPlan
+from splitlearn.split import SplitPlan, layers_of
+from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 
@@ -122,3 +123,20 @@ def _is_mapped(tensor: torch.Tensor, path: Path) -> bool:
         if low <= address < high:
             return rest[-1] == str(path)
     return False
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_one_token_is_computed_in_full_and_longer_steps_in_the_process_precision(
+    files: ModelFiles, precision: str
+) -> None:
+    seen = list[tuple[int, str]]()
+    flags = parse(f"low_cpu_mem_usage,use_cache,float32_matmul_precision={precision}", HERE).full
+    loading.prepare_process(flags, 1)
+    stage = loading.load(files, loading.full_specs(5), flags, PLACEMENT).stages[0]
+    layers_of(stage.cut)[0].register_forward_pre_hook(
+        lambda _, given: seen.append((given[0].shape[1], torch.get_float32_matmul_precision()))
+    )
+    session = stage.open(flags, 8)
+    for position, tokens in ((0, 3), (3, 1), (4, 2)):
+        stage.step([StageInput(session, position, torch.zeros(1, tokens, dtype=torch.long))])
+    assert seen == [(3, precision), (1, "highest"), (2, precision)]
