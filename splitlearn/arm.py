@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from splitlearn import loading, process
+from splitlearn import draft_model, loading, process
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.events import Event
 from splitlearn.flags import settings
@@ -34,8 +34,8 @@ CANCEL = "cancel"
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """All that a worker needs to know. `addresses` are the trunk's, none for the full arm; `copy` tells apart workers
-    that are otherwise the same."""
+    """All that a worker needs to know. `addresses` are the trunk's, none for the full arm; `draft` is the model that
+    drafts, where the flags ask for one; `copy` tells apart workers that are otherwise the same."""
 
     kind: Kind
     files: ModelFiles
@@ -47,6 +47,7 @@ class ArmSpec:
     addresses: tuple[str, ...]
     timeout_s: float
     credentials: Credentials = NONE
+    draft: ModelFiles | None = None
     copy: int = 0
 
     def __hash__(self) -> int:
@@ -154,5 +155,7 @@ def generator(spec: ArmSpec, stages: Sequence[Stage], trunk: RemoteStage | None,
     links = [Link(stage, applied) for stage in stages]
     if trunk is not None:
         links.insert(1, Link(trunk, spec.flags.trunk))
-    own = settings(applied)
-    return Generator(links, tokens, spec.files.facts.context_length, own.top_k, own.proposer, own.piece_tokens)
+    own, placement = settings(applied), loading.Placement(spec.device, spec.dtype)
+    drafting = (draft_model.load(spec.draft, placement),) if own.draft_model and spec.draft else ()
+    proposers = (*own.proposers, *drafting)
+    return Generator(links, tokens, spec.files.facts.context_length, own.top_k, proposers, own.piece_tokens)

@@ -59,12 +59,13 @@ Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class ModelConfig(_Section):
-    """Which weights, where they run and in which dtype."""
+    """Which weights, where they run and in which dtype, and which model drafts for them."""
 
     name: str = Field("smollm2-135m-instruct", min_length=1)
     dtype: Dtype = "float32"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     cache: File | None = None
+    draft: Annotated[str, Field(min_length=1)] | None = None
 
 
 class SplitConfig(_Section):

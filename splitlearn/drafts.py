@@ -23,6 +23,10 @@ FORGET = 0.95
 class Proposer(Protocol):
     """Guesses how one sequence goes on."""
 
+    @property
+    def costs(self) -> bool:
+        """Whether to look at a guess takes time: then one that was not fed is not held against what came."""
+
     def propose(self, sequence: Sequence[int]) -> tuple[Sequence[int], int]:
         """Token ids that may follow, the most likely one at each place, and which kind of guess this is: guesses of one
         kind are expected to be right as often as earlier ones of it."""
@@ -34,6 +38,8 @@ class PromptLookup:
     transformers' PromptLookupCandidateGenerator searches the whole sequence at each step, and for a single token where
     it finds no more, which is wrong too often to pay here. The kind of a guess is the number of tokens that recurred.
     """
+
+    costs = False
 
     def __init__(self) -> None:
         self._follows: dict[tuple[int, ...], int] = {}
@@ -70,22 +76,27 @@ class _Record:
 
 @dataclass
 class Speculation:
-    """The drafts of one answer: as many at each step as promise the most tokens per second, none where none do.
+    """The drafts of one answer: as many at each step as promise the most tokens per second, none where none do. They
+    are of the first of `proposers` that has a guess.
 
     With a share `a` of drafts right, `k` of them give 1 + a + ... + a**k tokens on average (Leviathan et al., equation
     1). What a step with k drafts takes, round trip included, is measured as they are used; an untried number is taken
     to cost what the next smaller one that was tried does, and so is tried when more tokens would be worth it.
     """
 
-    proposer: Proposer
-    _records: defaultdict[int, _Record] = field(default_factory=lambda: defaultdict(_Record))
+    proposers: Sequence[Proposer]
+    _records: defaultdict[tuple[int, int], _Record] = field(default_factory=lambda: defaultdict(_Record))
     _seconds: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=TIMES)))
     _guess: Sequence[int] = ()
-    _kind: int = 0
+    _kind: tuple[int, int] = (0, 0)
 
     def drafts(self, sequence: Sequence[int], most: int) -> list[int]:
         """At most `most` draft tokens for the step that follows `sequence`."""
-        self._guess, self._kind = self.proposer.propose(sequence)
+        for number, proposer in enumerate(self.proposers):
+            self._guess, kind = proposer.propose(sequence)
+            self._kind = number, kind
+            if self._guess:
+                break
         if not self._seconds[0]:  # what one token takes is found first
             return []
         limit = min(len(self._guess), most)
@@ -94,7 +105,7 @@ class Speculation:
     def came(self, new: Sequence[int], fed: int, seconds: float) -> None:
         """The step brought the tokens `new`, of which all but the last were among the `fed` drafts, in `seconds`."""
         self._seconds[fed].append(seconds)
-        if self._guess:
+        if self._guess and (fed or not self.proposers[self._kind[0]].costs):
             right = len(new) - 1 if fed else int(new[0] == self._guess[0])
             self._records[self._kind].add(right, wrong=int(right < max(1, fed)))
 

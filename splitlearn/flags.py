@@ -45,8 +45,8 @@ class Settings:
     `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
     None leaves the model's own. `head` is the same for the LM head, where that differs. `one_row` makes what takes one
     token through a stage, of one that has its weights and is not compiled. `wire` is the form of hidden states on the
-    wire, None for that in which they are computed. `proposer` makes what guesses an answer's next tokens; None decodes
-    one by one.
+    wire, None for that in which they are computed. `proposers` make what guesses an answer's next tokens, the first of
+    which is asked first; `draft_model` puts a second model behind them. Without either, tokens are decoded one by one.
     `piece_tokens` is how many tokens of a prompt go through the stages at once; None: all.
     """
 
@@ -64,7 +64,8 @@ class Settings:
     gradient_guard: Callable[[], AbstractContextManager[object]] = torch.no_grad
     top_k: TopK = top_k_by_sort
     wire: Rows | None = None
-    proposer: Callable[[], Proposer] | None = None
+    proposers: tuple[Callable[[], Proposer], ...] = ()
+    draft_model: bool = False
     piece_tokens: int | None = None
 
     def rows(self, dtype: torch.dtype) -> Rows:
@@ -74,11 +75,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Place:
-    """What decides whether a flag can be applied: device, the model's tokenizer, layers and dtype, installed tools."""
+    """What decides whether a flag can be applied: device, the model's tokenizer, layers and dtype, a draft model,
+    installed tools."""
 
     device: str
     no_python_tokenizer: str | None = None
     no_roll_back: str | None = None
+    no_draft: str | None = "no draft model is named (model.draft)"
     dtype: torch.dtype = torch.float32
     has_compiler: bool = field(default_factory=lambda: any(map(shutil.which, ("c++", "g++", "clang++"))))
 
@@ -176,6 +179,10 @@ def _needs_python_tokenizer(place: Place) -> str | None:
 
 def _needs_roll_back(place: Place) -> str | None:
     return place.no_roll_back
+
+
+def _needs_draft_model(place: Place) -> str | None:
+    return place.no_draft or place.no_roll_back
 
 
 def _needs_onednn(place: Place) -> str | None:
@@ -345,11 +352,24 @@ FLAGS: Mapping[str, Flag] = {
             "Tokens that followed the last few before, in the prompt or the answer, are drafts: one step verifies "
             "several, as many as pay. Tokens are the same; TPOT falls where an answer quotes.",
             "One token for each step.",
-            _on(proposer=PromptLookup),
+            _on(proposers=(PromptLookup,)),
             sides=LOCAL,
             fidelity="rounding",
             on_by_default=False,
             unavailable=_needs_roll_back,
+        ),
+        Flag(
+            "draft_model",
+            "draft_model",
+            "What a second, smaller model (model.draft) would say are drafts, where prompt_lookup has none. It is "
+            "loaded whole beside the arm's own layers, with weights in 4 bits on a CPU. Tokens are the same.",
+            "No second model.",
+            _on(draft_model=True),
+            sides=LOCAL,
+            fidelity="rounding",
+            scope="load",
+            on_by_default=False,
+            unavailable=_needs_draft_model,
         ),
         Flag(
             "prefill_overlap",

@@ -169,7 +169,7 @@ class Generator:
     tokens: Tokens
     context_length: int | None
     top_k: TopK
-    proposer: Callable[[], Proposer] | None = None
+    proposers: Sequence[Callable[[], Proposer]] = ()
     piece_tokens: int | None = None
     """Prompts go through the stages in pieces of so many tokens; None: whole."""
 
@@ -193,7 +193,7 @@ class Generator:
     ) -> abc.Generator[Event, None, None]:
         """The loop: feed what is new and what may come, sample, emit, until a reason to end."""
         text, stops, rng = self.tokens.detokenizer(), StopStrings(request.stop), random_source(request.sampling)
-        speculation = Speculation(self.proposer()) if self.proposer else None
+        speculation = Speculation([make() for make in self.proposers]) if self.proposers else None
         sequence, position, reason = list(ids), 0, None
         while reason is None:
             began, known = ledger.now(), len(sequence)

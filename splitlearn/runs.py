@@ -15,7 +15,7 @@ from functools import cached_property
 import psutil
 from transformers import AutoConfig, PretrainedConfig
 
-from splitlearn import models
+from splitlearn import draft_model, models
 from splitlearn.arm import ArmEnd, ArmSpec, Kind
 from splitlearn.config import Config, serving
 from splitlearn.embedded import EmbeddedTrunk, Server
@@ -31,6 +31,7 @@ from splitlearn.selection import Availability, FlagSet, availability
 from splitlearn.selection import check as check_flags
 from splitlearn.selection import parse as parse_flags
 from splitlearn.split import SplitPlan
+from splitlearn.store import ModelFiles
 from splitlearn.tokens import python_tokenizer_available
 from splitlearn.wire import channel
 from splitlearn.wire import trunk_pb2 as pb
@@ -94,6 +95,7 @@ class Runs:
     def __init__(self, config: Config, progress: Progress, server: Server | None = None) -> None:
         self.config = config
         self.files = models.prepare(config.model, progress)
+        self.draft = self._prepare_draft(progress)
         self.plan = SplitPlan.of(config.split.start, config.split.end, self.files.n_layers)
         self.device = models.resolve_device(config.model.device)
         self.dtype = DTYPES[config.model.dtype]
@@ -180,7 +182,17 @@ class Runs:
     def here(self) -> Place:
         """What decides which flags can be applied in this machine's arms."""
         tokenizer, fixed = python_tokenizer_available(self.files.folder), no_roll_back(self._model_config)
-        return Place(str(self.device), tokenizer, fixed, self.dtype)
+        place = Place(str(self.device), tokenizer, fixed, dtype=self.dtype)
+        return place if self.draft is None else replace(place, no_draft=no_roll_back(_config_of(self.draft)))
+
+    def _prepare_draft(self, progress: Progress) -> ModelFiles | None:
+        """The files of the draft model, if one is named."""
+        name = self.config.model.draft
+        if name is None:
+            return None
+        files = models.prepare(self.config.model.model_copy(update={"name": name}), progress)
+        draft_model.check_vocabulary(files, self.files)
+        return files
 
     @cached_property
     def _trunk_kv_bytes(self) -> int:
@@ -189,7 +201,7 @@ class Runs:
 
     @cached_property
     def _model_config(self) -> PretrainedConfig:
-        return AutoConfig.from_pretrained(self.files.folder)
+        return _config_of(self.files)
 
     def flags(self, text: str) -> FlagSet:
         """The flags that a person asked for in words. Raises InputError."""
@@ -249,8 +261,19 @@ class Runs:
         threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
         if settings_of(own.trunk).compile_module is not None:
             timeout_s = max(timeout_s, COMPILE_TIMEOUT_S)
-        shown = self.credentials if split else NONE
-        return ArmSpec(kind, self.files, self.plan, self.device, self.dtype, threads, own, addresses, timeout_s, shown)
+        return ArmSpec(
+            kind,
+            self.files,
+            self.plan,
+            self.device,
+            self.dtype,
+            threads,
+            own,
+            addresses,
+            timeout_s,
+            credentials=self.credentials if split else NONE,
+            draft=self.draft,
+        )
 
     def _worker(self, spec: ArmSpec, stop: threading.Event) -> Worker | None:
         """The worker for `spec`, loaded; the least recently used one makes room for a new one. None when stopped."""
@@ -311,3 +334,7 @@ class Runs:
             trunk=end.trunk,
             kv_bytes_per_token=self._trunk_kv_bytes if spec.kind == "split" else 0,
         )
+
+
+def _config_of(files: ModelFiles) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(files.folder)

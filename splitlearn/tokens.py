@@ -43,6 +43,10 @@ class Tokens:
         """Tokens of the vocabulary, added ones included; the logits may have more entries, as padding."""
         return len(self._tokenizer)
 
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token."""
+        return dict(self._tokenizer.get_vocab())
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the model is one to chat with."""

@@ -41,13 +41,15 @@ def test_a_single_token_that_recurs_is_not_enough() -> None:
 class _Always:
     """Proposes the same sixteen tokens."""
 
+    costs = False
+
     def propose(self, sequence: Sequence[int]) -> tuple[Sequence[int], int]:
         return list(range(16)), 1
 
 
 def _settled(right: float, seconds: dict[int, float], steps: int = 200) -> list[int]:
     """How many drafts each step had, when drafts are right so often and a step with so many takes so long."""
-    speculation, rng, used = Speculation(_Always()), torch.Generator().manual_seed(0), []
+    speculation, rng, used = Speculation([_Always()]), torch.Generator().manual_seed(0), []
     for _ in range(steps):
         fed = len(speculation.drafts([0], 16))
         hits = 0
@@ -74,7 +76,7 @@ def test_drafts_that_cost_more_than_they_bring_are_not_used() -> None:
 
 
 def test_no_more_drafts_than_there_is_room_for() -> None:
-    speculation = Speculation(_Always())
+    speculation = Speculation([_Always()])
     speculation.came([0], 0, 0.05)
     assert [len(speculation.drafts([0], most)) for most in (0, 1, 3, 7, 100)] == [0, 1, 2, 4, 16]
 
@@ -86,6 +88,8 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
 
 class _Told:
     """Knows the answer to `prompt` tokens, but has one token in `wrong_every` wrong."""
+
+    costs = False
 
     def __init__(self, prompt: int, answer: Sequence[int], wrong_every: int) -> None:
         self._prompt = prompt
@@ -109,7 +113,8 @@ def _run(
     specs = loading.full_specs(files.n_layers) if kind == "full" else split
     links = [Link(loading.load(files, [spec], applied, placement).stages[0], applied) for spec in specs]
     tokens, own = Tokens.load(files.folder, use_fast=True), settings(applied)
-    generator = Generator(links, tokens, files.facts.context_length, own.top_k, proposer or own.proposer)
+    proposers = [proposer] if proposer else own.proposers
+    generator = Generator(links, tokens, files.facts.context_length, own.top_k, proposers)
     events = list(generator.stream(request))
     sizes = [len(event.token_ids) for event in events if isinstance(event, TokenEvent)]
     metrics = RunMetrics.from_events(events)

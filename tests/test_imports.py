@@ -23,7 +23,7 @@ LAYERS = (
     ("packed",),
     ("fetch", "finite", "metrics", "parts", "proof", "selection", "stages"),
     ("embedded", "flags_page", "loading", "models", "stream"),
-    ("trunks",),
+    ("draft_model", "trunks"),
     ("generate", "remote"),
     ("arm", "watch"),
     ("worker",),

@@ -9,7 +9,7 @@ from splitlearn.flags import FLAGS, SIDES, Place, Side
 from splitlearn.selection import PRESETS, FlagSet, availability, parse
 
 HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one tokenizer", has_compiler=True)))
-UNAVAILABLE = {"use_fast", "cudnn_benchmark"}
+UNAVAILABLE = {"use_fast", "cudnn_benchmark", "draft_model"}
 
 
 def of(side: Side) -> frozenset[str]:

@@ -112,7 +112,7 @@ class Picker:
 def _control(flag: Flag) -> Any:
     if len(flag.choices) == 2:
         return gr.Checkbox(label=flag.label, container=False, elem_id=f"flag-{flag.name}")
-    choices = [(f"{name} (off)" if name == flag.off else name, name) for name in flag.choices]
+    choices = [(f"{name} (off)" if name == flag.off != "off" else name, name) for name in flag.choices]
     return gr.Radio(choices, label=flag.label, elem_id=f"flag-{flag.name}")
 
 

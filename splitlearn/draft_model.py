@@ -1,0 +1,90 @@
+"""Drafts of a second, smaller model with the same vocabulary, loaded whole beside a client's stages or the full model.
+
+Its words cost time, so they are made one by one as they are asked for. What it says never changes an answer: drafts are
+verified (drafts.py). So its weights are in 4 bits wherever there are kernels for that.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import overload
+
+import torch
+
+from splitlearn import loading
+from splitlearn.drafts import COUNTS
+from splitlearn.errors import InputError
+from splitlearn.loading import Placement
+from splitlearn.stages import LocalStage, StageInput
+from splitlearn.store import ModelFiles
+from splitlearn.tokens import Tokens
+
+_APPLIED = frozenset({"low_cpu_mem_usage", "inference_mode", "use_cache", "cache", "output_attentions"})
+_ON_CPU = frozenset({"weight_dtype"})
+# Of a model that names no limit.
+LONGEST = 4096
+
+
+def check_vocabulary(draft: ModelFiles, files: ModelFiles) -> None:
+    """Raise InputError unless both models mean the same text by each token id."""
+    theirs, ours = (Tokens.load(each.folder, use_fast=True).vocabulary() for each in (draft, files))
+    if theirs != ours:
+        differ = len(set(theirs.items()) ^ set(ours.items()))
+        wanted = f"a model with the vocabulary of {files.name}; of its {len(theirs)} tokens and the {len(ours)} there"
+        raise InputError("model.draft", draft.name, f"{wanted}, {differ} differ")
+
+
+def load(files: ModelFiles, placement: Placement) -> Callable[[], "DraftModel"]:
+    """Load the draft model whole; what is given makes a proposer for each answer. Raises as `loading.load`."""
+    applied = _APPLIED | (_ON_CPU if placement.device.type == "cpu" else frozenset())
+    stage = loading.load(files, loading.full_specs(files.n_layers), applied, placement).stages[0]
+    size = Tokens.load(files.folder, use_fast=True).size
+    return partial(DraftModel, stage, applied, size, files.facts.context_length or LONGEST)
+
+
+class DraftModel:
+    """Guesses that the draft model's own greedy answer follows `sequence`; of one answer, which it follows from step to
+    step with a KV cache of its own. Of its logits the first `size` are tokens; it sees at most `longest`."""
+
+    costs = True
+
+    def __init__(self, stage: LocalStage, applied: frozenset[str], size: int, longest: int) -> None:
+        self._stage, self._size, self._longest = stage, size, longest
+        self._session = stage.open(applied, longest)
+        self._fed: list[int] = []
+
+    def propose(self, sequence: Sequence[int]) -> tuple[Sequence[int], int]:
+        """Up to as many tokens as a step may have drafts, each made when it is first looked at."""
+        room = self._longest - len(sequence)
+        return _Ahead(self, sequence, max(0, min(COUNTS[-1], room))), 0
+
+    def ahead(self, sequence: Sequence[int], count: int) -> list[int]:
+        """The `count` tokens that this model would say after `sequence`."""
+        most = min(len(self._fed), len(sequence) - 1)
+        position = next((at for at in range(most) if self._fed[at] != sequence[at]), most)
+        new, found = list(sequence[position:]), list[int]()
+        while len(found) < count:
+            item = StageInput(self._session, position, torch.tensor([new]))
+            logits = self._stage.step([item])[0].x[0, -1]
+            self._fed[position:] = new
+            position += len(new)
+            new = [int(logits[: self._size].argmax())]
+            found += new
+        return found
+
+
+class _Ahead(Sequence[int]):
+    """The tokens that follow `sequence`, `most` of them."""
+
+    def __init__(self, model: DraftModel, sequence: Sequence[int], most: int) -> None:
+        self._model, self._sequence, self._most = model, sequence, most
+
+    def __len__(self) -> int:
+        return self._most
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[int]: ...
+    def __getitem__(self, at: int | slice) -> int | list[int]:
+        last = at.indices(self._most)[1] if isinstance(at, slice) else at + 1
+        return self._model.ahead(self._sequence, last)[at]
