@@ -199,6 +199,8 @@ class Generator:
             began, known = ledger.now(), len(sequence)
             left = request.max_new_tokens - (known - len(ids))
             drafts = speculation.drafts(sequence, left - 1) if speculation and position else []
+            if speculation:
+                ledger.spend("draft", ledger.now() - began)
             logits = self._forward(feeds, [*sequence[position:], *drafts], position, 1 + len(drafts), ledger)
             before = ledger.now()
             self._sample(logits, drafts, request, sequence, rng)

@@ -16,8 +16,8 @@ from splitlearn.events import Done, Event, FinishReason, Recovery, TokenEvent
 UNATTRIBUTED = "unattributed"
 # The parts of a step in the order in which they happen.
 LEDGER_ORDER = (
-    *("tokenise", "open", "model", "bottom", "encode", "wire", "queue", "trunk", "decode", "recover", "top"),
-    *("sample", "emit", UNATTRIBUTED),
+    *("tokenise", "open", "draft", "model", "bottom", "encode", "wire", "queue", "trunk", "decode", "recover"),
+    *("top", "sample", "emit", UNATTRIBUTED),
 )
 
 

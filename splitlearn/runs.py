@@ -19,6 +19,7 @@ from splitlearn import draft_model, models
 from splitlearn.arm import ArmEnd, ArmSpec, Kind
 from splitlearn.config import Config, serving
 from splitlearn.embedded import EmbeddedTrunk, Server
+from splitlearn.errors import InputError
 from splitlearn.events import Event, GenerationRequest
 from splitlearn.families import no_roll_back
 from splitlearn.flags import SIDES, Place, of_scope
@@ -190,7 +191,10 @@ class Runs:
         name = self.config.model.draft
         if name is None:
             return None
-        files = models.prepare(self.config.model.model_copy(update={"name": name}), progress)
+        try:
+            files = models.prepare(self.config.model.model_copy(update={"name": name}), progress)
+        except InputError as error:
+            raise InputError("model.draft", error.value, error.expected) from error
         draft_model.check_vocabulary(files, self.files)
         return files
 

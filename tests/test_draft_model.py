@@ -127,6 +127,11 @@ def test_a_model_of_other_tokens_is_refused_by_name(files: ModelFiles, tmp_path:
         draft_model.check_vocabulary(replace(files, folder=folder, name="other"), files)
 
 
+def test_a_draft_that_is_no_model_is_named_as_it_is_in_the_settings(files: ModelFiles) -> None:
+    with pytest.raises(InputError, match="model.draft: 'nosuch'"):
+        Runs(config.parse({"model": {"name": str(files.folder), "draft": "nosuch"}}), silent)
+
+
 def test_without_a_draft_model_the_flag_says_what_it_needs(files: ModelFiles) -> None:
     with Runs(config.parse({"model": {"name": str(files.folder)}}), silent) as runs:
         reasons = availability({"full": runs.here, "client": runs.here, "trunk": runs.here})

@@ -166,6 +166,7 @@ def test_drafts_come_true_where_an_answer_repeats_itself(files: ModelFiles, kind
     assert 0 < found.drafts_accepted <= found.drafts
     assert len(found.itl_s) == found.n_tokens - 1
     assert sum(found.itl_s) == pytest.approx(found.e2el_s - found.ttft_s)
+    assert found.ledger["draft"] > 0 and "draft" not in alone.ledger
 
 
 def test_an_answer_with_drafts_ends_at_the_same_stop_string(files: ModelFiles) -> None:

@@ -32,7 +32,8 @@ DOT = "#3d8fd1"
 VERDICT_COLOURS: Mapping[str, str] = {"faster": "#009e73", "slower": "#d55e00", "FAILED": "#cc3311"}
 OTHER_COLOUR = "#808890"
 LEDGER_COLOURS: Mapping[str, str] = {
-    **{"tokenise": "#8c8c8c", "open": "#b0b0b0", "model": "#0072b2", "bottom": "#56b4e9", "encode": "#f0e442"},
+    **{"tokenise": "#8c8c8c", "open": "#b0b0b0", "draft": "#44aa99", "model": "#0072b2"},
+    **{"bottom": "#56b4e9", "encode": "#f0e442"},
     **{"wire": "#d55e00", "queue": "#999933", "trunk": "#009e73", "decode": "#e69f00"},
     **{"recover": "#cc3311", "top": "#5a7fd0"},
     **{"sample": "#cc79a7", "emit": "#882255", "unattributed": "#a0a0a0"},
