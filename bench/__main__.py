@@ -22,6 +22,7 @@ BENCHES = (
     "overload",
     "soak",
     "lookup",
+    "draft",
     "links",
     "overlap",
     "flips",

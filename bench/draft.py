@@ -1,0 +1,59 @@
+"""What a second model's drafts bring over a link of 50 ms, where a prompt holds nothing to quote.
+
+The default model is its own draft, in 4 bits and whole at the client, for want of a smaller one with its vocabulary
+that can be had without a hub: so it is right more often than a smaller model would be.
+"""
+
+from functools import partial
+from statistics import median
+from typing import Any
+
+from bench.answer import FAST, answer
+from bench.link import Shape, link
+from bench.lookup import OPEN
+from bench.pairs import blocks
+from bench.report import write
+from splitlearn.compare import environment
+from splitlearn.config import TrunkConfig
+from splitlearn.events import GenerationRequest
+from splitlearn.lab.stats import effect
+from splitlearn.metrics import RunMetrics
+from splitlearn.progress import silent
+from splitlearn.runs import Runs
+
+SHAPE, TOKENS = Shape(0.050), 64
+ALONE, DRAFTED = FAST, f"{FAST},draft_model"
+
+
+def main(runs: Runs) -> None:
+    """Measure and write docs/results/draft.md."""
+    model = runs.config.model.model_copy(update={"draft": runs.config.model.name})
+    with link(runs.trunk_addresses(runs.flags(ALONE).trunk)[0], SHAPE) as address:
+        config = runs.config.model_copy(update={"model": model, "trunk": TrunkConfig(address=(address,))})
+        with Runs(config, silent) as far:
+            pairs = [_pair(far, prompt) for prompt in (OPEN[0], *OPEN)][1:]  # the first time, stages are loaded
+            said = environment(far)
+    text = (
+        f"A link of {SHAPE} round trip, greedy, {TOKENS} tokens, flags `{ALONE}` on both sides of both arms; the arms "
+        "in random order for each prompt. The draft model is the model itself with weights in 4 bits."
+    )
+    write("draft", "Draft tokens from a second model, over a link", text, [_row(pairs)], said)
+
+
+def _pair(runs: Runs, prompt: str) -> dict[str, RunMetrics]:
+    request = GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True)
+    arms = {words: partial(answer, runs, "split", runs.flags(words), request) for words in (ALONE, DRAFTED)}
+    return {words: found[0] for words, found in blocks(arms, 1, seed=len(prompt), say=lambda said: None).items()}
+
+
+def _row(pairs: list[dict[str, RunMetrics]]) -> dict[str, Any]:
+    drafted, alone = ([pair[words] for pair in pairs] for words in (DRAFTED, ALONE))
+    speeds = [[1 / (run.tpot_s or 1.0) for run in runs] for runs in (drafted, alone)]
+    fed, accepted = (sum(getattr(run, key) for run in drafted) for key in ("drafts", "drafts_accepted"))
+    return {
+        "TPOT, ms, drafts / one a trip": " / ".join(f"{1e3 / median(each):.1f}" for each in speeds),
+        "tokens per second, drafts / one a trip": str(effect(speeds[0], speeds[1])),
+        "drafts accepted": f"{accepted} of {fed}",
+        "the same token ids": f"{sum(d.token_ids == a.token_ids for d, a in zip(drafted, alone, strict=True))} of "
+        f"{len(pairs)}",
+    }
