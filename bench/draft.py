@@ -1,7 +1,7 @@
 """What a second model's drafts bring over a link of 50 ms, where a prompt holds nothing to quote.
 
 The default model is its own draft, in 4 bits and whole at the client, for want of a smaller one with its vocabulary
-that can be had without a hub: so it is right more often than a smaller model would be.
+that can be had without a hub: what a smaller one brings is another question.
 """
 
 from functools import partial

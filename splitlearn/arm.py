@@ -6,7 +6,7 @@ looks for a cancellation between two steps.
 
 import pickle
 from collections import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from splitlearn import draft_model, loading, process
+from splitlearn.drafts import Proposer
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.events import Event
 from splitlearn.flags import settings
@@ -89,11 +90,12 @@ def work(connection: Connection, spec: ArmSpec) -> None:
         tokenizer_bytes = process.resident_bytes() - before
         loaded = loading.load(spec.files, _specs(spec), _local_flags(spec), loading.Placement(spec.device, spec.dtype))
         trunk = open_trunk(spec)
-        answers = generator(spec, loaded.stages, trunk, tokens)
+        drafting, draft_load_s = _load_draft(spec)
+        answers = generator(spec, loaded.stages, trunk, tokens, drafting)
     except Exception as error:
         connection.send(as_error(error, "loading the model"))
         return
-    connection.send(ArmReady(loaded.load_s, loaded.import_rss_bytes - tokenizer_bytes, threads))
+    connection.send(ArmReady(loaded.load_s + draft_load_s, loaded.import_rss_bytes - tokenizer_bytes, threads))
     while True:
         request = connection.recv()
         if request == CANCEL:  # of a generation that had ended by itself
@@ -149,13 +151,27 @@ def read_tokens(spec: ArmSpec) -> Tokens:
     return tokens
 
 
-def generator(spec: ArmSpec, stages: Sequence[Stage], trunk: RemoteStage | None, tokens: Tokens) -> Generator:
-    """The decode loop over the arm's local stages, with the trunk after the first of them."""
+def _load_draft(spec: ArmSpec) -> tuple[list[Callable[[], Proposer]], float]:
+    """What makes the draft model's proposers, if the flags ask for one, and the seconds that loading it took."""
+    if spec.draft is None or not settings(_local_flags(spec)).draft_model:
+        return [], 0.0
+    make, load_s = draft_model.load(spec.draft, loading.Placement(spec.device, spec.dtype))
+    return [make], load_s
+
+
+def generator(
+    spec: ArmSpec,
+    stages: Sequence[Stage],
+    trunk: RemoteStage | None,
+    tokens: Tokens,
+    drafting: Sequence[Callable[[], Proposer]] = (),
+) -> Generator:
+    """The decode loop over the arm's local stages, with the trunk after the first of them, and `drafting` behind the
+    flags' own proposers."""
     applied = _local_flags(spec)
     links = [Link(stage, applied) for stage in stages]
     if trunk is not None:
         links.insert(1, Link(trunk, spec.flags.trunk))
-    own, placement = settings(applied), loading.Placement(spec.device, spec.dtype)
-    drafting = (draft_model.load(spec.draft, placement),) if own.draft_model and spec.draft else ()
+    own = settings(applied)
     proposers = (*own.proposers, *drafting)
     return Generator(links, tokens, spec.files.facts.context_length, own.top_k, proposers, own.piece_tokens)

@@ -33,12 +33,14 @@ def check_vocabulary(draft: ModelFiles, files: ModelFiles) -> None:
         raise InputError("model.draft", draft.name, f"{wanted}, {differ} differ")
 
 
-def load(files: ModelFiles, placement: Placement) -> Callable[[], "DraftModel"]:
-    """Load the draft model whole; what is given makes a proposer for each answer. Raises as `loading.load`."""
+def load(files: ModelFiles, placement: Placement) -> tuple[Callable[[], "DraftModel"], float]:
+    """Load the draft model whole: what makes a proposer for each answer, and the seconds that loading took. Raises as
+    `loading.load`."""
     applied = _APPLIED | (_ON_CPU if placement.device.type == "cpu" else frozenset())
-    stage = loading.load(files, loading.full_specs(files.n_layers), applied, placement).stages[0]
+    loaded = loading.load(files, loading.full_specs(files.n_layers), applied, placement)
     size = Tokens.load(files.folder, use_fast=True).size
-    return partial(DraftModel, stage, applied, size, files.facts.context_length or LONGEST)
+    longest = files.facts.context_length or LONGEST
+    return partial(DraftModel, loaded.stages[0], applied, size, longest), loaded.load_s
 
 
 class DraftModel:

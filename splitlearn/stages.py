@@ -21,7 +21,7 @@ from splitlearn.flags import settings as settings_of
 from splitlearn.one_row import Row
 from splitlearn.packed import Packed, forward_packed
 from splitlearn.split import CutModel, forward
-from splitlearn.threads import one_row
+from splitlearn.threads import computing_one_token
 
 
 class Session(Protocol):
@@ -127,7 +127,7 @@ class LocalStage:
         _make_room(session, position, x.shape[1])
         alone = x.shape[1] == 1 and self.device.type == "cpu"
         with (
-            one_row(self.row_threads, self.precision) if alone else nullcontext(),
+            computing_one_token(self.row_threads, self.precision) if alone else nullcontext(),
             session.settings.gradient_guard(),
         ):
             out = self._forward(item)

@@ -18,7 +18,7 @@ def computing_on(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def one_row(count: int, precision: str) -> Iterator[None]:
+def computing_one_token(count: int, precision: str) -> Iterator[None]:
     """Compute one token on the CPU with `count` threads and in full float32 inside, in `precision` after it.
 
     A row's products wait for the weights, so that fewer bits bring nothing; and with "medium" torch hands those of sdpa

@@ -70,7 +70,7 @@ def test_an_answer_has_the_tokens_of_one_without_drafts(
         for words in (ALONE, f"{ALONE},draft_model", f"{ALONE},draft_model,prompt_lookup")
     )
     assert drafted.token_ids == alone.token_ids == both.token_ids
-    assert alone.drafts == 0
+    assert alone.drafts == 0 < drafted.drafts
 
 
 def _loaded(files: ModelFiles) -> DraftModel:
