@@ -14,12 +14,11 @@ from splitlearn import loading
 from splitlearn.drafts import COUNTS
 from splitlearn.errors import InputError
 from splitlearn.loading import Placement
+from splitlearn.selection import FAST, FAST_IN_ANY
 from splitlearn.stages import LocalStage, StageInput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 
-_APPLIED = frozenset({"low_cpu_mem_usage", "inference_mode", "use_cache", "cache", "output_attentions"})
-_ON_CPU = frozenset({"weight_dtype"})
 # Of a model that names no limit.
 LONGEST = 4096
 
@@ -36,7 +35,7 @@ def check_vocabulary(draft: ModelFiles, files: ModelFiles) -> None:
 def load(files: ModelFiles, placement: Placement) -> tuple[Callable[[], "DraftModel"], float]:
     """Load the draft model whole: what makes a proposer for each answer, and the seconds that loading took. Raises as
     `loading.load`."""
-    applied = _APPLIED | (_ON_CPU if placement.device.type == "cpu" else frozenset())
+    applied = frozenset((FAST if placement.device.type == "cpu" else FAST_IN_ANY).split(","))
     loaded = loading.load(files, loading.full_specs(files.n_layers), applied, placement)
     size = Tokens.load(files.folder, use_fast=True).size
     longest = files.facts.context_length or LONGEST

@@ -20,7 +20,7 @@ from splitlearn.progress import silent
 from splitlearn.runs import ArmReport, Runs
 from splitlearn.sampling import SamplingParams
 from splitlearn.selection import availability
-from splitlearn.split import forward
+from splitlearn.split import forward, layers_of
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 
@@ -95,6 +95,14 @@ def test_it_guesses_what_it_would_say_also_after_it_was_wrong(files: ModelFiles)
         sequence = [*sequence, *guess[:2], *came]
     shorter = sequence[:5]
     assert list(model.propose(shorter)[0][:3]) == _greedy(files, shorter, 3)
+
+
+def test_each_of_its_tokens_but_the_first_goes_through_all_layers_in_one_call(default_model: ModelFiles) -> None:
+    make, _ = draft_model.load(default_model, PLACEMENT)
+    model, calls = make(), list[int]()
+    layers_of(model._stage.cut)[0].register_forward_pre_hook(lambda _, given: calls.append(given[0].shape[1]))
+    assert len(model.propose([5, 6, 7])[0][:4]) == 4
+    assert calls == [3]
 
 
 def test_it_guesses_no_further_than_its_context_reaches(files: ModelFiles) -> None:
