@@ -75,7 +75,8 @@ class Others:
         try:
             method: Method = child.channel.stream_stream(f"/{SERVICE}/Session")
             shown = tuple(pair for pair in context.invocation_metadata() or () if pair[0] == TOKEN_HEADER)
-            call = method(chain([first], _until_gone(requests)), metadata=shown)
+            # A child's loss is known a moment after its connections are gone: who comes then waits for the next.
+            call = method(chain([first], _until_gone(requests)), metadata=shown, wait_for_ready=True)
             context.add_callback(lambda: _cancel(call))
             try:
                 yield from call

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import server.__main__ as server_main
 from server.admission import DRAINING
+from splitlearn.embedded import EmbeddedTrunk
 from splitlearn.remote import describe
 from splitlearn.store import ModelFiles
 from splitlearn.wire import PROTOCOL, SERVICE
@@ -28,6 +29,7 @@ from tests.trunk import (
     PLAN,
     Raw,
     Trunk,
+    TrunkHere,
     eventually,
     gone,
     hidden,
@@ -104,7 +106,7 @@ def answer(address: str, files: ModelFiles, **opened: Any) -> torch.Tensor:
 
 
 @contextmanager
-def session(trunk: Trunk, files: ModelFiles, **opened: Any) -> Iterator[Raw]:
+def session(trunk: Trunk | TrunkHere, files: ModelFiles, **opened: Any) -> Iterator[Raw]:
     """An open session."""
     with Raw(trunk.address) as raw:
         assert raw.ask(opening(files, **opened)).opened.threads == 1
@@ -403,6 +405,21 @@ def test_a_server_for_other_flags_that_is_killed_ends_its_session_and_is_replace
         status, _ = raw.refusal(step(hidden(files, 1), 3, 2))
     assert status is grpc.StatusCode.UNAVAILABLE
     assert answer(trunk.address, files, flags=flags).isfinite().all()
+
+
+def test_a_session_that_comes_before_a_loss_is_known_waits_for_the_replacement(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags, this = ["use_cache", "low_cpu_mem_usage"], psutil.Process()
+    before = {child.pid for child in this.children()}
+    with serve_here(files) as here:
+        with session(here, files, flags=flags) as raw:
+            monkeypatch.setattr(EmbeddedTrunk, "ready", lambda _: True)  # what it says until the loss is known
+            for child in this.children():
+                if child.pid not in before:
+                    child.kill()
+            assert raw.refusal(step(hidden(files, 3), 0, 1))[0] is grpc.StatusCode.UNAVAILABLE
+        assert answer(here.address, files, flags=flags).isfinite().all()
 
 
 def test_other_flags_give_what_their_own_server_gives(trunk: Trunk, files: ModelFiles) -> None:
