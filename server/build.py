@@ -15,7 +15,7 @@ from splitlearn import loading, models
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import InputError
 from splitlearn.flags import SIDES, Place, of_scope
-from splitlearn.kv import KVPool, bytes_per_token, shapes_of
+from splitlearn.kv import KVPool, bytes_per_token
 from splitlearn.loading import Placement
 from splitlearn.process import default_threads, keep_heap_small
 from splitlearn.progress import Progress, Step
@@ -66,11 +66,11 @@ def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> 
     keep_heap_small()
     threads = loading.prepare_process(own, settings.runs.threads or default_threads())
     loaded = loading.load(files, loading.trunk_specs(plan), own, placement)
-    stage, hidden_size = loaded.stages[0], files.facts.hidden_size
-    server = settings.server
-    admission = Admission(_pool(stage, hidden_size, placement, server), server.max_sessions, server.max_waiting)
-    trial, metrics = Trial(stage, applied | {"use_cache"}, hidden_size, placement.dtype), Metrics()
-    gather_s = trial.gather_s() if trial.packs() else None
+    stage, server = loaded.stages[0], settings.server
+    admission = Admission(_pool(stage, server), server.max_sessions, server.max_waiting)
+    kept = applied | {"use_cache"}
+    trial, metrics = Trial(stage, kept), Metrics()
+    gather_s = trial.gather_s() if stage.packs(kept) else None
     prompt_tokens = server.prompt_tokens or (trial.prompt_tokens() if gather_s else 1)
     engine = Engine(stage, admission, prompt_tokens, gather_s, metrics, thread)
     loaded_s, imports = loaded.load_s, loaded.import_rss_bytes
@@ -79,15 +79,14 @@ def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> 
     return Served(files, plan, placement, own, threads, loaded_s, imports, engine, admission, metrics)
 
 
-def _pool(stage: LocalStage, hidden_size: int, placement: Placement, server: ServerConfig) -> KVPool:
+def _pool(stage: LocalStage, server: ServerConfig) -> KVPool:
     """The KV memory that the settings allow. Raises InputError for a budget below one block."""
-    shapes = shapes_of(stage.cut, hidden_size, placement.dtype, placement.device)
-    block = bytes_per_token(shapes, placement.dtype) * server.kv_block_tokens
-    budget = server.kv_bytes or max(block, int(KV_SHARE * _free_bytes(placement.device)))
+    block = bytes_per_token(stage.kv_shapes, stage.dtype) * server.kv_block_tokens
+    budget = server.kv_bytes or max(block, int(KV_SHARE * _free_bytes(stage.device)))
     if budget < block:
         limit = f"at least {block}, the bytes of a block of {server.kv_block_tokens} tokens (server.kv_block_tokens)"
         raise InputError("server.kv_bytes", budget, limit)
-    return KVPool(shapes, budget // block, server.kv_block_tokens, placement.dtype, placement.device)
+    return stage.pool(budget // block, server.kv_block_tokens)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -107,6 +107,13 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=_real("repetition_penalty"), default=1.0, metavar="R", help="1 is none (default)"
     )
     parser.add_argument("--seed", type=_whole("seed"), default=0, metavar="S", help="of sampling (default 0)")
+    parser.add_argument(
+        "--samples",
+        type=_whole("samples"),
+        default=1,
+        metavar="N",
+        help="answers at once, with seed S, S + 1, ...; they share each trip to the trunk (default 1)",
+    )
     parser.add_argument("--trunk", metavar="HOST:PORT[,...]", help="overrides trunk.address")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
 
@@ -179,6 +186,7 @@ def _request(options: argparse.Namespace, config: Config) -> GenerationRequest:
         chat=defaults.chat and not options.raw,
         ignore_eos=options.ignore_eos,
         stop=tuple(options.stop),
+        samples=options.samples,
         sampling=SamplingParams(
             temperature=options.temperature,
             top_k=options.top_k,
@@ -200,7 +208,7 @@ def _compare(options: argparse.Namespace, config: Config) -> None:
     with on_console() as progress, Runs(config, progress) as runs:
         flags = runs.flags(" ".join(options.flags) if options.flags else config.flags)
         runs.check_trunk()
-        found = compare(runs, request, flags, watch(progress, request.max_new_tokens))
+        found = compare(runs, request, flags, watch(progress, request.samples * request.max_new_tokens))
     if found is None:  # nothing sets the cancellation here
         raise SplitlearnError("The comparison ended early.")
     if options.json:

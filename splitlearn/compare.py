@@ -12,7 +12,7 @@ from typing import Any
 from splitlearn import machine
 from splitlearn.arm import Kind
 from splitlearn.events import GenerationRequest
-from splitlearn.metrics import UNATTRIBUTED, RunMetrics, first_divergence
+from splitlearn.metrics import UNATTRIBUTED, RunMetrics, first_difference, tps_of_all
 from splitlearn.runs import ArmReport, Item, Runs
 from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
@@ -33,12 +33,13 @@ class Comparison:
     environment: dict[str, Any]
 
     @property
-    def first_divergence(self) -> int | None:
-        """The index of the first token id in which the arms differ, or None."""
-        return first_divergence(self.full.metrics.token_ids, self.split.metrics.token_ids)
+    def first_difference(self) -> tuple[int, int] | None:
+        """The first sample in which the arms differ and the index of the first such token id, or None."""
+        return first_difference(self.full.samples, self.split.samples)
 
     def as_json(self) -> dict[str, Any]:
         """The object that `compare --json` prints; docs/command-line.md describes it."""
+        differ = self.first_difference
         return {
             "model": self.model,
             "split": {"start": self.plan.start, "end": self.plan.end, "n_layers": self.plan.n_layers},
@@ -50,8 +51,9 @@ class Comparison:
             },
             "full": arm_as_json(self.full),
             "split_run": arm_as_json(self.split),
-            "identical_tokens": self.first_divergence is None,
-            "first_divergence": self.first_divergence,
+            "identical_tokens": differ is None,
+            "first_divergence": None if differ is None else differ[1],
+            "first_differing_sample": None if differ is None else differ[0],
             "environment": self.environment,
         }
 
@@ -115,8 +117,22 @@ def arm_as_json(report: ArmReport) -> dict[str, Any]:
         "device": report.device,
         "threads": report.threads,
         "ledger": _ledger(metrics),
+        "tps_all_samples": tps_of_all(report.samples),
+        "other_samples": [_sample_as_json(other) for other in report.others],
     }
     return common if report.trunk is None else {**common, **_trunk_as_json(report)}
+
+
+def _sample_as_json(metrics: RunMetrics) -> dict[str, Any]:
+    return {
+        "token_ids": list(metrics.token_ids),
+        "text": metrics.text,
+        "finish_reason": metrics.finish_reason,
+        "n_tokens": metrics.n_tokens,
+        "ttft_s": metrics.ttft_s,
+        "tpot_s": metrics.tpot_s,
+        "e2el_s": metrics.e2el_s,
+    }
 
 
 def _trunk_as_json(report: ArmReport) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from splitlearn.arm import Kind
 from splitlearn.compare import Comparison, Watch
 from splitlearn.events import TokenEvent
 from splitlearn.flags import FLAGS, SIDES
-from splitlearn.metrics import LEDGER_ORDER, RunMetrics, recovery_sentence
+from splitlearn.metrics import LEDGER_ORDER, RunMetrics, recovery_sentence, tps_of_all
 from splitlearn.models import ModelStatus
 from splitlearn.parts import Part
 from splitlearn.progress import Progress, Step
@@ -43,15 +43,18 @@ def print_comparison(found: Comparison) -> None:
         f"[bold]{found.model}[/], trunk layers [{plan.start}, {plan.end}) of {plan.n_layers}", highlight=False
     )
     for name, report in (("full", found.full), ("split", found.split)):
-        console.print(f"\n[bold]{name}[/]: ", end="")
-        console.print(report.metrics.text.strip(), markup=False, highlight=False)
+        for number, sample in enumerate(report.samples, 1):
+            console.print(f"\n[bold]{name}[/]{f', sample {number}' if report.others else ''}: ", end="")
+            console.print(sample.text.strip(), markup=False, highlight=False)
     console.print()
     console.print(_figures(found))
     console.print(_ledger(found.full.metrics, found.split.metrics))
-    at = found.first_divergence
     for recovered in found.split.metrics.recoveries:
         console.print(recovery_sentence(*recovered), highlight=False)
-    verdict = "identical" if at is None else f"they differ from token {at + 1} on"
+    verdict = "identical"
+    if (differ := found.first_difference) is not None:
+        where = f" of sample {differ[0] + 1}" if found.full.others else ""
+        verdict = f"they differ from token {differ[1] + 1}{where} on"
     console.print(f"Tokens of full and split: [bold]{verdict}[/]. One run of each (n = 1).", highlight=False)
 
 
@@ -100,6 +103,10 @@ def _figures(found: Comparison) -> Table:
         ratio = f"{other / one:.3f}" if one and other else ""
         table.add_row(label, _milliseconds(one), _milliseconds(other), ratio)
     table.add_row("TPS (request)", f"{full.tps:.1f} /s", f"{split.tps:.1f} /s", f"{split.tps / full.tps:.3f}")
+    if found.full.others:
+        one, other = tps_of_all(found.full.samples), tps_of_all(found.split.samples)
+        name = f"TPS (all {len(found.full.samples)} samples)"
+        table.add_row(name, f"{one:.1f} /s", f"{other:.1f} /s", f"{other / one:.3f}")
     table.add_row("tokens", str(full.n_tokens), str(split.n_tokens), "")
     if full.drafts or split.drafts:
         table.add_row("drafts accepted", *(f"{each.drafts_accepted} of {each.drafts}" for each in (full, split)), "")

@@ -13,13 +13,16 @@ from splitlearn.sampling import SamplingParams
 FinishReason = Literal["eos", "length", "stop", "cancelled"]
 MAX_STOP_STRINGS = 16
 MAX_NEW_TOKENS = 1_000_000
+MAX_SAMPLES = 16
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """One prompt and how to go on from it; without `ledger`, events carry no ledger and no bytes.
 
-    Raises InputError for an empty prompt or a limit below 1.
+    `samples` answers are made, which go in step and share each trip to the trunk; number i is the one that the seed
+    `sampling.seed` + i gives alone. Raises InputError for an empty prompt, a limit below 1, and for more than one
+    sample where nothing is drawn.
     """
 
     prompt: str
@@ -29,6 +32,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     ledger: bool = True
+    samples: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -38,6 +42,10 @@ class GenerationRequest:
             raise InputError("max_new_tokens", limit, f"a whole number from 1 to {MAX_NEW_TOKENS}")
         if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
             raise InputError("stop", self.stop, f"at most {MAX_STOP_STRINGS} strings, none of them empty")
+        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or not 1 <= self.samples <= MAX_SAMPLES:
+            raise InputError("samples", self.samples, f"a whole number from 1 to {MAX_SAMPLES}")
+        if self.samples > 1 and self.sampling.greedy:
+            raise InputError("samples", self.samples, "1, or a temperature above 0: greedy answers are all the same")
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ class TokenEvent:
     (or since t0) went, `unattributed` included, so it sums to that interval. `text` is what can be shown now: it lags
     behind the ids while a character is not whole or a stop string may be under way. `drafts` is how many draft tokens
     were fed; those that came true are among `token_ids`, all but the last. `overlapped_s` is beside the ledger:
-    what the trunk did while the client was at work itself.
+    what the trunk did while the client was at work itself. `sample` is the number of the answer, from 0; samples that
+    go in step have their events at the same time and with the same ledger.
     """
 
     token_ids: tuple[int, ...]
@@ -89,15 +98,17 @@ class TokenEvent:
     recoveries: tuple[Recovery, ...] = ()
     drafts: int = 0
     overlapped_s: float = 0.0
+    sample: int = 0
 
 
 @dataclass(frozen=True)
 class Done:
-    """The end of a generation: why it ended, the text held back till now, and how long the prompt was in tokens."""
+    """The end of an answer: why it ended, the text held back till now, and how long the prompt was in tokens."""
 
     reason: FinishReason
     text: str
     prompt_tokens: int
+    sample: int = 0
 
 
 Event = TokenEvent | Done

@@ -3,27 +3,27 @@
     for event in Generator(links, tokens, context_length, top_k).stream(request): ...
 
 Full is one local stage; split is a local stage, a remote one and a local one. The loop knows neither. It yields facts
-(`TokenEvent`, then `Done`); whoever drives it derives the rest. To cancel is to close the iterator: that closes the
-stages' sessions, and so frees the trunk's cache.
+(`TokenEvent`, then `Done`); whoever drives it derives the rest. Several samples of a prompt go through the stages in
+step: a forward has a token of each, and a trip to the trunk is waited for once. To cancel is to close the iterator:
+that closes the stages' sessions, and so frees the trunk's cache.
 """
 
-import time
-from collections import abc, defaultdict, deque
+from collections import abc, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import torch
 
 from splitlearn.drafts import Proposer, Speculation
 from splitlearn.errors import InputError
-from splitlearn.events import Done, Event, FinishReason, GenerationRequest, Recovery, TokenEvent
-from splitlearn.metrics import UNATTRIBUTED
-from splitlearn.sampling import TopK, random_source, sample
-from splitlearn.stages import Session, Stage, StageInput, StageOutput, WorksAhead
+from splitlearn.events import Done, Event, FinishReason, GenerationRequest
+from splitlearn.ledger import Ledger, NoLedger, Outcome
+from splitlearn.sampling import SEEDS, TopK, random_source, sample
+from splitlearn.stages import OpensTogether, Session, Stage, StageInput, StageOutput, WorksAhead
 from splitlearn.stop import StopStrings
-from splitlearn.tokens import Tokens
+from splitlearn.tokens import Detokenizer, Tokens
 
 
 @dataclass(frozen=True)
@@ -53,34 +53,35 @@ class Feed:
 
     def step(self, position: int, x: torch.Tensor, logits: int = 1) -> tuple[int, StageOutput]:
         """Hand on `x`, which covers the positions from `position` on. Returns the output and its first position."""
-        item = self._input(position, x, logits)
+        item = self.input(position, x, logits)
         return item.position, self.stage.step([item])[0]
 
-    def flow(self, pieces: Iterable[Piece], logits: int, ledger: "_Ledger") -> Iterator[Piece]:
+    def flow(self, pieces: Iterable[Piece], logits: int, note: Callable[[StageOutput], None]) -> Iterator[Piece]:
         """Hand on neighbouring pieces, each the first position and `x`, and give what comes out. A stage that works
-        elsewhere has the next piece before it is asked for the last."""
+        elsewhere has the next piece before it is asked for the last. `note` is told of each output."""
         under_way: deque[tuple[int, Callable[[], StageOutput]]] = deque()
 
         def finished() -> Piece:
             position, finish = under_way.popleft()
             output = finish()
-            ledger.add(output)
+            note(output)
             return position, output.x
 
         for position, x in pieces:
-            item = self._input(position, x, logits)
+            item = self.input(position, x, logits)
             if self._elsewhere is not None:
                 under_way.append((item.position, self._elsewhere.begin(item)))
                 if len(under_way) > 1:
                     yield finished()
             else:
                 output = self.stage.step([item])[0]
-                ledger.add(output)
+                note(output)
                 yield item.position, output.x
         while under_way:
             yield finished()
 
-    def _input(self, position: int, x: torch.Tensor, logits: int) -> StageInput:
+    def input(self, position: int, x: torch.Tensor, logits: int) -> StageInput:
+        """What the stage is given of `x`, which covers the positions from `position` on."""
         if self.session.recomputes:
             known = self.prefix[:, :position] if self.prefix is not None and position else x[:, :0]
             self.prefix = x = torch.cat([known, x], dim=1)
@@ -96,74 +97,49 @@ class Feed:
 
 
 @dataclass
-class _Ledger:
-    """Where the time since the last event went, in seconds by name, on one monotonic clock from t0."""
+class _Answer:
+    """One sample under way: what it has so far, the step that it takes, and why it ended."""
 
-    t0: float = field(default_factory=time.perf_counter)
-    since: float = 0.0
-    parts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    compile_s: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    recoveries: tuple[Recovery, ...] = ()
-    overlapped_s: float = 0.0
+    number: int
+    sequence: list[int]
+    feeds: Sequence[Feed]
+    text: Detokenizer
+    stops: StopStrings
+    rng: torch.Generator
+    speculation: Speculation | None
+    position: int = 0
+    """Tokens that the stages have, before the step that comes."""
+    known: int = 0
+    """Tokens before that step."""
+    drafts: list[int] = field(default_factory=list)
+    reason: FinishReason | None = None
 
-    def now(self) -> float:
-        return time.perf_counter() - self.t0
+    def begin(self, left: int, ledger: Ledger) -> torch.Tensor:
+        """The ids [1, T] of the next step: what the stages do not have yet and drafts, less than the `left` tokens
+        that may still come."""
+        began, self.known = ledger.now(), len(self.sequence)
+        if self.speculation is not None:
+            self.drafts = self.speculation.drafts(self.sequence, left - 1) if self.position else []
+            ledger.spend("draft", ledger.now() - began)
+        return torch.tensor([[*self.sequence[self.position :], *self.drafts]], dtype=torch.long)
 
-    def spend(self, name: str, seconds: float) -> None:
-        self.parts[name] += seconds
+    @property
+    def rows(self) -> int:
+        """Of how many last positions the logits are needed."""
+        return 1 + len(self.drafts)
 
-    def add(self, output: StageOutput) -> None:
-        timing = output.timing
-        for name, spent in timing.ledger.items():
-            self.spend(name, spent)
-        self.compile_s += timing.compile_s
-        self.bytes_up += timing.bytes_up
-        self.bytes_down += timing.bytes_down
-        self.recoveries += timing.recoveries
-        self.overlapped_s += timing.overlapped_s
-
-    def close_step(self, tokens: tuple[int, ...], text: str, at: float, drafts: int) -> TokenEvent:
-        """The event of a step whose tokens were on the host at `at`; begins the next interval there."""
-        parts = dict(self.parts)
-        parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
-        event = TokenEvent(
-            tokens,
-            text,
-            at,
-            parts,
-            self.compile_s,
-            self.bytes_up,
-            self.bytes_down,
-            self.recoveries,
-            drafts,
-            self.overlapped_s,
-        )
-        self.since, self.parts, self.compile_s, self.bytes_up, self.bytes_down = at, defaultdict(float), 0.0, 0, 0
-        self.recoveries, self.overlapped_s = (), 0.0
-        return event
-
-
-class _NoLedger(_Ledger):
-    """Keeps nothing but the tokens and their times: what the ledger costs is seen against it."""
-
-    def spend(self, name: str, seconds: float) -> None:
-        return
-
-    def add(self, output: StageOutput) -> None:
-        self.compile_s += output.timing.compile_s
-        self.recoveries += output.timing.recoveries
-
-    def close_step(self, tokens: tuple[int, ...], text: str, at: float, drafts: int) -> TokenEvent:
-        event = TokenEvent(tokens, text, at, {}, self.compile_s, recoveries=self.recoveries, drafts=drafts)
-        self.compile_s, self.recoveries = 0.0, ()
-        return event
+    def end_step(self, seconds: float) -> None:
+        """The sequence has the step's tokens, which took `seconds`: the next one begins behind them."""
+        if self.speculation is not None and self.position:
+            self.speculation.came(self.sequence[self.known :], len(self.drafts), seconds)
+        self.position = len(self.sequence) - 1
+        for feed in self.feeds:
+            feed.roll_back(self.position)
 
 
 @dataclass(frozen=True)
 class Generator:
-    """Runs prompts through a chain of stages, one at a time. `context_length` is None for a model without a limit."""
+    """Runs a prompt at a time through a chain of stages. `context_length` is None for a model without a limit."""
 
     links: Sequence[Link]
     tokens: Tokens
@@ -174,100 +150,104 @@ class Generator:
     """Prompts go through the stages in pieces of so many tokens; None: whole."""
 
     def stream(self, request: GenerationRequest) -> abc.Generator[Event, None, None]:
-        """Yield a TokenEvent for each step and a Done at the end.
+        """Yield a TokenEvent for each step and a Done at the end, of each sample.
 
         Raises InputError when prompt and answer do not fit into the context, TrunkError for a trunk that fails.
         """
-        ledger = _Ledger() if request.ledger else _NoLedger()
+        ledger = Ledger() if request.ledger else NoLedger()
         ids = self.tokens.encode(request.prompt, request.chat)
         self._check_length(len(ids), request.max_new_tokens)
         encoded = ledger.now()
         ledger.spend("tokenise", encoded)
         with ExitStack() as stack:
-            feeds = self._open(stack, len(ids) + request.max_new_tokens)
+            chains = self._open(stack, len(ids) + request.max_new_tokens, request.samples)
             ledger.spend("open", ledger.now() - encoded)
-            yield from self._decode(request, ids, feeds, ledger)
+            answers = [self._answer(number, request, ids, feeds) for number, feeds in enumerate(chains)]
+            yield from self._decode(request, len(ids), answers, ledger)
+
+    def _answer(self, number: int, request: GenerationRequest, ids: Sequence[int], feeds: Sequence[Feed]) -> _Answer:
+        sampling = request.sampling
+        rng = random_source(replace(sampling, seed=(sampling.seed + number) % SEEDS))
+        speculation = Speculation([make() for make in self.proposers]) if self.proposers else None
+        return _Answer(number, list(ids), feeds, self.tokens.detokenizer(), StopStrings(request.stop), rng, speculation)
 
     def _decode(
-        self, request: GenerationRequest, ids: list[int], feeds: Sequence[Feed], ledger: _Ledger
+        self, request: GenerationRequest, prompt: int, answers: Sequence[_Answer], ledger: Ledger
     ) -> abc.Generator[Event, None, None]:
-        """The loop: feed what is new and what may come, sample, emit, until a reason to end."""
-        text, stops, rng = self.tokens.detokenizer(), StopStrings(request.stop), random_source(request.sampling)
-        speculation = Speculation([make() for make in self.proposers]) if self.proposers else None
-        sequence, position, reason = list(ids), 0, None
-        while reason is None:
-            began, known = ledger.now(), len(sequence)
-            left = request.max_new_tokens - (known - len(ids))
-            drafts = speculation.drafts(sequence, left - 1) if speculation and position else []
-            if speculation:
-                ledger.spend("draft", ledger.now() - began)
-            logits = self._forward(feeds, [*sequence[position:], *drafts], position, 1 + len(drafts), ledger)
+        """The loop: feed what is new and what may come, sample, emit, until each answer has a reason to end."""
+        while live := [answer for answer in answers if answer.reason is None]:
+            began = ledger.now()
+            new = [answer.begin(request.max_new_tokens - len(answer.sequence) + prompt, ledger) for answer in live]
+            logits = self._forward(live, new, ledger)
             before = ledger.now()
-            self._sample(logits, drafts, request, sequence, rng)
+            for answer, rows in zip(live, logits, strict=True):
+                self._sample(rows, request, answer)
             at = ledger.now()
             ledger.spend("sample", at - before)
-            new = sequence[known:]
-            if speculation and position:
-                speculation.came(new, len(drafts), at - began)
-            position = len(sequence) - 1
-            for feed in feeds:
-                feed.roll_back(position)
-            shown, kept = "", 0
-            while reason is None and kept < len(new):
-                shown += stops.feed(text.feed(new[kept]))
-                kept += 1
-                reason = self._reason(request, new[kept - 1], known + kept - len(ids), stops.found)
-            yield ledger.close_step(tuple(new[:kept]), shown, at, len(drafts))
+            outcomes = []
+            for answer in live:
+                answer.end_step(at - began)
+                outcomes.append(self._outcome(request, prompt, answer))
+            yield from ledger.close_step(outcomes, at)
+            for answer in live:
+                if answer.reason is not None:
+                    yield Done(answer.reason, answer.stops.flush(answer.text.flush()), prompt, answer.number)
             ledger.spend("emit", ledger.now() - at)
-        yield Done(reason, stops.flush(text.flush()), len(ids))
 
-    def _sample(
-        self,
-        logits: torch.Tensor,
-        drafts: Sequence[int],
-        request: GenerationRequest,
-        sequence: list[int],
-        rng: torch.Generator,
-    ) -> None:
-        """Add to `sequence` a token for each row of `logits` [1 + drafts, V], up to the first that is not the draft fed
-        at its place, and that does not end the answer."""
-        for row, draft in zip(logits, [*drafts, None], strict=True):
-            token = sample(row, request.sampling, sequence, rng, self.top_k)
-            sequence.append(token)
+    def _sample(self, logits: torch.Tensor, request: GenerationRequest, answer: _Answer) -> None:
+        """Add to the answer's sequence a token for each row of `logits` [1 + drafts, V], up to the first that is not
+        the draft fed at its place, and that does not end the answer."""
+        for row, draft in zip(logits, [*answer.drafts, None], strict=True):
+            token = sample(row, request.sampling, answer.sequence, answer.rng, self.top_k)
+            answer.sequence.append(token)
             if token != draft or (token in self.tokens.eos_ids and not request.ignore_eos):
                 return
 
-    def _forward(
-        self, feeds: Sequence[Feed], new: Sequence[int], position: int, count: int, ledger: _Ledger
-    ) -> torch.Tensor:
-        """The logits [count, V] after the last `count` of `new`, the ids from `position` on, through every stage."""
-        x, size = torch.tensor([new], dtype=torch.long), self.piece_tokens or len(new)
-        if size < len(new) and not any(feed.session.recomputes for feed in feeds):
-            return self._in_pieces(feeds, x, size, position, ledger)
-        for feed in feeds:
-            position, output = feed.step(position, x, count)
-            ledger.add(output)
-            x = output.x
-        return x[0, -count:]
+    def _outcome(self, request: GenerationRequest, prompt: int, answer: _Answer) -> Outcome:
+        """What the step brought that `answer` has just ended, up to a reason to end the answer."""
+        new, shown, kept = answer.sequence[answer.known :], "", 0
+        while answer.reason is None and kept < len(new):
+            shown += answer.stops.feed(answer.text.feed(new[kept]))
+            kept += 1
+            generated = answer.known + kept - prompt
+            answer.reason = self._reason(request, new[kept - 1], generated, answer.stops.found)
+        return Outcome(answer.number, tuple(new[:kept]), shown, len(answer.drafts))
 
-    def _in_pieces(
-        self, feeds: Sequence[Feed], ids: torch.Tensor, size: int, position: int, ledger: _Ledger
-    ) -> torch.Tensor:
-        """The logits [1, V] after the last of a prompt's `ids` [1, T], which go through the stages `size` at a time."""
+    def _forward(self, live: Sequence[_Answer], new: Sequence[torch.Tensor], ledger: Ledger) -> list[torch.Tensor]:
+        """For each answer the logits [rows, V] after the last of its `new` ids [1, T], through every stage in step."""
+        feeds = [feed for answer in live for feed in answer.feeds]
+        if any(self._too_long(x) for x in new) and not any(feed.session.recomputes for feed in feeds):
+            return [self._in_pieces(answer, x, ledger) for answer, x in zip(live, new, strict=True)]
+        given = [(answer.position, x) for answer, x in zip(live, new, strict=True)]
+        for at, link in enumerate(self.links):
+            items = [answer.feeds[at].input(*each, answer.rows) for answer, each in zip(live, given, strict=True)]
+            outputs = link.stage.step(items)
+            for answer, output in zip(live, outputs, strict=True):
+                ledger.add(answer.number, output)
+            given = [(item.position, output.x) for item, output in zip(items, outputs, strict=True)]
+        return [x[0, -answer.rows :] for answer, (_, x) in zip(live, given, strict=True)]
+
+    def _too_long(self, x: torch.Tensor) -> bool:
+        return self.piece_tokens is not None and x.shape[1] > self.piece_tokens
+
+    def _in_pieces(self, answer: _Answer, ids: torch.Tensor, ledger: Ledger) -> torch.Tensor:
+        """The logits [1, V] after the last of a prompt's `ids` [1, T], which go through the stages some at a time."""
+        size = self.piece_tokens or ids.shape[1]
         starts = range(0, ids.shape[1], size)
-        pieces: Iterable[Piece] = ((position + at, ids[:, at : at + size]) for at in starts)
-        for feed in feeds:
-            pieces = feed.flow(pieces, 1, ledger)
+        pieces: Iterable[Piece] = ((answer.position + at, ids[:, at : at + size]) for at in starts)
+        for feed in answer.feeds:
+            pieces = feed.flow(pieces, 1, partial(ledger.add, answer.number))
         last = deque(pieces, maxlen=1)
         return last[0][1][0, -1:]
 
-    def _open(self, stack: ExitStack, max_length: int) -> list[Feed]:
-        feeds = []
+    def _open(self, stack: ExitStack, max_length: int, samples: int) -> list[list[Feed]]:
+        """For each sample a session of every stage."""
+        chains: list[list[Feed]] = [[] for _ in range(samples)]
         for link in self.links:
-            session = link.stage.open(link.applied, max_length)
-            stack.callback(session.close)
-            feeds.append(Feed(link.stage, session))
-        return feeds
+            for chain, session in zip(chains, _sessions(link, max_length, samples), strict=True):
+                stack.callback(session.close)
+                chain.append(Feed(link.stage, session))
+        return chains
 
     def _check_length(self, prompt: int, new: int) -> None:
         limit = self.context_length
@@ -285,3 +265,10 @@ class Generator:
         if token in self.tokens.eos_ids and not request.ignore_eos:
             return "eos"
         return "length" if generated >= request.max_new_tokens else None
+
+
+def _sessions(link: Link, max_length: int, count: int) -> Sequence[Session]:
+    stage = link.stage
+    if count > 1 and isinstance(stage, OpensTogether):
+        return stage.open_together(link.applied, max_length, count)
+    return [stage.open(link.applied, max_length) for _ in range(count)]

@@ -1,6 +1,6 @@
 """KV memory for many sessions: set aside once, in blocks, and handed out by the run.
 
-    pool = KVPool(shapes_of(cut, hidden_size, dtype, device), n_blocks, block_tokens, dtype, device)
+    pool = KVPool(shapes_of(cut, x), n_blocks, block_tokens, dtype, device)
     run = pool.reserve(max_length)       # None when there is no room
     cache = pool.cache(run)              # a transformers cache for one session, within its run
     pool.release(run)
@@ -135,16 +135,15 @@ class PooledCache(ReservedCache):
         self.run = run
 
 
-def shapes_of(
-    cut: CutModel, hidden_size: int, dtype: torch.dtype, device: torch.device
-) -> list[tuple[KVShape, KVShape]]:
-    """The shapes of each layer's keys and values, as a step of one token makes them.
+def shapes_of(cut: CutModel, x: torch.Tensor) -> list[tuple[KVShape, KVShape]]:
+    """The shapes of each layer's keys and values, as a step of one token makes them: `x` is a token id [1, 1] at a
+    first stage, otherwise a hidden state [1, 1, H].
 
     Raises FamilyRefused for layers that keep something else (a recurrent state).
     """
     cache = DynamicCache()
     with torch.inference_mode():
-        forward(cut, torch.zeros(1, 1, hidden_size, dtype=dtype, device=device), 0, cache)
+        forward(cut, x, 0, cache)
     layers = cache.layers
     if len(layers) != cut.end - cut.start or not all(
         type(layer) is DynamicLayer and layer.keys is not None for layer in layers

@@ -100,7 +100,8 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str],
     imports, started = resident_bytes(), time.perf_counter()
     cuts = [_skeleton(architecture, config, spec, wanted, placement.dtype) for spec in specs]
     _fill(files, cuts, placement, wanted)
-    stages = tuple(_finish(cut, spec, wanted, placement) for cut, spec in zip(cuts, specs, strict=True))
+    hidden_size = files.facts.hidden_size
+    stages = tuple(_finish(cut, spec, wanted, placement, hidden_size) for cut, spec in zip(cuts, specs, strict=True))
     return Loaded(stages, time.perf_counter() - started, imports)
 
 
@@ -203,7 +204,7 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool)
         owner.register_buffer(leaf, tensor)
 
 
-def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placement) -> LocalStage:
+def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placement, hidden_size: int) -> LocalStage:
     cut.module.to(placement.device)
     module: Any = cut.module
     head = module.get_output_embeddings() if cut.last else None
@@ -215,7 +216,8 @@ def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placeme
     elif wanted.one_row is not None:
         row = wanted.one_row(cut)
     precision = torch.get_float32_matmul_precision()
-    return LocalStage(cut, spec.word, placement.device, _row_threads(placement), precision, row)
+    threads, device, dtype = _row_threads(placement), placement.device, placement.dtype
+    return LocalStage(cut, spec.word, device, dtype, hidden_size, threads, precision, row)
 
 
 def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

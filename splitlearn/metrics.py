@@ -53,9 +53,9 @@ class RunMetrics:
     drafts_accepted: int
 
     @classmethod
-    def from_events(cls, events: Iterable[Event]) -> "RunMetrics | None":
-        """Of a generation's events, ended or still under way; None before the first token."""
-        listed = list(events)
+    def from_events(cls, events: Iterable[Event], sample: int = 0) -> "RunMetrics | None":
+        """Of the events of one answer of a generation, ended or still under way; None before the first token."""
+        listed = [event for event in events if event.sample == sample]
         steps = [event for event in listed if isinstance(event, TokenEvent)]
         done = next((event for event in listed if isinstance(event, Done)), Done("cancelled", "", 0))
         if not steps:
@@ -104,6 +104,28 @@ class RunMetrics:
     def itl_p50_s(self) -> float | None:
         """The median time between tokens."""
         return median(self.itl_s) if self.itl_s else None
+
+
+def of_samples(events: Iterable[Event], samples: int) -> tuple[RunMetrics, ...]:
+    """Of each answer of a generation of so many samples; none before the first token."""
+    listed = list(events)
+    found = (RunMetrics.from_events(listed, sample) for sample in range(samples))
+    return tuple(metrics for metrics in found if metrics is not None)
+
+
+def tps_of_all(samples: Sequence[RunMetrics]) -> float:
+    """TPS (all samples): the tokens of all answers of a generation / the seconds until the last of them was there."""
+    return sum(each.n_tokens for each in samples) / max(each.e2el_s for each in samples)
+
+
+def first_difference(one: Sequence[RunMetrics], other: Sequence[RunMetrics]) -> tuple[int, int] | None:
+    """The first sample that has other tokens in `other`, and the index of the first such token; None if there is
+    none."""
+    for sample, (a, b) in enumerate(zip(one, other, strict=True)):
+        at = first_divergence(a.token_ids, b.token_ids)
+        if at is not None:
+            return sample, at
+    return None
 
 
 def recovery_sentence(token: int, recovery: Recovery) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import Any
+from itertools import accumulate, takewhile
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,11 +36,13 @@ ONE_THREAD_WORK = 1024
 
 @dataclass(frozen=True)
 class Packed:
-    """One session's tokens in a packed step: `tokens` of them from `position` on."""
+    """One session's tokens in a packed step: `tokens` of them from `position` on. A last stage gives the logits of the
+    last `logits` of them."""
 
     cache: PooledCache
     position: int
     tokens: int
+    logits: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,11 @@ class _PackedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 def forward_packed(
     cut: CutModel, x: torch.Tensor, parts: Sequence[Packed], arguments: Mapping[str, Any] | None = None
-) -> torch.Tensor:
-    """One step of each of `parts`: hidden states [1, T, H], T = all their tokens in order, to hidden states [1, T, H].
+) -> Sequence[torch.Tensor]:
+    """One step of each of `parts`: token ids [1, T] or hidden states [1, T, H], T = all their tokens in order, to a
+    hidden state [1, tokens, H] or logits [1, logits, V] for each.
 
-    Each cache must hold `position` tokens, of one pool, and holds its new ones afterwards. Stages between the first and
-    the last only.
+    Each cache must hold `position` tokens, of one pool, and holds its new ones afterwards.
     """
     device = x.device
     pool = parts[0].cache.pool
@@ -120,14 +122,24 @@ def forward_packed(
     positions = torch.cat([torch.arange(part.position, part.position + part.tokens) for part in parts]).to(device)
     whole = pool.views(0, pool.capacity)
     cache = Cache(layers=[_PackedLayer(whole[at], whole[at + 1], places) for at in range(0, len(whole), 2)])
-    call: dict[str, Any] = {"inputs_embeds": x, "past_key_values": cache, "use_cache": True, **(arguments or {})}
+    call: dict[str, Any] = {"past_key_values": cache, "use_cache": True, **(arguments or {})}
+    call["input_ids" if cut.first else "inputs_embeds"] = x
     if "position_ids" in cut.accepts:
         call["position_ids"] = positions.unsqueeze(0)
     with _attending(cut, parts):
-        out: torch.Tensor = cut.module(**call).last_hidden_state
+        out = _logits(cut, call, parts) if cut.last else cut.module(**call).last_hidden_state
     for part in parts:
         part.cache.grown(part.tokens)
-    return out
+    return torch.split(out, [part.logits if cut.last else part.tokens for part in parts], dim=1)
+
+
+def _logits(cut: CutModel, call: dict[str, Any], parts: Sequence[Packed]) -> torch.Tensor:
+    """The logits [1, N, V] that `parts` want, N of all."""
+    ends = accumulate(part.tokens for part in parts)
+    wanted = torch.cat([torch.arange(end - part.logits, end) for end, part in zip(ends, parts, strict=True)])
+    if "logits_to_keep" in cut.accepts:
+        return cast(torch.Tensor, cut.module(**call, logits_to_keep=wanted).logits)
+    return cast(torch.Tensor, cut.module(**call).logits[:, wanted])
 
 
 @contextmanager

@@ -8,6 +8,8 @@ on that step's answer as if nothing had happened: the decode loop sees no token 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -54,9 +56,25 @@ class RemoteStage:
         opening = self.served.opening(applied, max_length, TOLD * self._trunks.effort().wait_s())
         return RemoteSession(self, self._trunks, opening, recomputes="use_cache" not in applied)
 
+    def open_together(self, applied: frozenset[str], max_length: int, count: int) -> "list[RemoteSession]":
+        """Sessions at the trunk, all of whose openings are on their way at the same time."""
+        with ThreadPoolExecutor(count) as threads, ExitStack() as opened:
+            under_way = [threads.submit(self.open, applied, max_length) for _ in range(count)]
+            wait(under_way)
+            for each in under_way:
+                if each.exception() is None:
+                    opened.callback(each.result().close)
+            sessions = [each.result() for each in under_way]
+            opened.pop_all()
+            return sessions
+
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """One step of each session, in order: hidden state [1, T, H] to hidden state [1, T, H], on the CPU."""
-        return [item.session.step(item.position, item.x) for item in batch]
+        """One step of each session, in order: hidden state [1, T, H] to hidden state [1, T, H], on the CPU. All are on
+        their way at the same time."""
+        if len(batch) == 1:
+            return [batch[0].session.step(batch[0].position, batch[0].x)]
+        under_way = [self.begin(item) for item in batch]
+        return [finish() for finish in under_way]
 
     def begin(self, item: StageInput) -> Callable[[], StageOutput]:
         """Send a step; what is given waits for its answer. More may be sent before; answers come in the same order."""

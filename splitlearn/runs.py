@@ -24,7 +24,7 @@ from splitlearn.events import Event, GenerationRequest
 from splitlearn.families import no_roll_back
 from splitlearn.flags import SIDES, Place, of_scope
 from splitlearn.flags import settings as settings_of
-from splitlearn.metrics import RunMetrics
+from splitlearn.metrics import RunMetrics, of_samples
 from splitlearn.parts import kv_bytes_per_token
 from splitlearn.progress import Progress
 from splitlearn.remote import TrunkFacts, check_served, describe, first_that_works
@@ -65,6 +65,13 @@ class ArmReport:
     trunk_address: str | None
     trunk: TrunkFacts | None
     kv_bytes_per_token: int = 0
+    others: tuple[RunMetrics, ...] = ()
+    """Of the samples after the first."""
+
+    @property
+    def samples(self) -> tuple[RunMetrics, ...]:
+        """The figures of every sample."""
+        return (self.metrics, *self.others)
 
     @property
     def kv_shipped_bytes(self) -> float:
@@ -314,19 +321,19 @@ class Runs:
                     yield item
             compiled = compile_seconds(seen)
             worker.compile_s += compiled
-            metrics = RunMetrics.from_events(item for item in seen if not isinstance(item, ArmEnd))
+            found = of_samples((item for item in seen if not isinstance(item, ArmEnd)), request.samples)
             if compiled and not stop.is_set():
                 yield Restarted()
                 continue
             end = next((item for item in seen if isinstance(item, ArmEnd)), None)
-            if metrics is not None and end is not None:
-                yield self._report(spec, worker, metrics, end)
+            if found and end is not None:
+                yield self._report(spec, worker, found, end)
             return
 
-    def _report(self, spec: ArmSpec, worker: Worker, metrics: RunMetrics, end: ArmEnd) -> ArmReport:
+    def _report(self, spec: ArmSpec, worker: Worker, found: tuple[RunMetrics, ...], end: ArmEnd) -> ArmReport:
         return ArmReport(
             kind=spec.kind,
-            metrics=metrics,
+            metrics=found[0],
             load_s=worker.ready.load_s,
             compile_s=worker.compile_s,
             import_rss_bytes=worker.ready.import_rss_bytes,
@@ -337,6 +344,7 @@ class Runs:
             trunk_address=end.trunk.address if end.trunk else None,
             trunk=end.trunk,
             kv_bytes_per_token=self._trunk_kv_bytes if spec.kind == "split" else 0,
+            others=found[1:],
         )
 
 

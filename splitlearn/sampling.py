@@ -14,6 +14,7 @@ import torch
 from splitlearn.errors import InputError
 
 TopK = Callable[[torch.Tensor, int], torch.Tensor]
+SEEDS = 2**63
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SamplingParams:
         _check("top_p", self.top_p, 1e-6, 1.0, "a number above 0, up to 1 (1 filters nothing)")
         _check("repetition_penalty", self.repetition_penalty, 0.01, 100.0, "a number from 0.01 to 100 (1 is none)")
         _check_whole("top_k", self.top_k, 2**31 - 1, "a whole number, 0 or more (0 filters nothing)")
-        _check_whole("seed", self.seed, 2**63 - 1, "a whole number from 0 to 2**63 - 1")
+        _check_whole("seed", self.seed, SEEDS - 1, "a whole number from 0 to 2**63 - 1")
 
     @property
     def greedy(self) -> bool:

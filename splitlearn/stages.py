@@ -9,16 +9,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, repeat
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers.cache_utils import Cache
 
+from splitlearn import caches
 from splitlearn.errors import InputError
 from splitlearn.events import StageTiming
 from splitlearn.flags import Settings
 from splitlearn.flags import settings as settings_of
+from splitlearn.kv import KVPool, KVShape, PooledCache, Run, shapes_of
 from splitlearn.one_row import Row
+from splitlearn.packable import agrees
 from splitlearn.packed import Packed, forward_packed
 from splitlearn.split import CutModel, forward
 from splitlearn.threads import computing_one_token
@@ -64,7 +69,15 @@ class Stage(Protocol):
         """Begin a session with a side's applied flags, for at most `max_length` tokens."""
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """One step of each session in `batch`, in its order."""
+        """One step of each session in `batch`, in its order. Their timings sum to the time of all."""
+
+
+@runtime_checkable
+class OpensTogether(Protocol):
+    """A stage whose sessions share something where their steps come together."""
+
+    def open_together(self, applied: frozenset[str], max_length: int, count: int) -> Sequence[Session]:
+        """Begin `count` sessions, each as `Stage.open` does."""
 
 
 @runtime_checkable
@@ -101,6 +114,8 @@ class LocalStage:
     cut: CutModel
     word: str
     device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
     row_threads: int
     """Threads for a step of one token; longer steps have those of the process."""
     precision: str
@@ -114,12 +129,48 @@ class LocalStage:
         cache = settings.new_cache(layers, max_length) if settings.new_cache else None
         return LocalSession(cache, settings, max_length)
 
+    def open_together(self, applied: frozenset[str], max_length: int, count: int) -> list[LocalSession]:
+        """Sessions whose steps can be one forward, where the flags reserve the cache and the layers permit it."""
+        settings = settings_of(applied)
+        if settings.new_cache is not caches.reserved or not self.packs(applied):
+            return [self.open(applied, max_length) for _ in range(count)]
+        pool = self.pool(count, max_length)
+        runs = [Run(at * max_length, max_length) for at in range(count)]
+        return [LocalSession(pool.cache(run), settings, max_length) for run in runs]
+
+    def packs(self, applied: frozenset[str]) -> bool:
+        """Whether sessions with the flags `applied` can share a forward: tried once."""
+        if applied not in self._tried:
+            self._tried[applied] = agrees(self.cut, self.pool(4, 4), self._example, settings_of(applied))
+        return self._tried[applied]
+
+    def pool(self, n_blocks: int, block_tokens: int) -> KVPool:
+        """KV memory for this stage's layers. Raises FamilyRefused where they keep something else."""
+        return KVPool(self.kv_shapes, n_blocks, block_tokens, self.dtype, self.device)
+
+    @cached_property
+    def kv_shapes(self) -> list[tuple[KVShape, KVShape]]:
+        """What each layer keeps of a token. Raises FamilyRefused where that is not keys and values."""
+        return shapes_of(self.cut, self._example[:, :1])
+
+    @cached_property
+    def _example(self) -> torch.Tensor:
+        """Something to try the stage with: 8 token ids, or as many rows of a hidden state."""
+        if self.cut.first:
+            return torch.arange(1, 9, device=self.device).unsqueeze(0)
+        rows = 0.1 * torch.randn(1, 8, self.hidden_size, generator=torch.Generator().manual_seed(0))
+        return rows.to(self.device, self.dtype)
+
+    @cached_property
+    def _tried(self) -> dict[frozenset[str], bool]:
+        return {}
+
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """One step of each session; of several in one forward, for which their caches lie in one pool and their flags
+        """One step of each session; of several in one forward where their caches lie in one pool, for which their flags
         are the same. Raises InputError for a position beyond the cached length or too many tokens."""
-        if len(batch) == 1:
-            return [self._step(batch[0])]
-        return self._packed(batch)
+        if len(batch) > 1 and all(isinstance(item.session.cache, PooledCache) for item in batch):
+            return self._packed(batch)
+        return [self._step(item) for item in batch]
 
     def _step(self, item: StageInput) -> StageOutput:
         session, position, x = item.session, item.position, item.x
@@ -147,15 +198,15 @@ class LocalStage:
         started, compiled = time.perf_counter(), self._compile_seconds()
         for item in batch:
             _make_room(item.session, item.position, item.x.shape[1])
-        parts = [Packed(item.session.cache, item.position, item.x.shape[1]) for item in batch]
+        parts = [Packed(item.session.cache, item.position, item.x.shape[1], item.logits) for item in batch]
         settings = batch[0].session.settings
         with settings.gradient_guard():
             x = torch.cat([item.x for item in batch], dim=1).to(self.device)
             out = forward_packed(self.cut, x, parts, settings.forward_arguments)
         for item in batch:
             item.session.length = item.position + item.x.shape[1]
-        timing = self._timing(started, compiled)
-        return [StageOutput(own, timing) for own in torch.split(out, [part.tokens for part in parts], dim=1)]
+        timings = chain([self._timing(started, compiled)], repeat(StageTiming({})))
+        return [StageOutput(own, timing) for own, timing in zip(out, timings, strict=False)]
 
     def _timing(self, started: float, compiled: float) -> StageTiming:
         """What was spent since `started`, once the device is done."""

@@ -123,7 +123,7 @@ class Trunks:
         """
         while True:
             due: list[float] = []
-            for trunk in [self._trunks[address] for address in self._order if not effort.hopeless(address)]:
+            for trunk in [self._trunks[address] for address in tuple(self._order) if not effort.hopeless(address)]:
                 if self._closed:
                     raise TrunkUnavailable("The connection to the trunk server was closed here.")
                 if trunk.breaker.rest_s():

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from splitlearn import arm
 from splitlearn.arm import CANCEL, ArmEnd, ArmReady, ArmSpec
@@ -18,11 +18,12 @@ POLL_S = 0.05
 
 @dataclass
 class Worker:
-    """A running worker process, whether it has run anything yet, and what it has compiled so far, in seconds."""
+    """A running worker process, for how many samples at once it is warm, and what it has compiled so far, in
+    seconds."""
 
     child: Child
     ready: ArmReady
-    warm: bool = False
+    warm: set[int] = field(default_factory=set)
     compile_s: float = 0.0
 
     @classmethod
@@ -40,11 +41,12 @@ class Worker:
             raise
 
     def warm_up(self, request: GenerationRequest, stop: threading.Event) -> None:
-        """Run a few tokens of `request`, unless something was run before."""
-        if not self.warm:
+        """Run a few tokens of `request`, unless something with as many samples was run before."""
+        if request.samples not in self.warm:
             short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
             self.compile_s += compile_seconds(self.generate(short, stop))
-            self.warm = not stop.is_set()
+            if not stop.is_set():
+                self.warm.add(request.samples)
 
     def generate(self, request: GenerationRequest, stop: threading.Event) -> Iterator[Event | ArmEnd]:
         """What the worker sends for one request, up to its ArmEnd. Raises the error that it sends instead."""

@@ -15,7 +15,6 @@ import torch
 from server.admission import Place
 from server.build import Served
 from server.seat import Seat
-from server.trial import Trial
 from splitlearn import loading
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
@@ -249,7 +248,7 @@ def test_with_sdpa_a_token_and_a_piece_of_a_prompt_share_a_forward_and_are_what_
     placement = loading.Placement(torch.device("cpu"), torch.float32)
     stage = loading.load(files, loading.trunk_specs(PLAN), applied, placement).stages[0]
     assert {config._attn_implementation for config in stage.cut.configs} == {"sdpa"}
-    assert Trial(stage, applied, files.facts.hidden_size, torch.float32).packs()
+    assert stage.packs(applied)
 
 
 def served_packed(files: ModelFiles) -> bool:

@@ -30,6 +30,7 @@ def request(typed: Mapping[str, object]) -> GenerationRequest:
         ignore_eos=bool(typed["ignore_eos"]),
         stop=tuple(line for line in str(typed["stop"] or "").splitlines() if line),
         sampling=sampling,
+        samples=whole("samples", typed["samples"]),
     )
 
 
@@ -43,6 +44,7 @@ def at_first(settings: GenerationConfig) -> dict[str, str]:
         "top_p": f"{usual.top_p:g}",
         "repetition_penalty": f"{usual.repetition_penalty:g}",
         "seed": str(usual.seed),
+        "samples": "1",
     }
 
 

@@ -23,6 +23,7 @@ NUMBERS = {
     "top_p": "Top-p (1 is off)",
     "repetition_penalty": "Repetition penalty (1 is off)",
     "seed": "Seed",
+    "samples": "Samples: answers at once, with this seed and the next ones",
 }
 
 

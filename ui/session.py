@@ -3,7 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +12,7 @@ from splitlearn.arm import Kind
 from splitlearn.compare import KINDS
 from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import Event, GenerationRequest
-from splitlearn.metrics import RunMetrics
+from splitlearn.metrics import RunMetrics, of_samples
 from splitlearn.runs import ArmReport, Restarted, Runs
 from splitlearn.selection import FlagSet
 
@@ -22,13 +22,20 @@ State = Literal["idle", "waiting", "loading", "compiled", "running", "done", "st
 
 @dataclass(frozen=True)
 class ArmView:
-    """What one side shows: `metrics` of what came so far, `report` once the run is complete, `error` if it failed."""
+    """What one side shows: `metrics` of what came so far, `report` once the run is complete, `error` if it failed;
+    `others` are of the samples after the first."""
 
     kind: Kind
     state: State = "idle"
     metrics: RunMetrics | None = None
     report: ArmReport | None = None
     error: str = ""
+    others: tuple[RunMetrics, ...] = ()
+
+    @property
+    def samples(self) -> tuple[RunMetrics, ...]:
+        """What came of each sample so far."""
+        return (self.metrics, *self.others) if self.metrics else ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,11 @@ def _follow(
                 events.append(item)
                 if time.monotonic() - drawn >= DRAW_S:
                     drawn = time.monotonic()
-                    yield ArmView(kind, "running", RunMetrics.from_events(events))
-    metrics = report.metrics if report else RunMetrics.from_events(events)
-    complete = report is not None and metrics is not None and metrics.finish_reason != "cancelled"
-    yield ArmView(kind, "done" if complete else "stopped", metrics, report if complete else None)
+                    yield _view(kind, "running", of_samples(events, request.samples))
+    samples = report.samples if report else of_samples(events, request.samples)
+    complete = report is not None and all(each.finish_reason != "cancelled" for each in samples)
+    yield _view(kind, "done" if complete else "stopped", samples, report if complete else None)
+
+
+def _view(kind: Kind, state: State, samples: Sequence[RunMetrics], report: ArmReport | None = None) -> ArmView:
+    return ArmView(kind, state, samples[0] if samples else None, report, others=tuple(samples[1:]))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from html import escape
 
-from splitlearn.metrics import RunMetrics, first_divergence, recovery_sentence
+from splitlearn.metrics import RunMetrics, first_difference, recovery_sentence, tps_of_all
 from splitlearn.runs import ArmReport, Runs
 from ui.format import MISSING, rate, ratio, seconds, size
 from ui.session import ArmView, Shown, State
@@ -30,6 +30,7 @@ FIGURES: dict[str, tuple[str, Callable[[RunMetrics], str]]] = {
     "TPS (request)": ("Tokens per second of the whole request", lambda run: rate(run.tps)),
     "Tokens": ("Token ids generated", lambda run: str(run.n_tokens)),
 }
+ALL = "Tokens of all samples per second, until the last of them was there; the other figures are of sample 1"
 DRAFTS = "Draft tokens that came true, of those that were fed to be verified"
 SHIPPED = (
     "More bytes each way for each token, if the KV cache crossed the wire: KV bytes per token times the mean context"
@@ -43,6 +44,8 @@ def card(arm: ArmView) -> str:
     state = REASONS[arm.metrics.finish_reason] if arm.state == "done" and arm.metrics else STATES[arm.state]
     run = arm.metrics
     tiles = "".join(_tile(name, figure(run) if run else MISSING, why) for name, (why, figure) in FIGURES.items())
+    if arm.others:
+        tiles += _tile(f"TPS (all {len(arm.samples)} samples)", rate(tps_of_all(arm.samples)), ALL)
     if run and run.drafts:
         tiles += _tile("Drafts", f"{run.drafts_accepted} of {run.drafts}", DRAFTS)
     return (
@@ -80,7 +83,7 @@ def result(shown: Shown, decode: Decode, flags: str) -> str:
         _tile("KV cache, were it shipped", size(split.kv_shipped_bytes), SHIPPED),
     )
     return (
-        f'<section class="sl-result" aria-label="Comparison">{_verdict(one, other, decode)}'
+        f'<section class="sl-result" aria-label="Comparison">{_verdict(full, split, decode)}'
         f'<dl class="sl-tiles">{"".join(tiles)}</dl>{_memory(full, split)}'
         f'<p class="sl-small">Flags: {escape(flags)}. {_how(full, split)}</p></section>'
     )
@@ -135,25 +138,31 @@ def _tile(name: str, value: str, why: str) -> str:
 
 
 def _answer(arm: ArmView) -> str:
-    text = arm.metrics.text.strip() if arm.metrics else ""
     waiting = "Runs go one after the other: two at once would measure each other." if arm.state == "waiting" else ""
-    shown = escape(text) or f'<span class="sl-small">{waiting}</span>'
+    texts = [escape(each.text.strip()) for each in arm.samples]
+    if len(texts) > 1:
+        texts = [f'<p class="sl-small">Sample {number}</p>{text}' for number, text in enumerate(texts, 1)]
+    shown = "".join(texts) or f'<span class="sl-small">{waiting}</span>'
     return f'<div class="sl-answer" tabindex="0" role="region" aria-label="Answer"><div>{shown}</div></div>'
 
 
 def _recoveries(arm: ArmView) -> str:
     """A sentence for each time that the trunk was lost and found again."""
-    said = " ".join(recovery_sentence(*recovered) for recovered in arm.metrics.recoveries) if arm.metrics else ""
+    said = " ".join(recovery_sentence(*recovered) for each in arm.samples for recovered in each.recoveries)
     return f'<p class="sl-small" role="status">{escape(said)}</p>' if said else ""
 
 
-def _verdict(one: RunMetrics, other: RunMetrics, decode: Decode) -> str:
-    at = first_divergence(one.token_ids, other.token_ids)
-    if at is None:
-        return f'<p class="sl-verdict sl-same">Identical: all {one.n_tokens} tokens are the same.</p>'
-    pairs = [repr(decode(ids[at])) if at < len(ids) else "nothing" for ids in (one.token_ids, other.token_ids)]
+def _verdict(full: ArmReport, split: ArmReport, decode: Decode) -> str:
+    differ = first_difference(full.samples, split.samples)
+    if differ is None:
+        tokens = sum(each.n_tokens for each in full.samples)
+        return f'<p class="sl-verdict sl-same">Identical: all {tokens} tokens are the same.</p>'
+    sample, at = differ
+    both = [report.samples[sample].token_ids for report in (full, split)]
+    pairs = [repr(decode(ids[at])) if at < len(ids) else "nothing" for ids in both]
+    where = f" of sample {sample + 1}" if full.others else ""
     return (
-        f'<p class="sl-verdict sl-differ">The tokens differ from token {at + 1} on: '
+        f'<p class="sl-verdict sl-differ">The tokens differ from token {at + 1}{where} on: '
         f"full has {escape(pairs[0])}, split has {escape(pairs[1])}.</p>"
     )
 

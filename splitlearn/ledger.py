@@ -1,0 +1,88 @@
+"""Where the time of a generation goes, from event to event: the parts of each step, and a rest that is shown."""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from splitlearn.events import StageTiming, TokenEvent
+from splitlearn.metrics import UNATTRIBUTED
+from splitlearn.stages import StageOutput
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step brought one sample: token ids, the text that can be shown, and how many drafts were fed."""
+
+    sample: int
+    token_ids: tuple[int, ...]
+    text: str
+    drafts: int
+
+
+@dataclass
+class Ledger:
+    """Where the time since the last events went, in seconds by name, on one monotonic clock from t0. Samples that go
+    in step share it; the bytes and what else a stage says of a step are those of its sample."""
+
+    t0: float = field(default_factory=time.perf_counter)
+    since: float = 0.0
+    parts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    timings: defaultdict[int, list[StageTiming]] = field(default_factory=lambda: defaultdict(list))
+
+    def now(self) -> float:
+        """Seconds since t0."""
+        return time.perf_counter() - self.t0
+
+    def spend(self, name: str, seconds: float) -> None:
+        """Count `seconds` under `name`."""
+        self.parts[name] += seconds
+
+    def add(self, sample: int, output: StageOutput) -> None:
+        """Count what a stage says of a step of `sample`."""
+        for name, spent in output.timing.ledger.items():
+            self.spend(name, spent)
+        self.timings[sample].append(output.timing)
+
+    def close_step(self, outcomes: Sequence[Outcome], at: float) -> list[TokenEvent]:
+        """The events of a step whose tokens were on the host at `at`; begins the next interval there."""
+        parts = dict(self.parts)
+        parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
+        events = [self._event(outcome, at, parts) for outcome in outcomes]
+        self.since, self.parts, self.timings = at, defaultdict(float), defaultdict(list)
+        return events
+
+    def _event(self, outcome: Outcome, at: float, parts: dict[str, float]) -> TokenEvent:
+        timings = self.timings[outcome.sample]
+        return TokenEvent(
+            outcome.token_ids,
+            outcome.text,
+            at,
+            parts,
+            compile_s=sum(timing.compile_s for timing in timings),
+            bytes_up=sum(timing.bytes_up for timing in timings),
+            bytes_down=sum(timing.bytes_down for timing in timings),
+            recoveries=tuple(recovery for timing in timings for recovery in timing.recoveries),
+            drafts=outcome.drafts,
+            overlapped_s=sum(timing.overlapped_s for timing in timings),
+            sample=outcome.sample,
+        )
+
+
+class NoLedger(Ledger):
+    """Keeps nothing but the tokens and their times: what the ledger costs is seen against it."""
+
+    def spend(self, name: str, seconds: float) -> None:
+        """Nothing is counted."""
+
+    def add(self, sample: int, output: StageOutput) -> None:
+        """Only what is no measurement."""
+        if output.timing.compile_s or output.timing.recoveries:
+            kept = StageTiming({}, output.timing.compile_s, recoveries=output.timing.recoveries)
+            self.timings[sample].append(kept)
+
+    def close_step(self, outcomes: Sequence[Outcome], at: float) -> list[TokenEvent]:
+        """The events, without parts."""
+        events = [self._event(outcome, at, {}) for outcome in outcomes]
+        self.timings.clear()
+        return events

@@ -1,0 +1,52 @@
+"""Whether the sessions of a stage can share a forward: its layers are asked, not its family's name."""
+
+import torch
+
+from splitlearn.flags import Settings
+from splitlearn.kv import KVPool, PooledCache, Run
+from splitlearn.packed import Packed, forward_packed
+from splitlearn.split import CutModel, forward
+
+# Tokens of two sessions in two steps: prompts from their beginnings; then one token, and a piece of a prompt.
+STEPS = ((3, 2), (1, 2))
+
+
+def agrees(cut: CutModel, pool: KVPool, x: torch.Tensor, settings: Settings) -> bool:
+    """Whether the layers give in one packed forward what they give apart, but for rounding.
+
+    `x` are 8 token ids [1, 8] or rows of a hidden state [1, 8, H], `pool` has 4 blocks of 4 tokens. A family whose
+    attention does not go through transformers' interface, or that does more with keys and values than keep them, shows
+    it here. So does a compiled stage, which would be compiled anew for each mix of sessions.
+    """
+    if settings.compile_module is not None:
+        return False
+    caches = [PooledCache(pool, Run(4 * at, 4)) for at in range(4)]
+    pieces = torch.split(x, [tokens for step in STEPS for tokens in step], dim=1)
+    positions = (0, 0, *STEPS[0])
+    with settings.gradient_guard():
+        apart = [
+            forward(cut, piece, position, caches[at % 2], arguments=settings.forward_arguments)
+            for at, (piece, position) in enumerate(zip(pieces, positions, strict=True))
+        ]
+        try:
+            packed = [
+                out
+                for at in (0, 2)
+                for out in forward_packed(
+                    cut,
+                    torch.cat(pieces[at : at + 2], dim=1),
+                    [
+                        Packed(cache, position, piece.shape[1], piece.shape[1])
+                        for cache, position, piece in zip(
+                            caches[2:], positions[at : at + 2], pieces[at : at + 2], strict=True
+                        )
+                    ],
+                    settings.forward_arguments,
+                )
+            ]
+        except Exception:
+            return False
+    close = float(torch.finfo(apart[0].dtype).eps ** 0.5)
+    return all(
+        torch.allclose(a, b, rtol=close, atol=close * float(a.abs().max())) for a, b in zip(apart, packed, strict=True)
+    )

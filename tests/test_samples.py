@@ -1,0 +1,209 @@
+"""Several samples of a prompt: each is the answer that its seed gives alone, and they share forwards and trips."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from splitlearn import loading
+from splitlearn.errors import InputError, TrunkFull
+from splitlearn.events import Done, Event, GenerationRequest, TokenEvent
+from splitlearn.flags import settings
+from splitlearn.generate import Generator, Link
+from splitlearn.metrics import RunMetrics, first_difference, of_samples, tps_of_all
+from splitlearn.remote import RemoteStage
+from splitlearn.sampling import SEEDS, SamplingParams
+from splitlearn.stages import LocalStage
+from splitlearn.store import ModelFiles
+from splitlearn.tokens import Tokens
+from tests.conftest import TinyFactory
+from tests.proxy import proxy
+from tests.test_ten_families import running
+from tests.trunk import PLAN, TrunkHere, eventually, serve_here, served
+
+RESERVED = frozenset({"use_cache", "inference_mode", "cache"})
+DYNAMIC = RESERVED - {"cache"}
+WITH_SDPA = frozenset({"output_attentions"})
+AT_TRUNK = frozenset({"use_cache"})
+SAMPLES = 4
+SAMPLING = SamplingParams(temperature=0.9, top_k=50, top_p=0.95, seed=SEEDS - 2)
+REQUEST = GenerationRequest("The sky is blue because", max_new_tokens=12, ignore_eos=True, sampling=SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model: TinyFactory) -> ModelFiles:
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def here(files: ModelFiles) -> Iterator[TrunkHere]:
+    with serve_here(files) as running_here:
+        yield running_here
+
+
+@pytest.fixture
+def whole(files: ModelFiles) -> LocalStage:
+    return loaded(files, loading.full_specs(files.n_layers))[0]
+
+
+def loaded(files: ModelFiles, specs: Sequence[loading.StageSpec]) -> tuple[LocalStage, ...]:
+    placement = loading.Placement(torch.device("cpu"), torch.float32)
+    return loading.load(files, specs, RESERVED | WITH_SDPA, placement).stages
+
+
+@contextmanager
+def split(files: ModelFiles, address: str, timeout_s: float = 20) -> Iterator[list[Link]]:
+    bottom, top = loaded(files, loading.client_specs(PLAN))
+    with closing(RemoteStage([address], served(files), timeout_s)) as trunk:
+        yield [Link(bottom, RESERVED), Link(trunk, AT_TRUNK), Link(top, RESERVED)]
+
+
+def generator(files: ModelFiles, links: Sequence[Link], applied: frozenset[str] = RESERVED) -> Generator:
+    own = settings(applied)
+    return Generator(links, Tokens.load(files.folder, use_fast=True), None, own.top_k, own.proposers, own.piece_tokens)
+
+
+def together(made: Generator, request: GenerationRequest = REQUEST) -> tuple[RunMetrics, ...]:
+    return of_samples(made.stream(replace(request, samples=SAMPLES)), SAMPLES)
+
+
+def alone(made: Generator, request: GenerationRequest = REQUEST) -> list[RunMetrics]:
+    """The same samples, one after the other."""
+    seeds = [(request.sampling.seed + number) % SEEDS for number in range(SAMPLES)]
+    runs = [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
+    return [run for each in runs for run in of_samples(made.stream(each), 1)]
+
+
+def check_same(found: Sequence[RunMetrics], wanted: Sequence[RunMetrics]) -> None:
+    assert [each.token_ids for each in found] == [each.token_ids for each in wanted]
+    assert [(each.text, each.finish_reason) for each in found] == [(each.text, each.finish_reason) for each in wanted]
+    assert len({each.token_ids for each in found}) == SAMPLES, "samples that are the same show little"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "bloom"])
+@pytest.mark.parametrize("applied", [RESERVED, DYNAMIC, frozenset[str]()], ids=["reserved", "dynamic", "no cache"])
+def test_each_sample_is_what_its_seed_gives_alone_whole_and_split(
+    family: str, applied: frozenset[str], tiny_model: TinyFactory
+) -> None:
+    files = tiny_model(family)
+    with running(files) as model:
+        full = generator(files, [Link(model.full, applied)])
+        wanted = alone(full)
+        check_same(together(full), wanted)
+        check_same(together(generator(files, model.split(applied, applied & AT_TRUNK))), wanted)
+
+
+@pytest.mark.parametrize("flag", ["prompt_lookup", "prefill_overlap"])
+def test_drafts_and_prompts_in_pieces_go_with_samples(flag: str, files: ModelFiles, here: TrunkHere) -> None:
+    request = replace(REQUEST, prompt="one two three four " * 40)
+    with split(files, here.address) as links:
+        wanted = alone(generator(files, links), request)
+        check_same(together(generator(files, links, RESERVED | {flag}), request), wanted)
+
+
+def test_samples_share_each_forward_of_a_stage_that_reserves_its_cache(files: ModelFiles, whole: LocalStage) -> None:
+    seen: list[int] = []
+    assert whole.packs(RESERVED)
+    whole.cut.module.register_forward_pre_hook(lambda module, given: seen.append(1))
+    together(generator(files, [Link(whole, RESERVED)]))
+    assert len(seen) == REQUEST.max_new_tokens
+
+
+def test_samples_share_forwards_of_the_trunk_and_leave_nothing_there(files: ModelFiles, here: TrunkHere) -> None:
+    with split(files, here.address) as links:
+        found = together(generator(files, links))
+        shared = {
+            sample.name: sample.value
+            for family in text_string_to_metric_families(here.served.metrics.text())
+            for sample in family.samples
+            if "forward_sessions" in sample.name and not sample.labels
+        }
+        (steps,), (forwards,) = (
+            [value for name, value in shared.items() if name.endswith(end)] for end in ("_sum", "_count")
+        )
+        assert steps == SAMPLES * REQUEST.max_new_tokens
+        assert forwards < steps
+        assert eventually(lambda: not here.served.admission.sessions)
+    assert all(each.bytes_up > 0 < each.bytes_down for each in found)
+
+
+def test_samples_that_end_early_are_done_while_the_others_go_on(files: ModelFiles, whole: LocalStage) -> None:
+    made = generator(files, [Link(whole, RESERVED)])
+    free = alone(made)
+    made.tokens.eos_ids = frozenset({free[1].token_ids[3]})
+    request = replace(REQUEST, ignore_eos=False)
+    wanted = alone(made, request)
+    check_same(together(made, request), wanted)
+    assert len({each.n_tokens for each in wanted}) > 1
+    events = list(made.stream(replace(request, samples=SAMPLES)))
+    assert sorted(event.sample for event in events if isinstance(event, Done)) == list(range(SAMPLES))
+    for sample, each in enumerate(wanted):
+        own = [event for event in events if event.sample == sample]
+        assert isinstance(own[-1], Done)
+        assert len(own) == each.n_tokens + 1
+
+
+def test_the_ledger_of_samples_that_go_in_step_is_that_of_the_time_they_share(
+    files: ModelFiles, here: TrunkHere
+) -> None:
+    with split(files, here.address) as links:
+        events: list[Event] = list(generator(files, links).stream(replace(REQUEST, samples=SAMPLES)))
+    for metrics in of_samples(events, SAMPLES):
+        assert sum(metrics.ledger.values()) == pytest.approx(metrics.e2el_s)
+        assert metrics.ledger["unattributed"] >= 0
+    times = {event.time_s for event in events if isinstance(event, TokenEvent)}
+    assert len(times) == REQUEST.max_new_tokens
+
+
+def test_a_trunk_that_is_lost_costs_no_token_of_any_sample(files: ModelFiles, here: TrunkHere) -> None:
+    with split(files, here.address) as links:
+        wanted = together(generator(files, links))
+    with proxy(here.address) as between, split(files, between.address) as links:
+        events = []
+        for event in generator(files, links).stream(replace(REQUEST, samples=SAMPLES)):
+            events.append(event)
+            if len(events) == 5 * SAMPLES:
+                between.cut()
+        found = of_samples(events, SAMPLES)
+    check_same(found, wanted)
+    assert all(len(each.recoveries) == 1 for each in found)
+
+
+def test_where_there_is_no_room_for_all_samples_none_stays(files: ModelFiles) -> None:
+    with serve_here(files, max_sessions=SAMPLES - 1, max_waiting=0) as few, split(files, few.address, 0.5) as links:
+        with pytest.raises(TrunkFull):
+            together(generator(files, links))
+        assert eventually(lambda: not few.served.admission.sessions)
+
+
+@pytest.mark.parametrize(
+    ("samples", "sampling", "said"),
+    [
+        (0, SAMPLING, "1 to 16"),
+        (17, SAMPLING, "1 to 16"),
+        ("x", SAMPLING, "1 to 16"),
+        (True, SAMPLING, "1 to 16"),
+        (2, SamplingParams(), "a temperature above 0"),
+    ],
+)
+def test_samples_that_make_no_sense_are_refused_by_name(samples: int, sampling: SamplingParams, said: str) -> None:
+    with pytest.raises(InputError, match=said) as refused:
+        GenerationRequest("Why?", samples=samples, sampling=sampling)
+    assert refused.value.field == "samples"
+
+
+def test_tokens_per_second_of_all_samples_count_until_the_last_one_is_there() -> None:
+    lengths = (3, 5)
+    events = [
+        TokenEvent((token,), "", 0.1 * (token + 1), {}, sample=sample)
+        for sample, length in enumerate(lengths)
+        for token in range(length)
+    ]
+    found = of_samples(events, len(lengths))
+    assert tps_of_all(found) == pytest.approx(8 / 0.5)
+    other = (found[0], replace(found[1], token_ids=(0, 1, 2, 9, 4)))
+    assert first_difference(found, found) is None
+    assert first_difference(found, other) == (1, 3)
