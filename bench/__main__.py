@@ -23,6 +23,7 @@ BENCHES = (
     "soak",
     "lookup",
     "draft",
+    "samples",
     "links",
     "overlap",
     "flips",

@@ -16,7 +16,12 @@ TEXTS = ("prompts.txt", "more_prompts.txt")
 
 def answer(runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest) -> RunMetrics:
     """Run `request` through one arm."""
-    return next(item for item in runs.stream(kind, flags, request) if isinstance(item, ArmReport)).metrics
+    return report(runs, kind, flags, request).metrics
+
+
+def report(runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest) -> ArmReport:
+    """The same, with all that is known of the run."""
+    return next(item for item in runs.stream(kind, flags, request) if isinstance(item, ArmReport))
 
 
 def text_of(tokens: Tokens, length: int) -> str:

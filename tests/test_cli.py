@@ -126,6 +126,18 @@ def test_compare_prints_one_object_with_both_arms_and_nothing_else(files: ModelF
     assert not set(found["full"]["ledger"]) & {"wire_s", "trunk_s"}
 
 
+def test_compare_gives_every_sample_and_the_tokens_per_second_of_all(folder: Path) -> None:
+    asked = ("compare", "--max-new-tokens", "8", "--ignore-eos", "--samples", "3", "--temperature", "0.8", "--json")
+    done = run(folder, *asked)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["identical_tokens"], found["first_differing_sample"]) == (True, None)
+    for arm in (found["full"], found["split_run"]):
+        ids = [arm["token_ids"], *(sample["token_ids"] for sample in arm["other_samples"])]
+        assert len({tuple(each) for each in ids}) == 3
+        assert arm["tps_all_samples"] == pytest.approx(24 / arm["e2el_s"])
+
+
 def test_compare_prints_a_table_for_people(
     folder: Path, trunk: Trunk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +169,9 @@ def test_compare_prints_a_table_for_people(
         (["--repetition-penalty", "0"], ["repetition_penalty: 0.0", "0.01 to 100"]),
         (["--seed", "-1"], ["seed: -1", "from 0"]),
         (["--seed", str(2**64)], [f"seed: {2**64}", "2**63 - 1"]),
+        (["--samples", "0"], ["samples: 0", "from 1 to 16"]),
+        (["--samples", "2"], ["samples: 2", "a temperature above 0"]),
+        (["--samples", "many"], ["samples: 'many'", "a whole number"]),
         (["--stop", ""], ["stop", "none of them empty"]),
         (["--trunk", "nowhere"], ["trunk.address: 'nowhere'", "host:port"]),
         (["--trunk", "host:99999"], ["trunk.address: 'host:99999'", "1 to 65535"]),

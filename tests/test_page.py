@@ -100,6 +100,16 @@ def test_one_press_shows_both_answers_their_figures_and_that_they_are_identical(
     expect(page.locator("#ledger-table")).to_contain_text("wire")
 
 
+def test_several_samples_are_shown_each_by_itself(page: Page) -> None:
+    fold_out(page, "settings")
+    setting(page, "temperature", "0.8")
+    setting(page, "samples", "3")
+    compares(page)
+    for side in ("full", "split"):
+        assert page.locator(f"#{side} .sl-answer .sl-small").all_inner_texts() == [f"Sample {at}" for at in (1, 2, 3)]
+        assert "TPS (all 3 samples)" in figures(page, side)
+
+
 def test_stop_ends_a_run_at_once_and_the_next_one_works(page: Page) -> None:
     fold_out(page, "settings")
     setting(page, "max_new_tokens", "450")
@@ -159,6 +169,7 @@ def test_flags_typed_before_the_page_has_heard_from_the_program_stay(browser: Br
         ("prompt", "word " * 800, "prompt"),
         *(("max_new_tokens", value, "max_new_tokens") for value in ("0", "-1", str(10**9), "x")),
         *(("temperature", value, "temperature") for value in ("-1", "nan")),
+        *(("samples", value, "samples") for value in ("0", "2", "x")),
         ("flag-words", "no_such_flag", "no_such_flag"),
         ("flag-words", "full:float32_matmul_precision,float32_matmul_precision=high", "exclude each other"),
     ],

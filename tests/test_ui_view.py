@@ -22,7 +22,7 @@ from ui.session import ArmView, Shown
 KNOWN = availability(dict.fromkeys(SIDES, Place("cpu", "there is no Python tokenizer", has_compiler=True)))
 REQUEST = GenerationRequest("Why?")
 TYPED = {"max_new_tokens": "8", "temperature": "0,5", "top_k": "0", "top_p": "1", "repetition_penalty": "1"}
-TYPED |= {"seed": "7", "prompt": "Why?", "form": "raw", "ignore_eos": "", "stop": "\n\nEnd\n"}
+TYPED |= {"seed": "7", "samples": "2", "prompt": "Why?", "form": "raw", "ignore_eos": "", "stop": "\n\nEnd\n"}
 
 
 def report(kind: Kind, ids: Sequence[int], text: str = "Because.") -> ArmReport:
@@ -53,6 +53,13 @@ class ScriptedRuns:
             if isinstance(item, SplitlearnError):
                 raise item
             yield item
+
+
+SAMPLED: list[tuple[Kind, list[int], str]] = [
+    ("full", [1, 2, 3], "Because."),
+    ("split", [1, 2, 3], "Because."),
+    ("split", [1, 2, 4], "Why not?"),
+]
 
 
 def states(runs: ScriptedRuns, stop: threading.Event | None = None) -> list[Shown]:
@@ -109,6 +116,17 @@ def test_a_trunk_that_was_lost_and_found_is_told_on_its_card() -> None:
     assert "was lost" not in view.card(ArmView("split", "running", metrics))
 
 
+def test_each_sample_has_its_text_and_a_difference_in_any_is_named() -> None:
+    full, split, other = (report(kind, ids, text) for kind, ids, text in SAMPLED)
+    one, two = replace(full, others=(split.metrics,)), replace(split, others=(other.metrics,))
+    arms = [ArmView(each.kind, "done", each.metrics, each, others=each.others) for each in (one, two)]
+    card = view.card(arms[1])
+    assert "Sample 1" in card and "Because." in card and "Sample 2" in card and "Why not?" in card
+    assert "TPS (all 2 samples)" in card and "200.0 /s" in card
+    assert "from token 3 of sample 2 on" in view.result(Shown(arms[0], arms[1]), str, "default")
+    assert "Sample 1" not in view.card(replace(arms[0], others=()))
+
+
 def test_identical_tokens_are_called_so() -> None:
     said = view.result(both([1, 2, 3], [1, 2, 3]), str, "default")
     assert "Identical: all 3 tokens are the same." in said
@@ -158,14 +176,22 @@ def test_one_flag_changes_on_every_side_that_can_have_it() -> None:
 def test_what_is_typed_becomes_a_request() -> None:
     request = inputs.request(TYPED)
     assert (request.max_new_tokens, request.chat, request.ignore_eos, request.stop) == (8, False, False, ("End",))
-    assert (request.sampling.temperature, request.sampling.seed) == (0.5, 7)
+    assert (request.sampling.temperature, request.sampling.seed, request.samples) == (0.5, 7, 2)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("max_new_tokens", value) for value in ("0", "-1", "x", "", "1.5", None)]
     + [("temperature", value) for value in ("-1", "nan", "warm", None)]
-    + [("top_p", "0"), ("top_p", "2"), ("top_k", "-1"), ("seed", "1e3"), ("repetition_penalty", "inf"), ("prompt", "")],
+    + [
+        ("top_p", "0"),
+        ("top_p", "2"),
+        ("top_k", "-1"),
+        ("seed", "1e3"),
+        ("samples", "0"),
+        ("repetition_penalty", "inf"),
+        ("prompt", ""),
+    ],
 )
 def test_what_cannot_be_used_names_its_field(field: str, value: str | None) -> None:
     with pytest.raises(InputError) as caught:
