@@ -35,6 +35,7 @@ REFUSALS = frozenset(
         grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.UNAUTHENTICATED,
         grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.ABORTED,
     }
 )
 OVERFLOW = "first in layer"
@@ -280,6 +281,7 @@ def _positions(draw: st.DrawFn, aim: Target) -> bytes:
         body = negative + b"\x22" + _varint(len(hidden)) + hidden
         return b"\x12" + _varint(len(body)) + body
     changes = {"roll_back": draw(st.booleans()), "step_id": draw(NUMBERS), "answer_last": draw(NUMBERS)}
+    changes["branch_of"] = draw(st.one_of(st.just(b""), st.binary(max_size=40)))
     return aim.step(draw(st.integers(1, 3)), draw(st.one_of(st.integers(0, 4), NUMBERS)), **changes)
 
 

@@ -20,7 +20,7 @@ from splitlearn.progress import silent
 from splitlearn.runs import ArmReport, Runs
 from splitlearn.sampling import SamplingParams
 
-COUNTS, PAIRS, TOKENS = (1, 2, 4, 8), 12, 64
+COUNTS, PAIRS, TOKENS = (1, 2, 4, 8), 12, 32
 SAMPLING = SamplingParams(temperature=0.8, top_p=0.95, seed=7)
 SHAPE = Shape(0.050)
 

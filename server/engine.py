@@ -9,6 +9,7 @@ A forward takes one token of each session that decodes and beside them a bounded
 long prompt holds up the others by no more than those take. Sessions join and leave between two forwards.
 """
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import torch
 from server.admission import Admission
 from server.metrics import Metrics
 from server.seat import Job, Seat
-from splitlearn.errors import InputError, SplitlearnError, TrunkFailed, TrunkLate, as_error
+from splitlearn.errors import InputError, SplitlearnError, TrunkFailed, TrunkForgot, TrunkLate, as_error
 from splitlearn.finite import first_not_finite
 from splitlearn.flags import settings
 from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
@@ -81,6 +82,24 @@ class Engine:
         with self._arrived:
             self._seats.append(seat)
         return seat
+
+    def branch(self, seat: Seat, key: bytes, tokens: int) -> None:
+        """Begin `seat`'s session with the first `tokens` that the session named `key` holds.
+
+        Raises TrunkForgot where there is no such session (any more), InputError for what it cannot give.
+        """
+        with self._arrived:  # nobody leaves meanwhile, whose memory would be another one's
+            parent = next((each for each in self._seats if secrets.compare_digest(each.key, key)), None)
+            if parent is None or parent.closed or seat.closed:
+                raise TrunkForgot("the session to branch from is not here (any more)", "branch_lost")
+            held, own = parent.session, seat.session
+            if own.recomputes or own.length or parent.applied != seat.applied:
+                raise InputError(
+                    "branch_of", "a session", "said in the first step, with the same flags, with use_cache"
+                )
+            if tokens > held.length:
+                raise InputError("position", tokens, f"at most {held.length}, the length of the session to branch from")
+            own.branch(held, tokens)
 
     def step(self, seat: Seat, position: int, x: torch.Tensor, timeout_s: float, roll_back: bool = False) -> EngineStep:
         """Compute `x` [1, T, H] from `position` on, together with what the other sessions bring.

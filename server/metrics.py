@@ -38,6 +38,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "wait_over": ("RESOURCE_EXHAUSTED", "a session has waited for room as long as its client would"),
     "others_full": ("RESOURCE_EXHAUSTED", "no place for a server with other load and process flags"),
     "draining": ("UNAVAILABLE", "this server is shutting down"),
+    "branch_lost": ("ABORTED", "the session that another is to branch from is gone"),
     "step_late": ("DEADLINE_EXCEEDED", "a step was dropped that waited for longer than its client would"),
     "not_opened": ("DEADLINE_EXCEEDED", "a client connected and opened no session in time"),
     "idle": ("DEADLINE_EXCEEDED", "a session's client was silent for too long"),

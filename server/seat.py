@@ -1,5 +1,6 @@
 """A session's seat at the engine, and a step of it that is under way."""
 
+import secrets
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from splitlearn.stages import LocalSession
 OVERDUE, SLACK_S, LONGEST_AWAY_S = 3.0, 0.005, 1.0
 # So many of a client's last pauses tell how long it usually takes.
 PAUSES = 5
+KEY_BYTES = 16
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Seat:
     running: bool = False
     closed: bool = False
     freed: bool = False
+    key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
+    """By which another session can branch from this one."""
 
     @property
     def due_s(self) -> float:

@@ -135,7 +135,7 @@ class TrunkService:
         try:
             waited_s = time.perf_counter() - began
             visit.opened(waited_s)
-            yield self._opened(waited_s)
+            yield self._opened(waited_s, seat.key)
             for raw in requests:
                 yield from stay.feed(raw)
             closed = pb.Closed(peak_rss_bytes=peak_resident_bytes())
@@ -143,7 +143,7 @@ class TrunkService:
         finally:
             stay.close()
 
-    def _opened(self, queue_s: float) -> bytes:
+    def _opened(self, queue_s: float, key: bytes) -> bytes:
         served = self._served
         opened = pb.Opened(
             threads=served.threads,
@@ -151,6 +151,7 @@ class TrunkService:
             import_rss_bytes=served.import_rss_bytes,
             queue_s=queue_s,
             max_tensor_bytes=self._part_bytes,
+            key=key,
         )
         return pb.ServerMessage(opened=opened).SerializeToString()
 

@@ -74,6 +74,9 @@ class Stay:
             self._first = (step.step_id, step.position, step.roll_back)
         if step.position + tokens > self._max_length:
             raise InputError("position", step.position, f"at most {self._max_length} tokens in all, as opened")
+        if step.branch_of:
+            self._served.engine.branch(self._seat, step.branch_of, step.position)
+            self._visit.branched(step.position)
         self._held_up_s += self._guest.spend(tokens, self._timeout_s)
         self._parts.append(step.hidden.data)
         self._tokens += tokens

@@ -64,6 +64,10 @@ class Visit:
                 logs.tell(log, "session handed on", **self._who)
             yield answer
 
+    def branched(self, tokens: int) -> None:
+        """The session begins with `tokens` of another one's."""
+        self._length = tokens
+
     def stepped(self, tokens: int, answered: int, recomputes: bool, waited_s: float) -> None:
         """A step of `tokens` is computed, of which the client wants `answered`.
 

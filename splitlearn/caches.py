@@ -98,6 +98,12 @@ class ReservedCache(Cache):  # type: ignore[misc]
         (array, start), addresses = parts[0], [array.ctypes.data for array, _ in parts]
         return Kept(np.array(addresses).reshape(-1, 2), array.shape, start)
 
+    def begin_with(self, other: "ReservedCache", tokens: int) -> None:
+        """Take over the first `tokens` of a cache of the same layers; this one is empty."""
+        for own, theirs in zip(self.layers, other.layers, strict=True):
+            keys, values = theirs.keys.narrow(2, 0, tokens), theirs.values.narrow(2, 0, tokens)
+            own.update(keys, values)
+
     def grown(self, tokens: int) -> None:
         """`tokens` more were written behind the old ones by somebody else."""
         for layer in self.layers:

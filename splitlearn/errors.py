@@ -8,7 +8,8 @@
     |   `-- FamilyRefused      the architecture cannot be cut exactly
     |-- TrunkError          the far end of a split
     |   |-- TrunkUnavailable   nobody answers, or the connection was lost
-    |   |   `-- TrunkLate          it would answer too late: the step was dropped
+    |   |   |-- TrunkLate          it would answer too late: the step was dropped
+    |   |   `-- TrunkForgot        it does not have (any more) what a session was to branch from
     |   |-- TrunkRefused       the trunk serves something else, or did not accept what was sent
     |   |   `-- TrunkDenied       it asks for a token, and the one that it got, if any, is not valid
     |   |-- TrunkFull          no room for a session now
@@ -70,6 +71,10 @@ class TrunkUnavailable(TrunkError):
 
 class TrunkLate(TrunkUnavailable):
     """The trunk dropped a step that had waited for longer than its client said that it would."""
+
+
+class TrunkForgot(TrunkUnavailable):
+    """The trunk does not have, or not any more, the session that another one was to branch from."""
 
 
 class TrunkRefused(TrunkError):

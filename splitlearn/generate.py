@@ -3,9 +3,9 @@
     for event in Generator(links, tokens, context_length, top_k).stream(request): ...
 
 Full is one local stage; split is a local stage, a remote one and a local one. The loop knows neither. It yields facts
-(`TokenEvent`, then `Done`); whoever drives it derives the rest. Several samples of a prompt go through the stages in
-step: a forward has a token of each, and a trip to the trunk is waited for once. To cancel is to close the iterator:
-that closes the stages' sessions, and so frees the trunk's cache.
+(`TokenEvent`, then `Done`); whoever drives it derives the rest. Several samples of a prompt, which is fed once, go
+through the stages in step: a forward has a token of each, and a trip to the trunk is waited for once. To cancel is to
+close the iterator: that closes the stages' sessions, and so frees the trunk's cache.
 """
 
 from collections import abc, deque
@@ -91,6 +91,11 @@ class Feed:
         self.length = position + x.shape[1]
         return StageInput(self.session, position, x, logits)
 
+    def branch(self, other: "Feed", tokens: int) -> None:
+        """Go on from the first `tokens` that were fed to `other`."""
+        self.session.branch(other.session, tokens)
+        self.length, self.prefix = tokens, other.prefix
+
     def roll_back(self, position: int) -> None:
         """The next step begins at `position`: what was fed from there on did not come true."""
         self.length = min(self.length, position)
@@ -127,6 +132,12 @@ class _Answer:
     def rows(self) -> int:
         """Of how many last positions the logits are needed."""
         return 1 + len(self.drafts)
+
+    def branch(self, other: "_Answer") -> None:
+        """Go on from the prompt, which `other` has fed."""
+        self.known = len(self.sequence)
+        for own, theirs in zip(self.feeds, other.feeds, strict=True):
+            own.branch(theirs, self.known)
 
     def end_step(self, seconds: float) -> None:
         """The sequence has the step's tokens, which took `seconds`: the next one begins behind them."""
@@ -176,10 +187,13 @@ class Generator:
     ) -> abc.Generator[Event, None, None]:
         """The loop: feed what is new and what may come, sample, emit, until each answer has a reason to end."""
         while live := [answer for answer in answers if answer.reason is None]:
-            began = ledger.now()
-            new = [answer.begin(request.max_new_tokens - len(answer.sequence) + prompt, ledger) for answer in live]
-            logits = self._forward(live, new, ledger)
+            began, fed = ledger.now(), live if answers[0].position else live[:1]
+            new = [answer.begin(request.max_new_tokens - len(answer.sequence) + prompt, ledger) for answer in fed]
+            logits = self._forward(fed, new, ledger)
             before = ledger.now()
+            for answer in live[len(fed) :]:  # the prompt was fed once
+                answer.branch(fed[0])
+                logits.append(logits[0])
             for answer, rows in zip(live, logits, strict=True):
                 self._sample(rows, request, answer)
             at = ledger.now()

@@ -105,6 +105,7 @@ class RemoteSession:
         self._opening = opening
         self._row_bytes = opening.rows.row_bytes(stage.served.hidden_size)
         self._sent = bytearray()  # the hidden state of every position that the trunk's cache holds
+        self._branch_of = b""
         self._under_way: deque[Sent] = deque()
         self._recovered: deque[StageOutput] = deque()  # answers to what else was under way when a trunk was lost
         self._stream = self._open(trunks.effort(), patient=False)
@@ -125,9 +126,15 @@ class RemoteSession:
 
         return finish
 
+    def branch(self, other: "RemoteSession", tokens: int) -> None:
+        """Have the next step begin with what the trunk has of `other`."""
+        if not self.recomputes:
+            self._sent = other._sent[: tokens * self._row_bytes]
+            self._branch_of = other._stream.key
+
     def _send(self, position: int, x: torch.Tensor) -> None:
-        kept = position * self._row_bytes
-        sent = self._stream.send(position, x, roll_back=kept < len(self._sent))
+        kept, branch_of, self._branch_of = position * self._row_bytes, self._branch_of, b""
+        sent = self._stream.send(position, x, roll_back=kept < len(self._sent), branch_of=branch_of)
         self._under_way.append(sent)
         if not self.recomputes:
             del self._sent[kept:]

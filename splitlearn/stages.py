@@ -4,6 +4,7 @@
 weights and a session's cache are two things, so that one stage can serve many sessions.
 """
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from splitlearn import caches
+from splitlearn.caches import ReservedCache
 from splitlearn.errors import InputError
 from splitlearn.events import StageTiming
 from splitlearn.flags import Settings
@@ -26,7 +28,7 @@ from splitlearn.one_row import Row
 from splitlearn.packable import agrees
 from splitlearn.packed import Packed, forward_packed
 from splitlearn.split import CutModel, forward
-from splitlearn.threads import computing_one_token
+from splitlearn.threads import computing_on, computing_one_token
 
 
 class Session(Protocol):
@@ -35,6 +37,9 @@ class Session(Protocol):
     @property
     def recomputes(self) -> bool:
         """True when nothing is kept between steps: each step must bring the whole prefix, at position 0."""
+
+    def branch(self, other: Any, tokens: int) -> None:
+        """Begin, before the first step, with the first `tokens` of `other`, a session of the same stage and flags."""
 
     def close(self) -> None:
         """Free what the session holds. Calling it again does nothing."""
@@ -101,6 +106,18 @@ class LocalSession:
     def recomputes(self) -> bool:
         """True without a cache."""
         return self.cache is None
+
+    def branch(self, other: "LocalSession", tokens: int) -> None:
+        """Copy the cache."""
+        if other.cache is None:
+            return
+        with self.settings.gradient_guard(), computing_on(1):
+            if isinstance(self.cache, ReservedCache) and isinstance(other.cache, ReservedCache):
+                self.cache.begin_with(other.cache, tokens)
+                self.length = tokens
+            else:
+                self.cache, self.length = copy.deepcopy(other.cache), other.length
+                _make_room(self, tokens, 0)
 
     def close(self) -> None:
         """Drop the cache."""

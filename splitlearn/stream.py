@@ -88,6 +88,7 @@ class Stream:
         self._served, self._opening, self._rows = served, opening.message, opening.rows
         self._row_bytes = self._rows.row_bytes(served.hidden_size)
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        self.key = b""
         self._steps = 0
         self._part_bytes = 0
         self._deadline = float("inf")
@@ -100,18 +101,21 @@ class Stream:
         """Send the opening message and wait for its reply."""
         self._outgoing.put(self._opening)
         opened = self._parse(self._receive(wait_s), "opened").opened
-        self._part_bytes = opened.max_tensor_bytes
+        self._part_bytes, self.key = opened.max_tensor_bytes, opened.key
         return opened
 
     def step(self, position: int, x: torch.Tensor, wait_s: float) -> StageOutput:
         """Send `x` [1, T, H], in parts if it is long, and wait at most `wait_s` for each part of the answer."""
         return self.answer(self.send(position, x), wait_s)
 
-    def send(self, position: int, x: torch.Tensor, *, roll_back: bool = False, answer_last: int = 0) -> Sent:
-        """The first half of `step`. The answer has the last `answer_last` of the T positions, 0 for all of them."""
+    def send(
+        self, position: int, x: torch.Tensor, *, roll_back: bool = False, answer_last: int = 0, branch_of: bytes = b""
+    ) -> Sent:
+        """The first half of `step`. The answer has the last `answer_last` of the T positions, 0 for all of them.
+        `branch_of` is the key of the stream whose session has what is before `position`."""
         started = time.perf_counter()
         data = self._rows.to_bytes(x)
-        messages = self._encode(position, data, roll_back, answer_last)
+        messages = self._encode(position, data, roll_back, answer_last, branch_of)
         encoded = time.perf_counter()
         for message in messages:
             self._outgoing.put(message)
@@ -184,7 +188,7 @@ class Stream:
         self._over = True
         _watchdog.drop(self)
 
-    def _encode(self, position: int, data: bytes, roll_back: bool, answer_last: int) -> list[bytes]:
+    def _encode(self, position: int, data: bytes, roll_back: bool, answer_last: int, branch_of: bytes) -> list[bytes]:
         self._steps += 1
         hidden_size, messages = self._served.hidden_size, list[bytes]()
         size = codec.part_bytes(self._row_bytes, self._part_bytes)
@@ -197,6 +201,7 @@ class Stream:
                 more=start + size < len(data),
                 roll_back=roll_back and not messages,
                 answer_last=answer_last,
+                branch_of=b"" if messages else branch_of,
             )
             messages.append(pb.ClientMessage(step=step).SerializeToString())
         return messages

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from typing import Any
 
+import grpc
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,7 +16,7 @@ from splitlearn.events import Done, Event, GenerationRequest, TokenEvent
 from splitlearn.flags import settings
 from splitlearn.generate import Generator, Link
 from splitlearn.metrics import RunMetrics, first_difference, of_samples, tps_of_all
-from splitlearn.remote import RemoteStage
+from splitlearn.remote import RemoteSession, RemoteStage
 from splitlearn.sampling import SEEDS, SamplingParams
 from splitlearn.stages import LocalStage
 from splitlearn.store import ModelFiles
@@ -22,7 +24,7 @@ from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory
 from tests.proxy import proxy
 from tests.test_ten_families import running
-from tests.trunk import PLAN, TrunkHere, eventually, serve_here, served
+from tests.trunk import PLAN, Raw, TrunkHere, eventually, hidden, opening, serve_here, served, step
 
 RESERVED = frozenset({"use_cache", "inference_mode", "cache"})
 DYNAMIC = RESERVED - {"cache"}
@@ -112,7 +114,9 @@ def test_samples_share_each_forward_of_a_stage_that_reserves_its_cache(files: Mo
     assert len(seen) == REQUEST.max_new_tokens
 
 
-def test_samples_share_forwards_of_the_trunk_and_leave_nothing_there(files: ModelFiles, here: TrunkHere) -> None:
+def test_samples_share_the_prompt_and_forwards_of_the_trunk_and_leave_nothing_there(
+    files: ModelFiles, here: TrunkHere
+) -> None:
     with split(files, here.address) as links:
         found = together(generator(files, links))
         shared = {
@@ -124,10 +128,11 @@ def test_samples_share_forwards_of_the_trunk_and_leave_nothing_there(files: Mode
         (steps,), (forwards,) = (
             [value for name, value in shared.items() if name.endswith(end)] for end in ("_sum", "_count")
         )
-        assert steps == SAMPLES * REQUEST.max_new_tokens
+        assert steps == 1 + SAMPLES * (REQUEST.max_new_tokens - 1)
         assert forwards < steps
         assert eventually(lambda: not here.served.admission.sessions)
-    assert all(each.bytes_up > 0 < each.bytes_down for each in found)
+    assert {each.bytes_up == each.decode_bytes_up for each in found[1:]} == {True}
+    assert found[0].bytes_up > found[0].decode_bytes_up > 0
 
 
 def test_samples_that_end_early_are_done_while_the_others_go_on(files: ModelFiles, whole: LocalStage) -> None:
@@ -170,6 +175,55 @@ def test_a_trunk_that_is_lost_costs_no_token_of_any_sample(files: ModelFiles, he
         found = of_samples(events, SAMPLES)
     check_same(found, wanted)
     assert all(len(each.recoveries) == 1 for each in found)
+
+
+def test_a_sample_whose_prompt_is_lost_at_the_trunk_sends_it(
+    files: ModelFiles, here: TrunkHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with split(files, here.address) as links:
+        wanted = together(generator(files, links))
+        branch = RemoteSession.branch
+
+        def elsewhere(own: RemoteSession, other: RemoteSession, tokens: int) -> None:
+            branch(own, other, tokens)
+            own._branch_of = b"a session that has ended"
+
+        monkeypatch.setattr(RemoteSession, "branch", elsewhere)
+        found = together(generator(files, links))
+    check_same(found, wanted)
+    assert [len(each.recoveries) for each in found] == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"branch_of": b"unknown"}, grpc.StatusCode.ABORTED, "is not here"),
+        ({"position": 4}, grpc.StatusCode.INVALID_ARGUMENT, "at most 3"),
+        ({"flags": []}, grpc.StatusCode.INVALID_ARGUMENT, "with the same flags"),
+        ({"began": True}, grpc.StatusCode.INVALID_ARGUMENT, "said in the first step"),
+    ],
+    ids=["unknown key", "more than there is", "other flags", "not the first step"],
+)
+def test_a_branch_that_cannot_be_is_refused_and_the_session_it_names_goes_on(
+    change: dict[str, Any], code: grpc.StatusCode, said: str, files: ModelFiles, here: TrunkHere
+) -> None:
+    with Raw(here.address) as parent, Raw(here.address) as child:
+        key = parent.ask(opening(files)).opened.key
+        parent.ask(step(hidden(files, 3), 0, 1))
+        child.ask(opening(files, **{name: change[name] for name in change if name == "flags"}))
+        if "began" in change:
+            child.ask(step(hidden(files, 3), 0, 1))
+        asked = {"branch_of": change.get("branch_of", key)}
+        status, details = child.refusal(step(hidden(files, 1), change.get("position", 3), 2, **asked))
+        assert (status, said in details) == (code, True), details
+        parent.ask(step(hidden(files, 1), 3, 2))
+
+
+def test_keys_are_random_and_long(files: ModelFiles, here: TrunkHere) -> None:
+    with Raw(here.address) as one, Raw(here.address) as other:
+        keys = [each.ask(opening(files)).opened.key for each in (one, other)]
+    assert keys[0] != keys[1]
+    assert {len(key) for key in keys} == {16}
 
 
 def test_where_there_is_no_room_for_all_samples_none_stays(files: ModelFiles) -> None:

@@ -14,6 +14,7 @@ from splitlearn.errors import (
     TrunkDenied,
     TrunkError,
     TrunkFailed,
+    TrunkForgot,
     TrunkFull,
     TrunkLate,
     TrunkRefused,
@@ -31,6 +32,7 @@ _CODES: tuple[tuple[type[SplitlearnError], grpc.StatusCode], ...] = (
     (TrunkRefused, grpc.StatusCode.FAILED_PRECONDITION),
     (TrunkFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (TrunkLate, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (TrunkForgot, grpc.StatusCode.ABORTED),
     (TrunkUnavailable, grpc.StatusCode.UNAVAILABLE),
 )
 
@@ -44,6 +46,7 @@ _ERRORS: dict[grpc.StatusCode, type[TrunkError]] = {
     grpc.StatusCode.UNAVAILABLE: TrunkUnavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: TrunkUnavailable,
     grpc.StatusCode.CANCELLED: TrunkUnavailable,
+    grpc.StatusCode.ABORTED: TrunkUnavailable,
 }
 
 

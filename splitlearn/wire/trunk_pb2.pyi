@@ -122,18 +122,20 @@ class Open(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., flags: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("threads", "load_s", "import_rss_bytes", "queue_s", "max_tensor_bytes")
+    __slots__ = ("threads", "load_s", "import_rss_bytes", "queue_s", "max_tensor_bytes", "key")
     THREADS_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     IMPORT_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     MAX_TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     threads: int
     load_s: float
     import_rss_bytes: int
     queue_s: float
     max_tensor_bytes: int
-    def __init__(self, threads: _Optional[int] = ..., load_s: _Optional[float] = ..., import_rss_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ..., max_tensor_bytes: _Optional[int] = ...) -> None: ...
+    key: bytes
+    def __init__(self, threads: _Optional[int] = ..., load_s: _Optional[float] = ..., import_rss_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ..., max_tensor_bytes: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")
@@ -146,7 +148,7 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "roll_back", "answer_last")
+    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "roll_back", "answer_last", "branch_of")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +156,7 @@ class Step(_message.Message):
     MORE_FIELD_NUMBER: _ClassVar[int]
     ROLL_BACK_FIELD_NUMBER: _ClassVar[int]
     ANSWER_LAST_FIELD_NUMBER: _ClassVar[int]
+    BRANCH_OF_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     step_id: int
     position: int
@@ -161,7 +164,8 @@ class Step(_message.Message):
     more: bool
     roll_back: bool
     answer_last: int
-    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., roll_back: _Optional[bool] = ..., answer_last: _Optional[int] = ...) -> None: ...
+    branch_of: bytes
+    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., roll_back: _Optional[bool] = ..., answer_last: _Optional[int] = ..., branch_of: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "decode_s", "queue_s", "trunk_s", "encode_s", "compile_s")
