@@ -280,7 +280,7 @@ def _positions(draw: st.DrawFn, aim: Target) -> bytes:
         hidden = _encoded(torch.full((1, 1, aim.hidden_size), 0.1)).SerializeToString()
         body = negative + b"\x22" + _varint(len(hidden)) + hidden
         return b"\x12" + _varint(len(body)) + body
-    changes = {"roll_back": draw(st.booleans()), "step_id": draw(NUMBERS), "answer_last": draw(NUMBERS)}
+    changes: dict[str, Any] = {"roll_back": draw(st.booleans()), "step_id": draw(NUMBERS), "answer_last": draw(NUMBERS)}
     changes["branch_of"] = draw(st.one_of(st.just(b""), st.binary(max_size=40)))
     return aim.step(draw(st.integers(1, 3)), draw(st.one_of(st.integers(0, 4), NUMBERS)), **changes)
 
