@@ -78,6 +78,8 @@ def sample(
         scores = top_k(scores, params.top_k)
     if params.top_p < 1.0:
         scores = _top_p(scores, params.top_p)
+    # To look a uniform number up in the running sums takes 0.04 ms in place of 0.8 (V = 49,152), but a rounding of any
+    # logit then moves the bounds of all later tokens. Here each token has a number of its own.
     return int(torch.multinomial(scores.softmax(-1), 1, generator=rng).item())
 
 
