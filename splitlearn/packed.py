@@ -127,16 +127,16 @@ def forward_packed(
     if "position_ids" in cut.accepts:
         call["position_ids"] = positions.unsqueeze(0)
     with _attending(cut, parts):
-        out = _logits(cut, call, parts) if cut.last else cut.module(**call).last_hidden_state
+        out = _logits(cut, call, parts, device) if cut.last else cut.module(**call).last_hidden_state
     for part in parts:
         part.cache.grown(part.tokens)
     return torch.split(out, [part.logits if cut.last else part.tokens for part in parts], dim=1)
 
 
-def _logits(cut: CutModel, call: dict[str, Any], parts: Sequence[Packed]) -> torch.Tensor:
+def _logits(cut: CutModel, call: dict[str, Any], parts: Sequence[Packed], device: torch.device) -> torch.Tensor:
     """The logits [1, N, V] that `parts` want, N of all."""
     ends = accumulate(part.tokens for part in parts)
-    wanted = torch.cat([torch.arange(end - part.logits, end) for end, part in zip(ends, parts, strict=True)])
+    wanted = torch.cat([torch.arange(end - part.logits, end) for end, part in zip(ends, parts, strict=True)]).to(device)
     if "logits_to_keep" in cut.accepts:
         return cast(torch.Tensor, cut.module(**call, logits_to_keep=wanted).logits)
     return cast(torch.Tensor, cut.module(**call).logits[:, wanted])
