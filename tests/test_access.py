@@ -164,10 +164,11 @@ def test_what_its_client_would_not_wait_for_is_refused_with_the_time_to_try_agai
 
 
 def test_a_server_for_other_flags_asks_for_the_token_as_well(files: ModelFiles, here: TrunkHere) -> None:
+    before = set(psutil.Process().children())
     stage = RemoteStage([here.address], served(files), 60, Credentials(token=BOB))
     stage.open(CACHED | {"low_cpu_mem_usage"}, 8).close()
     stage.close()
-    (child,) = psutil.Process().children()
+    (child,) = set(psutil.Process().children()) - before
     (port,) = {found.laddr.port for found in child.net_connections() if found.status == psutil.CONN_LISTEN}
     with pytest.raises(TrunkDenied):
         describe(f"127.0.0.1:{port}")

@@ -412,13 +412,12 @@ def test_a_session_that_comes_before_a_loss_is_known_waits_for_the_replacement(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags, this = ["use_cache", "low_cpu_mem_usage"], psutil.Process()
-    before = {child.pid for child in this.children()}
+    before = set(this.children())
     with serve_here(files) as here:
         with session(here, files, flags=flags) as raw:
             monkeypatch.setattr(EmbeddedTrunk, "ready", lambda _: True)  # what it says until the loss is known
-            for child in this.children():
-                if child.pid not in before:
-                    child.kill()
+            (child,) = set(this.children()) - before
+            child.kill()
             assert raw.refusal(step(hidden(files, 3), 0, 1))[0] is grpc.StatusCode.UNAVAILABLE
         assert answer(here.address, files, flags=flags).isfinite().all()
 
