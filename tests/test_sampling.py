@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from splitlearn.errors import InputError
-from splitlearn.sampling import SamplingParams, random_source, sample, top_k_by_selection, top_k_by_sort
+from splitlearn.sampling import SamplingParams, _top_p, random_source, sample, top_k_by_selection, top_k_by_sort
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,18 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
     params = SamplingParams(temperature=1.0, top_p=0.6, seed=1)
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert set(_draw(logits, params, 200)) == {0, 1}
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])  # of 1,000 tokens top-p keeps most, some, few
+@pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.9, 0.9999])
+def test_top_p_keeps_what_sorting_all_would(spread: float, top_p: float) -> None:
+    scores = spread * torch.randn(1000, generator=torch.Generator().manual_seed(3))
+    scores[::7] = -torch.inf  # as a top-k leaves them
+    ordered, order = scores.softmax(-1).double().sort(descending=True)
+    wanted = order[: 1 + int((ordered.cumsum(-1) < top_p).sum())]
+    kept = _top_p(scores, top_p)
+    assert set(kept.isfinite().nonzero().flatten().tolist()) == set(wanted.tolist())
+    assert torch.equal(kept[wanted], scores[wanted])
 
 
 def _draw(logits: torch.Tensor, params: SamplingParams, count: int) -> list[int]:
