@@ -107,7 +107,7 @@ def test_several_samples_are_shown_each_by_itself(page: Page) -> None:
     compares(page)
     for side in ("full", "split"):
         assert page.locator(f"#{side} .sl-answer .sl-small").all_inner_texts() == [f"Sample {at}" for at in (1, 2, 3)]
-        assert "TPS (all 3 samples)" in figures(page, side)
+        assert "TPS (all 3)" in figures(page, side)
 
 
 def test_stop_ends_a_run_at_once_and_the_next_one_works(page: Page) -> None:

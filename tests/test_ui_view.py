@@ -122,7 +122,7 @@ def test_each_sample_has_its_text_and_a_difference_in_any_is_named() -> None:
     arms = [ArmView(each.kind, "done", each.metrics, each, others=each.others) for each in (one, two)]
     card = view.card(arms[1])
     assert "Sample 1" in card and "Because." in card and "Sample 2" in card and "Why not?" in card
-    assert "TPS (all 2 samples)" in card and "200.0 /s" in card
+    assert "TPS (all 2)" in card and "200.0 /s" in card
     assert "from token 3 of sample 2 on" in view.result(Shown(arms[0], arms[1]), str, "default")
     assert "Sample 1" not in view.card(replace(arms[0], others=()))
 

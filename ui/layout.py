@@ -23,7 +23,7 @@ NUMBERS = {
     "top_p": "Top-p (1 is off)",
     "repetition_penalty": "Repetition penalty (1 is off)",
     "seed": "Seed",
-    "samples": "Samples: answers at once, with this seed and the next ones",
+    "samples": "Samples at once (with this seed and the next)",
 }
 
 
@@ -61,9 +61,9 @@ class Page:
     def _settings(self) -> None:
         generation = self.runs.config.generation
         first = inputs.at_first(generation)
-        with gr.Group(elem_classes="sl-flags"):
+        with gr.Row():
             for name, label in NUMBERS.items():
-                self.fields[name] = gr.Textbox(first[name], label=label, elem_id=name)
+                self.fields[name] = gr.Textbox(first[name], label=label, min_width=240, elem_id=name)
         forms = [("Chat template, where the model has one", "chat"), ("Raw prompt", "raw")]
         self.fields["form"] = gr.Radio(forms, value="chat" if generation.chat else "raw", label="Prompt as")
         self.fields["ignore_eos"] = gr.Checkbox(label="Ignore the end token: always generate to the limit")

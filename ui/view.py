@@ -45,7 +45,7 @@ def card(arm: ArmView) -> str:
     run = arm.metrics
     tiles = "".join(_tile(name, figure(run) if run else MISSING, why) for name, (why, figure) in FIGURES.items())
     if arm.others:
-        tiles += _tile(f"TPS (all {len(arm.samples)} samples)", rate(tps_of_all(arm.samples)), ALL)
+        tiles += _tile(f"TPS (all {len(arm.samples)})", rate(tps_of_all(arm.samples)), ALL)
     if run and run.drafts:
         tiles += _tile("Drafts", f"{run.drafts_accepted} of {run.drafts}", DRAFTS)
     return (
