@@ -101,6 +101,8 @@ class ReservedCache(Cache):  # type: ignore[misc]
     def begin_with(self, other: "ReservedCache", tokens: int) -> None:
         """Take over the first `tokens` of a cache of the same layers; this one is empty."""
         for own, theirs in zip(self.layers, other.layers, strict=True):
+            if not theirs.is_initialized:  # the one of a stage without layers
+                continue
             keys, values = theirs.keys.narrow(2, 0, tokens), theirs.values.narrow(2, 0, tokens)
             own.update(keys, values)
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from splitlearn import caches
 from splitlearn.caches import ReservedCache
-from splitlearn.errors import InputError
+from splitlearn.errors import FamilyRefused, InputError
 from splitlearn.events import StageTiming
 from splitlearn.flags import Settings
 from splitlearn.flags import settings as settings_of
@@ -158,8 +158,17 @@ class LocalStage:
     def packs(self, applied: frozenset[str]) -> bool:
         """Whether sessions with the flags `applied` can share a forward: tried once."""
         if applied not in self._tried:
-            self._tried[applied] = agrees(self.cut, self.pool(4, 4), self._example, settings_of(applied))
+            self._tried[applied] = self._pools() and agrees(
+                self.cut, self.pool(4, 4), self._example, settings_of(applied)
+            )
         return self._tried[applied]
+
+    def _pools(self) -> bool:
+        """Whether there are layers here, and they keep what can lie in a pool."""
+        try:
+            return bool(self.kv_shapes)
+        except FamilyRefused:
+            return False
 
     def pool(self, n_blocks: int, block_tokens: int) -> KVPool:
         """KV memory for this stage's layers. Raises FamilyRefused where they keep something else."""

@@ -18,6 +18,7 @@ from splitlearn.generate import Generator, Link
 from splitlearn.metrics import RunMetrics, first_difference, of_samples, tps_of_all
 from splitlearn.remote import RemoteSession, RemoteStage
 from splitlearn.sampling import SEEDS, SamplingParams
+from splitlearn.split import SplitPlan
 from splitlearn.stages import LocalStage
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
@@ -96,6 +97,15 @@ def test_each_sample_is_what_its_seed_gives_alone_whole_and_split(
         wanted = alone(full)
         check_same(together(full), wanted)
         check_same(together(generator(files, model.split(applied, applied & AT_TRUNK))), wanted)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 4), (2, 6), (0, 6)])
+def test_a_client_without_layers_at_an_end_has_samples_too(start: int, end: int, files: ModelFiles) -> None:
+    plan = SplitPlan.of(start, end, files.n_layers)
+    bottom, top = loaded(files, loading.client_specs(plan))
+    stages = (bottom, *loaded(files, loading.trunk_specs(plan)), top)
+    made = generator(files, [Link(stage, RESERVED) for stage in stages])
+    check_same(together(made), alone(made))
 
 
 @pytest.mark.parametrize("flag", ["prompt_lookup", "prefill_overlap"])
