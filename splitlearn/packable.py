@@ -1,5 +1,8 @@
 """Whether the sessions of a stage can share a forward: its layers are asked, not its family's name."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 
 from splitlearn.flags import Settings
@@ -22,31 +25,35 @@ def agrees(cut: CutModel, pool: KVPool, x: torch.Tensor, settings: Settings) -> 
         return False
     caches = [PooledCache(pool, Run(4 * at, 4)) for at in range(4)]
     pieces = torch.split(x, [tokens for step in STEPS for tokens in step], dim=1)
-    positions = (0, 0, *STEPS[0])
+    items = list(zip((0, 0, *STEPS[0]), pieces, strict=True))
+    arguments = settings.forward_arguments
     with settings.gradient_guard():
         apart = [
-            forward(cut, piece, position, caches[at % 2], arguments=settings.forward_arguments)
-            for at, (piece, position) in enumerate(zip(pieces, positions, strict=True))
+            forward(cut, piece, position, cache, arguments=arguments)
+            for (position, piece), cache in zip(items, caches[:2] * 2, strict=True)
         ]
         try:
             packed = [
-                out
-                for at in (0, 2)
-                for out in forward_packed(
-                    cut,
-                    torch.cat(pieces[at : at + 2], dim=1),
-                    [
-                        Packed(cache, position, piece.shape[1], piece.shape[1])
-                        for cache, position, piece in zip(
-                            caches[2:], positions[at : at + 2], pieces[at : at + 2], strict=True
-                        )
-                    ],
-                    settings.forward_arguments,
-                )
+                *_packed(cut, caches[2:], items[:2], arguments),
+                *_packed(cut, caches[2:], items[2:], arguments),
             ]
-        except Exception:
+        except Exception:  # whatever the layers raise, they cannot
             return False
     close = float(torch.finfo(apart[0].dtype).eps ** 0.5)
     return all(
         torch.allclose(a, b, rtol=close, atol=close * float(a.abs().max())) for a, b in zip(apart, packed, strict=True)
     )
+
+
+def _packed(
+    cut: CutModel,
+    caches: Sequence[PooledCache],
+    items: Sequence[tuple[int, torch.Tensor]],
+    arguments: Mapping[str, Any],
+) -> Sequence[torch.Tensor]:
+    """One step of two sessions, each a position and what comes there, in one forward: all that each gives."""
+    parts = [
+        Packed(cache, position, piece.shape[1], logits=piece.shape[1])
+        for cache, (position, piece) in zip(caches, items, strict=True)
+    ]
+    return forward_packed(cut, torch.cat([piece for _, piece in items], dim=1), parts, arguments)
