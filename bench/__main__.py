@@ -29,6 +29,7 @@ BENCHES = (
     "flips",
     "llama",
     "context",
+    "gpu",
 )
 
 

@@ -13,10 +13,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 
 from bench.answer import answer, text_of
 from bench.pairs import blocks
+from bench.ratios import both, ratio
+from bench.ratios import tokens as same
 from bench.reference import Generated, Reference
 from bench.report import write
 from splitlearn import fetch, native
@@ -24,8 +25,6 @@ from splitlearn.arm import Kind
 from splitlearn.compare import environment
 from splitlearn.config import Config, RunsConfig
 from splitlearn.events import GenerationRequest
-from splitlearn.lab.stats import effect
-from splitlearn.metrics import first_divergence
 from splitlearn.models import CATALOGUE
 from splitlearn.process import default_threads
 from splitlearn.progress import silent
@@ -71,29 +70,16 @@ def _rows(config: Config, threads: int, tokens: Tokens, prompts: tuple[str, str]
         {
             "threads": str(threads),
             "ratio": f"{name} / {baseline}",
-            "TPOT, ms": _both(decode, name, baseline, "tpot_s"),
-            "TPOT": _ratio(decode, name, baseline, "tpot_s"),
-            f"TTFT of {SHORT}, ms": _both(decode, name, baseline, "ttft_s"),
-            f"TTFT of {SHORT}": _ratio(decode, name, baseline, "ttft_s"),
-            f"TTFT of {LONG}, ms": _both(prefill, name, baseline, "ttft_s"),
-            f"TTFT of {LONG}": _ratio(prefill, name, baseline, "ttft_s"),
-            "tokens": _same(decode[name][0].token_ids, decode[baseline][0].token_ids),
+            "TPOT, ms": both(decode, name, baseline, "tpot_s"),
+            "TPOT": ratio(decode, name, baseline, "tpot_s"),
+            f"TTFT of {SHORT}, ms": both(decode, name, baseline, "ttft_s"),
+            f"TTFT of {SHORT}": ratio(decode, name, baseline, "ttft_s"),
+            f"TTFT of {LONG}, ms": both(prefill, name, baseline, "ttft_s"),
+            f"TTFT of {LONG}": ratio(prefill, name, baseline, "ttft_s"),
+            "tokens": same(decode, name, baseline),
         }
         for name, baseline in RATIOS
     ]
-
-
-def _same(ids: Sequence[int], others: Sequence[int]) -> str:
-    differ = first_divergence(ids, others)
-    return "identical" if differ is None else f"differ from {differ} on"
-
-
-def _both(found: dict[str, list[Generated]], name: str, baseline: str, key: str) -> str:
-    return " / ".join(f"{median(getattr(run, key) for run in found[arm]) * 1e3:.1f}" for arm in (name, baseline))
-
-
-def _ratio(found: dict[str, list[Generated]], name: str, baseline: str, key: str) -> str:
-    return str(effect([getattr(run, key) for run in found[name]], [getattr(run, key) for run in found[baseline]]))
 
 
 def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> dict[str, list[Generated]]:

@@ -11,13 +11,13 @@ from statistics import median
 from bench.answer import answer
 from bench.echo import READS, Echo, Memory
 from bench.pairs import blocks
+from bench.ratios import both, difference_s, ratio
 from bench.reference import Generated, Reference
 from bench.report import write
 from splitlearn.arm import Kind
 from splitlearn.compare import environment
 from splitlearn.config import Config, RunsConfig
 from splitlearn.events import GenerationRequest
-from splitlearn.lab.stats import effect
 from splitlearn.progress import silent
 from splitlearn.runs import Runs
 from splitlearn.selection import FlagSet
@@ -59,11 +59,11 @@ def _rows(config: Config, threads: int, more: str) -> list[dict[str, str]]:
             "more flags": more,
             "threads": str(threads),
             "ratio": f"{name} / {baseline}",
-            "TPOT, ms": " / ".join(f"{median(run.tpot_s for run in found[arm]) * 1e3:.1f}" for arm in (name, baseline)),
-            "TPOT": _ratio(found[name], found[baseline], "tpot_s"),
-            "difference, ms": f"{1e3 * _difference_s(found[name], found[baseline]):.2f}",
+            "TPOT, ms": both(found, name, baseline, "tpot_s"),
+            "TPOT": ratio(found, name, baseline, "tpot_s"),
+            "difference, ms": f"{1e3 * difference_s(found, name, baseline):.2f}",
             "echo, ms": f"{1e3 * echo_s:.2f}",
-            "TTFT": _ratio(found[name], found[baseline], "ttft_s"),
+            "TTFT": ratio(found, name, baseline, "ttft_s"),
             "token ids of all runs": "identical" if _same(found[name] + found[baseline]) else "NOT identical",
         }
         for name, baseline in (("split", "full"), ("full", "generate"), ("split", "generate"))
@@ -72,14 +72,6 @@ def _rows(config: Config, threads: int, more: str) -> list[dict[str, str]]:
 
 def _same(runs: list[Generated]) -> bool:
     return len({run.token_ids for run in runs}) == 1
-
-
-def _difference_s(runs: list[Generated], baselines: list[Generated]) -> float:
-    return median(run.tpot_s - baseline.tpot_s for run, baseline in zip(runs, baselines, strict=True))
-
-
-def _ratio(values: list[Generated], baselines: list[Generated], key: str) -> str:
-    return str(effect([getattr(run, key) for run in values], [getattr(run, key) for run in baselines]))
 
 
 def _measure(runs: Runs) -> dict[str, list[Generated]]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -54,7 +55,7 @@ class Reference:
 
 def _main(connection: Connection, spec: ArmSpec) -> None:
     loading.prepare_process(frozenset(), spec.threads)
-    model = AutoModelForCausalLM.from_pretrained(spec.files.folder, dtype=spec.dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(spec.files.folder, dtype=spec.dtype).eval().to(spec.device)
     model.generation_config.eos_token_id = None
     tokens = Tokens.load(spec.files.folder, use_fast=True)
     while True:
@@ -62,10 +63,10 @@ def _main(connection: Connection, spec: ArmSpec) -> None:
         connection.send(_generate(model, tokens.encode(prompt, chat=chat), count))
 
 
-def _generate(model: torch.nn.Module, prompt_ids: Sequence[int], count: int) -> Generated:
+def _generate(model: Any, prompt_ids: Sequence[int], count: int) -> Generated:
     clock, started = _Clock(), time.perf_counter()
-    ids = torch.tensor([prompt_ids])
+    ids = torch.tensor([prompt_ids], device=model.device)
     mask = torch.ones_like(ids)
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, streamer=clock)  # type: ignore[operator]
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, streamer=clock)
     first, last = clock.times[1], clock.times[-1]
     return Generated(tuple(out[0, ids.shape[1] :].tolist()), first - started, (last - first) / max(1, count - 1))

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from splitlearn.split import CutModel, layers_of
+from splitlearn.split import CutModel, eagerly, layers_of
 
 
 def first_not_finite(cut: CutModel, again: Callable[[], object]) -> int | None:
@@ -26,8 +25,7 @@ def first_not_finite(cut: CutModel, again: Callable[[], object]) -> int | None:
         return after
 
     with ExitStack() as stack:
-        if cut.module._compiled_call_impl is not None:  # compiled code passes hooks by that came after it
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eagerly(cut))  # compiled code passes hooks by that came after it
         for index, layer in enumerate(layers_of(cut)):
             stack.enter_context(layer.register_forward_hook(look(cut.start + index)))
         again()

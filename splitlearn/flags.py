@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from splitlearn import block_linear, caches, one_row, prepacked, row_attention
+from splitlearn import block_linear, caches, graphs, one_row, prepacked, row_attention
 from splitlearn.drafts import PromptLookup, Proposer
 from splitlearn.one_row import Row
 from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
@@ -44,7 +44,7 @@ class Settings:
     `sdpa` is what attends where sdpa is chosen.
     `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
     None leaves the model's own. `head` is the same for the LM head, where that differs. `one_row` makes what takes one
-    token through a stage, of one that has its weights and is not compiled. `wire` is the form of hidden states on the
+    token through a stage, of one that has its weights. `wire` is the form of hidden states on the
     wire, None for that in which they are computed. `proposers` make what guesses an answer's next tokens, the first of
     which is asked first; `draft_model` puts a second model behind them. Without either, tokens are decoded one by one.
     `piece_tokens` is how many tokens of a prompt go through the stages at once; None: all.
@@ -320,6 +320,17 @@ FLAGS: Mapping[str, Flag] = {
             scope="load",
             on_by_default=False,
             unavailable=_needs_compiler,
+        ),
+        Flag(
+            "cuda_graph",
+            "cuda_graph",
+            "The kernels of one token's step are recorded once for a place in memory, and replayed in one call. Keys "
+            "and values lie in reserved memory (cache). The time that a recording takes is shown as compile time.",
+            "Each kernel is launched by itself.",
+            _on(one_row=graphs.of),
+            fidelity="rounding",
+            scope="load",
+            unavailable=_needs_cuda,
         ),
         Flag(
             "output_attentions",

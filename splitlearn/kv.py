@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from splitlearn.caches import ReservedCache, ReservedLayer
 from splitlearn.errors import FamilyRefused
-from splitlearn.split import CutModel, forward
+from splitlearn.split import CutModel, eagerly, forward
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def shapes_of(cut: CutModel, x: torch.Tensor) -> list[tuple[KVShape, KVShape]]:
     Raises FamilyRefused for layers that keep something else (a recurrent state).
     """
     cache = DynamicCache()
-    with torch.inference_mode():
+    with torch.inference_mode(), eagerly(cut):
         forward(cut, x, 0, cache)
     layers = cache.layers
     if len(layers) != cut.end - cut.start or not all(

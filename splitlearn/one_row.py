@@ -5,9 +5,9 @@ where the two differ by more than rounding the stage is left as it is. So is eve
 whose keys and values do not lie where the kernel reads them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,18 @@ from splitlearn.blocks import memory
 from splitlearn.caches import ReservedCache
 from splitlearn.split import CutModel, body_of, forward, layers_of
 
-Row = Callable[[torch.Tensor, int, Cache | None], torch.Tensor | None]
+
+class Row(Protocol):
+    """What takes one token through a stage in place of the model's forward."""
+
+    recorded: bool
+    """Whether it is made for places in memory, so that later sessions should have theirs where earlier ones had."""
+    compile_s: float
+    """Seconds that sessions have waited for it to be made, so far."""
+
+    def __call__(self, x: torch.Tensor, position: int, cache: Cache | None) -> torch.Tensor | None:
+        """What `split.forward` would give for one token, and the cache has the token then; None where it cannot."""
+
 
 # In the order of the kernel.
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -36,6 +47,8 @@ NEAR = 1e-3
 def of(cut: CutModel) -> Row | None:
     """What takes one token through the stage in one call, if something can."""
     layers: list[Any] = list(layers_of(cut))
+    if cut.compiled:
+        return None
     if not layers or not all(map(_is_llamas, layers)) or not _is_llamas_body(cut, layers[0].self_attn.head_dim):
         return None
     if len({tuple((linear.out_features, linear.in_features) for linear in _linears(layer)) for layer in layers}) > 1:
@@ -50,6 +63,8 @@ class _OneRow:
     The stage's linear layers have their blocks in its memory: one after the other as they are read, in huge pages where
     there are any, a token takes 0.93 to 0.96 times as long as with memory of their own.
     """
+
+    recorded, compile_s = False, 0.0
 
     def __init__(self, cut: CutModel, layers: Sequence[Any]) -> None:
         body, first = body_of(cut), layers[0]

@@ -23,6 +23,7 @@ FAST_IN_ANY = (
     "low_cpu_mem_usage,use_fast,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
 )
 FAST, FAST_FLOAT32 = f"{FAST_IN_ANY},weight_dtype", f"{FAST_IN_ANY},weight_prepack=blocks"
+FAST_GPU = f"{FAST_IN_ANY},cuda_graph,torch_compile"
 
 
 def _on_every_side(flags: str) -> Mapping[Side, str]:
@@ -37,6 +38,10 @@ PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
     "fast-float32": (
         "The fastest on a CPU with weights as they are, on every side.",
         _on_every_side(FAST_FLOAT32),
+    ),
+    "fast-gpu": (
+        "The fastest on a GPU, on every side: stages are compiled (minutes), and one token's step is a recording.",
+        _on_every_side(FAST_GPU),
     ),
     "earlier-full": (
         "The earlier system's full model: nine flags, on every side.",

@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -78,6 +79,11 @@ class CutModel:
     tied: Mapping[str, str]
     """Full names of parameters that are another one's values: tied name -> the name of the one that is stored."""
 
+    @property
+    def compiled(self) -> bool:
+        """Whether its module goes through torch.compile when it is called."""
+        return self.module._compiled_call_impl is not None
+
     @cached_property
     def configs(self) -> tuple[Any, ...]:
         """The configurations that its modules look things up in, each once."""
@@ -122,7 +128,7 @@ def carve(model: Any, start: int, end: int, *, first: bool, last: bool) -> CutMo
 def forward(
     stage: CutModel,
     x: Tensor,
-    position: int,
+    position: int | Tensor,
     cache: Any | None,
     *,
     logits_to_keep: int = 0,
@@ -130,21 +136,28 @@ def forward(
 ) -> Tensor:
     """One step of a stage: token ids int64 [1, T], or a hidden state [1, T, H], to a hidden state or logits [1, T, V].
 
-    `position` is the number of tokens before this step. `cache` is a transformers cache of this stage's own that holds
-    `position` tokens and is extended in place, or None: then x is the whole prefix and `position` is 0.
-    `logits_to_keep` asks a last stage for the logits of that many last tokens; 0 is all of them. `arguments` go to the
-    model's forward as they are, such as output_attentions=True.
+    `position` is the number of tokens before this step, an int or int64 []. `cache` is a transformers cache of this
+    stage's own that holds `position` tokens and is extended in place, or None: then x is the whole prefix and
+    `position` is 0. `logits_to_keep` asks a last stage for the logits of that many last tokens; 0 is all of them.
+    `arguments` go to the model's forward as they are, such as output_attentions=True.
     """
     module = stage.module
     call: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None, **(arguments or {})}
     call["input_ids" if stage.first else "inputs_embeds"] = x
     if "position_ids" in stage.accepts:
-        call["position_ids"] = torch.arange(position, position + x.shape[1], device=x.device).unsqueeze(0)
+        call["position_ids"] = torch.arange(x.shape[1], device=x.device).add(position).unsqueeze(0)
     if stage.last and "logits_to_keep" in stage.accepts:
         call["logits_to_keep"] = logits_to_keep
     output = module(**call)
     result: Tensor = output.logits if stage.last else output.last_hidden_state
     return result[:, -logits_to_keep:] if stage.last else result
+
+
+@contextmanager
+def eagerly(cut: CutModel) -> Iterator[None]:
+    """Inside, a stage that is compiled runs as it was: hooks act, and nothing is compiled for what is only tried."""
+    with torch.compiler.set_stance("force_eager") if cut.compiled else nullcontext():
+        yield
 
 
 def layers_of(cut: CutModel) -> nn.ModuleList:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, repeat
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +29,9 @@ from splitlearn.packable import agrees
 from splitlearn.packed import Packed, forward_packed
 from splitlearn.split import CutModel, forward
 from splitlearn.threads import computing_on, computing_one_token
+
+KEPT_BLOCK = 256
+"""Tokens by which memory that is kept for later sessions grows."""
 
 
 class Session(Protocol):
@@ -101,6 +104,8 @@ class LocalSession:
     settings: Settings
     max_length: int
     length: int = 0
+    release: Callable[[], None] | None = None
+    """What gives the cache's memory to later sessions, where somebody keeps it for them."""
 
     @property
     def recomputes(self) -> bool:
@@ -121,7 +126,9 @@ class LocalSession:
 
     def close(self) -> None:
         """Drop the cache."""
-        self.cache, self.length, self.max_length = None, 0, 0
+        if self.release is not None:
+            self.release()
+        self.cache, self.length, self.max_length, self.release = None, 0, 0, None
 
 
 @dataclass(frozen=True)
@@ -143,8 +150,20 @@ class LocalStage:
     def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
         """A new session; a cache is made only when the flags keep one."""
         settings, layers = settings_of(applied), self.cut.end - self.cut.start
+        if settings.new_cache is caches.reserved and self.row is not None and self.row.recorded and self._pools():
+            return self._opened_at_a_kept_place(settings, max_length)
         cache = settings.new_cache(layers, max_length) if settings.new_cache else None
         return LocalSession(cache, settings, max_length)
+
+    def _opened_at_a_kept_place(self, settings: Settings, max_length: int) -> LocalSession:
+        """A session whose memory is one that an earlier session had, where there is such."""
+        pool = next((pool for pool in self._kept if pool.fits(max_length)), None)
+        if pool is None:
+            pool = self.pool(-(-max_length // KEPT_BLOCK), KEPT_BLOCK)
+            self._kept[:] = [pool]
+        run = Run(0, pool.capacity)
+        pool.reserve(pool.capacity)
+        return LocalSession(pool.cache(run), settings, max_length, release=partial(pool.release, run))
 
     def open_together(self, applied: frozenset[str], max_length: int, count: int) -> list[LocalSession]:
         """Sessions whose steps can be one forward, where the flags reserve the cache and the layers permit it."""
@@ -186,6 +205,10 @@ class LocalStage:
             return torch.arange(1, 9, device=self.device).unsqueeze(0)
         rows = 0.1 * torch.randn(1, 8, self.hidden_size, generator=torch.Generator().manual_seed(0))
         return rows.to(self.device, self.dtype)
+
+    @cached_property
+    def _kept(self) -> list[KVPool]:
+        return []
 
     @cached_property
     def _tried(self) -> dict[frozenset[str], bool]:
@@ -242,8 +265,10 @@ class LocalStage:
         return StageTiming({self.word: spent}, compile_s=self._compile_seconds() - compiled)
 
     def _compile_seconds(self) -> float:
-        """Seconds that this process has spent in torch.compile so far; 0 for a stage that is not compiled."""
-        return compile_seconds() if self.cut.module._compiled_call_impl is not None else 0.0
+        """Seconds that this process has spent in torch.compile so far, if this stage is compiled, and in making what
+        takes one token through it."""
+        row = 0.0 if self.row is None else self.row.compile_s
+        return row + (compile_seconds() if self.cut.compiled else 0.0)
 
 
 def _make_room(session: LocalSession, position: int, tokens: int) -> None:

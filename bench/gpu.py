@@ -1,0 +1,181 @@
+"""On a GPU, in bfloat16: the decode loop against transformers' `generate()` and against what reading the weights takes,
+`cuda_graph` and `torch_compile` against neither, and split against full; the default model and a larger random one.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from bench.answer import answer, text_of
+from bench.echo import SLEEPS, Echo
+from bench.pairs import blocks
+from bench.ratios import both, difference_s, ratio
+from bench.ratios import tokens as same
+from bench.reference import Generated, Reference
+from bench.report import write
+from splitlearn import convert, store
+from splitlearn.arm import Kind
+from splitlearn.compare import environment
+from splitlearn.config import Config
+from splitlearn.events import GenerationRequest
+from splitlearn.parts import parts
+from splitlearn.progress import silent
+from splitlearn.runs import Runs
+from splitlearn.selection import FAST_GPU, FAST_IN_ANY
+from splitlearn.tokens import Tokens
+
+PAIRS = 12
+TOKENS = 64
+SHORT, LONG = 20, 512
+ARMS: dict[str, tuple[Kind, str]] = {
+    "full, eager": ("full", FAST_IN_ANY),
+    "full, cuda_graph": ("full", f"{FAST_IN_ANY},cuda_graph"),
+    "full, both": ("full", FAST_GPU),
+    "split, cuda_graph": ("split", f"{FAST_IN_ANY},cuda_graph"),
+    "split, both": ("split", FAST_GPU),
+}
+GENERATE = "generate()"
+RATIOS = (
+    ("full, eager", GENERATE),
+    ("full, cuda_graph", GENERATE),
+    ("full, both", GENERATE),
+    ("full, cuda_graph", "full, eager"),
+    ("full, both", "full, eager"),
+    ("split, cuda_graph", "full, cuda_graph"),
+    ("split, both", "full, both"),
+)
+# What a step's message has beside its hidden state, and for how long the echo server keeps it, about as a trunk.
+MORE_BYTES, HOLD_S = 23, 0.001
+# 1.07 billion parameters, as Llama 3.2 1B but for the vocabulary, which is that of the default model's tokenizer.
+LARGER = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+COPIED_BYTES, COPIES = 4 << 30, 10
+
+
+def main(runs: Runs) -> None:
+    """Measure and write docs/results/gpu.md."""
+    if not torch.cuda.is_available():
+        print("No CUDA device here: nothing is measured.")
+        return
+    rate = bandwidth()
+    with tempfile.TemporaryDirectory() as work, larger(runs.files.folder, Path(work)) as folder:
+        rows = rows_of(runs.config, rate) + rows_of(named(runs.config, str(folder)), rate)
+    report(runs, rate, rows)
+
+
+def report(runs: Runs, rate: float, rows: list[dict[str, str]]) -> None:
+    """Write the page."""
+    text = (
+        f"{torch.cuda.get_device_name()}, whose memory copies {rate / 1e12:.2f} TB/s, read and written. Geometric mean "
+        f"ratios with 95% intervals over {PAIRS} blocks, the arms in random order within each, bfloat16, greedy, one "
+        f"process for each arm. TPOT: {TOKENS} tokens after a prompt of {SHORT}; TTFT: prompts of {SHORT} and {LONG} "
+        f"tokens. eager: the flags `{FAST_IN_ANY}`; both: `cuda_graph` and `torch_compile` beside them. limit: the "
+        "bytes of all weights at that rate. The larger model is a Llama of 1.07 billion random weights. Difference and "
+        f"echo (a round trip of the same bytes, kept for {1e3 * HOLD_S:.0f} ms) are medians."
+    )
+    write("gpu", "On a GPU", text, rows, environment(runs))
+
+
+def named(config: Config, name: str) -> Config:
+    """The configuration with another model."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
+
+
+def bandwidth() -> float:
+    """Bytes that a copy within the device's memory reads and writes in a second: the median of COPIES."""
+    one = torch.ones(COPIED_BYTES, dtype=torch.uint8, device="cuda")
+    other, taken = torch.empty_like(one), list[float]()
+    for _ in range(COPIES):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        other.copy_(one)
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return 2 * COPIED_BYTES / median(taken)
+
+
+@contextmanager
+def larger(tokenizer: Path, work: Path) -> Iterator[Path]:
+    """The converted folder of a Llama with random weights and the tokenizer of another model, while it is used."""
+    checkpoint, folder = work / "checkpoint", work / "llama-1b-random"
+    read = AutoTokenizer.from_pretrained(tokenizer)
+    config = LlamaConfig(vocab_size=len(read), eos_token_id=read.eos_token_id, **LARGER)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.cpu().save_pretrained(checkpoint)
+    read.save_pretrained(checkpoint)
+    folder.mkdir()
+    store.seal(folder, "random weights", convert.convert_apart(checkpoint, folder, None, silent), silent)
+    shutil.rmtree(checkpoint)
+    yield folder
+
+
+def rows_of(config: Config, rate: float) -> list[dict[str, str]]:
+    """The table's rows for one model."""
+    model = config.model.model_copy(update={"dtype": "bfloat16", "device": "cuda"})
+    with Runs(config.model_copy(update={"model": model}), silent) as runs:
+        tokens = Tokens.load(runs.files.folder, use_fast=True)
+        decode, prefill = (
+            _measure(runs, text_of(tokens, length), count) for length, count in ((SHORT, TOKENS), (LONG, 1))
+        )
+        limit_s = parts(runs.files, runs.plan, runs.dtype)[-1].weight_bytes / rate
+        echo_s = median(run.tpot_s for run in decode["echo"])
+    return [
+        {
+            "model": Path(config.model.name).name,
+            "ratio": f"{name} / {baseline}",
+            "TPOT, ms": both(decode, name, baseline, "tpot_s"),
+            "TPOT": ratio(decode, name, baseline, "tpot_s"),
+            "difference, ms": f"{1e3 * difference_s(decode, name, baseline):.2f}",
+            "echo, ms": f"{1e3 * echo_s:.2f}",
+            "limit, ms": f"{1e3 * limit_s:.2f}",
+            f"TTFT of {SHORT}, ms": both(decode, name, baseline, "ttft_s"),
+            f"TTFT of {SHORT}": ratio(decode, name, baseline, "ttft_s"),
+            f"TTFT of {LONG}, ms": both(prefill, name, baseline, "ttft_s"),
+            f"TTFT of {LONG}": ratio(prefill, name, baseline, "ttft_s"),
+            "tokens": same(decode, name, baseline),
+        }
+        for name, baseline in RATIOS
+    ]
+
+
+def _measure(runs: Runs, prompt: str, count: int) -> dict[str, list[Generated]]:
+    request = GenerationRequest(prompt, max_new_tokens=count, chat=False, ignore_eos=True)
+    reference, echo = Reference(runs.spec("full", runs.flags("none"))), Echo(SLEEPS)
+    message = bytes(runs.files.facts.hidden_size * runs.dtype.itemsize + MORE_BYTES)
+
+    def run(kind: Kind, flags: str) -> Generated:
+        metrics = answer(runs, kind, runs.flags(flags), request)
+        return Generated(metrics.token_ids, metrics.ttft_s, metrics.tpot_s or 0.0)
+
+    def echoed() -> Generated:
+        return Generated((), 0.0, median(echo.step(HOLD_S, message) for _ in range(TOKENS)))
+
+    arms: dict[str, Callable[[], Generated]] = {
+        GENERATE: lambda: reference.run(prompt, count, chat=False),
+        "echo": echoed,
+        **{name: partial(run, *arm) for name, arm in ARMS.items()},
+    }
+    try:
+        for arm in arms.values():
+            arm()
+        return blocks(arms, PAIRS)
+    finally:
+        reference.stop()
+        echo.close()

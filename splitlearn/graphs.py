@@ -1,0 +1,211 @@
+"""One token through a stage as a CUDA graph: its kernels are recorded once, and from then on replayed in one call.
+
+A recording knows nothing but addresses. The token and its position it reads from memory where they are put before each
+replay; keys and values lie where the session's are for which it was made, so that it serves every later session at that
+place: a trunk's pool hands out the same blocks again, and a local stage keeps its memory (stages.py). It attends to a
+window of that memory, masked behind the token's position. Windows double as the context grows, each with a recording
+of its own.
+
+What goes in and out crosses in pinned memory, within the recording: a hidden state is on the host after a replay, while
+logits stay on the device, where the sampler looks for the largest.
+
+Whether a stage can be recorded it shows itself: two tokens are replayed at its loading, and where the second does not
+come out as from the stage's own forward, or where the forward asks the device for a value, the stage is left as it is.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from transformers.cache_utils import Cache, StaticLayer
+
+from splitlearn.caches import ReservedCache, ReservedLayer
+from splitlearn.kv import KVPool, Run, shapes_of
+from splitlearn.one_row import Row
+from splitlearn.split import CutModel, eagerly, forward
+
+Body = Callable[[], torch.Tensor]
+Record = Callable[[Body], Body]
+"""Makes of what computes a tensor what computes it again, into the same memory."""
+LEAST_WINDOW = 256
+MOST_RECORDINGS = 64
+# The first run of a compiled stage compiles, and cuBLAS sets memory aside in its first.
+WARM_UPS = 2
+TRIED_TOKENS = 8
+
+
+def of(cut: CutModel, record: Record | None = None) -> Row | None:
+    """What replays one token through the stage; None where it cannot be recorded."""
+    row = GraphRow(cut, record or on_cuda())
+    return row if row.agrees() else None
+
+
+def on_cuda() -> Record:
+    """Recordings by CUDA. All share their intermediate memory: one is replayed at a time."""
+    memory = torch.cuda.graph_pool_handle()
+
+    def record(body: Body) -> Body:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        # Other threads of a trunk may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            out = body()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    return record
+
+
+class GraphRow:
+    """Of one token id [1, 1] or hidden state [1, 1, H] what the stage's own forward would make, by a replay; None for a
+    session whose keys and values have no place in memory."""
+
+    recorded = True
+
+    def __init__(self, cut: CutModel, record: Record) -> None:
+        weight = next(cut.module.parameters())
+        self.compile_s = 0.0
+        self._cut, self._record = cut, record
+        # The windows stay with what was recorded for them: no other memory can come to lie where they do.
+        self._recordings: OrderedDict[tuple[int, int], tuple[Cache, Body]] = OrderedDict()
+        self._clean: WeakSet[ReservedCache] = WeakSet()
+        shape = (1, 1) if cut.first else (1, 1, _width(cut))
+        self._in = _Crossing(shape, torch.long if cut.first else weight.dtype, weight.device)
+        self._position = _Crossing((), torch.long, weight.device)
+        self._out = None if cut.last else _Crossing((1, 1, _width(cut)), weight.dtype, weight.device)
+
+    def __call__(self, x: torch.Tensor, position: int, cache: Cache | None) -> torch.Tensor | None:
+        """The hidden state [1, 1, H] on the host, or the logits [1, 1, V] on the device; the cache has the token."""
+        if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or not cache.layers[0].is_initialized:
+            return None
+        if cache not in self._clean:
+            self._clear(cache, position)
+        self._in.host.copy_(x)
+        self._position.host.fill_(position)
+        out = self._replay(cache, position)
+        cache.grown(1)
+        if self._out is None:
+            return out.clone()
+        if out.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return self._out.host.clone()
+
+    def agrees(self) -> bool:
+        """Whether a second replay gives what the stage's own forward gives at its position, but for rounding."""
+        device, dtype = self._in.device.device, next(self._cut.module.parameters()).dtype
+        made = torch.Generator().manual_seed(0)
+        x = (
+            torch.randint(8, (1, TRIED_TOKENS), generator=made).to(device)
+            if self._cut.first
+            else torch.randn(1, TRIED_TOKENS, _width(self._cut), generator=made).to(device, dtype)
+        )
+        begun, near = TRIED_TOKENS - 2, float(torch.finfo(dtype).eps ** 0.5)
+        try:
+            with torch.inference_mode(), eagerly(self._cut):
+                pool = KVPool(shapes_of(self._cut, x[:, :1]), 2, TRIED_TOKENS, dtype, device)
+                one, other = (pool.cache(Run(at * TRIED_TOKENS, TRIED_TOKENS)) for at in range(2))
+                for cache in (one, other):
+                    forward(self._cut, x[:, :begun], 0, cache)
+                for at in range(begun, TRIED_TOKENS):
+                    token = x[:, at : at + 1]
+                    own, found = forward(self._cut, token, at, one), self(token, at, other)
+        except Exception:  # whatever the layers raise, they cannot
+            return False
+        self.compile_s = 0.0
+        return found is not None and torch.allclose(
+            own.cpu(), found.cpu(), rtol=near, atol=near * float(own.abs().max())
+        )
+
+    def _replay(self, cache: ReservedCache, position: int) -> torch.Tensor:
+        """The recording for the cache's place and its window, made if there is none."""
+        keys: torch.Tensor = cache.layers[0].keys
+        window = _window(position + 1, keys.shape[2])
+        place = (keys.data_ptr(), window)
+        if place not in self._recordings:
+            if len(self._recordings) >= MOST_RECORDINGS:
+                self._recordings.popitem(last=False)
+            windows = _Windows(cache, window, self._position.device)
+            self._recordings[place] = windows, self._recorded(windows)
+        self._recordings.move_to_end(place)
+        return self._recordings[place][1]()
+
+    def _recorded(self, windows: Cache) -> Body:
+        def body() -> torch.Tensor:
+            x, position = self._in.brought(), self._position.brought()
+            out = forward(self._cut, x, position, windows, logits_to_keep=1)
+            return out if self._out is None else self._out.taken(out)
+
+        for _ in range(WARM_UPS):
+            body()
+        began = time.perf_counter()
+        recorded = self._record(body)
+        self.compile_s += time.perf_counter() - began
+        return recorded
+
+    def _clear(self, cache: ReservedCache, position: int) -> None:
+        """What is masked is multiplied by 0, and must be a number: memory that nobody wrote, or another session's."""
+        for layer in cache.layers:
+            layer.keys[:, :, position:].zero_()
+            layer.values[:, :, position:].zero_()
+        self._clean.add(cache)
+
+
+class _Crossing:
+    """A tensor on the device and its like on the host, in pinned memory where the device is CUDA's."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.device = torch.zeros(shape, dtype=dtype, device=device)
+        self.host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+    def brought(self) -> torch.Tensor:
+        """The device's tensor, with the host's values."""
+        return self.device.copy_(self.host, non_blocking=True)
+
+    def taken(self, out: torch.Tensor) -> torch.Tensor:
+        """`out`, whose values the host's tensor gets."""
+        self.host.copy_(out, non_blocking=True)
+        return out
+
+
+class _Windows(Cache):  # type: ignore[misc]
+    """The first `window` tokens of a reserved cache's memory, as layers of static shape whose length is a tensor."""
+
+    def __init__(self, cache: ReservedCache, window: int, position: torch.Tensor) -> None:
+        super().__init__(layers=[_Window(layer, window, position) for layer in cache.layers])
+
+
+class _Window(StaticLayer):  # type: ignore[misc]
+    """transformers' static layer over memory that is there, at a position that all layers share."""
+
+    def __init__(self, layer: ReservedLayer, window: int, position: torch.Tensor) -> None:
+        super().__init__(window)
+        self.keys, self.values = layer.keys[:, :, :window], layer.values[:, :, :window]
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.cumulative_length, self.is_initialized = position, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one token at the position."""
+        at = self.cumulative_length.view(1)
+        self.keys.index_copy_(2, at, key_states)
+        self.values.index_copy_(2, at, value_states)
+        return self.keys, self.values
+
+
+def _window(tokens: int, room: int) -> int:
+    """The least window for `tokens`: a power of two from LEAST_WINDOW on, or all the room that there is."""
+    return min(room, max(LEAST_WINDOW, 1 << (tokens - 1).bit_length()))
+
+
+def _width(cut: CutModel) -> int:
+    """Values of a row of hidden states."""
+    module: Any = cut.module
+    return int(module.config.get_text_config().hidden_size)

@@ -1,0 +1,50 @@
+"""What stands for CUDA graphs where there is no GPU: the operations of a call, repeated on the same memory.
+
+As in a CUDA graph, numbers that Python knew stay what they were, and every result lies where it lay. To ask a tensor
+for its value is an error, as it is while CUDA records.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+Body = Callable[[], torch.Tensor]
+VALUES = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+Step = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
+
+
+class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: list[Step] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in VALUES:
+            raise RuntimeError("a value was asked for while operations are recorded")
+        out = func(*args, **(kwargs or {}))
+        self.steps.append((func, args, kwargs or {}, out))
+        return out
+
+
+def record(body: Body) -> Body:
+    """`body`, called once and then repeated."""
+    recording = _Recording()
+    with recording:
+        out = body()
+
+    def replay() -> torch.Tensor:
+        with torch.no_grad():
+            for func, args, kwargs, before in recording.steps:
+                _write(func(*args, **kwargs), before)
+        return out
+
+    return replay
+
+
+def _write(found: Any, before: Any) -> None:
+    for new, old in zip(tree_flatten(found)[0], tree_flatten(before)[0], strict=True):
+        if isinstance(new, torch.Tensor) and new.data_ptr() != old.data_ptr():
+            old.copy_(new)
