@@ -5,7 +5,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,18 +29,19 @@ from splitlearn.events import GenerationRequest
 from splitlearn.parts import parts
 from splitlearn.progress import silent
 from splitlearn.runs import Runs
-from splitlearn.selection import FAST_GPU, FAST_IN_ANY
 from splitlearn.tokens import Tokens
 
 PAIRS = 12
 TOKENS = 64
 SHORT, LONG = 20, 512
-ARMS: dict[str, tuple[Kind, str]] = {
-    "full, eager": ("full", FAST_IN_ANY),
-    "full, cuda_graph": ("full", f"{FAST_IN_ANY},cuda_graph"),
-    "full, both": ("full", FAST_GPU),
-    "split, cuda_graph": ("split", f"{FAST_IN_ANY},cuda_graph"),
-    "split, both": ("split", FAST_GPU),
+FLAGS = "fast-gpu"
+# The arm, and which of those flags it has not.
+ARMS: dict[str, tuple[Kind, tuple[str, ...]]] = {
+    "full, eager": ("full", ("cuda_graph", "torch_compile")),
+    "full, cuda_graph": ("full", ("torch_compile",)),
+    "full, both": ("full", ()),
+    "split, cuda_graph": ("split", ("torch_compile",)),
+    "split, both": ("split", ()),
 }
 GENERATE = "generate()"
 RATIOS = (
@@ -84,8 +85,8 @@ def report(runs: Runs, rate: float, rows: list[dict[str, str]]) -> None:
         f"{torch.cuda.get_device_name()}, whose memory copies {rate / 1e12:.2f} TB/s, read and written. Geometric mean "
         f"ratios with 95% intervals over {PAIRS} blocks, the arms in random order within each, bfloat16, greedy, one "
         f"process for each arm. TPOT: {TOKENS} tokens after a prompt of {SHORT}; TTFT: prompts of {SHORT} and {LONG} "
-        f"tokens. eager: the flags `{FAST_IN_ANY}`; both: `cuda_graph` and `torch_compile` beside them. limit: the "
-        "bytes of all weights at that rate. The larger model is a Llama of 1.07 billion random weights. Difference and "
+        f"tokens. The flags are those of the preset `{FLAGS}`, eager without `cuda_graph` and `torch_compile`. limit: "
+        "the bytes of all weights at that rate. The larger model is a Llama of 1.07 billion random weights. Difference and "
         f"echo (a round trip of the same bytes, kept for {1e3 * HOLD_S:.0f} ms) are medians."
     )
     write("gpu", "On a GPU", text, rows, environment(runs))
@@ -157,11 +158,12 @@ def rows_of(config: Config, rate: float) -> list[dict[str, str]]:
 
 def _measure(runs: Runs, prompt: str, count: int) -> dict[str, list[Generated]]:
     request = GenerationRequest(prompt, max_new_tokens=count, chat=False, ignore_eos=True)
-    reference, echo = Reference(runs.spec("full", runs.flags("none"))), Echo(SLEEPS)
+    flags = runs.flags(FLAGS)
+    reference, echo = Reference(runs.spec("full", flags)), Echo(SLEEPS)
     message = bytes(runs.files.facts.hidden_size * runs.dtype.itemsize + MORE_BYTES)
 
-    def run(kind: Kind, flags: str) -> Generated:
-        metrics = answer(runs, kind, runs.flags(flags), request)
+    def run(kind: Kind, left_out: Sequence[str]) -> Generated:
+        metrics = answer(runs, kind, flags.without(*left_out), request)
         return Generated(metrics.token_ids, metrics.ttft_s, metrics.tpot_s or 0.0)
 
     def echoed() -> Generated:

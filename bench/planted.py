@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from splitlearn.flags import FLAGS, Apply, Flag, Settings
+from splitlearn.split import CutModel
 
 PLANTED = {"does_nothing": 0.0, "waits_3_percent": 0.03, "waits_0.2_percent": 0.002}
 """Name of the flag: by which share of a step's own time it makes the step longer."""
@@ -18,14 +19,14 @@ PLANTED = {"does_nothing": 0.0, "waits_3_percent": 0.03, "waits_0.2_percent": 0.
 
 def _waiting(share: float) -> Apply:
     def change(settings: Settings) -> Settings:
-        before = settings.compile_module
+        before = settings.compile_stage
 
-        def prepare(module: nn.Module) -> None:
+        def prepare(cut: CutModel) -> None:
             if before is not None:
-                before(module)
-            _wait_after(module, share)
+                before(cut)
+            _wait_after(cut.module, share)
 
-        return replace(settings, compile_module=prepare)
+        return replace(settings, compile_stage=prepare)
 
     return change
 

@@ -16,7 +16,6 @@ come out as from the stage's own forward, or where the forward asks the device f
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -25,7 +24,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from splitlearn.caches import ReservedCache, ReservedLayer
 from splitlearn.kv import KVPool, Run, shapes_of
 from splitlearn.one_row import Row
-from splitlearn.split import CutModel, eagerly, forward
+from splitlearn.split import CutModel, body_of, eagerly, example, forward
 
 Body = Callable[[], torch.Tensor]
 Record = Callable[[Body], Body]
@@ -70,16 +69,16 @@ class GraphRow:
     recorded = True
 
     def __init__(self, cut: CutModel, record: Record) -> None:
-        weight = next(cut.module.parameters())
         self.compile_s = 0.0
         self._cut, self._record = cut, record
         # The windows stay with what was recorded for them: no other memory can come to lie where they do.
         self._recordings: OrderedDict[tuple[int, int], tuple[Cache, Body]] = OrderedDict()
         self._clean: WeakSet[ReservedCache] = WeakSet()
-        shape = (1, 1) if cut.first else (1, 1, _width(cut))
-        self._in = _Crossing(shape, torch.long if cut.first else weight.dtype, weight.device)
-        self._position = _Crossing((), torch.long, weight.device)
-        self._out = None if cut.last else _Crossing((1, 1, _width(cut)), weight.dtype, weight.device)
+        token, device = example(cut, 1), example(cut, 1).device
+        width, self._dtype = body_of(cut).config.get_text_config().hidden_size, next(cut.module.parameters()).dtype
+        self._in = _Crossing(token.shape, token.dtype, device)
+        self._position = _Crossing(torch.Size(), torch.long, device)
+        self._out = None if cut.last else _Crossing(torch.Size((1, 1, width)), self._dtype, device)
 
     def __call__(self, x: torch.Tensor, position: int, cache: Cache | None) -> torch.Tensor | None:
         """The hidden state [1, 1, H] on the host, or the logits [1, 1, V] on the device; the cache has the token."""
@@ -99,17 +98,11 @@ class GraphRow:
 
     def agrees(self) -> bool:
         """Whether a second replay gives what the stage's own forward gives at its position, but for rounding."""
-        device, dtype = self._in.device.device, next(self._cut.module.parameters()).dtype
-        made = torch.Generator().manual_seed(0)
-        x = (
-            torch.randint(8, (1, TRIED_TOKENS), generator=made).to(device)
-            if self._cut.first
-            else torch.randn(1, TRIED_TOKENS, _width(self._cut), generator=made).to(device, dtype)
-        )
+        x, dtype = example(self._cut, TRIED_TOKENS), self._dtype
         begun, near = TRIED_TOKENS - 2, float(torch.finfo(dtype).eps ** 0.5)
         try:
             with torch.inference_mode(), eagerly(self._cut):
-                pool = KVPool(shapes_of(self._cut, x[:, :1]), 2, TRIED_TOKENS, dtype, device)
+                pool = KVPool(shapes_of(self._cut, x[:, :1]), 2, TRIED_TOKENS, dtype, x.device)
                 one, other = (pool.cache(Run(at * TRIED_TOKENS, TRIED_TOKENS)) for at in range(2))
                 for cache in (one, other):
                     forward(self._cut, x[:, :begun], 0, cache)
@@ -160,7 +153,7 @@ class GraphRow:
 class _Crossing:
     """A tensor on the device and its like on the host, in pinned memory where the device is CUDA's."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         self.device = torch.zeros(shape, dtype=dtype, device=device)
         self.host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
@@ -203,9 +196,3 @@ class _Window(StaticLayer):  # type: ignore[misc]
 def _window(tokens: int, room: int) -> int:
     """The least window for `tokens`: a power of two from LEAST_WINDOW on, or all the room that there is."""
     return min(room, max(LEAST_WINDOW, 1 << (tokens - 1).bit_length()))
-
-
-def _width(cut: CutModel) -> int:
-    """Values of a row of hidden states."""
-    module: Any = cut.module
-    return int(module.config.get_text_config().hidden_size)

@@ -210,8 +210,8 @@ def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placeme
     head = module.get_output_embeddings() if cut.last else None
     if head is not None:
         head.register_forward_pre_hook(_with_own_row)
-    if wanted.compile_module is not None:
-        wanted.compile_module(cut.module)
+    if wanted.compile_stage is not None:
+        wanted.compile_stage(cut)
     row = None if wanted.one_row is None else wanted.one_row(cut)
     precision = torch.get_float32_matmul_precision()
     threads, device, dtype = _row_threads(placement), placement.device, placement.dtype

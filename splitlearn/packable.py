@@ -21,7 +21,7 @@ def agrees(cut: CutModel, pool: KVPool, x: torch.Tensor, settings: Settings) -> 
     attention does not go through transformers' interface, or that does more with keys and values than keep them, shows
     it here. So does a compiled stage, which would be compiled anew for each mix of sessions.
     """
-    if settings.compile_module is not None:
+    if settings.compile_stage is not None:
         return False
     caches = [PooledCache(pool, Run(4 * at, 4)) for at in range(4)]
     pieces = torch.split(x, [tokens for step in STEPS for tokens in step], dim=1)

@@ -27,6 +27,8 @@ from splitlearn.errors import InputError
 from splitlearn.families import Structure, join, structure_of
 
 DEFAULT_MARGIN = 2
+COMPILED = "_torchdynamo_orig_callable"
+"""What torch.compile leaves at the functions that it gives back."""
 LAYER_NUMBERS = ("layer_idx", "layer_id")
 """Attributes by which a layer knows its place in the cache."""
 
@@ -81,8 +83,8 @@ class CutModel:
 
     @property
     def compiled(self) -> bool:
-        """Whether its module goes through torch.compile when it is called."""
-        return self.module._compiled_call_impl is not None
+        """Whether its module, or its layers, go through torch.compile when it is called."""
+        return any(hasattr(module.forward, COMPILED) for module in (self.module, *layers_of(self)))
 
     @cached_property
     def configs(self) -> tuple[Any, ...]:
@@ -160,6 +162,16 @@ def eagerly(cut: CutModel) -> Iterator[None]:
         yield
 
 
+def example(cut: CutModel, tokens: int) -> Tensor:
+    """Something to try a stage with: token ids [1, tokens] or a hidden state [1, tokens, H], always the same."""
+    weight = next(parameter for parameter in cut.module.parameters() if parameter.is_floating_point())
+    made = torch.Generator().manual_seed(0)
+    if cut.first:
+        return torch.randint(8, (1, tokens), generator=made).to(weight.device)
+    hidden: int = body_of(cut).config.get_text_config().hidden_size
+    return (0.1 * torch.randn(1, tokens, hidden, generator=made)).to(weight.device, weight.dtype)
+
+
 def layers_of(cut: CutModel) -> nn.ModuleList:
     """The stage's own layers. The module of a stage that is not the last is the body alone."""
     path, body = cut.structure.layers, cut.structure.body
@@ -232,15 +244,19 @@ class _Nothing(nn.Module):
     """Stands where a table of embeddings was: adds nothing to a hidden state and holds no weight."""
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
-        return torch.zeros(())
+        return torch.zeros((), device=_tensor_of(arguments, named).device)
 
 
 class _Same(nn.Module):
     """Stands where a norm or a projection was: gives back the tensor that it was called with."""
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
-        given: Tensor = next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor))
-        return given
+        return _tensor_of(arguments, named)
+
+
+def _tensor_of(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """The first tensor that a call was given."""
+    return next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor))
 
 
 class _Entrance:

@@ -27,7 +27,7 @@ from splitlearn.kv import KVPool, KVShape, PooledCache, Run, shapes_of
 from splitlearn.one_row import Row
 from splitlearn.packable import agrees
 from splitlearn.packed import Packed, forward_packed
-from splitlearn.split import CutModel, forward
+from splitlearn.split import CutModel, example, forward
 from splitlearn.threads import computing_on, computing_one_token
 
 KEPT_BLOCK = 256
@@ -201,10 +201,7 @@ class LocalStage:
     @cached_property
     def _example(self) -> torch.Tensor:
         """Something to try the stage with: 8 token ids, or as many rows of a hidden state."""
-        if self.cut.first:
-            return torch.arange(1, 9, device=self.device).unsqueeze(0)
-        rows = 0.1 * torch.randn(1, 8, self.hidden_size, generator=torch.Generator().manual_seed(0))
-        return rows.to(self.device, self.dtype)
+        return example(self.cut, 8)
 
     @cached_property
     def _kept(self) -> list[KVPool]:

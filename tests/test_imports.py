@@ -18,7 +18,7 @@ LAYERS = (
     ("attention", "caches", "config", "families", "machine", "prepacked", "process", "products", "sampling", "store"),
     ("block_linear", "convert", "row_attention", "row_kernel", "wire"),
     ("events", "split", "tokens"),
-    ("kv", "one_row"),
+    ("compiling", "kv", "one_row"),
     ("graphs",),
     ("flags",),
     ("packed",),
