@@ -86,8 +86,8 @@ def report(runs: Runs, rate: float, rows: list[dict[str, str]]) -> None:
         f"ratios with 95% intervals over {PAIRS} blocks, the arms in random order within each, bfloat16, greedy, one "
         f"process for each arm. TPOT: {TOKENS} tokens after a prompt of {SHORT}; TTFT: prompts of {SHORT} and {LONG} "
         f"tokens. The flags are those of the preset `{FLAGS}`, eager without `cuda_graph` and `torch_compile`. limit: "
-        "the bytes of all weights at that rate. The larger model is a Llama of 1.07 billion random weights. Difference and "
-        f"echo (a round trip of the same bytes, kept for {1e3 * HOLD_S:.0f} ms) are medians."
+        "the bytes of all weights at that rate. The larger model is a Llama of 1.07 billion random weights. Difference "
+        f"and echo (a round trip of the same bytes, kept for {1e3 * HOLD_S:.0f} ms) are medians."
     )
     write("gpu", "On a GPU", text, rows, environment(runs))
 

@@ -310,8 +310,8 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "torch_compile",
             "torch.compile",
-            "Compiles each stage; the time that takes is shown apart. On a CPU it can take minutes; on a GPU a stage is "
-            "compiled layer by layer, in seconds where layers are alike.",
+            "Compiles each stage; the time that takes is shown apart. On a CPU it can take minutes; on a GPU a stage "
+            "is compiled layer by layer, in seconds where layers are alike.",
             "Eager execution.",
             _on(compile_stage=compile_stage),
             fidelity="rounding",
