@@ -1,4 +1,4 @@
-"""On a GPU, in bfloat16: the decode loop against transformers' `generate()` and against what reading the weights takes,
+"""On a GPU: the decode loop against transformers' `generate()` and against what reading the weights takes,
 `cuda_graph` and `torch_compile` against neither, and split against full; the default model and a larger random one.
 """
 
@@ -53,6 +53,7 @@ RATIOS = (
     ("split, cuda_graph", "full, cuda_graph"),
     ("split, both", "full, both"),
 )
+IN_FLOAT32 = tuple(pair for pair in RATIOS if "both" not in " ".join(pair))
 # What a step's message has beside its hidden state, and for how long the echo server keeps it, about as a trunk.
 MORE_BYTES, HOLD_S = 23, 0.001
 # 1.07 billion parameters, as Llama 3.2 1B but for the vocabulary, which is that of the default model's tokenizer.
@@ -75,7 +76,11 @@ def main(runs: Runs) -> None:
         return
     rate = bandwidth()
     with tempfile.TemporaryDirectory() as work, larger(runs.files.folder, Path(work)) as folder:
-        rows = rows_of(runs.config, rate) + rows_of(named(runs.config, str(folder)), rate)
+        rows = [
+            *rows_of(runs.config, "bfloat16", RATIOS, rate),
+            *rows_of(runs.config, "float32", IN_FLOAT32, rate),
+            *rows_of(named(runs.config, str(folder)), "bfloat16", RATIOS, rate),
+        ]
     report(runs, rate, rows)
 
 
@@ -83,7 +88,7 @@ def report(runs: Runs, rate: float, rows: list[dict[str, str]]) -> None:
     """Write the page."""
     text = (
         f"{torch.cuda.get_device_name()}, whose memory copies {rate / 1e12:.2f} TB/s, read and written. Geometric mean "
-        f"ratios with 95% intervals over {PAIRS} blocks, the arms in random order within each, bfloat16, greedy, one "
+        f"ratios with 95% intervals over {PAIRS} blocks, the arms in random order within each, greedy, one "
         f"process for each arm. TPOT: {TOKENS} tokens after a prompt of {SHORT}; TTFT: prompts of {SHORT} and {LONG} "
         f"tokens. The flags are those of the preset `{FLAGS}`, eager without `cuda_graph` and `torch_compile`. limit: "
         "the bytes of all weights at that rate. The larger model is a Llama of 1.07 billion random weights. Difference "
@@ -127,19 +132,19 @@ def larger(tokenizer: Path, work: Path) -> Iterator[Path]:
     yield folder
 
 
-def rows_of(config: Config, rate: float) -> list[dict[str, str]]:
-    """The table's rows for one model."""
-    model = config.model.model_copy(update={"dtype": "bfloat16", "device": "cuda"})
+def rows_of(config: Config, dtype: str, ratios: Sequence[tuple[str, str]], rate: float) -> list[dict[str, str]]:
+    """The table's rows for one model in one dtype."""
+    model = config.model.model_copy(update={"dtype": dtype, "device": "cuda"})
     with Runs(config.model_copy(update={"model": model}), silent) as runs:
         tokens = Tokens.load(runs.files.folder, use_fast=True)
         decode, prefill = (
-            _measure(runs, text_of(tokens, length), count) for length, count in ((SHORT, TOKENS), (LONG, 1))
+            _measure(runs, ratios, text_of(tokens, length), count) for length, count in ((SHORT, TOKENS), (LONG, 1))
         )
         limit_s = parts(runs.files, runs.plan, runs.dtype)[-1].weight_bytes / rate
         echo_s = median(run.tpot_s for run in decode["echo"])
     return [
         {
-            "model": Path(config.model.name).name,
+            "model": f"{Path(config.model.name).name}, {dtype}",
             "ratio": f"{name} / {baseline}",
             "TPOT, ms": both(decode, name, baseline, "tpot_s"),
             "TPOT": ratio(decode, name, baseline, "tpot_s"),
@@ -152,11 +157,11 @@ def rows_of(config: Config, rate: float) -> list[dict[str, str]]:
             f"TTFT of {LONG}": ratio(prefill, name, baseline, "ttft_s"),
             "tokens": same(decode, name, baseline),
         }
-        for name, baseline in RATIOS
+        for name, baseline in ratios
     ]
 
 
-def _measure(runs: Runs, prompt: str, count: int) -> dict[str, list[Generated]]:
+def _measure(runs: Runs, ratios: Sequence[tuple[str, str]], prompt: str, count: int) -> dict[str, list[Generated]]:
     request = GenerationRequest(prompt, max_new_tokens=count, chat=False, ignore_eos=True)
     flags = runs.flags(FLAGS)
     reference, echo = Reference(runs.spec("full", flags)), Echo(SLEEPS)
@@ -172,7 +177,7 @@ def _measure(runs: Runs, prompt: str, count: int) -> dict[str, list[Generated]]:
     arms: dict[str, Callable[[], Generated]] = {
         GENERATE: lambda: reference.run(prompt, count, chat=False),
         "echo": echoed,
-        **{name: partial(run, *arm) for name, arm in ARMS.items()},
+        **{name: partial(run, *ARMS[name]) for name in sorted({name for pair in ratios for name in pair} - {GENERATE})},
     }
     try:
         for arm in arms.values():

@@ -229,7 +229,7 @@ class LocalStage:
         ):
             out = self._forward(item)
         session.length = position + x.shape[1]
-        return StageOutput(out, self._timing(started, compiled))
+        return StageOutput(out, self._timing(out, started, compiled))
 
     def _forward(self, item: StageInput) -> torch.Tensor:
         session, arguments = item.session, item.session.settings.forward_arguments
@@ -251,13 +251,13 @@ class LocalStage:
             out = forward_packed(self.cut, x, parts, settings.forward_arguments)
         for item in batch:
             item.session.length = item.position + item.x.shape[1]
-        timings = chain([self._timing(started, compiled)], repeat(StageTiming({})))
+        timings = chain([self._timing(out[0], started, compiled)], repeat(StageTiming({})))
         return [StageOutput(own, timing) for own, timing in zip(out, timings, strict=False)]
 
-    def _timing(self, started: float, compiled: float) -> StageTiming:
-        """What was spent since `started`, once the device is done."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+    def _timing(self, out: torch.Tensor, started: float, compiled: float) -> StageTiming:
+        """What was spent since `started`, once `out` is there."""
+        if out.device.type != "cpu":
+            torch.accelerator.synchronize(out.device)
         spent = time.perf_counter() - started
         return StageTiming({self.word: spent}, compile_s=self._compile_seconds() - compiled)
 
