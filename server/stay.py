@@ -87,13 +87,13 @@ class Stay:
         size = codec.part_bytes(row)
         return [
             pb.ServerMessage(
-                result=pb.StepResult(
-                    sequence_id=step.sequence_id,
-                    step_id=step.step_id,
-                    position=position + start // row,
-                    hidden=codec.message(data[start : start + size], self._rows, self._hidden_size),
-                    more=start + size < len(data),
-                )
+                result={  # as in stream.py: no message that is copied into the other
+                    "sequence_id": step.sequence_id,
+                    "step_id": step.step_id,
+                    "position": position + start // row,
+                    "hidden": codec.message(data[start : start + size], self._rows, self._hidden_size),
+                    "more": start + size < len(data),
+                }
             ).SerializeToString()
             for start in range(0, len(data), size)
         ]

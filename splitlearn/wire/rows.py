@@ -4,9 +4,10 @@
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 
 from splitlearn.wire import trunk_pb2 as pb
 
@@ -50,14 +51,16 @@ class Plain:
 
     def to_bytes(self, x: torch.Tensor) -> bytes:
         """The values, converted where they have another dtype."""
-        return _raw(x.detach().to("cpu", self.dtype))
+        return _raw(x.to("cpu", self.dtype))
 
     def from_bytes(self, data: bytes, hidden_size: int) -> torch.Tensor:
         """The values in `dtype`.
 
         Bytes begin anywhere, and a float32 product rounds differently on memory that is not aligned as torch's is.
         """
-        return torch.frombuffer(bytearray(data), dtype=self.dtype).view(1, -1, hidden_size).clone()
+        x = torch.empty(1, len(data) // self.row_bytes(hidden_size), hidden_size, dtype=self.dtype)
+        memoryview(_array(x)).cast("B")[:] = data
+        return x
 
 
 @dataclass(frozen=True)
@@ -109,4 +112,10 @@ def _in_blocks(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _raw(x: torch.Tensor) -> bytes:
-    return x.contiguous().view(torch.uint8).numpy().tobytes()
+    return _array(x).tobytes()
+
+
+def _array(x: torch.Tensor) -> NDArray[Any]:
+    """The memory of `x`, on the CPU; numpy has no bfloat16, whose bits are taken for those of int16."""
+    array: NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+    return array
