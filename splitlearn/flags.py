@@ -195,9 +195,7 @@ def _needs_float32_on_cpu(place: Place) -> str | None:
 
 
 def _needs_compiler(place: Place) -> str | None:
-    if place.device == "cpu" and not place.has_compiler:
-        return "needs a C++ compiler (g++ or clang++) on this machine"
-    return None
+    return None if place.has_compiler else "needs a C++ compiler (g++ or clang++) on this machine"
 
 
 FLAGS: Mapping[str, Flag] = {

@@ -59,7 +59,7 @@ class Plain:
         Bytes begin anywhere, and a float32 product rounds differently on memory that is not aligned as torch's is.
         """
         x = torch.empty(1, len(data) // self.row_bytes(hidden_size), hidden_size, dtype=self.dtype)
-        memoryview(_array(x)).cast("B")[:] = data
+        _array(x).data.cast("B")[:] = data
         return x
 
 
