@@ -15,8 +15,9 @@ from transformers.cache_utils import DynamicCache
 
 from splitlearn import loading, process
 from splitlearn.arm import ArmSpec
+from splitlearn.local_stage import LocalStage
 from splitlearn.split import forward
-from splitlearn.stages import LocalStage, StageInput
+from splitlearn.stages import StageInput
 from splitlearn.wire.rows import Plain
 
 WARM_UP = 2

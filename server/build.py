@@ -17,11 +17,11 @@ from splitlearn.errors import InputError
 from splitlearn.flags import SIDES, Place, of_scope
 from splitlearn.kv import KVPool, bytes_per_token
 from splitlearn.loading import Placement
+from splitlearn.local_stage import LocalStage
 from splitlearn.process import default_threads, keep_heap_small
 from splitlearn.progress import Progress, Step
 from splitlearn.selection import availability, parse
 from splitlearn.split import SplitPlan
-from splitlearn.stages import LocalStage
 from splitlearn.store import ModelFiles
 from splitlearn.wire.codec import DTYPES
 

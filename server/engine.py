@@ -24,7 +24,8 @@ from server.seat import Job, Seat
 from splitlearn.errors import InputError, SplitlearnError, TrunkFailed, TrunkForgot, TrunkLate, as_error
 from splitlearn.finite import first_not_finite
 from splitlearn.flags import settings
-from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
+from splitlearn.local_stage import LocalSession, LocalStage
+from splitlearn.stages import StageInput, StageOutput
 from splitlearn.wire.codec import where_not_finite
 
 

@@ -10,7 +10,7 @@ import torch
 
 from server.admission import Place
 from splitlearn.errors import SplitlearnError
-from splitlearn.stages import LocalSession
+from splitlearn.local_stage import LocalSession
 
 # A client that takes so many times what it usually takes, and the slack, is not waited for any more.
 OVERDUE, SLACK_S, LONGEST_AWAY_S = 3.0, 0.005, 1.0

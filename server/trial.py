@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from splitlearn.stages import LocalStage, StageInput
+from splitlearn.local_stage import LocalStage
+from splitlearn.stages import StageInput
 
 # A forward with a piece of a prompt takes at most this many times what one of a single token takes.
 PROMPT_SHARE = 1.8

@@ -14,8 +14,9 @@ from splitlearn import loading
 from splitlearn.drafts import COUNTS
 from splitlearn.errors import InputError
 from splitlearn.loading import Placement
+from splitlearn.local_stage import LocalStage
 from splitlearn.selection import FAST, FAST_IN_ANY
-from splitlearn.stages import LocalStage, StageInput
+from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 

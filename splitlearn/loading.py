@@ -23,9 +23,9 @@ from splitlearn.blocks import LANES
 from splitlearn.errors import WeightsDamaged
 from splitlearn.families import join
 from splitlearn.flags import Settings, settings
+from splitlearn.local_stage import LocalStage
 from splitlearn.process import default_threads, resident_bytes, trim_heap
 from splitlearn.split import CutModel, SplitPlan, carve
-from splitlearn.stages import LocalStage
 from splitlearn.store import ALIGNMENT, ModelFiles
 
 # Layers that are linear and nothing else; what a family makes of them has a class of its own.

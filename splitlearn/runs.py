@@ -7,6 +7,7 @@ One arm runs at a time, since two at once on one machine measure each other. Wor
 `runs.warm_workers` or as memory allows, and have run a few tokens before anything of them is counted.
 """
 
+import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ CLOSE_TIMEOUT_S = 3.0
 # How long a trunk that compiles is waited for, where trunk.timeout_s is less: its first steps say nothing until all its
 # layers are compiled, which took 26 of them more than two minutes on two cores.
 COMPILE_TIMEOUT_S = 1800.0
+MOST_RESTARTS = 20
 # Memory that must be left, in sizes of the model's weights, before one more worker is kept: it may load a second copy.
 WEIGHTS_FREE = 6
 
@@ -229,8 +231,9 @@ class Runs:
     ) -> Iterator[Item]:
         """Run one arm: its events as they come, then its report. Each `copy` of the same arm has a worker of its own.
 
-        A run in which something was compiled is no measurement: it is repeated until nothing is, and its time counts
-        as compile time. Closing the iterator, or setting `cancelled`, ends the run.
+        A run in which something was compiled is no measurement: it is repeated until nothing is, MOST_RESTARTS times at
+        most (a trunk that others use may go on recording), and its time counts as compile time. Closing the iterator,
+        or setting `cancelled`, ends the run.
         """
         stop = cancelled or threading.Event()
         with self._lock:
@@ -313,7 +316,7 @@ class Runs:
         self, spec: ArmSpec, worker: Worker, request: GenerationRequest, stop: threading.Event
     ) -> Iterator[Item]:
         """The run that counts, and those before it in which something was compiled."""
-        while True:
+        for restarts in itertools.count():
             seen: list[Event | ArmEnd] = []
             for item in worker.generate(request, stop):
                 seen.append(item)
@@ -322,7 +325,7 @@ class Runs:
             compiled = compile_seconds(seen)
             worker.compile_s += compiled
             found = of_samples((item for item in seen if not isinstance(item, ArmEnd)), request.samples)
-            if compiled and not stop.is_set():
+            if compiled and restarts < MOST_RESTARTS and not stop.is_set():
                 yield Restarted()
                 continue
             end = next((item for item in seen if isinstance(item, ArmEnd)), None)

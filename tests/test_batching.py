@@ -20,7 +20,8 @@ from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
 from splitlearn.generate import Generator, Link
-from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
+from splitlearn.local_stage import LocalSession, LocalStage
+from splitlearn.stages import StageInput, StageOutput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory

@@ -8,8 +8,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from splitlearn import compiling, loading
+from splitlearn.local_stage import LocalStage
 from splitlearn.split import CutModel, eagerly, example, layers_of
-from splitlearn.stages import LocalStage, StageInput
+from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 

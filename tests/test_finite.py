@@ -9,7 +9,8 @@ from torch import nn
 
 from splitlearn import loading
 from splitlearn.finite import first_not_finite
-from splitlearn.stages import LocalSession, LocalStage, StageInput
+from splitlearn.local_stage import LocalSession, LocalStage
+from splitlearn.stages import StageInput
 from tests.conftest import TinyFactory
 from tests.trunk import PLAN
 

@@ -11,10 +11,11 @@ from splitlearn import flags, loading
 from splitlearn.errors import InputError
 from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.generate import Generator, Link
+from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.metrics import RunMetrics
 from splitlearn.sampling import SamplingParams
 from splitlearn.split import SplitPlan
-from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
+from splitlearn.stages import StageInput, StageOutput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory

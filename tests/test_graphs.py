@@ -10,9 +10,10 @@ import torch
 from splitlearn import graphs, loading
 from splitlearn.graphs import GraphRow
 from splitlearn.kv import KVPool, Run
+from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.one_row import Row
 from splitlearn.split import CutModel
-from splitlearn.stages import LocalSession, LocalStage, StageInput
+from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 from tests.recorder import record
@@ -118,29 +119,36 @@ def test_sessions_beside_each_other_do_not_see_each_other(tiny_model: TinyFactor
         _close(torch.cat(outs, dim=1), expected)
 
 
-def test_a_longer_session_gets_more_memory_and_shorter_ones_share_it(tiny_model: TinyFactory) -> None:
+def test_a_session_lies_where_an_earlier_one_did_and_not_where_one_is(tiny_model: TinyFactory) -> None:
     stage = _replayed(_stage(tiny_model(), SPECS[0], "cpu"), "cpu")
-    short = stage.open(FLAGS, 10)
-    at = _place(short)
-    short.close()
-    assert _place(stage.open(FLAGS, 20)) == at, "what was given back is handed out again"
-    beside, long = stage.open(FLAGS, 10), stage.open(FLAGS, 400)
-    places = {at, _place(beside), _place(long)}
-    assert len(places) == 3, "what is in use is not"
+    first = stage.open(FLAGS, 10)
+    at = _place(first)
+    beside = stage.open(FLAGS, 10)
+    assert _place(beside) != at
+    first.close()
+    beside.close()
+    long = stage.open(FLAGS, 700)
+    at = _place(long)
     long.close()
-    assert _place(stage.open(FLAGS, 10)) == _place_of(places, at, beside)
+    first, beside = stage.open(FLAGS, 20), stage.open(FLAGS, 10)
+    assert _place(first) == at != _place(beside)
+
+
+def test_samples_lie_where_earlier_ones_did(tiny_model: TinyFactory) -> None:
+    stage = _replayed(_stage(tiny_model(), SPECS[0], "cpu"), "cpu")
+    places = []
+    for _ in range(2):
+        sessions = stage.open_together(FLAGS, 20, 3)
+        places.append([_place(session) for session in sessions])
+        for session in sessions:
+            session.close()
+    assert places[0] == places[1] and len(set(places[0])) == 3
 
 
 def _place(session: LocalSession) -> int:
     assert session.cache is not None
     place: int = session.cache.layers[0].keys.data_ptr()
     return place
-
-
-def _place_of(places: set[int], first: int, beside: LocalSession) -> int:
-    """The place that is neither of the two."""
-    (found,) = places - {first, _place(beside)}
-    return found
 
 
 def test_a_stage_that_asks_for_a_value_is_left_as_it_is(tiny_model: TinyFactory) -> None:

@@ -9,9 +9,9 @@ from transformers.cache_utils import Cache
 from splitlearn import caches, loading, one_row
 from splitlearn.block_linear import BlockLinear
 from splitlearn.kv import KVPool, KVShape
+from splitlearn.local_stage import LocalStage
 from splitlearn.one_row import Row
 from splitlearn.split import CutModel, body_of, forward, layers_of
-from splitlearn.stages import LocalStage
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 

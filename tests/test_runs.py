@@ -16,7 +16,7 @@ from splitlearn.errors import InputError, TrunkUnavailable, WorkerDied
 from splitlearn.events import Done, GenerationRequest, TokenEvent
 from splitlearn.lab.fingerprint import trunk_pid
 from splitlearn.progress import silent
-from splitlearn.runs import ArmReport, Item, Runs
+from splitlearn.runs import MOST_RESTARTS, ArmReport, Item, Restarted, Runs
 from splitlearn.sampling import SamplingParams
 from splitlearn.selection import FlagSet
 from splitlearn.store import ModelFiles
@@ -51,6 +51,15 @@ def report(runs: Runs, kind: Kind, request: GenerationRequest = SHORT, flags: Fl
     *_, last = runs.stream(kind, flags, request)
     assert isinstance(last, ArmReport)
     return last
+
+
+def test_a_run_in_which_something_is_compiled_each_time_counts_in_the_end(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitlearn.runs.compile_seconds", lambda seen: 1.0)
+    *items, last = runs.stream("full", FLAGS, SHORT)
+    assert sum(isinstance(item, Restarted) for item in items) == MOST_RESTARTS
+    assert isinstance(last, ArmReport) and last.compile_s >= 1.0 + MOST_RESTARTS
 
 
 def interrupted(runs: Runs, kind: Kind, hit: Callable[[], object], flags: FlagSet = FLAGS) -> Iterator[Item]:

@@ -15,11 +15,11 @@ from splitlearn.errors import InputError, TrunkFull
 from splitlearn.events import Done, Event, GenerationRequest, TokenEvent
 from splitlearn.flags import settings
 from splitlearn.generate import Generator, Link
+from splitlearn.local_stage import LocalStage
 from splitlearn.metrics import RunMetrics, first_difference, of_samples, tps_of_all
 from splitlearn.remote import RemoteSession, RemoteStage
 from splitlearn.sampling import SEEDS, SamplingParams
 from splitlearn.split import SplitPlan
-from splitlearn.stages import LocalStage
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory

@@ -9,7 +9,7 @@ from splitlearn.flags import FLAGS, SIDES, Place, Side
 from splitlearn.selection import PRESETS, FlagSet, availability, parse
 
 HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one tokenizer", has_compiler=True)))
-UNAVAILABLE = {"use_fast", "cudnn_benchmark", "draft_model"}
+UNAVAILABLE = {"use_fast", "cudnn_benchmark", "cuda_graph", "draft_model"}
 
 
 def of(side: Side) -> frozenset[str]:
@@ -64,6 +64,15 @@ def test_another_choice_of_a_flag_is_kept_and_its_off_choice_leaves_it_out() -> 
 def test_what_cannot_be_meant_is_refused_by_name(words: str, named: str) -> None:
     with pytest.raises(InputError, match=named):
         parse(words, HERE)
+
+
+def test_on_a_gpu_tokens_are_recorded_at_first_and_what_is_for_a_cpu_is_not_applied() -> None:
+    there = availability(dict.fromkeys(SIDES, Place("cuda:0", has_compiler=True)))
+    default, fast = parse("default", there), parse("fast-gpu", there)
+    for side in SIDES:
+        assert "cuda_graph" in default.of(side) and "weight_prepack" not in default.of(side)
+        assert {"cuda_graph", "torch_compile"} <= fast.of(side)
+    assert not parse("fast-gpu", HERE).full & {"cuda_graph"}
 
 
 def test_presets_name_the_flags_of_the_earlier_system() -> None:

@@ -14,9 +14,9 @@ from splitlearn import loading
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
 from splitlearn.generate import Generator, Link
+from splitlearn.local_stage import LocalStage
 from splitlearn.remote import RemoteStage
 from splitlearn.sampling import SamplingParams
-from splitlearn.stages import LocalStage
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory

@@ -15,8 +15,9 @@ from splitlearn.arm import ArmSpec
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.events import GenerationRequest
 from splitlearn.load.plan import Asked
+from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.progress import Progress, Step
-from splitlearn.stages import LocalSession, LocalStage, StageInput, StageOutput
+from splitlearn.stages import StageInput, StageOutput
 from splitlearn.wire.rows import Plain
 
 

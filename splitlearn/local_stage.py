@@ -1,0 +1,234 @@
+"""A stage that computes in this process: a cut model, its sessions' caches, and how a step is taken.
+
+One token can be taken through all of a stage in one call, by what a flag has put there (`Row`); steps of several
+sessions can share a forward, where their caches lie in one pool (packed.py).
+"""
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain, repeat
+
+import torch
+from transformers.cache_utils import Cache
+
+from splitlearn import caches
+from splitlearn.caches import ReservedCache
+from splitlearn.errors import FamilyRefused, InputError
+from splitlearn.events import StageTiming
+from splitlearn.flags import Settings
+from splitlearn.flags import settings as settings_of
+from splitlearn.kv import KVPool, KVShape, PooledCache, Run, shapes_of
+from splitlearn.one_row import Row
+from splitlearn.packable import agrees
+from splitlearn.packed import Packed, forward_packed
+from splitlearn.split import CutModel, example, forward
+from splitlearn.stages import StageInput, StageOutput
+from splitlearn.threads import computing_on, computing_one_token
+
+KEPT_BLOCK = 256
+"""Tokens by which memory that is kept for later sessions grows."""
+
+
+@dataclass
+class LocalSession:
+    """A session's cache and what its flags ask of each step. `length` counts the tokens that the cache holds."""
+
+    cache: Cache | None
+    settings: Settings
+    max_length: int
+    length: int = 0
+    release: Callable[[], None] | None = None
+    """What gives the cache's memory to later sessions, where somebody keeps it for them."""
+
+    @property
+    def recomputes(self) -> bool:
+        """True without a cache."""
+        return self.cache is None
+
+    def branch(self, other: "LocalSession", tokens: int) -> None:
+        """Copy the cache."""
+        if other.cache is None:
+            return
+        with self.settings.gradient_guard(), computing_on(1):
+            if isinstance(self.cache, ReservedCache) and isinstance(other.cache, ReservedCache):
+                self.cache.begin_with(other.cache, tokens)
+                self.length = tokens
+            else:
+                self.cache, self.length = copy.deepcopy(other.cache), other.length
+                _make_room(self, tokens, 0)
+
+    def close(self) -> None:
+        """Drop the cache."""
+        if self.release is not None:
+            self.release()
+        self.cache, self.length, self.max_length, self.release = None, 0, 0, None
+
+
+@dataclass(frozen=True)
+class LocalStage:
+    """A cut model on a device of this process. `word` is the ledger's name for its time."""
+
+    cut: CutModel
+    word: str
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+    row_threads: int
+    """Threads for a step of one token; longer steps have those of the process."""
+    precision: str
+    """torch's float32_matmul_precision in this process, in which longer steps are computed."""
+    row: Row | None = None
+    """What takes one token through the stage, where it can, in place of the model's forward."""
+
+    def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
+        """A new session; a cache is made only when the flags keep one."""
+        settings, layers = settings_of(applied), self.cut.end - self.cut.start
+        if self._keeps_places(settings):
+            return self._opened_at_kept_places(settings, max_length, 1)[0]
+        cache = settings.new_cache(layers, max_length) if settings.new_cache else None
+        return LocalSession(cache, settings, max_length)
+
+    def _keeps_places(self, settings: Settings) -> bool:
+        """Whether sessions should lie where earlier ones did: for them something is recorded there."""
+        recorded = self.row is not None and self.row.recorded
+        return recorded and settings.new_cache is caches.reserved and self._pools()
+
+    def _opened_at_kept_places(self, settings: Settings, max_length: int, count: int) -> list[LocalSession]:
+        """Sessions beside each other in memory that is kept for others, which is made anew where it is too small."""
+        room = -(-max_length // KEPT_BLOCK) * KEPT_BLOCK
+        pool = next((pool for pool in self._kept if pool.fits(room * count)), None)
+        if pool is None:
+            pool = self.pool(room * count // KEPT_BLOCK, KEPT_BLOCK)
+            self._kept[:] = [pool]
+        runs = [run for _ in range(count) if (run := pool.reserve(room))]
+        return [LocalSession(pool.cache(run), settings, max_length, release=partial(pool.release, run)) for run in runs]
+
+    def open_together(self, applied: frozenset[str], max_length: int, count: int) -> list[LocalSession]:
+        """Sessions whose steps can be one forward, where the flags reserve the cache and the layers permit it."""
+        settings = settings_of(applied)
+        if settings.new_cache is not caches.reserved or not self.packs(applied):
+            return [self.open(applied, max_length) for _ in range(count)]
+        if self._keeps_places(settings):
+            return self._opened_at_kept_places(settings, max_length, count)
+        pool = self.pool(count, max_length)
+        runs = [Run(at * max_length, max_length) for at in range(count)]
+        return [LocalSession(pool.cache(run), settings, max_length) for run in runs]
+
+    def packs(self, applied: frozenset[str]) -> bool:
+        """Whether sessions with the flags `applied` can share a forward: tried once."""
+        if applied not in self._tried:
+            self._tried[applied] = self._pools() and agrees(
+                self.cut, self.pool(4, 4), self._example, settings_of(applied)
+            )
+        return self._tried[applied]
+
+    def _pools(self) -> bool:
+        """Whether there are layers here, and they keep what can lie in a pool."""
+        try:
+            return bool(self.kv_shapes)
+        except FamilyRefused:
+            return False
+
+    def pool(self, n_blocks: int, block_tokens: int) -> KVPool:
+        """KV memory for this stage's layers. Raises FamilyRefused where they keep something else."""
+        return KVPool(self.kv_shapes, n_blocks, block_tokens, self.dtype, self.device)
+
+    @cached_property
+    def kv_shapes(self) -> list[tuple[KVShape, KVShape]]:
+        """What each layer keeps of a token. Raises FamilyRefused where that is not keys and values."""
+        return shapes_of(self.cut, self._example[:, :1])
+
+    @cached_property
+    def _example(self) -> torch.Tensor:
+        """Something to try the stage with: 8 token ids, or as many rows of a hidden state."""
+        return example(self.cut, 8)
+
+    @cached_property
+    def _kept(self) -> list[KVPool]:
+        return []
+
+    @cached_property
+    def _tried(self) -> dict[frozenset[str], bool]:
+        return {}
+
+    def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        """One step of each session; of several in one forward where their caches lie in one pool, for which their flags
+        are the same. Raises InputError for a position beyond the cached length or too many tokens."""
+        if len(batch) > 1 and all(isinstance(item.session.cache, PooledCache) for item in batch):
+            return self._packed(batch)
+        return [self._step(item) for item in batch]
+
+    def _step(self, item: StageInput) -> StageOutput:
+        session, position, x = item.session, item.position, item.x
+        started, compiled = time.perf_counter(), self._compile_seconds()
+        _make_room(session, position, x.shape[1])
+        alone = x.shape[1] == 1 and self.device.type == "cpu"
+        with (
+            computing_one_token(self.row_threads, self.precision) if alone else nullcontext(),
+            session.settings.gradient_guard(),
+        ):
+            out = self._forward(item)
+        session.length = position + x.shape[1]
+        return StageOutput(out, self._timing(out, started, compiled))
+
+    def _forward(self, item: StageInput) -> torch.Tensor:
+        session, arguments = item.session, item.session.settings.forward_arguments
+        if self.row is not None and not arguments:
+            out = self.row(item.x, item.position, session.cache)
+            if out is not None:
+                return out
+        x = item.x.to(self.device)
+        return forward(self.cut, x, item.position, session.cache, logits_to_keep=item.logits, arguments=arguments)
+
+    def _packed(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        started, compiled = time.perf_counter(), self._compile_seconds()
+        for item in batch:
+            _make_room(item.session, item.position, item.x.shape[1])
+        parts = [Packed(item.session.cache, item.position, item.x.shape[1], item.logits) for item in batch]
+        settings = batch[0].session.settings
+        with settings.gradient_guard():
+            x = torch.cat([item.x for item in batch], dim=1).to(self.device)
+            out = forward_packed(self.cut, x, parts, settings.forward_arguments)
+        for item in batch:
+            item.session.length = item.position + item.x.shape[1]
+        timings = chain([self._timing(out[0], started, compiled)], repeat(StageTiming({})))
+        return [StageOutput(own, timing) for own, timing in zip(out, timings, strict=False)]
+
+    def _timing(self, out: torch.Tensor, started: float, compiled: float) -> StageTiming:
+        """What was spent since `started`, once `out` is there."""
+        if out.device.type != "cpu":
+            torch.accelerator.synchronize(out.device)
+        spent = time.perf_counter() - started
+        return StageTiming({self.word: spent}, compile_s=self._compile_seconds() - compiled)
+
+    def _compile_seconds(self) -> float:
+        """Seconds that this process has spent in torch.compile so far, if this stage is compiled, and in making what
+        takes one token through it."""
+        row = 0.0 if self.row is None else self.row.compile_s
+        return row + (compile_seconds() if self.cut.compiled else 0.0)
+
+
+def _make_room(session: LocalSession, position: int, tokens: int) -> None:
+    """Roll the cache back to `position`; refuse a gap, a missing prefix and a step that does not fit."""
+    kept = 0 if session.cache is None else session.length
+    if not 0 <= position <= kept:
+        raise InputError("position", position, f"a whole number from 0 to {kept}, the cached length")
+    if position + tokens > session.max_length:
+        raise InputError("position", position, f"at most {session.max_length} tokens in all, as the session was opened")
+    if session.cache is not None and position < session.length:
+        session.cache.crop(position - session.length)
+        session.length = position  # what is tried again, alone, must not be cropped again
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent in torch.compile so far; 0 when nothing was ever compiled."""
+    if "torch._dynamo.utils" not in sys.modules:
+        return 0.0
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent().get("total_wall_time", 0.0))
