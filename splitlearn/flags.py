@@ -320,8 +320,9 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "cuda_graph",
             "cuda_graph",
-            "The kernels of one token's step are recorded once for a place in memory, and replayed in one call. Keys "
-            "and values lie in reserved memory (cache). The time that a recording takes is shown as compile time.",
+            "The kernels of one token's step are recorded once for a place in memory, and replayed in one call, if the "
+            "layers permit it, which is tried. Keys and values lie in reserved memory (cache). The time that a "
+            "recording takes is shown as compile time.",
             "Each kernel is launched by itself.",
             _on(one_row=graphs.of),
             fidelity="rounding",

@@ -2,9 +2,9 @@
 
 A recording knows nothing but addresses. The token and its position it reads from memory where they are put before each
 replay; keys and values lie where the session's are for which it was made, so that it serves every later session at that
-place: a trunk's pool hands out the same blocks again, and a local stage keeps its memory (local_stage.py). It attends to a
-window of that memory, masked behind the token's position. Windows double as the context grows, each with a recording
-of its own.
+place: a trunk's pool hands out the same blocks again, and a local stage keeps its memory (local_stage.py). It attends
+to a window of that memory, masked behind the token's position. Windows double as the context grows, each with a
+recording of its own.
 
 What goes in and out crosses in pinned memory, within the recording: a hidden state is on the host after a replay, while
 logits stay on the device, where the sampler looks for the largest.
