@@ -40,7 +40,7 @@ PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
         _on_every_side(FAST_FLOAT32),
     ),
     "fast-gpu": (
-        "The fastest on a GPU, on every side: stages are compiled (minutes), and one token's step is a recording.",
+        "The fastest on a GPU, on every side: stages are compiled, and one token's step is a recording.",
         _on_every_side(FAST_GPU),
     ),
     "earlier-full": (
