@@ -15,6 +15,7 @@ from splitlearn import loading, models
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import InputError
 from splitlearn.flags import SIDES, Place, of_scope
+from splitlearn.graphs import LEAST_WINDOW
 from splitlearn.kv import KVPool, bytes_per_token
 from splitlearn.loading import Placement
 from splitlearn.local_stage import LocalStage
@@ -81,12 +82,15 @@ def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> 
 
 def _pool(stage: LocalStage, server: ServerConfig) -> KVPool:
     """The KV memory that the settings allow. Raises InputError for a budget below one block."""
-    block = bytes_per_token(stage.kv_shapes, stage.dtype) * server.kv_block_tokens
+    recorded = stage.row is not None and stage.row.recorded
+    # A recording attends to a window of a session's memory: sessions of like lengths should have like windows.
+    tokens = -(-server.kv_block_tokens // LEAST_WINDOW) * LEAST_WINDOW if recorded else server.kv_block_tokens
+    block = bytes_per_token(stage.kv_shapes, stage.dtype) * tokens
     budget = server.kv_bytes or max(block, int(KV_SHARE * _free_bytes(stage.device)))
     if budget < block:
-        limit = f"at least {block}, the bytes of a block of {server.kv_block_tokens} tokens (server.kv_block_tokens)"
+        limit = f"at least {block}, the bytes of a block of {tokens} tokens (server.kv_block_tokens)"
         raise InputError("server.kv_bytes", budget, limit)
-    return stage.pool(budget // block, server.kv_block_tokens)
+    return stage.pool(budget // block, tokens)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -79,7 +79,7 @@ class Engine:
         keeps = settings(applied).new_cache is not None
         place = self._admission.enter(max_length if keeps else 0, timeout_s, when_gone)
         cache = self._admission.pool.cache(place.run) if place.run else None
-        seat = Seat(LocalSession(cache, settings(applied), max_length), applied, place)
+        seat = Seat(LocalSession(cache, settings(applied), max_length, shares=self.packs), applied, place)
         with self._arrived:
             self._seats.append(seat)
         return seat

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from splitlearn.split import LAYER_NUMBERS, CutModel, example, forward, layers_of
+from splitlearn.split import COMPILED, LAYER_NUMBERS, CutModel, example, forward, layers_of
 
 TRIED = (3, 1)
 """Tokens of the steps that a stage is tried with."""
@@ -38,25 +38,29 @@ def compile_stage(cut: CutModel) -> None:
 
 def compile_whole(cut: CutModel) -> None:
     """Compile what the stage's module does, all layers in a row."""
-    _compile(cut.module)
+    _compile(cut, [cut.module])
 
 
 def compile_by_layers(cut: CutModel) -> None:
     """Compile each layer by itself; the whole stage where its layers need their number."""
     layers = list(layers_of(cut))
-    for module in layers if len(layers) > 1 and _become_alike(cut, layers) else [cut.module]:
-        _compile(module)
+    _compile(cut, layers if len(layers) > 1 and _become_alike(cut, layers) else [cut.module])
 
 
-def _compile(module: nn.Module) -> None:
-    """Its forward alone: hooks, which are not alike, stay outside."""
+def _compile(cut: CutModel, modules: Sequence[nn.Module]) -> None:
+    """The forwards of `modules` alone: hooks, which are not alike, stay outside."""
     torch._dynamo.config.recompile_limit = max(MOST_VARIANTS, torch._dynamo.config.recompile_limit)
-    module.forward = torch.compile(module.forward, dynamic=True)
+    for module in modules:
+        module.forward = torch.compile(module.forward, dynamic=True)
+    setattr(cut.module, COMPILED, True)
 
 
 def _become_alike(cut: CutModel, layers: Sequence[nn.Module]) -> bool:
     """Give all layers the number 0 and a cache of their own; undone where the outputs are not the same then."""
-    before = _tried(cut)
+    try:
+        before = _tried(cut)
+    except Exception:  # layers that keep something else than keys and values
+        return False
     undo: list[Callable[[], object]] = []
     for number, layer in enumerate(layers):
         undo.append(layer.register_forward_pre_hook(partial(_hand_own, number), with_kwargs=True).remove)

@@ -22,8 +22,6 @@ from splitlearn.tokens import Tokens
 
 # Of a model that names no limit.
 LONGEST = 4096
-# The flags of the draft model by the kind of its device; FAST_IN_ANY elsewhere.
-FASTEST = {"cpu": FAST, "cuda": f"{FAST_IN_ANY},cuda_graph"}
 
 
 def check_vocabulary(draft: ModelFiles, files: ModelFiles) -> None:
@@ -38,7 +36,7 @@ def check_vocabulary(draft: ModelFiles, files: ModelFiles) -> None:
 def load(files: ModelFiles, placement: Placement) -> tuple[Callable[[], "DraftModel"], float]:
     """Load the draft model whole: what makes a proposer for each answer, and the seconds that loading took. Raises as
     `loading.load`."""
-    applied = frozenset(FASTEST.get(placement.device.type, FAST_IN_ANY).split(","))
+    applied = frozenset((FAST if placement.device.type == "cpu" else FAST_IN_ANY).split(","))
     loaded = loading.load(files, loading.full_specs(files.n_layers), applied, placement)
     size = Tokens.load(files.folder, use_fast=True).size
     longest = files.facts.context_length or LONGEST

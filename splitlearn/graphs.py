@@ -13,6 +13,7 @@ Whether a stage can be recorded it shows itself: two tokens are replayed at its 
 come out as from the stage's own forward, or where the forward asks the device for a value, the stage is left as it is.
 """
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,35 +27,37 @@ from splitlearn.kv import KVPool, Run, shapes_of
 from splitlearn.one_row import Row
 from splitlearn.split import CutModel, body_of, eagerly, example, forward
 
+log = logging.getLogger(__name__)
 Body = Callable[[], torch.Tensor]
 Record = Callable[[Body], Body]
 """Makes of what computes a tensor what computes it again, into the same memory."""
 LEAST_WINDOW = 256
+"""Tokens; memory that is given to sessions one after the other is in blocks of as many."""
 MOST_RECORDINGS = 64
-# The first run of a compiled stage compiles, and cuBLAS sets memory aside in its first.
-WARM_UPS = 2
 TRIED_TOKENS = 8
 
 
 def of(cut: CutModel, record: Record | None = None) -> Row | None:
-    """What replays one token through the stage; None where it cannot be recorded."""
-    row = GraphRow(cut, record or on_cuda())
+    """What replays one token through the stage; None, and a warning, where it cannot be recorded."""
+    row = GraphRow(cut, record or on_cuda(example(cut, 1).device))
     return row if row.agrees() else None
 
 
-def on_cuda() -> Record:
+def on_cuda(device: torch.device) -> Record:
     """Recordings by CUDA. All share their intermediate memory: one is replayed at a time."""
     memory = torch.cuda.graph_pool_handle()
 
     def record(body: Body) -> Body:
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        # Other threads of a trunk may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            out = body()
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            torch.cuda.synchronize()
+            # Other threads of a trunk may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+                out = body()
 
         def replay() -> torch.Tensor:
-            graph.replay()
+            with torch.cuda.device(device):
+                graph.replay()
             return out
 
         return replay
@@ -74,7 +77,8 @@ class GraphRow:
         # The windows stay with what was recorded for them: no other memory can come to lie where they do.
         self._recordings: OrderedDict[tuple[int, int], tuple[Cache, Body]] = OrderedDict()
         self._clean: WeakSet[ReservedCache] = WeakSet()
-        token, device = example(cut, 1), example(cut, 1).device
+        token = example(cut, 1)
+        device = token.device
         width, self._dtype = body_of(cut).config.get_text_config().hidden_size, next(cut.module.parameters()).dtype
         self._in = _Crossing(token.shape, token.dtype, device)
         self._position = _Crossing(torch.Size(), torch.long, device)
@@ -93,7 +97,7 @@ class GraphRow:
         if self._out is None:
             return out.clone()
         if out.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(out.device).synchronize()
         return self._out.host.clone()
 
     def agrees(self) -> bool:
@@ -109,12 +113,22 @@ class GraphRow:
                 for at in range(begun, TRIED_TOKENS):
                     token = x[:, at : at + 1]
                     own, found = forward(self._cut, token, at, one), self(token, at, other)
-        except Exception:  # whatever the layers raise, they cannot
+        except Exception as error:  # whatever the layers raise, they cannot
+            log.warning("The layers [%d, %d) are not recorded: %s", self._cut.start, self._cut.end, error)
             return False
-        self.compile_s = 0.0
-        return found is not None and torch.allclose(
+        # While one recording is there the memory that all share is, too.
+        self._first, self.compile_s = dict(self._recordings), 0.0
+        self.forget()
+        same = found is not None and torch.allclose(
             own.cpu(), found.cpu(), rtol=near, atol=near * float(own.abs().max())
         )
+        if not same:
+            log.warning("The layers [%d, %d) are not recorded: a replay differs", self._cut.start, self._cut.end)
+        return same
+
+    def forget(self) -> None:
+        """Drop all recordings, and with them the memory for which they were made."""
+        self._recordings.clear()
 
     def _replay(self, cache: ReservedCache, position: int) -> torch.Tensor:
         """The recording for the cache's place and its window, made if there is none."""
@@ -135,9 +149,9 @@ class GraphRow:
             out = forward(self._cut, x, position, windows, logits_to_keep=1)
             return out if self._out is None else self._out.taken(out)
 
-        for _ in range(WARM_UPS):
-            body()
+        body()  # compiles where the stage is compiled, which is counted there
         began = time.perf_counter()
+        body()
         recorded = self._record(body)
         self.compile_s += time.perf_counter() - began
         return recorded

@@ -22,16 +22,14 @@ from splitlearn.errors import FamilyRefused, InputError
 from splitlearn.events import StageTiming
 from splitlearn.flags import Settings
 from splitlearn.flags import settings as settings_of
-from splitlearn.kv import KVPool, KVShape, PooledCache, Run, shapes_of
+from splitlearn.graphs import LEAST_WINDOW
+from splitlearn.kv import KVPool, KVShape, shapes_of
 from splitlearn.one_row import Row
 from splitlearn.packable import agrees
 from splitlearn.packed import Packed, forward_packed
 from splitlearn.split import CutModel, example, forward
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.threads import computing_on, computing_one_token
-
-KEPT_BLOCK = 256
-"""Tokens by which memory that is kept for later sessions grows."""
 
 
 @dataclass
@@ -42,6 +40,8 @@ class LocalSession:
     settings: Settings
     max_length: int
     length: int = 0
+    shares: bool = False
+    """Whether its steps can share a forward with those of others in its pool."""
     release: Callable[[], None] | None = None
     """What gives the cache's memory to later sessions, where somebody keeps it for them."""
 
@@ -89,35 +89,49 @@ class LocalStage:
         """A new session; a cache is made only when the flags keep one."""
         settings, layers = settings_of(applied), self.cut.end - self.cut.start
         if self._keeps_places(settings):
-            return self._opened_at_kept_places(settings, max_length, 1)[0]
+            return self._opened_in(self._kept_pool(max_length, 1), settings, max_length, 1, shares=False)[0]
         cache = settings.new_cache(layers, max_length) if settings.new_cache else None
         return LocalSession(cache, settings, max_length)
+
+    def open_together(self, applied: frozenset[str], max_length: int, count: int) -> list[LocalSession]:
+        """Sessions whose steps can be one forward, where the flags reserve the cache and the layers permit it."""
+        settings = settings_of(applied)
+        shares = settings.new_cache is caches.reserved and self.packs(applied)
+        if self._keeps_places(settings):
+            return self._opened_in(self._kept_pool(max_length, count), settings, max_length, count, shares=shares)
+        if shares:
+            return self._opened_in(self.pool(count, max_length), settings, max_length, count, shares=True)
+        return [self.open(applied, max_length) for _ in range(count)]
 
     def _keeps_places(self, settings: Settings) -> bool:
         """Whether sessions should lie where earlier ones did: for them something is recorded there."""
         recorded = self.row is not None and self.row.recorded
         return recorded and settings.new_cache is caches.reserved and self._pools()
 
-    def _opened_at_kept_places(self, settings: Settings, max_length: int, count: int) -> list[LocalSession]:
-        """Sessions beside each other in memory that is kept for others, which is made anew where it is too small."""
-        room = -(-max_length // KEPT_BLOCK) * KEPT_BLOCK
-        pool = next((pool for pool in self._kept if pool.fits(room * count)), None)
+    def _kept_pool(self, max_length: int, count: int) -> KVPool:
+        """Memory with room for `count` sessions, kept for later ones; where it is too small, twice as much is made in
+        its place."""
+        needed = count * -(-max_length // LEAST_WINDOW) * LEAST_WINDOW
+        pool = next((pool for pool in self._kept if pool.fits(needed)), None)
         if pool is None:
-            pool = self.pool(room * count // KEPT_BLOCK, KEPT_BLOCK)
+            pool = self.pool((1 << (needed - 1).bit_length()) // LEAST_WINDOW, LEAST_WINDOW)
             self._kept[:] = [pool]
-        runs = [run for _ in range(count) if (run := pool.reserve(room))]
-        return [LocalSession(pool.cache(run), settings, max_length, release=partial(pool.release, run)) for run in runs]
+            if self.row is not None:
+                self.row.forget()
+        return pool
 
-    def open_together(self, applied: frozenset[str], max_length: int, count: int) -> list[LocalSession]:
-        """Sessions whose steps can be one forward, where the flags reserve the cache and the layers permit it."""
-        settings = settings_of(applied)
-        if settings.new_cache is not caches.reserved or not self.packs(applied):
-            return [self.open(applied, max_length) for _ in range(count)]
-        if self._keeps_places(settings):
-            return self._opened_at_kept_places(settings, max_length, count)
-        pool = self.pool(count, max_length)
-        runs = [Run(at * max_length, max_length) for at in range(count)]
-        return [LocalSession(pool.cache(run), settings, max_length) for run in runs]
+    def _opened_in(
+        self, pool: KVPool, settings: Settings, max_length: int, count: int, *, shares: bool
+    ) -> list[LocalSession]:
+        """Sessions beside each other in `pool`, which has room for them."""
+        sessions = []
+        for _ in range(count):
+            run = pool.reserve(max_length)
+            if run is None:
+                raise ValueError(f"no room for {count} sessions of {max_length} tokens")
+            release = partial(pool.release, run)
+            sessions.append(LocalSession(pool.cache(run), settings, max_length, shares=shares, release=release))
+        return sessions
 
     def packs(self, applied: frozenset[str]) -> bool:
         """Whether sessions with the flags `applied` can share a forward: tried once."""
@@ -157,9 +171,9 @@ class LocalStage:
         return {}
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """One step of each session; of several in one forward where their caches lie in one pool, for which their flags
-        are the same. Raises InputError for a position beyond the cached length or too many tokens."""
-        if len(batch) > 1 and all(isinstance(item.session.cache, PooledCache) for item in batch):
+        """One step of each session; of several in one forward where they can share it, for which their flags are the
+        same. Raises InputError for a position beyond the cached length or too many tokens."""
+        if len(batch) > 1 and all(item.session.shares for item in batch):
             return self._packed(batch)
         return [self._step(item) for item in batch]
 

@@ -29,6 +29,9 @@ class Row(Protocol):
     compile_s: float
     """Seconds that sessions have waited for it to be made, so far."""
 
+    def forget(self) -> None:
+        """Drop what is made for places in memory: there will be others."""
+
     def __call__(self, x: torch.Tensor, position: int, cache: Cache | None) -> torch.Tensor | None:
         """What `split.forward` would give for one token, and the cache has the token then; None where it cannot."""
 
@@ -65,6 +68,9 @@ class _OneRow:
     """
 
     recorded, compile_s = False, 0.0
+
+    def forget(self) -> None:
+        """It knows no places."""
 
     def __init__(self, cut: CutModel, layers: Sequence[Any]) -> None:
         body, first = body_of(cut), layers[0]

@@ -20,7 +20,7 @@ from splitlearn import draft_model, models
 from splitlearn.arm import ArmEnd, ArmSpec, Kind
 from splitlearn.config import Config, serving
 from splitlearn.embedded import EmbeddedTrunk, Server
-from splitlearn.errors import InputError
+from splitlearn.errors import InputError, WorkFailed
 from splitlearn.events import Event, GenerationRequest
 from splitlearn.families import no_roll_back
 from splitlearn.flags import SIDES, Place, of_scope
@@ -46,6 +46,7 @@ CLOSE_TIMEOUT_S = 3.0
 # layers are compiled, which took 26 of them more than two minutes on two cores.
 COMPILE_TIMEOUT_S = 1800.0
 MOST_RESTARTS = 20
+ASIDE = "A trunk that others use may go on recording for them: leave cuda_graph out there (trunk: in --flags)."
 # Memory that must be left, in sizes of the model's weights, before one more worker is kept: it may load a second copy.
 WEIGHTS_FREE = 6
 
@@ -231,9 +232,9 @@ class Runs:
     ) -> Iterator[Item]:
         """Run one arm: its events as they come, then its report. Each `copy` of the same arm has a worker of its own.
 
-        A run in which something was compiled is no measurement: it is repeated until nothing is, MOST_RESTARTS times at
-        most (a trunk that others use may go on recording), and its time counts as compile time. Closing the iterator,
-        or setting `cancelled`, ends the run.
+        A run in which something was compiled is no measurement: it is repeated until nothing is, and its time counts
+        as compile time. Raises WorkFailed after MOST_RESTARTS of them. Closing the iterator, or setting `cancelled`,
+        ends the run.
         """
         stop = cancelled or threading.Event()
         with self._lock:
@@ -325,7 +326,9 @@ class Runs:
             compiled = compile_seconds(seen)
             worker.compile_s += compiled
             found = of_samples((item for item in seen if not isinstance(item, ArmEnd)), request.samples)
-            if compiled and restarts < MOST_RESTARTS and not stop.is_set():
+            if compiled and not stop.is_set():
+                if restarts == MOST_RESTARTS:
+                    raise WorkFailed(f"{1 + restarts} runs in a row compiled something: nothing is measured. {ASIDE}")
                 yield Restarted()
                 continue
             end = next((item for item in seen if isinstance(item, ArmEnd)), None)

@@ -27,8 +27,8 @@ from splitlearn.errors import InputError
 from splitlearn.families import Structure, join, structure_of
 
 DEFAULT_MARGIN = 2
-COMPILED = "_torchdynamo_orig_callable"
-"""What torch.compile leaves at the functions that it gives back."""
+COMPILED = "_stage_is_compiled"
+"""The attribute by which a module says so (compiling.py)."""
 LAYER_NUMBERS = ("layer_idx", "layer_id")
 """Attributes by which a layer knows its place in the cache."""
 
@@ -84,7 +84,7 @@ class CutModel:
     @property
     def compiled(self) -> bool:
         """Whether its module, or its layers, go through torch.compile when it is called."""
-        return any(hasattr(module.forward, COMPILED) for module in (self.module, *layers_of(self)))
+        return COMPILED in vars(self.module)
 
     @cached_property
     def configs(self) -> tuple[Any, ...]:

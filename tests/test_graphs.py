@@ -30,6 +30,7 @@ SPECS = (
 )
 FAMILIES = ("llama", "gpt2", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gpt_neox")
 PROMPT, LENGTH, WIDTH, VOCABULARY = 5, 24, 48, 300
+PARTS = ((0, PROMPT), *((at, at + 1) for at in range(PROMPT, LENGTH)))
 
 
 def _stage(files: ModelFiles, spec: loading.StageSpec, where: str) -> LocalStage:
@@ -111,7 +112,7 @@ def test_sessions_beside_each_other_do_not_see_each_other(tiny_model: TinyFactor
     sessions = [LocalSession(pool.cache(Run(at * LENGTH, LENGTH)), settings, LENGTH) for at in (2, 0, 1)]
     given = [_given(stage, seed) for seed in range(3)]
     found: list[list[torch.Tensor]] = [[], [], []]
-    for begin, end in ((0, PROMPT), *((at, at + 1) for at in range(PROMPT, LENGTH))):
+    for begin, end in PARTS:
         for outs, session, x in zip(found, sessions, given, strict=True):
             outs.append(replayed.step([StageInput(session, begin, x[:, begin:end])])[0].x.cpu())
     for outs, x in zip(found, given, strict=True):
@@ -145,17 +146,40 @@ def test_samples_lie_where_earlier_ones_did(tiny_model: TinyFactory) -> None:
     assert places[0] == places[1] and len(set(places[0])) == 3
 
 
+def test_samples_of_layers_that_share_no_forward_do_not_see_each_other(
+    tiny_model: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = _stage(tiny_model(), SPECS[0], "cpu")
+    replayed = _replayed(stage, "cpu")
+    monkeypatch.setattr(LocalStage, "packs", lambda self, applied: False)  # as of a compiled one
+    sessions, given = replayed.open_together(FLAGS, LENGTH, 3), [_given(stage, seed) for seed in range(3)]
+    found: list[list[torch.Tensor]] = [[], [], []]
+    for begin, end in PARTS:
+        steps = [StageInput(each, begin, x[:, begin:end]) for each, x in zip(sessions, given, strict=True)]
+        for outs, output in zip(found, replayed.step(steps), strict=True):
+            outs.append(output.x)
+    for outs, x in zip(found, given, strict=True):
+        session = stage.open(FLAGS, LENGTH)
+        own = [stage.step([StageInput(session, begin, x[:, begin:end])])[0].x for begin, end in PARTS]
+        _close(torch.cat(outs, dim=1), torch.cat(own, dim=1))
+
+
 def _place(session: LocalSession) -> int:
     assert session.cache is not None
     place: int = session.cache.layers[0].keys.data_ptr()
     return place
 
 
-def test_a_stage_that_asks_for_a_value_is_left_as_it_is(tiny_model: TinyFactory) -> None:
-    stage = _stage(tiny_model(), SPECS[2], "cpu")
+@pytest.mark.parametrize("where", WHERE)
+def test_a_stage_that_asks_for_a_value_is_left_as_it_is(
+    tiny_model: TinyFactory, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = _stage(tiny_model(), SPECS[2], where)
     layer = next(iter(stage.cut.module.layers))  # type: ignore[arg-type]
     layer.register_forward_hook(lambda module, given, out: out if float(out.sum()) < 0 else out)
-    assert _of(stage.cut, "cpu") is None
+    assert _of(stage.cut, where) is None
+    assert "[2, 5) are not recorded" in caplog.text
+    assert _of(_stage(tiny_model(), SPECS[2], where).cut, where) is not None, "the next one is"
 
 
 def test_a_stage_whose_steps_depend_on_what_python_knows_is_left_as_it_is(tiny_model: TinyFactory) -> None:
