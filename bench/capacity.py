@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from bench.batched import WARM_UP, Batched, Contexts, Run
-from bench.pairs import blocks
+from bench.pairs import warm_blocks
 from bench.report import table, write
 from bench.stepping import Admission, Trunk, admission, mixed, side_by_side
 from bench.unbatched import Unbatched
@@ -104,9 +104,7 @@ def _steps(runs: Runs, trunk: Trunk) -> dict[str, list[Run]]:
         arms[f"plain {n}"] = partial(plain.run, n, STEPS)
         arms[f"trunk {n}"] = partial(side_by_side, trunk, mixed(n, LENGTH), STEPS)
     try:
-        for arm in arms.values():
-            arm()
-        return blocks(arms, BLOCKS)
+        return warm_blocks(arms, BLOCKS)
     finally:
         plain.stop()
         direct.stop()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from statistics import median
 
 from bench.answer import FAST, answer, text_of
-from bench.pairs import blocks
+from bench.pairs import warm_blocks
 from bench.report import write
 from splitlearn.arm import Kind
 from splitlearn.compare import environment
@@ -62,9 +62,7 @@ def _row(runs: Runs, kind: Kind, flags: str, prompts: dict[int, str]) -> dict[st
         return lambda: answer(runs, kind, runs.flags(flags), request).tpot_s or 0.0
 
     arms = {str(length): arm(length) for length in prompts}
-    for run in arms.values():
-        run()
-    found = blocks(arms, PAIRS)
+    found = warm_blocks(arms, PAIRS)
     short, long = found[str(SHORT)], found[str(LONG)]
     return {
         "arm": kind,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from bench.answer import answer, text_of
 from bench.echo import SLEEPS, Echo
-from bench.pairs import blocks
+from bench.pairs import warm_blocks
 from bench.ratios import both, difference_s, ratio
 from bench.ratios import tokens as same
 from bench.reference import Generated, Reference
@@ -180,9 +180,7 @@ def _measure(runs: Runs, ratios: Sequence[tuple[str, str]], prompt: str, count: 
         **{name: partial(run, *ARMS[name]) for name in sorted({name for pair in ratios for name in pair} - {GENERATE})},
     }
     try:
-        for arm in arms.values():
-            arm()
-        return blocks(arms, PAIRS)
+        return warm_blocks(arms, PAIRS)
     finally:
         reference.stop()
         echo.close()

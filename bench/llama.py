@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.answer import answer, text_of
-from bench.pairs import blocks
+from bench.pairs import warm_blocks
 from bench.ratios import both, ratio
 from bench.ratios import tokens as same
 from bench.reference import Generated, Reference
@@ -102,9 +102,7 @@ def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> 
         GENERATE: lambda: reference.run(prompt, count, chat=False),
     }
     try:
-        for arm in arms.values():
-            arm()
-        return blocks(arms, PAIRS)
+        return warm_blocks(arms, PAIRS)
     finally:
         reference.stop()
         llama.stop()

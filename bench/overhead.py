@@ -10,7 +10,7 @@ from statistics import median
 
 from bench.answer import answer
 from bench.echo import READS, Echo, Memory
-from bench.pairs import blocks
+from bench.pairs import warm_blocks
 from bench.ratios import both, difference_s, ratio
 from bench.reference import Generated, Reference
 from bench.report import write
@@ -84,9 +84,7 @@ def _measure(runs: Runs) -> dict[str, list[Generated]]:
             "split": lambda: _run(runs, "split", flags),
             "echo": lambda: _echo(echo, memory),
         }
-        for arm in arms.values():
-            arm()
-        return blocks(arms, PAIRS)
+        return warm_blocks(arms, PAIRS)
     finally:
         reference.stop()
         echo.close()
