@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from splitlearn import graphs, loading
+from splitlearn import graphs, loading, local_stage
 from splitlearn.graphs import GraphRow
 from splitlearn.kv import KVPool, Run
 from splitlearn.local_stage import LocalSession, LocalStage
@@ -146,12 +146,21 @@ def test_samples_lie_where_earlier_ones_did(tiny_model: TinyFactory) -> None:
     assert places[0] == places[1] and len(set(places[0])) == 3
 
 
-def test_samples_of_layers_that_share_no_forward_do_not_see_each_other(
-    tiny_model: TinyFactory, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("packs", "most", "replays"),
+    [
+        pytest.param(False, 0, True, id="where layers share no forward, as compiled ones"),
+        pytest.param(True, 3, True, id="one after the other"),
+        pytest.param(True, 2, False, id="in one forward"),
+    ],
+)
+def test_samples_do_not_see_each_other(
+    tiny_model: TinyFactory, monkeypatch: pytest.MonkeyPatch, packs: bool, most: int, replays: bool
 ) -> None:
+    monkeypatch.setattr(LocalStage, "packs", lambda self, applied: packs)
+    monkeypatch.setattr(local_stage, "MOST_REPLAYED", most)
     stage = _stage(tiny_model(), SPECS[0], "cpu")
     replayed = _replayed(stage, "cpu")
-    monkeypatch.setattr(LocalStage, "packs", lambda self, applied: False)  # as of a compiled one
     sessions, given = replayed.open_together(FLAGS, LENGTH, 3), [_given(stage, seed) for seed in range(3)]
     found: list[list[torch.Tensor]] = [[], [], []]
     for begin, end in PARTS:
@@ -162,6 +171,8 @@ def test_samples_of_layers_that_share_no_forward_do_not_see_each_other(
         session = stage.open(FLAGS, LENGTH)
         own = [stage.step([StageInput(session, begin, x[:, begin:end])])[0].x for begin, end in PARTS]
         _close(torch.cat(outs, dim=1), torch.cat(own, dim=1))
+    assert replayed.row is not None
+    assert (replayed.row.compile_s > 0) == replays
 
 
 def _place(session: LocalSession) -> int:
