@@ -74,7 +74,7 @@ class Target:
 def _encoded(x: torch.Tensor) -> pb.Tensor:
     """`x` [1, T, H] as a trunk without flags takes it."""
     rows = Plain(torch.float32)
-    return codec.message(rows.to_bytes(x), rows, x.shape[2])
+    return pb.Tensor(**codec.fields(rows.to_bytes(x), rows, x.shape[2]))
 
 
 @dataclass(frozen=True)

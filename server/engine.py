@@ -12,8 +12,10 @@ long prompt holds up the others by no more than those take. Sessions join and le
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,6 +64,7 @@ class Engine:
         self._jobs: list[Job] = []
         self._led = False
         self._own_thread = thread
+        self._uncounted: deque[tuple[int, float]] = deque()
 
     @property
     def waiting(self) -> int:
@@ -115,10 +118,11 @@ class Engine:
         with self._arrived:
             seat.returns(began)
             self._jobs.append(job)
-            leads, self._led = not self._led, True
-            if not leads:
+            if self._led:
+                job.wake = threading.Event()
                 self._arrived.notify()
-        if not leads:
+            self._led = True
+        if job.wake is not None:
             job.wake.wait()
         if not job.finished:
             self._lead(job)
@@ -127,8 +131,15 @@ class Engine:
         out = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs, dim=1)
         return EngineStep(out, job.trunk_s, time.perf_counter() - began - job.trunk_s, job.compile_s)
 
+    def count(self) -> None:
+        """Count the forwards since the last time, where no client waits for it."""
+        with suppress(IndexError):
+            while True:
+                self._metrics.forward(*self._uncounted.popleft())
+
     def close(self, seat: Seat) -> None:
         """Free a session's memory; at once, or after the forward that it takes part in."""
+        self.count()
         with self._arrived:
             if seat.closed:
                 return
@@ -143,16 +154,16 @@ class Engine:
                 self._forward(self._gather())
         finally:
             with self._arrived:
-                waiting = next((job for job in self._jobs if job is not own), None)
+                waiting = next((job.wake for job in self._jobs if job.wake is not None and job is not own), None)
                 self._led = waiting is not None
                 if waiting is not None:
-                    waiting.wake.set()
+                    waiting.set()
 
     def _gather(self) -> list[tuple[Job, int]]:
         """The jobs of the next forward, and how many tokens of each."""
         with self._arrived:
             until = time.perf_counter() + self._gather_s
-            while (left := self._awaited_until(until) - time.perf_counter()) > 0:
+            while len(self._jobs) < len(self._seats) and (left := self._awaited_until(until) - time.perf_counter()) > 0:
                 self._arrived.wait(left)
             self._drop()
             chosen = self._chosen()
@@ -181,7 +192,7 @@ class Engine:
         if not self._jobs:
             return []
         first = min(self._jobs, key=lambda job: job.last_run or job.began)
-        if first.seat.session.recomputes or not self.packs:
+        if first.seat.session.recomputes or not self.packs or (len(self._jobs) == 1 and first.left == 1):
             return [(first, first.left)]
         alike = [job for job in self._jobs if job.seat.applied == first.seat.applied]
         prompts = [job for job in alike if job.left > 1]
@@ -198,16 +209,13 @@ class Engine:
 
     def _forward(self, chosen: Sequence[tuple[Job, int]]) -> None:
         """One forward of the stage, its outcome given to the jobs."""
-        inputs = [
-            StageInput(job.seat.session, job.position + job.done, job.x[:, job.done : job.done + tokens])
-            for job, tokens in chosen
-        ]
+        inputs = [StageInput(job.seat.session, job.position + job.done, job.next(tokens)) for job, tokens in chosen]
         started = time.perf_counter()
         outcomes = self._computed(inputs)
         ended = time.perf_counter()
         done = sum(not isinstance(outcome, SplitlearnError) for outcome in outcomes)
         if done:
-            self._metrics.forward(done, ended - started)
+            self._uncounted.append((done, ended - started))
         with self._arrived:
             for (job, tokens), outcome in zip(chosen, outcomes, strict=True):
                 job.seat.running = False
@@ -259,7 +267,8 @@ class Engine:
         job.seat.answered = time.perf_counter()
         if job.seat.closed:
             self._free(job.seat)
-        job.wake.set()
+        if job.wake is not None:
+            job.wake.set()
 
     def _free(self, seat: Seat) -> None:
         if seat.freed:

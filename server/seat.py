@@ -61,7 +61,8 @@ class Job:
     x: torch.Tensor
     deadline: float
     began: float
-    wake: threading.Event = field(default_factory=threading.Event)
+    wake: threading.Event | None = None
+    """What its thread waits for, where another one leads."""
     outputs: list[torch.Tensor] = field(default_factory=list)
     done: int = 0
     trunk_s: float = 0.0
@@ -73,6 +74,10 @@ class Job:
     def left(self) -> int:
         """Tokens still to compute."""
         return self.x.shape[1] - self.done
+
+    def next(self, tokens: int) -> torch.Tensor:
+        """The next `tokens` to compute."""
+        return self.x if tokens == self.x.shape[1] else self.x[:, self.done : self.done + tokens]
 
     @property
     def finished(self) -> bool:

@@ -25,6 +25,7 @@ class Stay:
         self._max_length, self._timeout_s = max_length, timeout_s
         self._dtype, self._hidden_size = served.placement.dtype, served.files.facts.hidden_size
         self._rows = seat.session.settings.rows(self._dtype)
+        self._read = self._rows.reader(self._hidden_size)
         # Of the parts that have come so far, no more than the values: what else stands in a message may be long.
         self._parts: list[bytes] = []
         self._first = (0, 0, False)
@@ -39,7 +40,7 @@ class Stay:
         if step.more:
             return
         (_, position, roll_back), tokens, held_up_s = self._first, self._tokens, self._held_up_s
-        x = self._rows.from_bytes(b"".join(self._parts), self._hidden_size).to(self._dtype)
+        x = self._read(b"".join(self._parts)).to(self._dtype)
         self._parts, self._tokens, self._held_up_s = [], 0, 0.0
         codec.check_finite(x, position)
         decoded = time.perf_counter()
@@ -57,6 +58,7 @@ class Stay:
         yield from parts
         # Protocol Buffers merge what is serialized one after the other: so the time of encoding is in what it encoded.
         yield last + pb.ServerMessage(result=took).SerializeToString()
+        self._served.engine.count()
         self._visit.stepped(tokens, wanted, self._seat.session.recomputes, done.queue_s)
 
     def close(self) -> None:
@@ -91,7 +93,7 @@ class Stay:
                     "sequence_id": step.sequence_id,
                     "step_id": step.step_id,
                     "position": position + start // row,
-                    "hidden": codec.message(data[start : start + size], self._rows, self._hidden_size),
+                    "hidden": codec.fields(data[start : start + size], self._rows, self._hidden_size),
                     "more": start + size < len(data),
                 }
             ).SerializeToString()

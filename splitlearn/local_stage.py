@@ -190,11 +190,7 @@ class LocalStage:
         session, position, x = item.session, item.position, item.x
         started, compiled = time.perf_counter(), self._compile_seconds()
         _make_room(session, position, x.shape[1])
-        alone = x.shape[1] == 1 and self.device.type == "cpu"
-        with (
-            computing_one_token(self.row_threads, self.precision) if alone else nullcontext(),
-            session.settings.gradient_guard(),
-        ):
+        with session.settings.gradient_guard():
             out = self._forward(item)
         session.length = position + x.shape[1]
         return StageOutput(out, self._timing(out, started, compiled))
@@ -205,8 +201,9 @@ class LocalStage:
             out = self.row(item.x, item.position, session.cache)
             if out is not None:
                 return out
-        x = item.x.to(self.device)
-        return forward(self.cut, x, item.position, session.cache, logits_to_keep=item.logits, arguments=arguments)
+        alone, x = item.x.shape[1] == 1 and self.device.type == "cpu", item.x.to(self.device)
+        with computing_one_token(self.row_threads, self.precision) if alone else nullcontext():
+            return forward(self.cut, x, item.position, session.cache, logits_to_keep=item.logits, arguments=arguments)
 
     def _packed(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         started, compiled = time.perf_counter(), self._compile_seconds()

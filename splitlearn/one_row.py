@@ -73,6 +73,9 @@ class _OneRow:
         """It knows no places."""
 
     def __init__(self, cut: CutModel, layers: Sequence[Any]) -> None:
+        from splitlearn import row_kernel  # loads a compiler
+
+        self._kernel = row_kernel
         body, first = body_of(cut), layers[0]
         linears = [linear for layer in layers for linear in _linears(layer)]
         self._blocks, self._ends = _gathered(linears)
@@ -91,10 +94,8 @@ class _OneRow:
         """The hidden state [1, 1, H], or the logits [1, 1, V]; the cache has the token then."""
         if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or (kept := cache.kept) is None:
             return None
-        from splitlearn import row_kernel  # loads a compiler
-
         hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
-        row_kernel.step(
+        self._kernel.step(
             hidden,
             self._blocks,
             self._ends,
@@ -114,7 +115,7 @@ class _OneRow:
         if self._head is None:
             return torch.from_numpy(hidden[None])
         logits = np.empty((1, self._head.out_features), np.float32)
-        row_kernel.head(hidden, self._norm, self._eps, self._head.array, self._head.bits, logits)
+        self._kernel.head(hidden, self._norm, self._eps, self._head.array, self._head.bits, logits)
         return torch.from_numpy(logits[None])
 
     def _turn(self, position: int) -> NDArray[np.float32]:

@@ -43,7 +43,10 @@ class StageInput:
 
 @dataclass(frozen=True)
 class StageOutput:
-    """`x` is a hidden state [1, T, H], or from a last stage the logits of the last positions [1, logits, V]."""
+    """`x` is a hidden state [1, T, H], or from a last stage the logits of the last positions [1, logits, V].
+
+    A remote stage's single row is there until the session's next step.
+    """
 
     x: torch.Tensor
     timing: StageTiming

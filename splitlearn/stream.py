@@ -87,6 +87,7 @@ class Stream:
         self.address = address
         self._served, self._opening, self._rows = served, opening.message, opening.rows
         self._row_bytes = self._rows.row_bytes(served.hidden_size)
+        self._read = self._rows.reader(served.hidden_size)
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self.key = b""
         self._steps = 0
@@ -197,7 +198,7 @@ class Stream:
                 "sequence_id": 1,
                 "step_id": self._steps,
                 "position": position + start // self._row_bytes,
-                "hidden": codec.message(data[start : start + size], self._rows, hidden_size),
+                "hidden": codec.fields(data[start : start + size], self._rows, hidden_size),
                 "more": start + size < len(data),
                 "roll_back": roll_back and not messages,
                 "answer_last": answer_last,
@@ -246,4 +247,4 @@ class Stream:
         if tokens != wanted:
             raise TrunkFailed(f"The trunk answered {tokens} positions instead of {wanted}.")
         data = b"".join(result.hidden.data for result in results)
-        return self._rows.from_bytes(data, hidden_size).to(self._served.dtype)
+        return self._read(data).to(self._served.dtype)

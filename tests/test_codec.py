@@ -37,6 +37,14 @@ def test_a_tensor_that_is_not_contiguous_is_sent_in_its_own_order() -> None:
     assert torch.equal(RAW.from_bytes(RAW.to_bytes(x), HIDDEN), x)
 
 
+@pytest.mark.parametrize("rows", [*map(Plain, DTYPES), Int8Blocks()], ids=str)
+def test_a_session_reads_each_message_as_it_is_by_itself(rows: Rows) -> None:
+    read = rows.reader(HIDDEN)
+    for tokens in (3, 1, 1, 2, 1):
+        data = rows.to_bytes(random_hidden(tokens))
+        assert torch.equal(read(data), rows.from_bytes(data, HIDDEN))
+
+
 @pytest.mark.parametrize("rows", [RAW, Int8Blocks()], ids=str)
 def test_a_decoded_tensor_can_be_written_to(rows: Rows) -> None:
     back = rows.from_bytes(rows.to_bytes(random_hidden(2)), HIDDEN)
@@ -143,7 +151,7 @@ def test_a_part_of_a_long_prompt_fits_into_a_message(dtype: torch.dtype) -> None
     row = 576 * dtype.itemsize
     size = codec.part_bytes(row)
     assert size % row == 0 and size + row > MAX_TENSOR_BYTES >= size
-    part = codec.message(bytes(size), Plain(dtype), 576)
+    part = pb.Tensor(**codec.fields(bytes(size), Plain(dtype), 576))
     step = pb.Step(sequence_id=2**32 - 1, step_id=2**32 - 1, position=2**32 - 1, hidden=part, more=True)
     assert len(pb.ClientMessage(step=step).SerializeToString()) <= MAX_MESSAGE_BYTES
 

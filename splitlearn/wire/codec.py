@@ -1,6 +1,7 @@
 """Hidden states as messages and back: form, shape and bytes, checked against each other."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -12,10 +13,11 @@ from splitlearn.wire.rows import Rows
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def message(data: bytes, rows: Rows, hidden_size: int) -> pb.Tensor:
-    """Rows of a hidden state [1, T, hidden_size] as a message."""
+def fields(data: bytes, rows: Rows, hidden_size: int) -> dict[str, Any]:
+    """Rows of a hidden state [1, T, hidden_size] as the fields of a Tensor; one made of them would be copied into the
+    message around it."""
     shape = (1, len(data) // rows.row_bytes(hidden_size), hidden_size)
-    return pb.Tensor(dtype=rows.number, shape=shape, data=data)
+    return {"dtype": rows.number, "shape": shape, "data": data}
 
 
 def check(received: pb.Tensor, rows: Rows, hidden_size: int) -> int:
