@@ -1,19 +1,23 @@
-"""A results page: what was asked, the command, the machine, the table."""
+"""A results page: what was asked, the command, the machine, the table, and its ratios as a picture."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from bench.plot import draw
+
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
 def write(name: str, title: str, text: str, rows: list[dict[str, Any]], environment: dict[str, Any]) -> None:
-    """Write docs/results/`name`.md and print it."""
+    """Write docs/results/`name`.md and print it; and `name`.svg, where there are ratios in `rows`."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", "", f"Made by `python -m bench {name}`; do not edit.", "", text.strip(), "", table(rows)]
+    if draw(RESULTS / f"{name}.svg", rows):
+        lines += ["", f"![The ratios with their intervals]({name}.svg)"]
     lines += ["", "## Environment", "", "```json", json.dumps(environment, indent=2), "```", ""]
     page = "\n".join(lines)
-    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
     print(page, file=sys.stdout)
 
