@@ -51,6 +51,12 @@ class Forked:
         os.kill(self.pid, signal.SIGKILL)
         self._child.process.join()
 
+    def hold(self) -> None:
+        """SIGSTOP, and wait until none of its threads runs: a step takes less than that can."""
+        os.kill(self.pid, signal.SIGSTOP)
+        threads = Path(f"/proc/{self.pid}/task")
+        assert eventually(lambda: {_state(each) for each in threads.glob("*/stat")} == {"T"})
+
     def stop(self) -> None:
         """End it, also while it is stopped by a signal."""
         self._child.connection.close()
@@ -64,6 +70,11 @@ class Forked:
         except TrunkError:
             return False
         return True
+
+
+def _state(stat: Path) -> str:
+    """The letter of a thread's state, which follows its name in brackets (man 5 proc)."""
+    return stat.read_text().rpartition(")")[2].split()[0]
 
 
 def _serve(connection: Connection, config: str) -> None:

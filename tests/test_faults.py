@@ -206,7 +206,7 @@ def test_a_trunk_that_hangs_is_left_for_the_next_one(
     """By SIGSTOP, or by a network that carries nothing any more: no connection is closed, and no answer is overdue."""
     ping_every_second(monkeypatch)
     with proxy(trunk.address) as between, client(files, between.address, here.address) as asking:
-        stall = between.hold if how == "held" else lambda: os.kill(trunk.pid, signal.SIGSTOP)
+        stall = between.hold if how == "held" else trunk.hold
         found = asking.ask(request(), once(20, stall))
     check_same(found, undisturbed[0])
     assert [recovery.found for _, recovery in found.recoveries] == [here.address]
@@ -218,7 +218,7 @@ def test_a_trunk_that_hung_for_a_while_is_taken_up_again_when_it_is_the_only_one
     ping_every_second(monkeypatch)
 
     def stall() -> None:
-        os.kill(trunk.pid, signal.SIGSTOP)
+        trunk.hold()
         threading.Timer(3, os.kill, (trunk.pid, signal.SIGCONT)).start()
 
     with client(files, trunk.address) as asking:
