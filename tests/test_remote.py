@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import grpc
@@ -119,7 +120,8 @@ def test_the_ledger_of_a_step_is_the_time_that_it_took(stage: RemoteStage, files
             assert set(timing.ledger) == {"encode", "wire", "queue", "trunk", "decode"}
             assert min(timing.ledger.values()) >= 0
             rests.append((spent - sum(timing.ledger.values())) / spent)
-    assert 0 <= min(rests) < 0.1  # in some of them this process had no core for a while, between two looks at the clock
+    assert min(rests) >= 0
+    assert median(rests) < 0.1  # in one or another this process has no core between two looks at the clock
 
 
 def test_a_decoded_token_costs_its_values_and_at_most_a_hundred_bytes_each_way(
