@@ -24,6 +24,7 @@ BENCHES = (
     "lookup",
     "draft",
     "samples",
+    "head_overlap",
     "links",
     "overlap",
     "flips",

@@ -14,8 +14,8 @@ import torch
 from bench.echo import READS, SLEEPS, Echo
 from bench.report import write
 from splitlearn import loading
+from splitlearn.chain import Feed
 from splitlearn.compare import environment
-from splitlearn.generate import Feed
 from splitlearn.lab.stats import effect
 from splitlearn.remote import RemoteStage
 from splitlearn.runs import Runs

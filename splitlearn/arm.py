@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 
 from splitlearn import draft_model, loading, process
+from splitlearn.chain import Link
 from splitlearn.drafts import Proposer
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.events import Event
 from splitlearn.flags import settings
-from splitlearn.generate import Generator, Link
+from splitlearn.generate import Generator
 from splitlearn.remote import RemoteStage, TrunkFacts
 from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
@@ -174,4 +175,5 @@ def generator(
         links.insert(1, Link(trunk, spec.flags.trunk))
     own = settings(applied)
     proposers = (*own.proposers, *drafting)
-    return Generator(links, tokens, spec.files.facts.context_length, own.top_k, proposers, own.piece_tokens)
+    limit = spec.files.facts.context_length
+    return Generator(links, tokens, limit, own.top_k, proposers, own.head_overlap, own.piece_tokens)

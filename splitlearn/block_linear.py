@@ -6,9 +6,9 @@ float32 takes 20.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -106,6 +106,22 @@ class BlockLinear(nn.Module):
         """Copy the blocks to memory of their size, and have them there from now on."""
         to[:] = self.array
         self._blocks, self.array = torch.from_numpy(to).view(self._blocks.shape), to
+
+    def cut(self, share: float) -> tuple[int, NDArray[np.uint8], NDArray[np.uint8]]:
+        """How many outputs are about that share of all, their blocks, and those of the others."""
+        groups = round(share * len(self._blocks))
+        end = groups * (len(self.array) // len(self._blocks))
+        return groups * LANES, self.array[:end], self.array[end:]
+
+    def parts(self, share: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...] | None:
+        """What gives about that share of the outputs, from the first on, and the others; None where that is none."""
+        at, *blocks = self.cut(share)
+        outputs = (slice(at), slice(at, self.out_features))
+        return tuple(partial(self._some, *each) for each in zip(blocks, outputs, strict=True)) if at else None
+
+    def _some(self, blocks: NDArray[np.uint8], outputs: slice, x: torch.Tensor) -> torch.Tensor:
+        out = _multiplied(x, blocks, self.bits, outputs.stop - (outputs.start or 0))
+        return out if self.bias is None else out + self.bias[outputs]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""

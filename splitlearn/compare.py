@@ -143,6 +143,8 @@ def _trunk_as_json(report: ArmReport) -> dict[str, Any]:
         "decode_bytes_up": metrics.decode_bytes_up,
         "decode_bytes_down": metrics.decode_bytes_down,
         "overlapped_s": metrics.overlapped_s,
+        "head_starts": metrics.head_starts,
+        "head_starts_right": metrics.head_starts_right,
         "kv_shipped_bytes": report.kv_shipped_bytes,
         "recoveries": [{"token": token, **asdict(recovery)} for token, recovery in metrics.recoveries],
         "trunk_address": report.trunk_address,

@@ -110,6 +110,8 @@ def _figures(found: Comparison) -> Table:
     table.add_row("tokens", str(full.n_tokens), str(split.n_tokens), "")
     if full.drafts or split.drafts:
         table.add_row("drafts accepted", *(f"{each.drafts_accepted} of {each.drafts}" for each in (full, split)), "")
+    if split.head_starts:
+        table.add_row("head starts right", "", f"{split.head_starts_right} of {split.head_starts}", "")
     table.add_row("finished by", full.finish_reason, split.finish_reason, "")
     table.add_row("memory beyond imports", _added(found.full), _added(found.split), "")
     if found.split.trunk is not None:

@@ -63,8 +63,8 @@ class PromptLookup:
 
 
 @dataclass
-class _Record:
-    """How often drafts of one kind were right; before anything is known, every other time."""
+class Record:
+    """How often guesses of one kind were right; before anything is known, every other time."""
 
     right: float = 1.0
     tried: float = 2.0
@@ -72,6 +72,11 @@ class _Record:
     def add(self, right: int, wrong: int) -> None:
         self.right = FORGET * self.right + right
         self.tried = FORGET * self.tried + right + wrong
+
+    @property
+    def share(self) -> float:
+        """Of those that were tried, lately above all."""
+        return self.right / self.tried
 
 
 @dataclass
@@ -85,7 +90,7 @@ class Speculation:
     """
 
     proposers: Sequence[Proposer]
-    _records: defaultdict[tuple[int, int], _Record] = field(default_factory=lambda: defaultdict(_Record))
+    _records: defaultdict[tuple[int, int], Record] = field(default_factory=lambda: defaultdict(Record))
     _seconds: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=TIMES)))
     _guess: Sequence[int] = ()
     _kind: tuple[int, int] = (0, 0)
@@ -111,7 +116,6 @@ class Speculation:
 
     def _rate(self, count: int) -> float:
         """Tokens per second that a step with `count` drafts promises."""
-        record = self._records[self._kind]
-        share = record.right / record.tried
+        share = self._records[self._kind].share
         known = max(each for each in COUNTS if each <= count and self._seconds[each])
         return sum(share**power for power in range(count + 1)) / median_low(self._seconds[known])

@@ -84,8 +84,9 @@ class TokenEvent:
     (or since t0) went, `unattributed` included, so it sums to that interval. `text` is what can be shown now: it lags
     behind the ids while a character is not whole or a stop string may be under way. `drafts` is how many draft tokens
     were fed; those that came true are among `token_ids`, all but the last. `overlapped_s` is beside the ledger:
-    what the trunk did while the client was at work itself. `sample` is the number of the answer, from 0; samples that
-    go in step have their events at the same time and with the same ledger.
+    what the trunk did while the client was at work itself. `head_start` tells whether the token with which the step had
+    been begun was the right one; None if it was begun when that was sure. `sample` is the number of
+    the answer, from 0; samples that go in step have their events at the same time and with the same ledger.
     """
 
     token_ids: tuple[int, ...]
@@ -98,6 +99,7 @@ class TokenEvent:
     recoveries: tuple[Recovery, ...] = ()
     drafts: int = 0
     overlapped_s: float = 0.0
+    head_start: bool | None = None
     sample: int = 0
 
 

@@ -48,6 +48,7 @@ class Settings:
     token through a stage, of one that has its weights. `wire` is the form of hidden states on the
     wire, None for that in which they are computed. `proposers` make what guesses an answer's next tokens, the first of
     which is asked first; `draft_model` puts a second model behind them. Without either, tokens are decoded one by one.
+    `head_overlap` begins the next step before the LM head is done (head_start.py).
     `piece_tokens` is how many tokens of a prompt go through the stages at once; None: all.
     """
 
@@ -67,6 +68,7 @@ class Settings:
     wire: Rows | None = None
     proposers: tuple[Callable[[], Proposer], ...] = ()
     draft_model: bool = False
+    head_overlap: bool = False
     piece_tokens: int | None = None
 
     def rows(self, dtype: torch.dtype) -> Rows:
@@ -188,6 +190,10 @@ def _needs_onednn(place: Place) -> str | None:
 
 def _needs_cpu(place: Place) -> str | None:
     return block_linear.why_not(place.device)
+
+
+def _needs_cpu_and_roll_back(place: Place) -> str | None:
+    return _needs_cpu(place) or place.no_roll_back
 
 
 def _needs_float32_on_cpu(place: Place) -> str | None:
@@ -389,6 +395,19 @@ FLAGS: Mapping[str, Flag] = {
             sides=frozenset({"client"}),
             fidelity="rounding",
             on_by_default=False,
+        ),
+        Flag(
+            "head_overlap",
+            "head_overlap",
+            "The likeliest of the first third of the vocabulary, where most of what is said stands, is sent on while "
+            "the client computes the other logits, so that the trunk works meanwhile. Where another token is likelier, "
+            "the step is rolled back: tokens are the same. On a CPU, for greedy answers that are decoded one by one.",
+            "The next step begins when all logits are there.",
+            _on(head_overlap=True),
+            sides=frozenset({"client"}),
+            fidelity="rounding",
+            on_by_default=False,
+            unavailable=_needs_cpu_and_roll_back,
         ),
         Flag(
             "wire_dtype",

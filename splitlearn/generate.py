@@ -9,96 +9,23 @@ close the iterator: that closes the stages' sessions, and so frees the trunk's c
 """
 
 from collections import abc, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 
+from splitlearn.chain import Feed, Link, Piece, sessions
 from splitlearn.drafts import Proposer, Speculation
 from splitlearn.errors import InputError
 from splitlearn.events import Done, Event, FinishReason, GenerationRequest
+from splitlearn.head_start import HeadStart
 from splitlearn.ledger import Ledger, NoLedger, Outcome
+from splitlearn.parted_head import Early
 from splitlearn.sampling import SEEDS, TopK, random_source, sample
-from splitlearn.stages import OpensTogether, Session, Stage, StageInput, StageOutput, WorksAhead
 from splitlearn.stop import StopStrings
 from splitlearn.tokens import Detokenizer, Tokens
-
-
-@dataclass(frozen=True)
-class Link:
-    """One stage of the chain and the flags that its sessions are opened with."""
-
-    stage: Stage
-    applied: frozenset[str]
-
-
-Piece = tuple[int, torch.Tensor]
-
-
-@dataclass
-class Feed:
-    """What a stage's session is given: the new positions, or the whole prefix when it keeps nothing between steps."""
-
-    stage: Stage
-    session: Session
-    length: int = 0
-    prefix: torch.Tensor | None = None
-
-    @cached_property
-    def _elsewhere(self) -> WorksAhead | None:
-        """The stage, if it is one to which more can be sent than it has answered."""
-        return self.stage if isinstance(self.stage, WorksAhead) else None
-
-    def step(self, position: int, x: torch.Tensor, logits: int = 1) -> tuple[int, StageOutput]:
-        """Hand on `x`, which covers the positions from `position` on. Returns the output and its first position."""
-        item = self.input(position, x, logits)
-        return item.position, self.stage.step([item])[0]
-
-    def flow(self, pieces: Iterable[Piece], logits: int, note: Callable[[StageOutput], None]) -> Iterator[Piece]:
-        """Hand on neighbouring pieces, each the first position and `x`, and give what comes out. A stage that works
-        elsewhere has the next piece before it is asked for the last. `note` is told of each output."""
-        under_way: deque[tuple[int, Callable[[], StageOutput]]] = deque()
-
-        def finished() -> Piece:
-            position, finish = under_way.popleft()
-            output = finish()
-            note(output)
-            return position, output.x
-
-        for position, x in pieces:
-            item = self.input(position, x, logits)
-            if self._elsewhere is not None:
-                under_way.append((item.position, self._elsewhere.begin(item)))
-                if len(under_way) > 1:
-                    yield finished()
-            else:
-                output = self.stage.step([item])[0]
-                note(output)
-                yield item.position, output.x
-        while under_way:
-            yield finished()
-
-    def input(self, position: int, x: torch.Tensor, logits: int) -> StageInput:
-        """What the stage is given of `x`, which covers the positions from `position` on."""
-        if self.session.recomputes:
-            known = self.prefix[:, :position] if self.prefix is not None and position else x[:, :0]
-            self.prefix = x = torch.cat([known, x], dim=1)
-            position = 0
-        elif position < self.length:  # a stage before this one recomputed what this one has in its cache
-            x, position = x[:, self.length - position :], self.length
-        self.length = position + x.shape[1]
-        return StageInput(self.session, position, x, logits)
-
-    def branch(self, other: "Feed", tokens: int) -> None:
-        """Go on from the first `tokens` that were fed to `other`."""
-        self.session.branch(other.session, tokens)
-        self.length, self.prefix = tokens, other.prefix
-
-    def roll_back(self, position: int) -> None:
-        """The next step begins at `position`: what was fed from there on did not come true."""
-        self.length = min(self.length, position)
 
 
 @dataclass
@@ -112,6 +39,9 @@ class _Answer:
     stops: StopStrings
     rng: torch.Generator
     speculation: Speculation | None
+    head_start: HeadStart | None
+    left: int = 0
+    """Tokens that may still come, with that of the step under way."""
     position: int = 0
     """Tokens that the stages have, before the step that comes."""
     known: int = 0
@@ -122,7 +52,7 @@ class _Answer:
     def begin(self, left: int, ledger: Ledger) -> torch.Tensor:
         """The ids [1, T] of the next step: what the stages do not have yet and drafts, less than the `left` tokens
         that may still come."""
-        began, self.known = ledger.now(), len(self.sequence)
+        began, self.known, self.left = ledger.now(), len(self.sequence), left
         if self.speculation is not None:
             self.drafts = self.speculation.drafts(self.sequence, left - 1) if self.position else []
             ledger.spend("draft", ledger.now() - began)
@@ -132,6 +62,11 @@ class _Answer:
     def rows(self) -> int:
         """Of how many last positions the logits are needed."""
         return 1 + len(self.drafts)
+
+    @property
+    def early(self) -> Early | None:
+        """What is told the first of a step's logits: nothing where no step comes after it."""
+        return self.head_start.guess if self.head_start is not None and self.left > 1 else None
 
     def branch(self, other: "_Answer") -> None:
         """Go on from the prompt, which `other` has fed."""
@@ -157,6 +92,8 @@ class Generator:
     context_length: int | None
     top_k: TopK
     proposers: Sequence[Callable[[], Proposer]] = ()
+    head_overlap: bool = False
+    """Whether a greedy answer's next step is begun with the token that the first part of its logits suggests."""
     piece_tokens: int | None = None
     """Prompts go through the stages in pieces of so many tokens; None: whole."""
 
@@ -173,14 +110,27 @@ class Generator:
         with ExitStack() as stack:
             chains = self._open(stack, len(ids) + request.max_new_tokens, request.samples)
             ledger.spend("open", ledger.now() - encoded)
-            answers = [self._answer(number, request, ids, feeds) for number, feeds in enumerate(chains)]
+            answers = [self._answer(number, request, ids, feeds, ledger) for number, feeds in enumerate(chains)]
             yield from self._decode(request, len(ids), answers, ledger)
 
-    def _answer(self, number: int, request: GenerationRequest, ids: Sequence[int], feeds: Sequence[Feed]) -> _Answer:
+    def _answer(
+        self, number: int, request: GenerationRequest, ids: Sequence[int], feeds: Sequence[Feed], ledger: Ledger
+    ) -> _Answer:
         sampling = request.sampling
         rng = random_source(replace(sampling, seed=(sampling.seed + number) % SEEDS))
         speculation = Speculation([make() for make in self.proposers]) if self.proposers else None
-        return _Answer(number, list(ids), feeds, self.tokens.detokenizer(), StopStrings(request.stop), rng, speculation)
+        text, stops = self.tokens.detokenizer(), StopStrings(request.stop)
+        start = self._head_start(request, feeds, ledger) if speculation is None else None
+        return _Answer(number, list(ids), feeds, text, stops, rng, speculation, start)
+
+    def _head_start(self, request: GenerationRequest, feeds: Sequence[Feed], ledger: Ledger) -> HeadStart | None:
+        """What begins steps before their token is sure, where it is the likeliest one of a single answer."""
+        elsewhere = next((at for at, feed in enumerate(feeds) if feed.elsewhere is not None), None)
+        certain = request.samples == 1 and request.sampling.takes_the_likeliest
+        if not self.head_overlap or elsewhere is None or not certain or any(feed.session.recomputes for feed in feeds):
+            return None
+        ends = () if request.ignore_eos else self.tokens.eos_ids
+        return HeadStart(feeds[: elsewhere + 1], ledger, ends)
 
     def _decode(
         self, request: GenerationRequest, prompt: int, answers: Sequence[_Answer], ledger: Ledger
@@ -225,7 +175,8 @@ class Generator:
             kept += 1
             generated = answer.known + kept - prompt
             answer.reason = self._reason(request, new[kept - 1], generated, answer.stops.found)
-        return Outcome(answer.number, tuple(new[:kept]), shown, len(answer.drafts))
+        early = None if answer.head_start is None else answer.head_start.came_true
+        return Outcome(answer.number, tuple(new[:kept]), shown, len(answer.drafts), early)
 
     def _forward(self, live: Sequence[_Answer], new: Sequence[torch.Tensor], ledger: Ledger) -> list[torch.Tensor]:
         """For each answer the logits [rows, V] after the last of its `new` ids [1, T], through every stage in step."""
@@ -233,11 +184,17 @@ class Generator:
         if any(self._too_long(x) for x in new) and not any(feed.session.recomputes for feed in feeds):
             return [self._in_pieces(answer, x, ledger) for answer, x in zip(live, new, strict=True)]
         given = [(answer.position, x) for answer, x in zip(live, new, strict=True)]
-        for at, link in enumerate(self.links):
-            items = [answer.feeds[at].input(*each, answer.rows) for answer, each in zip(live, given, strict=True)]
+        start, done = live[0].head_start, 0
+        if start is not None:  # of the only answer
+            given, done = [start.step(*given[0])], len(start.near)
+        for at, link in enumerate(self.links[done:], done):
+            items = [
+                answer.feeds[at].input(*each, answer.rows, answer.early)
+                for answer, each in zip(live, given, strict=True)
+            ]
             outputs = link.stage.step(items)
             for answer, output in zip(live, outputs, strict=True):
-                ledger.add(answer.number, output)
+                ledger.add(answer.number, output.timing)
             given = [(item.position, output.x) for item, output in zip(items, outputs, strict=True)]
         return [x[0, -answer.rows :] for answer, (_, x) in zip(live, given, strict=True)]
 
@@ -258,7 +215,7 @@ class Generator:
         """For each sample a session of every stage."""
         chains: list[list[Feed]] = [[] for _ in range(samples)]
         for link in self.links:
-            for chain, session in zip(chains, _sessions(link, max_length, samples), strict=True):
+            for chain, session in zip(chains, sessions(link, max_length, samples), strict=True):
                 stack.callback(session.close)
                 chain.append(Feed(link.stage, session))
         return chains
@@ -279,10 +236,3 @@ class Generator:
         if token in self.tokens.eos_ids and not request.ignore_eos:
             return "eos"
         return "length" if generated >= request.max_new_tokens else None
-
-
-def _sessions(link: Link, max_length: int, count: int) -> Sequence[Session]:
-    stage = link.stage
-    if count > 1 and isinstance(stage, OpensTogether):
-        return stage.open_together(link.applied, max_length, count)
-    return [stage.open(link.applied, max_length) for _ in range(count)]

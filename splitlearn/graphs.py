@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from splitlearn.caches import ReservedCache, ReservedLayer
 from splitlearn.kv import KVPool, Run, shapes_of
 from splitlearn.one_row import Row
+from splitlearn.parted_head import Early
 from splitlearn.split import CutModel, body_of, eagerly, example, forward
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,9 @@ class GraphRow:
         self._position = _Crossing(torch.Size(), torch.long, device)
         self._out = None if cut.last else _Crossing(torch.Size((1, 1, width)), self._dtype, device)
 
-    def __call__(self, x: torch.Tensor, position: int, cache: Cache | None) -> torch.Tensor | None:
+    def __call__(
+        self, x: torch.Tensor, position: int, cache: Cache | None, early: Early | None = None
+    ) -> torch.Tensor | None:
         """The hidden state [1, 1, H] on the host, or the logits [1, 1, V] on the device; the cache has the token."""
         if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or not cache.layers[0].is_initialized:
             return None

@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 
 from splitlearn.events import StageTiming, TokenEvent
 from splitlearn.metrics import UNATTRIBUTED
-from splitlearn.stages import StageOutput
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step brought one sample: token ids, the text that can be shown, and how many drafts were fed."""
+    """What a step brought one sample: token ids, the text that can be shown, how many drafts were fed, and whether it
+    had been begun with the right token, if early."""
 
     sample: int
     token_ids: tuple[int, ...]
     text: str
     drafts: int
+    head_start: bool | None = None
 
 
 @dataclass
@@ -38,11 +39,11 @@ class Ledger:
         """Count `seconds` under `name`."""
         self.parts[name] += seconds
 
-    def add(self, sample: int, output: StageOutput) -> None:
+    def add(self, sample: int, timing: StageTiming) -> None:
         """Count what a stage says of a step of `sample`."""
-        for name, spent in output.timing.ledger.items():
+        for name, spent in timing.ledger.items():
             self.spend(name, spent)
-        self.timings[sample].append(output.timing)
+        self.timings[sample].append(timing)
 
     def close_step(self, outcomes: Sequence[Outcome], at: float) -> list[TokenEvent]:
         """The events of a step whose tokens were on the host at `at`; begins the next interval there."""
@@ -65,6 +66,7 @@ class Ledger:
             recoveries=tuple(recovery for timing in timings for recovery in timing.recoveries),
             drafts=outcome.drafts,
             overlapped_s=sum(timing.overlapped_s for timing in timings),
+            head_start=outcome.head_start,
             sample=outcome.sample,
         )
 
@@ -75,10 +77,10 @@ class NoLedger(Ledger):
     def spend(self, name: str, seconds: float) -> None:
         """Nothing is counted."""
 
-    def add(self, sample: int, output: StageOutput) -> None:
+    def add(self, sample: int, timing: StageTiming) -> None:
         """Only what is no measurement."""
-        if output.timing.compile_s or output.timing.recoveries:
-            kept = StageTiming({}, output.timing.compile_s, recoveries=output.timing.recoveries)
+        if timing.compile_s or timing.recoveries:
+            kept = StageTiming({}, timing.compile_s, recoveries=timing.recoveries)
             self.timings[sample].append(kept)
 
     def close_step(self, outcomes: Sequence[Outcome], at: float) -> list[TokenEvent]:

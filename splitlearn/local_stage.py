@@ -27,6 +27,7 @@ from splitlearn.kv import KVPool, KVShape, shapes_of
 from splitlearn.one_row import Row
 from splitlearn.packable import agrees
 from splitlearn.packed import Packed, forward_packed
+from splitlearn.parted_head import Early, PartedHead
 from splitlearn.split import CutModel, example, forward
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.threads import computing_on, computing_one_token
@@ -86,6 +87,8 @@ class LocalStage:
     """Threads for a step of one token; longer steps have those of the process."""
     precision: str
     """torch's float32_matmul_precision in this process, in which longer steps are computed."""
+    head: PartedHead | None = None
+    """Its LM head, if that can be computed in parts."""
     row: Row | None = None
     """What takes one token through the stage, where it can, in place of the model's forward."""
 
@@ -190,19 +193,23 @@ class LocalStage:
         session, position, x = item.session, item.position, item.x
         started, compiled = time.perf_counter(), self._compile_seconds()
         _make_room(session, position, x.shape[1])
+        told = None if item.early is None else _Told(item.early)
         with session.settings.gradient_guard():
-            out = self._forward(item)
+            out = self._forward(item, told)
         session.length = position + x.shape[1]
-        return StageOutput(out, self._timing(out, started, compiled))
+        return StageOutput(out, self._timing(out, started + (told.seconds if told else 0.0), compiled))
 
-    def _forward(self, item: StageInput) -> torch.Tensor:
+    def _forward(self, item: StageInput, early: Early | None) -> torch.Tensor:
         session, arguments = item.session, item.session.settings.forward_arguments
         if self.row is not None and not arguments:
-            out = self.row(item.x, item.position, session.cache)
+            out = self.row(item.x, item.position, session.cache, early)
             if out is not None:
                 return out
         alone, x = item.x.shape[1] == 1 and self.device.type == "cpu", item.x.to(self.device)
-        with computing_one_token(self.row_threads, self.precision) if alone else nullcontext():
+        with (
+            computing_one_token(self.row_threads, self.precision) if alone else nullcontext(),
+            nullcontext() if self.head is None else self.head.telling(early),
+        ):
             return forward(self.cut, x, item.position, session.cache, logits_to_keep=item.logits, arguments=arguments)
 
     def _packed(self, batch: Sequence[StageInput]) -> list[StageOutput]:
@@ -231,6 +238,19 @@ class LocalStage:
         takes one token through it."""
         row = 0.0 if self.row is None else self.row.compile_s
         return row + (compile_seconds() if self.cut.compiled else 0.0)
+
+
+@dataclass
+class _Told:
+    """Whoever is told a step's first logits, and the seconds of the step that went by there."""
+
+    early: Early
+    seconds: float = 0.0
+
+    def __call__(self, logits: torch.Tensor) -> None:
+        began = time.perf_counter()
+        self.early(logits)
+        self.seconds += time.perf_counter() - began
 
 
 def _make_room(session: LocalSession, position: int, tokens: int) -> None:

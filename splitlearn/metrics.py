@@ -29,7 +29,7 @@ class RunMetrics:
     to the first token. Bytes are those on the wire, up (to the trunk) and down. `recoveries` has each time that the
     trunk was lost and found again, with the number (from 1) of the token that was then under way. `overlapped_s` is
     what the trunk did while the client was at work itself. `drafts` were fed to be verified, and `drafts_accepted` of
-    them came true.
+    them came true. `head_starts` steps were begun before their token was sure, `head_starts_right` with the right one.
     """
 
     token_ids: tuple[int, ...]
@@ -51,6 +51,8 @@ class RunMetrics:
     overlapped_s: float
     drafts: int
     drafts_accepted: int
+    head_starts: int
+    head_starts_right: int
 
     @classmethod
     def from_events(cls, events: Iterable[Event], sample: int = 0) -> "RunMetrics | None":
@@ -83,6 +85,8 @@ class RunMetrics:
             overlapped_s=sum(step.overlapped_s for step in steps),
             drafts=sum(step.drafts for step in steps),
             drafts_accepted=sum(len(step.token_ids) - 1 for step in steps),
+            head_starts=sum(step.head_start is not None for step in steps),
+            head_starts_right=sum(step.head_start is True for step in steps),
         )
 
     @property

@@ -18,6 +18,7 @@ from splitlearn import caches, row_attention
 from splitlearn.block_linear import BlockLinear
 from splitlearn.blocks import memory
 from splitlearn.caches import ReservedCache
+from splitlearn.parted_head import FIRST, Early
 from splitlearn.split import CutModel, body_of, example, forward, layers_of
 
 
@@ -32,8 +33,11 @@ class Row(Protocol):
     def forget(self) -> None:
         """Drop what is made for places in memory: there will be others."""
 
-    def __call__(self, x: torch.Tensor, position: int, cache: Cache | None) -> torch.Tensor | None:
-        """What `split.forward` would give for one token, and the cache has the token then; None where it cannot."""
+    def __call__(
+        self, x: torch.Tensor, position: int, cache: Cache | None, early: Early | None = None
+    ) -> torch.Tensor | None:
+        """What `split.forward` would give for one token, and the cache has the token then; None where it cannot.
+        `early` is told the first logits before the others are there, where it can be."""
 
 
 # In the order of the kernel.
@@ -90,7 +94,9 @@ class _OneRow:
         self._head: BlockLinear | None = module.get_output_embeddings() if cut.last else None
         self._norm = body.norm.weight.detach().numpy() if cut.last else None
 
-    def __call__(self, x: torch.Tensor, position: int, cache: Cache | None) -> torch.Tensor | None:
+    def __call__(
+        self, x: torch.Tensor, position: int, cache: Cache | None, early: Early | None = None
+    ) -> torch.Tensor | None:
         """The hidden state [1, 1, H], or the logits [1, 1, V]; the cache has the token then."""
         if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or (kept := cache.kept) is None:
             return None
@@ -112,11 +118,19 @@ class _OneRow:
             position,
         )
         cache.grown(1)
-        if self._head is None:
-            return torch.from_numpy(hidden[None])
-        logits = np.empty((1, self._head.out_features), np.float32)
-        self._kernel.head(hidden, self._norm, self._eps, self._head.array, self._head.bits, logits)
-        return torch.from_numpy(logits[None])
+        return torch.from_numpy((hidden if self._head is None else self._logits(hidden, self._head, early))[None])
+
+    def _logits(self, hidden: NDArray[np.float32], head: BlockLinear, early: Early | None) -> NDArray[np.float32]:
+        """[1, V]"""
+        logits, blocks = np.empty((1, head.out_features), np.float32), head.array
+        others = logits
+        if early is not None:
+            at, first, blocks = head.cut(FIRST)
+            others = logits[:, at:]
+            self._kernel.head(hidden, self._norm, self._eps, first, head.bits, logits[:, :at])
+            early(torch.from_numpy(logits[None, :, :at]))
+        self._kernel.head(hidden, self._norm, self._eps, blocks, head.bits, others)
+        return logits
 
     def _turn(self, position: int) -> NDArray[np.float32]:
         """cos and sin [2, size] of a position; computed for TURNS of them at once."""

@@ -6,7 +6,9 @@ With the weights in oneDNN's blocked layout a row takes 0.45 (one thread) or 0.3
 order.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -67,7 +69,17 @@ class PrepackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
+        return self._of_pieces(slice(None), x)
+
+    def parts(self, share: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...] | None:
+        """What gives the first outputs, at least that share of all, and the others; None where all are one piece."""
+        ends = accumulate(len(packed) for packed in self._packed)
+        at = next(number for number, end in enumerate(ends, 1) if end >= share * self.out_features)
+        pieces = (slice(at), slice(at, None))
+        return tuple(partial(self._of_pieces, each) for each in pieces) if at < len(self._packed) else None
+
+    def _of_pieces(self, some: slice, x: torch.Tensor) -> torch.Tensor:
         # inductor knows oneDNN's own operator only for weights that it packed itself
         product = torch.ops.splitlearn.prepacked_linear if torch.compiler.is_compiling() else _product
-        outs = [product(x, packed, bias) for packed, bias in zip(self._packed, self._biases, strict=True)]
+        outs = [product(x, packed, bias) for packed, bias in zip(self._packed[some], self._biases[some], strict=True)]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)

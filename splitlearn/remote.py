@@ -27,6 +27,7 @@ from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.status import error_of
 
 Found = TypeVar("Found")
+Begun = tuple[StageTiming, Callable[[], StageOutput]]
 # The trunk is told this share of the time that is waited for it: what it says when the time is over still arrives.
 TOLD = 0.9
 
@@ -74,12 +75,12 @@ class RemoteStage:
         if len(batch) == 1:
             return [batch[0].session.step(batch[0].position, batch[0].x)]
         under_way = [self.begin(item) for item in batch]
-        return [finish() for finish in under_way]
+        return [_with(sent, finish()) for sent, finish in under_way]
 
-    def begin(self, item: StageInput) -> Callable[[], StageOutput]:
+    def begin(self, item: StageInput) -> Begun:
         """Send a step; what is given waits for its answer. More may be sent before; answers come in the same order."""
-        finish: Callable[[], StageOutput] = item.session.begin(item.position, item.x)
-        return finish
+        begun: Begun = item.session.begin(item.position, item.x)
+        return begun
 
     def close(self) -> None:
         """Close the channels and with them every session."""
@@ -116,15 +117,16 @@ class RemoteSession:
         self._send(position, x)
         return self._finish(position, x, started, since=None)
 
-    def begin(self, position: int, x: torch.Tensor) -> Callable[[], StageOutput]:
-        """The first half of `step`, and what does the second."""
+    def begin(self, position: int, x: torch.Tensor) -> Begun:
+        """The first half of `step`: what it took, and what does the second."""
         self._send(position, x)
+        sent = self._under_way[-1]
 
         def finish() -> StageOutput:
             now = time.perf_counter()
             return self._finish(position, x, now, since=now)
 
-        return finish
+        return StageTiming({"encode": sent.encode_s}, bytes_up=sent.size), finish
 
     def branch(self, other: "RemoteSession", tokens: int) -> None:
         """Have the next step begin with what the trunk has of `other`."""
@@ -187,6 +189,13 @@ class RemoteSession:
             own, *others = torch.split(output.x, sizes, dim=1)
             self._recovered.extend(StageOutput(other, StageTiming({})) for other in others)
             return StageOutput(own, output.timing)
+
+
+def _with(sent: StageTiming, output: StageOutput) -> StageOutput:
+    """The outcome of a step that was sent apart, with what both halves took."""
+    timing = output.timing
+    ledger = {**timing.ledger, "encode": sent.ledger["encode"] + timing.ledger.get("encode", 0.0)}
+    return StageOutput(output.x, replace(timing, ledger=ledger, bytes_up=sent.bytes_up + timing.bytes_up))
 
 
 def first_that_works(addresses: Sequence[str], ask: Callable[[str], Found]) -> Found:

@@ -45,6 +45,11 @@ class SamplingParams:
         """True when the largest logit is taken and nothing is drawn."""
         return self.temperature == 0.0
 
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """True when that logit is the largest of the model's own."""
+        return self.greedy and self.repetition_penalty == 1.0
+
 
 def _check(field: str, value: float, low: float, high: float, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

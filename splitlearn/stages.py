@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from splitlearn.events import StageTiming
+from splitlearn.parted_head import Early
 
 
 class Session(Protocol):
@@ -32,13 +33,15 @@ class StageInput:
     """A step of one session: `x` is token ids int64 [1, T] at a first stage, otherwise a hidden state [1, T, H].
 
     `position` is the number of tokens before the first of `x`; below the cached length it rolls the session back.
-    `logits` is for how many of the last positions a last stage gives logits.
+    `logits` is for how many of the last positions a last stage gives logits. `early` is told the first of one token's
+    logits [1, 1, k], before the others are computed, by a last stage that computes them in parts.
     """
 
     session: Any
     position: int
     x: torch.Tensor
     logits: int = 1
+    early: Early | None = None
 
 
 @dataclass(frozen=True)
@@ -74,5 +77,6 @@ class OpensTogether(Protocol):
 class WorksAhead(Protocol):
     """A stage that computes elsewhere, so that its client can work meanwhile."""
 
-    def begin(self, item: StageInput) -> Callable[[], StageOutput]:
-        """Begin a step, and give what waits for its outcome; more may be begun before, and end in their order."""
+    def begin(self, item: StageInput) -> tuple[StageTiming, Callable[[], StageOutput]]:
+        """Begin a step: what that took, and what waits for the outcome, which says what waiting took. More may be begun
+        before, and end in their order."""

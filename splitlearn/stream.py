@@ -125,7 +125,8 @@ class Stream:
     def answer(self, sent: Sent, wait_s: float, *, since: float | None = None) -> StageOutput:
         """The second half of `step`: the answer to what was sent, which must be asked for in the order of sending.
 
-        `since` is when this client had nothing to do any more but wait for it: when it was sent, unless told.
+        `since` is when this client had nothing to do any more but wait for it: when it was sent, unless told. Then what
+        sending took is counted by whoever sent it.
         """
         replies = [self._receive(wait_s)]
         received = time.perf_counter()
@@ -135,18 +136,19 @@ class Stream:
             received = time.perf_counter()
             results.append(self._result(replies[-1], sent))
         out = self._decode(results, sent.wanted)
-        server, waited = results[-1], received - (sent.at if since is None else since)
+        server, alone = results[-1], since is None
+        waited = received - (sent.at if since is None else since)
         spent = server.decode_s + server.queue_s + server.trunk_s + server.encode_s
         share = min(1.0, waited / spent) if spent else 1.0  # the rest went by while this client was at work itself
         ledger = {
-            "encode": sent.encode_s + share * server.encode_s,
+            "encode": (sent.encode_s if alone else 0.0) + share * server.encode_s,
             "wire": waited - share * spent,
             "queue": share * server.queue_s,
             "trunk": share * server.trunk_s,
             "decode": time.perf_counter() - received + share * server.decode_s,
         }
-        size, overlapped_s = sum(map(len, replies)), (1 - share) * spent
-        return StageOutput(out, StageTiming(ledger, server.compile_s, sent.size, size, overlapped_s=overlapped_s))
+        up, down, overlapped_s = sent.size if alone else 0, sum(map(len, replies)), (1 - share) * spent
+        return StageOutput(out, StageTiming(ledger, server.compile_s, up, down, overlapped_s=overlapped_s))
 
     def close(self) -> int | None:
         """End the stream in order, so that the trunk frees the session: the trunk's peak memory in bytes, and the
@@ -156,7 +158,10 @@ class Stream:
         self._deadline = time.monotonic() + CLOSE_TIMEOUT_S
         self._outgoing.put(None)
         try:
-            peak_rss_bytes = self._parse(next(self._call), "closed").closed.peak_rss_bytes
+            replies = (self._parse(reply, "result", "closed") for reply in self._call)
+            # A result is the answer to a step for which nobody waits any more.
+            closed = next(reply.closed for reply in replies if reply.WhichOneof("kind") == "closed")
+            peak_rss_bytes = closed.peak_rss_bytes
         except (grpc.RpcError, StopIteration, TrunkFailed):
             # The session is over either way, and why it broke has been raised where it was noticed.
             self.drop()
@@ -221,14 +226,14 @@ class Stream:
         self._deadline = float("inf")
         return reply
 
-    def _parse(self, reply: bytes, kind: str) -> pb.ServerMessage:
-        """A reply, which must be of `kind`."""
+    def _parse(self, reply: bytes, *kinds: str) -> pb.ServerMessage:
+        """A reply, which must be of one of `kinds`."""
         try:
             message = pb.ServerMessage.FromString(reply)
         except DecodeError as error:
             raise TrunkFailed(f"The trunk server at {self.address} sent what is no answer: {error}") from error
-        if message.WhichOneof("kind") != kind:
-            raise TrunkFailed(f"The trunk server at {self.address} sent another answer than {kind!r}.")
+        if message.WhichOneof("kind") not in kinds:
+            raise TrunkFailed(f"The trunk server at {self.address} sent another answer than {kinds[-1]!r}.")
         return message
 
     def _result(self, reply: bytes, sent: Sent) -> pb.StepResult:

@@ -1,13 +1,15 @@
 """A split client in this process: its own bottom and top, and a trunk behind a real socket."""
 
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator as Generating
 from contextlib import contextmanager
 
 import torch
 
 from splitlearn import flags, loading
-from splitlearn.events import GenerationRequest, TokenEvent
-from splitlearn.generate import Generator, Link
+from splitlearn.chain import Link
+from splitlearn.events import Event, GenerationRequest, TokenEvent
+from splitlearn.generate import Generator
 from splitlearn.metrics import RunMetrics
 from splitlearn.remote import RemoteStage
 from splitlearn.store import ModelFiles
@@ -22,19 +24,29 @@ class Client:
     """Asks prompts one after the other. `stage` is its trunk."""
 
     def __init__(
-        self, files: ModelFiles, addresses: Sequence[str], timeout_s: float = 60, trunk: frozenset[str] = CACHED
+        self,
+        files: ModelFiles,
+        addresses: Sequence[str],
+        timeout_s: float = 60,
+        trunk: frozenset[str] = CACHED,
+        own: frozenset[str] = CACHED,
     ) -> None:
         placement = loading.Placement(torch.device("cpu"), torch.float32)
-        bottom, top = loading.load(files, loading.client_specs(PLAN), CACHED, placement).stages
+        bottom, top = loading.load(files, loading.client_specs(PLAN), own, placement).stages
         self.stage = RemoteStage(addresses, served(files), timeout_s)
-        links = [Link(bottom, CACHED), Link(self.stage, trunk), Link(top, CACHED)]
+        links = [Link(bottom, own), Link(self.stage, trunk), Link(top, own)]
         tokens = Tokens.load(files.folder, use_fast=True)
-        self._generator = Generator(links, tokens, files.facts.context_length, flags.settings(CACHED).top_k)
+        asked, limit = flags.settings(own), files.facts.context_length
+        self._generator = Generator(links, tokens, limit, asked.top_k, asked.proposers, asked.head_overlap)
+
+    def stream(self, request: GenerationRequest) -> Generating[Event, None, None]:
+        """The events of the answer."""
+        return self._generator.stream(request)
 
     def ask(self, request: GenerationRequest, at: At = lambda token: None) -> RunMetrics:
         """The answer; `at(n)` is called when there are n tokens."""
         events = []
-        for event in self._generator.stream(request):
+        for event in self.stream(request):
             events.append(event)
             if isinstance(event, TokenEvent):
                 at(len(events))
@@ -45,10 +57,14 @@ class Client:
 
 @contextmanager
 def client(
-    files: ModelFiles, *addresses: str, timeout_s: float = 60, trunk: frozenset[str] = CACHED
+    files: ModelFiles,
+    *addresses: str,
+    timeout_s: float = 60,
+    trunk: frozenset[str] = CACHED,
+    own: frozenset[str] = CACHED,
 ) -> Iterator[Client]:
     """A client of the trunks at `addresses`."""
-    made = Client(files, addresses, timeout_s, trunk)
+    made = Client(files, addresses, timeout_s, trunk, own)
     try:
         yield made
     finally:

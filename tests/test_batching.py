@@ -16,10 +16,11 @@ from server.admission import Place
 from server.build import Served
 from server.seat import Seat
 from splitlearn import loading
+from splitlearn.chain import Link
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
-from splitlearn.generate import Generator, Link
+from splitlearn.generate import Generator
 from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.store import ModelFiles

@@ -8,12 +8,13 @@ import torch
 
 from splitlearn import loading
 from splitlearn.arm import Kind
+from splitlearn.chain import Link
 from splitlearn.compare import KINDS
 from splitlearn.drafts import COUNTS, PromptLookup, Proposer, Speculation
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.families import no_roll_back
 from splitlearn.flags import Place, settings
-from splitlearn.generate import Generator, Link
+from splitlearn.generate import Generator
 from splitlearn.metrics import RunMetrics
 from splitlearn.sampling import SamplingParams
 from splitlearn.selection import why_not

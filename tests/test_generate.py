@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from splitlearn import flags, loading
+from splitlearn.chain import Link
 from splitlearn.errors import InputError
 from splitlearn.events import Event, GenerationRequest, TokenEvent
-from splitlearn.generate import Generator, Link
+from splitlearn.generate import Generator
 from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.metrics import RunMetrics
 from splitlearn.sampling import SamplingParams

@@ -17,10 +17,11 @@ from bench.fuzz import STRANGER, Tally, attack, knock
 from bench.hostile import Attacker, Script, Target, oversized, scripts, silent, target
 from server import bearer
 from splitlearn import loading
+from splitlearn.chain import Link
 from splitlearn.errors import InputError, TrunkDenied
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
-from splitlearn.generate import Generator, Link
+from splitlearn.generate import Generator
 from splitlearn.remote import RemoteStage, describe
 from splitlearn.sampling import SamplingParams
 from splitlearn.store import ModelFiles

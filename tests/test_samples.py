@@ -11,10 +11,11 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from splitlearn import loading
+from splitlearn.chain import Link
 from splitlearn.errors import InputError, TrunkFull
 from splitlearn.events import Done, Event, GenerationRequest, TokenEvent
 from splitlearn.flags import settings
-from splitlearn.generate import Generator, Link
+from splitlearn.generate import Generator
 from splitlearn.local_stage import LocalStage
 from splitlearn.metrics import RunMetrics, first_difference, of_samples, tps_of_all
 from splitlearn.remote import RemoteSession, RemoteStage
@@ -66,7 +67,9 @@ def split(files: ModelFiles, address: str, timeout_s: float = 20) -> Iterator[li
 
 def generator(files: ModelFiles, links: Sequence[Link], applied: frozenset[str] = RESERVED) -> Generator:
     own = settings(applied)
-    return Generator(links, Tokens.load(files.folder, use_fast=True), None, own.top_k, own.proposers, own.piece_tokens)
+    return Generator(
+        links, Tokens.load(files.folder, use_fast=True), None, own.top_k, own.proposers, piece_tokens=own.piece_tokens
+    )
 
 
 def together(made: Generator, request: GenerationRequest = REQUEST) -> tuple[RunMetrics, ...]:

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from splitlearn import loading
+from splitlearn.chain import Link
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
-from splitlearn.generate import Generator, Link
+from splitlearn.generate import Generator
 from splitlearn.local_stage import LocalStage
 from splitlearn.remote import RemoteStage
 from splitlearn.sampling import SamplingParams

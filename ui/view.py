@@ -32,6 +32,7 @@ FIGURES: dict[str, tuple[str, Callable[[RunMetrics], str]]] = {
 }
 ALL = "Tokens of all samples per second, until the last of them was there; the other figures are of sample 1"
 DRAFTS = "Draft tokens that came true, of those that were fed to be verified"
+HEAD_STARTS = "Steps that were begun with the right token, of those that were begun before the token was sure"
 SHIPPED = (
     "More bytes each way for each token, if the KV cache crossed the wire: KV bytes per token times the mean context"
 )
@@ -48,6 +49,8 @@ def card(arm: ArmView) -> str:
         tiles += _tile(f"TPS (all {len(arm.samples)})", rate(tps_of_all(arm.samples)), ALL)
     if run and run.drafts:
         tiles += _tile("Drafts", f"{run.drafts_accepted} of {run.drafts}", DRAFTS)
+    if run and run.head_starts:
+        tiles += _tile("Head starts", f"{run.head_starts_right} of {run.head_starts}", HEAD_STARTS)
     return (
         f'<section class="sl-card sl-{arm.kind}" aria-label="{title} model" data-state="{arm.state}">'
         f'<header><h3>{title}</h3><span class="sl-what">{what}</span>'

@@ -14,9 +14,9 @@ import torch
 
 from splitlearn import loading, process
 from splitlearn.arm import Kind
+from splitlearn.chain import Feed
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.flags import settings
-from splitlearn.generate import Feed
 from splitlearn.lab.design import Plan, Question
 from splitlearn.runs import Runs
 from splitlearn.selection import FlagSet
