@@ -82,7 +82,7 @@ def _measure(runs: Runs) -> dict[str, list[Generated]]:
             "generate": lambda: reference.run(PROMPT, TOKENS),
             "full": lambda: _run(runs, "full", flags),
             "split": lambda: _run(runs, "split", flags),
-            "echo": lambda: _echo(echo, memory),
+            "echo": lambda: round_trips(echo, memory),
         }
         return warm_blocks(arms, PAIRS)
     finally:
@@ -90,7 +90,8 @@ def _measure(runs: Runs) -> dict[str, list[Generated]]:
         echo.close()
 
 
-def _echo(echo: Echo, memory: Memory) -> Generated:
+def round_trips(echo: Echo, memory: Memory) -> Generated:
+    """As many of a step's bytes as an answer has, between which both ends read memory; TPOT is the median."""
     taken = list[float]()
     for _ in range(TOKENS):
         memory.read(BETWEEN_S)

@@ -399,7 +399,7 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "head_overlap",
             "head_overlap",
-            "The likeliest of the first third of the vocabulary, where most of what is said stands, is sent on while "
+            "The likeliest of the first quarter of the vocabulary, where most of what is said stands, is sent on while "
             "the client computes the other logits, so that the trunk works meanwhile. Where another token is likelier, "
             "the step is rolled back: tokens are the same. On a CPU, for greedy answers that are decoded one by one.",
             "The next step begins when all logits are there.",

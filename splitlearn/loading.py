@@ -24,7 +24,7 @@ from splitlearn.errors import WeightsDamaged
 from splitlearn.families import join
 from splitlearn.flags import Settings, settings
 from splitlearn.local_stage import LocalStage
-from splitlearn.parted_head import part
+from splitlearn.parted_head import parted
 from splitlearn.process import default_threads, resident_bytes, trim_heap
 from splitlearn.split import CutModel, SplitPlan, carve
 from splitlearn.store import ALIGNMENT, ModelFiles
@@ -214,10 +214,10 @@ def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placeme
     if wanted.compile_stage is not None:
         wanted.compile_stage(cut)
     row = None if wanted.one_row is None else wanted.one_row(cut)
-    parted = part(module) if cut.last and placement.device.type == "cpu" and not cut.compiled else None
+    in_parts = parted(head) if placement.device.type == "cpu" and not cut.compiled else None
     precision = torch.get_float32_matmul_precision()
     threads, device, dtype = _row_threads(placement), placement.device, placement.dtype
-    return LocalStage(cut, spec.word, device, dtype, hidden_size, threads, precision, parted, row)
+    return LocalStage(cut, spec.word, device, dtype, hidden_size, threads, precision, in_parts, row)
 
 
 def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

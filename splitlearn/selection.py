@@ -22,7 +22,8 @@ CACHES = "use_cache,cache=static,torch_compile"
 FAST_IN_ANY = (
     "low_cpu_mem_usage,use_fast,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
 )
-FAST, FAST_FLOAT32 = f"{FAST_IN_ANY},weight_dtype", f"{FAST_IN_ANY},weight_prepack=blocks"
+FAST_ON_CPU = f"{FAST_IN_ANY},head_overlap"
+FAST, FAST_FLOAT32 = f"{FAST_ON_CPU},weight_dtype", f"{FAST_ON_CPU},weight_prepack=blocks"
 FAST_GPU = f"{FAST_IN_ANY},cuda_graph,torch_compile"
 
 

@@ -14,14 +14,15 @@ from splitlearn.events import GenerationRequest
 from splitlearn.head_start import HeadStart
 from splitlearn.ledger import Ledger
 from splitlearn.metrics import RunMetrics
-from splitlearn.parted_head import PartedHead, part
+from splitlearn.parted_head import parted
 from splitlearn.prepacked import PrepackedLinear
 from splitlearn.sampling import SamplingParams
+from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from tests.client import CACHED, client
 from tests.conftest import TinyFactory
 from tests.proxy import proxy
-from tests.trunk import TrunkHere, serve_here
+from tests.trunk import TrunkHere, hidden, serve_here
 
 TOKENS = 24
 REQUEST = GenerationRequest("the quick brown fox jumps over the lazy dog and runs on", TOKENS, ignore_eos=True)
@@ -170,15 +171,6 @@ def test_nothing_is_begun_before_the_times_are_known() -> None:
     assert not HeadStart([], Ledger(), ())._pays()
 
 
-class _Model(nn.Module):
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.lm_head = head
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-
 def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     head = nn.Linear(weight.shape[1], len(weight), bias=bias is not None)
     head.weight = nn.Parameter(weight, requires_grad=False)
@@ -193,26 +185,40 @@ def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 def test_a_head_in_parts_gives_the_logits_of_the_whole_one(rows: int, biased: bool, kind: str | int) -> None:
     torch.manual_seed(rows)
     weight, bias = torch.randn(rows, 64), torch.randn(rows) if biased else None
-    pieces = [piece.contiguous() for piece in weight.split(32)]
+    pieces = [weight[begin : begin + 32].contiguous() for begin in range(0, rows, 32)]
     if isinstance(kind, int):
         head: nn.Module = BlockLinear(pieces, bias, kind)
     else:
         head = _plain(weight, bias) if kind == "plain" else PrepackedLinear(pieces, bias)
-    model = _Model(head)
-    parted = part(model)
-    assert isinstance(parted, PartedHead) and model.lm_head is parted
     x, told = torch.randn(1, 1, 64), list[torch.Tensor]()
     with torch.no_grad():
+        unchanged = head(x)
+    in_parts = parted(head)
+    assert in_parts is not None
+    with torch.no_grad():
         whole = head(x)
-        with parted.telling(told.append):
-            out = parted(x)
-            several = parted(torch.randn(1, 3, 64))
-        assert torch.equal(parted(x), whole) and several.shape == (1, 3, rows)
+        with in_parts.telling(told.append):
+            out = head(x)
+            several = head(torch.randn(1, 3, 64))
+        assert torch.equal(whole, unchanged) and several.shape == (1, 3, rows)
     assert torch.equal(out, whole)
     assert len(told) == 1 and 0 < told[0].shape[-1] < rows
     assert torch.equal(told[0], whole[..., : told[0].shape[-1]])
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "opt", "bloom", "gpt_neox", "ctrl"])
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_stage_that_tells_its_first_logits_gives_the_same(tiny_model: TinyFactory, family: str, layers: int) -> None:
+    files = tiny_model(family)
+    spec = loading.StageSpec("top", files.n_layers - layers, files.n_layers, last=True)
+    stage = loading.load(files, [spec], CACHED, loading.Placement(torch.device("cpu"), torch.float32)).stages[0]
+    x, told = hidden(files, 1), list[torch.Tensor]()
+    alone, telling = (
+        stage.step([StageInput(stage.open(CACHED, 8), 0, x, early=early)])[0].x for early in (None, told.append)
+    )
+    assert torch.equal(alone, telling)
+    assert len(told) == 1
+
+
 def test_another_kind_of_head_is_left_as_it_is() -> None:
-    model = _Model(nn.Identity())
-    assert part(model) is None and isinstance(model.lm_head, nn.Identity)
+    assert parted(nn.Identity()) is None and parted(None) is None
