@@ -1,7 +1,7 @@
 """What it brings to begin a step with the first part of the logits: split with head_overlap against split without it
-and against the full model, on loopback, and over a link of 20 ms."""
+and against the full model, beside transformers' `generate()`, on loopback; and over a link of 20 ms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
 
@@ -11,6 +11,7 @@ from bench.link import Shape, link
 from bench.lookup import OPEN
 from bench.overhead import SETS, round_trips
 from bench.pairs import blocks
+from bench.reference import Generated, Reference
 from bench.report import write
 from splitlearn.arm import Kind
 from splitlearn.compare import environment
@@ -21,17 +22,19 @@ from splitlearn.metrics import RunMetrics
 from splitlearn.progress import silent
 from splitlearn.runs import Runs
 
+MEASURED = ("none", "weight_prepack=blocks", "weight_dtype")
 PAIRS, TOKENS, THREADS = 12, 64, 1
 WITH = "head_overlap"
 SHAPE = Shape(0.020)
 LOOPBACK = "loopback"
-Found = Mapping[str, Sequence[RunMetrics]]
+Run = RunMetrics | Generated
+Found = Mapping[str, Sequence[Run]]
 
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/head_overlap.md."""
     config = runs.config.model_copy(update={"runs": RunsConfig(threads=THREADS)})
-    rows = [row for more in SETS for row in _rows(config, more)]
+    rows = [row for more in MEASURED for row in _rows(config, more)]
     text = (
         f"Geometric mean ratios of TPOT with 95% intervals over {PAIRS} prompts, {TOKENS} tokens each, greedy, the "
         "arms in random order for each prompt, one thread in each process, flags of overhead.md and those named. "
@@ -45,30 +48,33 @@ def main(runs: Runs) -> None:
 def _rows(config: Config, more: str) -> list[dict[str, str]]:
     echoes = list[float]()
     with Runs(config.model_copy(update={"flags": SETS[more]}), silent) as runs:
-        near = _measure(runs, ("full", "split", WITH), echoes)
+        near = _measure(runs, ("generate", "full", "split", WITH), echoes)
         with link(runs.trunk_addresses(runs.flags(SETS[more]).trunk)[0], SHAPE) as address:
             far_config = runs.config.model_copy(update={"trunk": TrunkConfig(address=(address,))})
             with Runs(far_config, silent) as far_runs:
                 far = _measure(far_runs, ("split", WITH), [])
-    pairs = (("split", "full"), (WITH, "full"), (WITH, "split"))
+    pairs = (("split", "full"), (WITH, "full"), (WITH, "split"), ("full", "generate"))
     rows = [_row(near, LOOPBACK, more, *pair, f"{1e3 * median(echoes):.2f}") for pair in pairs]
     return [*rows, _row(far, str(SHAPE), more, WITH, "split", "")]
 
 
 def _measure(runs: Runs, names: Sequence[str], echoes: list[float]) -> Found:
     """Each arm's runs; `echoes` gets the round trip of a step's bytes to an echo server, once for each prompt."""
-    blocks(_arms(runs, names, OPEN[0]), 1)  # all are warm then
-    found: dict[str, list[RunMetrics]] = {name: [] for name in names}
-    echo, memory = Echo(READS), Memory()
-    for number, prompt in enumerate(OPEN[:PAIRS]):
-        for name, each in blocks(_arms(runs, names, prompt), 1, seed=number).items():
-            found[name] += each
-        echoes.append(round_trips(echo, memory).tpot_s)
-    echo.close()
+    reference, echo, memory = Reference(runs.spec("full", runs.flags(runs.config.flags))), Echo(READS), Memory()
+    found: dict[str, list[Run]] = {name: [] for name in names}
+    try:
+        blocks(_arms(runs, reference, names, OPEN[0]), 1)  # all are warm then
+        for number, prompt in enumerate(OPEN[:PAIRS]):
+            for name, each in blocks(_arms(runs, reference, names, prompt), 1, seed=number).items():
+                found[name] += each
+            echoes.append(round_trips(echo, memory).tpot_s)
+    finally:
+        reference.stop()
+        echo.close()
     return found
 
 
-def _arms(runs: Runs, names: Sequence[str], prompt: str) -> dict[str, "partial[RunMetrics]"]:
+def _arms(runs: Runs, reference: Reference, names: Sequence[str], prompt: str) -> dict[str, Callable[[], Run]]:
     request = GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True)
     flags = runs.config.flags
     arms: dict[str, tuple[Kind, str]] = {
@@ -76,13 +82,18 @@ def _arms(runs: Runs, names: Sequence[str], prompt: str) -> dict[str, "partial[R
         "split": ("split", flags),
         WITH: ("split", f"{flags},{WITH}"),
     }
-    return {name: partial(answer, runs, arms[name][0], runs.flags(arms[name][1]), request) for name in names}
+    found: dict[str, Callable[[], Run]] = {
+        name: partial(answer, runs, kind, runs.flags(words), request) for name, (kind, words) in arms.items()
+    }
+    found["generate"] = partial(reference.run, prompt, TOKENS)
+    return {name: found[name] for name in names}
 
 
 def _row(found: Found, where: str, more: str, name: str, baseline: str, echo_ms: str) -> dict[str, str]:
     runs, others = found[name], found[baseline]
     tpots, base = ([each.tpot_s or 0.0 for each in arm] for arm in (runs, others))
-    begun, right = (sum(getattr(run, key) for run in runs) for key in ("head_starts", "head_starts_right"))
+    split = [run for run in runs if isinstance(run, RunMetrics)]
+    begun, right = sum(run.head_starts for run in split), sum(run.head_starts_right for run in split)
     same = sum(run.token_ids == other.token_ids for run, other in zip(runs, others, strict=True))
     return {
         "more flags": more,

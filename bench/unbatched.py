@@ -25,7 +25,15 @@ from splitlearn.stages import StageInput
 class Direct(Engine):
     """Computes each step by itself."""
 
-    def step(self, seat: Seat, position: int, x: torch.Tensor, timeout_s: float, roll_back: bool = False) -> EngineStep:
+    def step(
+        self,
+        seat: Seat,
+        position: int,
+        x: torch.Tensor,
+        timeout_s: float,
+        roll_back: bool = False,
+        uncertain: int | None = None,
+    ) -> EngineStep:
         """One forward for this step alone; nothing is waited for, checked or counted."""
         started = time.perf_counter()
         output = self._stage.step([StageInput(seat.session, position, x)])[0]

@@ -23,7 +23,15 @@ import torch
 from server.admission import Admission
 from server.metrics import Metrics
 from server.seat import Job, Seat
-from splitlearn.errors import InputError, SplitlearnError, TrunkFailed, TrunkForgot, TrunkLate, as_error
+from splitlearn.errors import (
+    InputError,
+    SplitlearnError,
+    StepUnwanted,
+    TrunkFailed,
+    TrunkForgot,
+    TrunkLate,
+    as_error,
+)
 from splitlearn.finite import first_not_finite
 from splitlearn.flags import settings
 from splitlearn.local_stage import LocalSession, LocalStage
@@ -93,7 +101,7 @@ class Engine:
         Raises TrunkForgot where there is no such session (any more), InputError for what it cannot give.
         """
         with self._arrived:  # nobody leaves meanwhile, whose memory would be another one's
-            parent = next((each for each in self._seats if secrets.compare_digest(each.key, key)), None)
+            parent = self._named(key)
             if parent is None or parent.closed or seat.closed:
                 raise TrunkForgot("the session to branch from is not here (any more)", "branch_lost")
             held, own = parent.session, seat.session
@@ -105,16 +113,36 @@ class Engine:
                 raise InputError("position", tokens, f"at most {held.length}, the length of the session to branch from")
             own.branch(held, tokens)
 
-    def step(self, seat: Seat, position: int, x: torch.Tensor, timeout_s: float, roll_back: bool = False) -> EngineStep:
+    def drop(self, key: bytes, step_id: int) -> bool:
+        """The client of the session named `key` wants that step no more, nor any before it. False: no such session."""
+        with self._arrived:
+            seat = self._named(key)
+            if seat is not None:
+                seat.unwanted = step_id
+        return seat is not None
+
+    def _named(self, key: bytes) -> Seat | None:
+        return next((each for each in self._seats if secrets.compare_digest(each.key, key)), None)
+
+    def step(
+        self,
+        seat: Seat,
+        position: int,
+        x: torch.Tensor,
+        timeout_s: float,
+        roll_back: bool = False,
+        uncertain: int | None = None,
+    ) -> EngineStep:
         """Compute `x` [1, T, H] from `position` on, together with what the other sessions bring.
 
         Raises InputError for a position that does not follow, TrunkLate when it waited for longer than
-        `timeout_s` or its session has ended.
+        `timeout_s` or its session has ended, StepUnwanted when it was `uncertain`, a step's number,
+        and dropped.
         """
         session, began = seat.session, time.perf_counter()
         if not session.recomputes and position < session.length and not roll_back:
             raise InputError("position", position, f"{session.length}, or roll_back to go back from there")
-        job = Job(seat, position, x, began + timeout_s, began)
+        job = Job(seat, position, x, began + timeout_s, began, uncertain)
         with self._arrived:
             seat.returns(began)
             self._jobs.append(job)
@@ -183,6 +211,8 @@ class Engine:
     def _drop(self) -> None:
         """What nobody waits for (any more) is not computed."""
         now = time.perf_counter()
+        for job in [job for job in self._jobs if job.unwanted()]:
+            self._finish(job, StepUnwanted())
         for job in [job for job in self._jobs if job.seat.closed or now > job.deadline]:
             why = "its session has ended" if job.seat.closed else "it waited for longer than its client said it would"
             self._finish(job, TrunkLate(f"the step was dropped: {why}", "step_late"))
@@ -209,7 +239,15 @@ class Engine:
 
     def _forward(self, chosen: Sequence[tuple[Job, int]]) -> None:
         """One forward of the stage, its outcome given to the jobs."""
-        inputs = [StageInput(job.seat.session, job.position + job.done, job.next(tokens)) for job, tokens in chosen]
+        inputs = [
+            StageInput(
+                job.seat.session,
+                job.position + job.done,
+                job.next(tokens),
+                unwanted=None if job.uncertain is None else job.unwanted,
+            )
+            for job, tokens in chosen
+        ]
         started = time.perf_counter()
         outcomes = self._computed(inputs)
         ended = time.perf_counter()

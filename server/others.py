@@ -20,6 +20,8 @@ from splitlearn.errors import TrunkFull, TrunkUnavailable
 from splitlearn.wire import SERVICE, TOKEN_HEADER
 from splitlearn.wire.channel import open_channel
 
+DROP_TIMEOUT_S = 1.0
+
 if TYPE_CHECKING:  # grpc's classes are generic for the type checker only
     Method = grpc.StreamStreamMultiCallable[bytes, bytes]
 
@@ -42,6 +44,11 @@ def _until_gone(requests: Iterator[bytes]) -> Iterator[bytes]:
     """What a client sends, up to its end or its loss: gRPC would log a traceback for the latter."""
     with contextlib.suppress(grpc.RpcError):
         yield from requests
+
+
+def _shown(context: grpc.ServicerContext) -> tuple[tuple[str, str | bytes], ...]:
+    """The token that a client shows."""
+    return tuple(pair for pair in context.invocation_metadata() or () if pair[0] == TOKEN_HEADER)
 
 
 def _cancel(call: grpc.Call) -> None:
@@ -74,7 +81,7 @@ class Others:
         child = self._take(flags)
         try:
             method: Method = child.channel.stream_stream(f"/{SERVICE}/Session")
-            shown = tuple(pair for pair in context.invocation_metadata() or () if pair[0] == TOKEN_HEADER)
+            shown = _shown(context)
             # A child's loss is known a moment after its connections are gone: who comes then waits for the next.
             call = method(chain([first], _until_gone(requests)), metadata=shown, wait_for_ready=True)
             context.add_callback(lambda: _cancel(call))
@@ -88,6 +95,15 @@ class Others:
         finally:
             with self._lock:
                 child.sessions -= 1
+
+    def drop(self, request: bytes, context: grpc.ServicerContext) -> None:
+        """Tell the children that a step is not wanted any more: one of them may have its session."""
+        with self._lock:
+            children = [child for child in self._children.values() if child.sessions]
+        for child in children:
+            method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = child.channel.unary_unary(f"/{SERVICE}/Drop")
+            with contextlib.suppress(grpc.RpcError):
+                method(request, timeout=DROP_TIMEOUT_S, metadata=_shown(context))
 
     def stop(self) -> None:
         """End all children."""

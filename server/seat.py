@@ -30,6 +30,8 @@ class Seat:
     away_s: float = float("inf")
     pauses: deque[float] = field(default_factory=lambda: deque(maxlen=PAUSES))
     running: bool = False
+    unwanted: int = 0
+    """The last step that its client said it does not want, nor those before it."""
     closed: bool = False
     freed: bool = False
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
@@ -61,6 +63,8 @@ class Job:
     x: torch.Tensor
     deadline: float
     began: float
+    uncertain: int | None = None
+    """Its number, where its client may say that it does not want it."""
     wake: threading.Event | None = None
     """What its thread waits for, where another one leads."""
     outputs: list[torch.Tensor] = field(default_factory=list)
@@ -69,6 +73,10 @@ class Job:
     compile_s: float = 0.0
     last_run: float = 0.0
     error: SplitlearnError | None = None
+
+    def unwanted(self) -> bool:
+        """Whether its client said so."""
+        return self.uncertain is not None and self.uncertain <= self.seat.unwanted
 
     @property
     def left(self) -> int:

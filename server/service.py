@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
 import torch
+from google.protobuf.message import DecodeError
 
 from server import logs, sight
 from server.access import Access, Guest
@@ -58,9 +60,13 @@ class TrunkService:
             self.metrics, None, pb.MetricsText.SerializeToString
         )
         session: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(self.session)
+        drop: grpc.RpcMethodHandler[bytes, pb.DropReply] = grpc.unary_unary_rpc_method_handler(
+            self.drop, None, pb.DropReply.SerializeToString
+        )
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Describe": describe,
             "Metrics": metrics,
+            "Drop": drop,
             "Session": session,
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -87,6 +93,14 @@ class TrunkService:
     def metrics(self, request: bytes, context: grpc.ServicerContext) -> pb.MetricsText:
         """How this server is."""
         return pb.MetricsText(text=self._served.metrics.text())
+
+    def drop(self, request: bytes, context: grpc.ServicerContext) -> pb.DropReply:
+        """A step is not wanted any more. What names no session has no effect, and is told nothing."""
+        with suppress(DecodeError):
+            asked = pb.DropRequest.FromString(request)
+            if not self._served.engine.drop(asked.key, asked.step_id):
+                self._others.drop(request, context)
+        return pb.DropReply()
 
     def denied(self, context: grpc.ServicerContext) -> None:
         """A call was turned away at the door."""

@@ -10,7 +10,7 @@ from server.access import Guest
 from server.build import Served
 from server.seat import Seat
 from server.visit import Visit
-from splitlearn.errors import InputError
+from splitlearn.errors import InputError, StepUnwanted
 from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
 
@@ -44,7 +44,15 @@ class Stay:
         self._parts, self._tokens, self._held_up_s = [], 0, 0.0
         codec.check_finite(x, position)
         decoded = time.perf_counter()
-        done = self._served.engine.step(self._seat, position, x, self._timeout_s, roll_back)
+        try:
+            done = self._served.engine.step(
+                self._seat, position, x, self._timeout_s, roll_back, step.step_id if step.uncertain else None
+            )
+        except StepUnwanted:
+            spent = {"decode_s": decoded - started, "trunk_s": time.perf_counter() - decoded}
+            dropped = {"step_id": step.step_id, "position": position, "dropped": True, **spent}
+            yield pb.ServerMessage(result=dropped).SerializeToString()
+            return
         computed = time.perf_counter()
         wanted = min(step.answer_last or tokens, tokens)
         *parts, last = self._answers(step, position + tokens - wanted, done.x[:, tokens - wanted :])

@@ -9,7 +9,7 @@ import torch
 
 from splitlearn.events import StageTiming
 from splitlearn.parted_head import Early
-from splitlearn.stages import OpensTogether, Session, Stage, StageInput, StageOutput, WorksAhead
+from splitlearn.stages import OpensTogether, Session, Stage, StageInput, StageOutput, UnderWay, WorksAhead
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ class Feed:
     def flow(self, pieces: Iterable[Piece], logits: int, note: Callable[[StageTiming], None]) -> Iterator[Piece]:
         """Hand on neighbouring pieces, each the first position and `x`, and give what comes out. A stage that works
         elsewhere has the next piece before it is asked for the last. `note` is told what each took."""
-        under_way: deque[tuple[int, Callable[[], StageOutput]]] = deque()
+        under_way: deque[tuple[int, UnderWay]] = deque()
 
         def finished() -> Piece:
-            position, finish = under_way.popleft()
-            output = finish()
+            position, begun = under_way.popleft()
+            output = begun.finish()
             note(output.timing)
             return position, output.x
 
         for position, x in pieces:
             item = self.input(position, x, logits)
             if self.elsewhere is not None:
-                timing, finish = self.elsewhere.begin(item)
-                note(timing)
-                under_way.append((item.position, finish))
+                begun = self.elsewhere.begin(item)
+                note(begun.timing)
+                under_way.append((item.position, begun))
                 if len(under_way) > 1:
                     yield finished()
             else:
@@ -68,13 +68,12 @@ class Feed:
         while under_way:
             yield finished()
 
-    def begin(self, position: int, x: torch.Tensor) -> tuple[int, StageTiming, Callable[[], StageOutput]]:
-        """A `step`, only begun, of a stage that works elsewhere: the output's first position, what beginning took,
-        and what waits for the output."""
+    def begin(self, position: int, x: torch.Tensor, *, uncertain: bool) -> tuple[int, UnderWay]:
+        """A `step`, only begun, of a stage that works elsewhere, and the output's first position."""
         if self.elsewhere is None:
             raise TypeError(f"{self.stage} computes here")
         item = self.input(position, x, 1)
-        return item.position, *self.elsewhere.begin(item)
+        return item.position, self.elsewhere.begin(item, uncertain=uncertain)
 
     def input(self, position: int, x: torch.Tensor, logits: int, early: Early | None = None) -> StageInput:
         """What the stage is given of `x`, which covers the positions from `position` on."""

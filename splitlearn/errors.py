@@ -14,6 +14,7 @@
     |   |   `-- TrunkDenied       it asks for a token, and the one that it got, if any, is not valid
     |   |-- TrunkFull          no room for a session now
     |   `-- TrunkFailed        the trunk broke while computing
+    |-- StepUnwanted        whoever asked for a step wants it no more: it was given up
     |-- WorkFailed          a worker process met an error that nobody foresaw, and goes on
     |-- WorkerDied          a worker process ended without a word (killed, out of memory)
     `-- SetupError          the program cannot start here as asked (a port is taken, no login for a shared page)
@@ -39,6 +40,10 @@ class InputError(SplitlearnError):
         """Crosses a process boundary with its three parts; a value of no plain type as text."""
         plain = isinstance(self.value, str | int | float | None)
         return type(self), (self.field, self.value if plain else repr(self.value), self.expected)
+
+
+class StepUnwanted(SplitlearnError):
+    """Whoever asked for the step wants it no more: what was computed of it is of no use."""
 
 
 class ModelError(SplitlearnError):

@@ -86,7 +86,12 @@ class GraphRow:
         self._out = None if cut.last else _Crossing(torch.Size((1, 1, width)), self._dtype, device)
 
     def __call__(
-        self, x: torch.Tensor, position: int, cache: Cache | None, early: Early | None = None
+        self,
+        x: torch.Tensor,
+        position: int,
+        cache: Cache | None,
+        early: Early | None = None,
+        unwanted: Callable[[], bool] | None = None,
     ) -> torch.Tensor | None:
         """The hidden state [1, 1, H] on the host, or the logits [1, 1, V] on the device; the cache has the token."""
         if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or not cache.layers[0].is_initialized:

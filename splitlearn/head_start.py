@@ -9,7 +9,7 @@ rolled back and what came of it is dropped: the tokens are those that there woul
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
@@ -18,15 +18,9 @@ import torch
 from splitlearn.chain import Feed, Piece
 from splitlearn.drafts import TIMES, Record
 from splitlearn.ledger import Ledger
-from splitlearn.stages import StageOutput
+from splitlearn.stages import UnderWay
 
 EXPECTED = Record(right=9, tried=10)
-
-
-@dataclass(frozen=True)
-class _Begun:
-    token: int
-    finish: Callable[[], StageOutput]
 
 
 @dataclass
@@ -47,7 +41,7 @@ class HeadStart:
     _position: int = 0
     """Where the token goes whose logits come next."""
     _guess: int | None = None
-    _begun: _Begun | None = None
+    _begun: UnderWay | None = None
     _guessed: float = 0.0
     _record: Record = field(default_factory=lambda: Record(EXPECTED.right, EXPECTED.tried))
     _rests: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
@@ -61,15 +55,17 @@ class HeadStart:
         if guess is not None:
             self._rests.append(time.perf_counter() - self._guessed)
             self._record.add(int(guess == token), int(guess != token))
-        self.came_true = None if begun is None else begun.token == token
+        self.came_true = None if begun is None else guess == token
         if begun is not None and self.came_true:
-            return position, self._finished(begun.finish)
+            return position, self._finished(begun)
+        if begun is not None:
+            begun.drop()
         for feed in self.near:
             feed.roll_back(position)
-        position, finish = self._begin(position, ids)
-        if begun is not None:
-            self._finished(begun.finish)  # answers come in the order in which steps were begun
-        return position, self._finished(finish)
+        position, wanted = self._begin(position, ids, uncertain=False)
+        if begun is not None:  # answers come in the order in which steps were begun
+            self.ledger.add(0, begun.finish().timing)
+        return position, self._finished(wanted)
 
     def guess(self, logits: torch.Tensor) -> None:
         """Begin the next step with the largest of the first `logits` [1, 1, k], where that pays."""
@@ -77,26 +73,25 @@ class HeadStart:
         self._guess = int(logits.argmax())
         self.ledger.spend("sample", time.perf_counter() - began)
         if self._guess not in self.ends and self._pays():
-            _, finish = self._begin(self._position, torch.tensor([[self._guess]]))
-            self._begun = _Begun(self._guess, finish)
+            _, self._begun = self._begin(self._position, torch.tensor([[self._guess]]), uncertain=True)
         self._guessed = time.perf_counter()
 
     def _pays(self) -> bool:
         wrong = 1 - self._record.share
         return bool(self._rests and self._steps) and median_low(self._rests) > wrong * median_low(self._steps)
 
-    def _begin(self, position: int, x: torch.Tensor) -> tuple[int, Callable[[], StageOutput]]:
+    def _begin(self, position: int, x: torch.Tensor, *, uncertain: bool) -> tuple[int, UnderWay]:
         *here, last = self.near
         for feed in here:
             position, output = feed.step(position, x)
             self.ledger.add(0, output.timing)
             x = output.x
-        position, timing, finish = last.begin(position, x)
-        self.ledger.add(0, timing)
-        return position, finish
+        position, begun = last.begin(position, x, uncertain=uncertain)
+        self.ledger.add(0, begun.timing)
+        return position, begun
 
-    def _finished(self, finish: Callable[[], StageOutput]) -> torch.Tensor:
-        output = finish()
+    def _finished(self, begun: UnderWay) -> torch.Tensor:
+        output = begun.finish()
         self.ledger.add(0, output.timing)
         if output.x.shape[1] == 1 and not output.timing.recoveries:
             spent = output.timing.ledger

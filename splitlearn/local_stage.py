@@ -202,7 +202,7 @@ class LocalStage:
     def _forward(self, item: StageInput, early: Early | None) -> torch.Tensor:
         session, arguments = item.session, item.session.settings.forward_arguments
         if self.row is not None and not arguments:
-            out = self.row(item.x, item.position, session.cache, early)
+            out = self.row(item.x, item.position, session.cache, early, item.unwanted)
             if out is not None:
                 return out
         alone, x = item.x.shape[1] == 1 and self.device.type == "cpu", item.x.to(self.device)

@@ -5,7 +5,7 @@ where the two differ by more than rounding the stage is left as it is. So is eve
 whose keys and values do not lie where the kernel reads them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache
 from splitlearn import caches, row_attention
 from splitlearn.block_linear import BlockLinear
 from splitlearn.blocks import memory
-from splitlearn.caches import ReservedCache
+from splitlearn.caches import Kept, ReservedCache
+from splitlearn.errors import StepUnwanted
 from splitlearn.parted_head import FIRST, Early
 from splitlearn.split import CutModel, body_of, example, forward, layers_of
 
@@ -34,10 +35,16 @@ class Row(Protocol):
         """Drop what is made for places in memory: there will be others."""
 
     def __call__(
-        self, x: torch.Tensor, position: int, cache: Cache | None, early: Early | None = None
+        self,
+        x: torch.Tensor,
+        position: int,
+        cache: Cache | None,
+        early: Early | None = None,
+        unwanted: Callable[[], bool] | None = None,
     ) -> torch.Tensor | None:
         """What `split.forward` would give for one token, and the cache has the token then; None where it cannot.
-        `early` is told the first logits before the others are there, where it can be."""
+        `early` is told the first logits before the others are there, where it can be. Raises StepUnwanted where
+        `unwanted` says so in time; the cache has the token not then."""
 
 
 # In the order of the kernel.
@@ -49,6 +56,8 @@ GROWING = ("dynamic", "longrope")
 FULL = "full_attention"
 TURNS = 256
 NEAR = 1e-3
+# Of a step that may be dropped: between two calls of the kernel, which take 10 us more, somebody looks.
+LAYERS_AT_ONCE = 4
 
 
 def of(cut: CutModel) -> Row | None:
@@ -95,30 +104,44 @@ class _OneRow:
         self._norm = body.norm.weight.detach().numpy() if cut.last else None
 
     def __call__(
-        self, x: torch.Tensor, position: int, cache: Cache | None, early: Early | None = None
+        self,
+        x: torch.Tensor,
+        position: int,
+        cache: Cache | None,
+        early: Early | None = None,
+        unwanted: Callable[[], bool] | None = None,
     ) -> torch.Tensor | None:
         """The hidden state [1, 1, H], or the logits [1, 1, V]; the cache has the token then."""
         if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or (kept := cache.kept) is None:
             return None
         hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
+        layers = len(self._norms_array)
+        at_once = layers if unwanted is None else LAYERS_AT_ONCE
+        for begin in range(0, layers, at_once):
+            if begin and unwanted is not None and unwanted():
+                raise StepUnwanted
+            self._through(hidden, slice(begin, min(begin + at_once, layers)), kept, position)
+        cache.grown(1)
+        return torch.from_numpy((hidden if self._head is None else self._logits(hidden, self._head, early))[None])
+
+    def _through(self, hidden: NDArray[np.float32], layers: slice, kept: Kept, position: int) -> None:
+        """`hidden` [1, H] is changed to what the layers make of it."""
         self._kernel.step(
             hidden,
             self._blocks,
-            self._ends,
+            self._ends[layers.start * self._kernel.PRODUCTS : layers.stop * self._kernel.PRODUCTS + 1],
             self._bits,
-            self._norms_array,
+            self._norms_array[layers],
             self._eps,
             self._n_heads,
             self._inner,
             self._scale,
             self._turn(position),
-            kept.addresses,
+            kept.addresses[layers],
             kept.shape,
             kept.start,
             position,
         )
-        cache.grown(1)
-        return torch.from_numpy((hidden if self._head is None else self._logits(hidden, self._head, early))[None])
 
     def _logits(self, hidden: NDArray[np.float32], head: BlockLinear, early: Early | None) -> NDArray[np.float32]:
         """[1, V]"""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -18,7 +19,7 @@ import torch
 
 from splitlearn.errors import TrunkError, TrunkRefused, TrunkUnavailable
 from splitlearn.events import Recovery, StageTiming
-from splitlearn.stages import StageInput, StageOutput
+from splitlearn.stages import StageInput, StageOutput, UnderWay
 from splitlearn.stream import Opening, Sent, Served, Stream
 from splitlearn.trunks import Effort, Trunks
 from splitlearn.wire import PROTOCOL, SERVICE
@@ -27,7 +28,6 @@ from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.status import error_of
 
 Found = TypeVar("Found")
-Begun = tuple[StageTiming, Callable[[], StageOutput]]
 # The trunk is told this share of the time that is waited for it: what it says when the time is over still arrives.
 TOLD = 0.9
 
@@ -75,11 +75,11 @@ class RemoteStage:
         if len(batch) == 1:
             return [batch[0].session.step(batch[0].position, batch[0].x)]
         under_way = [self.begin(item) for item in batch]
-        return [_with(sent, finish()) for sent, finish in under_way]
+        return [_with(begun.timing, begun.finish()) for begun in under_way]
 
-    def begin(self, item: StageInput) -> Begun:
+    def begin(self, item: StageInput, *, uncertain: bool = False) -> UnderWay:
         """Send a step; what is given waits for its answer. More may be sent before; answers come in the same order."""
-        begun: Begun = item.session.begin(item.position, item.x)
+        begun: UnderWay = item.session.begin(item.position, item.x, uncertain=uncertain)
         return begun
 
     def close(self) -> None:
@@ -117,16 +117,17 @@ class RemoteSession:
         self._send(position, x)
         return self._finish(position, x, started, since=None)
 
-    def begin(self, position: int, x: torch.Tensor) -> Begun:
-        """The first half of `step`: what it took, and what does the second."""
-        self._send(position, x)
-        sent = self._under_way[-1]
+    def begin(self, position: int, x: torch.Tensor, *, uncertain: bool = False) -> UnderWay:
+        """The first half of `step`, and what does the second."""
+        self._send(position, x, uncertain=uncertain)
+        sent, stream = self._under_way[-1], self._stream
 
         def finish() -> StageOutput:
             now = time.perf_counter()
             return self._finish(position, x, now, since=now)
 
-        return StageTiming({"encode": sent.encode_s}, bytes_up=sent.size), finish
+        timing = StageTiming({"encode": sent.encode_s}, bytes_up=sent.size)
+        return UnderWay(timing, finish, partial(stream.drop_step, sent))
 
     def branch(self, other: "RemoteSession", tokens: int) -> None:
         """Have the next step begin with what the trunk has of `other`."""
@@ -134,9 +135,10 @@ class RemoteSession:
             self._sent = other._sent[: tokens * self._row_bytes]
             self._branch_of = other._stream.key
 
-    def _send(self, position: int, x: torch.Tensor) -> None:
+    def _send(self, position: int, x: torch.Tensor, *, uncertain: bool = False) -> None:
         kept, branch_of, self._branch_of = position * self._row_bytes, self._branch_of, b""
-        sent = self._stream.send(position, x, roll_back=kept < len(self._sent), branch_of=branch_of)
+        roll_back = kept < len(self._sent)
+        sent = self._stream.send(position, x, roll_back=roll_back, branch_of=branch_of, uncertain=uncertain)
         self._under_way.append(sent)
         if not self.recomputes:
             del self._sent[kept:]

@@ -34,7 +34,8 @@ class StageInput:
 
     `position` is the number of tokens before the first of `x`; below the cached length it rolls the session back.
     `logits` is for how many of the last positions a last stage gives logits. `early` is told the first of one token's
-    logits [1, 1, k], before the others are computed, by a last stage that computes them in parts.
+    logits [1, 1, k], before the others are computed, by a last stage that computes them in parts. `unwanted` tells, at
+    any time, whether the step is of no use any more: a stage may then raise StepUnwanted.
     """
 
     session: Any
@@ -42,6 +43,7 @@ class StageInput:
     x: torch.Tensor
     logits: int = 1
     early: Early | None = None
+    unwanted: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,19 @@ class OpensTogether(Protocol):
         """Begin `count` sessions, each as `Stage.open` does."""
 
 
+@dataclass(frozen=True)
+class UnderWay:
+    """A step that was begun: what that took, what waits for the outcome and says what waiting took, and what says that
+    it is not wanted: the outcome, still to be waited for, has no positions then."""
+
+    timing: StageTiming
+    finish: Callable[[], StageOutput]
+    drop: Callable[[], None]
+
+
 @runtime_checkable
 class WorksAhead(Protocol):
     """A stage that computes elsewhere, so that its client can work meanwhile."""
 
-    def begin(self, item: StageInput) -> tuple[StageTiming, Callable[[], StageOutput]]:
-        """Begin a step: what that took, and what waits for the outcome, which says what waiting took. More may be begun
-        before, and end in their order."""
+    def begin(self, item: StageInput, *, uncertain: bool = False) -> UnderWay:
+        """Begin a step, which may be dropped if it is `uncertain`. More may be begun before, and end in their order."""

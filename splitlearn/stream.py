@@ -96,6 +96,9 @@ class Stream:
         self._over = False
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/Session")
         self._call = method(iter(self._outgoing.get, None))
+        self._drop: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE}/Drop")
+        self._dropping: grpc.Future[bytes] | None = None
+        self._unwanted = 0
         _watchdog.watch(self)
 
     def open(self, wait_s: float) -> pb.Opened:
@@ -110,13 +113,21 @@ class Stream:
         return self.answer(self.send(position, x), wait_s)
 
     def send(
-        self, position: int, x: torch.Tensor, *, roll_back: bool = False, answer_last: int = 0, branch_of: bytes = b""
+        self,
+        position: int,
+        x: torch.Tensor,
+        *,
+        roll_back: bool = False,
+        answer_last: int = 0,
+        branch_of: bytes = b"",
+        uncertain: bool = False,
     ) -> Sent:
         """The first half of `step`. The answer has the last `answer_last` of the T positions, 0 for all of them.
-        `branch_of` is the key of the stream whose session has what is before `position`."""
+        `branch_of` is the key of the stream whose session has what is before `position`; only an `uncertain` step can
+        be dropped."""
         started = time.perf_counter()
         data = self._rows.to_bytes(x)
-        messages = self._encode(position, data, roll_back, answer_last, branch_of)
+        messages = self._encode(position, data, roll_back, answer_last, branch_of, uncertain)
         encoded = time.perf_counter()
         for message in messages:
             self._outgoing.put(message)
@@ -135,7 +146,7 @@ class Stream:
             replies.append(self._receive(wait_s))
             received = time.perf_counter()
             results.append(self._result(replies[-1], sent))
-        out = self._decode(results, sent.wanted)
+        out = self._decode(results, 0 if results[0].dropped and sent.step_id <= self._unwanted else sent.wanted)
         server, alone = results[-1], since is None
         waited = received - (sent.at if since is None else since)
         spent = server.decode_s + server.queue_s + server.trunk_s + server.encode_s
@@ -149,6 +160,12 @@ class Stream:
         }
         up, down, overlapped_s = sent.size if alone else 0, sum(map(len, replies)), (1 - share) * spent
         return StageOutput(out, StageTiming(ledger, server.compile_s, up, down, overlapped_s=overlapped_s))
+
+    def drop_step(self, sent: Sent) -> None:
+        """Tell the trunk that `sent` is not wanted: its answer has no positions then, unless it was there before."""
+        self._unwanted = sent.step_id
+        request = pb.DropRequest(key=self.key, step_id=sent.step_id).SerializeToString()
+        self._dropping = self._drop.future(request, timeout=CLOSE_TIMEOUT_S)  # ends when nothing refers to it
 
     def close(self) -> int | None:
         """End the stream in order, so that the trunk frees the session: the trunk's peak memory in bytes, and the
@@ -194,7 +211,9 @@ class Stream:
         self._over = True
         _watchdog.drop(self)
 
-    def _encode(self, position: int, data: bytes, roll_back: bool, answer_last: int, branch_of: bytes) -> list[bytes]:
+    def _encode(
+        self, position: int, data: bytes, roll_back: bool, answer_last: int, branch_of: bytes, uncertain: bool
+    ) -> list[bytes]:
         self._steps += 1
         hidden_size, messages = self._served.hidden_size, list[bytes]()
         size = codec.part_bytes(self._row_bytes, self._part_bytes)
@@ -208,6 +227,7 @@ class Stream:
                 "roll_back": roll_back and not messages,
                 "answer_last": answer_last,
                 "branch_of": b"" if messages else branch_of,
+                "uncertain": uncertain,
             }
             messages.append(pb.ClientMessage(step=step).SerializeToString())
         return messages
@@ -246,10 +266,12 @@ class Stream:
         """The answer [1, `wanted`, H], in the dtype that the trunk computed it in."""
         hidden_size = self._served.hidden_size
         try:
-            tokens = sum(codec.check(result.hidden, self._rows, hidden_size) for result in results)
+            tokens = sum(codec.check(result.hidden, self._rows, hidden_size) for result in results) if wanted else 0
         except InputError as error:
             raise TrunkFailed(f"The trunk server at {self.address} answered what does not fit: {error}") from error
         if tokens != wanted:
             raise TrunkFailed(f"The trunk answered {tokens} positions instead of {wanted}.")
+        if not wanted:
+            return torch.empty(1, 0, hidden_size, dtype=self._served.dtype)
         data = b"".join(result.hidden.data for result in results)
         return self._read(data).to(self._served.dtype)

@@ -48,7 +48,7 @@ def _whole(files: ModelFiles, address: str) -> torch.Tensor:
 
 def test_pieces_that_are_under_way_together_are_answered_in_their_order(here: TrunkHere, files: ModelFiles) -> None:
     with closing(RemoteStage([here.address], served(files), 20)) as stage, closing(stage.open(CACHED, 64)) as session:
-        outputs = [finish() for _, finish in [session.begin(*piece) for piece in _pieces(files)]]
+        outputs = [begun.finish() for begun in [session.begin(*piece) for piece in _pieces(files)]]
     assert [output.x.shape[1] for output in outputs] == LENGTHS
     torch.testing.assert_close(torch.cat([output.x for output in outputs], dim=1), _whole(files, here.address))
     for output in outputs:
@@ -71,7 +71,7 @@ def test_pieces_under_way_at_a_trunk_that_is_lost_are_answered_by_the_next(
         begun = [session.begin(*piece) for piece in pieces[answered:]]
         between.cut()
         between.pause_s = 0.0
-        outputs += [finish() for _, finish in begun]
+        outputs += [each.finish() for each in begun]
         torch.testing.assert_close(torch.cat([output.x for output in outputs], dim=1), wanted)
         assert [len(output.timing.recoveries) for output in outputs].count(1) == 1
         then = session.step(sum(LENGTHS), hidden(files, 1, seed=9))

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsplitlearn/wire/trunk.proto\x12\rsplitlearn.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x10\n\x0eMetricsRequest\"\x1b\n\x0bMetricsText\x12\x0c\n\x04text\x18\x01 \x01(\t\".\n\tFlagState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bunavailable\x18\x02 \x01(\t\"\xd8\x02\n\x0b\x44\x65scription\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x10\n\x08n_layers\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x13\n\x0bhidden_size\x18\t \x01(\r\x12\x12\n\nmax_length\x18\n \x01(\r\x12\x0f\n\x07threads\x18\x0b \x01(\r\x12\'\n\x05\x66lags\x18\x0c \x03(\x0b\x32\x18.splitlearn.v1.FlagState\x12\x38\n\x07machine\x18\r \x03(\x0b\x32\'.splitlearn.v1.Description.MachineEntry\x1a.\n\x0cMachineEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"a\n\rClientMessage\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.splitlearn.v1.OpenH\x00\x12#\n\x04step\x18\x02 \x01(\x0b\x32\x13.splitlearn.v1.StepH\x00\x42\x06\n\x04kind\"\x96\x01\n\rServerMessage\x12\'\n\x06opened\x18\x01 \x01(\x0b\x32\x15.splitlearn.v1.OpenedH\x00\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.splitlearn.v1.StepResultH\x00\x12\'\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x15.splitlearn.v1.ClosedH\x00\x42\x06\n\x04kind\"\xaa\x01\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x10\n\x08n_layers\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x12\n\nmax_length\x18\x08 \x01(\r\x12\r\n\x05\x66lags\x18\t \x03(\t\x12\x11\n\ttimeout_s\x18\n \x01(\x01\"{\n\x06Opened\x12\x0f\n\x07threads\x18\x01 \x01(\r\x12\x0e\n\x06load_s\x18\x02 \x01(\x01\x12\x18\n\x10import_rss_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x18\n\x10max_tensor_bytes\x18\x05 \x01(\r\x12\x0b\n\x03key\x18\x06 \x01(\x0c\"J\n\x06Tensor\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.splitlearn.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xae\x01\n\x04Step\x12\x13\n\x0bsequence_id\x18\x01 \x01(\r\x12\x0f\n\x07step_id\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12%\n\x06hidden\x18\x04 \x01(\x0b\x32\x15.splitlearn.v1.Tensor\x12\x0c\n\x04more\x18\x05 \x01(\x08\x12\x11\n\troll_back\x18\x06 \x01(\x08\x12\x13\n\x0b\x61nswer_last\x18\x07 \x01(\r\x12\x11\n\tbranch_of\x18\x08 \x01(\x0c\"\xd2\x01\n\nStepResult\x12\x13\n\x0bsequence_id\x18\x01 \x01(\r\x12\x0f\n\x07step_id\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12%\n\x06hidden\x18\x04 \x01(\x0b\x32\x15.splitlearn.v1.Tensor\x12\x0c\n\x04more\x18\x05 \x01(\x08\x12\x10\n\x08\x64\x65\x63ode_s\x18\x06 \x01(\x02\x12\x0f\n\x07queue_s\x18\x07 \x01(\x02\x12\x0f\n\x07trunk_s\x18\x08 \x01(\x02\x12\x10\n\x08\x65ncode_s\x18\t \x01(\x02\x12\x11\n\tcompile_s\x18\n \x01(\x02\" \n\x06\x43losed\x12\x16\n\x0epeak_rss_bytes\x18\x01 \x01(\x04*W\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x12\x0f\n\x0bINT8_BLOCKS\x10\x04\x32\xe0\x01\n\x05Trunk\x12\x46\n\x08\x44\x65scribe\x12\x1e.splitlearn.v1.DescribeRequest\x1a\x1a.splitlearn.v1.Description\x12I\n\x07Session\x12\x1c.splitlearn.v1.ClientMessage\x1a\x1c.splitlearn.v1.ServerMessage(\x01\x30\x01\x12\x44\n\x07Metrics\x12\x1d.splitlearn.v1.MetricsRequest\x1a\x1a.splitlearn.v1.MetricsTextb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsplitlearn/wire/trunk.proto\x12\rsplitlearn.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x10\n\x0eMetricsRequest\"+\n\x0b\x44ropRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0f\n\x07step_id\x18\x02 \x01(\r\"\x0b\n\tDropReply\"\x1b\n\x0bMetricsText\x12\x0c\n\x04text\x18\x01 \x01(\t\".\n\tFlagState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bunavailable\x18\x02 \x01(\t\"\xd8\x02\n\x0b\x44\x65scription\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x10\n\x08n_layers\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x13\n\x0bhidden_size\x18\t \x01(\r\x12\x12\n\nmax_length\x18\n \x01(\r\x12\x0f\n\x07threads\x18\x0b \x01(\r\x12\'\n\x05\x66lags\x18\x0c \x03(\x0b\x32\x18.splitlearn.v1.FlagState\x12\x38\n\x07machine\x18\r \x03(\x0b\x32\'.splitlearn.v1.Description.MachineEntry\x1a.\n\x0cMachineEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"a\n\rClientMessage\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.splitlearn.v1.OpenH\x00\x12#\n\x04step\x18\x02 \x01(\x0b\x32\x13.splitlearn.v1.StepH\x00\x42\x06\n\x04kind\"\x96\x01\n\rServerMessage\x12\'\n\x06opened\x18\x01 \x01(\x0b\x32\x15.splitlearn.v1.OpenedH\x00\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.splitlearn.v1.StepResultH\x00\x12\'\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x15.splitlearn.v1.ClosedH\x00\x42\x06\n\x04kind\"\xaa\x01\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x10\n\x08n_layers\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x12\n\nmax_length\x18\x08 \x01(\r\x12\r\n\x05\x66lags\x18\t \x03(\t\x12\x11\n\ttimeout_s\x18\n \x01(\x01\"{\n\x06Opened\x12\x0f\n\x07threads\x18\x01 \x01(\r\x12\x0e\n\x06load_s\x18\x02 \x01(\x01\x12\x18\n\x10import_rss_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x18\n\x10max_tensor_bytes\x18\x05 \x01(\r\x12\x0b\n\x03key\x18\x06 \x01(\x0c\"J\n\x06Tensor\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.splitlearn.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xc1\x01\n\x04Step\x12\x13\n\x0bsequence_id\x18\x01 \x01(\r\x12\x0f\n\x07step_id\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12%\n\x06hidden\x18\x04 \x01(\x0b\x32\x15.splitlearn.v1.Tensor\x12\x0c\n\x04more\x18\x05 \x01(\x08\x12\x11\n\troll_back\x18\x06 \x01(\x08\x12\x13\n\x0b\x61nswer_last\x18\x07 \x01(\r\x12\x11\n\tbranch_of\x18\x08 \x01(\x0c\x12\x11\n\tuncertain\x18\t \x01(\x08\"\xe3\x01\n\nStepResult\x12\x13\n\x0bsequence_id\x18\x01 \x01(\r\x12\x0f\n\x07step_id\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12%\n\x06hidden\x18\x04 \x01(\x0b\x32\x15.splitlearn.v1.Tensor\x12\x0c\n\x04more\x18\x05 \x01(\x08\x12\x10\n\x08\x64\x65\x63ode_s\x18\x06 \x01(\x02\x12\x0f\n\x07queue_s\x18\x07 \x01(\x02\x12\x0f\n\x07trunk_s\x18\x08 \x01(\x02\x12\x10\n\x08\x65ncode_s\x18\t \x01(\x02\x12\x11\n\tcompile_s\x18\n \x01(\x02\x12\x0f\n\x07\x64ropped\x18\x0b \x01(\x08\" \n\x06\x43losed\x12\x16\n\x0epeak_rss_bytes\x18\x01 \x01(\x04*W\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x12\x0f\n\x0bINT8_BLOCKS\x10\x04\x32\x9e\x02\n\x05Trunk\x12\x46\n\x08\x44\x65scribe\x12\x1e.splitlearn.v1.DescribeRequest\x1a\x1a.splitlearn.v1.Description\x12I\n\x07Session\x12\x1c.splitlearn.v1.ClientMessage\x1a\x1c.splitlearn.v1.ServerMessage(\x01\x30\x01\x12<\n\x04\x44rop\x12\x1a.splitlearn.v1.DropRequest\x1a\x18.splitlearn.v1.DropReply\x12\x44\n\x07Metrics\x12\x1d.splitlearn.v1.MetricsRequest\x1a\x1a.splitlearn.v1.MetricsTextb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,36 +33,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DESCRIPTION_MACHINEENTRY']._loaded_options = None
   _globals['_DESCRIPTION_MACHINEENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=1557
-  _globals['_DTYPE']._serialized_end=1644
+  _globals['_DTYPE']._serialized_start=1651
+  _globals['_DTYPE']._serialized_end=1738
   _globals['_DESCRIBEREQUEST']._serialized_start=46
   _globals['_DESCRIBEREQUEST']._serialized_end=63
   _globals['_METRICSREQUEST']._serialized_start=65
   _globals['_METRICSREQUEST']._serialized_end=81
-  _globals['_METRICSTEXT']._serialized_start=83
-  _globals['_METRICSTEXT']._serialized_end=110
-  _globals['_FLAGSTATE']._serialized_start=112
-  _globals['_FLAGSTATE']._serialized_end=158
-  _globals['_DESCRIPTION']._serialized_start=161
-  _globals['_DESCRIPTION']._serialized_end=505
-  _globals['_DESCRIPTION_MACHINEENTRY']._serialized_start=459
-  _globals['_DESCRIPTION_MACHINEENTRY']._serialized_end=505
-  _globals['_CLIENTMESSAGE']._serialized_start=507
-  _globals['_CLIENTMESSAGE']._serialized_end=604
-  _globals['_SERVERMESSAGE']._serialized_start=607
-  _globals['_SERVERMESSAGE']._serialized_end=757
-  _globals['_OPEN']._serialized_start=760
-  _globals['_OPEN']._serialized_end=930
-  _globals['_OPENED']._serialized_start=932
-  _globals['_OPENED']._serialized_end=1055
-  _globals['_TENSOR']._serialized_start=1057
-  _globals['_TENSOR']._serialized_end=1131
-  _globals['_STEP']._serialized_start=1134
-  _globals['_STEP']._serialized_end=1308
-  _globals['_STEPRESULT']._serialized_start=1311
-  _globals['_STEPRESULT']._serialized_end=1521
-  _globals['_CLOSED']._serialized_start=1523
-  _globals['_CLOSED']._serialized_end=1555
-  _globals['_TRUNK']._serialized_start=1647
-  _globals['_TRUNK']._serialized_end=1871
+  _globals['_DROPREQUEST']._serialized_start=83
+  _globals['_DROPREQUEST']._serialized_end=126
+  _globals['_DROPREPLY']._serialized_start=128
+  _globals['_DROPREPLY']._serialized_end=139
+  _globals['_METRICSTEXT']._serialized_start=141
+  _globals['_METRICSTEXT']._serialized_end=168
+  _globals['_FLAGSTATE']._serialized_start=170
+  _globals['_FLAGSTATE']._serialized_end=216
+  _globals['_DESCRIPTION']._serialized_start=219
+  _globals['_DESCRIPTION']._serialized_end=563
+  _globals['_DESCRIPTION_MACHINEENTRY']._serialized_start=517
+  _globals['_DESCRIPTION_MACHINEENTRY']._serialized_end=563
+  _globals['_CLIENTMESSAGE']._serialized_start=565
+  _globals['_CLIENTMESSAGE']._serialized_end=662
+  _globals['_SERVERMESSAGE']._serialized_start=665
+  _globals['_SERVERMESSAGE']._serialized_end=815
+  _globals['_OPEN']._serialized_start=818
+  _globals['_OPEN']._serialized_end=988
+  _globals['_OPENED']._serialized_start=990
+  _globals['_OPENED']._serialized_end=1113
+  _globals['_TENSOR']._serialized_start=1115
+  _globals['_TENSOR']._serialized_end=1189
+  _globals['_STEP']._serialized_start=1192
+  _globals['_STEP']._serialized_end=1385
+  _globals['_STEPRESULT']._serialized_start=1388
+  _globals['_STEPRESULT']._serialized_end=1615
+  _globals['_CLOSED']._serialized_start=1617
+  _globals['_CLOSED']._serialized_end=1649
+  _globals['_TRUNK']._serialized_start=1741
+  _globals['_TRUNK']._serialized_end=2027
 # @@protoc_insertion_point(module_scope)

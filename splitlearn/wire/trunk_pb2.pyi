@@ -28,6 +28,18 @@ class MetricsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class DropRequest(_message.Message):
+    __slots__ = ("key", "step_id")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    step_id: int
+    def __init__(self, key: _Optional[bytes] = ..., step_id: _Optional[int] = ...) -> None: ...
+
+class DropReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class MetricsText(_message.Message):
     __slots__ = ("text",)
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -148,7 +160,7 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "roll_back", "answer_last", "branch_of")
+    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "roll_back", "answer_last", "branch_of", "uncertain")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +169,7 @@ class Step(_message.Message):
     ROLL_BACK_FIELD_NUMBER: _ClassVar[int]
     ANSWER_LAST_FIELD_NUMBER: _ClassVar[int]
     BRANCH_OF_FIELD_NUMBER: _ClassVar[int]
+    UNCERTAIN_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     step_id: int
     position: int
@@ -165,10 +178,11 @@ class Step(_message.Message):
     roll_back: bool
     answer_last: int
     branch_of: bytes
-    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., roll_back: _Optional[bool] = ..., answer_last: _Optional[int] = ..., branch_of: _Optional[bytes] = ...) -> None: ...
+    uncertain: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., roll_back: _Optional[bool] = ..., answer_last: _Optional[int] = ..., branch_of: _Optional[bytes] = ..., uncertain: _Optional[bool] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "decode_s", "queue_s", "trunk_s", "encode_s", "compile_s")
+    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "decode_s", "queue_s", "trunk_s", "encode_s", "compile_s", "dropped")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +193,7 @@ class StepResult(_message.Message):
     TRUNK_S_FIELD_NUMBER: _ClassVar[int]
     ENCODE_S_FIELD_NUMBER: _ClassVar[int]
     COMPILE_S_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     step_id: int
     position: int
@@ -189,7 +204,8 @@ class StepResult(_message.Message):
     trunk_s: float
     encode_s: float
     compile_s: float
-    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., decode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., trunk_s: _Optional[float] = ..., encode_s: _Optional[float] = ..., compile_s: _Optional[float] = ...) -> None: ...
+    dropped: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., decode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., trunk_s: _Optional[float] = ..., encode_s: _Optional[float] = ..., compile_s: _Optional[float] = ..., dropped: _Optional[bool] = ...) -> None: ...
 
 class Closed(_message.Message):
     __slots__ = ("peak_rss_bytes",)
