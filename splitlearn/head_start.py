@@ -4,7 +4,7 @@ The head has a logit for each word of the vocabulary, and reads as many weights 
 that a tokenizer learned first, from what is said most: the likeliest of the first quarter of them is the likeliest of
 all for nine tokens in ten (docs/speed.md). So when the stage has the first logits, that token goes through the stages
 up to the trunk, and the client computes the other logits while it is on its way. If one of them is larger, the step is
-rolled back and what came of it is dropped: the tokens are those that there would have been.
+rolled back, and the trunk told to give it up: the tokens are those that there would have been.
 """
 
 import time
@@ -20,16 +20,14 @@ from splitlearn.drafts import TIMES, Record
 from splitlearn.ledger import Ledger
 from splitlearn.stages import UnderWay
 
-EXPECTED = Record(right=9, tried=10)
-
 
 @dataclass
 class HeadStart:
     """Of one answer whose tokens are the likeliest ones. `near` are the stages up to the first that works elsewhere;
     after one of `ends` nothing comes.
 
-    A step that was begun in vain keeps the trunk for a step's time, of which the head's rest went by anyway; one with
-    the right token saves the head's rest. With a share `a` of guesses right it pays where
+    A step that was begun in vain keeps the trunk for a step's time, if that cannot give it up, of which the head's rest
+    went by anyway; one with the right token saves the head's rest. With a share `a` of guesses right it pays where
     a * rest > (1 - a) * (step - rest), which is rest > (1 - a) * step.
     """
 
@@ -43,7 +41,7 @@ class HeadStart:
     _guess: int | None = None
     _begun: UnderWay | None = None
     _guessed: float = 0.0
-    _record: Record = field(default_factory=lambda: Record(EXPECTED.right, EXPECTED.tried))
+    _record: Record = field(default_factory=lambda: Record(right=9, tried=10))
     _rests: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
 
