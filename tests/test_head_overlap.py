@@ -95,7 +95,9 @@ def test_the_ledger_sums_to_the_time_and_what_was_sent_in_vain_is_counted(here: 
     row = alone.decode_bytes_up / (TOKENS - 1)
     # A step that rolls back says so: a few bytes more.
     assert early.bytes_up - alone.bytes_up == pytest.approx(vain * row, rel=0.05)
-    assert early.bytes_down - alone.bytes_down == pytest.approx(vain * alone.decode_bytes_down / (TOKENS - 1), rel=0.05)
+    # An answer that the trunk gave up has no hidden state; one that was there before it was told has.
+    down = alone.decode_bytes_down / (TOKENS - 1)
+    assert 0 < early.bytes_down - alone.bytes_down <= 1.05 * vain * down
 
 
 @pytest.mark.usefixtures("always")
