@@ -57,7 +57,9 @@ class HeadStart:
         if begun is not None and self.came_true:
             return position, self._finished(begun)
         if begun is not None:
+            began = time.perf_counter()
             begun.drop()
+            self.ledger.spend("encode", time.perf_counter() - began)
         for feed in self.near:
             feed.roll_back(position)
         position, wanted = self._begin(position, ids, uncertain=False)
