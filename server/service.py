@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -95,11 +94,14 @@ class TrunkService:
         return pb.MetricsText(text=self._served.metrics.text())
 
     def drop(self, request: bytes, context: grpc.ServicerContext) -> pb.DropReply:
-        """A step is not wanted any more. What names no session has no effect, and is told nothing."""
-        with suppress(DecodeError):
+        """A step is not wanted any more. A key of no session has no effect and the same answer: none can be guessed."""
+        try:
             asked = pb.DropRequest.FromString(request)
-            if not self._served.engine.drop(asked.key, asked.step_id):
-                self._others.drop(request, context)
+        except DecodeError:
+            error = InputError("message", f"{len(request)} bytes", "a serialized splitlearn.v1.DropRequest")
+            context.abort_with_status(status_of(error))
+        if not self._served.engine.drop(asked.key, asked.step_id):
+            self._others.drop(request, context)
         return pb.DropReply()
 
     def denied(self, context: grpc.ServicerContext) -> None:

@@ -44,20 +44,19 @@ class Stay:
         self._parts, self._tokens, self._held_up_s = [], 0, 0.0
         codec.check_finite(x, position)
         decoded = time.perf_counter()
+        decode_s = decoded - started - (held_up_s - held_up_before_s)
         try:
             done = self._served.engine.step(
                 self._seat, position, x, self._timeout_s, roll_back, step.step_id if step.uncertain else None
             )
         except StepUnwanted:
-            spent = {"decode_s": decoded - started, "trunk_s": time.perf_counter() - decoded}
-            dropped = {"step_id": step.step_id, "position": position, "dropped": True, **spent}
-            yield pb.ServerMessage(result=dropped).SerializeToString()
+            yield self._dropped(step, position, decode_s, time.perf_counter() - decoded)
             return
         computed = time.perf_counter()
         wanted = min(step.answer_last or tokens, tokens)
         *parts, last = self._answers(step, position + tokens - wanted, done.x[:, tokens - wanted :])
         took = pb.StepResult(
-            decode_s=decoded - started - (held_up_s - held_up_before_s),
+            decode_s=decode_s,
             queue_s=done.queue_s + held_up_s,
             trunk_s=done.trunk_s,
             encode_s=time.perf_counter() - computed,
@@ -68,6 +67,18 @@ class Stay:
         yield last + pb.ServerMessage(result=took).SerializeToString()
         self._served.engine.count()
         self._visit.stepped(tokens, wanted, self._seat.session.recomputes, done.queue_s)
+
+    def _dropped(self, step: pb.Step, position: int, decode_s: float, trunk_s: float) -> bytes:
+        """The answer to a step that was given up."""
+        result = pb.StepResult(
+            sequence_id=step.sequence_id,
+            step_id=step.step_id,
+            position=position,
+            decode_s=decode_s,
+            trunk_s=trunk_s,
+            dropped=True,
+        )
+        return pb.ServerMessage(result=result).SerializeToString()
 
     def close(self) -> None:
         """Free the session at the engine; calling it again does nothing."""

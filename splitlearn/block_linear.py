@@ -109,15 +109,17 @@ class BlockLinear(nn.Module):
 
     def cut(self, share: float) -> tuple[int, NDArray[np.uint8], NDArray[np.uint8]]:
         """How many outputs are about that share of all, their blocks, and those of the others."""
-        groups = round(share * len(self._blocks))
+        groups = max(1, round(share * len(self._blocks)))
         end = groups * (len(self.array) // len(self._blocks))
         return groups * LANES, self.array[:end], self.array[end:]
 
     def parts(self, share: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...] | None:
-        """What gives about that share of the outputs, from the first on, and the others; None where that is none."""
+        """What gives about that share of the outputs, from the first on, and the others; None where all are a block."""
+        if len(self._blocks) == 1:
+            return None
         at, *blocks = self.cut(share)
         outputs = (slice(at), slice(at, self.out_features))
-        return tuple(partial(self._some, *each) for each in zip(blocks, outputs, strict=True)) if at else None
+        return tuple(partial(self._some, *each) for each in zip(blocks, outputs, strict=True))
 
     def _some(self, blocks: NDArray[np.uint8], outputs: slice, x: torch.Tensor) -> torch.Tensor:
         out = _multiplied(x, blocks, self.bits, outputs.stop - (outputs.start or 0))

@@ -224,3 +224,4 @@ def test_a_stage_that_tells_its_first_logits_gives_the_same(tiny_model: TinyFact
 
 def test_another_kind_of_head_is_left_as_it_is() -> None:
     assert parted(nn.Identity()) is None and parted(None) is None
+    assert parted(BlockLinear([torch.randn(16, 64)], None, 4)) is None
