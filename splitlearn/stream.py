@@ -21,7 +21,7 @@ from splitlearn.stages import StageOutput
 from splitlearn.watchdog import Watchdog
 from splitlearn.wire import PROTOCOL, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
-from splitlearn.wire.rows import Rows
+from splitlearn.wire.rows import Rows, converted
 from splitlearn.wire.status import error_of
 
 CLOSE_TIMEOUT_S = 2.0
@@ -274,4 +274,4 @@ class Stream:
         if not wanted:
             return torch.empty(1, 0, hidden_size, dtype=self._served.dtype)
         data = b"".join(result.hidden.data for result in results)
-        return self._read(data).to(self._served.dtype)
+        return converted(self._read(data), self._served.dtype)
