@@ -1,5 +1,5 @@
 """What it brings to begin a step with the first part of the logits: split with head_overlap against split without it
-and against the full model, beside transformers' `generate()`, on loopback; and over a link of 20 ms."""
+and against the full model, beside transformers' `generate()`, on loopback; and with one thread over a link of 20 ms."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,39 +23,42 @@ from splitlearn.progress import silent
 from splitlearn.runs import Runs
 
 MEASURED = ("none", "weight_prepack=blocks", "weight_dtype")
-PAIRS, TOKENS, THREADS = 12, 64, 1
+PAIRS, TOKENS, THREADS = 12, 64, (1, 2)
 WITH = "head_overlap"
 SHAPE = Shape(0.020)
 LOOPBACK = "loopback"
+NEAR = (("split", "full"), (WITH, "full"), (WITH, "split"), ("full", "generate"))
 Run = RunMetrics | Generated
 Found = Mapping[str, Sequence[Run]]
 
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/head_overlap.md."""
-    config = runs.config.model_copy(update={"runs": RunsConfig(threads=THREADS)})
-    rows = [row for more in MEASURED for row in _rows(config, more)]
+    rows = [row for more in MEASURED for threads in THREADS for row in _rows(runs.config, more, threads)]
     text = (
         f"Geometric mean ratios of TPOT with 95% intervals over {PAIRS} prompts, {TOKENS} tokens each, greedy, the "
-        "arms in random order for each prompt, one thread in each process, flags of overhead.md and those named. "
-        "Client and trunk are on the same machine and share its memory: while the client reads its head's weights the "
-        "trunk reads its own. Difference, echo (a round trip of a step's bytes, as in overhead.md) and TPOT are "
-        "medians. Head starts are the steps that were begun before their token was sure."
+        "arms in random order for each prompt, flags of overhead.md and those named, each process with the threads "
+        "named, of which one computes the single tokens of full and split in any case. Client and trunk are on the "
+        "same machine and share its memory: while the client reads its head's weights the trunk reads its own. "
+        "Difference, echo (a round trip of a step's bytes, as in overhead.md) and TPOT are medians. Head starts are "
+        "the steps that were begun before their token was sure."
     )
     write("head_overlap", "The next step begun beside the LM head", text, rows, environment(runs))
 
 
-def _rows(config: Config, more: str) -> list[dict[str, str]]:
-    echoes = list[float]()
-    with Runs(config.model_copy(update={"flags": SETS[more]}), silent) as runs:
+def _rows(config: Config, more: str, threads: int) -> list[dict[str, str]]:
+    echoes, said = list[float](), {"more flags": more, "threads": str(threads)}
+    changes = {"flags": SETS[more], "runs": RunsConfig(threads=threads)}
+    with Runs(config.model_copy(update=changes), silent) as runs:
         near = _measure(runs, ("generate", "full", "split", WITH), echoes)
+        rows = [said | _row(near, LOOPBACK, *pair, f"{1e3 * median(echoes):.2f}") for pair in NEAR]
+        if threads > 1:
+            return rows
         with link(runs.trunk_addresses(runs.flags(SETS[more]).trunk)[0], SHAPE) as address:
             far_config = runs.config.model_copy(update={"trunk": TrunkConfig(address=(address,))})
             with Runs(far_config, silent) as far_runs:
                 far = _measure(far_runs, ("split", WITH), [])
-    pairs = (("split", "full"), (WITH, "full"), (WITH, "split"), ("full", "generate"))
-    rows = [_row(near, LOOPBACK, more, *pair, f"{1e3 * median(echoes):.2f}") for pair in pairs]
-    return [*rows, _row(far, str(SHAPE), more, WITH, "split", "")]
+    return [*rows, said | _row(far, str(SHAPE), WITH, "split", "")]
 
 
 def _measure(runs: Runs, names: Sequence[str], echoes: list[float]) -> Found:
@@ -89,14 +92,13 @@ def _arms(runs: Runs, reference: Reference, names: Sequence[str], prompt: str) -
     return {name: found[name] for name in names}
 
 
-def _row(found: Found, where: str, more: str, name: str, baseline: str, echo_ms: str) -> dict[str, str]:
+def _row(found: Found, where: str, name: str, baseline: str, echo_ms: str) -> dict[str, str]:
     runs, others = found[name], found[baseline]
     tpots, base = ([each.tpot_s or 0.0 for each in arm] for arm in (runs, others))
     split = [run for run in runs if isinstance(run, RunMetrics)]
     begun, right = sum(run.head_starts for run in split), sum(run.head_starts_right for run in split)
     same = sum(run.token_ids == other.token_ids for run, other in zip(runs, others, strict=True))
     return {
-        "more flags": more,
         "trunk": where,
         "ratio": f"{name} / {baseline}",
         "TPOT, ms": f"{1e3 * median(tpots):.2f} / {1e3 * median(base):.2f}",

@@ -1,8 +1,7 @@
 """What splitting costs on loopback, and what the decode loop costs against transformers' `generate()`.
 
-Four arms, two of them split, without head_overlap and with it, each in a worker process with the same threads, the same
-dtype (but where the flags say otherwise) and the same tokens; and in each block as many round trips of a step's bytes
-to an echo server (bench/echo.py).
+Three arms, each in a worker process with the same threads, the same dtype (but where the flags say otherwise) and the
+same tokens; and in each block as many round trips of a step's bytes to an echo server (bench/echo.py).
 """
 
 from collections.abc import Callable
@@ -32,7 +31,6 @@ PROMPT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").spl
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
 PLAIN = "low_cpu_mem_usage,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
 
-WITH = "split, head_overlap"
 MORE = ("weight_prepack", "weight_prepack=blocks", "weight_dtype")
 SETS = {"none": PLAIN, **{more: f"{PLAIN},{more}" for more in MORE}}
 
@@ -68,7 +66,7 @@ def _rows(config: Config, threads: int, more: str) -> list[dict[str, str]]:
             "TTFT": ratio(found, name, baseline, "ttft_s"),
             "token ids of all runs": "identical" if _same(found[name] + found[baseline]) else "NOT identical",
         }
-        for name, baseline in (("split", "full"), (WITH, "full"), ("full", "generate"), ("split", "generate"))
+        for name, baseline in (("split", "full"), ("full", "generate"), ("split", "generate"))
     ]
 
 
@@ -77,14 +75,13 @@ def _same(runs: list[Generated]) -> bool:
 
 
 def _measure(runs: Runs) -> dict[str, list[Generated]]:
-    flags, overlapping = (runs.flags(f"{runs.config.flags}{more}") for more in ("", ",head_overlap"))
+    flags = runs.flags(runs.config.flags)
     reference, echo, memory = Reference(runs.spec("full", flags)), Echo(READS), Memory()
     try:
         arms: dict[str, Callable[[], Generated]] = {
             "generate": lambda: reference.run(PROMPT, TOKENS),
             "full": lambda: _run(runs, "full", flags),
             "split": lambda: _run(runs, "split", flags),
-            WITH: lambda: _run(runs, "split", overlapping),
             "echo": lambda: round_trips(echo, memory),
         }
         return warm_blocks(arms, PAIRS)
