@@ -6,7 +6,7 @@ on that step's answer as if nothing had happened: the decode loop sees no token 
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -126,7 +126,7 @@ class RemoteSession:
             now = time.perf_counter()
             return self._finish(position, x, now, since=now)
 
-        timing = StageTiming({"encode": sent.encode_s}, bytes_up=sent.size)
+        timing = StageTiming({"encode": sent.encode_s, "wire": sent.hand_over_s}, bytes_up=sent.size)
         return UnderWay(timing, finish, partial(stream.drop_step, sent))
 
     def branch(self, other: "RemoteSession", tokens: int) -> None:
@@ -196,7 +196,7 @@ class RemoteSession:
 def _with(sent: StageTiming, output: StageOutput) -> StageOutput:
     """The outcome of a step that was sent apart, with what both halves took."""
     timing = output.timing
-    ledger = {**timing.ledger, "encode": sent.ledger["encode"] + timing.ledger.get("encode", 0.0)}
+    ledger = Counter(sent.ledger) + Counter(timing.ledger)
     return StageOutput(output.x, replace(timing, ledger=ledger, bytes_up=sent.bytes_up + timing.bytes_up))
 
 
