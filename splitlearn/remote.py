@@ -196,7 +196,7 @@ class RemoteSession:
 def _with(sent: StageTiming, output: StageOutput) -> StageOutput:
     """The outcome of a step that was sent apart, with what both halves took."""
     timing = output.timing
-    ledger = Counter(sent.ledger) + Counter(timing.ledger)
+    ledger = dict(Counter(sent.ledger) + Counter(timing.ledger))
     return StageOutput(output.x, replace(timing, ledger=ledger, bytes_up=sent.bytes_up + timing.bytes_up))
 
 

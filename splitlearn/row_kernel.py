@@ -2,6 +2,9 @@
 (products.py), rotary embedding, attention (attention.py) and the gated MLP, without torch's way in and out of each.
 
 Only what calls this module should import it, since that loads LLVM.
+
+numba keeps the machine code by this file's own time: where products.py or attention.py change, whose code goes into it,
+what is kept stays as it was until this file changes, or __pycache__ is gone (`make clean`).
 """
 
 from typing import Any
