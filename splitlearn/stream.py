@@ -156,7 +156,7 @@ class Stream:
         share = min(1.0, waited / spent) if spent else 1.0  # the rest went by while this client was at work itself
         ledger = {
             "encode": (sent.encode_s if alone else 0.0) + share * server.encode_s,
-            "wire": waited - share * spent,
+            "wire": max(0.0, waited - spent),
             "queue": share * server.queue_s,
             "trunk": share * server.trunk_s,
             "decode": time.perf_counter() - received + share * server.decode_s,
