@@ -105,7 +105,7 @@ def _compare(query: Any, keys: Any, ahead: Any, scores: Any) -> None:
 
 
 @numba.njit(fastmath={"contract"})  # type: ignore[untyped-decorator]
-def _power_of_two(x: Any) -> Any:
+def power_of_two(x: Any) -> Any:
     """2**x for x <= 0, without a call or a branch, so that LLVM computes many at once. NaN stays NaN.
 
     The order of its sums is what rounds, so that ANY_ORDER is not for it.
@@ -127,7 +127,7 @@ def _weigh(scores: Any) -> None:
             top = scores[at]
     total = np.float32(0)
     for at in range(len(scores)):
-        scores[at] = _power_of_two(scores[at] - top)
+        scores[at] = power_of_two(scores[at] - top)
         total += scores[at]
     for at in range(len(scores)):
         scores[at] /= total

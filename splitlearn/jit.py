@@ -1,21 +1,80 @@
 """Functions in machine code. Only what computes by them should import this, since that loads LLVM."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
 from llvmlite import ir
+from numba.core import caching
 
 CACHE_LINE = 64
+
+
+class _OfItsFolder:
+    """Machine code that is kept is good for the modules of a folder as they are: a function has in it what it calls of
+    others, where numba itself looks at the function's own file only."""
+
+    _py_file: str
+
+    def get_source_stamp(self) -> bytes:
+        """What numba compares."""
+        return _digest(Path(self._py_file).parent)
+
+
+class InGivenFolder(_OfItsFolder, caching.UserProvidedCacheLocator):  # type: ignore[misc]
+    """In the folder NUMBA_CACHE_DIR."""
+
+
+class InTree(_OfItsFolder, caching.InTreeCacheLocator):  # type: ignore[misc]
+    """Beside the modules."""
+
+
+class InUsersFolder(_OfItsFolder, caching.UserWideCacheLocator):  # type: ignore[misc]
+    """Where programs of this user keep such things."""
+
+
+PLACES = ",".join(f"{__name__}.{place.__name__}" for place in (InGivenFolder, InTree, InUsersFolder))
+
+
+@cache
+def _digest(folder: Path) -> bytes:
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        found.update(path.read_bytes())
+    return found.digest()
 
 
 def compiled(function: Callable[..., None]) -> Any:
     """`function` in machine code, without the interpreter's lock, kept for later processes where a folder for that can
     be written."""
+    return _kept(numba.njit, function, nogil=True)
+
+
+def called(signature: Any) -> Callable[[Callable[..., None]], Any]:
+    """As `compiled`, for what is called by its `address`, with arguments of those types."""
+    return lambda function: _kept(numba.cfunc, function, signature)
+
+
+def _kept(make: Callable[..., Any], function: Callable[..., None], *arguments: Any, **options: Any) -> Any:
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        with _places():
+            return make(*arguments, cache=True, **options)(function)
     except RuntimeError:  # numba says at once that it found none
-        return numba.njit(nogil=True)(function)
+        return make(*arguments, **options)(function)
+
+
+@contextmanager
+def _places() -> Iterator[None]:
+    """Inside, what numba makes is kept in PLACES."""
+    before, numba.config.CACHE_LOCATOR_CLASSES = numba.config.CACHE_LOCATOR_CLASSES, PLACES
+    try:
+        yield
+    finally:
+        numba.config.CACHE_LOCATOR_CLASSES = before
 
 
 def prefetch(builder: Any, place: Any) -> None:

@@ -7,7 +7,7 @@ whose keys and values do not lie where the kernel reads them.
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from splitlearn.caches import Kept, ReservedCache
 from splitlearn.errors import StepUnwanted
 from splitlearn.parted_head import FIRST, Early
 from splitlearn.split import CutModel, body_of, example, forward, layers_of
+from splitlearn.team import Lead, Team
 
 
 class Row(Protocol):
@@ -58,6 +59,10 @@ TURNS = 256
 NEAR = 1e-3
 # Of a step that may be dropped: between two calls of the kernel, which take 10 us more, somebody looks.
 LAYERS_AT_ONCE = 4
+# A token is computed by two threads where there are so many, and so many bytes of weights. Client and trunk are at work
+# at the same time (head_start.py), and with two threads each on two cores take them from each other; and a helper comes
+# 0.1 to 0.4 ms late. docs/speed.md has the figures.
+HELPED_FROM, HELPED_BYTES = 4, 8 << 20
 
 
 def of(cut: CutModel) -> Row | None:
@@ -70,7 +75,9 @@ def of(cut: CutModel) -> Row | None:
     if len({tuple((linear.out_features, linear.in_features) for linear in _linears(layer)) for layer in layers}) > 1:
         return None
     row = _OneRow(cut, layers)
-    return row if _same(cut, row) else None
+    same = _same(cut, row)
+    row.wait()  # what a helper does is compiled by now, not in the first answer
+    return row if same else None
 
 
 class _OneRow:
@@ -86,7 +93,7 @@ class _OneRow:
         """It knows no places."""
 
     def __init__(self, cut: CutModel, layers: Sequence[Any]) -> None:
-        from splitlearn import row_kernel  # loads a compiler
+        from splitlearn import phases, row_kernel  # loads a compiler
 
         self._kernel = row_kernel
         body, first = body_of(cut), layers[0]
@@ -102,6 +109,9 @@ class _OneRow:
         module: Any = cut.module
         self._head: BlockLinear | None = module.get_output_embeddings() if cut.last else None
         self._norm = body.norm.weight.detach().numpy() if cut.last else None
+        size = len(self._blocks) + (0 if self._head is None else len(self._head.array))
+        helped = torch.get_num_threads() >= HELPED_FROM and size >= HELPED_BYTES
+        self._team = Team(phases.help_out, phases.work.address, helped=helped)
 
     def __call__(
         self,
@@ -117,14 +127,27 @@ class _OneRow:
         hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
         layers = len(self._norms_array)
         at_once = layers if unwanted is None else LAYERS_AT_ONCE
-        for begin in range(0, layers, at_once):
-            if begin and unwanted is not None and unwanted():
-                raise StepUnwanted
-            self._through(hidden, slice(begin, min(begin + at_once, layers)), kept, position)
-        cache.grown(1)
-        return torch.from_numpy((hidden if self._head is None else self._logits(hidden, self._head, early))[None])
+        with self._team.leading() as lead:
+            for begin in range(0, layers, at_once):
+                if begin and unwanted is not None and unwanted():
+                    raise StepUnwanted
+                self._through(hidden, slice(begin, min(begin + at_once, layers)), kept, position, lead)
+            cache.grown(1)
+            if self._head is None:
+                return torch.from_numpy(hidden[None])
+            logits = np.empty((1, self._head.out_features), np.float32)
+            at, *heads = (len(logits[0]), self._head.array) if early is None else self._head.cut(FIRST)
+            self._through_head(hidden, heads[0], logits[:, :at], lead)
+        if early is not None:
+            early(torch.from_numpy(logits[None, :, :at]))
+            self._through_head(hidden, heads[1], logits[:, at:], self._team.alone())  # others are at work meanwhile
+        return torch.from_numpy(logits[None])
 
-    def _through(self, hidden: NDArray[np.float32], layers: slice, kept: Kept, position: int) -> None:
+    def wait(self) -> None:
+        """Until nobody is at work here. Raises what a helper raised."""
+        self._team.wait()
+
+    def _through(self, hidden: NDArray[np.float32], layers: slice, kept: Kept, position: int, lead: Lead) -> None:
         """`hidden` [1, H] is changed to what the layers make of it."""
         self._kernel.step(
             hidden,
@@ -141,19 +164,15 @@ class _OneRow:
             kept.shape,
             kept.start,
             position,
+            *lead,
         )
 
-    def _logits(self, hidden: NDArray[np.float32], head: BlockLinear, early: Early | None) -> NDArray[np.float32]:
-        """[1, V]"""
-        logits, blocks = np.empty((1, head.out_features), np.float32), head.array
-        others = logits
-        if early is not None:
-            at, first, blocks = head.cut(FIRST)
-            others = logits[:, at:]
-            self._kernel.head(hidden, self._norm, self._eps, first, head.bits, logits[:, :at])
-            early(torch.from_numpy(logits[None, :, :at]))
-        self._kernel.head(hidden, self._norm, self._eps, blocks, head.bits, others)
-        return logits
+    def _through_head(
+        self, hidden: NDArray[np.float32], blocks: NDArray[np.uint8], logits: NDArray[np.float32], lead: Lead
+    ) -> None:
+        """`logits` [1, V] are set to those of the head's outputs that have `blocks`."""
+        bits = cast(BlockLinear, self._head).bits
+        self._kernel.head(hidden, self._norm, self._eps, blocks, bits, logits, *lead)
 
     def _turn(self, position: int) -> NDArray[np.float32]:
         """cos and sin [2, size] of a position; computed for TURNS of them at once."""

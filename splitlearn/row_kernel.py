@@ -2,33 +2,20 @@
 (products.py), rotary embedding, attention (attention.py) and the gated MLP, without torch's way in and out of each.
 
 Only what calls this module should import it, since that loads LLVM.
-
-numba keeps the machine code by this file's own time: where products.py or attention.py change, whose code goes into it,
-what is kept stays as it was until this file changes, or __pycache__ is gone (`make clean`).
 """
 
 from typing import Any
 
 import numba
 import numpy as np
-from numba.extending import intrinsic
 
-from splitlearn.attention import ANY_ORDER, attend_arrays
+from splitlearn.attention import ANY_ORDER, power_of_two
 from splitlearn.jit import compiled
-from splitlearn.products import multiply
+from splitlearn.phases import attention, floats, product
 
 # The products of a layer in the order in which their blocks lie.
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN, PRODUCTS = range(8)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _floats_at(typing: Any, address: Any) -> Any:
-    """An address as a pointer to float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        return builder.inttoptr(given[0], context.get_value_type(signature.return_type))
-
-    return numba.types.CPointer(numba.types.float32)(address), generate
+LOG2_E = np.float32(np.log2(np.e))
 
 
 @numba.njit(fastmath=ANY_ORDER)  # type: ignore[untyped-decorator]
@@ -54,16 +41,13 @@ def _rotate(heads: Any, cos: Any, sin: Any) -> None:
             head[at + half] = high * cos[at + half] + low * sin[at + half]
 
 
-@numba.njit(fastmath=ANY_ORDER)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _gate(gate: Any, up: Any) -> None:
-    """`up` times SiLU of `gate`, in place of `up`."""
+    """`up` times SiLU of `gate`, in place of `up`. A division that could raise would be done one by one: 1536 take 1.3
+    microseconds, so 5.8."""
     for at in range(len(gate)):
-        up[at] *= gate[at] / (np.float32(1) + np.exp(-gate[at]))
-
-
-@numba.njit  # type: ignore[untyped-decorator]
-def _part(blocks: Any, ends: Any, number: Any) -> Any:
-    return blocks[ends[number] : ends[number + 1]]
+        power = power_of_two(-abs(gate[at]) * LOG2_E)
+        up[at] *= gate[at] * (np.float32(1) if gate[at] >= 0 else power) / (np.float32(1) + power)
 
 
 @compiled
@@ -82,46 +66,47 @@ def step(
     shape: Any,
     start: Any,
     length: Any,
+    memory: Any,
+    shares: Any,
 ) -> None:
     """`x` [1, H] is changed to what the layers make of it; each layer's key and value are written where they belong.
 
     `blocks` are those of all products of all layers, of which the first end at `ends` [1 + layers * PRODUCTS], from 0
     on. `norms` [layers, 2, H]. `inner` is the width between gate and down. `turn` [2, size] are cos and sin. `kept`
     [layers, 2] are the addresses of keys and values, each of `shape` (groups, capacity, size), of which this session's
-    begin at `start` and are `length`.
+    begin at `start` and are `length`. `memory` and `shares` are
+    those of a Lead (team.py).
     """
     width, groups, size = x.shape[1], shape[0], shape[2]
+    heads, rows = n_heads * size, groups * size
     normed, result = np.empty((1, width), np.float32), np.empty((1, width), np.float32)
-    query, attended = np.empty((1, n_heads, size), np.float32), np.empty((1, n_heads, size), np.float32)
-    key, value = np.empty((1, groups * size), np.float32), np.empty((1, groups * size), np.float32)
-    gated, wide = np.empty((1, inner), np.float32), np.empty((1, inner), np.float32)
-    flat_query, flat_attended = query.reshape(1, n_heads * size), attended.reshape(1, n_heads * size)
-    starts, lengths = np.array([start]), np.array([length + 1])
+    projected, attended = np.empty((1, heads + 2 * rows), np.float32), np.empty((1, heads), np.float32)
+    wide = np.empty((2, inner), np.float32)
+    gate_and_up, up = wide.reshape(1, 2 * inner), wide[1:]
+    query, key = projected[0][:heads].reshape(n_heads, size), projected[0][heads : heads + rows].reshape(groups, size)
+    value = projected[0][heads + rows :].reshape(groups, size)
     for layer in range(len(kept)):
-        first = layer * PRODUCTS
-        keys, values = numba.carray(_floats_at(kept[layer, 0]), shape), numba.carray(_floats_at(kept[layer, 1]), shape)
+        ends_here = ends[layer * PRODUCTS :]
+        keys, values = floats(kept[layer, 0], shape), floats(kept[layer, 1], shape)
         _norm(x[0], norms[layer, 0], eps, normed[0])
-        multiply(_part(blocks, ends, first + QUERY), bits, normed, flat_query, 0, n_heads * size)
-        multiply(_part(blocks, ends, first + KEY), bits, normed, key, 0, groups * size)
-        multiply(_part(blocks, ends, first + VALUE), bits, normed, value, 0, groups * size)
-        _rotate(query[0], turn[0], turn[1])
-        _rotate(key.reshape(groups, size), turn[0], turn[1])
-        keys[:, start + length] = key.reshape(groups, size)
-        values[:, start + length] = value.reshape(groups, size)
-        attend_arrays(query, keys, values, starts, lengths, scale, attended)
-        multiply(_part(blocks, ends, first + OUT), bits, flat_attended, result, 0, width)
+        product(memory, shares, blocks, ends_here[QUERY], ends_here[VALUE + 1], bits, normed, projected)
+        _rotate(query, turn[0], turn[1])
+        _rotate(key, turn[0], turn[1])
+        keys[:, start + length] = key
+        values[:, start + length] = value
+        attention(memory, shares, projected, kept[layer, 0], kept[layer, 1], shape, start, length + 1, scale, attended)
+        product(memory, shares, blocks, ends_here[OUT], ends_here[OUT + 1], bits, attended, result)
         x += result
         _norm(x[0], norms[layer, 1], eps, normed[0])
-        multiply(_part(blocks, ends, first + GATE), bits, normed, gated, 0, inner)
-        multiply(_part(blocks, ends, first + UP), bits, normed, wide, 0, inner)
-        _gate(gated[0], wide[0])
-        multiply(_part(blocks, ends, first + DOWN), bits, wide, result, 0, width)
+        product(memory, shares, blocks, ends_here[GATE], ends_here[UP + 1], bits, normed, gate_and_up)
+        _gate(wide[0], wide[1])
+        product(memory, shares, blocks, ends_here[DOWN], ends_here[DOWN + 1], bits, up, result)
         x += result
 
 
 @compiled
-def head(x: Any, norm: Any, eps: Any, blocks: Any, bits: Any, logits: Any) -> None:
+def head(x: Any, norm: Any, eps: Any, blocks: Any, bits: Any, logits: Any, memory: Any, shares: Any) -> None:
     """`logits` [1, V] are set to the LM head's products with the norm of `x` [1, H]."""
     normed = np.empty_like(x)
     _norm(x[0], norm, eps, normed[0])
-    multiply(blocks, bits, normed, logits, 0, logits.shape[1])
+    product(memory, shares, blocks, 0, len(blocks), bits, normed, logits)

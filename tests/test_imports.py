@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("blocks", "breaker", "drafts", "errors", "jit", "native", "progress", "stop", "threads", "watchdog"),
+    ("blocks", "breaker", "drafts", "errors", "jit", "native", "progress", "stop", "team", "threads", "watchdog"),
     ("attention", "caches", "config", "families", "machine", "prepacked", "process", "products", "sampling", "store"),
-    ("block_linear", "convert", "row_attention", "row_kernel", "wire"),
-    ("events", "parted_head", "split", "tokens"),
+    ("block_linear", "convert", "phases", "row_attention", "wire"),
+    ("events", "parted_head", "row_kernel", "split", "tokens"),
     ("compiling", "kv", "one_row"),
     ("graphs",),
     ("flags",),
