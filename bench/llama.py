@@ -55,7 +55,8 @@ def main(runs: Runs) -> None:
         f"Geometric mean ratios with 95% intervals over {PAIRS} blocks, the arms in random order within each, each arm "
         f"in a process with the threads named. TPOT: {TOKENS} tokens after a prompt of {SHORT}; TTFT: prompts of "
         f"{SHORT} and {LONG} tokens. fast: the flags `{FLAGS}` (docs/flags.md); with them, steps of one token run on "
-        f"one thread here, since there are fewer than four. llama.cpp RPC: {REMOTE_LAYERS} layers in a server with as many threads."
+        f"one thread here, since there are fewer than four. llama.cpp RPC: {REMOTE_LAYERS} layers in a server with as "
+        "many threads."
     )
     write("llama", "The full model against llama.cpp and generate()", text, rows, environment(runs))
 

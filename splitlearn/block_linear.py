@@ -18,9 +18,10 @@ from splitlearn.blocks import GROUP, LANES, bits_of, from_blocks, memory, to_blo
 from splitlearn.team import helpers
 
 OP = "block_linear"
-# Rows from which on a product is shared among threads: 8 take 1.14 times as long on two, 16 take 0.94 times, 32 take
-# 0.73 and 512 take 0.55 (float32, 1536x576).
-MANY_ROWS = 32
+# Products of numbers from which on they are shared among threads, of which each has to be woken: 10 million take 1.0
+# times as long on two, 14 million 0.9, 18 million 0.8 to 0.9 and 28 million 0.75 to 0.85, of 4 bits as of 32 (40 pairs,
+# matrices of 576x576 to 1536x576 and 4 to 32 rows).
+MANY = 12_000_000
 _library = torch.library.Library("splitlearn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(f"{OP}(Tensor x, Tensor blocks, int n) -> Tensor")  # type: ignore[no-untyped-call]
 
@@ -42,10 +43,10 @@ def _multiplied(x: torch.Tensor, blocks: NDArray[np.uint8], bits: int, n: int) -
 
 
 def _fill(blocks: NDArray[np.uint8], bits: int, rows: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    """`out` is set to the product; where there are many rows, by as many threads as torch has."""
+    """`out` is set to the product; where that is much work, by as many threads as torch has."""
     from splitlearn.products import multiply  # loads a compiler, for which only these layers have a use
 
-    n, threads = out.shape[1], torch.get_num_threads() if len(rows) >= MANY_ROWS else 1
+    n, threads = out.shape[1], torch.get_num_threads() if out.size * rows.shape[1] >= MANY else 1
     each = LANES * -(-n // (LANES * threads))
     others = [
         helpers().submit(multiply, blocks, bits, rows, out, begin, min(begin + each, n))

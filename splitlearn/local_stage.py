@@ -84,7 +84,7 @@ class LocalStage:
     dtype: torch.dtype
     hidden_size: int
     row_threads: int
-    """Threads for a step of one token; longer steps have those of the process."""
+    """Threads for a step of one token through the model's own forward; longer steps have those of the process."""
     precision: str
     """torch's float32_matmul_precision in this process, in which longer steps are computed."""
     head: PartedHead | None = None

@@ -51,7 +51,7 @@ def product(memory: Any, shares: Any, blocks: Any, begin: Any, end: Any, bits: A
     """As `multiply` for one row, of `blocks` from `begin` to `end`, to all columns of `out`."""
     given = memory[ARGUMENTS:]
     given[KIND], given[IN], given[OUT] = MULTIPLY, x.ctypes.data, out.ctypes.data
-    given[BLOCKS], given[BLOCKS_BYTES], given[BITS] = blocks.ctypes.data + begin, end - begin, bits
+    given[BLOCKS], given[BLOCKS_BYTES], given[BITS] = np.int64(blocks.ctypes.data) + begin, end - begin, bits
     given[WIDTH], given[N] = x.shape[1], out.shape[1]
     _lead(memory, shares)
 

@@ -74,8 +74,7 @@ def step(
     `blocks` are those of all products of all layers, of which the first end at `ends` [1 + layers * PRODUCTS], from 0
     on. `norms` [layers, 2, H]. `inner` is the width between gate and down. `turn` [2, size] are cos and sin. `kept`
     [layers, 2] are the addresses of keys and values, each of `shape` (groups, capacity, size), of which this session's
-    begin at `start` and are `length`. `memory` and `shares` are
-    those of a Lead (team.py).
+    begin at `start` and are `length`. `memory` and `shares` are those of a Lead (team.py).
     """
     width, groups, size = x.shape[1], shape[0], shape[2]
     heads, rows = n_heads * size, groups * size

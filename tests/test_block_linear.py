@@ -8,7 +8,7 @@ from hypothesis import strategies as some
 from torch.nn.functional import linear
 
 from splitlearn import block_linear, loading
-from splitlearn.block_linear import MANY_ROWS, BlockLinear
+from splitlearn.block_linear import MANY, BlockLinear
 from splitlearn.blocks import BITS, GROUP, LANES, block_bytes, from_blocks, to_blocks
 from splitlearn.compare import KINDS
 from splitlearn.lab.fidelity import Fed, logits
@@ -87,7 +87,7 @@ def test_a_layer_of_any_size_gives_the_products_of_its_weight(bits: int, biased:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_threads_share_the_product_of_many_rows(bits: int, threads: int) -> None:
-    layer, x = BlockLinear([torch.randn(80, 64)], None, bits), torch.randn(MANY_ROWS, 64)
+    layer, x = BlockLinear([torch.randn(80, 64)], None, bits), torch.randn(-(-MANY // (80 * 64)), 64)
     with computing_on(threads):
         found = layer(x)
     torch.testing.assert_close(found, linear(x, layer.weight), rtol=1e-4, atol=1e-4)
