@@ -20,7 +20,7 @@ from splitlearn.team import helpers
 OP = "block_linear"
 # Products of numbers from which on they are shared among threads, of which each has to be woken: 10 million take 1.0
 # times as long on two, 14 million 0.9, 18 million 0.8 to 0.9 and 28 million 0.75 to 0.85, of 4 bits as of 32 (40 pairs,
-# matrices of 576x576 to 1536x576 and 4 to 32 rows).
+# matrices of 576x576 to 1536x576 and 4 to 32 rows). A prompt of 20 tokens takes 0.89 [0.84, 0.94] times as long by it.
 MANY = 12_000_000
 _library = torch.library.Library("splitlearn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(f"{OP}(Tensor x, Tensor blocks, int n) -> Tensor")  # type: ignore[no-untyped-call]
