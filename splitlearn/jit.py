@@ -1,15 +1,15 @@
 """Functions in machine code. Only what computes by them should import this, since that loads LLVM."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba.core import caching
+
+from splitlearn.sources import digest
 
 CACHE_LINE = 64
 
@@ -22,7 +22,7 @@ class _OfItsFolder:
 
     def get_source_stamp(self) -> bytes:
         """What numba compares."""
-        return _digest(Path(self._py_file).parent)
+        return digest(Path(self._py_file).parent)
 
 
 class InGivenFolder(_OfItsFolder, caching.UserProvidedCacheLocator):  # type: ignore[misc]
@@ -40,26 +40,18 @@ class InUsersFolder(_OfItsFolder, caching.UserWideCacheLocator):  # type: ignore
 PLACES = ",".join(f"{__name__}.{place.__name__}" for place in (InGivenFolder, InTree, InUsersFolder))
 
 
-@cache
-def _digest(folder: Path) -> bytes:
-    found = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
-        found.update(path.read_bytes())
-    return found.digest()
-
-
 def compiled(function: Callable[..., None]) -> Any:
     """`function` in machine code, without the interpreter's lock, kept for later processes where a folder for that can
     be written."""
     return _kept(numba.njit, function, nogil=True)
 
 
-def called(signature: Any) -> Callable[[Callable[..., None]], Any]:
+def called(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """As `compiled`, for what is called by its `address`, with arguments of those types."""
     return lambda function: _kept(numba.cfunc, function, signature)
 
 
-def _kept(make: Callable[..., Any], function: Callable[..., None], *arguments: Any, **options: Any) -> Any:
+def _kept(make: Callable[..., Any], function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
         with _places():
             return make(*arguments, cache=True, **options)(function)

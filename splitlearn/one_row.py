@@ -176,11 +176,12 @@ class _OneRow:
 
     def _turn(self, position: int) -> NDArray[np.float32]:
         """cos and sin [2, size] of a position; computed for TURNS of them at once."""
-        while position >= len(self._turns):
-            more = torch.arange(len(self._turns), len(self._turns) + TURNS)[None]
+        turns = self._turns
+        while position >= len(turns):
+            more = torch.arange(len(turns), len(turns) + TURNS)[None]
             found = torch.stack(self._rotary(self._norms, more), dim=2)[0].numpy()
-            self._turns = np.concatenate([self._turns, found])
-        turn: NDArray[np.float32] = self._turns[position]
+            self._turns = turns = np.concatenate([turns, found])
+        turn: NDArray[np.float32] = turns[position]
         return turn
 
 

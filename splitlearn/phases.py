@@ -15,7 +15,7 @@ from splitlearn.attention import attend_arrays
 from splitlearn.blocks import LANES
 from splitlearn.jit import called, compiled
 from splitlearn.products import multiply
-from splitlearn.team import ARGUMENTS, CLOSED, DONE, NUMBER_AT, OPEN, WORK
+from splitlearn.team import ARGUMENTS, CLOSED, DONE, FAILED, NUMBER_AT, OPEN, WORK
 
 # What a phase does, and the others of its arguments.
 KIND, IN, OUT, N, BLOCKS, BLOCKS_BYTES, BITS, WIDTH = range(8)
@@ -24,20 +24,22 @@ MULTIPLY, ATTEND = range(2)
 # So often a helper looks in vain before it gives a step up, some tenths of a millisecond: the leader has no core, then.
 PATIENCE = 400_000
 FLOAT, BYTE, NUMBER = numba.types.float32, numba.types.uint8, numba.types.int64
+KIND_OF_WORK, WORKED = NUMBER(numba.types.CPointer(NUMBER), NUMBER, NUMBER), 1
 
 
 @compiled
-def help_out(memory: Any, shares: Any) -> None:
-    """Take shares of what the leader opens, until it says that no more will come."""
+def help_out(memory: Any, shares: Any) -> Any:
+    """Take shares of what the leader opens, until it says that no more will come. How often it looked in vain, and
+    once."""
     looked = 0
     while looked <= PATIENCE:
         found, looked = _load(memory, OPEN), looked + 1
         if found & CLOSED == CLOSED:
-            return
+            return looked
         if found & CLOSED < shares and _one_more_than(memory, OPEN, found):
             _do(memory, found & CLOSED, shares)
-            _one_more(memory, DONE)
             looked = 0
+    return looked
 
 
 @numba.njit  # type: ignore[untyped-decorator]
@@ -81,20 +83,27 @@ def attention(
 
 @numba.njit  # type: ignore[untyped-decorator]
 def _lead(memory: Any, shares: Any) -> None:
-    """Do the phase whose arguments are there, with whoever helps."""
-    if shares == 1:
-        _do(memory, 0, 1)
-        return
+    """Do the phase whose arguments are there, with whoever helps. Raises MemoryError."""
     _store(memory, DONE, 0)
+    _store(memory, FAILED, 0)
     found = ((_load(memory, OPEN) >> NUMBER_AT) + 1) << NUMBER_AT
     _store(memory, OPEN, found)
     while found & CLOSED < shares:
         if _one_more_than(memory, OPEN, found):
             _do(memory, found & CLOSED, shares)
-            _one_more(memory, DONE)
         found = _load(memory, OPEN)
     while _load(memory, DONE) < shares:
         pass
+    if _load(memory, FAILED):
+        raise MemoryError
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _do(memory: Any, share: Any, shares: Any) -> None:
+    """A share that was taken."""
+    if _called(memory, share, shares) != WORKED:
+        _one_more(memory, FAILED)
+    _one_more(memory, DONE)
 
 
 @numba.njit  # type: ignore[untyped-decorator]
@@ -133,34 +142,32 @@ def _at(typing: Any, address: Any, kind: Any) -> Any:
     return numba.types.CPointer(kind.instance_type)(address, kind), generate
 
 
-@called(numba.types.void(numba.types.CPointer(NUMBER), NUMBER, NUMBER))
-def work(arguments: Any, share: Any, shares: Any) -> None:
+@called(KIND_OF_WORK)
+def work(arguments: Any, share: Any, shares: Any) -> Any:
     """A share of a phase. Both call it by its address, which is in the team's memory, so that it is compiled once and
-    not into each of them."""
+    not into each of them. WORKED; numba gives 0 where something is raised, which is what there is no memory for."""
     given = numba.carray(arguments, (N_ARGUMENTS,))
     begin, end = _columns(given, share, shares)
-    if begin == end:
-        return
-    if given[KIND] == MULTIPLY:
+    if begin < end and given[KIND] == MULTIPLY:
         _multiply(given, begin, end)
-    else:
+    elif begin < end:
         _attend(given, begin, end)
+    return WORKED
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _do(typing: Any, memory: Any, share: Any, shares: Any) -> Any:
-    """Call `work`."""
+def _called(typing: Any, memory: Any, share: Any, shares: Any) -> Any:
+    """What `work` returns."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, given[0]).data
         number = ir.IntType(64)
         address = builder.load(builder.gep(data, [number(WORK)]))
-        kind = ir.FunctionType(ir.VoidType(), [number.as_pointer(), number, number])
+        kind = ir.FunctionType(number, [number.as_pointer(), number, number])
         arguments = builder.gep(data, [number(ARGUMENTS)])
-        builder.call(builder.inttoptr(address, kind.as_pointer()), [arguments, *given[1:]])
-        return context.get_dummy_value()
+        return builder.call(builder.inttoptr(address, kind.as_pointer()), [arguments, *given[1:]])
 
-    return numba.types.void(memory, NUMBER, NUMBER), generate
+    return NUMBER(memory, NUMBER, NUMBER), generate
 
 
 def _place(context: Any, builder: Any, signature: Any, given: Any) -> Any:

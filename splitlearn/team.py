@@ -8,22 +8,27 @@ up. It is not waited for while it has no share, so that the leader is as fast al
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from splitlearn.sources import digest
+
 # Of a phase: with one for each thread both wait for the slower, more cost more than they even out.
 SHARES = 4
 # Where in a team's memory, in cache lines of their own: the number of the phase that is open and how many of its shares
-# are taken (CLOSED outside a step), in one number; how many are done; the address of what does a share; what the phase
-# is.
-OPEN, DONE, WORK, ARGUMENTS, SIZE = 8, 24, 40, 41, 56
+# are taken (CLOSED outside a step), in one number; how many are done, and how many in vain; the address of what does a
+# share; what the phase is.
+OPEN, DONE, FAILED, WORK, ARGUMENTS, SIZE = 8, 24, 25, 40, 41, 56
 NUMBER_AT = 16
 CLOSED = (1 << NUMBER_AT) - 1
+# These numbers go into machine code that is kept (jit.py): for the modules that they came from, not for later ones.
+digest(Path(__file__).parent)
 
 
 class Lead(NamedTuple):
@@ -64,15 +69,18 @@ class Team:
 
     def wait(self) -> None:
         """Until the helper is not at work. Raises what it raised."""
-        if self._helping is not None:
-            self._helping.result()
+        helping, self._helping = self._helping, None
+        if helping is not None:
+            helping.result()
 
     def _close(self) -> None:
         self._lead.memory[OPEN] |= CLOSED
 
     def _call(self) -> None:
-        if self._helping is None or self._helping.done():  # if not, it had no core until now
-            self.wait()
+        if self._helping is not None and not self._helping.done():
+            return  # it had no core until now
+        self.wait()
+        with suppress(RuntimeError):  # no thread can be started: without, then
             self._helping = helpers().submit(self._help_out, *self._lead)
 
 

@@ -38,7 +38,9 @@ def _run(folder: Path, adds: int) -> list[str]:
     (folder / "caller.py").write_text(CALLER)
     (folder / "called.py").write_text(CALLED.format(adds))
     command = [sys.executable, "caller.py"]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=folder, env=environment(PYTHONDONTWRITEBYTECODE="1"), capture_output=True, text=True, check=True
+    )
     return done.stdout.split()
 
 

@@ -76,11 +76,12 @@ def test_a_helper_that_does_not_come_is_not_waited_for(cut_and_row: tuple[CutMod
     expected, over = _outs(cut, row), threading.Event()
 
     def stays_away(*_: object) -> None:
-        over.wait(60)
+        over.wait(240)
 
-    with _with(row, _team(stays_away)):
+    team = _team(stays_away)
+    with _with(row, team):
         assert torch.equal(_outs(cut, row), expected)
-        assert not over.is_set()
+        assert team._helping is not None and not team._helping.done()
         over.set()
 
 
@@ -120,13 +121,12 @@ def test_who_finds_the_helper_with_another_leader_is_alone() -> None:
     team.wait()
 
 
-def test_outside_a_step_nothing_is_open_and_no_helper_stays() -> None:
+def test_outside_a_step_nothing_is_open_and_a_helper_has_nothing_to_do() -> None:
     team = _team()
     with team.leading() as lead:
         assert lead.memory[OPEN] & CLOSED == SHARES
     assert lead.memory[OPEN] & CLOSED == CLOSED
-    team.wait()
-    assert team._helping is not None and team._helping.done()
+    assert phases.help_out(*lead) == 1
 
 
 def test_what_a_helper_raises_is_raised_by_the_next_step() -> None:
@@ -138,8 +138,13 @@ def test_what_a_helper_raises_is_raised_by_the_next_step() -> None:
         pass
     with pytest.raises(ZeroDivisionError):
         team.wait()
+    with team.leading():
+        pass
+    while team._helping is not None and not team._helping.done():
+        time.sleep(0.01)
     with pytest.raises(ZeroDivisionError), team.leading():
         pass
+    assert team.leading().__enter__().shares == SHARES
 
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
@@ -169,7 +174,24 @@ def test_a_helper_does_all_that_the_leader_leaves() -> None:
     memory = _team().alone().memory
     _multiply(memory, 1, matrix.flatten().numpy(), 4, x, out)
     expected, out[:] = out.copy(), 0
-    memory[OPEN] = 1 << NUMBER_AT
+    memory[OPEN], memory[DONE] = 1 << NUMBER_AT, 0
     phases.help_out(memory, SHARES)
     assert np.array_equal(out, expected)
     assert memory[OPEN] == (1 << NUMBER_AT) + SHARES and memory[DONE] == SHARES
+
+
+@numba.cfunc(phases.KIND_OF_WORK)  # type: ignore[untyped-decorator]
+def _raises(arguments: Any, share: Any, shares: Any) -> Any:
+    if share == shares - 1:
+        raise MemoryError
+    return phases.WORKED
+
+
+@pytest.mark.parametrize("helped", [False, True])
+def test_a_share_for_which_there_is_no_memory_fails_the_step(helped: bool) -> None:
+    team = Team(phases.help_out, _raises.address, helped=helped)
+    x = np.ones((1, 64), np.float32)
+    for _ in range(3):
+        with pytest.raises(MemoryError), team.leading() as lead:
+            _multiply(*lead, np.zeros(8, np.uint8), 4, x, x)
+    team.wait()
