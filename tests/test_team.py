@@ -187,6 +187,7 @@ def _raises(arguments: Any, share: Any, shares: Any) -> Any:
     return phases.WORKED
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # numba says what it cannot raise
 @pytest.mark.parametrize("helped", [False, True])
 def test_a_share_for_which_there_is_no_memory_fails_the_step(helped: bool) -> None:
     team = Team(phases.help_out, _raises.address, helped=helped)
