@@ -40,7 +40,7 @@ class InUsersFolder(_OfItsFolder, caching.UserWideCacheLocator):  # type: ignore
 PLACES = ",".join(f"{__name__}.{place.__name__}" for place in (InGivenFolder, InTree, InUsersFolder))
 
 
-def compiled(function: Callable[..., None]) -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
     """`function` in machine code, without the interpreter's lock, kept for later processes where a folder for that can
     be written."""
     return _kept(numba.njit, function, nogil=True)
