@@ -132,17 +132,20 @@ class Engine:
         timeout_s: float,
         roll_back: bool = False,
         uncertain: int | None = None,
+        rope_length: int = 0,
     ) -> EngineStep:
         """Compute `x` [1, T, H] from `position` on, together with what the other sessions bring.
 
-        Raises InputError for a position that does not follow, TrunkLate when it waited for longer than
+        `rope_length` is that of `StageInput`. Raises InputError for a position that does not follow, TrunkLate when it waited for longer than
         `timeout_s` or its session has ended, StepUnwanted when it was `uncertain`, a step's number,
         and dropped.
         """
         session, began = seat.session, time.perf_counter()
         if not session.recomputes and position < session.length and not roll_back:
             raise InputError("position", position, f"{session.length}, or roll_back to go back from there")
-        job = Job(seat, position, x, began + timeout_s, began, uncertain)
+        # Said here for all the pieces in which it is computed.
+        rope_length = rope_length or position + x.shape[1]
+        job = Job(seat, position, x, began + timeout_s, began, uncertain, rope_length)
         with self._arrived:
             seat.returns(began)
             self._jobs.append(job)
@@ -245,6 +248,7 @@ class Engine:
                 job.position + job.done,
                 job.next(tokens),
                 unwanted=None if job.uncertain is None else job.unwanted,
+                rope_length=job.rope_length,
             )
             for job, tokens in chosen
         ]

@@ -65,6 +65,8 @@ class Job:
     began: float
     uncertain: int | None = None
     """Its number, where its client may say that it does not want it."""
+    rope_length: int = 0
+    """That of `StageInput`."""
     wake: threading.Event | None = None
     """What its thread waits for, where another one leads."""
     outputs: list[torch.Tensor] = field(default_factory=list)

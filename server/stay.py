@@ -29,7 +29,7 @@ class Stay:
         self._read = self._rows.reader(self._hidden_size)
         # Of the parts that have come so far, no more than the values: what else stands in a message may be long.
         self._parts: list[bytes] = []
-        self._first = (0, 0, False)
+        self._first = (0, 0, False, 0)
         self._tokens = 0
         self._held_up_s = 0.0
 
@@ -40,7 +40,7 @@ class Stay:
         self._take(step)
         if step.more:
             return
-        (_, position, roll_back), tokens, held_up_s = self._first, self._tokens, self._held_up_s
+        (_, position, roll_back, rope_length), tokens, held_up_s = self._first, self._tokens, self._held_up_s
         x = converted(self._read(b"".join(self._parts)), self._dtype)
         self._parts, self._tokens, self._held_up_s = [], 0, 0.0
         codec.check_finite(x, position)
@@ -48,7 +48,13 @@ class Stay:
         decode_s = decoded - started - (held_up_s - held_up_before_s)
         try:
             done = self._served.engine.step(
-                self._seat, position, x, self._timeout_s, roll_back, step.step_id if step.uncertain else None
+                self._seat,
+                position,
+                x,
+                self._timeout_s,
+                roll_back,
+                step.step_id if step.uncertain else None,
+                rope_length,
             )
         except StepUnwanted:
             yield self._dropped(step, position, decode_s, time.perf_counter() - decoded)
@@ -90,13 +96,17 @@ class Stay:
         """Check one part against what is served and against the parts before it."""
         tokens = codec.check(step.hidden, self._rows, self._hidden_size)
         if self._parts:
-            step_id, expected = self._first[0], self._first[1] + self._tokens
+            step_id, expected, rope_length = self._first[0], self._first[1] + self._tokens, self._first[3]
             if step.step_id != step_id or step.position != expected:
                 raise InputError("position", step.position, f"{expected}, the next part of step {step_id}")
+            if step.rope_length != rope_length:
+                raise InputError("rope_length", step.rope_length, f"{rope_length}, as in the first part of the step")
         else:
-            self._first = (step.step_id, step.position, step.roll_back)
+            self._first = (step.step_id, step.position, step.roll_back, step.rope_length)
         if step.position + tokens > self._max_length:
             raise InputError("position", step.position, f"at most {self._max_length} tokens in all, as opened")
+        if step.rope_length > self._max_length:
+            raise InputError("rope_length", step.rope_length, f"at most {self._max_length} tokens, as opened")
         if step.branch_of:
             self._served.engine.branch(self._seat, step.branch_of, step.position)
             self._visit.branched(step.position)

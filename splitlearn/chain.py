@@ -31,6 +31,8 @@ class Feed:
     session: Session
     length: int = 0
     prefix: torch.Tensor | None = None
+    rope_length: int = 0
+    """Of each step (rope.py): the length of the prompt."""
 
     @cached_property
     def elsewhere(self) -> WorksAhead | None:
@@ -84,7 +86,7 @@ class Feed:
         elif position < self.length:  # a stage before this one recomputed what this one has in its cache
             x, position = x[:, self.length - position :], self.length
         self.length = position + x.shape[1]
-        return StageInput(self.session, position, x, logits, early)
+        return StageInput(self.session, position, x, logits, early, rope_length=self.rope_length)
 
     def branch(self, other: "Feed", tokens: int) -> None:
         """Go on from the first `tokens` that were fed to `other`."""
@@ -94,6 +96,10 @@ class Feed:
     def roll_back(self, position: int) -> None:
         """The next step begins at `position`: what was fed from there on did not come true."""
         self.length = min(self.length, position)
+
+    def restart(self, tokens: int) -> None:
+        """The next step has the whole sequence, of so many tokens, as if it were a prompt."""
+        self.length, self.rope_length = 0, tokens
 
 
 def sessions(link: Link, max_length: int, count: int) -> Sequence[Session]:

@@ -53,6 +53,7 @@ class DraftModel:
         self._stage, self._size, self._longest = stage, size, longest
         self._session = stage.open(applied, longest)
         self._fed: list[int] = []
+        self._rope_length = 0
 
     def propose(self, sequence: Sequence[int]) -> tuple[Sequence[int], int]:
         """Up to as many tokens as a step may have drafts, each made when it is first looked at."""
@@ -63,15 +64,25 @@ class DraftModel:
         """The `count` tokens that this model would say after `sequence`."""
         most = min(len(self._fed), len(sequence) - 1)
         position = next((at for at in range(most) if self._fed[at] != sequence[at]), most)
+        position = self._begin(position, len(sequence))
         new, found = list(sequence[position:]), list[int]()
         while len(found) < count:
-            item = StageInput(self._session, position, torch.tensor([new]))
+            item = StageInput(self._session, position, torch.tensor([new]), rope_length=self._rope_length)
             logits = self._stage.step([item])[0].x[0, -1]
             self._fed[position:] = new
             position += len(new)
             new = [int(logits[: self._size].argmax())]
             found += new
         return found
+
+    def _begin(self, position: int, tokens: int) -> int:
+        """Where to go on from, of `position`, with a sequence of `tokens`: from its beginning, as a prompt, at first and
+        where it has grown to what has other rotary embeddings."""
+        limit = self._stage.rope_restart
+        if self._fed and (limit is None or self._rope_length > limit or tokens <= limit):
+            return position
+        self._rope_length = tokens
+        return 0
 
 
 class _Ahead(Sequence[int]):

@@ -24,11 +24,17 @@ class Record:
 
     after: tuple[str, ...] = ()
     """Modules that run after the final norm, so that only the last stage needs them."""
+    restarts: bool = False
+    """Whether generate() drops the cache where `longrope` changes its frequencies, and computes the sequence anew."""
 
 
 RECORDS: dict[str, Record] = {
     # opt-350m projects to the width of its embeddings at the end, by a module that is registered before the layers.
     "opt": Record(after=("project_out",)),
+    # Their prepare_inputs_for_generation does. In other families cached keys keep the frequencies that they have.
+    "phi3": Record(restarts=True),
+    "phi4_multimodal": Record(restarts=True),
+    "phimoe": Record(restarts=True),
 }
 
 
@@ -53,6 +59,17 @@ def no_roll_back(config: Any) -> str | None:
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     other = sorted(kind for kind in kinds if not kind.endswith("attention") or kind.startswith("linear"))
     return f"needs layers that keep keys and values alone; this model has {', '.join(other)}" if other else None
+
+
+def rope_restart(config: Any) -> int | None:
+    """The most tokens of a sequence that keep their keys and values in a model with this configuration: where it grows
+    past them all are computed anew, with other rotary embeddings. None for a model that keeps them for ever."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if not RECORDS.get(text.model_type, Record()).restarts or rope.get("rope_type") != "longrope":
+        return None
+    length: int = text.original_max_position_embeddings
+    return length
 
 
 def structure_of(model: nn.Module) -> Structure:

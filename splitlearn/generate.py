@@ -8,11 +8,12 @@ through the stages in step: a forward has a token of each, and a trip to the tru
 close the iterator: that closes the stages' sessions, and so frees the trunk's cache.
 """
 
+import sys
 from collections import abc, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -22,6 +23,7 @@ from splitlearn.errors import InputError
 from splitlearn.events import Done, Event, FinishReason, GenerationRequest
 from splitlearn.head_start import HeadStart
 from splitlearn.ledger import Ledger, NoLedger, Outcome
+from splitlearn.local_stage import LocalStage
 from splitlearn.parted_head import Early
 from splitlearn.sampling import SEEDS, TopK, random_source, sample
 from splitlearn.stop import StopStrings
@@ -40,6 +42,8 @@ class _Answer:
     rng: torch.Generator
     speculation: Speculation | None
     head_start: HeadStart | None
+    stays_within: int
+    """A sequence that grows past so many tokens is computed anew, once, from its first token on."""
     left: int = 0
     """Tokens that may still come, with that of the step under way."""
     position: int = 0
@@ -53,8 +57,11 @@ class _Answer:
         """The ids [1, T] of the next step: what the stages do not have yet and drafts, less than the `left` tokens
         that may still come."""
         began, self.known, self.left = ledger.now(), len(self.sequence), left
+        if self.position and self.known > self.stays_within:
+            self._restart()
         if self.speculation is not None:
-            self.drafts = self.speculation.drafts(self.sequence, left - 1) if self.position else []
+            most = min(left - 1, self._room)
+            self.drafts = self.speculation.drafts(self.sequence, most) if self.position else []
             ledger.spend("draft", ledger.now() - began)
         return torch.tensor([[*self.sequence[self.position :], *self.drafts]], dtype=torch.long)
 
@@ -66,7 +73,18 @@ class _Answer:
     @property
     def early(self) -> Early | None:
         """What is told the first of a step's logits: nothing where no step comes after it."""
-        return self.head_start.guess if self.head_start is not None and self.left > 1 else None
+        return self.head_start.guess if self.head_start is not None and self.left > 1 and self._room else None
+
+    @property
+    def _room(self) -> int:
+        """How many tokens may be fed on trial behind those that are known: none beyond which all is computed anew."""
+        return max(0, self.stays_within - self.known)
+
+    def _restart(self) -> None:
+        """The step to come has the whole sequence."""
+        self.position, self.stays_within = 0, sys.maxsize
+        for feed in self.feeds:
+            feed.restart(self.known)
 
     def branch(self, other: "_Answer") -> None:
         """Go on from the prompt, which `other` has fed."""
@@ -108,7 +126,7 @@ class Generator:
         encoded = ledger.now()
         ledger.spend("tokenise", encoded)
         with ExitStack() as stack:
-            chains = self._open(stack, len(ids) + request.max_new_tokens, request.samples)
+            chains = self._open(stack, len(ids), request)
             ledger.spend("open", ledger.now() - encoded)
             answers = [self._answer(number, request, ids, feeds, ledger) for number, feeds in enumerate(chains)]
             yield from self._decode(request, len(ids), answers, ledger)
@@ -121,7 +139,18 @@ class Generator:
         speculation = Speculation([make() for make in self.proposers]) if self.proposers else None
         text, stops = self.tokens.detokenizer(), StopStrings(request.stop)
         start = self._head_start(request, feeds, ledger) if speculation is None else None
-        return _Answer(number, list(ids), feeds, text, stops, rng, speculation, start)
+        return _Answer(number, list(ids), feeds, text, stops, rng, speculation, start, self._stays_within(len(ids)))
+
+    def _stays_within(self, prompt: int) -> int:
+        """The length past which an answer to a prompt of so many tokens has its whole sequence computed anew."""
+        limit = self._rope_restart
+        return sys.maxsize if limit is None or prompt > limit else limit
+
+    @cached_property
+    def _rope_restart(self) -> int | None:
+        """As the first stage, which is always here, has it of its model."""
+        first = self.links[0].stage
+        return first.rope_restart if isinstance(first, LocalStage) else None
 
     def _head_start(self, request: GenerationRequest, feeds: Sequence[Feed], ledger: Ledger) -> HeadStart | None:
         """What begins steps before their token is sure, where it is the likeliest one of a single answer."""
@@ -137,7 +166,7 @@ class Generator:
     ) -> abc.Generator[Event, None, None]:
         """The loop: feed what is new and what may come, sample, emit, until each answer has a reason to end."""
         while live := [answer for answer in answers if answer.reason is None]:
-            began, fed = ledger.now(), live if answers[0].position else live[:1]
+            began, fed = ledger.now(), live if answers[0].known else live[:1]
             new = [answer.begin(request.max_new_tokens - len(answer.sequence) + prompt, ledger) for answer in fed]
             logits = self._forward(fed, new, ledger)
             before = ledger.now()
@@ -202,22 +231,23 @@ class Generator:
         return self.piece_tokens is not None and x.shape[1] > self.piece_tokens
 
     def _in_pieces(self, answer: _Answer, ids: torch.Tensor, ledger: Ledger) -> torch.Tensor:
-        """The logits [1, V] after the last of a prompt's `ids` [1, T], which go through the stages some at a time."""
+        """The logits [rows, V] after the last of a prompt's `ids` [1, T], which go through the stages some at a time."""
         size = self.piece_tokens or ids.shape[1]
         starts = range(0, ids.shape[1], size)
         pieces: Iterable[Piece] = ((answer.position + at, ids[:, at : at + size]) for at in starts)
         for feed in answer.feeds:
-            pieces = feed.flow(pieces, 1, partial(ledger.add, answer.number))
+            pieces = feed.flow(pieces, answer.rows, partial(ledger.add, answer.number))
         last = deque(pieces, maxlen=1)
-        return last[0][1][0, -1:]
+        return last[0][1][0, -answer.rows :]
 
-    def _open(self, stack: ExitStack, max_length: int, samples: int) -> list[list[Feed]]:
-        """For each sample a session of every stage."""
-        chains: list[list[Feed]] = [[] for _ in range(samples)]
+    def _open(self, stack: ExitStack, prompt: int, request: GenerationRequest) -> list[list[Feed]]:
+        """For each sample of an answer to a prompt of so many tokens a session of every stage."""
+        chains: list[list[Feed]] = [[] for _ in range(request.samples)]
         for link in self.links:
-            for chain, session in zip(chains, sessions(link, max_length, samples), strict=True):
+            opened = sessions(link, prompt + request.max_new_tokens, request.samples)
+            for chain, session in zip(chains, opened, strict=True):
                 stack.callback(session.close)
-                chain.append(Feed(link.stage, session))
+                chain.append(Feed(link.stage, session, rope_length=prompt))
         return chains
 
     def _check_length(self, prompt: int, new: int) -> None:

@@ -26,6 +26,7 @@ from splitlearn.caches import ReservedCache, ReservedLayer
 from splitlearn.kv import KVPool, Run, shapes_of
 from splitlearn.one_row import Row
 from splitlearn.parted_head import Early
+from splitlearn.rope import is_pure
 from splitlearn.split import CutModel, body_of, eagerly, example, forward
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,10 @@ TRIED_TOKENS = 8
 
 def of(cut: CutModel, record: Record | None = None) -> Row | None:
     """What replays one token through the stage; None, and a warning, where it cannot be recorded."""
+    if is_pure(cut.module):
+        why = "the frequencies of its rotary embeddings change as the sequence grows"
+        log.warning("The layers [%d, %d) are not recorded: %s", cut.start, cut.end, why)
+        return None
     row = GraphRow(cut, record or on_cuda(example(cut, 1).device))
     return row if row.agrees() else None
 

@@ -20,6 +20,7 @@ from splitlearn import caches
 from splitlearn.caches import ReservedCache
 from splitlearn.errors import FamilyRefused, InputError
 from splitlearn.events import StageTiming
+from splitlearn.families import rope_restart
 from splitlearn.flags import Settings
 from splitlearn.flags import settings as settings_of
 from splitlearn.graphs import LEAST_WINDOW
@@ -28,7 +29,7 @@ from splitlearn.one_row import Row
 from splitlearn.packable import agrees
 from splitlearn.packed import Packed, forward_packed
 from splitlearn.parted_head import Early, PartedHead
-from splitlearn.split import CutModel, example, forward
+from splitlearn.split import CutModel, body_of, example, forward
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.threads import computing_on, computing_one_token
 
@@ -165,6 +166,11 @@ class LocalStage:
         return shapes_of(self.cut, self._example[:, :1])
 
     @cached_property
+    def rope_restart(self) -> int | None:
+        """The length past which the model's whole sequence is computed anew (families.py)."""
+        return rope_restart(body_of(self.cut).config)
+
+    @cached_property
     def _example(self) -> torch.Tensor:
         """Something to try the stage with: 8 token ids, or as many rows of a hidden state."""
         return example(self.cut, 8)
@@ -210,13 +216,23 @@ class LocalStage:
             computing_one_token(self.row_threads, self.precision) if alone else nullcontext(),
             nullcontext() if self.head is None else self.head.telling(early),
         ):
-            return forward(self.cut, x, item.position, session.cache, logits_to_keep=item.logits, arguments=arguments)
+            return forward(
+                self.cut,
+                x,
+                item.position,
+                session.cache,
+                logits_to_keep=item.logits,
+                arguments=arguments,
+                rope_length=item.rope_length,
+            )
 
     def _packed(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         started, compiled = time.perf_counter(), self._compile_seconds()
         for item in batch:
             _make_room(item.session, item.position, item.x.shape[1])
-        parts = [Packed(item.session.cache, item.position, item.x.shape[1], item.logits) for item in batch]
+        parts = [
+            Packed(item.session.cache, item.position, item.x.shape[1], item.logits, item.rope_length) for item in batch
+        ]
         settings = batch[0].session.settings
         with settings.gradient_guard():
             x = torch.cat([item.x for item in batch], dim=1).to(self.device)

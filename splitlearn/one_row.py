@@ -52,8 +52,6 @@ class Row(Protocol):
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 CHILDREN = {*NORMS, "self_attn", "mlp"}
-# Rotary embeddings whose frequencies change as the context grows.
-GROWING = ("dynamic", "longrope")
 FULL = "full_attention"
 TURNS = 256
 NEAR = 1e-3
@@ -214,7 +212,8 @@ def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
     body, module = body_of(cut), cut.module
     rotary: Any = getattr(body, "rotary_emb", None)
     config = body.config
-    if getattr(rotary, "rope_type", GROWING[0]) in GROWING or 2 * len(rotary.inv_freq) != head_size:
+    # One whose frequencies change as the sequence grows is another's (rope.py), and has no type.
+    if not hasattr(rotary, "rope_type") or 2 * len(rotary.inv_freq) != head_size:
         return False
     if getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [FULL])} != {FULL}:
         return False

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from splitlearn import row_attention
+from splitlearn import rope, row_attention
 from splitlearn.kv import PooledCache
 from splitlearn.split import CutModel
 from splitlearn.threads import computing_on
@@ -37,12 +37,13 @@ ONE_THREAD_WORK = 1024
 @dataclass(frozen=True)
 class Packed:
     """One session's tokens in a packed step: `tokens` of them from `position` on. A last stage gives the logits of the
-    last `logits` of them."""
+    last `logits` of them. `rope_length` is that of `split.forward`."""
 
     cache: PooledCache
     position: int
     tokens: int
     logits: int = 1
+    rope_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def forward_packed(
     call["input_ids" if cut.first else "inputs_embeds"] = x
     if "position_ids" in cut.accepts:
         call["position_ids"] = positions.unsqueeze(0)
-    with _attending(cut, parts):
+    with _attending(cut, parts), rope.computing([(part.rope_length, part.tokens) for part in parts]):
         out = _logits(cut, call, parts, device) if cut.last else cut.module(**call).last_hidden_state
     for part in parts:
         part.cache.grown(part.tokens)

@@ -73,14 +73,14 @@ class RemoteStage:
         """One step of each session, in order: hidden state [1, T, H] to hidden state [1, T, H], on the CPU. All are on
         their way at the same time."""
         if len(batch) == 1:
-            return [batch[0].session.step(batch[0].position, batch[0].x)]
+            return [batch[0].session.step(batch[0].position, batch[0].x, rope_length=batch[0].rope_length)]
         under_way = [self.begin(item) for item in batch]
         return [_with(begun.timing, begun.finish()) for begun in under_way]
 
     def begin(self, item: StageInput, *, uncertain: bool = False) -> UnderWay:
         """Send a step; what is given waits for its answer. More may be sent before; answers come in the same order."""
-        begun: UnderWay = item.session.begin(item.position, item.x, uncertain=uncertain)
-        return begun
+        begin: Callable[..., UnderWay] = item.session.begin
+        return begin(item.position, item.x, uncertain=uncertain, rope_length=item.rope_length)
 
     def close(self) -> None:
         """Close the channels and with them every session."""
@@ -107,19 +107,20 @@ class RemoteSession:
         self._row_bytes = opening.rows.row_bytes(stage.served.hidden_size)
         self._sent = bytearray()  # the hidden state of every position that the trunk's cache holds
         self._branch_of = b""
+        self._rope_length = 0
         self._under_way: deque[Sent] = deque()
         self._recovered: deque[StageOutput] = deque()  # answers to what else was under way when a trunk was lost
         self._stream = self._open(trunks.effort(), patient=False)
 
-    def step(self, position: int, x: torch.Tensor) -> StageOutput:
+    def step(self, position: int, x: torch.Tensor, *, rope_length: int = 0) -> StageOutput:
         """Send `x` [1, T, H] and wait for the trunk's answer to all of it, from another trunk if this one is lost."""
         started = time.perf_counter()
-        self._send(position, x)
+        self._send(position, x, rope_length)
         return self._finish(position, x, started, since=None)
 
-    def begin(self, position: int, x: torch.Tensor, *, uncertain: bool = False) -> UnderWay:
+    def begin(self, position: int, x: torch.Tensor, *, uncertain: bool = False, rope_length: int = 0) -> UnderWay:
         """The first half of `step`, and what does the second."""
-        self._send(position, x, uncertain=uncertain)
+        self._send(position, x, rope_length, uncertain=uncertain)
         sent, stream = self._under_way[-1], self._stream
 
         def finish() -> StageOutput:
@@ -135,10 +136,17 @@ class RemoteSession:
             self._sent = other._sent[: tokens * self._row_bytes]
             self._branch_of = other._stream.key
 
-    def _send(self, position: int, x: torch.Tensor, *, uncertain: bool = False) -> None:
+    def _send(self, position: int, x: torch.Tensor, rope_length: int, *, uncertain: bool = False) -> None:
         kept, branch_of, self._branch_of = position * self._row_bytes, self._branch_of, b""
-        roll_back = kept < len(self._sent)
-        sent = self._stream.send(position, x, roll_back=roll_back, branch_of=branch_of, uncertain=uncertain)
+        self._rope_length = rope_length  # the same for all that is under way
+        sent = self._stream.send(
+            position,
+            x,
+            roll_back=kept < len(self._sent),
+            branch_of=branch_of if kept else b"",
+            uncertain=uncertain,
+            rope_length=rope_length,
+        )
         self._under_way.append(sent)
         if not self.recomputes:
             del self._sent[kept:]
@@ -184,7 +192,8 @@ class RemoteSession:
             effort.pause()
             self._stream = self._open(effort, patient=True)
             try:
-                output = self._stream.answer(self._stream.send(0, replay, answer_last=sum(sizes)), effort.wait_s())
+                sent = self._stream.send(0, replay, answer_last=sum(sizes), rope_length=self._rope_length)
+                output = self._stream.answer(sent, effort.wait_s())
             except TrunkUnavailable as again:
                 error = again
                 continue

@@ -4,8 +4,8 @@
     bottom = carve(model, 0, plan.start, first=True, last=False)   # token ids in, hidden state out
     hidden = forward(bottom, token_ids, position=0, cache=DynamicCache())
 
-The layers stay transformers' own, and so do masks, rotary positions and cache: a cut model is the model with fewer
-layers. What runs before the layers (embedding, scaling, learned positions, a norm) belongs to the first stage alone;
+The layers stay transformers' own, and so do masks, rotary positions (but see rope.py) and cache: a cut model is the
+model with fewer layers. What runs before the layers (embedding, scaling, learned positions, a norm) belongs to the first stage alone;
 on every other stage the hidden state is handed to the first layer as it came, past whatever the model does there.
 """
 
@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from splitlearn import rope
 from splitlearn.errors import InputError
 from splitlearn.families import Structure, join, structure_of
 
@@ -117,6 +118,7 @@ def carve(model: Any, start: int, end: int, *, first: bool, last: bool) -> CutMo
     structure = structure_of(model)
     _check_range(start, end, structure.n_layers, first=first, last=last)
     tied = dict(getattr(model, "all_tied_weights_keys", {}))
+    rope.make_pure(model)
     layers = _keep_layers(model, structure, start, end)
     if not last:
         for path in _present(structure.norm, *structure.after):
@@ -135,13 +137,15 @@ def forward(
     *,
     logits_to_keep: int = 0,
     arguments: Mapping[str, Any] | None = None,
+    rope_length: int = 0,
 ) -> Tensor:
     """One step of a stage: token ids int64 [1, T], or a hidden state [1, T, H], to a hidden state or logits [1, T, V].
 
     `position` is the number of tokens before this step, an int or int64 []. `cache` is a transformers cache of this
     stage's own that holds `position` tokens and is extended in place, or None: then x is the whole prefix and
     `position` is 0. `logits_to_keep` asks a last stage for the logits of that many last tokens; 0 is all of them.
-    `arguments` go to the model's forward as they are, such as output_attentions=True.
+    `arguments` go to the model's forward as they are, such as output_attentions=True. `rope_length` is the least length
+    of the sequence by which rotary embeddings are made (rope.py); 0 is the length that this step ends at.
     """
     module = stage.module
     call: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None, **(arguments or {})}
@@ -150,7 +154,8 @@ def forward(
         call["position_ids"] = torch.arange(x.shape[1], device=x.device).add(position).unsqueeze(0)
     if stage.last and "logits_to_keep" in stage.accepts:
         call["logits_to_keep"] = logits_to_keep
-    output = module(**call)
+    with rope.computing([(rope_length, x.shape[1])]):
+        output = module(**call)
     result: Tensor = output.logits if stage.last else output.last_hidden_state
     return result[:, -logits_to_keep:] if stage.last else result
 

@@ -35,7 +35,9 @@ class StageInput:
     `position` is the number of tokens before the first of `x`; below the cached length it rolls the session back.
     `logits` is for how many of the last positions a last stage gives logits. `early` is told the first of one token's
     logits [1, 1, k], before the others are computed, by a last stage that computes them in parts. `unwanted` tells, at
-    any time, whether the step is of no use any more: a stage may then raise StepUnwanted.
+    any time, whether the step is of no use any more: a stage may then raise StepUnwanted. `rope_length` is the least
+    length of the sequence by which rotary embeddings are made (rope.py): that of the prompt; 0 is that which the step
+    ends at.
     """
 
     session: Any
@@ -44,6 +46,7 @@ class StageInput:
     logits: int = 1
     early: Early | None = None
     unwanted: Callable[[], bool] | None = None
+    rope_length: int = 0
 
 
 @dataclass(frozen=True)

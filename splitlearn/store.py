@@ -15,8 +15,9 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from splitlearn.errors import WeightsDamaged
 from splitlearn.progress import Progress, Step
@@ -27,6 +28,10 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 # Bytes. Tensors in the weights file begin at multiples of it, as torch's own allocations do.
 ALIGNMENT = 64
+# Types of rotary embeddings whose `factor` says how much further they reach.
+SCALING = ("dynamic", "yarn")
+# A larger factor is a mistake (infinity, which JSON files may hold, is one).
+MOST_SCALED = 1e6
 # What BertTokenizer's Python class reads; kept beside tokenizer.json where a model has it.
 PYTHON_VOCABULARY = "vocab.txt"
 
@@ -39,7 +44,8 @@ _NAMES_ONLY = {"_name_or_path", "_model_name_or_path", "architectures", "dtype",
 class ModelFacts:
     """What is known of a model once it has been loaded whole, and what no part of it can tell alone.
 
-    `context_length` is the number of positions that it was made for, or None where it has no limit. `tied` maps each
+    `context_length` is the number of positions that it was made for, with what the scaling of its rotary embeddings
+    adds, or None where it has no limit. `tied` maps each
     name of the state dict that is stored under another one to that one (`lm_head.weight` to the embedding).
     """
 
@@ -106,7 +112,9 @@ def open_folder(folder: Path, name: str) -> ModelFiles:
         raise _damaged(folder, MANIFEST, f"cannot be read ({error})") from error
     if moved:
         _note_times(folder, manifest, moved)
-    return ModelFiles(name, source, folder, _digest(folder, weights_hash), facts)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    facts = replace(facts, context_length=_scaled(facts.context_length, config))
+    return ModelFiles(name, source, folder, _digest(config, weights_hash), facts)
 
 
 def source_of(folder: Path) -> str:
@@ -156,9 +164,27 @@ def _write(folder: Path, manifest: Mapping[str, object]) -> None:
     Path(draft.name).replace(folder / MANIFEST)
 
 
-def _digest(folder: Path, weights_hash: str) -> str:
+def _scaled(length: int | None, config: Mapping[str, Any]) -> int | None:
+    """A context of `length` positions (max_position_embeddings) after the scaling that the configuration names.
+
+    `dynamic` and `yarn` rotary embeddings reach `factor` times as far as they were trained: that is
+    original_max_position_embeddings where the configuration has it, and max_position_embeddings elsewhere. Other types
+    say their reach in max_position_embeddings (longrope, llama3) or not at all (linear).
+    """
+    rope = (config.get("text_config") or config).get("rope_parameters") or {}
+    entries = [each for each in (rope, *rope.values()) if isinstance(each, Mapping)]  # one for each type of layer
+    if length is None:
+        return None
+    reached = [
+        int(factor * (each.get("original_max_position_embeddings") or length))
+        for each in entries
+        if each.get("rope_type") in SCALING and 1 <= (factor := each.get("factor") or 1) < MOST_SCALED
+    ]
+    return max([length, *reached])
+
+
+def _digest(config: Mapping[str, Any], weights_hash: str) -> str:
     """SHA-256 in hex over the weights' hash and the canonical JSON of what of the config matters."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     matters = {key: value for key, value in config.items() if key not in _NAMES_ONLY}
     return hashlib.sha256((weights_hash + json.dumps(matters, sort_keys=True)).encode()).hexdigest()
 

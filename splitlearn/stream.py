@@ -5,7 +5,7 @@ clocks are not compared): wire = round trip - what the server says it spent.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -122,13 +122,16 @@ class Stream:
         answer_last: int = 0,
         branch_of: bytes = b"",
         uncertain: bool = False,
+        rope_length: int = 0,
     ) -> Sent:
         """The first half of `step`. The answer has the last `answer_last` of the T positions, 0 for all of them.
         `branch_of` is the key of the stream whose session has what is before `position`; only an `uncertain` step can
-        be dropped."""
+        be dropped; `rope_length` is that of `StageInput`."""
         started = time.perf_counter()
         data = self._rows.to_bytes(x)
-        messages = self._encode(position, data, roll_back, answer_last, branch_of, uncertain)
+        first: dict[str, object] = {"roll_back": roll_back, "branch_of": branch_of}
+        each: dict[str, object] = {"answer_last": answer_last, "uncertain": uncertain, "rope_length": rope_length}
+        messages = self._encode(position, data, first, each)
         encoded = time.perf_counter()
         for message in messages:
             self._outgoing.put(message)
@@ -215,8 +218,9 @@ class Stream:
         _watchdog.drop(self)
 
     def _encode(
-        self, position: int, data: bytes, roll_back: bool, answer_last: int, branch_of: bytes, uncertain: bool
+        self, position: int, data: bytes, first: Mapping[str, object], each: Mapping[str, object]
     ) -> list[bytes]:
+        """The messages of a step: what else the `first` of them says, and what `each` of them does."""
         self._steps += 1
         hidden_size, messages = self._served.hidden_size, list[bytes]()
         size = codec.part_bytes(self._row_bytes, self._part_bytes)
@@ -227,10 +231,8 @@ class Stream:
                 "position": position + start // self._row_bytes,
                 "hidden": codec.fields(data[start : start + size], self._rows, hidden_size),
                 "more": start + size < len(data),
-                "roll_back": roll_back and not messages,
-                "answer_last": answer_last,
-                "branch_of": b"" if messages else branch_of,
-                "uncertain": uncertain,
+                **({} if messages else first),
+                **each,
             }
             messages.append(pb.ClientMessage(step=step).SerializeToString())
         return messages

@@ -135,7 +135,7 @@ def _feeds(fed: Fed) -> list[Feed]:
         stage: Stage = loading.load(fed.files, [spec], applied, fed.placement).stages[0]
         if spec.word == "trunk":
             stage = _OverTheWire(stage, settings(applied).rows(fed.placement.dtype))
-        feeds.append(Feed(stage, stage.open(applied, len(fed.ids))))
+        feeds.append(Feed(stage, stage.open(applied, len(fed.ids)), rope_length=fed.prompt_tokens))
     return feeds
 
 

@@ -1,6 +1,6 @@
 """The trunk's protocol: trunk.proto, its generated code (`make proto`), tensors as bytes, errors as statuses."""
 
-PROTOCOL = 4
+PROTOCOL = 5
 SERVICE = "splitlearn.v1.Trunk"
 # A message stays below gRPC's default limit of 4 MiB, which any client or proxy passes; longer prompts go in parts.
 MAX_TENSOR_BYTES = 2 * 1024 * 1024
