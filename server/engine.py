@@ -136,9 +136,9 @@ class Engine:
     ) -> EngineStep:
         """Compute `x` [1, T, H] from `position` on, together with what the other sessions bring.
 
-        `rope_length` is that of `StageInput`. Raises InputError for a position that does not follow, TrunkLate when it waited for longer than
-        `timeout_s` or its session has ended, StepUnwanted when it was `uncertain`, a step's number,
-        and dropped.
+        `rope_length` is that of `StageInput`. Raises InputError for a position that does not follow, TrunkLate when it
+        waited for longer than `timeout_s` or its session has ended, StepUnwanted when it was `uncertain`, a step's
+        number, and dropped.
         """
         session, began = seat.session, time.perf_counter()
         if not session.recomputes and position < session.length and not roll_back:

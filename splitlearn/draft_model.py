@@ -76,8 +76,8 @@ class DraftModel:
         return found
 
     def _begin(self, position: int, tokens: int) -> int:
-        """Where to go on from, of `position`, with a sequence of `tokens`: from its beginning, as a prompt, at first and
-        where it has grown to what has other rotary embeddings."""
+        """`position`, where a sequence of `tokens` goes on; or 0, at first and where it has grown to a length at which
+        all is computed anew."""
         limit = self._stage.rope_restart
         if self._fed and (limit is None or self._rope_length > limit or tokens <= limit):
             return position

@@ -68,7 +68,7 @@ def rope_restart(config: Any) -> int | None:
     rope = getattr(text, "rope_parameters", None) or {}
     if not RECORDS.get(text.model_type, Record()).restarts or rope.get("rope_type") != "longrope":
         return None
-    length: int = text.original_max_position_embeddings
+    length: int | None = getattr(text, "original_max_position_embeddings", None)
     return length
 
 

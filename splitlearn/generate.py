@@ -231,7 +231,7 @@ class Generator:
         return self.piece_tokens is not None and x.shape[1] > self.piece_tokens
 
     def _in_pieces(self, answer: _Answer, ids: torch.Tensor, ledger: Ledger) -> torch.Tensor:
-        """The logits [rows, V] after the last of a prompt's `ids` [1, T], which go through the stages some at a time."""
+        """The logits [rows, V] after the last of `ids` [1, T], which go through the stages some at a time."""
         size = self.piece_tokens or ids.shape[1]
         starts = range(0, ids.shape[1], size)
         pieces: Iterable[Piece] = ((answer.position + at, ids[:, at : at + size]) for at in starts)

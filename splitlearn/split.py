@@ -5,8 +5,9 @@
     hidden = forward(bottom, token_ids, position=0, cache=DynamicCache())
 
 The layers stay transformers' own, and so do masks, rotary positions (but see rope.py) and cache: a cut model is the
-model with fewer layers. What runs before the layers (embedding, scaling, learned positions, a norm) belongs to the first stage alone;
-on every other stage the hidden state is handed to the first layer as it came, past whatever the model does there.
+model with fewer layers. What runs before the layers (embedding, scaling, learned positions, a norm) belongs to the
+first stage alone; on every other stage the hidden state is handed to the first layer as it came, past whatever the
+model does there.
 """
 
 from __future__ import annotations
