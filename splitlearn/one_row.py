@@ -20,6 +20,7 @@ from splitlearn.blocks import memory
 from splitlearn.caches import Kept, ReservedCache
 from splitlearn.errors import StepUnwanted
 from splitlearn.parted_head import FIRST, Early
+from splitlearn.rope import GROWING
 from splitlearn.split import CutModel, body_of, example, forward, layers_of
 from splitlearn.team import Lead, Team
 
@@ -212,8 +213,7 @@ def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
     body, module = body_of(cut), cut.module
     rotary: Any = getattr(body, "rotary_emb", None)
     config = body.config
-    # One whose frequencies change as the sequence grows is another's (rope.py), and has no type.
-    if not hasattr(rotary, "rope_type") or 2 * len(rotary.inv_freq) != head_size:
+    if getattr(rotary, "rope_type", GROWING[0]) in GROWING or 2 * len(rotary.inv_freq) != head_size:
         return False
     if getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [FULL])} != {FULL}:
         return False
