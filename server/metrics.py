@@ -37,6 +37,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "line_full": ("RESOURCE_EXHAUSTED", "there is no room, and as many sessions wait as may"),
     "wait_over": ("RESOURCE_EXHAUSTED", "a session has waited for room as long as its client would"),
     "others_full": ("RESOURCE_EXHAUSTED", "no place for a server with other load and process flags"),
+    "calls_full": ("RESOURCE_EXHAUSTED", "as many calls as may are under way, of the client or of all"),
     "draining": ("UNAVAILABLE", "this server is shutting down"),
     "branch_lost": ("ABORTED", "the session that another is to branch from is gone"),
     "step_late": ("DEADLINE_EXCEEDED", "a step was dropped that waited for longer than its client would"),
