@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         door = Door.of(settings.server)
         with on_console() as progress:
             served = build(settings, progress)
-        others = Others(settings)
+        others = Others(settings, served)
         service = TrunkService(served, others, settings.server, door.access)
         metrics = sight.listen(served.metrics, settings.server)
         running = listen(service, settings.server, door)
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     logs.tell(log, "serving", metrics=metrics, **sight.what(served))
     if _told(told) == STOP:
         _drain(running, served.admission, others, settings.server.drain_s, told)
-    logs.tell(log, "stopping", sessions=served.admission.sessions + others.sessions)
+    logs.tell(log, "stopping", sessions=served.admission.sessions)
     running.server.stop(grace=0).wait()
     others.stop()
     return 0
@@ -87,12 +87,12 @@ def _told(told: SimpleQueue[str]) -> str:
 
 def _drain(running: Running, admission: Admission, others: Others, grace_s: float, told: SimpleQueue[str]) -> None:
     """Let nobody in, say so to health checks, and let those who are in finish: for `grace_s`, or until told again."""
-    logs.tell(log, "draining", sessions=admission.sessions + others.sessions, at_most_s=grace_s)
+    logs.tell(log, "draining", sessions=admission.sessions, at_most_s=grace_s)
     running.health.enter_graceful_shutdown()
     admission.drain()
     others.drain()
     deadline = time.monotonic() + grace_s
-    while admission.sessions + others.sessions and time.monotonic() < deadline:
+    while admission.sessions and time.monotonic() < deadline:
         with suppress(Empty):
             told.get(timeout=DRAIN_LOOK_S)
             return

@@ -75,7 +75,7 @@ class TrunkService:
             hidden_size=facts.hidden_size,
             max_length=self._longest() or 0,
             threads=served.threads,
-            flags=[pb.FlagState(name=name, unavailable=why_not(name, "trunk", self._place) or "") for name in FLAGS],
+            flags=[pb.FlagState(name=name, unavailable=self._why_not(name) or "") for name in FLAGS],
             machine=self._machine,
         )
 
@@ -123,10 +123,15 @@ class TrunkService:
         self._check(opening)
         applied = self._applied(opening)
         flags = of_scope(applied, "load", "process")
-        if flags != self._served.own_flags:
-            yield from visit.handed_on(self._others.session(flags, first, requests, context))
-            return
         began, timeout_s = time.perf_counter(), min(opening.timeout_s or DEFAULT_WAIT_S, self._limits.max_wait_s)
+        if flags != self._served.own_flags:
+            admission = self._served.admission
+            place = admission.enter(0, timeout_s, context.add_callback)  # it counts, and has its KV memory elsewhere
+            try:
+                yield from visit.handed_on(self._others.session(flags, first, requests, context, timeout_s))
+            finally:
+                admission.leave(place)
+            return
         seat = self._served.engine.open(applied, opening.max_length, timeout_s, context.add_callback)
         stay = Stay(self._served, seat, guest, visit, opening.max_length, timeout_s)
         # The stream can end while this generator waits at a yield: then only the callback runs in time.
@@ -182,6 +187,10 @@ class TrunkService:
         """The most tokens of a session that the model and the settings allow; None where neither says."""
         limits = (self._served.files.facts.context_length, self._limits.max_length)
         return min((limit for limit in limits if limit is not None), default=None)
+
+    def _why_not(self, flag: str) -> str | None:
+        """Why no session can have that flag here, or None."""
+        return why_not(flag, "trunk", self._place) or self._others.why_not(flag)
 
     def _applied(self, opening: pb.Open) -> frozenset[str]:
         """The flags of a session, in the words by which they are compared. Refuses what cannot be applied here."""

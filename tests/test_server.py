@@ -22,7 +22,6 @@ import server.__main__ as server_main
 from server import endpoint
 from server.admission import DRAINING
 from server.endpoint import SPARE_THREADS
-from splitlearn.embedded import EmbeddedTrunk
 from splitlearn.remote import describe
 from splitlearn.store import ModelFiles
 from splitlearn.wire import PROTOCOL, SERVICE
@@ -410,14 +409,11 @@ def test_a_server_for_other_flags_that_is_killed_ends_its_session_and_is_replace
     assert answer(trunk.address, files, flags=flags).isfinite().all()
 
 
-def test_a_session_that_comes_before_a_loss_is_known_waits_for_the_replacement(
-    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_that_comes_after_a_loss_gets_another_server(files: ModelFiles) -> None:
     flags, this = ["use_cache", "low_cpu_mem_usage"], psutil.Process()
     before = set(this.children())
     with serve_here(files) as here:
         with session(here, files, flags=flags) as raw:
-            monkeypatch.setattr(EmbeddedTrunk, "ready", lambda _: True)  # what it says until the loss is known
             (child,) = set(this.children()) - before
             child.kill()
             assert raw.refusal(step(hidden(files, 3), 0, 1))[0] is grpc.StatusCode.UNAVAILABLE
