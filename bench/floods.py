@@ -71,12 +71,15 @@ def closed(connection: socket.socket, within_s: float) -> bool:
     return True
 
 
-def calls_without_a_message(address: str, over: threading.Event, method: str = HEALTH) -> None:
-    """130 calls on one connection whose message never comes; again, when the server has ended them."""
+def calls_without_a_message(address: str, over: threading.Event) -> None:
+    """130 calls on one connection whose message never comes; every half second on one more, and from the first again."""
+    calls = b"".join(begun(1 + 2 * number, HEALTH) for number in range(CALLS))
     while not over.is_set():
-        with suppress(OSError), connected(address) as connection:
-            connection.sendall(b"".join(begun(1 + 2 * number, method) for number in range(CALLS)))
-            _wait(connection, over)
+        with ExitStack() as stack, suppress(OSError):
+            for _ in range(CONNECTIONS // 10):
+                stack.enter_context(connected(address)).sendall(calls)
+                if over.wait(0.5):
+                    return
 
 
 def silent_connections(address: str, over: threading.Event) -> None:
@@ -156,18 +159,6 @@ def flood(connection: Connection, name: str, address: str) -> None:
     connection.send("begun")
     FLOODS[name](address, over)
     connection.send("over")
-
-
-def _wait(connection: socket.socket, over: threading.Event) -> None:
-    """Until the server shuts the connection, or resets all of its calls and it has been quiet for a second."""
-    while not over.is_set():
-        readable, _, _ = select.select([connection], [], [], 1.0)
-        if readable and not connection.recv(65536):
-            return
-        ended = not readable
-        if ended:
-            with suppress(OSError):
-                connection.sendall(frame(PING, ACK, 0, bytes(8)))
 
 
 def _many(address: str, over: threading.Event, greeting: bytes) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import grpc
 
 from server.memory import Memory
+from splitlearn import process
 from splitlearn.config import Config, ServerTls, serving
 from splitlearn.embedded import Server
 from splitlearn.errors import SplitlearnError, TrunkFailed, TrunkUnavailable, as_error
@@ -43,7 +44,9 @@ class Child:
     def serves(self) -> bool:
         """Whether it is there for sessions."""
         server = self._server
-        return self.started.is_set() and self.error is None and server is not None and server.process.poll() is None
+        if server is None or self.error is not None or not self.started.is_set():
+            return False
+        return server.process.poll() is None and process.runs(server.process.pid)
 
     def lost(self) -> bool:
         """Whether it has started, and is not there (any more)."""
