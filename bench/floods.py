@@ -72,7 +72,7 @@ def closed(connection: socket.socket, within_s: float) -> bool:
 
 
 def calls_without_a_message(address: str, over: threading.Event) -> None:
-    """130 calls on one connection whose message never comes; every half second on one more, and from the first again."""
+    """130 calls on one connection whose message never comes; each half second on one more, then all again."""
     calls = b"".join(begun(1 + 2 * number, HEALTH) for number in range(CALLS))
     while not over.is_set():
         with ExitStack() as stack, suppress(OSError):

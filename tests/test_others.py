@@ -1,4 +1,4 @@
-"""Servers for other sets of flags: for whom there are any, what they cost the one that starts them, and how they end."""
+"""Servers for other sets of flags: for whom there are any, what they cost the one that starts them, how they end."""
 
 import signal
 import threading
