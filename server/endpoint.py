@@ -1,5 +1,6 @@
 """The gRPC server: its methods, its threads, and what one connection may do."""
 
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -61,9 +62,15 @@ def _options(limits: ServerConfig, streams: int) -> tuple[tuple[str, int], ...]:
         ("grpc.max_concurrent_streams", streams),
         ("grpc.server_handshake_timeout_ms", open_ms),  # TLS, and HTTP/2's own greeting
         ("grpc.max_connection_idle_ms", QUIET_MS),
-        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.max_allowed_incoming_connections", _connections()),
         *KEEP_ALIVE,
     )
+
+
+def _connections() -> int:
+    """How many there may be: each is a descriptor, of which the process needs others."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if allowed == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, allowed // 2))
 
 
 def _check(state: health.HealthServicer) -> Callable[[bytes, grpc.ServicerContext], Message]:
