@@ -17,6 +17,7 @@ BENCHES = (
     "lab",
     "chaos",
     "fuzz",
+    "flooded",
     "capacity",
     "alone",
     "overload",

@@ -57,7 +57,7 @@ def _main(connection: Connection, config: Config) -> None:
     served, door = build(config, silent), Door.of(settings)
     own = served.engine
     engine = Direct(own._stage, served.admission, 1, None, served.metrics, own._own_thread)
-    service = TrunkService(replace(served, engine=engine), Others(config), settings, door.access)
+    service = TrunkService(replace(served, engine=engine), Others(config, served), settings, door.access)
     running = listen(service, settings, door)
     connection.send(running.address)
     connection.recv()

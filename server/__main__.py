@@ -7,19 +7,15 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import grpc
-import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2
 
-from server import bearer, logs, sight
-from server.access import Gate
+from server import bearer, endpoint, logs, sight
 from server.admission import Admission
 from server.build import build
 from server.door import Door
@@ -31,16 +27,6 @@ from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.progress import on_console
 from splitlearn.wire import READY, SERVICE
 
-# A client whose machine went away closes nothing: without pings its session would stay for ever.
-# The third is for a ping of another kind, behind which a keepalive ping waits. The fourth permits the clients' pings
-# (splitlearn/trunks.py): gRPC's default takes more than one in five minutes for an attack, and shuts the connection.
-KEEP_ALIVE = (
-    ("grpc.keepalive_time_ms", 15_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-)
-SPARE_THREADS = 16
 DRAIN_LOOK_S, TOLD_LOOK_S = 0.05, 0.5
 STOP, ORPHANED = "stop", "orphaned"
 log = logging.getLogger("server")
@@ -73,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         door = Door.of(settings.server)
         with on_console() as progress:
             served = build(settings, progress)
-        others = Others(settings)
+        others = Others(settings, served)
         service = TrunkService(served, others, settings.server, door.access)
         metrics = sight.listen(served.metrics, settings.server)
         running = listen(service, settings.server, door)
@@ -85,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     logs.tell(log, "serving", metrics=metrics, **sight.what(served))
     if _told(told) == STOP:
         _drain(running, served.admission, others, settings.server.drain_s, told)
-    logs.tell(log, "stopping", sessions=served.admission.sessions + others.sessions)
+    logs.tell(log, "stopping", sessions=served.admission.sessions)
     running.server.stop(grace=0).wait()
     others.stop()
     return 0
@@ -101,12 +87,12 @@ def _told(told: SimpleQueue[str]) -> str:
 
 def _drain(running: Running, admission: Admission, others: Others, grace_s: float, told: SimpleQueue[str]) -> None:
     """Let nobody in, say so to health checks, and let those who are in finish: for `grace_s`, or until told again."""
-    logs.tell(log, "draining", sessions=admission.sessions + others.sessions, at_most_s=grace_s)
+    logs.tell(log, "draining", sessions=admission.sessions, at_most_s=grace_s)
     running.health.enter_graceful_shutdown()
     admission.drain()
     others.drain()
     deadline = time.monotonic() + grace_s
-    while admission.sessions + others.sessions and time.monotonic() < deadline:
+    while admission.sessions and time.monotonic() < deadline:
         with suppress(Empty):
             told.get(timeout=DRAIN_LOOK_S)
             return
@@ -159,23 +145,8 @@ def _make_token(name: str) -> int:
 
 def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running:
     """A started server with health and reflection; says on stdout where. Raises SetupError when it cannot listen."""
-    # Each session holds a thread, and so does each that waits; the others answer Describe, health checks and refusals.
-    # Without a limit gRPC would keep what finds no thread waiting in silence.
-    threads = settings.max_sessions + settings.max_waiting + SPARE_THREADS
-    # They compute on one thread each, and lead no team of threads beside the engine's (build()).
-    workers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    # Without so_reuseport=0 a second server on the same port starts and gets half of the clients.
-    options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", settings.max_message_bytes), *KEEP_ALIVE)
-    server = grpc.server(
-        workers,
-        handlers=[service.handler()],
-        interceptors=[Gate(door.access, service.denied)],
-        options=options,
-        maximum_concurrent_rpcs=threads,
-    )
     state = health.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(state, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    server = endpoint.server(service, state, settings, door.access)
     try:
         port = door.listen(server, f"{settings.host}:{settings.port}")
     except RuntimeError as error:

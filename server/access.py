@@ -1,29 +1,38 @@
 """Who may use this trunk, and how much of it: bearer tokens, each with limits of its own.
 
-`Gate` turns away every call but the health check that shows no token of the file; `Access.enter` counts a session, and
-`Guest.spend` its tokens. A session over its rate is slowed down, not refused: it has a cache here, which a refusal
-would throw away and a replay compute again. What would have to wait longer than its client does is refused before it
-is computed.
+`Access.caller` says whose a call is, and how many such calls there may be (dispatch.py turns the others away);
+`Access.enter` counts a session, and `Guest.spend` its tokens. A session over its rate is slowed down, not refused: it
+has a cache here, which a refusal would throw away and a replay compute again. What would have to wait longer than its
+client does is refused before it is computed.
 """
 
 import hmac
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
 
 import grpc
 
 from server.bearer import Token, digest
 from splitlearn.errors import TrunkDenied, TrunkFull
 from splitlearn.wire import TOKEN_HEADER, TOKEN_SCHEME
-from splitlearn.wire.status import code_of
 
-OPEN_METHOD = "/grpc.health.v1.Health/Check"
 DENIED = "a valid token is needed"
+CALLS_BESIDE = 8
+"""Calls at once of a token beside its sessions, and of a connection that shows none, where tokens are asked for."""
 
 Metadata = Iterable[tuple[str, str | bytes]]
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose a call is: `key` is the same for all calls that share the `limit` of calls at once, None where there is
+    none. `known` is false without a valid token, where one is asked for."""
+
+    key: str
+    limit: int | None
+    known: bool
 
 
 class Bucket:
@@ -120,6 +129,16 @@ class Access:
             guest.leave()
         return guest
 
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """Whose the call is."""
+        try:
+            account = self._account(context.invocation_metadata() or ())
+        except TrunkDenied:
+            return Caller(f"connection {context.peer()}", CALLS_BESIDE, known=False)
+        if account is None:
+            return Caller(f"connection {context.peer()}", None, known=True)
+        return Caller(f"token {account.token.name}", account.token.sessions + CALLS_BESIDE, known=True)
+
     def lets_in(self, metadata: Metadata) -> bool:
         """Whether a call with this metadata may be answered."""
         try:
@@ -142,31 +161,3 @@ class Access:
         if found is None or found.token.expired():
             raise TrunkDenied(DENIED)
         return found
-
-
-class Gate(grpc.ServerInterceptor):
-    """Before every method: without a token there is the health check, and for all else one and the same answer.
-
-    `denied` is told of each call that is turned away.
-    """
-
-    def __init__(self, access: Access, denied: Callable[[grpc.ServicerContext], None]) -> None:
-        self._access = access
-        # A stream's handler is called before anything of the call is read; a unary call is answered by it just as well.
-        self._deny: Handler = grpc.stream_stream_rpc_method_handler(lambda _, context: _deny(context, denied))
-
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Handler],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """The method's own handler for those who are let in."""
-        details = handler_call_details
-        if details.method == OPEN_METHOD or self._access.lets_in(details.invocation_metadata or ()):
-            return continuation(details)
-        return self._deny
-
-
-def _deny(context: grpc.ServicerContext, denied: Callable[[grpc.ServicerContext], None]) -> None:
-    denied(context)
-    context.abort(code_of(TrunkDenied(DENIED)), DENIED)

@@ -86,14 +86,14 @@ def _pool(stage: LocalStage, server: ServerConfig) -> KVPool:
     # A recording attends to a window of a session's memory: sessions of like lengths should have like windows.
     tokens = -(-server.kv_block_tokens // LEAST_WINDOW) * LEAST_WINDOW if recorded else server.kv_block_tokens
     block = bytes_per_token(stage.kv_shapes, stage.dtype) * tokens
-    budget = server.kv_bytes or max(block, int(KV_SHARE * _free_bytes(stage.device)))
+    budget = server.kv_bytes or max(block, int(KV_SHARE * free_bytes(stage.device)))
     if budget < block:
         limit = f"at least {block}, the bytes of a block of {tokens} tokens (server.kv_block_tokens)"
         raise InputError("server.kv_bytes", budget, limit)
     return stage.pool(budget // block, tokens)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Memory that nobody uses, of the device or of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

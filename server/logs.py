@@ -9,11 +9,14 @@ from clients are not written: of an error only its kind and the places in the co
 import json
 import logging
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
 OWN = "server"
+REFUSED_A_SECOND = 10
+"""Lines of refusals in one second: strangers may be refused by the thousand."""
 
 
 class JsonLines(logging.Formatter):
@@ -47,6 +50,37 @@ def start(level: int) -> None:
 def tell(log: logging.Logger, event: str, **fields: object) -> None:
     """Write `event` with `fields`, which must be no values of a client's."""
     log.info(event, extra={"fields": fields})
+
+
+class _Refusals:
+    """Which refusals are written: the first of each second. The next one tells how many were not."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._second, self._written, self._left_out = 0, 0, 0
+
+    def fields(self) -> dict[str, object] | None:
+        """What to add to a line; None for one that is left out."""
+        with self._lock:
+            second = int(time.monotonic())
+            if second != self._second:
+                self._second, self._written = second, 0
+            if self._written >= REFUSED_A_SECOND:
+                self._left_out += 1
+                return None
+            self._written += 1
+            left_out, self._left_out = self._left_out, 0
+            return {"left_out": left_out} if left_out else {}
+
+
+_refusals = _Refusals()
+
+
+def refused(log: logging.Logger, **fields: object) -> None:
+    """Write that something was refused, REFUSED_A_SECOND times in a second at most; metrics count all of them."""
+    more = _refusals.fields()
+    if more is not None:
+        tell(log, "refused", **fields, **more)
 
 
 def failed(log: logging.Logger, event: str, error: BaseException, **fields: object) -> None:

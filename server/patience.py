@@ -1,7 +1,7 @@
 """Ends calls whose client is silent for too long, with a status that says so.
 
-A session holds a thread and KV memory: one that sends no Open, brings no step, or does not take its answers must not
-keep them. What the server itself takes for an answer does not count.
+A call holds a thread, and a session KV memory: one that sends no message, brings no step, or does not take its answers
+must not keep them. What the server itself takes for an answer does not count.
 """
 
 import time
@@ -33,13 +33,16 @@ class Patience:
 
 
 class Call:
-    """One call. `read_by` and `written_by` are the moments by which its client must have sent, and taken, something."""
+    """One call. `read_by` and `written_by` are the moments by which its client must have sent, and taken, something.
+
+    `opened` is true once its first message is there, for which it is waited from its beginning on. `late` may be set.
+    """
 
     def __init__(self, patience: Patience, context: grpc.ServicerContext, late: Callable[[str], None]) -> None:
-        self._patience, self._late = patience, late
+        self._patience, self.late = patience, late
         self._context: Any = context
-        self._opened = False
-        self.read_by = self.written_by = NEVER
+        self.opened = False
+        self.read_by, self.written_by = time.monotonic() + patience.open_s, NEVER
 
     def due_s(self) -> float:
         """Whichever of the two comes first."""
@@ -47,18 +50,17 @@ class Call:
 
     def requests(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """The same messages, each waited for only so long."""
-        wait_s = self._patience.open_s
         while True:
-            self.read_by = time.monotonic() + wait_s
+            if self.opened:
+                self.read_by = time.monotonic() + self._patience.idle_s
             try:
                 message = next(requests, None)
             finally:
                 self.read_by = NEVER
             if message is None:
                 return
-            self._opened = True
+            self.opened = True
             yield message
-            wait_s = self._patience.idle_s
 
     def answers(self, answers: Iterator[bytes]) -> Iterator[bytes]:
         """The same messages, each to be taken within so long."""
@@ -68,13 +70,20 @@ class Call:
             self.written_by = NEVER
 
     def overdue(self) -> None:
+        """End the call: its client was waited for as long as it may be."""
+        limits = self._patience
+        waited = f"{limits.idle_s:g} s (server.idle_s)" if self.opened else f"{limits.open_s:g} s (server.open_s)"
+        self._end(f"nothing was heard of the client for {waited}")
+
+    def give_up(self) -> None:
+        """End the call, whose first message is not there yet: its place is needed."""
+        self._end("the client sent no message yet, and other calls need the place")
+
+    def _end(self, said: str) -> None:
         """End the call with DEADLINE_EXCEEDED.
 
         Of gRPC's public ways to end a call, one is for the handler's own thread, which is the one that waits here, and
         the other gives no reason.
         """
-        limits = self._patience
-        waited = f"{limits.idle_s:g} s (server.idle_s)" if self._opened else f"{limits.open_s:g} s (server.open_s)"
-        said = f"nothing was heard of the client for {waited}"
-        self._late("idle" if self._opened else "not_opened")
+        self.late("idle" if self.opened else "not_opened")
         self._context._rpc_event.call.cancel(grpc.StatusCode.DEADLINE_EXCEEDED.value[0], said)

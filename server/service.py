@@ -1,21 +1,20 @@
 """The gRPC face of the trunk: checks what comes in, hands steps to the engine, says clearly what it refuses."""
 
-import logging
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import grpc
 import torch
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
-from server import logs, sight
+from server import sight
 from server.access import Access, Guest
 from server.build import Served
+from server.dispatch import Method, Threads, unary
 from server.others import Others
-from server.patience import Patience
+from server.patience import Call, Patience
 from server.stay import Stay, parse
-from server.visit import Visit, peer
+from server.visit import Visit
 from splitlearn import machine
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError, SplitlearnError, TrunkRefused
@@ -26,7 +25,6 @@ from splitlearn.wire import ENVELOPE_BYTES, MAX_TENSOR_BYTES, PROTOCOL, SERVICE
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import status_of
 
-log = logging.getLogger(__name__)
 MAX_OPEN_BYTES = 64 * 1024
 DEFAULT_WAIT_S = 120.0
 """How long a client waits that does not say."""
@@ -37,10 +35,10 @@ class TrunkService:
 
     def __init__(self, served: Served, others: Others, limits: ServerConfig, access: Access) -> None:
         self._served = served
+        self.counted = served.metrics
         self._others = others
         self._limits = limits
         self._access = access
-        self._patience = Patience(limits.open_s, limits.idle_s)
         self._part_bytes = min(MAX_TENSOR_BYTES, limits.max_message_bytes - ENVELOPE_BYTES)
         row = served.files.facts.hidden_size * served.placement.dtype.itemsize
         if self._part_bytes < row:
@@ -50,25 +48,17 @@ class TrunkService:
         self._machine = {name: str(value) for name, value in machine.described().items() if value is not None}
         sight.connect(served, others, limits)
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """All methods. Session takes raw bytes, so that reading and writing them can be timed here."""
-        describe: grpc.RpcMethodHandler[bytes, pb.Description] = grpc.unary_unary_rpc_method_handler(
-            self.describe, None, pb.Description.SerializeToString
-        )
-        metrics: grpc.RpcMethodHandler[bytes, pb.MetricsText] = grpc.unary_unary_rpc_method_handler(
-            self.metrics, None, pb.MetricsText.SerializeToString
-        )
-        session: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(self.session)
-        drop: grpc.RpcMethodHandler[bytes, pb.DropReply] = grpc.unary_unary_rpc_method_handler(
-            self.drop, None, pb.DropReply.SerializeToString
-        )
-        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Describe": describe,
-            "Metrics": metrics,
-            "Drop": drop,
-            "Session": session,
+    def methods(self, threads: Threads, sessions: Threads) -> dict[str, Method]:
+        """All methods by their full names: Session, and on other threads what is answered at once."""
+        brief = Patience(self._limits.open_s, self._limits.open_s)
+        answers: dict[str, Callable[[bytes, grpc.ServicerContext], Message]] = {
+            "Describe": self.describe,
+            "Metrics": self.metrics,
+            "Drop": self.drop,
         }
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        unaries = {name: Method(unary(answer), threads, brief) for name, answer in answers.items()}
+        session = Method(self.session, sessions, Patience(self._limits.open_s, self._limits.idle_s))
+        return {f"/{SERVICE}/{name}": method for name, method in {**unaries, "Session": session}.items()}
 
     def describe(self, request: bytes, context: grpc.ServicerContext) -> pb.Description:
         """What is served here, and which flags can be applied. A request says nothing, so that none can be wrong."""
@@ -85,7 +75,7 @@ class TrunkService:
             hidden_size=facts.hidden_size,
             max_length=self._longest() or 0,
             threads=served.threads,
-            flags=[pb.FlagState(name=name, unavailable=why_not(name, "trunk", self._place) or "") for name in FLAGS],
+            flags=[pb.FlagState(name=name, unavailable=self._why_not(name) or "") for name in FLAGS],
             machine=self._machine,
         )
 
@@ -104,20 +94,15 @@ class TrunkService:
             self._others.drop(request, context)
         return pb.DropReply()
 
-    def denied(self, context: grpc.ServicerContext) -> None:
-        """A call was turned away at the door."""
-        self._served.metrics.refused("denied")
-        logs.tell(log, "refused", peer=peer(context), cause="denied", code="UNAUTHENTICATED")
-
-    def session(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def session(self, requests: Iterator[bytes], context: grpc.ServicerContext, call: Call) -> Iterator[bytes]:
         """One session, from Open to the end of the stream; whatever ends it, its memory is freed."""
         visit = Visit(self._served.metrics, context)
-        watched = self._patience.watch(context, visit.silent)
+        call.late = visit.silent
         context.add_callback(visit.over)
         try:
             guest = self._access.enter(context)
-            requests = visit.received(watched.requests(requests))
-            yield from visit.sent(watched.answers(self._session(requests, context, guest, visit)))
+            requests = visit.received(call.requests(requests))
+            yield from visit.sent(self._session(requests, context, guest, visit))
         except SplitlearnError as error:
             visit.refused(error)
             context.abort_with_status(status_of(error))
@@ -138,10 +123,15 @@ class TrunkService:
         self._check(opening)
         applied = self._applied(opening)
         flags = of_scope(applied, "load", "process")
-        if flags != self._served.own_flags:
-            yield from visit.handed_on(self._others.session(flags, first, requests, context))
-            return
         began, timeout_s = time.perf_counter(), min(opening.timeout_s or DEFAULT_WAIT_S, self._limits.max_wait_s)
+        if flags != self._served.own_flags:
+            admission = self._served.admission
+            place = admission.enter(0, timeout_s, context.add_callback)  # it counts, and has its KV memory elsewhere
+            try:
+                yield from visit.handed_on(self._others.session(flags, first, requests, context, timeout_s))
+            finally:
+                admission.leave(place)
+            return
         seat = self._served.engine.open(applied, opening.max_length, timeout_s, context.add_callback)
         stay = Stay(self._served, seat, guest, visit, opening.max_length, timeout_s)
         # The stream can end while this generator waits at a yield: then only the callback runs in time.
@@ -197,6 +187,10 @@ class TrunkService:
         """The most tokens of a session that the model and the settings allow; None where neither says."""
         limits = (self._served.files.facts.context_length, self._limits.max_length)
         return min((limit for limit in limits if limit is not None), default=None)
+
+    def _why_not(self, flag: str) -> str | None:
+        """Why no session can have that flag here, or None."""
+        return why_not(flag, "trunk", self._place) or self._others.why_not(flag)
 
     def _applied(self, opening: pb.Open) -> frozenset[str]:
         """The flags of a session, in the words by which they are compared. Refuses what cannot be applied here."""

@@ -92,13 +92,13 @@ class Visit:
         if cause == "failed":
             logs.failed(log, "session failed", error, **self._who, code=code)
         else:
-            logs.tell(log, "refused", **self._who, cause=cause, code=code)
+            logs.refused(log, **self._who, cause=cause, code=code)
 
     def silent(self, cause: str) -> None:
         """The client was waited for in vain."""
         self._end, self._cause = "refused", cause
         self._metrics.refused(cause)
-        logs.tell(log, "refused", **self._who, cause=cause, code="DEADLINE_EXCEEDED")
+        logs.refused(log, **self._who, cause=cause, code="DEADLINE_EXCEEDED")
 
     def over(self) -> None:
         """The call has ended; said again, it changes nothing."""

@@ -123,12 +123,12 @@ class Server:
         self.ready = line.startswith(READY)
         return line.removeprefix(READY).strip() if self.ready else None
 
-    def stop(self) -> None:
-        """End the process: asked, and killed if it does not end or does not serve yet. Again, it does nothing."""
+    def stop(self, within_s: float = STOP_TIMEOUT_S) -> None:
+        """End the process: asked, and killed if it does not end in time or serve yet. Again, it does nothing."""
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_TIMEOUT_S if self.ready else 0)
+            self.process.wait(within_s if self.ready else 0)
         self.process.kill()
         self.process.wait()
         self.close()

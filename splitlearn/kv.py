@@ -67,6 +67,11 @@ class KVPool:
             seen[shape] += 1
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that all blocks have together."""
+        return sum(stack.nbytes for stack in self._stacks.values())
+
+    @property
     def blocks_used(self) -> int:
         """Blocks that sessions have."""
         return self.n_blocks - sum(run.tokens for run in tuple(self._free)) // self.block_tokens

@@ -19,9 +19,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import server.__main__ as server_main
-from server.__main__ import SPARE_THREADS
+from server import endpoint
 from server.admission import DRAINING
-from splitlearn.embedded import EmbeddedTrunk
+from server.endpoint import SPARE_THREADS
 from splitlearn.remote import describe
 from splitlearn.store import ModelFiles
 from splitlearn.wire import PROTOCOL, SERVICE
@@ -380,8 +380,8 @@ def test_a_client_that_is_killed_leaves_its_places(trunk: Trunk, files: ModelFil
 
 
 def test_a_client_that_stopped_answering_is_noticed(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    quicker = tuple((name, after_ms // 10) for name, after_ms in server_main.KEEP_ALIVE)
-    monkeypatch.setattr(server_main, "KEEP_ALIVE", quicker)
+    quicker = tuple((name, after_ms // 10) for name, after_ms in endpoint.KEEP_ALIVE)
+    monkeypatch.setattr(endpoint, "KEEP_ALIVE", quicker)
     with serve_here(files) as here, holder(here.address, files, 2) as client:
         assert here.served.admission.sessions == 2
         client.send_signal(signal.SIGSTOP)  # its connection stays open, as that of a machine without power
@@ -409,18 +409,15 @@ def test_a_server_for_other_flags_that_is_killed_ends_its_session_and_is_replace
     assert answer(trunk.address, files, flags=flags).isfinite().all()
 
 
-def test_a_session_that_comes_before_a_loss_is_known_waits_for_the_replacement(
-    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_that_comes_after_a_loss_gets_another_server(files: ModelFiles) -> None:
     flags, this = ["use_cache", "low_cpu_mem_usage"], psutil.Process()
     before = set(this.children())
     with serve_here(files) as here:
         with session(here, files, flags=flags) as raw:
-            monkeypatch.setattr(EmbeddedTrunk, "ready", lambda _: True)  # what it says until the loss is known
             (child,) = set(this.children()) - before
             child.kill()
             assert raw.refusal(step(hidden(files, 3), 0, 1))[0] is grpc.StatusCode.UNAVAILABLE
-        assert answer(here.address, files, flags=flags).isfinite().all()
+        assert eventually(lambda: served_with(here.address, files, flags), within_s=60)
 
 
 def test_other_flags_give_what_their_own_server_gives(trunk: Trunk, files: ModelFiles) -> None:

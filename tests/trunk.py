@@ -105,7 +105,8 @@ def serve_here(files: ModelFiles, flags: str = "trunk:none", /, **limits: object
     """The real server on a real socket in this process, with the trunk's `flags`."""
     layers = {"start": PLAN.start, "end": PLAN.end}
     parsed = config.parse({**settings(files, split=layers, server={"port": 0, **limits}), "flags": flags})
-    built, others = build(parsed, silent), Others(parsed)
+    built = build(parsed, silent)
+    others = Others(parsed, built)
     said = io.StringIO()
     with redirect_stdout(said):
         door = Door.of(parsed.server)

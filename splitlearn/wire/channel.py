@@ -16,7 +16,7 @@ from splitlearn.errors import InputError
 from splitlearn.wire import TOKEN_HEADER, TOKEN_SCHEME, pem
 
 # A trunk whose machine went away, or that hangs, closes nothing: a ping that stays unanswered tells. The server permits
-# them as often (KEEP_ALIVE in server/__main__.py). The third is for a ping of another kind, behind which a keepalive
+# them as often (KEEP_ALIVE in server/endpoint.py). The third is for a ping of another kind, behind which a keepalive
 # ping waits; the fourth lets pings go on while a long prompt is computed and nothing is sent.
 KEEP_ALIVE = (
     ("grpc.keepalive_time_ms", 10_000),

@@ -1,0 +1,105 @@
+"""A trunk server for another set of flags, as a child process: its start, which may be ended at any moment, and its
+sessions."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import grpc
+
+from server.memory import Memory
+from splitlearn import process
+from splitlearn.config import Config, ServerTls, serving
+from splitlearn.embedded import Server
+from splitlearn.errors import SplitlearnError, TrunkFailed, TrunkUnavailable, as_error
+from splitlearn.wire.channel import open_channel
+
+STOP_TIMEOUT_S = 2.0
+NEVER = float("inf")
+
+
+class Child:
+    """One child. Once `started` is set there is an `error`, or it serves at `channel`, until it is lost.
+
+    `sessions` counts those that it has or that wait for it. A Watchdog's item: overdue when it is idle for too long.
+    """
+
+    channel: grpc.Channel
+
+    def __init__(
+        self, config: Config, flags: frozenset[str], memory: Memory, retire: Callable[["Child"], None]
+    ) -> None:
+        self._config, self._flags, self._memory, self._retire = config, flags, memory, retire
+        self.sessions, self.idle_since = 0, time.monotonic()
+        self.started = threading.Event()
+        self.error: SplitlearnError | None = None
+        self._lock = threading.Lock()
+        self._server: Server | None = None
+        self._ended = False
+
+    def start(self, after: "Child | None") -> None:
+        """Begin to start it, once `after` has ended and given its memory back. Returns at once."""
+        threading.Thread(target=self._start, args=(after,), daemon=True).start()
+
+    def serves(self) -> bool:
+        """Whether it is there for sessions."""
+        server = self._server
+        if server is None or self.error is not None or not self.started.is_set():
+            return False
+        return server.process.poll() is None and process.runs(server.process.pid)
+
+    def lost(self) -> bool:
+        """Whether it has started, and is not there (any more)."""
+        return self.started.is_set() and not self.serves()
+
+    def due_s(self) -> float:
+        """When it will have been idle for too long."""
+        return NEVER if self.sessions or not self.started.is_set() else self.idle_since + self._config.server.idle_s
+
+    def overdue(self) -> None:
+        """It was."""
+        self._retire(self)
+
+    def stop(self) -> None:
+        """End it, also while it starts; said again, it does nothing."""
+        with self._lock:
+            self._ended, server = True, self._server
+        if server is not None:
+            server.stop(STOP_TIMEOUT_S)
+        if self.started.is_set() and self.error is None:
+            self.channel.close()
+        self._memory.give_back(self)
+
+    def _start(self, after: "Child | None") -> None:
+        try:
+            if after is not None:
+                after.stop()
+            self._serve(self._memory.take(self))
+        except Exception as error:
+            self.error = as_error(error, "starting a server for other flags")
+            self._memory.give_back(self)
+        finally:
+            self.idle_since = time.monotonic()
+            self.started.set()
+
+    def _serve(self, kv_bytes: int) -> None:
+        server = Server()
+        with self._lock:
+            self._server, ended = server, self._ended
+        if ended:  # nobody waits for it any more
+            server.stop()
+            raise TrunkUnavailable("the server for these flags is not wanted any more", "draining")
+        server.tell(self._settings(kv_bytes))
+        address = server.wait_ready()
+        if address is None:
+            server.stop()
+            raise TrunkFailed("the server for these flags did not start")
+        self.channel = open_channel(address)
+        self._memory.loaded(self)
+
+    def _settings(self, kv_bytes: int) -> Config:
+        """This server's own, on loopback, with these flags."""
+        limit = self._config.server.kv_bytes
+        changes = {"tls": ServerTls(), "max_others": 0, "kv_bytes": min(kv_bytes, limit or kv_bytes)}
+        own = self._config.server.model_copy(update=changes)
+        return serving(self._config.model_copy(update={"server": own}), self._flags)

@@ -1,0 +1,106 @@
+"""The gRPC server: its methods, its threads, and what one connection may do."""
+
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from server.access import Access
+from server.dispatch import Behavior, Dispatch, Method, Threads, unary
+from server.patience import Call, Patience
+from server.service import TrunkService
+from splitlearn.config import ServerConfig
+from splitlearn.errors import InputError
+from splitlearn.wire import SERVICE
+from splitlearn.wire.status import status_of
+
+M = TypeVar("M", bound=Message)
+CHECK = f"/{health.SERVICE_NAME}/Check"
+REFLECT = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
+# Threads: for health checks, for what else is answered at once, and for sessions beside those that are open or wait.
+HEALTH_THREADS, BRIEF_THREADS, SPARE_THREADS = 4, 16, 16
+# A client whose machine went away closes nothing: without pings its session would stay for ever.
+# The third is for a ping of another kind, behind which a keepalive ping waits. The fourth permits the clients' pings
+# (splitlearn/trunks.py): gRPC's default takes more than one in five minutes for an attack, and shuts the connection.
+KEEP_ALIVE = (
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+# A client whose connection says nothing for so long connects again when it has something to say.
+QUIET_MS = 60_000
+MAX_CONNECTIONS = 2_000
+
+
+def server(service: TrunkService, state: health.HealthServicer, limits: ServerConfig, access: Access) -> grpc.Server:
+    """A server of all methods, which listens nowhere yet."""
+    brief, sessions = Threads(BRIEF_THREADS), Threads(limits.max_sessions + limits.max_waiting + SPARE_THREADS)
+    patience = Patience(limits.open_s, limits.open_s)
+    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    methods = {
+        **service.methods(brief, sessions),
+        CHECK: Method(unary(_check(state)), Threads(HEALTH_THREADS), patience, open=True),
+        REFLECT: Method(_reflect(names), brief, patience),
+    }
+    dispatch = Dispatch(methods, access, service.counted)
+    own = ThreadPoolExecutor(1)  # gRPC wants one; no call of these methods gets to it
+    return grpc.server(own, handlers=[dispatch], options=_options(limits, sessions.places))
+
+
+def _options(limits: ServerConfig, streams: int) -> tuple[tuple[str, int], ...]:
+    """What gRPC itself does against a connection that costs more than it should."""
+    open_ms = max(1, int(limits.open_s * 1e3))
+    return (
+        ("grpc.so_reuseport", 0),  # otherwise a second server on the same port starts and gets half of the clients
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_concurrent_streams", streams),
+        ("grpc.server_handshake_timeout_ms", open_ms),  # TLS, and HTTP/2's own greeting
+        ("grpc.max_connection_idle_ms", QUIET_MS),
+        ("grpc.max_allowed_incoming_connections", _connections()),
+        *KEEP_ALIVE,
+    )
+
+
+def _connections() -> int:
+    """How many there may be: each is a descriptor, of which the process needs others."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if allowed == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, allowed // 2))
+
+
+def _check(state: health.HealthServicer) -> Callable[[bytes, grpc.ServicerContext], Message]:
+    """The health check. Health's other method, Watch, is not here: it would keep a call for as long as it likes."""
+
+    def check(request: bytes, context: grpc.ServicerContext) -> Message:
+        asked: Message = state.Check(_parsed(health_pb2.HealthCheckRequest, request, context), context)
+        return asked
+
+    return check
+
+
+def _reflect(names: Sequence[str]) -> Behavior:
+    """What is served, for programs that ask for it."""
+    servicer = reflection.ReflectionServicer(names)
+
+    def behavior(requests: Iterator[bytes], context: grpc.ServicerContext, call: Call) -> Iterator[bytes]:
+        asked = (
+            _parsed(reflection_pb2.ServerReflectionRequest, request, context) for request in call.requests(requests)
+        )
+        for answer in servicer.ServerReflectionInfo(asked, context):
+            yield answer.SerializeToString()
+
+    return behavior
+
+
+def _parsed(kind: type[M], request: bytes, context: grpc.ServicerContext) -> M:
+    """A client's message; the call ends where it is none."""
+    try:
+        return kind.FromString(request)
+    except DecodeError:
+        error = InputError("message", f"{len(request)} bytes", f"a serialized {kind.DESCRIPTOR.full_name}")
+        context.abort_with_status(status_of(error))
