@@ -33,6 +33,7 @@ class Direct(Engine):
         timeout_s: float,
         roll_back: bool = False,
         uncertain: int | None = None,
+        rope_length: int = 0,
     ) -> EngineStep:
         """One forward for this step alone; nothing is waited for, checked or counted."""
         started = time.perf_counter()

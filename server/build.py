@@ -28,6 +28,8 @@ from splitlearn.wire.codec import DTYPES
 
 # Without a budget given: this share of the memory that is free once the weights are loaded.
 KV_SHARE = 0.25
+# Rows of hidden state that are kept at most for each token of a session: as they came, as computed from, as answered.
+ROWS_HELD = 3
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> 
     kept = applied | {"use_cache"}
     trial, metrics = Trial(stage, kept), Metrics()
     gather_s = trial.gather_s() if stage.packs(kept) else None
-    prompt_tokens = server.prompt_tokens or (trial.prompt_tokens() if gather_s else 1)
+    # A compiled stage would be compiled anew for each length of a piece.
+    prompt_tokens = None if stage.cut.compiled else server.prompt_tokens or trial.prompt_tokens()
     engine = Engine(stage, admission, prompt_tokens, gather_s, metrics, thread)
     loaded_s, imports = loaded.load_s, loaded.import_rss_bytes
     gc.collect()
@@ -86,11 +89,13 @@ def _pool(stage: LocalStage, server: ServerConfig) -> KVPool:
     # A recording attends to a window of a session's memory: sessions of like lengths should have like windows.
     tokens = -(-server.kv_block_tokens // LEAST_WINDOW) * LEAST_WINDOW if recorded else server.kv_block_tokens
     block = bytes_per_token(stage.kv_shapes, stage.dtype) * tokens
-    budget = server.kv_bytes or max(block, int(KV_SHARE * free_bytes(stage.device)))
-    if budget < block:
+    if server.kv_bytes is None:
+        rows = ROWS_HELD * stage.hidden_size * stage.dtype.itemsize * tokens
+        return stage.pool(max(1, int(KV_SHARE * free_bytes(stage.device)) // (block + rows)), tokens)
+    if server.kv_bytes < block:
         limit = f"at least {block}, the bytes of a block of {tokens} tokens (server.kv_block_tokens)"
-        raise InputError("server.kv_bytes", budget, limit)
-    return stage.pool(budget // block, tokens)
+        raise InputError("server.kv_bytes", server.kv_bytes, limit)
+    return stage.pool(server.kv_bytes // block, tokens)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -5,11 +5,11 @@ until its own step is done; then it hands the lead to one that still waits. A fo
 computed by the thread that leads, so that one client alone has its tokens computed by the thread that read them; all
 others are by one thread of the engine's own.
 
-A forward takes one token of each session that decodes and beside them a bounded number of tokens of prompts, so that a
-long prompt holds up the others by no more than those take. Sessions join and leave between two forwards.
+What a forward takes is scheduler.py's choice. Sessions join and leave between two forwards.
 """
 
 import secrets
+import sys
 import threading
 import time
 from collections import deque
@@ -22,6 +22,7 @@ import torch
 
 from server.admission import Admission
 from server.metrics import Metrics
+from server.scheduler import Turns, next_batch
 from server.seat import Job, Seat
 from splitlearn.errors import (
     InputError,
@@ -38,6 +39,11 @@ from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.wire.codec import where_not_finite
 
+ALONE_TOKENS = 256
+"""Tokens of prompts in a forward while nobody decodes: a step that comes meanwhile waits for no more than those. 512
+tokens take as long in two pieces as in one (docs/server.md)."""
+WHOLE = sys.maxsize
+
 
 @dataclass(frozen=True)
 class EngineStep:
@@ -52,24 +58,28 @@ class EngineStep:
 class Engine:
     """Runs one stage for many sessions.
 
-    `prompt_tokens` bounds what prompts take of a forward that others wait for. `gather_s` is how long a forward waits
-    for sessions that are about to bring their next step; None for a stage that takes one session a forward.
+    `prompt_tokens` bounds what prompts take of a forward while others decode, None for a stage that computes a prompt
+    whole. `gather_s` is how long a forward waits for sessions that are about to bring their next step; None for a stage
+    that takes one session a forward.
     """
 
     def __init__(
         self,
         stage: LocalStage,
         admission: Admission,
-        prompt_tokens: int,
+        prompt_tokens: int | None,
         gather_s: float | None,
         metrics: Metrics,
         thread: ThreadPoolExecutor,
     ) -> None:
         self._stage, self._admission, self._metrics = stage, admission, metrics
-        self._prompt_tokens, self._gather_s, self.packs = prompt_tokens, gather_s or 0.0, gather_s is not None
+        self._prompt_tokens = WHOLE if prompt_tokens is None else prompt_tokens
+        self._gather_s, self.packs = gather_s or 0.0, gather_s is not None
         self._arrived = threading.Condition()
         self._seats: list[Seat] = []
         self._jobs: list[Job] = []
+        self._forwards = 0
+        self._turns = Turns({}, {})
         self._led = False
         self._own_thread = thread
         self._uncounted: deque[tuple[int, float]] = deque()
@@ -85,12 +95,17 @@ class Engine:
         max_length: int,
         timeout_s: float,
         when_gone: Callable[[Callable[[], None]], bool],
+        holder: str = "",
     ) -> Seat:
-        """A session with room for `max_length` tokens, once there is. Raises as `Admission.enter`."""
-        keeps = settings(applied).new_cache is not None
-        place = self._admission.enter(max_length if keeps else 0, timeout_s, when_gone)
+        """A session of `holder` with room for `max_length` tokens, once there is. Raises as `Admission.enter`.
+
+        A session without use_cache has that room, too: its steps are computed in pieces, as those of the others are,
+        and keep nothing for the next one.
+        """
+        place = self._admission.enter(max_length, timeout_s, when_gone, holder)
         cache = self._admission.pool.cache(place.run) if place.run else None
-        seat = Seat(LocalSession(cache, settings(applied), max_length, shares=self.packs), applied, place)
+        session = LocalSession(cache, settings(applied), max_length, shares=self.packs)
+        seat = Seat(session, applied, place, packs=self.packs)
         with self._arrived:
             self._seats.append(seat)
         return seat
@@ -100,18 +115,25 @@ class Engine:
 
         Raises TrunkForgot where there is no such session (any more), InputError for what it cannot give.
         """
-        with self._arrived:  # nobody leaves meanwhile, whose memory would be another one's
+        with self._arrived:
             parent = self._named(key)
             if parent is None or parent.closed or seat.closed:
                 raise TrunkForgot("the session to branch from is not here (any more)", "branch_lost")
             held, own = parent.session, seat.session
-            if own.recomputes or own.length or parent.applied != seat.applied:
+            if seat.recomputes or own.length or parent.applied != seat.applied:
                 raise InputError(
                     "branch_of", "a session", "said in the first step, with the same flags, with use_cache"
                 )
             if tokens > held.length:
                 raise InputError("position", tokens, f"at most {held.length}, the length of the session to branch from")
-            own.branch(held, tokens)
+            parent.copied += 1  # so that its memory is not another one's meanwhile
+        try:
+            own.branch(held, tokens)  # of a long session a tenth of a second, in which others go on
+        finally:
+            with self._arrived:
+                parent.copied -= 1
+                if parent.closed and parent.idle:
+                    self._free(parent)
 
     def drop(self, key: bytes, step_id: int) -> bool:
         """The client of the session named `key` wants that step no more, nor any before it. False: no such session."""
@@ -141,7 +163,9 @@ class Engine:
         number, and dropped.
         """
         session, began = seat.session, time.perf_counter()
-        if not session.recomputes and position < session.length and not roll_back:
+        if seat.recomputes and position:
+            raise InputError("position", position, "0: without use_cache a step has the whole prefix")
+        if not seat.recomputes and position < session.length and not roll_back:
             raise InputError("position", position, f"{session.length}, or roll_back to go back from there")
         # Said here for all the pieces in which it is computed.
         rope_length = rope_length or position + x.shape[1]
@@ -175,7 +199,7 @@ class Engine:
             if seat.closed:
                 return
             seat.closed = True
-            if not seat.running:
+            if seat.idle:
                 self._free(seat)
 
     def _lead(self, own: Job) -> None:
@@ -221,24 +245,18 @@ class Engine:
             self._finish(job, TrunkLate(f"the step was dropped: {why}", "step_late"))
 
     def _chosen(self) -> list[tuple[Job, int]]:
-        """The job that has waited longest and those that can share its forward, each with a number of tokens."""
-        if not self._jobs:
-            return []
-        first = min(self._jobs, key=lambda job: job.last_run or job.began)
-        if first.seat.session.recomputes or not self.packs or (len(self._jobs) == 1 and first.left == 1):
-            return [(first, first.left)]
-        alike = [job for job in self._jobs if job.seat.applied == first.seat.applied]
-        prompts = [job for job in alike if job.left > 1]
-        budget, chosen = self._prompt_tokens, []
-        if len(prompts) == len(self._jobs) and not self._coming():  # nobody decodes
-            budget = max(budget, min(prompts, key=lambda job: job.began).left)
-        for job in sorted(alike, key=lambda job: (job.left > 1, job.began)):
-            tokens = 1 if job.left == 1 else min(job.left, budget)
-            if job.left > 1:
-                budget -= tokens
-            if tokens:
-                chosen.append((job, tokens))
-        return chosen
+        """The steps of the next forward, each with a number of tokens."""
+        if len(self._jobs) == 1 and self._jobs[0].left == 1:
+            return [(self._jobs[0], 1)]
+        alone = max(self._prompt_tokens, ALONE_TOKENS)
+        return next_batch(self._jobs, self._prompt_tokens, alone, self._turns, awaited=bool(self._coming()))
+
+    def _count_turns(self, chosen: Sequence[tuple[Job, int]]) -> None:
+        """Note whose turn this forward was."""
+        self._forwards += 1
+        groups = {job.group: self._forwards for job, _ in chosen}
+        holders = {job.holder: self._forwards for job, _ in chosen if job.left > 1}
+        self._turns = Turns({**self._turns.groups, **groups}, {**self._turns.holders, **holders})
 
     def _forward(self, chosen: Sequence[tuple[Job, int]]) -> None:
         """One forward of the stage, its outcome given to the jobs."""
@@ -259,9 +277,10 @@ class Engine:
         if done:
             self._uncounted.append((done, ended - started))
         with self._arrived:
+            self._count_turns(chosen)
             for (job, tokens), outcome in zip(chosen, outcomes, strict=True):
                 job.seat.running = False
-                job.last_run = ended
+                job.ran = self._forwards
                 if isinstance(outcome, SplitlearnError):
                     self._finish(job, outcome)
                     continue
@@ -307,7 +326,7 @@ class Engine:
         job.error = error
         self._jobs.remove(job)
         job.seat.answered = time.perf_counter()
-        if job.seat.closed:
+        if job.seat.closed and job.seat.idle:
             self._free(job.seat)
         if job.wake is not None:
             job.wake.set()
@@ -317,5 +336,10 @@ class Engine:
             return
         seat.freed = True
         self._seats.remove(seat)
+        groups, holders = {each.group for each in self._seats}, {each.holder for each in self._seats}
+        self._turns = Turns(
+            {group: ran for group, ran in self._turns.groups.items() if group in groups},
+            {holder: ran for holder, ran in self._turns.holders.items() if holder in holders},
+        )
         seat.session.close()
         self._admission.leave(seat.place)

@@ -36,12 +36,13 @@ class Call:
     """One call. `read_by` and `written_by` are the moments by which its client must have sent, and taken, something.
 
     `opened` is true once its first message is there, for which it is waited from its beginning on. `late` may be set.
+    `in_parts` is true while more parts of a step are to come: all of them must come within the time of one message.
     """
 
     def __init__(self, patience: Patience, context: grpc.ServicerContext, late: Callable[[str], None]) -> None:
         self._patience, self.late = patience, late
         self._context: Any = context
-        self.opened = False
+        self.opened, self.in_parts = False, False
         self.read_by, self.written_by = time.monotonic() + patience.open_s, NEVER
 
     def due_s(self) -> float:
@@ -50,15 +51,20 @@ class Call:
 
     def requests(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """The same messages, each waited for only so long."""
+        left_s = self._patience.open_s
         while True:
+            if self.opened and not self.in_parts:
+                left_s = self._patience.idle_s
+            began = time.monotonic()
             if self.opened:
-                self.read_by = time.monotonic() + self._patience.idle_s
+                self.read_by = began + left_s
             try:
                 message = next(requests, None)
             finally:
                 self.read_by = NEVER
             if message is None:
                 return
+            left_s -= time.monotonic() - began
             self.opened = True
             yield message
 

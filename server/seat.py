@@ -3,12 +3,14 @@
 import secrets
 import threading
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from statistics import median_low
 
 import torch
 
 from server.admission import Place
+from server.scheduler import NEVER
 from splitlearn.errors import SplitlearnError
 from splitlearn.local_stage import LocalSession
 
@@ -26,16 +28,42 @@ class Seat:
     session: LocalSession
     applied: frozenset[str]
     place: Place
+    packs: bool = True
+    """Whether its steps can share a forward with those of other sessions."""
     answered: float | None = None
     away_s: float = float("inf")
     pauses: deque[float] = field(default_factory=lambda: deque(maxlen=PAUSES))
     running: bool = False
+    copied: int = 0
+    """How many sessions that branch from it copy its cache now."""
     unwanted: int = 0
     """The last step that its client said it does not want, nor those before it."""
     closed: bool = False
     freed: bool = False
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
     """By which another session can branch from this one."""
+
+    @property
+    def holder(self) -> str:
+        """Whose it is."""
+        return self.place.holder
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether each step brings the whole prefix: its flags keep no cache from step to step."""
+        return self.session.settings.new_cache is None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody uses its memory."""
+        return not self.running and not self.copied
+
+    @property
+    def group(self) -> Hashable:
+        """What sessions must have in common to share a forward: what their flags ask of it. Form on the wire, cache and
+        autograd's bookkeeping change nothing of what is computed."""
+        arguments = tuple(sorted(self.session.settings.forward_arguments.items()))
+        return arguments if self.packs else id(self)
 
     @property
     def due_s(self) -> float:
@@ -73,12 +101,23 @@ class Job:
     done: int = 0
     trunk_s: float = 0.0
     compile_s: float = 0.0
-    last_run: float = 0.0
+    ran: int = NEVER
+    """The number of the last forward that computed a part of it."""
     error: SplitlearnError | None = None
 
     def unwanted(self) -> bool:
         """Whether its client said so."""
         return self.uncertain is not None and self.uncertain <= self.seat.unwanted
+
+    @property
+    def group(self) -> Hashable:
+        """Its session's."""
+        return self.seat.group
+
+    @property
+    def holder(self) -> Hashable:
+        """Its session's."""
+        return self.seat.holder
 
     @property
     def left(self) -> int:

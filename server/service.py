@@ -102,7 +102,7 @@ class TrunkService:
         try:
             guest = self._access.enter(context)
             requests = visit.received(call.requests(requests))
-            yield from visit.sent(self._session(requests, context, guest, visit))
+            yield from visit.sent(self._session(requests, context, guest, visit, call))
         except SplitlearnError as error:
             visit.refused(error)
             context.abort_with_status(status_of(error))
@@ -112,7 +112,7 @@ class TrunkService:
             visit.over()
 
     def _session(
-        self, requests: Iterator[bytes], context: grpc.ServicerContext, guest: Guest, visit: Visit
+        self, requests: Iterator[bytes], context: grpc.ServicerContext, guest: Guest, visit: Visit, call: Call
     ) -> Iterator[bytes]:
         first = next(requests, None)
         if first is None:
@@ -126,13 +126,16 @@ class TrunkService:
         began, timeout_s = time.perf_counter(), min(opening.timeout_s or DEFAULT_WAIT_S, self._limits.max_wait_s)
         if flags != self._served.own_flags:
             admission = self._served.admission
-            place = admission.enter(0, timeout_s, context.add_callback)  # it counts, and has its KV memory elsewhere
+            holder = self._access.caller(context).key
+            # It counts, and has its KV memory elsewhere.
+            place = admission.enter(0, timeout_s, context.add_callback, holder)
             try:
                 yield from visit.handed_on(self._others.session(flags, first, requests, context, timeout_s))
             finally:
                 admission.leave(place)
             return
-        seat = self._served.engine.open(applied, opening.max_length, timeout_s, context.add_callback)
+        holder = self._access.caller(context).key
+        seat = self._served.engine.open(applied, opening.max_length, timeout_s, context.add_callback, holder)
         stay = Stay(self._served, seat, guest, visit, opening.max_length, timeout_s)
         # The stream can end while this generator waits at a yield: then only the callback runs in time.
         if not context.add_callback(stay.close):
@@ -144,6 +147,7 @@ class TrunkService:
             yield self._opened(waited_s, seat.key)
             for raw in requests:
                 yield from stay.feed(raw)
+                call.in_parts = stay.in_parts
             closed = pb.Closed(peak_rss_bytes=peak_resident_bytes())
             yield pb.ServerMessage(closed=closed).SerializeToString()
         finally:

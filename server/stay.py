@@ -74,7 +74,7 @@ class Stay:
         # Protocol Buffers merge what is serialized one after the other: so the time of encoding is in what it encoded.
         yield last + pb.ServerMessage(result=took).SerializeToString()
         self._served.engine.count()
-        self._visit.stepped(tokens, wanted, self._seat.session.recomputes, done.queue_s)
+        self._visit.stepped(tokens, wanted, self._seat.recomputes, done.queue_s)
 
     def _dropped(self, step: pb.Step, position: int, decode_s: float, trunk_s: float) -> bytes:
         """The answer to a step that was given up."""
@@ -87,6 +87,11 @@ class Stay:
             dropped=True,
         )
         return pb.ServerMessage(result=result).SerializeToString()
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether more parts of a step are to come."""
+        return bool(self._parts)
 
     def close(self) -> None:
         """Free the session at the engine; calling it again does nothing."""

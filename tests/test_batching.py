@@ -9,11 +9,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
+import grpc
+import psutil
 import pytest
 import torch
 
 from server.admission import Place
-from server.build import Served
+from server.build import KV_SHARE, Served
 from server.seat import Seat
 from splitlearn import loading
 from splitlearn.chain import Link
@@ -21,6 +23,7 @@ from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
 from splitlearn.generate import Generator
+from splitlearn.kv import bytes_per_token
 from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.store import ModelFiles
@@ -169,6 +172,89 @@ def test_a_long_prompt_beside_a_session_that_says_no_more_is_computed_at_once(
         sizes.clear()
         two.ask(step(x, 0))
         assert len(sizes) == 1
+
+
+def test_a_session_without_a_cache_is_computed_in_pieces_and_keeps_nobody_waiting(
+    files: ModelFiles, sizes: list[int]
+) -> None:
+    x = hidden(files, 200)
+    with serve_here(files, prompt_tokens=16) as here, Stream(here.address) as one, Stream(here.address) as two:
+        one.ask(opening(files, max_length=256, flags=["use_cache"]))
+        whole = tensor_of(one.ask(step(x, 0)), files)
+        time.sleep(0.7)  # a client that takes as long between its steps is waited for as long again
+        one.ask(step(x[:, :1], 200, 2))
+        two.ask(opening(files, max_length=256, flags=[]))
+        sizes.clear()
+        pieces = tensor_of(two.ask(step(x, 0)), files)
+        assert len(sizes) == -(-200 // 16)
+        again = tensor_of(two.ask(step(x[:, :9], 0, 2)), files)
+        code, said = two.refusal(step(x[:, :1], 9, 3))
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again, whole[:, :9], rtol=1e-4, atol=1e-4)
+    assert (code, "without use_cache" in said) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
+def test_the_parts_of_steps_that_wait_are_within_the_memory_that_sessions_reserved(files: ModelFiles) -> None:
+    with serve_here(files, kv_bytes=None, kv_block_tokens=64) as here:
+        pool = here.served.admission.pool
+        row = 3 * files.facts.hidden_size * 4
+        held = bytes_per_token(
+            loading.load(
+                files, loading.trunk_specs(PLAN), frozenset(), loading.Placement(torch.device("cpu"), torch.float32)
+            )
+            .stages[0]
+            .kv_shapes,
+            torch.float32,
+        )
+        assert pool.capacity * (row + held) <= KV_SHARE * psutil.virtual_memory().total
+        for flags in (["use_cache"], []):
+            before = pool.blocks_used
+            with Stream(here.address) as stream:
+                stream.ask(opening(files, max_length=128, flags=flags))
+                assert pool.blocks_used == before + 2
+            assert eventually(lambda before=before: pool.blocks_used == before)
+
+
+def test_a_step_in_parts_must_be_whole_within_the_time_of_one_message(files: ModelFiles) -> None:
+    x = hidden(files, 60)
+    with serve_here(files, idle_s=1.5) as here, Stream(here.address) as stream:
+        stream.ask(opening(files))
+        for at in range(40):
+            stream.send(step(x[:, at : at + 1], at, more=True))
+            time.sleep(0.1)
+        code, said = stream.refusal()
+    assert (code, said) == (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "nothing was heard of the client for 1.5 s (server.idle_s)",
+    )
+
+
+def test_sessions_that_differ_in_what_no_forward_sees_share_one(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, tried, real = threading.Event(), [], LocalStage.step
+
+    def wait_and_step(self: LocalStage, batch: Sequence[StageInput]) -> list[StageOutput]:
+        go_on.wait(60)
+        tried.append(len(batch))
+        return real(self, batch)
+
+    kinds = ({"use_cache"}, {"use_cache", "inference_mode"}, {"use_cache", "wire_dtype=bfloat16"}, set())
+    x = hidden(files, 1)
+    with serve_here(files) as here:
+        engine = here.served.engine
+        first, *others = (engine.open(frozenset(flags), 20, 60.0, lambda gone: True) for flags in (*kinds, kinds[0]))
+        monkeypatch.setattr(LocalStage, "step", wait_and_step)
+        with ThreadPoolExecutor(len(kinds) + 1) as pool:
+            asked = [pool.submit(engine.step, first, 0, x, 60.0)]
+            assert eventually(lambda: first.running)
+            for count, each in enumerate(others, 1):
+                asked.append(pool.submit(engine.step, each, 0, x, 60.0))
+                assert eventually(lambda count=count: engine.waiting == count)
+            go_on.set()
+            outputs = [each.result().x for each in asked]
+    assert tried == [1, len(kinds)]
+    assert all(torch.allclose(output, outputs[0], atol=1e-5) for output in outputs)
 
 
 def test_only_the_last_positions_are_answered_when_no_more_are_wanted(files: ModelFiles) -> None:
