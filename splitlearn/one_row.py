@@ -5,6 +5,7 @@ where the two differ by more than rounding the stage is left as it is. So is eve
 whose keys and values do not lie where the kernel reads them.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Protocol, cast
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from splitlearn import caches, row_attention
 from splitlearn.block_linear import BlockLinear
@@ -55,6 +57,10 @@ CHILDREN = {*NORMS, "self_attn", "mlp"}
 # Rotary embeddings whose frequencies change as the context grows.
 GROWING = ("dynamic", "longrope")
 FULL = "full_attention"
+# What the code of an attention may look at beside what Llama's does; that there is no window is looked for. Another
+# name may be a thing that depends on the position, and shows itself after thousands of tokens (Ministral 3 scales its
+# queries from the 16,384th on).
+ALLOWED = {"getattr", "sliding_window"}
 TURNS = 256
 NEAR = 1e-3
 # Of a step that may be dropped: between two calls of the kernel, which take 10 us more, somebody looks.
@@ -205,6 +211,8 @@ def _is_llamas(layer: Any) -> bool:
         return False
     if layer.self_attn.config._attn_implementation not in ("sdpa", row_attention.NAME):
         return False
+    if not _names(layer.self_attn) <= _names(LlamaAttention) | ALLOWED:
+        return False
     linears, norms = _linears(layer), [getattr(layer, name) for name in NORMS]
     return all(map(_is_whole, linears)) and len({linear.bits for linear in linears}) == 1 and all(map(_is_norm, norms))
 
@@ -216,11 +224,18 @@ def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
     config = body.config
     if getattr(rotary, "rope_type", GROWING[0]) in GROWING or 2 * len(rotary.inv_freq) != head_size:
         return False
+    if not _names(rotary) <= _names(LlamaRotaryEmbedding):
+        return False
     if getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [FULL])} != {FULL}:
         return False
     if cut.first and body.embed_tokens.weight.dtype != torch.float32:
         return False
     return not cut.last or (_is_norm(body.norm) and _is_whole(module.get_output_embeddings()))  # type: ignore[operator]
+
+
+def _names(module: Any) -> set[str]:
+    """The attributes and functions that the code of a module's forward names; of a class likewise."""
+    return set(inspect.unwrap(module.forward).__code__.co_names)
 
 
 def _is_whole(linear: Any) -> bool:
