@@ -215,11 +215,13 @@ def _finish(
         head.register_forward_pre_hook(_with_own_row)
     if wanted.compile_stage is not None:
         wanted.compile_stage(cut)
+    allows = partial(proof.allows, config)
     row = None if wanted.one_row is None else wanted.one_row(cut)
+    if row is not None and row.recorded and proof.STATIC_CACHE not in allows():
+        row = None  # a recording attends to masked memory of one length, too
     in_parts = parted(head) if placement.device.type == "cpu" and not cut.compiled else None
     precision = torch.get_float32_matmul_precision()
     threads, device, dtype = _row_threads(placement), placement.device, placement.dtype
-    allows = partial(proof.allows, config)
     return LocalStage(cut, spec.word, device, dtype, hidden_size, threads, precision, in_parts, row, allows)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from splitlearn import caches, row_attention
 from splitlearn.block_linear import BlockLinear
@@ -57,9 +56,8 @@ CHILDREN = {*NORMS, "self_attn", "mlp"}
 # Rotary embeddings whose frequencies change as the context grows.
 GROWING = ("dynamic", "longrope")
 FULL = "full_attention"
-# What the code of an attention may look at beside what Llama's does; that there is no window is looked for. Another
-# name may be a thing that depends on the position, and shows itself after thousands of tokens (Ministral 3 scales its
-# queries from the 16,384th on).
+# What the code of an attention may name beside what Llama's does; that there is no window is looked for. Anything else
+# may depend on the position and show itself after thousands of tokens: Ministral 3 scales queries from the 16,384th on.
 ALLOWED = {"getattr", "sliding_window"}
 TURNS = 256
 NEAR = 1e-3
@@ -211,7 +209,7 @@ def _is_llamas(layer: Any) -> bool:
         return False
     if layer.self_attn.config._attn_implementation not in ("sdpa", row_attention.NAME):
         return False
-    if not _names(layer.self_attn) <= _names(LlamaAttention) | ALLOWED:
+    if not _looks_at_no_more(layer.self_attn, "LlamaAttention"):
         return False
     linears, norms = _linears(layer), [getattr(layer, name) for name in NORMS]
     return all(map(_is_whole, linears)) and len({linear.bits for linear in linears}) == 1 and all(map(_is_norm, norms))
@@ -224,7 +222,7 @@ def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
     config = body.config
     if getattr(rotary, "rope_type", GROWING[0]) in GROWING or 2 * len(rotary.inv_freq) != head_size:
         return False
-    if not _names(rotary) <= _names(LlamaRotaryEmbedding):
+    if not _looks_at_no_more(rotary, "LlamaRotaryEmbedding"):
         return False
     if getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [FULL])} != {FULL}:
         return False
@@ -233,9 +231,14 @@ def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
     return not cut.last or (_is_norm(body.norm) and _is_whole(module.get_output_embeddings()))  # type: ignore[operator]
 
 
-def _names(module: Any) -> set[str]:
-    """The attributes and functions that the code of a module's forward names; of a class likewise."""
-    return set(inspect.unwrap(module.forward).__code__.co_names)
+def _looks_at_no_more(module: Any, name: str) -> bool:
+    """Whether the code of a module's forward names no attributes and functions but those that Llama's class does."""
+    from transformers.models.llama import modeling_llama
+
+    own, llamas = (
+        set(inspect.unwrap(each.forward).__code__.co_names) for each in (module, getattr(modeling_llama, name))
+    )
+    return own <= llamas | ALLOWED
 
 
 def _is_whole(linear: Any) -> bool:

@@ -52,7 +52,7 @@ def prove(config: Any) -> Result:
     except FamilyRefused as error:
         return Result(family, named, False, None, str(error).removeprefix(f"{family}: ").rstrip("."))
     except Exception as error:  # whatever a family's own code raises is the answer for that family
-        return Result(family, named, False, None, _explained(config, error.__cause__ or error))
+        return Result(family, named, False, None, _explained(config, error))
     reason = f"split and full differ by up to {difference:.1e}" if difference else ""
     return Result(family, named, not difference, difference, reason, notes, found, True, allows)
 
@@ -61,14 +61,20 @@ def _class_of(config: Any) -> str:
     return getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), "__name__", "")
 
 
-def _explained(config: Any, error: BaseException) -> str:
+def _explained(config: Any, error: Exception) -> str:
     """Why a tiny copy or its stages did not run, in words where transformers has a cache of another kind for it."""
-    with contextlib.suppress(Exception):
-        found = {type(layer) for layer in DynamicCache(config=config).layers}
-        if others := sorted(kind.__name__ for kind in found - {DynamicLayer, DynamicSlidingWindowLayer}):
-            return f"its layers keep more than a plain KV cache holds ({', '.join(others)})"
+    if others := _other_layers(config):
+        return f"its layers keep more than a plain KV cache holds ({', '.join(others)})"
     line = (str(error).strip().splitlines() or [""])[0][:120]
     return f"a tiny copy does not run ({type(error).__name__}: {line})"
+
+
+def _other_layers(config: Any) -> list[str]:
+    """The kinds of layers of the cache that transformers has for it, beside those of a plain KV cache."""
+    with contextlib.suppress(Exception):
+        found = {type(layer) for layer in DynamicCache(config=config).layers}
+        return sorted(kind.__name__ for kind in found - {DynamicLayer, DynamicSlidingWindowLayer})
+    return []
 
 
 Whole = tuple[nn.Module, dict[int, Text], dict[Script, Tensor]]
@@ -76,31 +82,42 @@ Whole = tuple[nn.Module, dict[int, Text], dict[Script, Tensor]]
 
 
 def _whole(config: Any) -> Whole:
-    """With grouped KV heads if the family can, otherwise without; past its context length if it can, otherwise up
-    to it: a table of positions ends there, or two before its end."""
+    """With grouped KV heads if the family can, otherwise without."""
     if getattr(config, "is_encoder_decoder", False):
         raise FamilyRefused("the decoder of an encoder-decoder: not a decoder-only family")
-    *choices, last = ((grouped, context) for grouped in (True, False) for context in (CONTEXT, TOTAL, TOTAL + 2))
-    for grouped, context in choices:
-        with contextlib.suppress(_DoesNotRun):
-            return _whole_of(tiny_config(config, grouped, context))
-    return _whole_of(tiny_config(config, *last))
-
-
-class _DoesNotRun(Exception):
-    """A tiny copy whose sizes do not fit each other: each family fails in its own way."""
-
-
-def _whole_of(small: Any) -> Whole:
     try:
-        model = tiny_model(small)
-        check_whole(model)
-        texts = {prompt: generated(model, prompt) for prompt in (SHORT, LONG)}
-        return model, texts, {script: _judged(model, texts[script.prompt], script) for script in SCRIPTS}
+        return _whole_of(config, grouped=True)
     except FamilyRefused:
         raise
-    except Exception as error:
-        raise _DoesNotRun from error
+    except Exception:  # one that wants as many KV heads as heads fails in its own way
+        if _other_layers(config):
+            raise
+        return _whole_of(config, grouped=False)
+
+
+def _whole_of(config: Any, grouped: bool) -> Whole:
+    model, texts = _texts(config, grouped)
+    return model, texts, {script: _judged(model, texts[script.prompt], script) for script in SCRIPTS}
+
+
+def _texts(config: Any, grouped: bool) -> tuple[nn.Module, dict[int, Text]]:
+    """A tiny copy whose texts go past its context length if the model itself goes there, and otherwise end with its
+    table of positions, or two before the table does. What our steps can do has no say in it."""
+    *contexts, last = CONTEXT, TOTAL, TOTAL + 2
+    for context in contexts:
+        try:
+            return _texts_of(tiny_config(config, grouped, context))
+        except FamilyRefused:
+            raise
+        except Exception:  # each family fails in its own way
+            continue
+    return _texts_of(tiny_config(config, grouped, last))
+
+
+def _texts_of(small: Any) -> tuple[nn.Module, dict[int, Text]]:
+    model = tiny_model(small)
+    check_whole(model)
+    return model, {prompt: generated(model, prompt) for prompt in (SHORT, LONG)}
 
 
 def _judged(model: nn.Module, text: Text, script: Script) -> Tensor:

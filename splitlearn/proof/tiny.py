@@ -156,6 +156,7 @@ def per_layer(config: Any) -> dict[str, Sequence[Any]]:
         name: value
         for name, value in vars(config).items()
         if isinstance(value, (list, tuple)) and len(value) == count and ("layer" in name or "types" in name)
+        if list(value) != list(range(len(value)))  # numbers of layers, not what they are
     }
 
 
