@@ -83,7 +83,7 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress) ->
     progress(Step("Writing the converted weights"))
     tied = _write_weights(model.state_dict(), target / WEIGHTS)
     text = model.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
+    context = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # mpt's name
     return ModelFacts(text.model_type, text.num_hidden_layers, text.hidden_size, text.vocab_size, context, tied)
 
 

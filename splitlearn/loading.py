@@ -90,19 +90,18 @@ def prepare_process(applied: frozenset[str], threads: int | None) -> int:
 def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str], placement: Placement) -> Loaded:
     """Load the stages `specs` with the load-scope flags of `applied`.
 
-    Raises FamilyRefused for an architecture that cannot be cut exactly, WeightsDamaged for a file without a tensor that
-    the architecture has.
+    Raises FamilyRefused for an architecture that does not run exactly in steps, or cannot be cut exactly,
+    WeightsDamaged for a file without a tensor that the architecture has.
     """
     config = AutoConfig.from_pretrained(files.folder)
-    if len(specs) > 1 or not (specs[0].first and specs[0].last):
-        proof.check(config)
+    proof.check(config, split=len(specs) > 1 or not (specs[0].first and specs[0].last))
     architecture = AutoModelForCausalLM._model_mapping[type(config)]  # imports it, before memory is looked at
     wanted = settings(applied)
     imports, started = resident_bytes(), time.perf_counter()
     cuts = [_skeleton(architecture, config, spec, wanted, placement.dtype) for spec in specs]
     _fill(files, cuts, placement, wanted)
-    hidden_size = files.facts.hidden_size
-    stages = tuple(_finish(cut, spec, wanted, placement, hidden_size) for cut, spec in zip(cuts, specs, strict=True))
+    finish = partial(_finish, wanted=wanted, placement=placement, config=config, hidden_size=files.facts.hidden_size)
+    stages = tuple(finish(cut, spec) for cut, spec in zip(cuts, specs, strict=True))
     return Loaded(stages, time.perf_counter() - started, imports)
 
 
@@ -112,7 +111,8 @@ def _skeleton(architecture: Any, config: Any, spec: StageSpec, wanted: Settings,
         model = architecture._from_config(config, attn_implementation=wanted.attention, dtype=dtype)
     cut = carve(model.eval(), spec.start, spec.end, first=spec.first, last=spec.last)
     for own in cut.configs:
-        if own._attn_implementation == "sdpa":
+        # Elsewhere (falcon) layers compare the name with sdpa's and do something else for any other.
+        if own._attn_implementation == "sdpa" and architecture._supports_attention_backend:
             own._attn_implementation = wanted.sdpa
     return cut
 
@@ -205,7 +205,9 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool)
         owner.register_buffer(leaf, tensor)
 
 
-def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placement, hidden_size: int) -> LocalStage:
+def _finish(
+    cut: CutModel, spec: StageSpec, *, wanted: Settings, placement: Placement, config: Any, hidden_size: int
+) -> LocalStage:
     cut.module.to(placement.device)
     module: Any = cut.module
     head = module.get_output_embeddings() if cut.last else None
@@ -213,11 +215,14 @@ def _finish(cut: CutModel, spec: StageSpec, wanted: Settings, placement: Placeme
         head.register_forward_pre_hook(_with_own_row)
     if wanted.compile_stage is not None:
         wanted.compile_stage(cut)
+    allows = partial(proof.allows, config)
     row = None if wanted.one_row is None else wanted.one_row(cut)
+    if row is not None and row.recorded and proof.STATIC_CACHE not in allows():
+        row = None  # a recording attends to masked memory of one length, too
     in_parts = parted(head) if placement.device.type == "cpu" and not cut.compiled else None
     precision = torch.get_float32_matmul_precision()
     threads, device, dtype = _row_threads(placement), placement.device, placement.dtype
-    return LocalStage(cut, spec.word, device, dtype, hidden_size, threads, precision, in_parts, row)
+    return LocalStage(cut, spec.word, device, dtype, hidden_size, threads, precision, in_parts, row, allows)
 
 
 def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

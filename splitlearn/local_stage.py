@@ -29,6 +29,7 @@ from splitlearn.one_row import Row
 from splitlearn.packable import agrees
 from splitlearn.packed import Packed, forward_packed
 from splitlearn.parted_head import Early, PartedHead
+from splitlearn.proof import SHARED_FORWARD, STATIC_CACHE
 from splitlearn.split import CutModel, body_of, example, forward
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.threads import computing_on, computing_one_token
@@ -92,10 +93,15 @@ class LocalStage:
     """Its LM head, if that can be computed in parts."""
     row: Row | None = None
     """What takes one token through the stage, where it can, in place of the model's forward."""
+    allows: Callable[[], frozenset[str]] = frozenset
+    """What its architecture was found to do right with sessions of any lengths (proof/together.py)."""
 
     def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
-        """A new session; a cache is made only when the flags keep one."""
+        """A new session; a cache is made only when the flags keep one. Raises InputError for a kind of cache over which
+        the layers would answer otherwise."""
         settings, layers = settings_of(applied), self.cut.end - self.cut.start
+        if settings.new_cache is caches.static and STATIC_CACHE not in self._allowed:
+            raise InputError("cache", "static", "dynamic or reserved for this model: it counts masked keys, too")
         if self._keeps_places(settings):
             return self._opened_in(self._kept_pool(max_length, 1), settings, max_length, 1, shares=False)[0]
         cache = settings.new_cache(layers, max_length) if settings.new_cache else None
@@ -142,10 +148,15 @@ class LocalStage:
         return sessions
 
     def packs(self, applied: frozenset[str]) -> bool:
-        """Whether sessions with the flags `applied` can share a forward: tried once."""
+        """Whether sessions with the flags `applied` can share a forward: tried once.
+
+        These very layers with a few tokens, and their architecture with lengths on either side of each boundary.
+        """
         if applied not in self._tried:
-            self._tried[applied] = self._pools() and agrees(
-                self.cut, self.pool(4, 4), self._example, settings_of(applied)
+            self._tried[applied] = (
+                self._pools()
+                and agrees(self.cut, self.pool(4, 4), self._example, settings_of(applied))
+                and SHARED_FORWARD in self._allowed
             )
         return self._tried[applied]
 
@@ -174,6 +185,10 @@ class LocalStage:
     def _example(self) -> torch.Tensor:
         """Something to try the stage with: 8 token ids, or as many rows of a hidden state."""
         return example(self.cut, 8)
+
+    @cached_property
+    def _allowed(self) -> frozenset[str]:
+        return self.allows()
 
     @cached_property
     def _kept(self) -> list[KVPool]:

@@ -5,6 +5,7 @@ where the two differ by more than rounding the stage is left as it is. So is eve
 whose keys and values do not lie where the kernel reads them.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Protocol, cast
@@ -54,6 +55,9 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 NORMS = ("input_layernorm", "post_attention_layernorm")
 CHILDREN = {*NORMS, "self_attn", "mlp"}
 FULL = "full_attention"
+# What the code of an attention may name beside what Llama's does; that there is no window is looked for. Anything else
+# may depend on the position and show itself after thousands of tokens: Ministral 3 scales queries from the 16,384th on.
+ALLOWED = {"getattr", "sliding_window"}
 TURNS = 256
 NEAR = 1e-3
 # Of a step that may be dropped: between two calls of the kernel, which take 10 us more, somebody looks.
@@ -204,6 +208,8 @@ def _is_llamas(layer: Any) -> bool:
         return False
     if layer.self_attn.config._attn_implementation not in ("sdpa", row_attention.NAME):
         return False
+    if not _looks_at_no_more(layer.self_attn, "LlamaAttention"):
+        return False
     linears, norms = _linears(layer), [getattr(layer, name) for name in NORMS]
     return all(map(_is_whole, linears)) and len({linear.bits for linear in linears}) == 1 and all(map(_is_norm, norms))
 
@@ -215,11 +221,23 @@ def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
     config = body.config
     if getattr(rotary, "rope_type", GROWING[0]) in GROWING or 2 * len(rotary.inv_freq) != head_size:
         return False
+    if not _looks_at_no_more(rotary, "LlamaRotaryEmbedding"):
+        return False
     if getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [FULL])} != {FULL}:
         return False
     if cut.first and body.embed_tokens.weight.dtype != torch.float32:
         return False
     return not cut.last or (_is_norm(body.norm) and _is_whole(module.get_output_embeddings()))  # type: ignore[operator]
+
+
+def _looks_at_no_more(module: Any, name: str) -> bool:
+    """Whether the code of a module's forward names no attributes and functions but those that Llama's class does."""
+    from transformers.models.llama import modeling_llama
+
+    own, llamas = (
+        set(inspect.unwrap(each.forward).__code__.co_names) for each in (module, getattr(modeling_llama, name))
+    )
+    return own <= llamas | ALLOWED
 
 
 def _is_whole(linear: Any) -> bool:

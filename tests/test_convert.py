@@ -13,7 +13,7 @@ from splitlearn import convert, store
 from splitlearn.errors import ModelError
 from splitlearn.progress import silent
 from tests.conftest import TinyFactory
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, make_converted
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])
@@ -33,6 +33,10 @@ def test_the_converted_folder_loads_in_transformers(tiny_model: TinyFactory) -> 
     assert not report["missing_keys"]
     assert AutoTokenizer.from_pretrained(files.folder).chat_template
     assert "quantization_config" not in json.loads(files.config.read_text())
+
+
+def test_the_context_of_a_model_that_has_another_name_for_it_is_known(tmp_path: Path) -> None:
+    assert make_converted(tmp_path / "mpt", "mpt", n_layers=2, max_seq_len=64).facts.context_length == 64
 
 
 def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from transformers.cache_utils import Cache
+from transformers.models.ministral3.modeling_ministral3 import Ministral3Attention
+from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 from splitlearn import caches, loading, one_row
 from splitlearn.block_linear import BlockLinear
@@ -132,12 +134,26 @@ def _slides(cut: CutModel) -> None:
     body_of(cut).config.sliding_window = 4
 
 
+def _scales_queries_further_on(cut: CutModel) -> None:
+    config = body_of(cut).config
+    beyond = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16384}
+    config.rope_parameters = config.rope_parameters | beyond
+    for layer in layers_of(cut):
+        layer.self_attn.__class__ = Ministral3Attention
+
+
+def _turns_otherwise_further_on(cut: CutModel) -> None:
+    body_of(cut).rotary_emb.__class__ = PhimoeRotaryEmbedding
+
+
 def _has_a_layer_of_another_size(cut: CutModel) -> None:
     layer: Any = layers_of(cut)[1]
     layer.mlp.up_proj = BlockLinear([torch.randn(32, WIDTH)], None, 4)
 
 
-@pytest.mark.parametrize("change", [_grows, _slides, _has_a_layer_of_another_size])
+@pytest.mark.parametrize(
+    "change", [_grows, _slides, _scales_queries_further_on, _turns_otherwise_further_on, _has_a_layer_of_another_size]
+)
 def test_what_a_few_tokens_would_not_show_is_looked_for(default_model: ModelFiles, change: Any) -> None:
     cut = _stage(default_model).cut
     change(cut)

@@ -50,10 +50,12 @@ def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
 
 
 def make_checkpoint(
-    folder: Path, model_type: str = "llama", n_layers: int = 6, chat: bool = True, **changes: object
+    folder: Path, model_type: str = "llama", n_layers: int = 6, chat: bool = True, **own: object
 ) -> Path:
-    """A checkpoint of `model_type`: hidden size 48, 4 heads (2 for keys and values), 512 positions, tied head; but for
-    `changes` to its configuration."""
+    """A checkpoint of `model_type`: hidden size 48, 4 heads (2 for keys and values), 512 positions, tied head.
+
+    `own` are values of its configuration.
+    """
     tokenizer = make_tokenizer(chat)
     sizes: dict[str, object] = {
         "vocab_size": len(tokenizer),
@@ -69,7 +71,7 @@ def make_checkpoint(
         "bos_token_id": tokenizer.eos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    config = AutoConfig.for_model(model_type, **{**_known(model_type, sizes), **_OWN.get(model_type, {}), **changes})
+    config = AutoConfig.for_model(model_type, **{**_known(model_type, sizes), **_OWN.get(model_type, {}), **own})
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config)
@@ -86,10 +88,10 @@ def _known(model_type: str, sizes: dict[str, object]) -> dict[str, object]:
 
 
 def make_converted(
-    folder: Path, model_type: str = "llama", n_layers: int = 6, chat: bool = True, **changes: object
+    folder: Path, model_type: str = "llama", n_layers: int = 6, chat: bool = True, **own: object
 ) -> ModelFiles:
     """As `make_checkpoint`, converted into `folder`: `prepare` takes that folder's path as a model name as it is."""
-    checkpoint = make_checkpoint(folder.with_name(f"{folder.name}-checkpoint"), model_type, n_layers, chat, **changes)
+    checkpoint = make_checkpoint(folder.with_name(f"{folder.name}-checkpoint"), model_type, n_layers, chat, **own)
     folder.mkdir()
     facts = convert.convert(checkpoint, folder, None, silent)
     store.seal(folder, str(checkpoint), facts, silent)

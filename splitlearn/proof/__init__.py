@@ -5,6 +5,7 @@ were proven are in proven_families.json beside docs/families.md, both written by
 """
 
 from splitlearn.proof.compare import Result, prove
-from splitlearn.proof.proven import check
+from splitlearn.proof.proven import allows, check
+from splitlearn.proof.together import SHARED_FORWARD, STATIC_CACHE
 
-__all__ = ["Result", "check", "prove"]
+__all__ = ["SHARED_FORWARD", "STATIC_CACHE", "Result", "allows", "check", "prove"]

@@ -7,7 +7,7 @@ from multiprocessing.context import ForkServerContext
 
 from splitlearn.proof.compare import Result, prove
 
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 LIMIT_BYTES = 3 * 2**30
 
 

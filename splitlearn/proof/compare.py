@@ -1,7 +1,9 @@
-"""Is a split of this architecture exactly the whole? Answered by running both on a tiny random copy of it."""
+"""Is a split of this architecture exactly the whole, and the whole what transformers' `generate()` gives?
+
+Answered by running all three on a tiny random copy of it, past every boundary that its configuration names.
+"""
 
 import contextlib
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +15,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from splitlearn.errors import FamilyRefused
 from splitlearn.families import structure_of
-from splitlearn.proof.tiny import VOCABULARY, layer_kinds, tiny_config, tiny_model
-from splitlearn.split import CutModel, SplitPlan, carve, forward
-
-PREFILL, TOTAL = 9, 14
-STEPS = ((0, PREFILL), (PREFILL, PREFILL + 1), (PREFILL + 1, TOTAL - 1), (TOTAL - 1, TOTAL))
-"""A prompt, one token, three tokens at once, one token; the sliding window is shorter than the prompt."""
-TOLERANCE = 1e-3
-"""Between one pass and steps of the same model, which add in another order; relative to the largest logit."""
+from splitlearn.proof.judge import TOLERANCE, TOTAL, Text, check_whole, generated, other_token, plain_logits
+from splitlearn.proof.kinds import kinds
+from splitlearn.proof.steps import LONG, SCRIPTS, SHORT, Script, cut, cut_whole, rolls_back, run_steps
+from splitlearn.proof.tiny import CONTEXT, boundaries, tiny_config, tiny_model
+from splitlearn.proof.together import allowed
+from splitlearn.split import SplitPlan
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,27 @@ class Result:
     reason: str
     notes: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
-    """The kinds of layers that the configuration lists: see tiny.layer_kinds."""
+    """What decides how it computes, for which this was found: see kinds.py."""
+    whole: bool = False
+    """Whether the whole model in steps gives what `generate()` gives, so that only a split of it may differ."""
+    allows: tuple[str, ...] = ()
+    """What else was found to give the same on either side of each boundary: see together.py."""
 
 
 def prove(config: Any) -> Result:
     """Run the proof for the architecture of a configuration, at a tiny size. Never raises for what a family does."""
     family, named = str(config.model_type), _class_of(config)
     try:
-        model, whole = _whole(config)
-        difference = _largest([_difference(model, whole, plan) for plan in _plans(model)])
-        notes = _notes(model)
+        model, texts, whole = _whole(config)
+        difference = _largest([_difference(model, texts, whole, plan) for plan in _plans(model)])
+        notes, allows = _notes(model, texts[LONG].ids), allowed(model, texts[SHORT], texts[LONG])
+        found = tuple(sorted(kinds(config)))
     except FamilyRefused as error:
         return Result(family, named, False, None, str(error).removeprefix(f"{family}: ").rstrip("."))
     except Exception as error:  # whatever a family's own code raises is the answer for that family
         return Result(family, named, False, None, _explained(config, error))
     reason = f"split and full differ by up to {difference:.1e}" if difference else ""
-    return Result(family, named, not difference, difference, reason, notes, tuple(sorted(layer_kinds(config))))
+    return Result(family, named, not difference, difference, reason, notes, found, True, allows)
 
 
 def _class_of(config: Any) -> str:
@@ -58,55 +63,84 @@ def _class_of(config: Any) -> str:
 
 def _explained(config: Any, error: Exception) -> str:
     """Why a tiny copy or its stages did not run, in words where transformers has a cache of another kind for it."""
-    with contextlib.suppress(Exception):
-        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-        if others := sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}):
-            return f"its layers keep more than a plain KV cache holds ({', '.join(others)})"
+    if others := _other_layers(config):
+        return f"its layers keep more than a plain KV cache holds ({', '.join(others)})"
     line = (str(error).strip().splitlines() or [""])[0][:120]
     return f"a tiny copy does not run ({type(error).__name__}: {line})"
 
 
-def _whole(config: Any) -> tuple[nn.Module, dict[bool, Tensor]]:
-    """A tiny copy and its logits: with grouped KV heads if the family can, otherwise without."""
+def _other_layers(config: Any) -> list[str]:
+    """The kinds of layers of the cache that transformers has for it, beside those of a plain KV cache."""
+    with contextlib.suppress(Exception):
+        found = {type(layer) for layer in DynamicCache(config=config).layers}
+        return sorted(kind.__name__ for kind in found - {DynamicLayer, DynamicSlidingWindowLayer})
+    return []
+
+
+Whole = tuple[nn.Module, dict[int, Text], dict[Script, Tensor]]
+"""A tiny copy, the judge's texts by the length of their prompts, and the whole model's logits in each script."""
+
+
+def _whole(config: Any) -> Whole:
+    """With grouped KV heads if the family can, otherwise without."""
     if getattr(config, "is_encoder_decoder", False):
         raise FamilyRefused("the decoder of an encoder-decoder: not a decoder-only family")
     try:
-        model = tiny_model(tiny_config(config, grouped=True))
-        return model, _whole_logits(model)
+        return _whole_of(config, grouped=True)
+    except FamilyRefused:
+        raise
     except Exception:  # one that wants as many KV heads as heads fails in its own way
-        model = tiny_model(tiny_config(config, grouped=False))
-        return model, _whole_logits(model)
+        if _other_layers(config):
+            raise
+        return _whole_of(config, grouped=False)
 
 
-def token_ids() -> Tensor:
-    """The text that every proof runs: int64 [1, TOTAL]."""
-    return (torch.arange(TOTAL) * 37 % (VOCABULARY - 3) + 2).unsqueeze(0)
+def _whole_of(config: Any, grouped: bool) -> Whole:
+    model, texts = _texts(config, grouped)
+    return model, texts, {script: _judged(model, texts[script.prompt], script) for script in SCRIPTS}
 
 
-@torch.no_grad()
-def _own_logits(model: Any, ids: Tensor) -> Tensor:
-    """The model called the plain way, [1, T, V]: it chooses positions and masks itself."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+def _texts(config: Any, grouped: bool) -> tuple[nn.Module, dict[int, Text]]:
+    """A tiny copy whose texts go past its context length if the model itself goes there, and otherwise end with its
+    table of positions, or two before the table does. What our steps can do has no say in it."""
+    *contexts, last = CONTEXT, TOTAL, TOTAL + 2
+    for context in contexts:
+        try:
+            return _texts_of(tiny_config(config, grouped, context))
+        except FamilyRefused:
+            raise
+        except Exception:  # each family fails in its own way
+            continue
+    return _texts_of(tiny_config(config, grouped, last))
 
 
-def _whole_logits(model: Any) -> dict[bool, Tensor]:
-    """The whole model's logits step by step, with a cache (True) and without; checked against its plain call."""
-    ids = token_ids()
-    own = _own_logits(model, ids)
-    if not own.isfinite().all():
-        raise FamilyRefused("a tiny copy with random weights gives no finite logits")
-    changed = ids.clone()
-    changed[0, -1] += 1
-    scale = own.abs().max().item()
-    if (own - _own_logits(model, changed))[:, :-1].abs().max().item() > TOLERANCE * scale:
-        raise FamilyRefused("it looks at later tokens: not a causal decoder as configured")
-    stages = cut_whole(model)
-    whole = {cached: run_steps(stages, cached) for cached in (True, False)}
-    apart = _largest([(own - logits[:, -TOTAL:]).abs().max().item() for logits in whole.values()])
-    if not apart <= TOLERANCE * scale:
-        raise FamilyRefused(f"in steps over a plain KV cache it differs from one pass by up to {apart:.1e}")
-    return whole
+def _texts_of(small: Any) -> tuple[nn.Module, dict[int, Text]]:
+    model = tiny_model(small)
+    check_whole(model)
+    return model, {prompt: generated(model, prompt) for prompt in (SHORT, LONG)}
+
+
+def _judged(model: nn.Module, text: Text, script: Script) -> Tensor:
+    """The whole model's logits in the steps of a script, once they are found to be those of the judge."""
+    found = run_steps(cut_whole(model), text.ids, script)
+    wanted = text.logits
+    apart, scale = (found - wanted).abs().amax(dim=1), wanted.abs().max().item()
+    if not apart.max().item() <= TOLERANCE * scale:
+        at = int((~(apart <= TOLERANCE * scale)).nonzero()[0])
+        steps = "in steps over a plain KV cache" if script.cached else "in steps without a cache"
+        by = f"by up to {apart.max().item():.1e}, from token {at} on ({script.name})"
+        raise FamilyRefused(f"{steps} it differs from generate() {by}{_also(model, text, at, scale)}")
+    if script.cached and (other := other_token(text, found)) is not None:
+        raise FamilyRefused(f"its token {other} is not that of generate() ({script.name})")
+    return found
+
+
+def _also(model: nn.Module, text: Text, at: int, scale: float) -> str:
+    """What to add where `generate()` over its own cache gives something else than one pass."""
+    own = plain_logits(model, text.ids[:, : at + 1])[0, at]
+    return (
+        "" if (own - text.logits[at]).abs().max().item() <= TOLERANCE * scale else ", which differs from one pass too"
+    )
 
 
 def _plans(model: nn.Module) -> Sequence[SplitPlan]:
@@ -115,9 +149,14 @@ def _plans(model: nn.Module) -> Sequence[SplitPlan]:
     return [SplitPlan.of(None, None, n), SplitPlan(0, n // 2, n), SplitPlan(n // 2, n, n), SplitPlan(0, n, n)]
 
 
-def _difference(model: nn.Module, whole: dict[bool, Tensor], plan: SplitPlan) -> float:
+def _difference(model: nn.Module, texts: dict[int, Text], whole: dict[Script, Tensor], plan: SplitPlan) -> float:
     stages = cut(model, plan)
-    return _largest([(run_steps(stages, cached) - logits).abs().max().item() for cached, logits in whole.items()])
+    return _largest(
+        [
+            (run_steps(stages, texts[script.prompt].ids, script) - logits).abs().max().item()
+            for script, logits in whole.items()
+        ]
+    )
 
 
 def _largest(values: list[float]) -> float:
@@ -125,58 +164,14 @@ def _largest(values: list[float]) -> float:
     return torch.tensor(values, dtype=torch.float64).max().item()
 
 
-def cut_whole(model: nn.Module) -> list[CutModel]:
-    """A copy of a whole model as its one stage."""
-    return [carve(copy.deepcopy(model), 0, structure_of(model).n_layers, first=True, last=True)]
-
-
-def cut(model: nn.Module, plan: SplitPlan) -> list[CutModel]:
-    """Bottom, trunk and top of a copy of a whole model."""
-    ranges = ((0, plan.start), (plan.start, plan.end), (plan.end, plan.n_layers))
-    return [
-        carve(copy.deepcopy(model), start, end, first=index == 0, last=index == 2)
-        for index, (start, end) in enumerate(ranges)
-    ]
-
-
-@torch.no_grad()
-def run_steps(stages: Sequence[CutModel], cached: bool) -> Tensor:
-    """Logits of STEPS through a chain of stages, one after the other along dimension 1: [1, T, V].
-
-    Without a cache each step is the whole prefix at position 0, and its logits are all there.
-    """
-    ids = token_ids()
-    caches = [DynamicCache() if cached else None for _ in stages]
-    logits = []
-    for start, end in STEPS:
-        x, position = (ids[:, start:end], start) if cached else (ids[:, :end], 0)
-        for stage, cache in zip(stages, caches, strict=True):
-            x = forward(stage, x, position, cache)
-        logits.append(x)
-    return torch.cat(logits, dim=1)
-
-
-def _notes(model: Any) -> tuple[str, ...]:
+def _notes(model: Any, ids: Tensor) -> tuple[str, ...]:
     """What of the architecture the proof has covered."""
     config, structure = model.config.get_text_config(decoder=True), structure_of(model)
-    kinds = getattr(config, "layer_types", None) or ["sliding"]
     heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     found = {
         "tied head": bool(getattr(model, "all_tied_weights_keys", None)),
-        "sliding window": bool(getattr(config, "sliding_window", None)) and any("sliding" in kind for kind in kinds),
         "grouped KV": bool(heads and kv_heads and kv_heads < heads),
         "learned positions": any(isinstance(model.get_submodule(path), nn.Embedding) for path in structure.before),
-        "cannot roll back": not _rolls_back(model),
+        "cannot roll back": not rolls_back(model, ids),
     }
-    return tuple(note for note, present in found.items() if present)
-
-
-@torch.no_grad()
-def _rolls_back(model: nn.Module) -> bool:
-    """Do three tokens give the same logits again after the cache was cut back by three?"""
-    (stage,) = cut_whole(model)
-    prompt, three, cache = token_ids()[:, :PREFILL], token_ids()[:, PREFILL : PREFILL + 3], DynamicCache()
-    forward(stage, prompt, 0, cache)
-    once = forward(stage, three, PREFILL, cache)
-    cache.crop(-3)
-    return torch.equal(once, forward(stage, three, PREFILL, cache))
+    return (*(note for note, present in found.items() if present), *boundaries(config))

@@ -10,25 +10,50 @@ import transformers
 
 from splitlearn.errors import FamilyRefused
 from splitlearn.proof.compare import Result, prove
-from splitlearn.proof.tiny import layer_kinds
+from splitlearn.proof.kinds import kinds
 
 DATA = Path(__file__).parents[1] / "proven_families.json"
 
 
-def check(config: Any) -> None:
-    """Return for an architecture that can be cut exactly; a family that was not proven is tried on a tiny copy (2 s).
+def check(config: Any, *, split: bool = True) -> None:
+    """Return for an architecture that runs exactly in steps, and can be cut exactly if it is to be `split`; a family
+    that was not proven is tried on a tiny copy (2 s).
 
-    So is a proven one with a kind of layer that its proof did not have, and every one under another version of
-    transformers than the proof's. Raises FamilyRefused with the reason when the split differs or does not run.
+    So is a proven one with anything that decides how it computes and that its proof did not have (kinds.py), and every
+    one under another version of transformers than the proof's. Raises FamilyRefused with the reason when full or split
+    differ from transformers' `generate()`, or do not run.
     """
-    data = proven()
-    entry = data["families"].get(config.model_type)
-    same_version = data["transformers"] == transformers.__version__
-    if entry is not None and same_version and layer_kinds(config) <= set(entry["kinds"]):
+    if _entry(config) is not None:
         return
-    result = prove(config)
-    if not result.exact:
-        raise FamilyRefused(f"{result.family} models cannot be cut: {result.reason}.")
+    result = _tried(config)
+    if not (result.exact if split else result.whole):
+        raise FamilyRefused(f"{result.family} models cannot be {'cut' if split else 'run in steps'}: {result.reason}.")
+
+
+def allows(config: Any) -> frozenset[str]:
+    """What else was found to give the same with a model of this configuration, on either side of each of its boundaries
+    (together.py); tried on a tiny copy like the rest."""
+    entry = _entry(config)
+    return frozenset(_tried(config).allows if entry is None else entry.get("allows", ()))
+
+
+def _entry(config: Any) -> dict[str, Any] | None:
+    """What was generated for the family, where it holds for all that this configuration has."""
+    data = proven()
+    entry: dict[str, Any] | None = data["families"].get(config.model_type)
+    same_version = data["transformers"] == transformers.__version__
+    return entry if entry is not None and same_version and kinds(config) <= set(entry["kinds"]) else None
+
+
+_results: dict[str, Result] = {}
+
+
+def _tried(config: Any) -> Result:
+    """The result of a proof here, once for each configuration in this process."""
+    key = config.to_json_string(use_diff=False)
+    if key not in _results:
+        _results[key] = prove(config)
+    return _results[key]
 
 
 def proven() -> dict[str, Any]:
@@ -51,6 +76,7 @@ def write(results: Sequence[Result]) -> None:
                 "difference": result.difference,
                 "notes": list(result.notes),
                 "kinds": list(result.kinds),
+                "allows": list(result.allows),
             }
             for result in ordered
             if result.exact

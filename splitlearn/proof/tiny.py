@@ -1,8 +1,9 @@
 """A tiny random copy of an architecture: the same class and kinds of layers, some ten thousand weights.
 
-What decides how an architecture computes is kept: tied head, sliding window (shorter than the text that is run),
-grouped KV heads, kind of rotary positions, kinds of layers. What only decides how large it is shrinks. Multipliers that
-are 1 are moved away from 1, so that leaving one out, or applying it twice, shows.
+What decides how an architecture computes is kept: tied head, grouped KV heads, kind of rotary positions, kinds of
+layers, and each length from which on it computes otherwise (a boundary: sliding window, chunk of attention, original
+context of scaled rotary positions), shorter than the text that is run. What only decides how large it is shrinks.
+Multipliers that are 1 are moved away from 1, so that leaving one out, or applying it twice, shows.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ HEADS = 4
 HEAD_SIZE = 16
 HIDDEN = HEADS * HEAD_SIZE
 VOCABULARY = 99
+WINDOW, CHUNK, SCALE_FLOOR, ORIGINAL, CONTEXT = 5, 6, 4, 11, 16
+"""The boundaries of a tiny copy, in tokens. A text for it is longer than each."""
 
 # By the whole name, or by the first word that the name has in it. A table is shorter than the reasons for each entry:
 # the sizes only have to fit each other. An attribute that is absent or None stays so, but for ALWAYS.
@@ -32,9 +35,15 @@ SIZES: dict[str, int] = {
     "num_attention_heads": HEADS,
     "num_key_value_heads": HEADS,
     "head_dim": HEAD_SIZE,
-    "max_position_embeddings": 64,
-    "sliding_window": 5,
-    "window_size": 5,
+    "max_position_embeddings": CONTEXT,
+    "max_seq_len": CONTEXT,
+    "n_ctx": CONTEXT,
+    "original_max_position_embeddings": ORIGINAL,
+    "local_attention": 2 * WINDOW,
+    "attention_chunk_size": CHUNK,
+    "floor_scale": SCALE_FLOOR,
+    "log_scaling_n_floor": SCALE_FLOOR,
+    "index_block_size": SCALE_FLOOR,
     "qk_head_dim": HEAD_SIZE,
     "qk_rope_head_dim": HEAD_SIZE // 2,
     "qk_nope_head_dim": HEAD_SIZE // 2,
@@ -48,6 +57,8 @@ SIZES: dict[str, int] = {
     "vocab_size_per_layer_input": VOCABULARY,
 }
 WORDS: dict[str, int] = {
+    "window_size": WINDOW,
+    "sliding_window": WINDOW,
     "per_tok": 2,
     "topk": 2,
     "top_k": 2,
@@ -58,19 +69,24 @@ WORDS: dict[str, int] = {
     "experts": 4,
     "_rank": 16,
 }
+CONTEXTS = ("max_position_embeddings", "max_seq_len", "n_ctx")
 ALWAYS = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "num_local_experts")
 UNIT_WORDS = ("multiplier", "scaling")
 
 
-def tiny_config(config: Any, grouped: bool) -> Any:
+def tiny_config(config: Any, grouped: bool, context: int = CONTEXT) -> Any:
     """A shrunk copy of a configuration; `grouped` has two KV heads for the four heads where the family knows KV heads.
 
-    Parts of a configuration (of the text side of a multimodal model, say) are shrunk likewise.
+    `context` is its length in tokens, past which a model without a table of positions goes on. Parts of a configuration
+    (of the text side of a multimodal model, say) are shrunk likewise.
     """
     small = copy.deepcopy(config)
     for part in (small, *(getattr(small, name, None) for name in small.sub_configs)):
         if part is not None:
             _shrink(part, grouped)
+            for name in CONTEXTS:
+                if getattr(part, name, None):
+                    setattr(part, name, context)
     return small
 
 
@@ -116,13 +132,15 @@ def _attributes(config: Any) -> dict[str, Any]:
 def _size(name: str, value: Any) -> Any:
     if name.endswith("token_id"):
         return value % VOCABULARY
+    if value == 0:  # as good as None: what it sizes is not there
+        return 0
     most = next((size for word, size in WORDS.items() if word in name), value)
     return SIZES.get(name, most if value is None else min(value, most))
 
 
 def _shrink_layers(config: Any) -> None:
     """LAYERS layers, or more if the configuration lists more kinds: each kind that it lists is still there."""
-    count, lists = getattr(config, "num_hidden_layers", None), _per_layer(config)
+    count, lists = getattr(config, "num_hidden_layers", None), per_layer(config)
     if not isinstance(count, int) or (count <= LAYERS and lists):
         return
     kept = _sample(list(zip(*(map(str, value) for value in lists.values()), strict=True)) or [()] * LAYERS)
@@ -131,18 +149,14 @@ def _shrink_layers(config: Any) -> None:
     config.num_hidden_layers = len(kept)
 
 
-def layer_kinds(config: Any) -> set[str]:
-    """What the lists with an entry for each layer say, as "name: entry"."""
-    text = config.get_text_config(decoder=True)
-    return {f"{name}: {entry}" for name, entries in _per_layer(text).items() for entry in entries}
-
-
-def _per_layer(config: Any) -> dict[str, Sequence[Any]]:
+def per_layer(config: Any) -> dict[str, Sequence[Any]]:
+    """The lists of a configuration that have an entry for each layer, by name."""
     count = getattr(config, "num_hidden_layers", None)
     return {
         name: value
         for name, value in vars(config).items()
         if isinstance(value, (list, tuple)) and len(value) == count and ("layer" in name or "types" in name)
+        if list(value) != list(range(len(value)))  # numbers of layers, not what they are
     }
 
 
@@ -154,17 +168,34 @@ def _sample(kinds: list[tuple[str, ...]]) -> list[int]:
 
 
 def _shrink_rotary(config: Any) -> None:
-    """Per-frequency factors (longrope, multimodal sections) must be as many as the smaller head has frequencies."""
-    for rotary in _dicts(getattr(config, "rope_parameters", None)):
+    """Per-frequency factors (longrope, multimodal sections) must be as many as the smaller head has frequencies, and
+    lengths are boundaries."""
+    for rotary in dicts(getattr(config, "rope_parameters", None)):
         share = rotary.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
         frequencies = int(HEAD_SIZE * share) // 2
         for name, value in rotary.items():
             if name.endswith("_factor") and isinstance(value, (list, tuple)):
                 rotary[name] = list(value[:frequencies])
+            elif name.endswith("max_position_embeddings"):
+                rotary[name] = SIZES[name]
 
 
-def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+def dicts(value: Any) -> Iterator[dict[str, Any]]:
+    """`value`, if it is a dict, and the dicts in it."""
     if isinstance(value, dict):
         yield value
         for inner in value.values():
-            yield from _dicts(inner)
+            yield from dicts(inner)
+
+
+def boundaries(config: Any) -> tuple[str, ...]:
+    """What of a tiny configuration a text is longer than, in words of the page."""
+    kinds = getattr(config, "layer_types", None) or ["sliding"]
+    sliding = any(_attributes(config).get(name) for name in ("sliding_window", "window_size", "sliding_window_size"))
+    found = {
+        "sliding window": sliding and any("sliding" in kind or "local" in kind for kind in kinds),
+        "chunked attention": any("chunked" in kind for kind in kinds),
+    }
+    rotary = {each.get("rope_type", "default") for each in dicts(getattr(config, "rope_parameters", None))}
+    special = sorted(rotary - {"default"})
+    return (*(name for name, there in found.items() if there), *(f"rope {kind}" for kind in special))
