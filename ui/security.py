@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ui.answer import Answer, uncompressed
 from ui.brake import Brake
 from ui.hosts import Hosts
 from ui.janitor import tidy
@@ -41,14 +41,6 @@ KNOWN = re.compile(
     rf"|{API}/file=(?!/*[a-zA-Z][a-zA-Z0-9+.-]+:).*"
 )
 CALLS = re.compile(rf"{API}/(queue/join|run/\w+/?)")
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), microphone=(), geolocation=(), usb=(), serial=()",
-}
 
 
 class Refusal(Exception):
@@ -106,6 +98,8 @@ class Guard:
             refused = PlainTextResponse(f"{refusal}\n", refusal.status, refusal.headers)
             await refused(request.scope, receive, sent)
             return
+        if request.url.path == "/":
+            uncompressed(request)
         with self._counting(request):
             await self._app(request.scope, receive, sent)
         if address is not None and sent.status == 200:
@@ -115,9 +109,10 @@ class Guard:
         """Raises Refusal for a request that is not the page's."""
         path = request.url.path
         if not self._hosts.asked_for(request):
-            raise Refusal(400, "Host: not a name of this page. ui.allowed_hosts in config.yaml lists more of them.")
+            host = request.headers.get("host", "")[:100]
+            raise Refusal(400, f"Host: {host!r} is no name of this page. ui.allowed_hosts in config.yaml adds names.")
         if not self._hosts.came_from(request):
-            raise Refusal(403, "Origin: another page must not act here. ui.allowed_hosts lists proxies of this page.")
+            raise Refusal(403, "Origin: another page must not act here. ui.allowed_hosts adds names of this page.")
         if request.method not in ("GET", "HEAD", "POST"):
             raise Refusal(405, "Method: expected GET, HEAD or POST.", {"Allow": "GET, HEAD, POST"})
         if OPEN.fullmatch(path):
@@ -172,6 +167,8 @@ class Guard:
         blocks = self._page.get_blocks()
         if function is not None and not (isinstance(function, int) and function in blocks.fns):
             raise Refusal(404, "fn_index: no such function.")
+        if function is not None and len(call["data"]) != (wanted := len(blocks.fns[function].inputs)):
+            raise Refusal(400, f"data: expected {wanted} values.")
         if len(blocks._queue.pending_event_ids_session.get(session, ())) >= MOST_EVENTS:
             raise Refusal(429, f"{MOST_EVENTS} answers wait to be read.", {"Retry-After": "5"})
 
@@ -199,33 +196,6 @@ class Guard:
             self.reading[session] -= 1
             if not self.reading[session]:
                 del self.reading[session]
-
-
-class Answer:
-    """Sends what Gradio answers, with the headers of this page. `status` is None until it began."""
-
-    def __init__(self, request: Request, send: Send) -> None:
-        self.status: int | None = None
-        self._send = send
-        self._secure = request.headers.get("x-forwarded-proto", request.url.scheme) == "https"
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            headers.update(HEADERS)
-            cookies = [self._strict(cookie) for cookie in headers.getlist("set-cookie")]
-            del headers["set-cookie"]
-            for cookie in cookies:
-                headers.append("set-cookie", cookie)
-        await self._send(message)
-
-    def _strict(self, cookie: str) -> str:
-        """The cookie, for requests from this page and links to it only, and over HTTPS where the page is reached so."""
-        parts = [part.strip() for part in cookie.split(";")]
-        kept = [part for part in parts if part.lower().partition("=")[0] not in ("samesite", "httponly")]
-        secure = ["Secure"] if self._secure and "secure" not in (part.lower() for part in kept) else []
-        return "; ".join([*kept, "HttpOnly", "SameSite=Lax", *secure])
 
 
 async def _read(receive: Receive) -> bytes:
