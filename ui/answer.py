@@ -18,8 +18,9 @@ HEADERS = {
 # Gradio makes functions of the templates of gr.HTML ('unsafe-eval'): its own text, not a value's. Gradio and plotly
 # write style attributes, and plotly draws pictures from data: and blob:.
 POLICY = (
-    "default-src 'none'; script-src 'self' 'unsafe-eval'{nonce}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "font-src 'self' data:; connect-src 'self'; manifest-src 'self'; worker-src 'self' blob:; "
+    "default-src 'none'; script-src 'self' 'unsafe-eval'{nonce}; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; manifest-src 'self'; "
+    "worker-src 'self' blob:; "
     "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 SCRIPT = re.compile(rb"<script(?=[\s>])")
