@@ -56,6 +56,8 @@ class _Section(BaseModel):
 File = Annotated[Path, Field(strict=False)]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """The name of an environment variable that holds a secret, never the secret itself."""
+HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
+"""A name such as a browser asks for: no scheme, no port, no wildcard."""
 
 
 class ModelConfig(_Section):
@@ -169,10 +171,13 @@ class RunsConfig(_Section):
 
 
 class UiConfig(_Section):
-    """The page. `auth` names the environment variable that holds `user:password`."""
+    """The page. `auth` names the environment variable that holds `user:password`; `allowed_hosts` are names, without
+    ports, by which the page is reached besides `host` and those of loopback."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
+    allow_open: bool = False
+    allowed_hosts: Annotated[tuple[HostName, ...], Field(strict=False)] = ()
     share: bool = False
     auth: Variable = "SPLITLEARN_AUTH"
 

@@ -22,6 +22,7 @@ START_S = 90.0
 PATIENCE_MS = 30_000
 # How long what was typed must stay: Gradio sets up what was just folded out once more, a moment after it can be seen.
 SETTLED_MS, TIMES = 300, 10
+FORBIDDEN: list[str] = []
 LOCAL = re.compile(r"The page is on (http://\S+)")
 
 
@@ -131,8 +132,9 @@ def chromium() -> Iterator[Browser]:
 
 
 def open_page(browser: Browser, url: str, width: int = 1280, height: int = 800, theme: str = "light") -> Page:
-    """A fresh visitor's page, once it can be used."""
+    """A fresh visitor's page, once it can be used. What its content security policy forbids goes into `FORBIDDEN`."""
     page = browser.new_page(viewport={"width": width, "height": height})
+    page.on("console", lambda said: FORBIDDEN.append(said.text) if "Content Security Policy" in said.text else None)
     page.set_default_timeout(PATIENCE_MS)
     page.goto(f"{url}?__theme={theme}")
     expect(page.locator("#compare")).to_be_enabled()

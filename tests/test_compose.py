@@ -55,6 +55,13 @@ def test_the_page_and_prometheus_are_published_on_loopback_and_nothing_else_is()
     assert services["prometheus"]["profiles"] == ["metrics"]
 
 
+def test_both_services_are_let_open_by_name_since_they_listen_on_the_stacks_network() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    for name in ("trunk", "app"):
+        assert "--host 0.0.0.0" in services[name]["command"]
+        assert "--allow-open" in services[name]["command"]
+
+
 def test_the_image_runs_as_a_user_with_a_number() -> None:
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
     last = [line.split()[1] for line in lines if line.startswith("USER ")][-1]

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,20 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.conftest import TinyFactory
-from tests.page import CHROMIUM, ROOT, SETTLED_MS, App, chromium, open_page, running, type_into, write_config
+from tests.page import (
+    CHROMIUM,
+    FORBIDDEN,
+    PATIENCE_MS,
+    ROOT,
+    SETTLED_MS,
+    App,
+    chromium,
+    open_page,
+    running,
+    type_into,
+    write_config,
+)
+from ui.visitors import PREFIX
 
 pytestmark = [
     pytest.mark.browser,
@@ -59,6 +74,7 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
             opened.locator("#lab-stop").click()
             expect(opened.locator("#lab-start")).to_be_enabled(timeout=END_MS)
         opened.close()
+    assert not FORBIDDEN
 
 
 def open_lab(browser: Browser, url: str) -> Page:
@@ -118,7 +134,7 @@ def test_before_any_experiment_a_service_level_is_checked_as_it_is_typed(page: P
 
 
 def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
-    browser: Browser, url: str, page: Page, tmp_path: Path
+    browser: Browser, app: App, url: str, page: Page, tmp_path: Path
 ) -> None:
     ask(page, "2")
     page.locator("#lab-start").click()
@@ -136,6 +152,8 @@ def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
     ]  # fmt: skip
     expect(again.locator("#lab-forest-full-ttft_s .js-plotly-plot")).to_be_visible()
     files = exports(again, tmp_path)
+    (kept,) = Path(tempfile.gettempdir()).glob(f"{PREFIX}{app.process.pid}-*")
+    assert len(list(kept.iterdir())) == 1
     results = json.loads(files["results.json"].read_text())
     assert (results["finished"], results["blocks"]) == ("2 pairs, as asked", 2)
     command = results["setup"]["command"]
@@ -152,6 +170,10 @@ def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
     trials = pd.read_csv(files["trials.csv"])
     assert trials["bad"].isna().sum() >= 2 * 8
     again.close()
+    left_at = time.monotonic()
+    while list(kept.iterdir()):  # what she could download goes with her
+        assert time.monotonic() - left_at < PATIENCE_MS / 1e3
+        time.sleep(0.1)
 
 
 def test_while_one_runs_another_is_refused_and_so_is_a_comparison_and_a_stopped_one_resumes(

@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, Route, TimeoutError, expect
 
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
-from tests.page import CHROMIUM, App, chromium, open_page, running, type_into, write_config
+from tests.page import CHROMIUM, FORBIDDEN, App, chromium, open_page, running, type_into, write_config
 
 pytestmark = [
     pytest.mark.browser,
@@ -44,6 +44,7 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     opened = open_page(browser, url)
     yield opened
     opened.close()
+    assert not FORBIDDEN
 
 
 def fold_out(page: Page, name: str) -> None:

@@ -10,13 +10,15 @@ import pytest
 from gradio import networking, tunneling
 from playwright.sync_api import Browser, Page, expect
 
+from splitlearn.config import UiConfig
 from splitlearn.errors import SetupError
 from tests.conftest import TinyFactory
 from tests.page import CHROMIUM, chromium, launch_fails, running, write_config
 from ui import share
 from ui.share import Sharing
 
-LOGIN = {"SPLITLEARN_AUTH": "ada:lovelace"}
+PASSWORD = "cobalt-Harbor-42"
+LOGIN = {"SPLITLEARN_AUTH": f"ada:{PASSWORD}"}
 LINK = "https://stand-in.example"
 needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}")
 
@@ -37,7 +39,7 @@ def logged_in(browser: Browser, url: str) -> Page:
     expect(page.get_by_role("button", name="Login")).to_be_visible(timeout=30_000)
     assert page.locator("#compare").count() == 0
     page.get_by_label("username").fill("ada")
-    page.get_by_label("password").fill("lovelace")
+    page.get_by_label("password").fill(PASSWORD)
     page.get_by_role("button", name="Login").click()
     expect(page.locator("#compare")).to_be_enabled(timeout=30_000)
     return page
@@ -88,6 +90,56 @@ def test_a_tunnel_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - started < 2
     assert sharing.state == "failed"
     assert "did not answer within 0.2 s" in sharing.message
+
+
+@pytest.mark.parametrize(
+    "password",
+    [
+        "a",
+        "short-Pw-42",
+        "aaaaaaaaaaaaaaaa",
+        "abcabcabcabcabc",
+        "123456789012",
+        "abcdefghijklmnop",
+        "passwordpassword",
+        "Password2024!",
+        "ada-ada-ada-ada",
+        "qwertyqwerty123",
+    ],
+)
+def test_a_page_that_others_reach_wants_a_password_that_is_not_easy_to_guess(
+    monkeypatch: pytest.MonkeyPatch, password: str
+) -> None:
+    monkeypatch.setenv("SOME_LOGIN", f"ada:{password}")
+    with pytest.raises(SetupError, match="SOME_LOGIN.*12 characters") as refused:
+        share.login("SOME_LOGIN", share=True, without_login=False)
+    assert password == "a" or password not in str(refused.value)
+    with pytest.raises(SetupError, match="SOME_LOGIN.*12 characters"):
+        share.check_open(UiConfig(host="0.0.0.0", auth="SOME_LOGIN"), ("ada", password))
+    share.check_open(UiConfig(host="127.0.0.1", auth="SOME_LOGIN"), ("ada", password))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "", "page.example"])
+def test_a_page_beyond_loopback_wants_a_login_or_to_be_let_open_by_name(host: str) -> None:
+    with pytest.raises(
+        SetupError, match=r"ui\.host.*SPLITLEARN_AUTH=user:.*127\.0\.0\.1.*--allow-open \(ui\.allow_open\)"
+    ):
+        share.check_open(UiConfig(host=host), None)
+    share.check_open(UiConfig(host=host), ("ada", PASSWORD))
+    share.check_open(UiConfig(host=host, allow_open=True), None)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.9.9.9"])
+def test_a_page_on_loopback_needs_no_login(host: str) -> None:
+    share.check_open(UiConfig(host=host), None)
+
+
+def test_the_password_that_a_refusal_proposes_is_taken() -> None:
+    for _ in range(50):
+        with pytest.raises(SetupError) as refused:
+            share.check_open(UiConfig(host="0.0.0.0"), None)
+        user, _, password = str(refused.value).split("SPLITLEARN_AUTH=")[1].split(",")[0].partition(":")
+        share.check_open(UiConfig(host="0.0.0.0"), (user, password))
 
 
 @pytest.mark.parametrize("held", ["ada", "ada:", ":lovelace"])

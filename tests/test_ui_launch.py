@@ -28,6 +28,8 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         ({}, ("--port", "70000"), "ui.port"),
         ({}, ("--trunk", "nowhere"), "trunk.address"),
         ({"model": {"name": "no such model"}}, (), "model.name"),
+        ({}, ("--host", "0.0.0.0"), "ui.host: '0.0.0.0' is reached from other machines"),
+        ({"ui": {"allowed_hosts": ["https://page.example"]}}, (), "ui.allowed_hosts"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(

@@ -1,6 +1,5 @@
 """What the page does when a person acts: each function takes plain values and gives what is to be drawn."""
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
@@ -15,7 +14,8 @@ from splitlearn.tokens import Tokens
 from ui import choice, inputs, session
 from ui.lab import Lab
 from ui.server import Monitor
-from ui.session import Shown, Stops
+from ui.session import Shown
+from ui.visitors import Downloads, Stops
 
 MEASURING = (
     "The machine is measuring an experiment; a comparison now would disturb it. The Lab tab shows how far it is, and "
@@ -24,7 +24,7 @@ MEASURING = (
 
 
 class Handlers:
-    """The page's actions on one `Runs`. Use as a context: it holds a folder for what is downloaded.
+    """The page's actions on one `Runs`. Use as a context: it holds the folder of what is downloaded.
 
     `options` is what the command line needs to find the same settings, such as --config.
     """
@@ -32,8 +32,8 @@ class Handlers:
     def __init__(self, runs: Runs, options: Sequence[str] = ()) -> None:
         self.runs = runs
         self.stops = Stops()
-        self._folder = tempfile.TemporaryDirectory(prefix="splitlearn-")
-        self.lab = Lab(Job(runs, Path(FOLDER), options), Path(self._folder.name))
+        self.downloads = Downloads()
+        self.lab = Lab(Job(runs, Path(FOLDER), options), self.downloads)
         self.monitor = Monitor(runs, lambda: runs.busy or self.lab.job.running)
 
     def __enter__(self) -> "Handlers":
@@ -41,13 +41,18 @@ class Handlers:
 
     def __exit__(self, *_: object) -> None:
         self.end()
-        self._folder.cleanup()
+        self.downloads.__exit__()
 
     def end(self) -> None:
         """End every comparison and the experiment, which can be resumed."""
         self.stops.stop_all()
         self.lab.job.close()
         self.monitor.close()
+
+    def leave(self, visitor: str) -> None:
+        """The page of that visitor was closed: end her run, and any that waits, and remove what is hers."""
+        self.stops.stop(visitor)
+        self.downloads.forget(visitor)
 
     @cached_property
     def _tokens(self) -> Tokens:

@@ -10,6 +10,10 @@ from splitlearn.lab import background, report
 from splitlearn.lab.analysis import Findings
 from splitlearn.lab.background import Job, Kept
 from ui import inputs
+from ui.visitors import Downloads
+
+# Of the page alone: on the command line a person says herself where an experiment goes.
+MOST_EXPERIMENTS = 500
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,18 @@ class Opened:
 
 
 class Lab:
-    """The actions on `job` and on what is kept beside its experiments. Downloads are written below `downloads`."""
+    """The actions on `job` and on what is kept beside its experiments. Exports are written into `downloads`."""
 
-    def __init__(self, job: Job, downloads: Path) -> None:
+    def __init__(self, job: Job, downloads: Downloads) -> None:
         self.job = job
         self._downloads = downloads
 
     def start(self, typed: Mapping[str, Any], flags: str, prompt: str) -> None:
-        """Begin what was typed. Raises InputError for a field that cannot be used, SetupError while another runs."""
+        """Begin what was typed. Raises InputError for a field that cannot be used, SetupError while another runs, and
+        where there are MOST_EXPERIMENTS: a visitor does not fill the disk."""
+        if len(self.kept()) >= MOST_EXPERIMENTS:
+            folder = self.job.folder.resolve()
+            raise SetupError(f"There are {MOST_EXPERIMENTS} experiments in {folder}. Remove some, then start again.")
         self.job.start(inputs.asked(typed, flags, prompt))
 
     def resume(self, name: str | None) -> None:
@@ -45,7 +53,7 @@ class Lab:
         self._must_be_quiet()
         findings = background.read(self._folder(name), inputs.service_level(typed))
         # A folder for each visitor: two may look at one experiment under two service levels at the same time.
-        files = report.write_exports(findings, self._downloads / visitor / str(name))
+        files = report.write_exports(findings, self._downloads.fresh(visitor))
         return Opened(str(name), findings, {path.name: path for path in files})
 
     def beside(self, name: str | None, other: str | None, typed: Mapping[str, Any]) -> str:

@@ -3,8 +3,11 @@
 It draws only when the experiment says that it has gone on, which it does between two runs, never while one is timed.
 """
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
+from weakref import WeakValueDictionary
 
 import gradio as gr
 
@@ -41,13 +44,18 @@ LABELS = {
 }
 
 
+class _Watching:
+    """What tells the watch that a page began last from those before."""
+
+
 class LabTab:
     """Made inside `tab`; `connect` makes it live."""
 
     def __init__(self, lab: Lab, tab: Any, generation: GenerationConfig) -> None:
         self.lab, self.tab = lab, tab
         self.fields: dict[str, Any] = {}
-        self._watching: dict[str, object] = {}
+        # The watch itself holds its value, so that there are as many as there are watches.
+        self._watching: WeakValueDictionary[str, _Watching] = WeakValueDictionary()
         self._question(inputs.lab_at_first(generation))
         self._kept(inputs.lab_at_first(generation))
         self._results()
@@ -110,7 +118,7 @@ class LabTab:
         given = {*self.fields.values(), words, prompt, self.chosen, self.other}
         shown = [self.beside, self.report, self.drawn, *self.pictures.values(), self.key, self.details]
         changed = [self.progress, *shown, *self.files.values(), *self._controls, error]
-        # Each open page has one of these waiting for as long as an experiment runs.
+        # Each open page has one of these waiting for as long as an experiment runs. One that waits holds no thread.
         watching: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
         self.tab.select(self._come, given, changed, **watching)
         self.start.click(self._start, given, changed, **watching)
@@ -129,44 +137,75 @@ class LabTab:
         """The page of that visitor was closed: what it watches goes on without it."""
         self._watching.pop(gone, None)
 
-    def _come(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+    async def _come(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
         """The tab was opened: show what runs, or else what was chosen here, or what ran last."""
         latest = self.lab.job.latest
         if self.lab.job.running or (latest is not None and given[self.chosen] is None):
-            yield from self._follow(given, request)
+            async for updates in self._follow(given, request):
+                yield updates
             return
         name = given[self.chosen]
-        updates = {**self._idle(name), **(self._opened(name, given, request) if name else {})}
+        opened = await asyncio.to_thread(self._opened, name, given, request) if name else {}
+        updates = {**self._idle(name), **opened}
         if not self.lab.job.running:  # nobody pressed Start meanwhile
             yield updates
 
-    def _start(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+    async def _start(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
         typed = self._typed(given)
-        yield from self._act(lambda: self.lab.start(typed, given[self.words], given[self.prompt]), given, request)
+        act = self._act(
+            lambda: self.lab.start(typed, given[self.words] or "", given[self.prompt] or ""), given, request
+        )
+        async for updates in act:
+            yield updates
 
-    def _resume(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
-        yield from self._act(lambda: self.lab.resume(given[self.chosen]), given, request)
+    async def _resume(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
+        async for updates in self._act(lambda: self.lab.resume(given[self.chosen]), given, request):
+            yield updates
 
-    def _act(self, act: Callable[[], None], given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+    async def _act(self, act: Callable[[], None], given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
         """Begin something and watch it; where that is not possible, say why, and watch what runs."""
         try:
-            act()
+            await asyncio.to_thread(act)
             yield {self.error: ""}
         except SplitlearnError as error:
             yield {self.error: view.error(str(error))}
             if not self.lab.job.running:
                 return
-        yield from self._follow(given, request)
+        async for updates in self._follow(given, request):
+            yield updates
 
-    def _follow(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+    async def _follow(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
         """What the experiment says, as it says it, until it ends, the page is closed or watches anew."""
-        mine, before = object(), None
+        mine, before = _Watching(), None
         self._watching[visitor(request)] = mine
-        for seen in self.lab.job.follow():
+        async for seen in self._seen():
             if self._watching.get(visitor(request)) is not mine:
                 return
-            yield self._ended(seen, given, request) if seen.ended else self._running(before, seen)
+            if seen.ended:
+                yield await asyncio.to_thread(self._ended, seen, given, request)
+            else:
+                yield self._running(before, seen)
             before = seen
+
+    async def _seen(self) -> AsyncIterator[Seen]:
+        """The experiment as it is now, then each time that it has gone on, to its end; nothing if there is none."""
+        loop, changed, shown = asyncio.get_running_loop(), asyncio.Event(), None
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the page has ended
+                loop.call_soon_threadsafe(changed.set)
+
+        with self.lab.job.calling(wake):
+            while shown is None or not shown.ended:
+                changed.clear()
+                latest = self.lab.job.latest
+                if latest is None:
+                    return
+                if latest is shown:
+                    await changed.wait()
+                    continue
+                shown = latest
+                yield shown
 
     def _running(self, before: Seen | None, seen: Seen) -> Updates:
         """Little is drawn: the words each time, the verdicts with each block."""

@@ -16,12 +16,14 @@ from splitlearn.embedded import Server
 from splitlearn.errors import SetupError, SplitlearnError, TrunkError
 from splitlearn.progress import Progress, Step, on_console
 from ui import share
+from ui.share import Login
 
 if TYPE_CHECKING:
     from splitlearn.runs import Runs
 
+# Visitors whose choices Gradio remembers.
+MOST_STATES = 256
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config.yaml"
-Login = tuple[str, str] | None
 
 
 def main(arguments: list[str]) -> int:
@@ -31,6 +33,7 @@ def main(arguments: list[str]) -> int:
     try:
         settings = _settings(options)
         login = share.login(settings.ui.auth, settings.ui.share, options.share_without_login)
+        share.check_open(settings.ui, login)
         port = free_port(settings.ui.host, settings.ui.port)
         _serve(settings, port, login, _repeat(options))
     except SplitlearnError as error:
@@ -60,6 +63,12 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", help="overrides ui.host")
     parser.add_argument("--port", type=int, help="overrides ui.port; 0 takes a free one")
     parser.add_argument("--trunk", metavar="HOST:PORT[,...]", help="overrides trunk.address")
+    parser.add_argument(
+        "--allow-open",
+        action="store_true",
+        default=None,
+        help="listen beyond loopback without a login: whoever reaches the port uses the page",
+    )
     parser.add_argument("--share", action="store_true", default=None, help="ask for a public link; demands a login")
     parser.add_argument("--share-without-login", action="store_true", help="let everybody in who has the link")
     return parser.parse_args(arguments)
@@ -70,7 +79,7 @@ def _settings(options: argparse.Namespace) -> Config:
     path = options.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
     settings = config.load(path).model_dump()
     shared = options.share or options.share_without_login or None
-    changes = {"host": options.host, "port": options.port, "share": shared}
+    changes = {"host": options.host, "port": options.port, "allow_open": options.allow_open, "share": shared}
     settings["ui"] |= {name: value for name, value in changes.items() if value is not None}
     if options.trunk is not None:
         settings["trunk"]["address"] = options.trunk
@@ -120,11 +129,16 @@ def _launch(demo: Any, **options: Any) -> None:
 
 def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
     from ui.handlers import Handlers
+    from ui.hosts import Hosts
     from ui.layout import Page
+    from ui.security import guarded
     from ui.theme import CSS, THEME
 
     settings, sharing = runs.config.ui, share.Sharing.of(runs.config.ui.share)
+    hosts = Hosts(settings.host, settings.allowed_hosts, sharing)
     with Handlers(runs, repeat) as handlers:
+        # What is in Gradio's own folder is not copied there once more, and goes with this one.
+        os.environ["GRADIO_TEMP_DIR"] = str(handlers.downloads.folder)
         demo = Page(handlers, sharing).blocks
         _launch(
             demo,
@@ -136,10 +150,17 @@ def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
             css=CSS,
             prevent_thread_lock=True,
             quiet=True,
+            app_kwargs={"lifespan": guarded(hosts)},
+            state_session_capacity=MOST_STATES,
+            max_file_size=1,  # of uploads, which are refused before it counts
+            enable_monitoring=False,
+            mcp_server=False,
+            num_workers=0,  # processes that would serve files on ports of their own
             footer_links=[],
             run_history=False,
             ssr_mode=False,
         )
+        demo.server.config.encoded_headers.clear()  # which program serves it
         try:
             print(f"The page is on http://{settings.host}:{port}", flush=True)
             if settings.share:

@@ -27,6 +27,10 @@ NUMBERS = {
 }
 
 
+# Calls that wait for their turn, of all visitors.
+MOST_WAITING = 64
+
+
 class Page:
     """One page of the program; `blocks` is what Gradio launches."""
 
@@ -38,6 +42,8 @@ class Page:
             self._top()
             self._tabs()
             self._connect()
+        # Calls that go past the queue would run beside each other.
+        self.blocks.queue(api_open=False, max_size=MOST_WAITING)
 
     def _top(self) -> None:
         """Head, prompt, buttons, and what is folded away."""
@@ -126,7 +132,7 @@ class Page:
         return {**self.picker.show(flags, known), **self._link(), **said}
 
     def _leave(self, request: gr.Request) -> None:
-        self.handlers.stops.forget(visitor(request))
+        self.handlers.leave(visitor(request))
         self.lab.leave(visitor(request))
 
     def _link(self) -> Updates:
@@ -155,7 +161,7 @@ class Page:
 
     def _compare(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Draw only what changed."""
-        before, words = Shown(), given[self.picker.words]
+        before, words = Shown(), given[self.picker.words] or ""
         for shown in self.handlers.compare(self._typed(given), words, visitor(request)):
             yield self._changes(before, shown, words)
             before = shown

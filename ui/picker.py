@@ -66,15 +66,15 @@ class Picker:
             return {**self.show(flags, known), **words, self.error: ""}
 
         def on_words(text: str) -> Updates:
-            return at(lambda known: parse(text, known))
+            return at(lambda known: parse(text or "", known))  # a program may send nothing at all
 
         def on_typed(text: str) -> Updates:
-            return at(lambda known: parse(text, known), typed=True)
+            return at(lambda known: parse(text or "", known), typed=True)
 
         def on_flag(name: str) -> Callable[[Any, str], Updates]:
             def change(value: Any, text: str) -> Updates:
                 chosen = _chosen(FLAGS[name], value)
-                return at(lambda known: choice.with_choice(parse(text, known), name, chosen, known))
+                return at(lambda known: choice.with_choice(parse(text or "", known), name, chosen, known))
 
             return change
 

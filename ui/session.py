@@ -61,39 +61,6 @@ class Shown:
         return (full, split) if full and split else None
 
 
-class Stops:
-    """One stop signal for each open page, by its session: the same one for all its runs, also for those that wait."""
-
-    def __init__(self) -> None:
-        self._signals: dict[str, threading.Event] = {}
-        self._closed: set[str] = set()
-
-    def begin(self, session: str) -> None:
-        """A run was asked for: what was stopped before does not stop it."""
-        self.signal(session).clear()
-
-    def signal(self, session: str) -> threading.Event:
-        """The signal that ends the run of `session`; of a closed page one that is set."""
-        signal = self._signals.setdefault(session, threading.Event())
-        if session in self._closed:
-            signal.set()
-        return signal
-
-    def stop(self, session: str) -> None:
-        """End the run of `session`, if there is one."""
-        self.signal(session).set()
-
-    def forget(self, session: str) -> None:
-        """The page was closed: end its run, and any that waits."""
-        self._closed.add(session)
-        self.signal(session)
-
-    def stop_all(self) -> None:
-        """End every run."""
-        for signal in list(self._signals.values()):
-            signal.set()
-
-
 def compare(runs: Runs, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[Shown]:
     """Run both arms, one after the other in random order; a state for each moment worth drawing.
 

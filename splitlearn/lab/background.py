@@ -6,8 +6,8 @@ One `Job` runs one experiment at a time, and `experiment.alone` keeps other prog
 import shlex
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,10 +56,10 @@ class Job:
 
     def __init__(self, runs: Runs, folder: Path, options: Sequence[str] = ()) -> None:
         self.runs, self.folder, self._options = runs, folder, tuple(options)
-        self._changed = threading.Condition()
         self._seen: Seen | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._listeners: list[Callable[[], None]] = []
 
     @property
     def running(self) -> bool:
@@ -99,21 +99,14 @@ class Job:
         if self._thread is not None:
             self._thread.join(CLOSE_TIMEOUT_S)
 
-    def follow(self) -> Iterator[Seen]:
-        """The experiment as it is now, then each time that it has gone on, to its end; nothing if there is none."""
-        shown: Seen | None = None
-        while shown is None or not shown.ended:
-            shown = self._after(shown)
-            if shown is None:
-                return
-            yield shown
-
-    def _after(self, shown: Seen | None) -> Seen | None:
-        """What follows `shown`, once it is there; what there is now for None."""
-        with self._changed:
-            while shown is not None and self._seen is shown:
-                self._changed.wait()
-            return self._seen
+    @contextmanager
+    def calling(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Inside, `listener` is called, in the experiment's thread, each time that `latest` has changed."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
 
     def _begin(self, store: Store, held: ExitStack) -> None:
         """Hand `store`, and what must be given back at the end, to a thread."""
@@ -138,9 +131,9 @@ class Job:
         self._show(replace(seen, ended=ended, error=error))
 
     def _show(self, seen: Seen) -> None:
-        with self._changed:
-            self._seen = seen
-            self._changed.notify_all()
+        self._seen = seen
+        for listener in list(self._listeners):
+            listener()
 
     def _has_own_prompts(self, asked: Asked) -> bool:
         return asked.prompts not in ((), (self.runs.config.generation.prompt,))
