@@ -29,6 +29,7 @@ from splitlearn import config
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.progress import on_console
+from splitlearn.terminal import say
 from splitlearn.wire import READY, SERVICE
 
 # A client whose machine went away closes nothing: without pings its session would stay for ever.
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         metrics = sight.listen(served.metrics, settings.server)
         running = listen(service, settings.server, door)
     except SplitlearnError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stderr=True)
         return 2
     if options.embedded:
         threading.Thread(target=_wait_for_parent, args=(told,), daemon=True).start()
@@ -149,11 +150,11 @@ def _settings(options: argparse.Namespace, given: str) -> Config:
 
 def _make_token(name: str) -> int:
     secret, entry = bearer.make(name)
-    print(
+    say(
         f"The token of {name}, shown this once; its client finds it in the variable that trunk.token names:\n{secret}",
-        file=sys.stderr,
+        stderr=True,
     )
-    print(entry, end="")
+    say(entry, end="")
     return 0
 
 
@@ -187,7 +188,7 @@ def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running
     guarded = {"tls": door.credentials is not None, "tokens": settings.tokens is not None}
     address = f"{settings.host}:{port}"
     logs.tell(log, "listening", address=address, **guarded)
-    print(f"{READY}{address}", flush=True)
+    say(f"{READY}{address}")
     return Running(server, address, state)
 
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -25,6 +25,7 @@ from server.metrics import Metrics
 from server.seat import Job, Seat
 from splitlearn.errors import (
     InputError,
+    NotFinite,
     SplitlearnError,
     StepUnwanted,
     TrunkFailed,
@@ -32,11 +33,9 @@ from splitlearn.errors import (
     TrunkLate,
     as_error,
 )
-from splitlearn.finite import first_not_finite
 from splitlearn.flags import settings
 from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.stages import StageInput, StageOutput
-from splitlearn.wire.codec import where_not_finite
 
 
 @dataclass(frozen=True)
@@ -281,7 +280,7 @@ class Engine:
     def _outcomes(self, inputs: Sequence[StageInput]) -> list[StageOutput | SplitlearnError]:
         """The stage's outputs. If a forward of several fails, each is tried alone, so that one cannot hurt another."""
         try:
-            outputs = self._stage.step(inputs) if inputs else []
+            outputs = self._stage.compute(inputs) if inputs else []
             return [self._checked(item, output) for item, output in zip(inputs, outputs, strict=True)]
         except Exception as error:
             if len(inputs) == 1:
@@ -290,13 +289,11 @@ class Engine:
 
     def _checked(self, item: StageInput, output: StageOutput) -> StageOutput | SplitlearnError:
         """The output; or, where it holds what is no number, an error that says in which layer that began."""
-        found = where_not_finite(output.x)
-        if found is None:
-            return output
-        row, value = found
-        by_layers = replace(self._stage, row=None)
-        layer = first_not_finite(self._stage.cut, lambda: by_layers.step([item]))
-        return TrunkFailed(f"{value} at position {item.position + row}, first in layer {layer}")
+        try:
+            self._stage.check(item, output)
+        except NotFinite as error:
+            return TrunkFailed(str(error))
+        return output
 
     def _finish(self, job: Job, error: SplitlearnError | None = None) -> None:
         """Wake the thread that waits for `job`."""
