@@ -1,11 +1,11 @@
 """A results page: what was asked, the command, the machine, the table, and its ratios as a picture."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from bench.plot import draw
+from splitlearn.terminal import say
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -19,7 +19,7 @@ def write(name: str, title: str, text: str, rows: list[dict[str, Any]], environm
     lines += ["", "## Environment", "", "```json", json.dumps(environment, indent=2), "```", ""]
     page = "\n".join(lines)
     (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
-    print(page, file=sys.stdout)
+    say(page)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -25,6 +25,7 @@ from splitlearn import config
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.progress import on_console
+from splitlearn.terminal import say
 from splitlearn.wire import READY, SERVICE
 
 DRAIN_LOOK_S, TOLD_LOOK_S = 0.05, 0.5
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         metrics = sight.listen(served.metrics, settings.server)
         running = listen(service, settings.server, door)
     except SplitlearnError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stderr=True)
         return 2
     if options.embedded:
         threading.Thread(target=_wait_for_parent, args=(told,), daemon=True).start()
@@ -135,11 +136,11 @@ def _settings(options: argparse.Namespace, given: str) -> Config:
 
 def _make_token(name: str) -> int:
     secret, entry = bearer.make(name)
-    print(
+    say(
         f"The token of {name}, shown this once; its client finds it in the variable that trunk.token names:\n{secret}",
-        file=sys.stderr,
+        stderr=True,
     )
-    print(entry, end="")
+    say(entry, end="")
     return 0
 
 
@@ -158,7 +159,7 @@ def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running
     guarded = {"tls": door.credentials is not None, "tokens": settings.tokens is not None}
     address = f"{settings.host}:{port}"
     logs.tell(log, "listening", address=address, **guarded)
-    print(f"{READY}{address}", flush=True)
+    say(f"{READY}{address}")
     return Running(server, address, state)
 
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -26,6 +26,7 @@ from server.scheduler import Turns, next_batch
 from server.seat import Job, Seat
 from splitlearn.errors import (
     InputError,
+    NotFinite,
     SplitlearnError,
     StepUnwanted,
     TrunkFailed,
@@ -33,11 +34,9 @@ from splitlearn.errors import (
     TrunkLate,
     as_error,
 )
-from splitlearn.finite import first_not_finite
 from splitlearn.flags import settings
 from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.stages import StageInput, StageOutput
-from splitlearn.wire.codec import where_not_finite
 
 ALONE_TOKENS = 256
 """Tokens of prompts in a forward while nobody decodes: a step that comes meanwhile waits for no more than those. 512
@@ -132,8 +131,7 @@ class Engine:
         finally:
             with self._arrived:
                 parent.copied -= 1
-                if parent.closed and parent.idle:
-                    self._free(parent)
+                self._free_if_over(parent)
 
     def drop(self, key: bytes, step_id: int) -> bool:
         """The client of the session named `key` wants that step no more, nor any before it. False: no such session."""
@@ -199,8 +197,7 @@ class Engine:
             if seat.closed:
                 return
             seat.closed = True
-            if seat.idle:
-                self._free(seat)
+            self._free_if_over(seat)
 
     def _lead(self, own: Job) -> None:
         """Run forwards until `own` is done, then let another thread that waits go on."""
@@ -304,7 +301,7 @@ class Engine:
     def _outcomes(self, inputs: Sequence[StageInput]) -> list[StageOutput | SplitlearnError]:
         """The stage's outputs. If a forward of several fails, each is tried alone, so that one cannot hurt another."""
         try:
-            outputs = self._stage.step(inputs) if inputs else []
+            outputs = self._stage.compute(inputs) if inputs else []
             return [self._checked(item, output) for item, output in zip(inputs, outputs, strict=True)]
         except Exception as error:
             if len(inputs) == 1:
@@ -313,26 +310,23 @@ class Engine:
 
     def _checked(self, item: StageInput, output: StageOutput) -> StageOutput | SplitlearnError:
         """The output; or, where it holds what is no number, an error that says in which layer that began."""
-        found = where_not_finite(output.x)
-        if found is None:
-            return output
-        row, value = found
-        by_layers = replace(self._stage, row=None)
-        layer = first_not_finite(self._stage.cut, lambda: by_layers.step([item]))
-        return TrunkFailed(f"{value} at position {item.position + row}, first in layer {layer}")
+        try:
+            self._stage.check(item, output)
+        except NotFinite as error:
+            return TrunkFailed(str(error))
+        return output
 
     def _finish(self, job: Job, error: SplitlearnError | None = None) -> None:
         """Wake the thread that waits for `job`."""
         job.error = error
         self._jobs.remove(job)
         job.seat.answered = time.perf_counter()
-        if job.seat.closed and job.seat.idle:
-            self._free(job.seat)
+        self._free_if_over(job.seat)
         if job.wake is not None:
             job.wake.set()
 
-    def _free(self, seat: Seat) -> None:
-        if seat.freed:
+    def _free_if_over(self, seat: Seat) -> None:
+        if not seat.closed or not seat.idle or seat.freed:
             return
         seat.freed = True
         self._seats.remove(seat)

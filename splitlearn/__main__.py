@@ -15,18 +15,24 @@ from splitlearn.config import Config
 from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import GenerationRequest
 from splitlearn.progress import on_console
+from splitlearn.terminal import guarded, say
 
 DEFAULT_CONFIG = Path("config.yaml")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for what could not be done as asked, 130 for Ctrl-C."""
+    """Run one command. Returns the exit status: 0, 2 for what could not be done as asked, 130 for Ctrl-C,
+    141 where nobody reads what it writes."""
+    return guarded(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         options = _parser().parse_args(arguments)
         command: Callable[[argparse.Namespace, Config], None] = options.command
         command(options, _config(options))
     except SplitlearnError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stderr=True)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -212,7 +218,7 @@ def _compare(options: argparse.Namespace, config: Config) -> None:
     if found is None:  # nothing sets the cancellation here
         raise SplitlearnError("The comparison ended early.")
     if options.json:
-        print(json.dumps(found.as_json(), indent=2))
+        say(json.dumps(found.as_json(), indent=2))
     else:
         print_comparison(found)
 
@@ -285,7 +291,8 @@ def _fetch(options: argparse.Namespace, config: Config) -> None:
     from splitlearn import models
 
     with on_console() as progress:
-        print(models.prepare(config.model, progress).folder)
+        folder = models.prepare(config.model, progress).folder
+    say(str(folder))
 
 
 def _models(options: argparse.Namespace, config: Config) -> None:
@@ -315,10 +322,11 @@ def _flags(options: argparse.Namespace, config: Config) -> None:
     from splitlearn.runs import Runs
 
     if options.markdown:
-        print(markdown(), end="")
+        say(markdown(), end="")
     else:
         with on_console() as progress, Runs(config, progress) as runs:
-            print_flags(runs.availability(), runs.flags(config.flags))
+            known, chosen = runs.availability(), runs.flags(config.flags)
+        print_flags(known, chosen)
 
 
 if __name__ == "__main__":

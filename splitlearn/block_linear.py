@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from splitlearn.blocks import GROUP, LANES, bits_of, from_blocks, memory, to_blocks
+from splitlearn.blocks import GROUP, LANES, SCALES_BYTES, bits_of, from_blocks, memory, to_blocks
+from splitlearn.errors import NotFinite
 from splitlearn.team import helpers
 
 OP = "block_linear"
@@ -70,10 +71,17 @@ def why_not(device: str) -> str | None:
     return None if device == "cpu" else f"is for weights on the CPU; this is {device}"
 
 
+def _check_scales(blocks: torch.Tensor, bits: int) -> None:
+    scales = blocks[:, :, : SCALES_BYTES if bits < 32 else 0].contiguous().view(torch.float16)
+    if not bool(scales.isfinite().all()):
+        raise NotFinite(f"Blocks of {bits} bits hold finite weights up to 65504 (float16) only; these are others.")
+
+
 class BlockLinear(nn.Module):
     """`x @ weight.T + bias` for x [..., in]; `pieces` are the rows of `weight` [out, in], some at a time.
 
-    `array` holds the blocks, of `bits` bits; `whole` says that nothing had to be filled up.
+    `array` holds the blocks, of `bits` bits; `whole` says that nothing had to be filled up. Raises NotFinite for
+    weights that such blocks cannot hold.
     """
 
     def __init__(self, pieces: Iterable[torch.Tensor], bias: torch.Tensor | None, bits: int) -> None:
@@ -81,6 +89,7 @@ class BlockLinear(nn.Module):
         made, self.out_features = [], 0
         for piece in pieces:
             made.append(to_blocks(piece, bits))
+            _check_scales(made[-1], bits)
             self.out_features, self.in_features = self.out_features + len(piece), piece.shape[1]
         shape = (sum(map(len, made)), *made[0].shape[1:])
         self.bits, self.array, filled = bits, memory(math.prod(shape)), 0

@@ -1,4 +1,4 @@
-"""What the command line prints for people: tables on stdout, drawn by rich."""
+"""What the command line prints for people: tables on stdout, drawn by rich; answers as they are (terminal.py)."""
 
 import json
 from collections import Counter
@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from splitlearn.arm import Kind
 from splitlearn.compare import Comparison, Watch
@@ -19,6 +18,7 @@ from splitlearn.parts import Part
 from splitlearn.progress import Progress, Step
 from splitlearn.runs import ArmReport, Item, Restarted
 from splitlearn.selection import Availability, FlagSet
+from splitlearn.terminal import PlainTable, console, say
 
 
 def watch(progress: Progress, limit: int) -> Watch:
@@ -37,66 +37,65 @@ def watch(progress: Progress, limit: int) -> Watch:
 
 def print_comparison(found: Comparison) -> None:
     """Both answers, the figures side by side, where the time went, and whether the tokens are the same."""
-    console = Console()
-    plan = found.plan
-    console.print(
-        f"[bold]{found.model}[/], trunk layers [{plan.start}, {plan.end}) of {plan.n_layers}", highlight=False
-    )
+    plan, shown = found.plan, console()
+    say(f"{found.model}, trunk layers [{plan.start}, {plan.end}) of {plan.n_layers}")
     for name, report in (("full", found.full), ("split", found.split)):
         for number, sample in enumerate(report.samples, 1):
-            console.print(f"\n[bold]{name}[/]{f', sample {number}' if report.others else ''}: ", end="")
-            console.print(sample.text.strip(), markup=False, highlight=False)
-    console.print()
-    console.print(_figures(found))
-    console.print(_ledger(found.full.metrics, found.split.metrics))
+            shown.print(Text(f"\n{name}", "bold"), end="")
+            say(f"{f', sample {number}' if report.others else ''}: {sample.text.strip()}")
+    say()
+    shown.print(_figures(found))
+    shown.print(_ledger(found.full.metrics, found.split.metrics))
     for recovered in found.split.metrics.recoveries:
-        console.print(recovery_sentence(*recovered), highlight=False)
+        say(recovery_sentence(*recovered))
     verdict = "identical"
     if (differ := found.first_difference) is not None:
         where = f" of sample {differ[0] + 1}" if found.full.others else ""
         verdict = f"they differ from token {differ[1] + 1}{where} on"
-    console.print(f"Tokens of full and split: [bold]{verdict}[/]. One run of each (n = 1).", highlight=False)
+    say(f"Tokens of full and split: {verdict}. One run of each (n = 1).")
 
 
 def print_models(rows: Sequence[ModelStatus], cache: Path) -> None:
     """The catalogue, and what else is cached."""
-    table = Table("model", "source", "licence", "cached", "description", title=f"Models (cache: {cache})")
+    say(f"Models (cache: {cache})")
+    table = PlainTable("model", "source", "licence", "cached", "description")
     for row in rows:
         entry = row.entry
         cached = (
             _bytes(row.cached_bytes) if row.folder else f"no ({_bytes(entry.download_bytes)} to fetch)" if entry else ""
         )
         table.add_row(row.name, row.source, entry.licence if entry else "", cached, entry.description if entry else "")
-    Console().print(table)
+    console().print(table)
 
 
 def print_parts(found: Sequence[Part], as_json: bool) -> None:
     """What each part holds."""
     if as_json:
-        print(json.dumps([asdict(part) for part in found], indent=2))
+        say(json.dumps([asdict(part) for part in found], indent=2))
         return
-    table = Table("part", "layers", "parameters", "weights", "KV cache per token", "wire per token")
+    table = PlainTable("part", "layers", "parameters", "weights", "KV cache per token", "wire per token")
     for part in found:
         sizes = (part.weight_bytes, part.kv_bytes_per_token, part.wire_bytes_per_token)
         table.add_row(part.name, part.layers, f"{part.parameters:,}", *map(_bytes, sizes))
-    Console().print(table)
+    console().print(table)
 
 
 def print_flags(available: Availability, applied: FlagSet) -> None:
     """The matrix of flag by side: applied, available, unavailable and why."""
-    table = Table("flag", "fidelity", *SIDES, title="Flags, with config.yaml's choice")
+    say("Flags, with config.yaml's choice")
+    table = PlainTable("flag", "fidelity", *SIDES)
     for name, flag in FLAGS.items():
         states = []
         for side in SIDES:
             reason = available[side][name]
             chosen = any(text.partition("=")[0] == name for text in applied.of(side))
-            states.append(f"[dim]{reason}[/]" if reason else "[bold]applied[/]" if chosen else "available")
+            states.append(Text(reason, "dim") if reason else Text("applied", "bold") if chosen else Text("available"))
         table.add_row(name, flag.fidelity, *states)
-    Console().print(table)
+    console().print(table)
 
 
-def _figures(found: Comparison) -> Table:
-    table = Table("", "full", "split", "split / full")
+def _figures(found: Comparison) -> PlainTable:
+    table = PlainTable("", "full", "split", "split / full")
     full, split = found.full.metrics, found.split.metrics
     for label, of in _TIMES.items():
         one, other = of(full), of(split)
@@ -134,9 +133,9 @@ _TIMES: dict[str, Callable[[RunMetrics], float | None]] = {
 }
 
 
-def _ledger(full: RunMetrics, split: RunMetrics) -> Table:
+def _ledger(full: RunMetrics, split: RunMetrics) -> PlainTable:
     """Where the time went, in milliseconds per step after the first, and as a share."""
-    table = Table("time per decoded token", "full", "", "split", "", title=None)
+    table = PlainTable("time per decoded token", "full", "", "split", "")
     for name in LEDGER_ORDER:
         cells = []
         for metrics in (full, split):

@@ -12,7 +12,7 @@ import torch
 
 from splitlearn import loading
 from splitlearn.drafts import COUNTS
-from splitlearn.errors import InputError
+from splitlearn.errors import InputError, NotFinite
 from splitlearn.loading import Placement
 from splitlearn.local_stage import LocalStage
 from splitlearn.selection import FAST, FAST_IN_ANY
@@ -68,7 +68,7 @@ class DraftModel:
         new, found = list(sequence[position:]), list[int]()
         while len(found) < count:
             item = StageInput(self._session, position, torch.tensor([new]), rope_length=self._rope_length)
-            logits = self._stage.step([item])[0].x[0, -1]
+            logits = self._stepped(item)[0, -1]
             self._fed[position:] = new
             position += len(new)
             new = [int(logits[: self._size].argmax())]
@@ -83,6 +83,12 @@ class DraftModel:
             return position
         self._rope_length = tokens
         return 0
+
+    def _stepped(self, item: StageInput) -> torch.Tensor:
+        try:
+            return self._stage.step([item])[0].x
+        except NotFinite as error:
+            raise NotFinite(f"model.draft: {error}") from error
 
 
 class _Ahead(Sequence[int]):

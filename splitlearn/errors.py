@@ -5,7 +5,8 @@
     |-- ModelError          weights or architecture
     |   |-- ModelUnavailable   not in the cache and not to be had from here
     |   |-- WeightsDamaged     a cached file is not what was written
-    |   `-- FamilyRefused      the architecture cannot be cut exactly
+    |   |-- FamilyRefused      the architecture cannot be cut exactly
+    |   `-- NotFinite          what was computed is no number: NaN, or beyond what the dtype holds
     |-- TrunkError          the far end of a split
     |   |-- TrunkUnavailable   nobody answers, or the connection was lost
     |   |   |-- TrunkLate          it would answer too late: the step was dropped
@@ -60,6 +61,10 @@ class WeightsDamaged(ModelError):
 
 class FamilyRefused(ModelError):
     """The architecture cannot be cut into stages that give the full model's logits."""
+
+
+class NotFinite(ModelError):
+    """The model computed NaN or Inf, from which no token can be chosen: names the layer where that began."""
 
 
 class TrunkError(SplitlearnError):

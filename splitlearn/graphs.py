@@ -27,7 +27,7 @@ from splitlearn.kv import KVPool, Run, shapes_of
 from splitlearn.one_row import Row
 from splitlearn.parted_head import Early
 from splitlearn.rope import is_pure
-from splitlearn.split import CutModel, body_of, eagerly, example, forward
+from splitlearn.split import CutModel, agree, body_of, eagerly, example, forward
 
 log = logging.getLogger(__name__)
 Body = Callable[[], torch.Tensor]
@@ -132,9 +132,7 @@ class GraphRow:
         # While one recording is there the memory that all share is, too.
         self._first, self.compile_s = dict(self._recordings), 0.0
         self.forget()
-        same = found is not None and torch.allclose(
-            own.cpu(), found.cpu(), rtol=near, atol=near * float(own.abs().max())
-        )
+        same = found is not None and agree(own.cpu(), found.cpu(), near)
         if not same:
             log.warning("The layers [%d, %d) are not recorded: a replay differs", self._cut.start, self._cut.end)
         return same

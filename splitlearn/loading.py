@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from splitlearn import proof
 from splitlearn.blocks import LANES
-from splitlearn.errors import WeightsDamaged
+from splitlearn.errors import NotFinite, WeightsDamaged
 from splitlearn.families import join
 from splitlearn.flags import Settings, settings
 from splitlearn.local_stage import LocalStage
@@ -32,6 +32,7 @@ from splitlearn.store import ALIGNMENT, ModelFiles
 # Layers that are linear and nothing else; what a family makes of them has a class of its own.
 LINEAR = (nn.Linear, Conv1D)
 PIECE_BYTES = 8 << 20
+_IN_BLOCKS = "Leave out the flag weight_dtype, and set model.dtype to bfloat16 or float32."
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,10 @@ def _replace_linears(cut: CutModel, wanted: Settings, get: Callable[[str], torch
         if make is not None and type(layer) in LINEAR:
             whole = partial(get, cut.full_name(join(path, "weight")))
             bias = None if layer.bias is None else get(cut.full_name(join(path, "bias"))).to(dtype, copy=True)
-            module.set_submodule(path, make(_pieces(whole, type(layer) is Conv1D, dtype), bias))
+            try:
+                module.set_submodule(path, make(_pieces(whole, type(layer) is Conv1D, dtype), bias))
+            except NotFinite as error:
+                raise NotFinite(f"{cut.full_name(join(path, 'weight'))}: {error} {_IN_BLOCKS}") from error
             trim_heap()
 
 

@@ -9,16 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, repeat
 
 import torch
 from transformers.cache_utils import Cache
 
-from splitlearn import caches
+from splitlearn import caches, finite
 from splitlearn.caches import ReservedCache
-from splitlearn.errors import FamilyRefused, InputError
+from splitlearn.errors import FamilyRefused, InputError, NotFinite
 from splitlearn.events import StageTiming
 from splitlearn.families import rope_restart
 from splitlearn.flags import Settings
@@ -200,7 +200,25 @@ class LocalStage:
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """One step of each session; of several in one forward where they can share it, for which their flags are the
-        same. Raises InputError for a position beyond the cached length or too many tokens."""
+        same. Raises InputError for a position beyond the cached length or too many tokens, NotFinite for what is no
+        number."""
+        outputs = self.compute(batch)
+        for item, output in zip(batch, outputs, strict=True):
+            self.check(item, output)
+        return outputs
+
+    def check(self, item: StageInput, output: StageOutput) -> None:
+        """Raise NotFinite that names the layer where it began if `output`, of `item`, holds NaN or Inf."""
+        wrong = finite.wrong_place(output.x, logits=self.cut.last)
+        if wrong is None:
+            return
+        row, value = wrong
+        position = item.position + item.x.shape[1] - output.x.shape[1] + row
+        by_layers, again = replace(self, row=None), replace(item, early=None, unwanted=None)
+        raise NotFinite(finite.told(self.cut, value, position, self.dtype, lambda: by_layers.compute([again])))
+
+    def compute(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        """`step` without the check of what comes out."""
         if len(batch) > 1 and all(item.session.shares for item in batch) and not self._replays(batch):
             return self._packed(batch)
         return [self._step(item) for item in batch]

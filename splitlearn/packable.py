@@ -8,7 +8,7 @@ import torch
 from splitlearn.flags import Settings
 from splitlearn.kv import KVPool, PooledCache, Run
 from splitlearn.packed import Packed, forward_packed
-from splitlearn.split import CutModel, forward
+from splitlearn.split import CutModel, agree, forward
 
 # Tokens of two sessions in two steps: prompts from their beginnings; then one token, and a piece of a prompt.
 STEPS = ((3, 2), (1, 2))
@@ -40,9 +40,7 @@ def agrees(cut: CutModel, pool: KVPool, x: torch.Tensor, settings: Settings) -> 
         except Exception:  # whatever the layers raise, they cannot
             return False
     close = float(torch.finfo(apart[0].dtype).eps ** 0.5)
-    return all(
-        torch.allclose(a, b, rtol=close, atol=close * float(a.abs().max())) for a, b in zip(apart, packed, strict=True)
-    )
+    return all(agree(a, b, close) for a, b in zip(apart, packed, strict=True))
 
 
 def _packed(

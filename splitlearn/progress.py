@@ -12,8 +12,10 @@ from typing import Any
 
 import tqdm.auto  # type: ignore[import-untyped]
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from splitlearn import terminal
 
 
 @dataclass(frozen=True)
@@ -35,23 +37,33 @@ def silent(step: Step) -> None:
 @contextmanager
 def on_console() -> Iterator[Progress]:
     """A `Progress` that shows its steps on stderr for as long as the context is open."""
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     if not console.is_terminal:
-        yield _plain(console)
+        yield _plain()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with RichProgress(*columns, console=console) as bars:
+    columns = (label_column(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with bars_on(console, *columns) as bars:
         yield _bars(bars)
 
 
-def _plain(console: Console) -> Progress:
+def label_column() -> TextColumn:
+    """The name of what goes on, which is no markup."""
+    return TextColumn("{task.description}", markup=False)
+
+
+def bars_on(console: Console, *columns: ProgressColumn, **options: Any) -> RichProgress:
+    """Bars that leave stdout alone: what is printed meanwhile goes there as it is."""
+    return RichProgress(*columns, console=console, redirect_stdout=False, **options)
+
+
+def _plain() -> Progress:
     """One line for each label, when it first comes up."""
     seen: set[str] = set()
 
     def show(step: Step) -> None:
         if step.label not in seen:
             seen.add(step.label)
-            console.print(step.label, highlight=False, soft_wrap=True)
+            terminal.say(step.label, stderr=True)
 
     return show
 
@@ -64,7 +76,7 @@ def _bars(bars: RichProgress) -> Progress:
         if step.label not in tasks:
             for task in tasks.values():
                 bars.update(task, total=1, completed=1)
-            tasks[step.label] = bars.add_task(step.label, total=step.total)
+            tasks[step.label] = bars.add_task(terminal.visible(step.label), total=step.total)
         bars.update(tasks[step.label], completed=step.done, total=step.total)
 
     return show

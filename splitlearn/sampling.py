@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from splitlearn.errors import InputError
+from splitlearn.errors import InputError, NotFinite
 
 TopK = Callable[[torch.Tensor, int], torch.Tensor]
 SEEDS = 2**63
@@ -73,13 +73,17 @@ def sample(
 ) -> int:
     """Choose a token id from `logits`, float [V], given the ids before it.
 
-    `top_k` masks all but the k largest logits: `top_k_by_sort` or `top_k_by_selection`.
+    `top_k` masks all but the k largest logits: `top_k_by_sort` or `top_k_by_selection`. A logit of -inf masks a token.
+    Raises NotFinite where the largest is no finite number: there is a NaN, or every token is masked.
     """
     if params.repetition_penalty != 1.0:
-        logits = _penalise(logits, params.repetition_penalty, previous)
+        logits = _penalise(logits.float(), params.repetition_penalty, previous)
     if params.greedy:
-        return int(logits.argmax().item())
+        likeliest = int(logits.argmax().item())  # a NaN, where there is one
+        _check_largest(float(logits[likeliest]))
+        return likeliest
     scores = logits.float().cpu() / params.temperature
+    _check_largest(float(scores.amax(-1)))
     if 0 < params.top_k < scores.shape[-1]:
         scores = top_k(scores, params.top_k)
     if params.top_p < 1.0:
@@ -87,6 +91,12 @@ def sample(
     # To look a uniform number up in the running sums takes 0.04 ms in place of 0.8 (V = 49,152), but a rounding of any
     # logit then moves the bounds of all later tokens. Here each token has a number of its own.
     return int(torch.multinomial(scores.softmax(-1), 1, generator=rng).item())
+
+
+def _check_largest(logit: float) -> None:
+    if not math.isfinite(logit):
+        wrong = f"No token can be chosen: after penalty and temperature the largest logit is {logit}."
+        raise NotFinite(f"{wrong} A model.dtype of bfloat16 or float32, or values nearer to 1, may help.")
 
 
 def top_k_by_sort(scores: torch.Tensor, k: int) -> torch.Tensor:

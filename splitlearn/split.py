@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -176,6 +177,13 @@ def example(cut: CutModel, tokens: int) -> Tensor:
         return torch.randint(8, (1, tokens), generator=made).to(weight.device)
     hidden: int = body_of(cut).config.get_text_config().hidden_size
     return (0.1 * torch.randn(1, tokens, hidden, generator=made)).to(weight.device, weight.dtype)
+
+
+def agree(own: Tensor, found: Tensor, near: float) -> bool:
+    """Whether `found` is `own` but for rounding: within `near` of each value, or of the largest of them. What is not
+    finite agrees with nothing, as nothing can be told of it."""
+    most = float(own.abs().max())
+    return math.isfinite(most) and torch.allclose(own, found, rtol=near, atol=near * most)
 
 
 def layers_of(cut: CutModel) -> nn.ModuleList:

@@ -279,4 +279,12 @@ class Stream:
         if not wanted:
             return torch.empty(1, 0, hidden_size, dtype=self._served.dtype)
         data = b"".join(result.hidden.data for result in results)
-        return converted(self._read(data), self._served.dtype)
+        return self._finite(converted(self._read(data), self._served.dtype))
+
+    def _finite(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`; raises TrunkFailed where the trunk sent NaN or Inf."""
+        if (found := codec.where_not_finite(x)) is not None:
+            plan, (row, value) = self._served.plan, found
+            layers = f"its layers [{plan.start}, {plan.end})"
+            raise TrunkFailed(f"The trunk server at {self.address} sent {value} in row {row} of an answer of {layers}.")
+        return x

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,10 @@ def _pool(blocks: int) -> KVPool:
 
 def _stays(gone: object) -> bool:
     return True
+
+
+def _waits(admission: Admission, count: int) -> bool:
+    return admission.waiting == count
 
 
 @settings(deadline=None)
@@ -88,7 +93,7 @@ def test_the_holder_with_fewer_sessions_comes_in_first() -> None:
     with ThreadPoolExecutor(3) as threads:
         for count, holder in enumerate(("many", "many", "one"), 1):
             threads.submit(enter, holder)
-            assert eventually(lambda count=count: admission.waiting == count)
+            assert eventually(partial(_waits, admission, count))
         admission.leave(places.pop())
         assert eventually(lambda: len(order) == 3)
     assert order[0] == "one"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import grpc
@@ -16,6 +17,7 @@ import torch
 
 from server.admission import Place
 from server.build import KV_SHARE, Served
+from server.engine import Engine
 from server.seat import Seat
 from splitlearn import loading
 from splitlearn.chain import Link
@@ -23,7 +25,7 @@ from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags import settings as settings_of
 from splitlearn.generate import Generator
-from splitlearn.kv import bytes_per_token
+from splitlearn.kv import KVPool, bytes_per_token
 from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.store import ModelFiles
@@ -37,6 +39,14 @@ FAMILIES = ("gpt2", "llama", "qwen3", "gemma2")
 WITH_SDPA = ("gpt2", "llama", "qwen3")  # gemma2 attends eagerly, whatever is asked for
 SESSIONS, AT_ONCE = 50, 8
 WORDS = ("The", "sky", "is", "blue", "because", "air", "scatters", "short", "waves", "of", "light", "more")
+
+
+def _uses(pool: KVPool, blocks: int) -> bool:
+    return pool.blocks_used == blocks
+
+
+def _waits(engine: Engine, count: int) -> bool:
+    return engine.waiting == count
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,7 @@ def test_the_parts_of_steps_that_wait_are_within_the_memory_that_sessions_reserv
             with Stream(here.address) as stream:
                 stream.ask(opening(files, max_length=128, flags=flags))
                 assert pool.blocks_used == before + 2
-            assert eventually(lambda before=before: pool.blocks_used == before)
+            assert eventually(partial(_uses, pool, before))
 
 
 def test_a_step_in_parts_must_be_whole_within_the_time_of_one_message(files: ModelFiles) -> None:
@@ -239,18 +249,24 @@ def test_sessions_that_differ_in_what_no_forward_sees_share_one(
         tried.append(len(batch))
         return real(self, batch)
 
-    kinds = ({"use_cache"}, {"use_cache", "inference_mode"}, {"use_cache", "wire_dtype=bfloat16"}, set())
+    kinds: tuple[set[str], ...] = (
+        {"use_cache"},
+        {"use_cache", "inference_mode"},
+        {"use_cache", "wire_dtype=bfloat16"},
+        set(),
+    )
     x = hidden(files, 1)
     with serve_here(files) as here:
         engine = here.served.engine
-        first, *others = (engine.open(frozenset(flags), 20, 60.0, lambda gone: True) for flags in (*kinds, kinds[0]))
+        wanted = [frozenset(flags) for flags in (*kinds, kinds[0])]
+        first, *others = (engine.open(flags, 20, 60.0, lambda gone: True) for flags in wanted)
         monkeypatch.setattr(LocalStage, "step", wait_and_step)
         with ThreadPoolExecutor(len(kinds) + 1) as pool:
             asked = [pool.submit(engine.step, first, 0, x, 60.0)]
             assert eventually(lambda: first.running)
             for count, each in enumerate(others, 1):
                 asked.append(pool.submit(engine.step, each, 0, x, 60.0))
-                assert eventually(lambda count=count: engine.waiting == count)
+                assert eventually(partial(_waits, engine, count))
             go_on.set()
             outputs = [each.result().x for each in asked]
     assert tried == [1, len(kinds)]

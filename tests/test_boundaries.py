@@ -101,7 +101,7 @@ def _generated(model: Any, prompt: torch.Tensor, total: int = TOTAL) -> tuple[to
 def judged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Judged:
     family, own = FAMILIES[request.param]
     folder: Path = tmp_path_factory.mktemp("boundaries") / request.param
-    files = make_converted(folder, family, **SPREAD | own)
+    files = make_converted(folder, family, **dict[str, Any](SPREAD | own))
     model = AutoModelForCausalLM.from_pretrained(folder.with_name(f"{folder.name}-checkpoint")).eval()
     ids = torch.randint(10, 390, (1, LONG), generator=torch.Generator().manual_seed(3))
     return Judged(request.param, files, model, {tokens: _generated(model, ids[:, :tokens]) for tokens in (SHORT, LONG)})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from splitlearn.errors import InputError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.wire import MAX_MESSAGE_BYTES, MAX_TENSOR_BYTES, codec, status
 from splitlearn.wire import trunk_pb2 as pb
-from splitlearn.wire.rows import BLOCK, Int8Blocks, Plain, Rows
+from splitlearn.wire.rows import BLOCK, Int8Blocks, Plain, Rows, converted
 from tests.trunk import RAW, encoded
 
 DTYPES = list(codec.DTYPES.values())
@@ -187,3 +187,13 @@ def test_a_message_of_any_length_is_made_short_enough_to_arrive_with_both_ends()
     assert short.startswith("model is right")
     assert short.endswith("try again")
     assert status.shorten("as it is") == "as it is"
+
+
+@pytest.mark.parametrize("form", [Int8Blocks(), Plain(torch.bfloat16)], ids=str)
+def test_the_largest_finite_numbers_of_float16_stay_finite_and_infinite_ones_do_not(form: Rows) -> None:
+    x = torch.full((1, 2, 64), 65504.0, dtype=torch.float16)
+    back = converted(form.from_bytes(form.to_bytes(x), 64), torch.float16)
+    assert torch.allclose(back, x, rtol=0.01)
+    x[0, 1, 3] = torch.inf
+    back = converted(form.from_bytes(form.to_bytes(x), 64), torch.float16)
+    assert codec.where_not_finite(back) is not None

@@ -14,17 +14,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("sources",),
+    ("sources", "terminal"),
     ("blocks", "breaker", "drafts", "errors", "jit", "native", "progress", "stop", "team", "threads", "watchdog"),
     ("attention", "caches", "config", "families", "machine", "prepacked", "process", "products", "sampling", "store"),
     ("block_linear", "convert", "phases", "rope", "row_attention", "wire"),
     ("events", "parted_head", "row_kernel", "split", "tokens"),
-    ("compiling", "kv", "one_row"),
+    ("compiling", "finite", "kv", "one_row"),
     ("graphs",),
     ("flags",),
     ("packed",),
     ("packable", "proof", "stages"),
-    ("chain", "fetch", "finite", "local_stage", "metrics", "parts", "selection"),
+    ("chain", "fetch", "local_stage", "metrics", "parts", "selection"),
     ("embedded", "flags_page", "ledger", "loading", "models", "stream"),
     ("draft_model", "head_start", "trunks"),
     ("generate", "remote"),

@@ -4,8 +4,9 @@ transformers' own generate() on the uncut model, across the length at which they
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -114,7 +115,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     def make(name: str) -> Case:
         model_type, changes = MODELS[name]
         folder: Path = tmp_path_factory.mktemp("rope") / name
-        return Case(make_converted(folder, model_type, **changes))
+        return Case(make_converted(folder, model_type, **dict[str, Any](changes)))
 
     return make
 
@@ -279,7 +280,7 @@ class _Answer:
 def test_drafts_stop_short_of_the_change(case: Case, trunk: TrunkHere, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Speculation, "_rate", lambda self, count: count)  # as many as there may be
     for length in (CHANGE - 10, CHANGE - 1, CHANGE + 9):
-        client = split(case, trunk.address, CACHED, [lambda length=length: _Answer(case, length)])
+        client = split(case, trunk.address, CACHED, [partial(_Answer, case, length)])
         events = list(client.stream(case.request(length)))
         assert said(iter(events)) == case.answer(length), length
         assert sum(event.drafts for event in events if isinstance(event, TokenEvent)) > 8

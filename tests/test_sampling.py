@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from splitlearn.errors import InputError
+from splitlearn.errors import InputError, NotFinite
 from splitlearn.sampling import SamplingParams, _top_p, random_source, sample, top_k_by_selection, top_k_by_sort
 
 
@@ -80,3 +80,23 @@ def test_top_p_keeps_what_sorting_all_would(spread: float, top_p: float) -> None
 def _draw(logits: torch.Tensor, params: SamplingParams, count: int) -> list[int]:
     rng = random_source(params)
     return [sample(logits, params, [], rng, top_k_by_selection) for _ in range(count)]
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.0, top_k=2, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_token_is_chosen_from_what_is_no_number(params: SamplingParams, value: float) -> None:
+    for logits in (torch.tensor([0.0, value, 1.0]), torch.full((3,), -math.inf)):
+        with pytest.raises(NotFinite, match=r"largest logit is .*bfloat16 or float32"):
+            sample(logits, params, [], random_source(params), top_k_by_selection)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.0, top_k=2, top_p=0.9)], ids=str)
+def test_masked_tokens_are_not_chosen(params: SamplingParams) -> None:
+    logits = torch.tensor([-math.inf, 1.0, -math.inf, -math.inf])
+    assert sample(logits, params, [], random_source(params), top_k_by_selection) == 1
+
+
+def test_a_penalty_does_not_overflow_float16() -> None:
+    params = SamplingParams(repetition_penalty=0.01)
+    logits = torch.tensor([3000.0, 2000.0, 10.0], dtype=torch.float16)
+    assert sample(logits, params, [1], random_source(params), top_k_by_selection) == 1

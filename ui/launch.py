@@ -4,7 +4,6 @@ import argparse
 import os
 import signal
 import socket
-import sys
 import threading
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +14,7 @@ from splitlearn.config import Config
 from splitlearn.embedded import Server
 from splitlearn.errors import SetupError, SplitlearnError, TrunkError
 from splitlearn.progress import Progress, Step, on_console
+from splitlearn.terminal import say
 from ui import share
 from ui.share import Login
 
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         port = free_port(settings.ui.host, settings.ui.port)
         _serve(settings, port, login, _repeat(options))
     except SplitlearnError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stderr=True)
         return 2
     except KeyboardInterrupt:
         return 0
@@ -116,7 +116,7 @@ def _greet_trunk(runs: "Runs", progress: Progress) -> None:
     try:
         runs.check_trunk()
     except TrunkError as error:
-        print(f"warning: {error} The page starts all the same.", file=sys.stderr)
+        say(f"warning: {error} The page starts all the same.", stderr=True)
 
 
 def _launch(demo: Any, **options: Any) -> None:
@@ -162,7 +162,7 @@ def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
         )
         demo.server.config.encoded_headers.clear()  # which program serves it
         try:
-            print(f"The page is on http://{settings.host}:{port}", flush=True)
+            say(f"The page is on http://{settings.host}:{port}")
             if settings.share:
                 share.open_link(demo, sharing)
             threading.Event().wait()

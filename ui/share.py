@@ -7,7 +7,6 @@ than a minute, and for ever on a tunnel client that says nothing. The local page
 import os
 import re
 import secrets
-import sys
 import threading
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +16,7 @@ from urllib.parse import urlparse
 
 from splitlearn.config import UiConfig, is_loopback
 from splitlearn.errors import SetupError
+from splitlearn.terminal import say
 
 TIMEOUT_S = 30.0
 State = Literal["off", "asked", "open", "failed"]
@@ -122,12 +122,12 @@ def open_link(demo: Any, sharing: Sharing, timeout_s: float = TIMEOUT_S) -> None
         why = " ".join(str(answer).split()).rstrip(".:") or type(answer).__name__
         sharing.message = f"No public link: {why}. The page works on this machine; only the link is missing."
         sharing.state = "failed"
-        print(sharing.message, file=sys.stderr, flush=True)
+        say(sharing.message, stderr=True)
         return
     sharing.host = urlparse(answer).netloc.lower()
     sharing.message = f"Public link: https://{sharing.host}"
     sharing.state = "open"
-    print(sharing.message, flush=True)
+    say(sharing.message)
 
 
 def _ask(demo: Any, answers: "SimpleQueue[str | Exception]", given_up: threading.Event) -> None:

@@ -2,6 +2,7 @@
 experiments side by side."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ def write_exports(findings: Findings, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "results.json": json.dumps(frames.as_json(findings), indent=1, allow_nan=False) + "\n",
-        "verdicts.csv": frames.verdicts(findings).to_csv(index=False),
-        "pairs.csv": frames.pairs(findings).to_csv(index=False),
-        "trials.csv": frames.trials(findings).to_csv(index=False),
+        "verdicts.csv": frames.csv(frames.verdicts(findings)),
+        "pairs.csv": frames.csv(frames.pairs(findings)),
+        "trials.csv": frames.csv(frames.trials(findings)),
         "report.html": html(findings),
         "report.md": markdown(findings),
     }
@@ -94,12 +95,19 @@ def markdown(findings: Findings) -> str:
 def compare_two(one: Findings, other: Findings) -> str:
     """Both verdict tables side by side, as Markdown, below a warning that names what differs between the two."""
     differing = [*differences(one.setup.environment, other.setup.environment), *_asked_otherwise(one, other)]
-    named = "\n".join(f"- {difference}" for difference in differing)
+    named = "\n".join(f"- {shown.plain(difference)}" for difference in differing)
     warning = f"WARNING: the two experiments differ in more than chance; compare their figures with care.\n\n{named}"
-    names = "\n".join(f"{letter}: `{found.setup.command}`" for letter, found in (("A", one), ("B", other)))
+    names = "\n".join(f"{letter}: {_code(found.setup.command)}" for letter, found in (("A", one), ("B", other)))
     table = shown.markdown_table(shown.side_by_side(one.rows, other.rows))
     same = "Both ran in the same environment with the same settings."
     return "\n\n".join([names, warning if differing else same, table]) + "\n"
+
+
+def _code(text: str) -> str:
+    """`text` as a code span of Markdown, in more backticks than it has in a row."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 
 def _asked_otherwise(one: Findings, other: Findings) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Findings as tables for people: text cells with their units, the same ones for the HTML report and for Markdown."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -172,7 +173,8 @@ def milliseconds(value: float | None) -> str:
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is, also inside a table: no column, tag or second line begins in it."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    escaped = re.sub(r"[\\|`*~$]|(?<=\])\(", r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;"))
+    return " ".join(escaped.splitlines())
 
 
 def _line(cells: Iterable[str]) -> str:

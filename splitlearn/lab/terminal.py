@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
+from rich.progress import BarColumn, TextColumn
 
 from splitlearn.config import Config
 from splitlearn.lab import analysis, frames, report
@@ -21,8 +19,9 @@ from splitlearn.lab.asking import Asked, setup
 from splitlearn.lab.experiment import Experiment, State, alone
 from splitlearn.lab.store import Store
 from splitlearn.lab.work import ServiceLevel
-from splitlearn.progress import on_console
+from splitlearn.progress import bars_on, label_column, on_console
 from splitlearn.runs import Runs
+from splitlearn.terminal import PlainTable, console, say, visible
 
 FILE = "experiment.sqlite"
 FOLDER = "lab"
@@ -56,9 +55,9 @@ def show(folders: Sequence[Path], service: ServiceLevel, *, as_json: bool) -> No
     """One experiment, or two held against each other."""
     found = [_read(folder, service) for folder in folders]
     if len(found) == 2:
-        print(report.compare_two(*found))
+        say(report.compare_two(*found))
     elif as_json:
-        print(json.dumps(frames.as_json(found[0]), indent=2))
+        say(json.dumps(frames.as_json(found[0]), indent=2))
     else:
         report.write_exports(found[0], folders[0])
         _print(found[0], folders[0])
@@ -85,19 +84,16 @@ def _end(folder: Path, as_json: bool) -> None:
     found = _read(folder)
     report.write_exports(found, folder)
     if as_json:
-        print(json.dumps(frames.as_json(found), indent=2))
+        say(json.dumps(frames.as_json(found), indent=2))
     else:
         _print(found, folder)
 
 
 def _print(found: Findings, folder: Path) -> None:
     """The verdicts on stdout."""
-    console = Console()
     ended = found.finished or "It has not finished: go on with --resume"
-    console.print(
-        f"{found.setup.model}, design [bold]{found.setup.design}[/], {found.blocks} pairs. {ended}.", highlight=False
-    )
-    table = Table("flag", "arm", "metric", "with / without", "verdict", "pairs")
+    say(f"{found.setup.model}, design {found.setup.design}, {found.blocks} pairs. {ended}.")
+    table = PlainTable("flag", "arm", "metric", "with / without", "verdict", "pairs")
     for row in found.rows:
         effect = row.effect
         ratio = f"{effect.ratio:.3f} [{effect.low:.3f}, {effect.high:.3f}]" if effect else ""
@@ -109,8 +105,8 @@ def _print(found: Findings, folder: Path) -> None:
             row.said,
             str(effect.pairs) if effect else "",
         )
-    console.print(table)
-    console.print(f"Ratios are of times: below 1 the flag makes it faster. Report: {folder / 'report.html'}")
+    console().print(table)
+    say(f"Ratios are of times: below 1 the flag makes it faster. Report: {folder / 'report.html'}")
 
 
 See = Callable[[State], None]
@@ -119,17 +115,19 @@ See = Callable[[State], None]
 @contextmanager
 def _watch() -> Iterator[See]:
     """Shows states on stderr: a bar with the remaining time on a terminal, a line for each block elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Lines(console).see
+    shown = console(stderr=True)
+    if not shown.is_terminal:
+        yield _Lines().see
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=console, auto_refresh=False) as bars:
+    columns = (label_column(), BarColumn(), TextColumn("{task.fields[left]}", markup=False))
+    with bars_on(shown, *columns, auto_refresh=False) as bars:
         task = bars.add_task("starting", total=None, left="")
 
         def see(state: State) -> None:
             total = None if state.remaining_s is None else state.elapsed_s + state.remaining_s
-            bars.update(task, description=_label(state), completed=state.elapsed_s, total=total, left=_left(state))
+            bars.update(
+                task, description=visible(_label(state)), completed=state.elapsed_s, total=total, left=_left(state)
+            )
             bars.refresh()
 
         yield see
@@ -138,15 +136,14 @@ def _watch() -> Iterator[See]:
 class _Lines:
     """One plain line for each phase that is not just another arm of the same block."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self) -> None:
         self._last = ""
 
     def see(self, state: State) -> None:
         kind = state.phase.partition(":")[0]
         if kind != self._last:
             self._last = kind
-            self._console.print(f"{_label(state)} {_left(state)}", highlight=False, soft_wrap=True)
+            say(f"{_label(state)} {_left(state)}", stderr=True)
 
 
 def _label(state: State) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from splitlearn.lab.frames import csv
 from splitlearn.lab.report import picture
 from splitlearn.load import pictures
 from splitlearn.load.drive import Measured
@@ -156,4 +157,4 @@ def _requests(findings: Findings) -> str:
         }
         for outcome in findings.measured.outcomes
     ]
-    return pd.DataFrame(rows).to_csv(index=False)
+    return csv(pd.DataFrame(rows))

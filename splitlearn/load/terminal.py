@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from splitlearn.arm import ArmSpec
 from splitlearn.compare import environment
 from splitlearn.config import Config
@@ -25,6 +22,7 @@ from splitlearn.load.report import Findings
 from splitlearn.load.summary import Summary
 from splitlearn.progress import Progress, on_console
 from splitlearn.runs import Runs
+from splitlearn.terminal import PlainTable, console, say
 from splitlearn.tokens import Tokens
 
 FOLDER = "load"
@@ -37,7 +35,7 @@ def run(asked: Asked, config: Config, out: Path | None, *, as_json: bool) -> Non
         found = measure(runs, asked, progress, stop)
     report.write_exports(found, folder)
     if as_json:
-        print(json.dumps(report.as_json(found), indent=2))
+        say(json.dumps(report.as_json(found), indent=2))
     else:
         _print(found, folder)
 
@@ -83,19 +81,18 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
 
 def _print(found: Findings, folder: Path) -> None:
     """The figures on stdout."""
-    console = Console()
-    console.print(f"[bold]{found.model}[/]: {report.about(found)}", highlight=False, soft_wrap=True)
+    say(f"{found.model}: {report.about(found)}")
     heads, *rows = report.times(found.summary)
-    table = Table(*heads)
+    table = PlainTable(*heads)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
-    counts = Table(show_header=False)
+    console().print(table)
+    counts = PlainTable("", "", show_header=False)
     for name, value in report.counts(found):
         counts.add_row(name, value)
-    console.print(counts)
+    console().print(counts)
     for reason, count in found.summary.reasons.items():
-        console.print(f"{count} times: {reason}", markup=False, highlight=False)
+        say(f"{count} times: {reason}")
     for note in report.notes(found.summary):
-        console.print(note, style="bold", highlight=False)
-    console.print(f"Report: {folder / 'report.html'}", highlight=False)
+        say(note)
+    say(f"Report: {folder / 'report.html'}")
