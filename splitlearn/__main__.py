@@ -96,7 +96,9 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_flags_option(parser)
     parser.add_argument("--ignore-eos", action="store_true", help="go on to the limit, for measuring")
-    parser.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
+    form.add_argument("--chat-template", metavar="NAME", help="apply the one with this name, of a model with several")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this text comes up")
     parser.add_argument(
         "--temperature", type=_real("temperature"), default=0.0, metavar="T", help="0 is greedy (default)"
@@ -183,7 +185,7 @@ def _request(options: argparse.Namespace, config: Config) -> GenerationRequest:
     return GenerationRequest(
         prompt=defaults.prompt if options.prompt is None else options.prompt,
         max_new_tokens=defaults.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens,
-        chat=defaults.chat and not options.raw,
+        chat=False if options.raw else options.chat_template or defaults.chat,
         ignore_eos=options.ignore_eos,
         stop=tuple(options.stop),
         samples=options.samples,
@@ -203,6 +205,7 @@ def _compare(options: argparse.Namespace, config: Config) -> None:
     from splitlearn.runs import Runs
 
     request = _request(options, config)
+    config = configuration.with_chat(config, request.chat)
     if options.trunk is not None:
         config = configuration.with_trunk(config, options.trunk)
     with on_console() as progress, Runs(config, progress) as runs:

@@ -157,7 +157,8 @@ class GenerationConfig(_Section):
 
     prompt: str = "Explain in two sentences why the sky is blue."
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 64
-    chat: bool = True
+    chat: bool | Annotated[str, Field(min_length=1)] = True
+    """Whether the model's chat template is applied, or the name of one of several."""
 
 
 class RunsConfig(_Section):
@@ -236,6 +237,11 @@ def _keys(place: list[str]) -> list[str]:
 def serving(config: Config, flags: Iterable[str]) -> Config:
     """The same settings for a trunk server whose own flags are `flags`."""
     return parse({**config.model_dump(), "flags": f"trunk:{','.join(sorted(flags)) or 'none'}"})
+
+
+def with_chat(config: Config, chat: bool | str) -> Config:
+    """The same settings with another `generation.chat`."""
+    return parse({**config.model_dump(), "generation": {**config.generation.model_dump(), "chat": chat}})
 
 
 def with_trunk(config: Config, address: str) -> Config:

@@ -6,22 +6,28 @@ goes with it, and reports that process's progress and errors. The child, `python
 """
 
 import argparse
+import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import tqdm.auto  # type: ignore[import-untyped]
 
+from splitlearn import chat
+from splitlearn.adapter import merged
+from splitlearn.checkpoint import adapter_files, model_files, read_json
 from splitlearn.errors import ModelError
 from splitlearn.progress import Progress, Step, reporting_tqdm
-from splitlearn.store import ALIGNMENT, PYTHON_VOCABULARY, WEIGHTS, ModelFacts
+from splitlearn.store import ALIGNMENT, CONFIG, PYTHON_VOCABULARY, WEIGHTS, ModelFacts
 
 
 def convert_apart(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
@@ -30,9 +36,19 @@ def convert_apart(source: Path, target: Path, gguf: str | None, progress: Progre
     command += ["--gguf", gguf] if gguf else []
     root = str(Path(__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    # Without a GPU, transformers gives weights back in full that are stored in fp8 or mxfp4.
+    alone = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | alone | {"PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryFile("w+") as complaints:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, env=environment)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,  # nobody is there to answer a question
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
         try:
             last = _follow(child, progress)
         finally:
@@ -48,7 +64,10 @@ def _follow(child: subprocess.Popen[str], progress: Progress) -> dict[str, Any]:
     """Pass the child's steps on until it ends; its last line that is not a step, or {}."""
     last: dict[str, Any] = {}
     for line in child.stdout or ():
-        message = json.loads(line)
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue  # of something that printed before the child took its stdout over
         if "step" in message:
             progress(Step(*message["step"]))
         else:
@@ -69,12 +88,22 @@ def _fate(status: int, complaints: IO[str]) -> str:
 def convert(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
     """Load the whole checkpoint in `source` and write it into the empty folder `target`, without a manifest.
 
-    Weights keep the checkpoint's dtype, a GGUF file's become float32. Raises ModelError for what is not a decoder-only
-    causal language model, has no safetensors weights, or lacks some of its weights.
+    Weights keep the checkpoint's dtype, a GGUF file's become float32. An adapter beside them is merged in. No code of
+    the model's own is run. Raises ModelError for what is not a decoder-only causal language model, has no safetensors
+    weights, lacks some of its weights or has others than its architecture.
     """
-    model, tokenizer = _load(source, gguf, progress)
+    with _alone(source, gguf) as seen:
+        model, tokenizer = _load(source, seen, gguf, progress)
+        if adapter_files(source):
+            progress(Step("Merging the adapter into the weights"))
+            model = merged(model, source)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are not quantized any more
+    _refuse_other_tensors(source, model)
+    if odd := [name for name in chat.templates(tokenizer.chat_template) if not re.fullmatch(r"[\w. -]+", name)]:
+        raise ModelError(
+            f"{source}: a chat template cannot be called {odd[0]!r}; letters, digits, '_', '-' and '.' can."
+        )
     model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -87,30 +116,107 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress) ->
     return ModelFacts(text.model_type, text.num_hidden_layers, text.hidden_size, text.vocab_size, context, tied)
 
 
-def _load(source: Path, gguf: str | None, progress: Progress) -> tuple[Any, Any]:
-    """The model and its tokenizer, as transformers reads them."""
+@contextmanager
+def _alone(source: Path, gguf: str | None) -> Iterator[Path]:
+    """A folder of links to what is loaded, and to nothing else that transformers would find in `source`: an adapter,
+    which peft applies later, a second set of weights, Python files."""
+    with tempfile.TemporaryDirectory(prefix="splitlearn-") as folder:
+        for path in [source / gguf] if gguf else model_files(source):
+            link = Path(folder) / path.relative_to(source)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(path.resolve())
+        yield Path(folder)
+
+
+def _load(source: Path, seen: Path, gguf: str | None, progress: Progress) -> tuple[Any, Any]:
+    """The model and its tokenizer, as transformers reads them from `seen`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"gguf_file": gguf} if gguf else {}
     progress(Step("Reading the tokenizer"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        tokenizer = AutoTokenizer.from_pretrained(seen, **where, trust_remote_code=False, local_files_only=True)
         progress(Step("Reading the weights"))
         model, report = AutoModelForCausalLM.from_pretrained(
-            source,
+            seen,
             **where,
             dtype=torch.float32 if gguf else "auto",
             use_safetensors=True,
             trust_remote_code=False,
+            local_files_only=True,
+            attn_implementation="eager",  # a config may name kernels that would be downloaded
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{source} could not be loaded: {' '.join(str(error).split())}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(f"{source} lacks {len(missing)} of its model's tensors, among them {missing[0]}.")
+    except Exception as error:  # of transformers, tokenizers, gguf and safetensors, about files from anywhere
+        raise ModelError(_unloadable(source, seen, error)) from error
+    _refuse_missing(source, report)
+    _tell_unused(source, model, report, progress)
     return model, tokenizer
+
+
+def _unloadable(source: Path, seen: Path, error: Exception) -> str:
+    """One line on why transformers cannot load what is in `source`."""
+    said = " ".join(str(error).replace(str(seen), str(source)).split()) or type(error).__name__
+    if "trust_remote_code" in said:
+        said = "it needs Python code of its own (auto_map), and no code of a model is run here"
+    return f"{source} could not be loaded: {said[:500]}"
+
+
+def _refuse_missing(source: Path, report: Mapping[str, Any]) -> None:
+    """Raise ModelError when weights are missing or have another shape: transformers makes up random ones."""
+    missing = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if missing:
+        others = sorted(report["unexpected_keys"])
+        instead = f"; it has {_some(others)}, which the model has no place for" if others else ""
+        raise ModelError(f"{source} lacks {len(missing)} of its model's tensors, among them {_some(missing)}{instead}.")
+
+
+def _tell_unused(source: Path, model: Any, report: Mapping[str, Any], progress: Progress) -> None:
+    """Raise ModelError for tensors that belong into the model and have no place in it: what is computed without them
+    is not this model. A line tells of others (a second head, a part for images)."""
+    unused = sorted(report["unexpected_keys"])
+    prefix = f"{model.base_model_prefix}."
+    inside = {name for name, _ in (*model.named_children(), *model.base_model.named_children())}
+    wrong = [name for name in unused if name.removeprefix(prefix).split(".")[0] in inside or "lora_" in name]
+    if wrong:
+        raise ModelError(
+            f"{source} has {len(wrong)} tensors that {CONFIG} has no place for, among them {_some(wrong)}: what is "
+            "computed without them is not this model."
+        )
+    if unused:
+        progress(Step(f"Not used, since they are no part of the language model: {_some(unused)}"))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _refuse_other_tensors(source: Path, model: Any) -> None:
+    """Raise ModelError unless the model has the tensors of its architecture, in floating point: weights that stay
+    quantized, or have an adapter's parts between them, would be read later as something else."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(
+            copy.deepcopy(model.config), trust_remote_code=False, attn_implementation="eager"
+        )
+    have, wanted = model.state_dict(), plain.state_dict()
+    wrong = [name for name in sorted({*have, *wanted}) if not _alike(have.get(name), wanted.get(name))]
+    if wrong:
+        how = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+        method = f" ({getattr(how, 'quant_method', how)})" if how is not None else ""
+        raise ModelError(
+            f"{source}: its quantized weights{method} are not supported; {_some(wrong)} are not what {CONFIG} says."
+        )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if one is None or other is None or one.shape != other.shape:
+        return False
+    floating = bool(one.is_floating_point())
+    return floating == other.is_floating_point() and (not floating or one.element_size() > 1)
 
 
 def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -146,17 +252,15 @@ def refuse_unless_causal_lm(config: Path) -> None:
     """Raise ModelError unless `config` (a config.json) is of a decoder-only causal language model of transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        kind, classes = settings.get("model_type"), settings.get("architectures") or []
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{config} cannot be read as a model's config ({error}).") from error
-    if kind not in KNOWN:
+    settings = read_json(config)
+    kind, classes = settings.get("model_type"), settings.get("architectures") or []
+    if not isinstance(kind, str) or kind not in KNOWN:
         raise ModelError(f"{config}: model_type {kind!r} is no causal language model of the installed transformers.")
     if settings.get("is_encoder_decoder"):
         raise ModelError(f"{config}: an encoder-decoder model ({kind}) cannot be split here; use a decoder-only one.")
-    if classes and not set(classes) & set(KNOWN.values()):
-        raise ModelError(f"{config}: {', '.join(classes)} is no causal language model, so it cannot be used.")
+    if not isinstance(classes, list) or (classes and not {str(name) for name in classes} & set(KNOWN.values())):
+        named = ", ".join(map(str, classes)) if isinstance(classes, list) else repr(classes)
+        raise ModelError(f"{config}: {named} is no causal language model, so it cannot be used.")
 
 
 def _report_tqdm(progress: Progress) -> None:
@@ -175,8 +279,11 @@ def main() -> int:
     parser.add_argument("--gguf")
     asked = parser.parse_args()
 
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints does not come between
+
     def say(**message: object) -> None:
-        print(json.dumps(message), flush=True)
+        print(json.dumps(message), file=out, flush=True)
 
     def progress(step: Step) -> None:
         say(step=[step.label, step.done, step.total])

@@ -2,7 +2,7 @@
 
     config.json               the architecture, without any quantization
     generation_config.json    where the model has one
-    tokenizer files           with the chat template, where there is one
+    tokenizer files           with the chat templates, where there are any; several have a folder
     model.safetensors         every tensor of the full model's state_dict() under its own name; tied ones stored once
     manifest.json             format, source, facts of the model, and size, SHA-256 and mtime of each other file
 
@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from splitlearn.errors import WeightsDamaged
 from splitlearn.progress import Progress, Step
@@ -79,7 +80,8 @@ class ModelFiles:
 
 def seal(folder: Path, source: str, facts: ModelFacts, progress: Progress) -> None:
     """Write manifest.json for all files now in `folder`, which must be complete."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
     files = {}
     for count, name in enumerate(names):
         progress(Step("Hashing the converted files", count, len(names)))
@@ -100,20 +102,35 @@ def open_folder(folder: Path, name: str) -> ModelFiles:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this program reads {FORMAT}")
         files, source, facts = manifest["files"], str(manifest["source"]), ModelFacts(**manifest["facts"])
+        if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
+            raise ValueError(f"it names {outside[0]!r}, which is not in the folder")
         weights_hash = files[WEIGHTS]["sha256"]
+        if not _plausible(facts):
+            raise ValueError("its facts are not those of a model")
         moved = [file for file, written in files.items() if _moved(folder, file, written)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        digest = _digest(folder, weights_hash)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder, MANIFEST, f"cannot be read ({error})") from error
     if moved:
         _note_times(folder, manifest, moved)
-    return ModelFiles(name, source, folder, _digest(folder, weights_hash), facts)
+    return ModelFiles(name, source, folder, digest, facts)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration in a converted folder. No code that it may name is run."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(folder, CONFIG, f"cannot be used ({' '.join(str(error).split())[:300]})") from error
 
 
 def source_of(folder: Path) -> str:
     """Where the model in `folder` came from, without a check of its files."""
     try:
         return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "unknown (its manifest is damaged)"
 
 
@@ -121,6 +138,11 @@ def sha256(path: Path) -> str:
     """The file's SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plausible(facts: ModelFacts) -> bool:
+    counts = (facts.n_layers, facts.hidden_size, facts.vocab_size)
+    return all(type(count) is int and count > 0 for count in counts) and isinstance(facts.tied, dict)
 
 
 def _moved(folder: Path, file: str, written: Mapping[str, object]) -> bool:
