@@ -41,14 +41,16 @@ def merged(model: Any, folder: Path) -> Any:
 
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
+            raise ValueError(f"{config.peft_type} changes prompts, not weights, and cannot be merged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what does not fit is an error below
             wrapped = peft.PeftModelForCausalLM(model, config)
             found = wrapped.load_adapter(str(folder), "default")
             merge = wrapped.merge_and_unload
     except Exception as error:  # peft checks with exceptions of every kind
-        said = " ".join(str(error).split())[:300]
-        raise ModelError(f"The adapter in {folder} does not fit the model beside it: {said}") from error
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ModelError(f"The adapter in {folder} cannot be applied to the model beside it ({said}).") from error
     apart = sorted({*found.unexpected_keys, *found.missing_keys})
     if apart:
         raise ModelError(

@@ -7,7 +7,7 @@ file at fault.
 
 import json
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 # The largest tokenizer.json of a known model has 35 MB.
 _JSON_BYTES = 256 << 20
 _MOST_NAMES = 40
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -93,7 +94,9 @@ def check_files(source: Path) -> None:
 
 def check_whole(folder: Path) -> None:
     """Return for a model's folder with all of its weights and a tokenizer. Raises ModelError."""
-    _check_layers(folder, _check_weights(folder))
+    tensors = _check_weights(folder)
+    _check_layers(folder, len(tensors))
+    _check_dtypes(folder, tensors)
     if not any(files(folder, _VOCABULARIES)):
         raise ModelError(f"{folder} has no tokenizer: tokenizer.json, a .model file, vocab.json or vocab.txt.")
 
@@ -189,13 +192,14 @@ def _fault(path: Path) -> str:
     return ""
 
 
-def _tensors_in(path: Path) -> int:
-    """How many tensors a safetensors file has; its header is checked against its size. Raises ModelError."""
+def _tensors_in(path: Path) -> list[tuple[str, str]]:
+    """The tensors of a safetensors file, each with its dtype; the header is checked against the file's size. Raises
+    ModelError."""
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="np") as weights:
-            return len(weights.keys())
+            return [(name, weights.get_slice(name).get_dtype()) for name in weights.keys()]  # noqa: SIM118
     except Exception as error:  # safetensors raises errors of its own that it does not export
         raise ModelError(
             f"{path} cannot be read as safetensors, it may be cut short ({_first_line(error)})."
@@ -206,8 +210,8 @@ def _weights_in(folder: Path) -> bool:
     return any((folder / name).exists() or (folder / name).is_symlink() for name in (WEIGHTS, INDEX))
 
 
-def _check_weights(folder: Path) -> int:
-    """How many tensors the weights of `folder` have. Raises ModelError for what is not there, all of it by name."""
+def _check_weights(folder: Path) -> list[tuple[str, str]]:
+    """The tensors in the weights of `folder`, each with its dtype. Raises ModelError that names all that is not there."""
     named = read_json(folder / CONFIG).get("transformers_weights")
     if named not in (None, WEIGHTS, INDEX):
         raise ModelError(f"{folder / CONFIG}: transformers_weights {named!r} cannot be used; expected {WEIGHTS}.")
@@ -217,15 +221,15 @@ def _check_weights(folder: Path) -> int:
     absent = [name for name in shards if not (folder / name).is_file()]
     if absent:
         raise ModelError(f"{folder} lacks files that {INDEX} names: {_listed(absent)}.")
-    counts, broken = 0, []
+    found, broken = [], []
     for name in shards:
         try:
-            counts += _tensors_in(folder / name)
+            found += _tensors_in(folder / name)
         except ModelError as error:
             broken.append(str(error))
     if broken:
         raise ModelError(_listed(broken, " "))
-    return counts
+    return found
 
 
 def _shards(folder: Path) -> list[str]:
@@ -263,6 +267,30 @@ def _check_layers(folder: Path, tensors: int) -> None:
             count = settings.get(key)
             if isinstance(count, int | float) and count > tensors:
                 raise ModelError(f"{folder / CONFIG}: {key} is {count}, and the weights have {tensors} tensors.")
+
+
+def _check_dtypes(folder: Path, tensors: Sequence[tuple[str, str]]) -> None:
+    """Raise ModelError for quantized weights that transformers would take for plain numbers."""
+    quantization = read_json(folder / CONFIG).get("quantization_config")
+    if quantization is None:
+        odd = [f"{name} ({dtype})" for name, dtype in tensors if name.endswith(".weight") and dtype not in _FLOATS]
+        if odd:
+            raise ModelError(
+                f"{folder} has quantized weights, and {CONFIG} does not say which quantization: {_listed(odd)}."
+            )
+    elif not _is_known(quantization):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ModelError(f"{folder / CONFIG}: the quantization {method!r} is not known to the installed transformers.")
+
+
+def _is_known(quantization: object) -> bool:
+    """Whether transformers knows this quantization: it passes over others, and takes the weights for plain numbers."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        return isinstance(quantization, dict) and bool(AutoHfQuantizer.supports_quant_method(quantization))
+    except (ValueError, TypeError):
+        return False
 
 
 def _adapter_alone(folder: Path) -> str:

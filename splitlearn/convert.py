@@ -6,7 +6,6 @@ goes with it, and reports that process's progress and errors. The child, `python
 """
 
 import argparse
-import copy
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +24,18 @@ import tqdm.auto  # type: ignore[import-untyped]
 from splitlearn import chat
 from splitlearn.adapter import merged
 from splitlearn.checkpoint import adapter_files, model_files, read_json
+from splitlearn.conformance import (
+    not_applied,
+    other_shapes,
+    refuse_missing,
+    refuse_other_tensors,
+    refuse_unused,
+    some,
+    untie,
+)
 from splitlearn.errors import ModelError
 from splitlearn.progress import Progress, Step, reporting_tqdm
-from splitlearn.store import ALIGNMENT, CONFIG, PYTHON_VOCABULARY, WEIGHTS, ModelFacts
+from splitlearn.store import ALIGNMENT, CONFIG, KERNELS, PYTHON_VOCABULARY, WEIGHTS, ModelFacts
 
 
 def convert_apart(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
@@ -92,6 +100,8 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress) ->
     the model's own is run. Raises ModelError for what is not a decoder-only causal language model, has no safetensors
     weights, lacks some of its weights or has others than its architecture.
     """
+    if gguf:
+        _refuse_gguf_adapter(source / gguf)
     with _alone(source, gguf) as seen:
         model, tokenizer = _load(source, seen, gguf, progress)
         if adapter_files(source):
@@ -99,15 +109,15 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress) ->
             model = merged(model, source)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are not quantized any more
-    _refuse_other_tensors(source, model)
+    untie(model)
+    refuse_other_tensors(source, model)
     if odd := [name for name in chat.templates(tokenizer.chat_template) if not re.fullmatch(r"[\w. -]+", name)]:
-        raise ModelError(
-            f"{source}: a chat template cannot be called {odd[0]!r}; letters, digits, '_', '-' and '.' can."
-        )
+        wrong = f"a chat template cannot be called {odd[0]!r}; letters, digits, '_', '-' and '.' can be used"
+        raise ModelError(f"{source}: {wrong}.")
     model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    if (source / PYTHON_VOCABULARY).exists():
+    if not gguf and (source / PYTHON_VOCABULARY).exists():
         shutil.copyfile(source / PYTHON_VOCABULARY, target / PYTHON_VOCABULARY)
     progress(Step("Writing the converted weights"))
     tied = _write_weights(model.state_dict(), target / WEIGHTS)
@@ -124,8 +134,18 @@ def _alone(source: Path, gguf: str | None) -> Iterator[Path]:
         for path in [source / gguf] if gguf else model_files(source):
             link = Path(folder) / path.relative_to(source)
             link.parent.mkdir(exist_ok=True)
-            link.symlink_to(path.resolve())
+            if path == source / CONFIG:
+                link.write_text(json.dumps(_without_kernels(read_json(path))), encoding="utf-8")
+            else:
+                link.symlink_to(path.resolve())
         yield Path(folder)
+
+
+def _without_kernels(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what it says of how to compute: that may name a package that is not here, or code to be
+    downloaded."""
+    plain = {key: value for key, value in config.items() if key not in KERNELS}
+    return {key: _without_kernels(value) if isinstance(value, dict) else value for key, value in plain.items()}
 
 
 def _load(source: Path, seen: Path, gguf: str | None, progress: Progress) -> tuple[Any, Any]:
@@ -133,11 +153,14 @@ def _load(source: Path, seen: Path, gguf: str | None, progress: Progress) -> tup
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"gguf_file": gguf} if gguf else {}
+    what, where = (source / gguf, {"gguf_file": gguf}) if gguf else (source, {})
     progress(Step("Reading the tokenizer"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(seen, **where, trust_remote_code=False, local_files_only=True)
-        progress(Step("Reading the weights"))
+    except Exception as error:  # of transformers, tokenizers and gguf, about files from anywhere
+        raise ModelError(f"{what}: the tokenizer could not be read: {_said(source, seen, error)}") from error
+    progress(Step("Reading the weights"))
+    try:
         model, report = AutoModelForCausalLM.from_pretrained(
             seen,
             **where,
@@ -145,78 +168,39 @@ def _load(source: Path, seen: Path, gguf: str | None, progress: Progress) -> tup
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            attn_implementation="eager",  # a config may name kernels that would be downloaded
+            attn_implementation="eager",
             output_loading_info=True,
         )
-    except Exception as error:  # of transformers, tokenizers, gguf and safetensors, about files from anywhere
-        raise ModelError(_unloadable(source, seen, error)) from error
-    _refuse_missing(source, report)
-    _tell_unused(source, model, report, progress)
+    except Exception as error:  # as above, and of safetensors
+        others = other_shapes(seen) if "ignore_mismatched_sizes" in str(error) else []
+        why = f"{some(others)}, which is what {CONFIG} says" if others else _said(source, seen, error)
+        raise ModelError(f"{what} could not be loaded: {why}") from error
+    refuse_missing(what, report)
+    refuse_unused(what, model, report)
+    for line in not_applied(model, report):
+        progress(Step(line))
     return model, tokenizer
 
 
-def _unloadable(source: Path, seen: Path, error: Exception) -> str:
-    """One line on why transformers cannot load what is in `source`."""
+def _refuse_gguf_adapter(path: Path) -> None:
+    """Raise ModelError for a file that holds an adapter, or a part for images, in the place of a language model."""
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    try:
+        kind = read_gguf_metadata(str(path))[0].get("general.type", "model")
+    except Exception as error:  # numpy and struct, about bytes from anywhere
+        raise ModelError(f"{path} cannot be read as a GGUF file, it may be cut short ({error}).") from error
+    if kind != "model":
+        raise ModelError(f"{path} holds no model but one's {kind} (general.type).")
+
+
+def _said(source: Path, seen: Path, error: Exception) -> str:
+    """One line on why transformers cannot load what is in `source`, and was given to it as `seen`."""
     said = " ".join(str(error).replace(str(seen), str(source)).split()) or type(error).__name__
+    said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError | TypeError | AttributeError) else said
     if "trust_remote_code" in said:
         said = "it needs Python code of its own (auto_map), and no code of a model is run here"
-    return f"{source} could not be loaded: {said[:500]}"
-
-
-def _refuse_missing(source: Path, report: Mapping[str, Any]) -> None:
-    """Raise ModelError when weights are missing or have another shape: transformers makes up random ones."""
-    missing = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-    if missing:
-        others = sorted(report["unexpected_keys"])
-        instead = f"; it has {_some(others)}, which the model has no place for" if others else ""
-        raise ModelError(f"{source} lacks {len(missing)} of its model's tensors, among them {_some(missing)}{instead}.")
-
-
-def _tell_unused(source: Path, model: Any, report: Mapping[str, Any], progress: Progress) -> None:
-    """Raise ModelError for tensors that belong into the model and have no place in it: what is computed without them
-    is not this model. A line tells of others (a second head, a part for images)."""
-    unused = sorted(report["unexpected_keys"])
-    prefix = f"{model.base_model_prefix}."
-    inside = {name for name, _ in (*model.named_children(), *model.base_model.named_children())}
-    wrong = [name for name in unused if name.removeprefix(prefix).split(".")[0] in inside or "lora_" in name]
-    if wrong:
-        raise ModelError(
-            f"{source} has {len(wrong)} tensors that {CONFIG} has no place for, among them {_some(wrong)}: what is "
-            "computed without them is not this model."
-        )
-    if unused:
-        progress(Step(f"Not used, since they are no part of the language model: {_some(unused)}"))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _refuse_other_tensors(source: Path, model: Any) -> None:
-    """Raise ModelError unless the model has the tensors of its architecture, in floating point: weights that stay
-    quantized, or have an adapter's parts between them, would be read later as something else."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(
-            copy.deepcopy(model.config), trust_remote_code=False, attn_implementation="eager"
-        )
-    have, wanted = model.state_dict(), plain.state_dict()
-    wrong = [name for name in sorted({*have, *wanted}) if not _alike(have.get(name), wanted.get(name))]
-    if wrong:
-        how = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-        method = f" ({getattr(how, 'quant_method', how)})" if how is not None else ""
-        raise ModelError(
-            f"{source}: its quantized weights{method} are not supported; {_some(wrong)} are not what {CONFIG} says."
-        )
-
-
-def _alike(one: Any, other: Any) -> bool:
-    if one is None or other is None or one.shape != other.shape:
-        return False
-    floating = bool(one.is_floating_point())
-    return floating == other.is_floating_point() and (not floating or one.element_size() > 1)
+    return said[:500]
 
 
 def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:

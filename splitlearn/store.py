@@ -31,6 +31,8 @@ ALIGNMENT = 64
 # What BertTokenizer's Python class reads; kept beside tokenizer.json where a model has it.
 PYTHON_VOCABULARY = "vocab.txt"
 
+# Keys of config.json that say with what to compute. They may name code of the hub.
+KERNELS = {"_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation"}
 # Keys of config.json that name where the model comes from or who wrote the file, not what it computes. The dtype of the
 # stored tensors is in the weights file itself.
 _NAMES_ONLY = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -121,7 +123,10 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        vars(config).pop("auto_map", None)  # the names of that code: who gets this need not think of it
+        config._attn_implementation = config._experts_implementation = None  # nor of kernels that it names
+        return config
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(folder, CONFIG, f"cannot be used ({' '.join(str(error).split())[:300]})") from error
 
