@@ -211,7 +211,7 @@ def _weights_in(folder: Path) -> bool:
 
 
 def _check_weights(folder: Path) -> list[tuple[str, str]]:
-    """The tensors in the weights of `folder`, each with its dtype. Raises ModelError that names all that is not there."""
+    """The tensors in the weights of `folder`, each with its dtype. Raises ModelError that names all that is missing."""
     named = read_json(folder / CONFIG).get("transformers_weights")
     if named not in (None, WEIGHTS, INDEX):
         raise ModelError(f"{folder / CONFIG}: transformers_weights {named!r} cannot be used; expected {WEIGHTS}.")
