@@ -4,7 +4,6 @@ A template is a program from the model's folder. transformers runs it in jinja's
 memory and the text that it makes, and in the main thread of a process, where a timer can interrupt it, its CPU time.
 """
 
-import resource
 import signal
 import sys
 import threading
@@ -134,6 +133,8 @@ def _bounded_memory() -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = psutil.Process().memory_info().data + MEMORY_BYTES
     if soft != resource.RLIM_INFINITY:

@@ -2,14 +2,19 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import MappingProxyType
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def handler(repo: str, folder: Path) -> type[BaseHTTPRequestHandler]:
-    """A request handler that serves `folder` as the repository `repo`, and 404 for any other."""
+def handler(
+    repo: str, folder: Path, refusals: Mapping[str, int] = MappingProxyType({})
+) -> type[BaseHTTPRequestHandler]:
+    """A request handler that serves `folder` as the repository `repo`, and 404 for any other. `refusals` are statuses
+    for what is asked for with a path that begins so."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:  # noqa: N802 - the name that http.server calls
@@ -17,12 +22,16 @@ def handler(repo: str, folder: Path) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:  # noqa: N802
             path = self.path.partition("?")[0]
-            if path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
+            refusal = next((status for begin, status in refusals.items() if path.startswith(begin)), None)
+            if refusal is not None:
+                self.send_error(refusal)
+            elif path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
                 self._send(json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
             elif path.startswith(f"/api/models/{repo}/tree/"):
-                self._send(json.dumps([self._entry(file) for file in sorted(folder.iterdir())]).encode())
+                files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+                self._send(json.dumps([self._entry(file) for file in files]).encode())
             elif path.startswith(f"/{repo}/resolve/{COMMIT}/"):
-                self._send((folder / path.rpartition("/")[2]).read_bytes())
+                self._send((folder / path.removeprefix(f"/{repo}/resolve/{COMMIT}/")).read_bytes())
             else:
                 self.send_error(404)
 
@@ -32,7 +41,7 @@ def handler(repo: str, folder: Path) -> type[BaseHTTPRequestHandler]:
         def _entry(self, file: Path) -> dict[str, object]:
             return {
                 "type": "file",
-                "path": file.name,
+                "path": file.relative_to(folder).as_posix(),
                 "size": file.stat().st_size,
                 "oid": hashlib.sha1(file.read_bytes()).hexdigest(),
             }
