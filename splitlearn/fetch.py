@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def _from_hub(source: HubSource, progress: Progress) -> Path:
     if not snapshots:
         here = f"{source.repo} is not here and the" if refusal == _SILENT else "The"
         raise ModelUnavailable(f"{here} {refusal}. {_INSTEAD}")
-    lacking = {folder: checkpoint.missing(folder) for folder in snapshots}
+    lacking = {folder: _missing(source, folder) for folder in snapshots}
     whole = next((folder for folder, absent in lacking.items() if not absent), None)
     if whole is None:
         last, absent = next(iter(lacking.items()))
@@ -213,6 +214,19 @@ def _here(source: HubSource) -> list[Path]:
         return []
     others = sorted(last.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
     return [last, *(folder for folder in others if folder != last)]
+
+
+def _missing(source: HubSource, snapshot: Path) -> list[str]:
+    """The files that a snapshot lacks of those that the hub listed; where its list is not kept, as far as the files
+    themselves tell."""
+    from huggingface_hub import get_cached_repo_tree
+
+    try:
+        listed = [file.path for file in get_cached_repo_tree(source.repo, revision=snapshot.name)]
+    except Exception:  # it was downloaded by a program that keeps no list
+        return checkpoint.missing(snapshot)
+    needed = (name for name in listed if any(fnmatch(name, pattern) for pattern in checkpoint.FILES))
+    return sorted(name for name in needed if not (snapshot / name).is_file())
 
 
 def _snapshot(source: HubSource, patterns: Sequence[str], progress: Progress) -> Path:

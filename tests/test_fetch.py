@@ -106,29 +106,32 @@ def test_a_hub_that_cannot_be_reached_does_not_either(near: Near, monkeypatch: p
     assert "The model hub cannot be reached. Its snapshot that is here is used" in said
 
 
-def test_a_hub_that_refuses_the_files_does_not_either(near: Near) -> None:
-    first, _ = near.fetch()
-    (near.served / "config.json").write_text((near.served / "config.json").read_text() + " ")
-    for name in ("trees", "refs"):  # the tree is asked for again, and says that there is a new config
-        shutil.rmtree(near.cache / "models--owner--model" / name, ignore_errors=True)
-    (near.cache / "models--owner--model" / "refs").mkdir()
-    (near.cache / "models--owner--model" / "refs" / "main").write_text(COMMIT)
-    near.refuse(403, FILES)
-    assert near.fetch()[0].folder == first.folder
-
-
 def test_what_a_snapshot_lacks_is_named(near: Near) -> None:
     near.fetch()
     snapshot = near.cache / "models--owner--model" / "snapshots" / COMMIT
-    for name in ("model.safetensors", "tokenizer.json"):
+    for name in ("generation_config.json", "tokenizer.json"):
         (snapshot / name).unlink()
+    lacks = r"lacks generation_config\.json, tokenizer\.json\."
+    for status, begin in ((503, ALL), (403, FILES)):  # at once, and when it comes to the files
+        near.refuse(status, begin)
+        with pytest.raises(ModelUnavailable, match=lacks):
+            near.fetch()
+
+
+def test_what_a_snapshot_of_another_program_lacks_is_named(near: Near) -> None:
+    repository = near.cache / "models--owner--model"
+    snapshot = Path(shutil.copytree(near.served, repository / "snapshots" / COMMIT))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)  # and no list of the hub's files
     near.refuse(503)
-    with pytest.raises(ModelUnavailable, match=r"HTTP status 503.* lacks model\.safetensors, tokenizer\.json\."):
+    assert near.fetch()[0].folder == snapshot
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ModelUnavailable, match=r"HTTP status 503.* lacks model\.safetensors\."):
         near.fetch()
     weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (snapshot / "model-00001-of-00002.safetensors").touch()
-    with pytest.raises(ModelUnavailable, match=r"lacks model-00002-of-00002\.safetensors, tokenizer\.json\."):
+    with pytest.raises(ModelUnavailable, match=r"lacks model-00002-of-00002\.safetensors\."):
         near.fetch()
 
 
