@@ -5,6 +5,7 @@ model alone would compute something else than what is in its folder.
 """
 
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,7 @@ def merged(model: Any, folder: Path) -> Any:
     Raises ModelError for one that does not fit the model: each of its tensors must have a place, and each place a
     tensor.
     """
-    import peft
-
+    peft: Any = import_module("peft")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
