@@ -95,8 +95,11 @@ def _refuse_powers(template: str) -> None:
     """Raise TemplateFailed for the operator **: one power can take hours, in which no timer interrupts Python."""
     from jinja2 import Environment
 
-    if any((kind, value) == ("operator", "**") for _, kind, value in Environment().lex(template)):
-        raise TemplateFailed("uses the operator **, which is not allowed in it")
+    before = ""
+    for _, kind, value in Environment().lex(template):
+        if (kind, value) == ("operator", "**") and before not in ("(", ","):  # there it hands arguments on
+            raise TemplateFailed("uses the operator **, which is not allowed in it")
+        before = before if kind == "whitespace" else value
 
 
 def shown(prompt: str) -> str:

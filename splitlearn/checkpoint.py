@@ -45,7 +45,7 @@ _OF_ADAPTERS = (ADAPTER_CONFIG, "adapter_model*", "adapters.safetensors")
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "tekken.json")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 # The largest tokenizer.json of a known model has 35 MB.
-_JSON_BYTES = 256 << 20
+_JSON_BYTES = 64 << 20
 _MOST_NAMES = 40
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -123,6 +123,13 @@ def model_files(folder: Path) -> list[Path]:
     """The files of the model itself, without those of an adapter beside it."""
     others = adapter_files(folder)
     return [path for path in files(folder) if path not in others]
+
+
+def unused_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder that are neither loaded nor an adapter's."""
+    loaded = {WEIGHTS} if (folder / WEIGHTS).exists() else set(_shards(folder)) if (folder / INDEX).exists() else set()
+    found = sorted(folder.glob("*.safetensors")) if loaded else []
+    return [path for path in found if path.name not in loaded and path not in adapter_files(folder)]
 
 
 def missing(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from splitlearn.checkpoint import ADAPTER_CONFIG, unused_weights
 from splitlearn.errors import ModelError
 from splitlearn.store import CONFIG
 
@@ -58,11 +59,15 @@ def refuse_unused(source: Path, model: Any, report: Mapping[str, Any]) -> None:
         )
 
 
-def not_applied(model: Any, report: Mapping[str, Any]) -> Iterator[str]:
-    """What of the folder has no effect here, a line each: tensors of a second head or a part for images, code, and
-    rules for choosing tokens, which are a request's here."""
+def not_applied(source: Path, model: Any, report: Mapping[str, Any]) -> Iterator[str]:
+    """What of the folder has no effect here, a line each: tensors of a second head or a part for images, other weights
+    and adapters in folders of their own, code, and rules for choosing tokens, which are a request's here."""
     if unused := sorted(report["unexpected_keys"]):
         yield f"Not used, since they are no part of the language model: {some(unused)}"
+    if others := [path.name for path in unused_weights(source)]:
+        yield f"Not used, beside the weights that are: {some(others)}"
+    if adapters := sorted(path.parent.name for path in source.glob(f"*/{ADAPTER_CONFIG}")):
+        yield f"Not applied, since they are in folders of their own: the adapters {some(adapters)}"
     if getattr(model.config, "auto_map", None):
         yield f"The model's own Python code is not run; {type(model).__name__} of transformers takes its place"
     asked = {name: getattr(model.generation_config, name, None) for name in _CHOOSING}

@@ -177,7 +177,7 @@ def _load(source: Path, seen: Path, gguf: str | None, progress: Progress) -> tup
         raise ModelError(f"{what} could not be loaded: {why}") from error
     refuse_missing(what, report)
     refuse_unused(what, model, report)
-    for line in not_applied(model, report):
+    for line in not_applied(source, model, report):
         progress(Step(line))
     return model, tokenizer
 

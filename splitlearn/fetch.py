@@ -160,8 +160,10 @@ def _from_hub(source: HubSource, progress: Progress) -> Path:
     refusal = _ask(source)
     if refusal is None:
         try:
-            # the config first, before gigabytes come in vain
-            refuse_unless_causal_lm(_snapshot(source, [CONFIG], progress) / CONFIG)
+            first = _snapshot(source, [CONFIG, checkpoint.ADAPTER_CONFIG], progress)
+            if not (first / CONFIG).exists():
+                checkpoint.check_files(first)  # which tells an adapter alone from what is no model
+            refuse_unless_causal_lm(first / CONFIG)  # before gigabytes come in vain
             return _snapshot(source, checkpoint.FILES, progress)
         except ModelUnavailable as error:
             refusal = str(error)

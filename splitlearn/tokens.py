@@ -9,7 +9,7 @@ from typing import Any
 from splitlearn import chat as templates
 from splitlearn.chat import TemplateFailed
 from splitlearn.errors import InputError, ModelError
-from splitlearn.store import PYTHON_VOCABULARY
+from splitlearn.store import CONFIG, PYTHON_VOCABULARY
 
 _REPLACEMENT = "\ufffd"
 # A UTF-8 character has at most four bytes, so no more than three replacement characters at the end can still become
@@ -22,10 +22,11 @@ _WINDOW = 16
 class Tokens:
     """The tokenizer of a converted folder. Ids are those of the model's vocabulary."""
 
-    def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, eos_ids: frozenset[int], embeddings: int | None = None) -> None:
         self._tokenizer = tokenizer
         # transformers' own decode() does nothing more for text that is not cleaned up, and takes twice as long.
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._embeddings = embeddings  # of the model, which may have fewer than the tokenizer has tokens
         self._templates = templates.templates(tokenizer.chat_template)
         self.eos_ids = eos_ids
         """The ids that end an answer."""
@@ -40,7 +41,10 @@ class Tokens:
         tokenizer = _read(folder)
         if not use_fast and python_tokenizer_available(folder) is None:
             tokenizer = _python_class(tokenizer).from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        return cls(tokenizer, _eos_ids(folder, tokenizer))
+        try:
+            return cls(tokenizer, _eos_ids(folder, tokenizer), _embeddings(folder))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"The settings beside the tokenizer in {folder} cannot be read: {error}") from error
 
     @property
     def size(self) -> int:
@@ -94,6 +98,11 @@ class Tokens:
             ids = self._tokenizer.encode(self._render(*chosen, prompt), add_special_tokens=False)
         if not ids:
             raise InputError("prompt", templates.shown(prompt), "text of which the tokenizer makes a token or more")
+        unknown = max(ids)
+        if self._embeddings is not None and unknown >= self._embeddings:
+            token = self._tokenizer.convert_ids_to_tokens(unknown)
+            wanted = f"text without the token {token!r}: its id is {unknown}, and the model has {self._embeddings}"
+            raise InputError("prompt", templates.shown(prompt), wanted)
         return list(ids)
 
     def _render(self, name: str, template: str, prompt: str) -> str:
@@ -210,3 +219,11 @@ def _eos_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
     named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
     ids = named if isinstance(named, list) else [named]
     return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
+
+
+def _embeddings(folder: Path) -> int | None:
+    """How many tokens the model has embeddings for, where its configuration says so."""
+    path = folder / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    count = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    return count if isinstance(count, int) else None

@@ -100,10 +100,12 @@ def test_several_templates_load_and_each_can_be_chosen(tmp_path: Path, as_folder
 def test_a_template_that_is_not_there_is_answered_with_those_that_are(
     templates: str | dict[str, str] | None, wanted: bool | str, says: str
 ) -> None:
-    for ask in (lambda it: it.encode("The sky", wanted), lambda it: it.check_chat(wanted, "model")):
-        with pytest.raises(InputError, match=says) as caught:
-            ask(tokens_with(templates))
-        assert caught.value.field == "generation.chat"
+    tokens = tokens_with(templates)
+    with pytest.raises(InputError, match=says) as caught:
+        tokens.encode("The sky", wanted)
+    assert caught.value.field == "generation.chat"
+    with pytest.raises(InputError, match=says):
+        tokens.check_chat(wanted, "model")
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -139,6 +141,23 @@ def test_a_prompt_of_no_tokens_is_refused() -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")  # a space without width
     with pytest.raises(InputError, match="a token or more"):
         Tokens(tokenizer, frozenset()).encode("\u200b", False)
+
+
+def test_a_token_without_an_embedding_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    folder = converted(checkpoint, tmp_path / "converted").folder
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.add_tokens(["<|extra|>"])
+    tokenizer.save_pretrained(folder)
+    tokens = Tokens.load(folder, use_fast=True)
+    assert tokens.encode("The sky", True)
+    with pytest.raises(InputError, match=r"text without the token '<\|extra\|>': its id is 400, and the model has 400"):
+        tokens.encode("The <|extra|> sky", True)
+
+
+def test_arguments_may_be_handed_on_with_two_stars() -> None:
+    template = "{{ dict( **{'a': messages[0]['content']})['a'] }}{{ dict(b=1, **{'c': 2})['c'] }}"
+    tokens = tokens_with(template)
+    assert tokens.encode("The sky", True) == tokens.encode("The sky2", False)
 
 
 def test_a_long_prompt_is_no_long_template() -> None:

@@ -226,12 +226,17 @@ def test_what_has_no_effect_is_told(folder: Path) -> None:
     reweigh(folder, lambda weights: {**weights, "v_head.summary.weight": torch.ones(1, 48)})
     change(folder / "config.json", auto_map={"AutoModelForCausalLM": "own.Model"})
     change(folder / "generation_config.json", repetition_penalty=1.3)
+    shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
+    (folder / "for-poems").mkdir()
+    change(folder / "for-poems" / "adapter_config.json", peft_type="LORA")
     said: list[Step] = []
     prepare(folder, said)
     told = " ".join(step.label for step in said)
     assert "v_head.summary.weight" in told
     assert "LlamaForCausalLM of transformers takes its place" in told
     assert "repetition_penalty 1.3" in told
+    assert "model.fp16.safetensors" in told
+    assert "the adapters for-poems" in told
 
 
 def test_an_lm_head_of_its_own_is_used_although_the_config_ties_it(folder: Path) -> None:

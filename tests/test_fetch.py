@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -86,6 +87,16 @@ def near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Near]:
     server.server_close()
 
 
+def test_a_hub_that_says_nothing_does_not_take_away_a_whole_snapshot(
+    near: Near, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = near.fetch()
+    with socket.create_server(("127.0.0.1", 0)) as silence:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silence.getsockname()[1]}")
+        monkeypatch.setattr(fetch, "_HUB_TIMEOUT_S", 0.2)
+        assert near.fetch()[0] == first
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
 def test_a_hub_that_refuses_does_not_take_away_a_whole_snapshot(near: Near, status: int) -> None:
     first, said = near.fetch()
@@ -151,6 +162,13 @@ def test_a_repository_with_an_adapter_is_not_taken_without_it(near: Near, monkey
     (near.served / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
     (near.served / "adapter_model.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match="LORA.*a/b.*pip install peft"):
+        near.fetch()
+
+
+def test_a_repository_of_an_adapter_is_told_what_it_is(near: Near) -> None:
+    (near.served / "config.json").unlink()
+    (near.served / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
+    with pytest.raises(ModelError, match="is an adapter .*LORA.* for the model a/b, without that model"):
         near.fetch()
 
 
