@@ -185,7 +185,7 @@ def _request(options: argparse.Namespace, config: Config) -> GenerationRequest:
     return GenerationRequest(
         prompt=defaults.prompt if options.prompt is None else options.prompt,
         max_new_tokens=defaults.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens,
-        chat=False if options.raw else options.chat_template or defaults.chat,
+        chat=_chat(options, defaults.chat),
         ignore_eos=options.ignore_eos,
         stop=tuple(options.stop),
         samples=options.samples,
@@ -197,6 +197,11 @@ def _request(options: argparse.Namespace, config: Config) -> GenerationRequest:
             seed=options.seed,
         ),
     )
+
+
+def _chat(options: argparse.Namespace, usual: bool | str) -> bool | str:
+    template: str | None = options.chat_template
+    return False if options.raw else usual if template is None else template
 
 
 def _compare(options: argparse.Namespace, config: Config) -> None:

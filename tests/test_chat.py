@@ -108,6 +108,14 @@ def test_a_template_that_is_not_there_is_answered_with_those_that_are(
         tokens.check_chat(wanted, "model")
 
 
+@pytest.mark.parametrize("chat", ["", 5, None, ["rag"]])
+def test_a_setting_that_is_no_name_is_refused(chat: object) -> None:
+    with pytest.raises(InputError, match="name of one of the model's chat templates") as caught:
+        config.parse({"generation": {"chat": chat}})
+    assert caught.value.field == "generation.chat"
+    assert config.parse({"generation": {"chat": "rag"}}).generation.chat == "rag"
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_template_that_makes_no_text_is_named_when_the_model_is_chosen(name: str, hurry: None) -> None:
     template, says = BROKEN[name]

@@ -50,6 +50,17 @@ def test_every_call_of_transformers_says_that_no_code_is_trusted() -> None:
     assert [where for where, says_no in calls if not says_no] == []
 
 
+def test_every_child_process_is_given_its_stdin() -> None:
+    starts = [
+        (f"{path.relative_to(ROOT)}:{node.lineno}", {keyword.arg for keyword in node.keywords})
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("subprocess.Popen", "subprocess.run")
+    ]
+    assert len(starts) > 3
+    assert [where for where, given in starts if "stdin" not in given] == []
+
+
 def _make_evil(folder: Path, proof: Path) -> None:
     """Have the tokenizer, the config and the model of `folder` ask for code that leaves a file behind."""
     (folder / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass Evil: pass\n")
