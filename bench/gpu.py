@@ -119,11 +119,11 @@ def bandwidth() -> float:
 def larger(tokenizer: Path, work: Path) -> Iterator[Path]:
     """The converted folder of a Llama with random weights and the tokenizer of another model, while it is used."""
     checkpoint, folder = work / "checkpoint", work / "llama-1b-random"
-    read = AutoTokenizer.from_pretrained(tokenizer)
+    read = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     config = LlamaConfig(vocab_size=len(read), eos_token_id=read.eos_token_id, **LARGER)
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.bfloat16)
     model.cpu().save_pretrained(checkpoint)
     read.save_pretrained(checkpoint)
     folder.mkdir()

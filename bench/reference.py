@@ -55,7 +55,11 @@ class Reference:
 
 def _main(connection: Connection, spec: ArmSpec) -> None:
     loading.prepare_process(frozenset(), spec.threads)
-    model = AutoModelForCausalLM.from_pretrained(spec.files.folder, dtype=spec.dtype).eval().to(spec.device)
+    model = (
+        AutoModelForCausalLM.from_pretrained(spec.files.folder, trust_remote_code=False, dtype=spec.dtype)
+        .eval()
+        .to(spec.device)
+    )
     model.generation_config.eos_token_id = None
     tokens = Tokens.load(spec.files.folder, use_fast=True)
     while True:

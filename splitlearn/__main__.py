@@ -102,7 +102,9 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_flags_option(parser)
     parser.add_argument("--ignore-eos", action="store_true", help="go on to the limit, for measuring")
-    parser.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
+    form.add_argument("--chat-template", metavar="NAME", help="apply the one with this name, of a model with several")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this text comes up")
     parser.add_argument(
         "--temperature", type=_real("temperature"), default=0.0, metavar="T", help="0 is greedy (default)"
@@ -189,7 +191,7 @@ def _request(options: argparse.Namespace, config: Config) -> GenerationRequest:
     return GenerationRequest(
         prompt=defaults.prompt if options.prompt is None else options.prompt,
         max_new_tokens=defaults.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens,
-        chat=defaults.chat and not options.raw,
+        chat=_chat(options, defaults.chat),
         ignore_eos=options.ignore_eos,
         stop=tuple(options.stop),
         samples=options.samples,
@@ -203,12 +205,18 @@ def _request(options: argparse.Namespace, config: Config) -> GenerationRequest:
     )
 
 
+def _chat(options: argparse.Namespace, usual: bool | str) -> bool | str:
+    template: str | None = options.chat_template
+    return False if options.raw else usual if template is None else template
+
+
 def _compare(options: argparse.Namespace, config: Config) -> None:
     from splitlearn.compare import compare
     from splitlearn.console import print_comparison, watch
     from splitlearn.runs import Runs
 
     request = _request(options, config)
+    config = configuration.with_chat(config, request.chat)
     if options.trunk is not None:
         config = configuration.with_trunk(config, options.trunk)
     with on_console() as progress, Runs(config, progress) as runs:

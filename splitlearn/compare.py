@@ -31,6 +31,8 @@ class Comparison:
     full: ArmReport
     split: ArmReport
     environment: dict[str, Any]
+    prompt: tuple[tuple[str, bool], ...]
+    """What the model saw of the prompt: its text in pieces, each with whether it is a control token."""
 
     @property
     def first_difference(self) -> tuple[int, int] | None:
@@ -43,6 +45,11 @@ class Comparison:
         return {
             "model": self.model,
             "split": {"start": self.plan.start, "end": self.plan.end, "n_layers": self.plan.n_layers},
+            "prompt": {
+                "text": "".join(text for text, _ in self.prompt),
+                "token_ids": list(self.full.metrics.prompt_ids),
+                "control_tokens": [text for text, is_control in self.prompt if is_control],
+            },
             "flags": self.flags.names(),
             "flags_by_side": {
                 "full": sorted(self.flags.full),
@@ -78,7 +85,8 @@ def compare(
     if len(reports) < len(KINDS):
         return None
     name = runs.files.name
-    return Comparison(name, runs.plan, flags, reports["full"], reports["split"], environment(runs))
+    prompt = tuple(runs.tokens.pieces(reports["full"].metrics.prompt_ids))
+    return Comparison(name, runs.plan, flags, reports["full"], reports["split"], environment(runs), prompt)
 
 
 def environment(runs: Runs) -> dict[str, Any]:

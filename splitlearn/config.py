@@ -36,6 +36,13 @@ def valid_addresses(value: object) -> tuple[str, ...]:
 _ADDRESSES = f"'{EMBEDDED}' or host:port, with a port from 1 to 65535, or a list of them"
 
 
+def valid_chat(value: object) -> bool | str:
+    """True, False or a name; ValueError otherwise."""
+    if isinstance(value, bool) or (isinstance(value, str) and value.strip()):
+        return value
+    raise ValueError("true, false, or the name of one of the model's chat templates")
+
+
 def _is_address(text: str) -> bool:
     host, colon, port = text.rpartition(":")
     return bool(colon and host and port.isdecimal() and 0 < int(port) < 65536)
@@ -160,7 +167,8 @@ class GenerationConfig(_Section):
 
     prompt: str = "Explain in two sentences why the sky is blue."
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 64
-    chat: bool = True
+    chat: Annotated[bool | str, BeforeValidator(valid_chat)] = True
+    """Whether the model's chat template is applied, or the name of one of several."""
 
 
 class RunsConfig(_Section):
@@ -242,6 +250,11 @@ def _keys(place: list[str]) -> list[str]:
 def serving(config: Config, flags: Iterable[str]) -> Config:
     """The same settings for a trunk server whose own flags are `flags`."""
     return parse({**config.model_dump(), "flags": f"trunk:{','.join(sorted(flags)) or 'none'}"})
+
+
+def with_chat(config: Config, chat: bool | str) -> Config:
+    """The same settings with another `generation.chat`."""
+    return parse({**config.model_dump(), "generation": {**config.generation.model_dump(), "chat": chat}})
 
 
 def with_trunk(config: Config, address: str) -> Config:

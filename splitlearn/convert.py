@@ -8,20 +8,34 @@ goes with it, and reports that process's progress and errors. The child, `python
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import tqdm.auto  # type: ignore[import-untyped]
 
+from splitlearn import chat
+from splitlearn.adapter import merged
+from splitlearn.checkpoint import adapter_files, model_files, read_json
+from splitlearn.conformance import (
+    not_applied,
+    other_shapes,
+    refuse_missing,
+    refuse_other_tensors,
+    refuse_unused,
+    some,
+    untie,
+)
 from splitlearn.errors import ModelError
 from splitlearn.progress import Progress, Step, reporting_tqdm
-from splitlearn.store import ALIGNMENT, PYTHON_VOCABULARY, WEIGHTS, ModelFacts
+from splitlearn.store import ALIGNMENT, CONFIG, KERNELS, PYTHON_VOCABULARY, WEIGHTS, ModelFacts
 
 
 def convert_apart(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
@@ -30,9 +44,19 @@ def convert_apart(source: Path, target: Path, gguf: str | None, progress: Progre
     command += ["--gguf", gguf] if gguf else []
     root = str(Path(__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    # Without a GPU, transformers gives weights back in full that are stored in fp8 or mxfp4.
+    alone = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | alone | {"PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryFile("w+") as complaints:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, env=environment)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,  # nobody is there to answer a question
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
         try:
             last = _follow(child, progress)
         finally:
@@ -48,7 +72,10 @@ def _follow(child: subprocess.Popen[str], progress: Progress) -> dict[str, Any]:
     """Pass the child's steps on until it ends; its last line that is not a step, or {}."""
     last: dict[str, Any] = {}
     for line in child.stdout or ():
-        message = json.loads(line)
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue  # of something that printed before the child took its stdout over
         if "step" in message:
             progress(Step(*message["step"]))
         else:
@@ -69,16 +96,28 @@ def _fate(status: int, complaints: IO[str]) -> str:
 def convert(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
     """Load the whole checkpoint in `source` and write it into the empty folder `target`, without a manifest.
 
-    Weights keep the checkpoint's dtype, a GGUF file's become float32. Raises ModelError for what is not a decoder-only
-    causal language model, has no safetensors weights, or lacks some of its weights.
+    Weights keep the checkpoint's dtype, a GGUF file's become float32. An adapter beside them is merged in. No code of
+    the model's own is run. Raises ModelError for what is not a decoder-only causal language model, has no safetensors
+    weights, lacks some of its weights or has others than its architecture.
     """
-    model, tokenizer = _load(source, gguf, progress)
+    if gguf:
+        _refuse_gguf_adapter(source / gguf)
+    with _alone(source, gguf) as seen:
+        model, tokenizer = _load(source, seen, gguf, progress)
+        if adapter_files(source):
+            progress(Step("Merging the adapter into the weights"))
+            model = merged(model, source)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are not quantized any more
+    untie(model)
+    refuse_other_tensors(source, model)
+    if odd := [name for name in chat.templates(tokenizer.chat_template) if not re.fullmatch(r"[\w. -]+", name)]:
+        wrong = f"a chat template cannot be called {odd[0]!r}; letters, digits, '_', '-' and '.' can be used"
+        raise ModelError(f"{source}: {wrong}.")
     model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    if (source / PYTHON_VOCABULARY).exists():
+    if not gguf and (source / PYTHON_VOCABULARY).exists():
         shutil.copyfile(source / PYTHON_VOCABULARY, target / PYTHON_VOCABULARY)
     progress(Step("Writing the converted weights"))
     tied = _write_weights(model.state_dict(), target / WEIGHTS)
@@ -87,30 +126,81 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress) ->
     return ModelFacts(text.model_type, text.num_hidden_layers, text.hidden_size, text.vocab_size, context, tied)
 
 
-def _load(source: Path, gguf: str | None, progress: Progress) -> tuple[Any, Any]:
-    """The model and its tokenizer, as transformers reads them."""
+@contextmanager
+def _alone(source: Path, gguf: str | None) -> Iterator[Path]:
+    """A folder of links to what is loaded, and to nothing else that transformers would find in `source`: an adapter,
+    which peft applies later, a second set of weights, Python files."""
+    with tempfile.TemporaryDirectory(prefix="splitlearn-") as folder:
+        for path in [source / gguf] if gguf else model_files(source):
+            link = Path(folder) / path.relative_to(source)
+            link.parent.mkdir(exist_ok=True)
+            if path == source / CONFIG:
+                link.write_text(json.dumps(_without_kernels(read_json(path))), encoding="utf-8")
+            else:
+                link.symlink_to(path.resolve())
+        yield Path(folder)
+
+
+def _without_kernels(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what it says of how to compute: that may name a package that is not here, or code to be
+    downloaded."""
+    plain = {key: value for key, value in config.items() if key not in KERNELS}
+    return {key: _without_kernels(value) if isinstance(value, dict) else value for key, value in plain.items()}
+
+
+def _load(source: Path, seen: Path, gguf: str | None, progress: Progress) -> tuple[Any, Any]:
+    """The model and its tokenizer, as transformers reads them from `seen`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"gguf_file": gguf} if gguf else {}
+    what, where = (source / gguf, {"gguf_file": gguf}) if gguf else (source, {})
     progress(Step("Reading the tokenizer"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        progress(Step("Reading the weights"))
+        tokenizer = AutoTokenizer.from_pretrained(seen, **where, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # of transformers, tokenizers and gguf, about files from anywhere
+        raise ModelError(f"{what}: the tokenizer could not be read: {_said(source, seen, error)}") from error
+    progress(Step("Reading the weights"))
+    try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            source,
+            seen,
             **where,
             dtype=torch.float32 if gguf else "auto",
             use_safetensors=True,
             trust_remote_code=False,
+            local_files_only=True,
+            attn_implementation="eager",
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{source} could not be loaded: {' '.join(str(error).split())}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(f"{source} lacks {len(missing)} of its model's tensors, among them {missing[0]}.")
+    except Exception as error:  # as above, and of safetensors
+        others = other_shapes(seen) if "ignore_mismatched_sizes" in str(error) else []
+        why = f"{some(others)}, which is what {CONFIG} says" if others else _said(source, seen, error)
+        raise ModelError(f"{what} could not be loaded: {why}") from error
+    refuse_missing(what, report)
+    refuse_unused(what, model, report)
+    for line in not_applied(source, model, report):
+        progress(Step(line))
     return model, tokenizer
+
+
+def _refuse_gguf_adapter(path: Path) -> None:
+    """Raise ModelError for a file that holds an adapter, or a part for images, in the place of a language model."""
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    try:
+        kind = read_gguf_metadata(str(path))[0].get("general.type", "model")
+    except Exception as error:  # numpy and struct, about bytes from anywhere
+        raise ModelError(f"{path} cannot be read as a GGUF file, it may be cut short ({error}).") from error
+    if kind != "model":
+        raise ModelError(f"{path} holds no model but one's {kind} (general.type).")
+
+
+def _said(source: Path, seen: Path, error: Exception) -> str:
+    """One line on why transformers cannot load what is in `source`, and was given to it as `seen`."""
+    said = " ".join(str(error).replace(str(seen), str(source)).split()) or type(error).__name__
+    said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError | TypeError | AttributeError) else said
+    if "trust_remote_code" in said:
+        said = "it needs Python code of its own (auto_map), and no code of a model is run here"
+    return said[:500]
 
 
 def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -146,17 +236,15 @@ def refuse_unless_causal_lm(config: Path) -> None:
     """Raise ModelError unless `config` (a config.json) is of a decoder-only causal language model of transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        kind, classes = settings.get("model_type"), settings.get("architectures") or []
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{config} cannot be read as a model's config ({error}).") from error
-    if kind not in KNOWN:
+    settings = read_json(config)
+    kind, classes = settings.get("model_type"), settings.get("architectures") or []
+    if not isinstance(kind, str) or kind not in KNOWN:
         raise ModelError(f"{config}: model_type {kind!r} is no causal language model of the installed transformers.")
     if settings.get("is_encoder_decoder"):
         raise ModelError(f"{config}: an encoder-decoder model ({kind}) cannot be split here; use a decoder-only one.")
-    if classes and not set(classes) & set(KNOWN.values()):
-        raise ModelError(f"{config}: {', '.join(classes)} is no causal language model, so it cannot be used.")
+    if not isinstance(classes, list) or (classes and not {str(name) for name in classes} & set(KNOWN.values())):
+        named = ", ".join(map(str, classes)) if isinstance(classes, list) else repr(classes)
+        raise ModelError(f"{config}: {named} is no causal language model, so it cannot be used.")
 
 
 def _report_tqdm(progress: Progress) -> None:
@@ -175,8 +263,11 @@ def main() -> int:
     parser.add_argument("--gguf")
     asked = parser.parse_args()
 
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints does not come between
+
     def say(**message: object) -> None:
-        print(json.dumps(message), flush=True)
+        print(json.dumps(message), file=out, flush=True)
 
     def progress(step: Step) -> None:
         say(step=[step.label, step.done, step.total])

@@ -20,6 +20,7 @@ MAX_SAMPLES = 16
 class GenerationRequest:
     """One prompt and how to go on from it; without `ledger`, events carry no ledger and no bytes.
 
+    `chat` applies the model's chat template, or that of several which it names; False is the prompt as it is.
     `samples` answers are made, which go in step and share each trip to the trunk; number i is the one that the seed
     `sampling.seed` + i gives alone. Raises InputError for an empty prompt, a limit below 1, and for more than one
     sample where nothing is drawn.
@@ -27,7 +28,7 @@ class GenerationRequest:
 
     prompt: str
     max_new_tokens: int = 64
-    chat: bool = True
+    chat: bool | str = True
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -105,12 +106,14 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer: why it ended, the text held back till now, and how long the prompt was in tokens."""
+    """The end of an answer: why it ended, the text held back till now, how long the prompt was in tokens, and their
+    ids, chat template included."""
 
     reason: FinishReason
     text: str
     prompt_tokens: int
     sample: int = 0
+    prompt_ids: tuple[int, ...] = ()
 
 
 Event = TokenEvent | Done

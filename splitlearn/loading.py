@@ -14,7 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -27,7 +27,7 @@ from splitlearn.local_stage import LocalStage
 from splitlearn.parted_head import parted
 from splitlearn.process import default_threads, resident_bytes, trim_heap
 from splitlearn.split import CutModel, SplitPlan, carve
-from splitlearn.store import ALIGNMENT, ModelFiles
+from splitlearn.store import ALIGNMENT, ModelFiles, read_config
 
 # Layers that are linear and nothing else; what a family makes of them has a class of its own.
 LINEAR = (nn.Linear, Conv1D)
@@ -94,7 +94,7 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str],
     Raises FamilyRefused for an architecture that does not run exactly in steps, or cannot be cut exactly,
     WeightsDamaged for a file without a tensor that the architecture has.
     """
-    config = AutoConfig.from_pretrained(files.folder)
+    config = read_config(files.folder)
     proof.check(config, split=len(specs) > 1 or not (specs[0].first and specs[0].last))
     architecture = AutoModelForCausalLM._model_mapping[type(config)]  # imports it, before memory is looked at
     wanted = settings(applied)

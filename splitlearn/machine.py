@@ -62,7 +62,7 @@ def commit(checkout: Path) -> str | None:
     command = ["git", f"--git-dir={checkout / '.git'}", f"--work-tree={checkout}"]
     command += ["--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError):
-        found = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+        found = subprocess.run(command, cwd=checkout, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         return found.stdout.strip() or None
     return None
 

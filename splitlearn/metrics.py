@@ -53,6 +53,8 @@ class RunMetrics:
     drafts_accepted: int
     head_starts: int
     head_starts_right: int
+    prompt_ids: tuple[int, ...] = ()
+    """What the model saw of the prompt, once the answer has ended."""
 
     @classmethod
     def from_events(cls, events: Iterable[Event], sample: int = 0) -> "RunMetrics | None":
@@ -87,6 +89,7 @@ class RunMetrics:
             drafts_accepted=sum(len(step.token_ids) - 1 for step in steps),
             head_starts=sum(step.head_start is not None for step in steps),
             head_starts_right=sum(step.head_start is True for step in steps),
+            prompt_ids=done.prompt_ids,
         )
 
     @property

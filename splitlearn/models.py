@@ -1,4 +1,4 @@
-"""Where weights come from: the catalogue, a hub id, or a local folder; each converted once into a cache folder.
+"""Where weights come from: the catalogue, a hub id, a local folder or a GGUF file; each converted once into the cache.
 
 `prepare(model, progress)` is all that others need: it gives the checked files of the configured model, and fetches and
 converts them first when the cache does not have them. Two processes that share a cache do that once between them.
@@ -8,13 +8,14 @@ converts them first when the cache does not have them. Two processes that share 
     <cache>/v1/<model>.partial-*/     what such a process has so far; removed by the next one when it was killed
 """
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +23,15 @@ import torch
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
-from splitlearn import convert, fetch, store
+from splitlearn import checkpoint, convert, fetch, store
 from splitlearn.config import ModelConfig
 from splitlearn.errors import InputError, ModelError
 from splitlearn.fetch import HubSource, PipSource
 from splitlearn.progress import Progress, Step
 from splitlearn.store import ModelFiles
 
+# Of what a cache folder's name has of a local folder's.
+_NAME_LENGTH = 80
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
@@ -86,6 +89,9 @@ def prepare(model: ModelConfig, progress: Progress) -> ModelFiles:
     """
     source = _source(model.name)
     if isinstance(source, Path) and (source / store.MANIFEST).exists():
+        if adapters := checkpoint.adapter_files(source):
+            wrong = f"{source} is converted already: the adapter in it ({adapters[0].name}) cannot be applied any more"
+            raise ModelError(f"{wrong}. What works: put it beside the original model, or move it away.")
         return store.open_folder(source, model.name)  # a converted folder, used where it is
     target = cache_folder(model) / _folder_name(source, model.name)
     if not (target / store.MANIFEST).exists():
@@ -136,20 +142,38 @@ def _source(name: str) -> PipSource | HubSource | Path:
     for entry in CATALOGUE:
         if entry.name == name:
             return entry.source
-    folder = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    if _is_checkpoint(folder):
-        return folder.resolve()
+    here = _local(name)
+    if here is not None and (_is_checkpoint(here) or not _HUB_ID.fullmatch(name)):
+        return checkpoint.find(here)
     if _HUB_ID.fullmatch(name):
         return HubSource(name)
     known = ", ".join(entry.name for entry in CATALOGUE)
-    raise InputError("model.name", name, f"one of {known}, a hub id owner/name, or a folder with a config.json")
+    wanted = f"one of {known}, a hub id owner/name, a folder with a config.json, or a .gguf file"
+    raise InputError("model.name", name, wanted)
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def _local(name: str) -> Path | None:
+    """The file or folder called `name`; None where there is none. Raises InputError for one that cannot be read."""
+    path = Path(name)
     try:
-        return (folder / store.CONFIG).is_file()
-    except OSError:
-        return False  # too long for a file's name
+        found = (path.expanduser() if name == "~" or name.startswith("~/") else path).resolve(strict=True)
+        if found.is_dir():
+            next(found.iterdir(), None)
+        return found
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        if path.is_symlink():
+            raise InputError("model.name", name, "a folder or file; this is a link to nothing") from error
+        return None
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return None
+        said = getattr(error, "strerror", None) or str(error)
+        raise InputError("model.name", name, f"a folder or file that can be read ({said})") from error
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether this is more than a folder that happens to have the name of a hub's repository."""
+    return path.is_file() or any(checkpoint.files(path)) or any(path.glob("*.gguf")) or any(path.glob("*.safetensors"))
 
 
 def _folder_name(source: PipSource | HubSource | Path, name: str) -> str:
@@ -159,10 +183,16 @@ def _folder_name(source: PipSource | HubSource | Path, name: str) -> str:
     if isinstance(source, HubSource):
         return source.repo.replace("/", "--")
     state = [str(source)]
-    for path in sorted(source.iterdir()):
-        status = path.stat()
-        state.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
-    return f"{source.name}-{hashlib.sha256(chr(10).join(state).encode()).hexdigest()[:12]}"
+    folder = source.parent if source.is_file() else source
+    adapters = checkpoint.adapter_files(folder)
+    beside = [*sorted(source.iterdir()), *checkpoint.chat_templates(source)] if source.is_dir() else [source, *adapters]
+    for path in beside:
+        with suppress(OSError):  # a link to nothing: if it matters, it is named when the folder is checked
+            status = path.stat()
+            state.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+    state += ["with its adapter"] if adapters else []  # an earlier version converted the model without it
+    plain = re.sub(r"[^\w.-]", "_", source.name, flags=re.ASCII)[:_NAME_LENGTH]
+    return f"{plain}-{hashlib.sha256(chr(10).join(state).encode(errors='surrogateescape')).hexdigest()[:12]}"
 
 
 @contextmanager
@@ -205,4 +235,6 @@ def _make(source: PipSource | HubSource | Path, target: Path, progress: Progress
 def _status(name: str, source: str, entry: CatalogueEntry | None, folder: Path) -> ModelStatus:
     if not (folder / store.MANIFEST).exists():
         return ModelStatus(name, source, entry, None, 0)
-    return ModelStatus(name, source, entry, folder, sum(path.stat().st_size for path in folder.iterdir()))
+    return ModelStatus(
+        name, source, entry, folder, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    )

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from splitlearn.split import SplitPlan, carve
-from splitlearn.store import ModelFiles
+from splitlearn.store import ModelFiles, read_config
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def parts(files: ModelFiles, plan: SplitPlan, dtype: torch.dtype) -> tuple[Part,
     A tied embedding is in the bottom and in the top, and in the client and in the full model once. Raises FamilyRefused
     for an architecture that cannot be cut.
     """
-    config: Any = AutoConfig.from_pretrained(files.folder)
+    config: Any = read_config(files.folder)
     n, start, end = plan.n_layers, plan.start, plan.end
     bottom = _parameters(config, 0, start, first=True, last=False)
     trunk = _parameters(config, start, end, first=False, last=False)
@@ -87,7 +87,7 @@ def _kv_heads(text: Any, heads: int) -> int:
 def _parameters(config: Any, start: int, end: int, *, first: bool, last: bool) -> dict[str, int]:
     """Elements of each parameter of a stage, by its name in the whole model; tied ones have one name everywhere."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
     stage = carve(model, start, end, first=first, last=last)
     return {stage.full_name(name): value.numel() for name, value in stage.module.named_parameters()}
 

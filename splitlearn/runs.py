@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import psutil
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from splitlearn import draft_model, models
 from splitlearn.arm import ArmEnd, ArmSpec, Kind
@@ -33,8 +33,8 @@ from splitlearn.selection import Availability, FlagSet, availability
 from splitlearn.selection import check as check_flags
 from splitlearn.selection import parse as parse_flags
 from splitlearn.split import SplitPlan
-from splitlearn.store import ModelFiles
-from splitlearn.tokens import python_tokenizer_available
+from splitlearn.store import ModelFiles, read_config
+from splitlearn.tokens import Tokens, python_tokenizer_available
 from splitlearn.wire import channel
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials
@@ -106,6 +106,7 @@ class Runs:
     def __init__(self, config: Config, progress: Progress, server: Server | None = None) -> None:
         self.config = config
         self.files = models.prepare(config.model, progress)
+        self.tokens.check_chat(config.generation.chat, self.files.name)
         self.draft = self._prepare_draft(progress)
         self.plan = SplitPlan.of(config.split.start, config.split.end, self.files.n_layers)
         self.device = models.resolve_device(config.model.device)
@@ -207,6 +208,11 @@ class Runs:
             raise InputError("model.draft", error.value, error.expected) from error
         draft_model.check_vocabulary(files, self.files)
         return files
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The model's tokenizer, to show what goes in and comes out; each arm reads its own."""
+        return Tokens.load(self.files.folder, use_fast=True)
 
     @cached_property
     def _trunk_kv_bytes(self) -> int:
@@ -355,4 +361,4 @@ class Runs:
 
 
 def _config_of(files: ModelFiles) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(files.folder)
+    return read_config(files.folder)

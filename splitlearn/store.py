@@ -2,7 +2,7 @@
 
     config.json               the architecture, without any quantization
     generation_config.json    where the model has one
-    tokenizer files           with the chat template, where there is one
+    tokenizer files           with the chat templates, where there are any; several have a folder
     model.safetensors         every tensor of the full model's state_dict() under its own name; tied ones stored once
     manifest.json             format, source, facts of the model, and size, SHA-256 and mtime of each other file
 
@@ -35,6 +35,8 @@ MOST_SCALED = 1e6
 # What BertTokenizer's Python class reads; kept beside tokenizer.json where a model has it.
 PYTHON_VOCABULARY = "vocab.txt"
 
+# Keys of config.json that say with what to compute. They may name code of the hub.
+KERNELS = {"_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation"}
 # Keys of config.json that name where the model comes from or who wrote the file, not what it computes. The dtype of the
 # stored tensors is in the weights file itself.
 _NAMES_ONLY = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -85,7 +87,8 @@ class ModelFiles:
 
 def seal(folder: Path, source: str, facts: ModelFacts, progress: Progress) -> None:
     """Write manifest.json for all files now in `folder`, which must be complete."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
     files = {}
     for count, name in enumerate(names):
         progress(Step("Hashing the converted files", count, len(names)))
@@ -106,22 +109,40 @@ def open_folder(folder: Path, name: str) -> ModelFiles:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this program reads {FORMAT}")
         files, source, facts = manifest["files"], str(manifest["source"]), ModelFacts(**manifest["facts"])
+        if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
+            raise ValueError(f"it names {outside[0]!r}, which is not in the folder")
         weights_hash = files[WEIGHTS]["sha256"]
+        if not _plausible(facts):
+            raise ValueError("its facts are not those of a model")
         moved = [file for file, written in files.items() if _moved(folder, file, written)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        digest = _digest(config, weights_hash)
+        facts = replace(facts, context_length=_scaled(facts.context_length, config))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder, MANIFEST, f"cannot be read ({error})") from error
     if moved:
         _note_times(folder, manifest, moved)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    facts = replace(facts, context_length=_scaled(facts.context_length, config))
-    return ModelFiles(name, source, folder, _digest(config, weights_hash), facts)
+    return ModelFiles(name, source, folder, digest, facts)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration in a converted folder. No code that it may name is run."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        vars(config).pop("auto_map", None)  # the names of that code: who gets this need not think of it
+        config._attn_implementation = config._experts_implementation = None  # nor of kernels that it names
+        return config
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(folder, CONFIG, f"cannot be used ({' '.join(str(error).split())[:300]})") from error
 
 
 def source_of(folder: Path) -> str:
     """Where the model in `folder` came from, without a check of its files."""
     try:
         return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "unknown (its manifest is damaged)"
 
 
@@ -129,6 +150,11 @@ def sha256(path: Path) -> str:
     """The file's SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plausible(facts: ModelFacts) -> bool:
+    counts = (facts.n_layers, facts.hidden_size, facts.vocab_size)
+    return all(type(count) is int and count > 0 for count in counts) and isinstance(facts.tied, dict)
 
 
 def _moved(folder: Path, file: str, written: Mapping[str, object]) -> bool:

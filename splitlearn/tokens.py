@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from splitlearn import chat as templates
+from splitlearn.chat import TemplateFailed
 from splitlearn.errors import InputError, ModelError
-from splitlearn.store import PYTHON_VOCABULARY
+from splitlearn.store import CONFIG, PYTHON_VOCABULARY
 
 _REPLACEMENT = "\ufffd"
 # A UTF-8 character has at most four bytes, so no more than three replacement characters at the end can still become
@@ -19,10 +22,12 @@ _WINDOW = 16
 class Tokens:
     """The tokenizer of a converted folder. Ids are those of the model's vocabulary."""
 
-    def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, eos_ids: frozenset[int], embeddings: int | None = None) -> None:
         self._tokenizer = tokenizer
         # transformers' own decode() does nothing more for text that is not cleaned up, and takes twice as long.
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._embeddings = embeddings  # of the model, which may have fewer than the tokenizer has tokens
+        self._templates = templates.templates(tokenizer.chat_template)
         self.eos_ids = eos_ids
         """The ids that end an answer."""
 
@@ -35,8 +40,11 @@ class Tokens:
         """
         tokenizer = _read(folder)
         if not use_fast and python_tokenizer_available(folder) is None:
-            tokenizer = _python_class(tokenizer).from_pretrained(folder)
-        return cls(tokenizer, _eos_ids(folder, tokenizer))
+            tokenizer = _python_class(tokenizer).from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        try:
+            return cls(tokenizer, _eos_ids(folder, tokenizer), _embeddings(folder))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"The settings beside the tokenizer in {folder} cannot be read: {error}") from error
 
     @property
     def size(self) -> int:
@@ -50,19 +58,69 @@ class Tokens:
     @property
     def has_chat_template(self) -> bool:
         """Whether the model is one to chat with."""
-        return self._tokenizer.chat_template is not None
+        return bool(self._templates)
 
-    def encode(self, prompt: str, chat: bool) -> list[int]:
+    @property
+    def chat_templates(self) -> tuple[str, ...]:
+        """The names of the model's chat templates: of the only one, `default`."""
+        return tuple(sorted(self._templates))
+
+    def check_chat(self, chat: bool | str, model: str) -> None:
+        """Try what `encode` would apply for `chat`, on a short prompt. `model` is what the model is called.
+
+        Raises InputError for a template that the model does not have, ModelError for one that makes no text.
+        """
+        chosen = templates.choose(self._templates, chat)
+        if chosen is None:
+            return
+        name, template = chosen
+        try:
+            templates.render(self._tokenizer, template, "Hello")
+        except TemplateFailed as error:
+            others = [other for other in self.chat_templates if other != name]
+            also = f", or one of the others: {', '.join(others)}" if others else ""
+            said = f"The chat template {name!r} of {model} cannot be used: it {error}."
+            raise ModelError(f"{said} {templates.INSTEAD}{also}.") from error
+
+    def encode(self, prompt: str, chat: bool | str) -> list[int]:
         """The ids of `prompt`; with `chat` as the one message of a conversation, where the model has a template for it.
 
-        Raises InputError for a prompt of no text.
+        True is the default template; a name chooses one of several. Control tokens that are spelled out in the prompt
+        are control tokens. Raises InputError for a prompt of no text or no tokens, for one that the template makes
+        nothing of, and for a template that the model does not have.
         """
         if not prompt.strip():
             raise InputError("prompt", prompt, "some text")
-        if not (chat and self.has_chat_template):
-            return list(self._tokenizer.encode(prompt))
-        messages = [{"role": "user", "content": prompt}]
-        return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        chosen = templates.choose(self._templates, chat)
+        if chosen is None:
+            ids = self._tokenizer.encode(prompt)
+        else:
+            ids = self._tokenizer.encode(self._render(*chosen, prompt), add_special_tokens=False)
+        if not ids:
+            raise InputError("prompt", templates.shown(prompt), "text of which the tokenizer makes a token or more")
+        unknown = max(ids)
+        if self._embeddings is not None and unknown >= self._embeddings:
+            token = self._tokenizer.convert_ids_to_tokens(unknown)
+            wanted = f"text without the token {token!r}: its id is {unknown}, and the model has {self._embeddings}"
+            raise InputError("prompt", templates.shown(prompt), wanted)
+        return list(ids)
+
+    def _render(self, name: str, template: str, prompt: str) -> str:
+        try:
+            return templates.render(self._tokenizer, template, prompt)
+        except TemplateFailed as error:
+            wanted = f"a prompt that the chat template {name!r} takes; it {error}. {templates.INSTEAD}"
+            raise InputError("prompt", templates.shown(prompt), wanted) from error
+
+    def pieces(self, ids: Sequence[int]) -> list[tuple[str, bool]]:
+        """The text of `ids` as the model sees it, in pieces: each control token alone (True), and what is between."""
+        control = self._tokenizer.added_tokens_decoder
+        found: list[tuple[str, bool]] = []
+        for is_control, group in groupby(ids, key=control.__contains__):
+            listed = list(group)
+            parts = [[token] for token in listed] if is_control else [listed]
+            found += [(self._tokenizer.decode(part, clean_up_tokenization_spaces=False), is_control) for part in parts]
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens."""
@@ -147,9 +205,12 @@ def _read(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"The tokenizer in {folder} cannot be read: {' '.join(str(error).split())}") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise what they like for files from anywhere
+        said = " ".join(str(error).split())
+        if "trust_remote_code" in said:
+            said = "it needs Python code of its own (auto_map), and no code of a model is run here"
+        raise ModelError(f"The tokenizer in {folder} cannot be read: {said[:500]}") from error
 
 
 def _eos_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
@@ -158,3 +219,11 @@ def _eos_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
     named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
     ids = named if isinstance(named, list) else [named]
     return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
+
+
+def _embeddings(folder: Path) -> int | None:
+    """How many tokens the model has embeddings for, where its configuration says so."""
+    path = folder / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    count = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    return count if isinstance(count, int) else None

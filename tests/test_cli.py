@@ -26,7 +26,7 @@ SPLIT_ARM = {**ARM, "bytes_up": int, "bytes_down": int, "trunk_address": str, "t
 SPLIT_ARM |= {"recoveries": list}
 COMPARISON = {
     "model": str, "split": dict, "flags": list, "full": dict, "split_run": dict, "identical_tokens": bool,
-    "first_divergence": (int, type(None)), "environment": dict,
+    "prompt": dict, "first_divergence": (int, type(None)), "environment": dict,
 }  # fmt: skip
 
 
@@ -124,6 +124,9 @@ def test_compare_prints_one_object_with_both_arms_and_nothing_else(files: ModelF
     assert found["split_run"]["bytes_up"] > 16 * files.facts.hidden_size * 4
     assert found["split_run"]["trunk_address"].startswith("127.0.0.1:")
     assert not set(found["full"]["ledger"]) & {"wire_s", "trunk_s"}
+    assert found["prompt"]["text"] == "<|user|>Why is the sky blue?<|end|><|assistant|>"
+    assert found["prompt"]["control_tokens"] == ["<|user|>", "<|end|>", "<|assistant|>"]
+    assert len(found["prompt"]["token_ids"]) == found["full"]["prompt_tokens"]
 
 
 def test_compare_gives_every_sample_and_the_tokens_per_second_of_all(folder: Path) -> None:

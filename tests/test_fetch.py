@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from splitlearn import fetch
+from splitlearn import adapter, fetch
 from splitlearn.errors import ModelError, ModelUnavailable
-from splitlearn.fetch import PipSource
+from splitlearn.fetch import Checkpoint, HubSource, PipSource
 from splitlearn.progress import silent
 from tests.conftest import start_prepare
 from tests.fake_hub import COMMIT, handler
@@ -40,6 +44,132 @@ def test_a_hub_model_is_fetched_and_then_needs_no_hub(tmp_path: Path, hub: dict[
     for cache, home in (("one", "elsewhere"), ("two", hub["HF_HOME"])):  # converted before; downloaded before
         there = {"SPLITLEARN_CACHE": str(tmp_path / cache), "HF_HOME": str(tmp_path / home), **away}
         assert start_prepare("openai-community/gpt2", **there).communicate(timeout=120)[0] == said
+
+
+@dataclass(frozen=True)
+class Near:
+    """A hub that this process asks: what it refuses, the folder that it serves, and what this machine has of it."""
+
+    refusals: dict[str, int]
+    served: Path
+    cache: Path
+
+    def fetch(self) -> tuple[Checkpoint, list[str]]:
+        """What comes of it, and what is said meanwhile."""
+        said: list[str] = []
+        found = fetch.fetch(HubSource(REPO), self.served, lambda step: said.append(step.label))
+        return found, said
+
+    def refuse(self, status: int, begin: str = "/") -> None:
+        """Answer so from now on."""
+        self.refusals.clear()
+        self.refusals[begin] = status
+
+
+REPO = "owner/model"
+ALL, FILES = "/", f"/{REPO}/resolve/"
+
+
+@pytest.fixture
+def near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Near]:
+    refusals: dict[str, int] = {}
+    served = make_checkpoint(tmp_path / "served", n_layers=2)
+    (served / "additional_chat_templates").mkdir()
+    (served / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(REPO, served, refusals))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    there, cache = f"http://127.0.0.1:{server.server_port}", tmp_path / "hub"
+    monkeypatch.setattr(constants, "ENDPOINT", there)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", there + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    yield Near(refusals, served, cache)
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_that_says_nothing_does_not_take_away_a_whole_snapshot(
+    near: Near, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = near.fetch()
+    with socket.create_server(("127.0.0.1", 0)) as silence:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silence.getsockname()[1]}")
+        monkeypatch.setattr(fetch, "_HUB_TIMEOUT_S", 0.2)
+        assert near.fetch()[0] == first
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
+def test_a_hub_that_refuses_does_not_take_away_a_whole_snapshot(near: Near, status: int) -> None:
+    first, said = near.fetch()
+    assert (first.folder / "additional_chat_templates" / "rag.jinja").read_text() == "rag"
+    assert not any("snapshot" in line for line in said)
+    near.refuse(status)
+    again, said = near.fetch()
+    assert again == first
+    (line,) = [line for line in said if "snapshot" in line]
+    assert f"HTTP status {status}" in line and "Its snapshot that is here is used" in line
+
+
+def test_a_hub_that_cannot_be_reached_does_not_either(near: Near, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = near.fetch()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    again, said = near.fetch()
+    assert again == first
+    assert "The model hub cannot be reached. Its snapshot that is here is used" in said
+
+
+def test_what_a_snapshot_lacks_is_named(near: Near) -> None:
+    near.fetch()
+    snapshot = near.cache / "models--owner--model" / "snapshots" / COMMIT
+    for name in ("generation_config.json", "tokenizer.json"):
+        (snapshot / name).unlink()
+    lacks = r"lacks generation_config\.json, tokenizer\.json\."
+    for status, begin in ((503, ALL), (403, FILES)):  # at once, and when it comes to the files
+        near.refuse(status, begin)
+        with pytest.raises(ModelUnavailable, match=lacks):
+            near.fetch()
+
+
+def test_what_a_snapshot_of_another_program_lacks_is_named(near: Near) -> None:
+    repository = near.cache / "models--owner--model"
+    snapshot = Path(shutil.copytree(near.served, repository / "snapshots" / COMMIT))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)  # and no list of the hub's files
+    near.refuse(503)
+    assert near.fetch()[0].folder == snapshot
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ModelUnavailable, match=r"HTTP status 503.* lacks model\.safetensors\."):
+        near.fetch()
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (snapshot / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(ModelUnavailable, match=r"lacks model-00002-of-00002\.safetensors\."):
+        near.fetch()
+
+
+def test_an_older_snapshot_that_is_whole_is_better_than_half_a_new_one(near: Near) -> None:
+    first, _ = near.fetch()
+    repository = near.cache / "models--owner--model"
+    newer = repository / "snapshots" / ("f" * 40)
+    newer.mkdir()
+    shutil.copy(first.folder / "config.json", newer)
+    (repository / "refs" / "main").write_text("f" * 40)
+    near.refuse(503)
+    assert near.fetch()[0].origin == first.origin
+
+
+def test_a_repository_with_an_adapter_is_not_taken_without_it(near: Near, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "find_spec", lambda name: None)
+    (near.served / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
+    (near.served / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(ModelError, match="LORA.*a/b.*pip install peft"):
+        near.fetch()
+
+
+def test_a_repository_of_an_adapter_is_told_what_it_is(near: Near) -> None:
+    (near.served / "config.json").unlink()
+    (near.served / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
+    with pytest.raises(ModelError, match="is an adapter .*LORA.* for the model a/b, without that model"):
+        near.fetch()
 
 
 def test_a_model_that_the_hub_does_not_have_is_said_so(hub: dict[str, str], cache: Path) -> None:

@@ -97,6 +97,8 @@ def test_one_press_shows_both_answers_their_figures_and_that_they_are_identical(
     result = page.locator("#result").inner_text()
     for part in ("TTFT split/full (n = 1)", "TPOT split/full (n = 1)", "Bytes up", "full", "client", "trunk"):
         assert part in result
+    page.locator("#result .sl-prompt summary").click()
+    expect(page.locator("#result .sl-prompt mark")).to_have_text(["<|user|>", "<|end|>", "<|assistant|>"])
     expect(page.locator("#ledger .js-plotly-plot")).to_be_visible()
     expect(page.locator("#ledger-table")).to_contain_text("wire")
 

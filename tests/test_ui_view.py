@@ -173,6 +173,23 @@ def test_one_flag_changes_on_every_side_that_can_have_it() -> None:
     assert choice.choice_of(parse("full:use_cache client:none trunk:none", KNOWN), "use_cache", KNOWN) is None
 
 
+def test_a_prompt_is_shown_as_the_model_sees_it_with_control_tokens_marked() -> None:
+    shown = both([1, 2, 3], [1, 2, 3])
+    said = view.prompt(shown, lambda ids: [("<|user|>", True), ("<b>Hi", False)])
+    assert "<mark>&lt;|user|&gt;</mark>&lt;b&gt;Hi" in said
+    assert view.prompt(Shown(), lambda ids: []) == ""
+
+
+def test_each_chat_template_has_a_form_of_its_own() -> None:
+    assert [value for _, value in inputs.forms([])] == ["chat", "raw"]
+    assert [value for _, value in inputs.forms(["default"])] == ["chat", "raw"]
+    assert [value for _, value in inputs.forms(["default", "rag"])] == ["chat", "chat:rag", "raw"]
+    assert [value for _, value in inputs.forms(["rag", "tool_use"])] == ["chat:rag", "chat:tool_use", "raw"]
+    for chat in (True, False, "rag"):
+        assert inputs.request({**TYPED, "form": inputs.form(chat)}).chat == chat
+    assert inputs.form("default") == "chat"
+
+
 def test_what_is_typed_becomes_a_request() -> None:
     request = inputs.request(TYPED)
     assert (request.max_new_tokens, request.chat, request.ignore_eos, request.stop) == (8, False, False, ("End",))

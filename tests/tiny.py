@@ -3,9 +3,12 @@
 `make_checkpoint` writes a folder as from a hub, `make_converted` one in the format of splitlearn/store.py.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from gguf import GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -96,3 +99,72 @@ def make_converted(
     facts = convert.convert(checkpoint, folder, None, silent)
     store.seal(folder, str(checkpoint), facts, silent)
     return store.open_folder(folder, str(folder))
+
+
+def make_gguf(path: Path, checkpoint: Path) -> Path:
+    """The llama model of `checkpoint`, made by make_checkpoint, as a GGUF file in float32 with its tokenizer inside."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False)
+    config, writer = model.config, GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    _add_tokenizer(writer, checkpoint)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            writer.add_tensor(_gguf_name(name), _gguf_order(name, tensor, config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_tokenizer(writer: GGUFWriter, checkpoint: Path) -> None:
+    data = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = sorted(data["model"]["vocab"].items(), key=lambda entry: int(entry[1]))
+    special = {token["content"] for token in data["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([3 if token in special else 1 for token, _ in vocabulary])
+    writer.add_token_merges([" ".join(pair) for pair in data["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _gguf_name(name: str) -> str:
+    """The name that llama.cpp has for a llama's tensor."""
+    renamed = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "model.layers": "blk",
+        "self_attn.o_proj": "attn_output",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "post_attention_layernorm": "ffn_norm",
+        "input_layernorm": "attn_norm",
+    }
+    for ours, theirs in renamed.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _gguf_order(name: str, tensor: torch.Tensor, config: Any) -> Any:
+    """llama.cpp rotates neighbours, transformers halves: the rows of queries and keys are in another order."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    if heads is None:
+        return tensor.numpy()
+    rows = tensor.reshape(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2)
+    return rows.reshape(tensor.shape).contiguous().numpy()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import cached_property
 from pathlib import Path
 
 from splitlearn.errors import SplitlearnError
@@ -10,7 +9,6 @@ from splitlearn.lab.background import Job
 from splitlearn.lab.terminal import FOLDER
 from splitlearn.runs import Runs
 from splitlearn.selection import parse
-from splitlearn.tokens import Tokens
 from ui import choice, inputs, session
 from ui.lab import Lab
 from ui.server import Monitor
@@ -54,13 +52,9 @@ class Handlers:
         self.stops.stop(visitor)
         self.downloads.forget(visitor)
 
-    @cached_property
-    def _tokens(self) -> Tokens:
-        return Tokens.load(self.runs.files.folder, use_fast=True)
-
     def text_of(self, token: int) -> str:
         """The text of one token id."""
-        return self._tokens.decode([token])
+        return self.runs.tokens.decode([token])
 
     def compare(self, typed: Mapping[str, object], words: str, visitor: str) -> Iterator[Shown]:
         """Run what was typed through both arms, unless an experiment is being measured."""

@@ -1,9 +1,10 @@
 """From what was typed on the page to a request. The library checks values; here text only becomes numbers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from splitlearn.chat import DEFAULT
 from splitlearn.config import GenerationConfig
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest
@@ -26,12 +27,32 @@ def request(typed: Mapping[str, object]) -> GenerationRequest:
     return GenerationRequest(
         prompt=str(typed["prompt"] or ""),
         max_new_tokens=whole("max_new_tokens", typed["max_new_tokens"]),
-        chat=typed["form"] == "chat",
+        chat=chat(str(typed["form"])),
         ignore_eos=bool(typed["ignore_eos"]),
         stop=tuple(line for line in str(typed["stop"] or "").splitlines() if line),
         sampling=sampling,
         samples=whole("samples", typed["samples"]),
     )
+
+
+RAW, CHAT = "raw", "chat"
+
+
+def forms(templates: Sequence[str]) -> list[tuple[str, str]]:
+    """The ways to give a prompt to a model with these chat templates: each with its label and its value."""
+    usual = [("Chat template, where the model has one", CHAT)] if not templates or DEFAULT in templates else []
+    named = [(f"Chat template {name}", f"{CHAT}:{name}") for name in templates if name != DEFAULT]
+    return [*usual, *named, ("Raw prompt", RAW)]
+
+
+def form(chat: bool | str) -> str:
+    """The value of the form that stands for `generation.chat`."""
+    return f"{CHAT}:{chat}" if isinstance(chat, str) and chat != DEFAULT else CHAT if chat else RAW
+
+
+def chat(form: str) -> bool | str:
+    """What a form's value means for a request."""
+    return form.removeprefix(f"{CHAT}:") if form.startswith(f"{CHAT}:") else form == CHAT
 
 
 def at_first(settings: GenerationConfig) -> dict[str, str]:

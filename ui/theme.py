@@ -50,6 +50,8 @@ CSS = """
 /* Reversed, the box stays scrolled to its end while text comes in. */
 .sl-answer { display: flex; flex-direction: column-reverse; justify-content: flex-end; min-height: 7rem;
   max-height: 22rem; overflow-y: auto; }
+.sl-prompt { margin-top: .5rem; font-size: .85rem; }
+.sl-seen { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow-y: auto; margin-top: .5rem; }
 .sl-answer > div { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: auto; line-height: 1.5; }
 .sl-error { border: 1px solid #b91c1c; border-left-width: 5px; border-radius: 6px; padding: 8px 12px;
   background: #fef2f2; color: #7f1d1d; overflow-wrap: anywhere; }

@@ -1,7 +1,7 @@
 """What the page shows of one comparison, as HTML: a card for each side, and what follows from both."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from splitlearn.metrics import RunMetrics, first_difference, recovery_sentence, tps_of_all
@@ -10,6 +10,7 @@ from ui.format import MISSING, rate, ratio, seconds, size
 from ui.session import ArmView, Shown, State
 
 Decode = Callable[[int], str]
+Pieces = Callable[[Sequence[int]], Sequence[tuple[str, bool]]]
 
 TITLES = {"full": ("Full", "whole model, one local process"), "split": ("Split", "client here, trunk behind gRPC")}
 STATES: dict[State, str] = {
@@ -90,6 +91,16 @@ def result(shown: Shown, decode: Decode, flags: str) -> str:
         f'<dl class="sl-tiles">{"".join(tiles)}</dl>{_memory(full, split)}'
         f'<p class="sl-small">Flags: {escape(flags)}. {_how(full, split)}</p></section>'
     )
+
+
+def prompt(shown: Shown, pieces: Pieces) -> str:
+    """What the model saw of the prompt, folded away, with its control tokens marked; empty before both reports."""
+    if shown.both is None:
+        return ""
+    ids = shown.both[0].metrics.prompt_ids
+    text = "".join(f"<mark>{escape(text)}</mark>" if control else escape(text) for text, control in pieces(ids))
+    summary = f"The prompt as the model sees it: {len(ids)} tokens, control tokens marked"
+    return f'<details class="sl-prompt"><summary>{summary}</summary><div class="sl-seen">{text}</div></details>'
 
 
 def facts(runs: Runs) -> str:

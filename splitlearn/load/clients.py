@@ -40,7 +40,7 @@ class Client(Protocol):
 class RealClient:
     """A split arm's worker process: bottom and top of its own, its own connection."""
 
-    def __init__(self, spec: ArmSpec, prompts: Sequence[str], chat: bool) -> None:
+    def __init__(self, spec: ArmSpec, prompts: Sequence[str], chat: bool | str) -> None:
         self._prompts, self._chat = prompts, chat
         self._child = arm.start(spec)
 
@@ -77,7 +77,7 @@ def client_threads(clients: int) -> int:
 
 
 @contextmanager
-def real_clients(spec: ArmSpec, asked: Asked, chat: bool, progress: Progress) -> Iterator[list[Client]]:
+def real_clients(spec: ArmSpec, asked: Asked, chat: bool | str, progress: Progress) -> Iterator[list[Client]]:
     """Loaded and warm; ended when the context is left."""
     with contextlib.ExitStack() as stack:
         made: list[Client] = []

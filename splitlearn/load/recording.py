@@ -59,7 +59,7 @@ def record(spec: ArmSpec, requests: Sequence[GenerationRequest], progress: Progr
         child.stop()
 
 
-def recordings_of(asked: Asked, spec: ArmSpec, chat: bool, progress: Progress) -> list[Recording]:
+def recordings_of(asked: Asked, spec: ArmSpec, chat: bool | str, progress: Progress) -> list[Recording]:
     """A recording of each prompt with the longest answer that is asked for."""
     requests = [
         GenerationRequest(prompt, asked.max_new_tokens, chat=chat, ignore_eos=True, ledger=False)

@@ -61,7 +61,9 @@ def measure(runs: Runs, asked: Asked, progress: Progress, stop: threading.Event)
     )
 
 
-def clients_for(spec: ArmSpec, asked: Asked, chat: bool, progress: Progress) -> AbstractContextManager[list[Client]]:
+def clients_for(
+    spec: ArmSpec, asked: Asked, chat: bool | str, progress: Progress
+) -> AbstractContextManager[list[Client]]:
     """The clients that are asked for; those that replay are given a fresh recording."""
     if not asked.replay:
         return real_clients(spec, asked, chat, progress)

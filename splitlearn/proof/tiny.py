@@ -93,14 +93,17 @@ def tiny_config(config: Any, grouped: bool, context: int = CONTEXT) -> Any:
 def tiny_model(config: Any, seed: int = 0) -> nn.Module:
     """A model with random weights, fp32, for evaluation. Raises FamilyRefused when it would still be large."""
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+        parameters = sum(
+            p.numel()
+            for p in AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False).parameters()
+        )
     if parameters > MAX_PARAMETERS:
         raise FamilyRefused(
             f"{config.model_type}: a tiny copy would still have {parameters / 1e6:.0f} million weights."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()

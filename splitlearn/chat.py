@@ -1,0 +1,149 @@
+"""A model's chat templates: which there are, and the text that one of them makes of a prompt.
+
+A template is a program from the model's folder. transformers runs it in jinja's sandbox; `render` also bounds its
+memory and the text that it makes, and in the main thread of a process, where a timer can interrupt it, its CPU time.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import psutil
+
+from splitlearn.errors import InputError, ModelError
+
+DEFAULT = "default"
+INSTEAD = "Without a chat template: generation.chat false, --raw, or Raw prompt on the page"
+CPU_S = 5.0
+MEMORY_BYTES = 256 << 20
+# What a template may add to the prompt, and how often it may repeat it.
+_MOST_CHARACTERS, _MOST_COPIES = 1_000_000, 4
+_SHOWN = 60
+
+
+class TemplateFailed(Exception):
+    """A chat template made no text; the message says why, as the end of a sentence."""
+
+
+def templates(given: object) -> Mapping[str, str]:
+    """The templates of a tokenizer by name, from its `chat_template`; that without a name is called default.
+
+    Raises ModelError for what is neither a template nor several.
+    """
+    if given is None:
+        return {}
+    named = {DEFAULT: given} if isinstance(given, str) else given
+    if not isinstance(named, dict) or not all(isinstance(each, str) for pair in named.items() for each in pair):
+        raise ModelError(f"The model's chat_template is neither a text nor named texts, but {repr(named)[:_SHOWN]}.")
+    return named
+
+
+def choose(known: Mapping[str, str], wanted: bool | str) -> tuple[str, str] | None:
+    """The name and text of the `wanted` template: True is the default one; None where none is to be applied.
+
+    Raises InputError for a name that is not known, and for True where several have names and none is the default.
+    """
+    if wanted is False or (wanted is True and not known):
+        return None
+    name = DEFAULT if wanted is True else wanted
+    if name not in known:
+        names = f"one of the model's chat templates: {', '.join(sorted(known))}; or false, for none"
+        raise InputError("generation.chat", wanted, names if known else "true or false: the model has no chat template")
+    return name, known[name]
+
+
+def render(tokenizer: Any, template: str, prompt: str) -> str:
+    """The text that `template` makes of a conversation with the one message `prompt`, with the header of an answer.
+
+    The prompt's text goes in as it is, as in transformers: control tokens in it count as such. Raises TemplateFailed.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        with _bounded_memory(), _bounded_time():
+            _refuse_powers(template)
+            text = str(
+                tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+            )
+    except TemplateSyntaxError as error:
+        raise TemplateFailed(f"has a syntax error in line {error.lineno}: {error.message}") from error
+    except MemoryError as error:
+        raise TemplateFailed(f"takes more than {MEMORY_BYTES >> 20} MiB of memory") from error
+    except _Late as error:
+        raise TemplateFailed(f"takes more than {CPU_S:g} s of CPU time") from error
+    except TemplateFailed:
+        raise
+    except Exception as error:  # what jinja raises, and what Python raises for the template's values
+        raise TemplateFailed(f"says {' '.join(str(error).split()) or type(error).__name__!r}") from error
+    most = _MOST_CHARACTERS + _MOST_COPIES * len(prompt)
+    if len(text) > most:
+        raise TemplateFailed(f"renders {len(text):,} characters, where {most:,} are the most")
+    if not text.strip():
+        raise TemplateFailed("renders nothing")
+    return text
+
+
+@lru_cache(maxsize=64)
+def _refuse_powers(template: str) -> None:
+    """Raise TemplateFailed for the operator **: one power can take hours, in which no timer interrupts Python."""
+    from jinja2 import Environment
+
+    before = ""
+    for _, kind, value in Environment().lex(template):
+        if (kind, value) == ("operator", "**") and before not in ("(", ","):  # there it hands arguments on
+            raise TemplateFailed("uses the operator **, which is not allowed in it")
+        before = before if kind == "whitespace" else value
+
+
+def shown(prompt: str) -> str:
+    """The beginning of a prompt, for an error's one line."""
+    return prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}..."
+
+
+class _Late(Exception):
+    """The CPU time is over."""
+
+
+@contextmanager
+def _bounded_time() -> Iterator[None]:
+    """Raise _Late after CPU_S of this process; a template that loops takes all of one core."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def late(*_: Any) -> None:
+        raise _Late
+
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Let this process have at most MEMORY_BYTES more than it has."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = psutil.Process().memory_info().data + MEMORY_BYTES
+    if soft != resource.RLIM_INFINITY:
+        most = min(most, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
