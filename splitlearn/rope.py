@@ -67,7 +67,7 @@ class PureRotary(nn.Module):
             return self.own(x, position_ids, **call)
         lengths = self._effective(_lengths(position_ids), rope_type, layer_type)
         order, found = [], []
-        for length in lengths.unique().tolist():
+        for length in sorted(set(lengths.tolist())):
             at = (lengths == length).nonzero()[:, 0]
             order.append(at)
             found.append(self._as_new(x, position_ids[..., at], length, layer_type, call))

@@ -4,8 +4,9 @@ transformers' own generate() on the uncut model, across the length at which they
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -38,7 +39,7 @@ SIX = {"short_factor": [1.0] * 6, "long_factor": [1.0, 2.0, 3.0, 5.0, 9.0, 20.0]
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": CHANGE, **SIX}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 DEFAULT = {"rope_type": "default", "rope_theta": 100.0}
-MODELS: dict[str, tuple[str, dict[str, object]]] = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # generate() computes the whole sequence anew where it grows past the original length.
     "phi3-longrope": ("phi3", {"original_max_position_embeddings": CHANGE, "rope_parameters": LONGROPE}),
     "phimoe-longrope": (
@@ -279,7 +280,7 @@ class _Answer:
 def test_drafts_stop_short_of_the_change(case: Case, trunk: TrunkHere, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Speculation, "_rate", lambda self, count: count)  # as many as there may be
     for length in (CHANGE - 10, CHANGE - 1, CHANGE + 9):
-        client = split(case, trunk.address, CACHED, [lambda length=length: _Answer(case, length)])
+        client = split(case, trunk.address, CACHED, [partial(_Answer, case, length)])
         events = list(client.stream(case.request(length)))
         assert said(iter(events)) == case.answer(length), length
         assert sum(event.drafts for event in events if isinstance(event, TokenEvent)) > 8
@@ -292,9 +293,9 @@ def test_what_is_replayed_at_another_stream_says_the_same(case: Case, trunk: Tru
             found: list[Event] = []
             for event in split(case, between.address).stream(case.request(length, samples=samples)):
                 found.append(event)
-                if len(found) in (3 * samples, 16 * samples):  # before the change, and after it
+                if len(found) in (3 * samples, 11 * samples, 16 * samples):  # before the change, at it, and after it
                     between.cut()
-        assert between.connections >= 3 * samples
+        assert between.connections >= 4 * samples
         assert said(iter(found), samples - 1) == case.answer(length), length
 
 
