@@ -282,6 +282,7 @@ def _positions(draw: st.DrawFn, aim: Target) -> bytes:
         return b"\x12" + _varint(len(body)) + body
     changes: dict[str, Any] = {"roll_back": draw(st.booleans()), "step_id": draw(NUMBERS), "answer_last": draw(NUMBERS)}
     changes["branch_of"] = draw(st.one_of(st.just(b""), st.binary(max_size=40)))
+    changes["rope_length"] = draw(st.one_of(st.just(0), NUMBERS))
     return aim.step(draw(st.integers(1, 3)), draw(st.one_of(st.integers(0, 4), NUMBERS)), **changes)
 
 

@@ -37,7 +37,7 @@ class Direct(Engine):
     ) -> EngineStep:
         """One forward for this step alone; nothing is waited for, checked or counted."""
         started = time.perf_counter()
-        output = self._stage.step([StageInput(seat.session, position, x)])[0]
+        output = self._stage.step([StageInput(seat.session, position, x, rope_length=rope_length)])[0]
         return EngineStep(output.x, time.perf_counter() - started, 0.0, 0.0)
 
 

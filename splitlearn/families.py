@@ -32,6 +32,8 @@ RECORDS: dict[str, Record] = {
     # opt-350m projects to the width of its embeddings at the end, by a module that is registered before the layers.
     "opt": Record(after=("project_out",)),
     # Their prepare_inputs_for_generation does. In other families cached keys keep the frequencies that they have.
+    # (That of phi4_multimodal, in transformers 5.23, then feeds the last token alone: what is meant is what generate()
+    # says with use_cache=False, and that is what is said here.)
     "phi3": Record(restarts=True),
     "phi4_multimodal": Record(restarts=True),
     "phimoe": Record(restarts=True),

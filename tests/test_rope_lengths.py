@@ -39,7 +39,7 @@ SIX = {"short_factor": [1.0] * 6, "long_factor": [1.0, 2.0, 3.0, 5.0, 9.0, 20.0]
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": CHANGE, **SIX}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 DEFAULT = {"rope_type": "default", "rope_theta": 100.0}
-MODELS: dict[str, tuple[str, dict[str, object]]] = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # generate() computes the whole sequence anew where it grows past the original length.
     "phi3-longrope": ("phi3", {"original_max_position_embeddings": CHANGE, "rope_parameters": LONGROPE}),
     "phimoe-longrope": (
@@ -293,9 +293,9 @@ def test_what_is_replayed_at_another_stream_says_the_same(case: Case, trunk: Tru
             found: list[Event] = []
             for event in split(case, between.address).stream(case.request(length, samples=samples)):
                 found.append(event)
-                if len(found) in (3 * samples, 16 * samples):  # before the change, and after it
+                if len(found) in (3 * samples, 11 * samples, 16 * samples):  # before the change, at it, and after it
                     between.cut()
-        assert between.connections >= 3 * samples
+        assert between.connections >= 4 * samples
         assert said(iter(found), samples - 1) == case.answer(length), length
 
 
