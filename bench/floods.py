@@ -155,7 +155,12 @@ def flood(connection: Connection, name: str, address: str) -> None:
     """A process that sends FLOODS[name] until its parent says something."""
     os.nice(NICE)
     over = threading.Event()
-    threading.Thread(target=lambda: (connection.poll(None), over.set()), daemon=True).start()
+
+    def wait() -> None:
+        connection.poll(None)
+        over.set()
+
+    threading.Thread(target=wait, daemon=True).start()
     connection.send("begun")
     FLOODS[name](address, over)
     connection.send("over")

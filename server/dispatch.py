@@ -124,7 +124,7 @@ class Dispatch(grpc.GenericRpcHandler):
         # gRPC calls such a behavior with `send`, and is done with it when it returns: the call goes on.
         behavior.experimental_non_blocking = True  # type: ignore[attr-defined]
         behavior.experimental_thread_pool = _Here()  # type: ignore[attr-defined]
-        return grpc.stream_stream_rpc_method_handler(behavior)  # type: ignore[arg-type]
+        return grpc.stream_stream_rpc_method_handler(behavior)
 
     def _begin(
         self, method: Method | None, requests: Iterator[bytes], context: grpc.ServicerContext, send: Send
