@@ -34,8 +34,6 @@ from splitlearn.runs import Runs
 
 TOKENS, ROUNDS = 128, 2
 VARIABLE = "SPLITLEARN_FLOODED_TOKEN"
-LIMIT = 3.0
-"""So many times its rhythm in peace is what a client should notice at most."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,6 @@ class Seen:
     health_ms: float | None
     rss: int
     error: str = ""
-
-    @property
-    def p99_ms(self) -> float:
-        """The 99th percentile of the times between tokens."""
-        return statistics.quantiles(self.itl_ms, n=100)[-1] if len(self.itl_ms) > 1 else float("nan")
 
 
 def main(runs: Runs) -> None:
@@ -66,8 +59,8 @@ def main(runs: Runs) -> None:
         finally:
             trunk.stop()
     text = (
-        f"{ROUNDS} times by turns: {TOKENS} tokens in peace, {TOKENS} under the flood. p99 of the times between tokens "
-        "in milliseconds, of all rounds together; memory is the server's process, after the flood."
+        f"{ROUNDS} times by turns: {TOKENS} tokens in peace, {TOKENS} under the flood. Milliseconds, before / under: "
+        "times between tokens (ITL) of all rounds together; memory is the server's process, after the flood."
     )
     write("flooded", "A client with a token under floods of strangers", text, rows, environment(runs))
 
@@ -89,15 +82,15 @@ def _row(name: str, own: Runs, trunk: EmbeddedTrunk) -> dict[str, object]:
         peace.append(_look(own, trunk))
         with flooding(name, trunk.address):
             war.append(_look(own, trunk))
-    before, under = (_p99([itl for seen in stretch for itl in seen.itl_ms]) for stretch in (peace, war))
+    itls = [[itl for seen in stretch for itl in seen.itl_ms] for stretch in (peace, war)]
+    before, under = map(_p99, itls)
     health = [seen.health_ms for seen in war]
     row = {
         "flood": name,
-        "p99 ITL before": round(before, 1),
-        "under": round(under, 1),
-        "ratio": round(under / before, 2),
-        "TTFT before": round(statistics.mean(seen.ttft_ms for seen in peace), 0),
-        "TTFT under": round(statistics.mean(seen.ttft_ms for seen in war), 0),
+        "p50 ITL": " / ".join(f"{statistics.median(itl):.0f}" if itl else "none" for itl in itls),
+        "p99 ITL": f"{before:.0f} / {under:.0f}",
+        "ratio of p99": round(under / before, 2),
+        "TTFT": " / ".join(f"{statistics.mean(seen.ttft_ms for seen in stretch):.0f}" for stretch in (peace, war)),
         "health": "refused" if None in health else f"{max(filter(None, health)):.0f} ms",
         "memory, MiB": war[-1].rss >> 20,
         "errors": "; ".join(sorted({seen.error for seen in war if seen.error})) or "none",

@@ -156,11 +156,11 @@ def flood(connection: Connection, name: str, address: str) -> None:
     os.nice(NICE)
     over = threading.Event()
 
-    def wait_for_parent() -> None:
+    def wait() -> None:
         connection.poll(None)
         over.set()
 
-    threading.Thread(target=wait_for_parent, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
     connection.send("begun")
     FLOODS[name](address, over)
     connection.send("over")

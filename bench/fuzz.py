@@ -23,6 +23,7 @@ import yaml
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 
+from bench.floods import PREFACE, SETTINGS, frame
 from bench.hostile import Attacker, End, Script, Target, improper, oversized, scripts, silent, target
 from bench.report import write
 from server import bearer
@@ -91,11 +92,17 @@ def attack(attacker: Attacker, drawn: st.SearchStrategy[Script], examples: int, 
 
 
 def knock(address: str, dice: random.Random) -> None:
-    """Connect, say what is no gRPC, and go."""
+    """Connect, say what is no gRPC, or frames of HTTP/2 that make no sense, and go."""
     host, _, port = address.rpartition(":")
-    greeting = dice.choice([b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
+    greeting = dice.choice([b"", b"GET / HTTP/1.1\r\n\r\n", PREFACE, PREFACE + frame(SETTINGS, 0, 0)])
+    frames = b"".join(_odd_frame(dice) for _ in range(dice.randrange(100)))
     with suppress(OSError), socket.create_connection((host, int(port)), timeout=5) as connection:
-        connection.sendall(greeting + dice.randbytes(dice.randrange(1, 2000)))
+        connection.sendall(greeting + dice.choice([frames, dice.randbytes(dice.randrange(1, 2000))]))
+
+
+def _odd_frame(dice: random.Random) -> bytes:
+    """A frame of any kind, for any stream, with any flags."""
+    return frame(dice.randrange(12), dice.randrange(256), dice.randrange(8), dice.randbytes(dice.randrange(40)))
 
 
 def main(runs: Runs) -> None:

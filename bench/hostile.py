@@ -38,6 +38,11 @@ REFUSALS = frozenset(
         grpc.StatusCode.ABORTED,
     }
 )
+METHODS = (
+    *(f"/{SERVICE}/{name}" for name in ("Describe", "Metrics", "Drop")),
+    "/grpc.health.v1.Health/Check",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
 OVERFLOW = "first in layer"
 # How gRPC begins for an exception that a handler did not turn into a status: calling, iterating, deserializing. What a
 # client sent never stands first.
@@ -142,9 +147,10 @@ def scripts(aim: Target) -> st.SearchStrategy[Script]:
 
 
 def silent(aim: Target) -> st.SearchStrategy[Script]:
-    """Clients that keep a stream open and say no more: never-ending opens, sessions, prompts."""
+    """Clients that keep a call open and say no more: never-ending opens, sessions, prompts, calls of all methods."""
     begun = [(), (aim.open(),), (aim.open(), aim.step(1, 0, more=True)), (aim.open(), aim.step(1, 0))]
-    return st.sampled_from([Script("silent", messages, holds=True) for messages in begun])
+    sessions = [Script("silent", messages, holds=True) for messages in begun]
+    return st.sampled_from([*sessions, *(Script("silent", (), holds=True, method=method) for method in METHODS)])
 
 
 def oversized(aim: Target) -> st.SearchStrategy[Script]:
