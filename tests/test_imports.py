@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("sources",),
+    ("address", "sources"),
     ("blocks", "breaker", "drafts", "errors", "jit", "native", "progress", "stop", "team", "threads", "watchdog"),
     ("attention", "caches", "config", "families", "machine", "prepacked", "process", "products", "sampling", "store"),
     ("block_linear", "convert", "phases", "row_attention", "wire"),
