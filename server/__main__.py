@@ -25,7 +25,7 @@ from server.build import build
 from server.door import Door
 from server.others import Others
 from server.service import TrunkService
-from splitlearn import config
+from splitlearn import address, config, ports
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.progress import on_console
@@ -176,19 +176,20 @@ def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    host = address.loopback(settings.host) or settings.host
+    ports.check("server.", host, settings.port)
     try:
-        port = door.listen(server, f"{settings.host}:{settings.port}")
+        port = door.listen(server, address.joined(host, settings.port))
     except RuntimeError as error:
-        address = f"{settings.host}:{settings.port}"
-        raise SetupError(f"server.port: cannot listen on {address}; is another program using it?") from error
+        raise SetupError(f"server.host: cannot listen on {address.joined(host, settings.port)}: {error}") from error
     server.start()
     for name in ("", SERVICE):
         state.set(name, health_pb2.HealthCheckResponse.SERVING)
     guarded = {"tls": door.credentials is not None, "tokens": settings.tokens is not None}
-    address = f"{settings.host}:{port}"
-    logs.tell(log, "listening", address=address, **guarded)
-    print(f"{READY}{address}", flush=True)
-    return Running(server, address, state)
+    where = address.joined(host, port)
+    logs.tell(log, "listening", address=where, **guarded)
+    print(f"{READY}{where}", flush=True)
+    return Running(server, where, state)
 
 
 def _wait_for_parent(told: SimpleQueue[str]) -> None:

@@ -17,7 +17,7 @@ LAYERS = (
     ("address", "sources"),
     ("blocks", "breaker", "drafts", "errors", "jit", "native", "progress", "stop", "team", "threads", "watchdog"),
     ("attention", "caches", "config", "families", "machine", "prepacked", "process", "products", "sampling", "store"),
-    ("block_linear", "convert", "phases", "row_attention", "wire"),
+    ("block_linear", "convert", "phases", "ports", "row_attention", "wire"),
     ("events", "parted_head", "row_kernel", "split", "tokens"),
     ("compiling", "kv", "one_row"),
     ("graphs",),

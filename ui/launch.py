@@ -3,14 +3,13 @@
 import argparse
 import os
 import signal
-import socket
 import sys
 import threading
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitlearn import config
+from splitlearn import address, config, ports
 from splitlearn.config import Config
 from splitlearn.embedded import Server
 from splitlearn.errors import SetupError, SplitlearnError, TrunkError
@@ -31,7 +30,7 @@ def main(arguments: list[str]) -> int:
     try:
         settings = _settings(options)
         login = share.login(settings.ui.auth, settings.ui.share, options.share_without_login)
-        port = free_port(settings.ui.host, settings.ui.port)
+        port = ports.check("ui.", settings.ui.host, settings.ui.port)
         _serve(settings, port, login, _repeat(options))
     except SplitlearnError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -39,19 +38,6 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 0
     return 0
-
-
-def free_port(host: str, port: int) -> int:
-    """`port` if it can be listened on, a free one for 0. Raises SetupError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            hint = "Choose another with --port or ui.port; 0 takes a free one."
-            raise SetupError(f"ui.port: cannot listen on {host}:{port} ({error.strerror}). {hint}") from error
-        return int(probe.getsockname()[1])
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -128,7 +114,7 @@ def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
         demo = Page(handlers, sharing).blocks
         _launch(
             demo,
-            server_name=settings.host,
+            server_name=f"[{settings.host}]" if ":" in settings.host else settings.host,
             server_port=port,
             auth=login,
             share=False,  # the link is asked for by share.py; None would let GRADIO_SHARE open one without a login
@@ -141,7 +127,7 @@ def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
             ssr_mode=False,
         )
         try:
-            print(f"The page is on http://{settings.host}:{port}", flush=True)
+            print(f"The page is on {address.url(settings.host, port)}", flush=True)
             if settings.share:
                 share.open_link(demo, sharing)
             threading.Event().wait()
