@@ -25,7 +25,7 @@ from server.build import build
 from server.door import Door
 from server.others import Others
 from server.service import TrunkService
-from splitlearn import address, config, ports
+from splitlearn import address, config, ports, proxies
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.progress import on_console
@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.embedded and not given:
             return 0  # the parent has no use for it
         settings = _settings(options, given)
+        proxies.settle()
         door = Door.of(settings.server)
         with on_console() as progress:
             served = build(settings, progress)

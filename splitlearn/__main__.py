@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from splitlearn import config as configuration
+from splitlearn import proxies
 from splitlearn.config import Config
 from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import GenerationRequest
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         command: Callable[[argparse.Namespace, Config], None] = options.command
+        proxies.settle()
         command(options, _config(options))
     except SplitlearnError as error:
         print(f"error: {error}", file=sys.stderr)
