@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         service = TrunkService(served, others, settings.server, door.access)
         metrics = sight.listen(served.metrics, settings.server)
         running = listen(service, settings.server, door)
-    except SplitlearnError as error:
+    except (SplitlearnError, OSError) as error:  # of the system: no space, no permission
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.embedded:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("address", "cgroups", "proxies", "sources"),
+    ("address", "cgroups", "home", "proxies", "sources"),
     ("blocks", "breaker", "drafts", "errors", "jit", "native", "progress", "stop", "team", "threads", "watchdog"),
     ("attention", "caches", "config", "families", "machine", "prepacked", "process", "products", "sampling", "store"),
     ("block_linear", "convert", "phases", "ports", "row_attention", "wire"),

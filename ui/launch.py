@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitlearn import address, config, ports, proxies
+from splitlearn import address, config, home, ports, proxies
 from splitlearn.config import Config
 from splitlearn.embedded import Server
 from splitlearn.errors import SetupError, SplitlearnError, TrunkError
@@ -27,13 +27,14 @@ def main(arguments: list[str]) -> int:
     """Serve the page until told to stop. Returns the exit status: 2 when it cannot start as asked."""
     options = _options(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the program in the same order as Ctrl-C
+    home.settle()
     try:
         settings = _settings(options)
         proxies.settle(settings.ui.host)
         login = share.login(settings.ui.auth, settings.ui.share, options.share_without_login)
         port = ports.check("ui.", settings.ui.host, settings.ui.port)
         _serve(settings, port, login, _repeat(options))
-    except SplitlearnError as error:
+    except (SplitlearnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
