@@ -3,6 +3,7 @@
 `build.py` puts them together; `others.py` hands on what asks for other load and process flags.
 """
 
-from splitlearn import native
+from splitlearn import home, native
 
+home.settle()  # before libraries are imported, which ask for a home folder
 native.tell()

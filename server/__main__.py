@@ -21,7 +21,7 @@ from server.build import build
 from server.door import Door
 from server.others import Others
 from server.service import TrunkService
-from splitlearn import config
+from splitlearn import address, config, ports, proxies
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.progress import on_console
@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.embedded and not given:
             return 0  # the parent has no use for it
         settings = _settings(options, given)
+        proxies.settle()
         door = Door.of(settings.server)
         with on_console() as progress:
             served = build(settings, progress)
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         service = TrunkService(served, others, settings.server, door.access)
         metrics = sight.listen(served.metrics, settings.server)
         running = listen(service, settings.server, door)
-    except SplitlearnError as error:
+    except (SplitlearnError, OSError) as error:  # of the system: no space, no permission
         say(f"error: {error}", stderr=True)
         return 2
     if options.embedded:
@@ -148,19 +149,20 @@ def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running
     """A started server with health and reflection; says on stdout where. Raises SetupError when it cannot listen."""
     state = health.HealthServicer()
     server = endpoint.server(service, state, settings, door.access)
+    host = address.loopback(settings.host) or settings.host
+    ports.check("server.", host, settings.port)
     try:
-        port = door.listen(server, f"{settings.host}:{settings.port}")
+        port = door.listen(server, address.joined(host, settings.port))
     except RuntimeError as error:
-        address = f"{settings.host}:{settings.port}"
-        raise SetupError(f"server.port: cannot listen on {address}; is another program using it?") from error
+        raise SetupError(f"server.host: cannot listen on {address.joined(host, settings.port)}: {error}") from error
     server.start()
     for name in ("", SERVICE):
         state.set(name, health_pb2.HealthCheckResponse.SERVING)
     guarded = {"tls": door.credentials is not None, "tokens": settings.tokens is not None}
-    address = f"{settings.host}:{port}"
-    logs.tell(log, "listening", address=address, **guarded)
-    say(f"{READY}{address}")
-    return Running(server, address, state)
+    where = address.joined(host, port)
+    logs.tell(log, "listening", address=where, **guarded)
+    say(f"{READY}{where}")
+    return Running(server, where, state)
 
 
 def _wait_for_parent(told: SimpleQueue[str]) -> None:

@@ -4,14 +4,13 @@ import gc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from server.admission import Admission
 from server.engine import Engine
 from server.metrics import Metrics
 from server.trial import Trial
-from splitlearn import loading, models
+from splitlearn import cgroups, loading, models
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import InputError
 from splitlearn.flags import SIDES, Place, of_scope
@@ -99,7 +98,7 @@ def _pool(stage: LocalStage, server: ServerConfig) -> KVPool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nobody uses, of the device or of the machine."""
+    """Memory that can be had, of the device or of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return cgroups.available_memory()

@@ -6,7 +6,8 @@ import grpc
 
 from server import bearer
 from server.access import Access
-from splitlearn.config import ServerConfig, ServerTls, is_loopback
+from splitlearn.address import is_loopback
+from splitlearn.config import ServerConfig, ServerTls
 from splitlearn.errors import SetupError
 from splitlearn.wire import pem
 

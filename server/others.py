@@ -22,7 +22,8 @@ from server.admission import DRAINING
 from server.build import Served
 from server.child import Child
 from server.memory import Memory
-from splitlearn.config import Config, is_loopback
+from splitlearn.address import is_loopback
+from splitlearn.config import Config
 from splitlearn.errors import InputError, TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.flags import FLAGS
 from splitlearn.watchdog import Watchdog

@@ -10,6 +10,7 @@ import transformers
 from server.build import Served
 from server.metrics import Metrics
 from server.others import Others
+from splitlearn import address, ports
 from splitlearn.config import ServerConfig
 from splitlearn.errors import SetupError
 from splitlearn.wire import PROTOCOL
@@ -54,10 +55,10 @@ def listen(metrics: Metrics, settings: ServerConfig) -> str | None:
     if settings.metrics_port is None:
         return None
     host = settings.metrics_host
+    ports.check("server.metrics_", host, settings.metrics_port)
     try:
         server, _ = prometheus_client.start_http_server(settings.metrics_port, host, metrics.registry)
     except OSError as error:
-        address = f"{host}:{settings.metrics_port}"
-        said = f"server.metrics_port: cannot listen on {address} ({error.strerror}); is another program using it?"
-        raise SetupError(said) from error
-    return f"{host}:{server.server_port}"
+        where = address.joined(host, settings.metrics_port)
+        raise SetupError(f"server.metrics_host: cannot listen on {where}: {error.strerror}.") from error
+    return address.joined(host, server.server_port)

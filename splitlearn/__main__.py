@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from splitlearn import config as configuration
+from splitlearn import home, proxies
 from splitlearn.config import Config
 from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import GenerationRequest
@@ -23,6 +24,7 @@ DEFAULT_CONFIG = Path("config.yaml")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 2 for what could not be done as asked, 130 for Ctrl-C,
     141 where nobody reads what it writes."""
+    home.settle()
     return guarded(lambda: _run(arguments))
 
 
@@ -30,8 +32,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         options = _parser().parse_args(arguments)
         command: Callable[[argparse.Namespace, Config], None] = options.command
+        proxies.settle()
         command(options, _config(options))
-    except SplitlearnError as error:
+    except (SplitlearnError, OSError) as error:  # of the system: no space, no permission
         say(f"error: {error}", stderr=True)
         return 2
     except KeyboardInterrupt:

@@ -5,14 +5,15 @@ names the key as it is written in the file (`split.start`), the value, and what 
 which flags exist: `flags.py` does.
 """
 
-import ipaddress
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from splitlearn import address
+from splitlearn.address import Address
 from splitlearn.errors import InputError
 
 EMBEDDED = "embedded"
@@ -23,17 +24,18 @@ def valid_addresses(value: object) -> tuple[str, ...]:
     """The word `embedded` alone, or `host:port` with a port of 1 to 65535, once or several times: as a list, or as text
     with commas between; ValueError otherwise."""
     listed = value.split(",") if isinstance(value, str) else value
-    if not isinstance(listed, list | tuple) or not all(isinstance(each, str) for each in listed):
+    if not isinstance(listed, list | tuple) or not listed or not all(isinstance(each, str) for each in listed):
         raise ValueError(_ADDRESSES)
     addresses = tuple(each.strip() for each in listed)
-    if addresses != (EMBEDDED,) and not (addresses and all(map(_is_address, addresses))):
-        raise ValueError(_ADDRESSES)
-    if len(set(addresses)) < len(addresses):
+    if addresses == (EMBEDDED,):
+        return addresses
+    found = tuple(_address(each, len(addresses)) for each in addresses)
+    if len(set(found)) < len(found):
         raise ValueError("each address once")
-    return addresses
+    return found
 
 
-_ADDRESSES = f"'{EMBEDDED}' or host:port, with a port from 1 to 65535, or a list of them"
+_ADDRESSES = f"'{EMBEDDED}', or {address.ADDRESS}; or a list of addresses"
 
 
 def valid_chat(value: object) -> bool | str:
@@ -43,17 +45,13 @@ def valid_chat(value: object) -> bool | str:
     raise ValueError("true, false, or the name of one of the model's chat templates")
 
 
-def _is_address(text: str) -> bool:
-    host, colon, port = text.rpartition(":")
-    return bool(colon and host and port.isdecimal() and 0 < int(port) < 65536)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`, a name or an address (an IPv6 one may stand in brackets)."""
+def _address(text: str, count: int) -> str:
+    """`text` normalised; of several, the error names the one that is wrong."""
     try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+        return str(Address.parse(text))
+    except ValueError as error:
+        where = f"in the place of {text!r} " if count > 1 else f"'{EMBEDDED}', or " if text.isalpha() else ""
+        raise ValueError(f"{where}{error}") from error
 
 
 class _Section(BaseModel):
@@ -61,6 +59,7 @@ class _Section(BaseModel):
 
 
 File = Annotated[Path, Field(strict=False)]
+Host = Annotated[str, AfterValidator(address.host)]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """The name of an environment variable that holds a secret, never the secret itself."""
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
@@ -140,12 +139,12 @@ class ServerTls(_Pair):
 class ServerConfig(_Section):
     """What `python -m server` listens on, whom it lets in, and how much it takes on."""
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
     tls: ServerTls = ServerTls()
     tokens: File | None = None
     allow_open: bool = False
-    metrics_host: str = "127.0.0.1"
+    metrics_host: Host = "127.0.0.1"
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     max_sessions: Annotated[int, Field(ge=1, le=1024)] = 64
     max_waiting: Annotated[int, Field(ge=0, le=1024)] = 32
@@ -182,7 +181,7 @@ class UiConfig(_Section):
     """The page. `auth` names the environment variable that holds `user:password`; `allowed_hosts` are names, without
     ports, by which the page is reached besides `host` and those of loopback."""
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
     allow_open: bool = False
     allowed_hosts: Annotated[tuple[HostName, ...], Field(strict=False)] = ()

@@ -10,13 +10,14 @@ can be started before its settings are known, and imports meanwhile what takes s
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import IO, cast
 
-from splitlearn import process
+from splitlearn import cgroups, process
 from splitlearn.config import Config, ServerTls
 from splitlearn.errors import SetupError
 from splitlearn.wire import READY
@@ -42,8 +43,9 @@ class EmbeddedTrunk:
         self._server.tell(self._config)
         address = self._server.wait_ready()
         if address is None:
+            fate = self._server.fate()
             self.stop()
-            raise SetupError("The embedded trunk server did not start; its message stands above.")
+            raise SetupError(f"The embedded trunk server did not start ({fate}); what it said stands above.")
         self.address = address
         threading.Thread(target=self._supervise, daemon=True).start()
 
@@ -81,7 +83,7 @@ class EmbeddedTrunk:
                 return
             if self._stopping.wait(FIRST_PAUSE_S * (2**starts - 1)):
                 return
-            log.warning("The embedded trunk server died (exit status %s).", self._server.process.returncode)
+            log.warning("The embedded trunk server died (%s).", self._server.fate())
             self._server.close()
             self._server = Server(port)
             self._server.tell(self._config)
@@ -122,6 +124,14 @@ class Server:
             line = ""
         self.ready = line.startswith(READY)
         return line.removeprefix(READY).strip() if self.ready else None
+
+    def fate(self) -> str:
+        """How the process ended, which is about to."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_TIMEOUT_S)
+        if self.process.returncode == -signal.SIGKILL:
+            return f"it was killed, most often for want of memory: {cgroups.machine()}"
+        return f"exit status {self.process.returncode}"
 
     def stop(self, within_s: float = STOP_TIMEOUT_S) -> None:
         """End the process: asked, and killed if it does not end in time or serve yet. Again, it does nothing."""

@@ -44,7 +44,8 @@ class Settings:
     `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2);
     `sdpa` is what attends where sdpa is chosen.
     `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
-    None leaves the model's own. `head` is the same for the LM head, where that differs. `one_row` makes what takes one
+    None leaves the model's own. `head` is the same for the LM head, where that differs. `weight_bits` are about those
+    that each weight takes then, None for as many as the dtype has. `one_row` makes what takes one
     token through a stage, of one that has its weights. `wire` is the form of hidden states on the
     wire, None for that in which they are computed. `proposers` make what guesses an answer's next tokens, the first of
     which is asked first; `draft_model` puts a second model behind them. Without either, tokens are decoded one by one.
@@ -59,6 +60,7 @@ class Settings:
     sdpa: str = "sdpa"
     linear: MakeLinear | None = None
     head: MakeLinear | None = None
+    weight_bits: int | None = None
     one_row: Callable[[CutModel], Row | None] | None = None
     compile_stage: Callable[[CutModel], None] | None = None
     new_cache: Callable[[int, int], Cache] | None = None
@@ -165,7 +167,7 @@ def _onednn(settings: Settings) -> Settings:
 def _blocks(bits: int) -> Apply:
     """The LM head has 8 bits at least: a logit is one product, where a hidden state is a sum of many layers'."""
     layer, head = (partial(block_linear.BlockLinear, bits=each) for each in (bits, max(bits, 8)))
-    return lambda settings: replace(settings, linear=layer, head=head, one_row=one_row.of)
+    return lambda settings: replace(settings, linear=layer, head=head, one_row=one_row.of, weight_bits=bits)
 
 
 def _needs_cuda(place: Place) -> str | None:

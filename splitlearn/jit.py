@@ -1,17 +1,22 @@
 """Functions in machine code. Only what computes by them should import this, since that loads LLVM."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from unittest.mock import patch
 
 import numba
 from llvmlite import ir
-from numba.core import caching
+from numba.core import caching, ccallback, dispatcher
 
 from splitlearn.sources import digest
 
 CACHE_LINE = 64
+log = logging.getLogger(__name__)
 
 
 class _OfItsFolder:
@@ -35,6 +40,26 @@ class InTree(_OfItsFolder, caching.InTreeCacheLocator):  # type: ignore[misc]
 
 class InUsersFolder(_OfItsFolder, caching.UserWideCacheLocator):  # type: ignore[misc]
     """Where programs of this user keep such things."""
+
+
+class _Cache(caching.FunctionCache):  # type: ignore[misc]
+    """What numba keeps, where it can: a folder that is full or another user's is no reason not to compute."""
+
+    @contextmanager
+    def _guard_against_spurious_io_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, EOFError, UnpicklingError) as error:
+            _say_once(str(error))
+
+
+@cache
+def _say_once(why: str) -> None:
+    log.warning(
+        "Machine code cannot be kept (%s): it is compiled again at each start, which can take a minute. "
+        "NUMBA_CACHE_DIR names another folder for it.",
+        why,
+    )
 
 
 PLACES = ",".join(f"{__name__}.{place.__name__}" for place in (InGivenFolder, InTree, InUsersFolder))
@@ -61,12 +86,13 @@ def _kept(make: Callable[..., Any], function: Callable[..., Any], *arguments: An
 
 @contextmanager
 def _places() -> Iterator[None]:
-    """Inside, what numba makes is kept in PLACES."""
-    before, numba.config.CACHE_LOCATOR_CLASSES = numba.config.CACHE_LOCATOR_CLASSES, PLACES
-    try:
+    """Inside, what numba makes is kept in PLACES, by _Cache."""
+    with (
+        patch.object(numba.config, "CACHE_LOCATOR_CLASSES", PLACES),
+        patch.object(dispatcher, "FunctionCache", _Cache),
+        patch.object(ccallback, "FunctionCache", _Cache),
+    ):
         yield
-    finally:
-        numba.config.CACHE_LOCATOR_CLASSES = before
 
 
 def prefetch(builder: Any, place: Any) -> None:

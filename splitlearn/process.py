@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -20,10 +21,12 @@ from typing import Any
 
 import psutil
 
-from splitlearn import native
-from splitlearn.errors import WorkerDied
+from splitlearn import cgroups, native
+from splitlearn.errors import SetupError, WorkerDied
 
 ASK_TIMEOUT_S = 1.0
+# What the fork server imports (270 MB), and what a worker holds before it loads weights.
+IMPORTS_BYTES = 450_000_000
 STOP_TIMEOUT_S = 5.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _MMAPPED_BYTES, _SPARE_BYTES = 8 << 20, 16 << 20
@@ -86,12 +89,25 @@ class Child:
         self.process.join(STOP_TIMEOUT_S)
         code = self.process.exitcode
         if code == -signal.SIGKILL:
-            return WorkerDied(f"{self.what} was killed; the machine may be out of memory.")
+            return WorkerDied(f"{self.what} was killed, most often for want of memory ({cgroups.machine()}).")
         return WorkerDied(f"{self.what} ended unexpectedly (exit status {code}).")
 
 
+@cache
+def _check_room() -> None:
+    """Raise SetupError where the fork server, which the first child brings with it, would find too little memory."""
+    have = cgroups.available_memory()
+    if have < IMPORTS_BYTES:
+        raise SetupError(
+            f"Too little memory to start a worker process: {have / 1e9:.2f} GB can be had ({cgroups.machine()}), and "
+            f"its libraries and tokenizer alone take {IMPORTS_BYTES / 1e9:.2f} GB."
+        )
+
+
 def start(what: str, target: Callable[..., None], *arguments: object) -> Child:
-    """Start `target(connection, *arguments)` in a child process. `what` names it in error messages."""
+    """Start `target(connection, *arguments)` in a child process. `what` names it in error messages. Raises SetupError
+    where there is too little memory for any."""
+    _check_room()
     context = _context()
     ours, theirs = context.Pipe()
     process = context.Process(target=_main, args=(target, theirs, *arguments), daemon=True)
@@ -184,6 +200,10 @@ def trim_heap() -> None:
 
 
 def default_threads() -> int:
-    """One thread for each physical core that this process may use: hyper-threads share what matrix products need."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(psutil.cpu_count(logical=False) or usable, usable)
+    """One thread for each physical core that this process may use: hyper-threads share what matrix products need.
+
+    At least one. Of one core and a half it is one: where two threads share less than two cores, each waits at every
+    barrier for the one that is held back.
+    """
+    usable = cgroups.cpus()
+    return max(1, int(min(psutil.cpu_count(logical=False) or usable, usable)))

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import psutil
 from transformers import PretrainedConfig
 
-from splitlearn import draft_model, models
+from splitlearn import cgroups, draft_model, models
 from splitlearn.arm import ArmEnd, ArmSpec, Kind
 from splitlearn.config import Config, serving
 from splitlearn.embedded import EmbeddedTrunk, Server
@@ -317,7 +316,7 @@ class Runs:
 
     def _has_memory(self) -> bool:
         """Whether there is memory for another process with a part of the model."""
-        return psutil.virtual_memory().available > WEIGHTS_FREE * self.files.weights.stat().st_size
+        return cgroups.available_memory() > WEIGHTS_FREE * self.files.weights.stat().st_size
 
     def _measure(
         self, spec: ArmSpec, worker: Worker, request: GenerationRequest, stop: threading.Event

@@ -10,13 +10,14 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from splitlearn import models, progress
+from splitlearn import models, progress, proxies
 from splitlearn.config import ModelConfig
 from splitlearn.store import ModelFiles
 from tests.tiny import make_converted
 
 TinyFactory = Callable[..., ModelFiles]
 ROOT = Path(__file__).parents[1]
+proxies.settle()  # for what tests themselves ask on this machine
 PREPARE = """
 import sys
 from splitlearn import models

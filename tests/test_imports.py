@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("sources", "terminal"),
+    ("address", "cgroups", "home", "proxies", "sources", "terminal"),
     ("blocks", "breaker", "drafts", "errors", "jit", "native", "progress", "stop", "team", "threads", "watchdog"),
     ("attention", "caches", "config", "families", "machine", "prepacked", "process", "products", "sampling", "store"),
-    ("block_linear", "chat", "checkpoint", "phases", "rope", "row_attention", "wire"),
+    ("block_linear", "chat", "checkpoint", "phases", "ports", "rope", "row_attention", "wire"),
     ("adapter", "conformance", "events", "parted_head", "row_kernel", "split", "tokens"),
     ("compiling", "convert", "finite", "kv", "one_row"),
     ("graphs",),

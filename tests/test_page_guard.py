@@ -90,6 +90,13 @@ def test_under_any_other_name_there_is_no_page(page: Served, host: str) -> None:
         assert (answer.status_code, answer.text[:5]) == (400, "Host:")
 
 
+def test_a_name_that_somebody_else_points_here_is_not_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = Hosts("127.0.0.1", (), Sharing.of(False))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.0.1", 0))])
+    assert not hosts.has("rebound.example:7860")
+    assert all(map(hosts.has, ("127.0.0.1:7860", "localhost:7860", "[::1]:7860", "[::ffff:127.0.0.1]")))
+
+
 def test_a_page_on_all_addresses_has_them_all_and_no_other_name(shown_everywhere: Served) -> None:
     found = {host: shown_everywhere.client.get("/", headers={"Host": host}).status_code for host in (
         "192.0.2.7:7860", "0.0.0.0:7860", "[2001:db8::1]", "elsewhere.example"

@@ -127,8 +127,8 @@ def test_the_same_configuration_is_tried_once(calls: list[Any]) -> None:
 
 
 def test_full_and_split_that_are_wrong_alike_past_a_boundary_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def at_most_eleven(stage: Any, x: Any, position: int, cache: Any) -> Any:
-        return forward(stage, x, min(position, ORIGINAL), cache)
+    def at_most_eleven(stage: Any, x: Any, position: int, cache: Any, **given: Any) -> Any:
+        return forward(stage, x, min(position, ORIGINAL), cache, **given)
 
     monkeypatch.setattr(steps, "forward", at_most_eleven)
     assert "differs from generate() by" in prove(AutoConfig.for_model("llama")).reason

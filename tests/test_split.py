@@ -20,7 +20,7 @@ PLAN = SplitPlan(2, 4, 6)
 
 
 def small(family: str, **changes: Any) -> Any:
-    config = tiny_config(AutoConfig.for_model(family), grouped=True)
+    config = tiny_config(AutoConfig.for_model(family), grouped=True, context=TOTAL + 2)
     for name, value in changes.items():
         setattr(config, name, value)
     return config

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-from splitlearn.config import is_loopback
+from splitlearn.address import is_loopback_literal
 from ui.share import Sharing
 
 _NETLOC = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:(?P<port>\d{1,5}))?")
@@ -38,7 +38,7 @@ class Hosts:
         if found is None:
             return False
         name = found["name"].strip("[]").removesuffix(".")
-        if is_loopback(name) or name in self._names or name == self._sharing.host:
+        if is_loopback_literal(name) or name in self._names or name == self._sharing.host:
             return True
         return self._everywhere and _is_address(name)
 

@@ -3,13 +3,12 @@
 import argparse
 import os
 import signal
-import socket
 import threading
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitlearn import config
+from splitlearn import address, config, home, ports, proxies
 from splitlearn.config import Config
 from splitlearn.embedded import Server
 from splitlearn.errors import SetupError, SplitlearnError, TrunkError
@@ -30,31 +29,20 @@ def main(arguments: list[str]) -> int:
     """Serve the page until told to stop. Returns the exit status: 2 when it cannot start as asked."""
     options = _options(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the program in the same order as Ctrl-C
+    home.settle()
     try:
         settings = _settings(options)
+        proxies.settle(settings.ui.host)
         login = share.login(settings.ui.auth, settings.ui.share, options.share_without_login)
         share.check_open(settings.ui, login)
-        port = free_port(settings.ui.host, settings.ui.port)
+        port = ports.check("ui.", settings.ui.host, settings.ui.port)
         _serve(settings, port, login, _repeat(options))
-    except SplitlearnError as error:
+    except (SplitlearnError, OSError) as error:
         say(f"error: {error}", stderr=True)
         return 2
     except KeyboardInterrupt:
         return 0
     return 0
-
-
-def free_port(host: str, port: int) -> int:
-    """`port` if it can be listened on, a free one for 0. Raises SetupError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            hint = "Choose another with --port or ui.port; 0 takes a free one."
-            raise SetupError(f"ui.port: cannot listen on {host}:{port} ({error.strerror}). {hint}") from error
-        return int(probe.getsockname()[1])
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -142,7 +130,7 @@ def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
         demo = Page(handlers, sharing).blocks
         _launch(
             demo,
-            server_name=settings.host,
+            server_name=f"[{settings.host}]" if ":" in settings.host else settings.host,
             server_port=port,
             auth=login,
             share=False,  # the link is asked for by share.py; None would let GRADIO_SHARE open one without a login
@@ -162,7 +150,7 @@ def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
         )
         demo.server.config.encoded_headers.clear()  # which program serves it
         try:
-            say(f"The page is on http://{settings.host}:{port}")
+            say(f"The page is on {address.url(settings.host, port)}")
             if settings.share:
                 share.open_link(demo, sharing)
             threading.Event().wait()

@@ -6,6 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from splitlearn import machine
 from ui import view
 from ui.format import MISSING, rate, seconds, size
 from ui.server import KEPT_S, Figures, Shown
@@ -46,6 +47,7 @@ def card(shown: Shown, paused: bool = False) -> str:
         f"{escape(said.dtype)} on {escape(said.device)}",
         f"{said.threads} thread{'s' * (said.threads != 1)}",
         *(escape(said.machine[name]) for name in ("processor", "system") if said.machine.get(name)),
+        *(escape(words) for words in (machine.usable(said.machine),) if words),
         *(f"{name} {escape(said.machine[name])}" for name in ("torch", "transformers") if said.machine.get(name)),
     )
     tiles = "".join(f'<div title="{why}"><dt>{name}</dt><dd>{value}</dd></div>' for name, value, why in _tiles(at))

@@ -14,7 +14,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from splitlearn.config import UiConfig, is_loopback
+from splitlearn.address import is_loopback
+from splitlearn.config import UiConfig
 from splitlearn.errors import SetupError
 from splitlearn.terminal import say
 
@@ -135,8 +136,8 @@ def _ask(demo: Any, answers: "SimpleQueue[str | Exception]", given_up: threading
 
     # launch(share=True) does this, too, but blocks, prints advice of its own, and says nothing to the page.
     try:
-        place = (demo.server_name, demo.server_port, demo.share_token, networking.GRADIO_SHARE_SERVER_ADDRESS)
-        answers.put(networking.setup_tunnel(*place, None))
+        host, service = demo.server_name.strip("[]"), networking.GRADIO_SHARE_SERVER_ADDRESS
+        answers.put(networking.setup_tunnel(host, demo.server_port, demo.share_token, service, None))
     except Exception as error:  # whatever Gradio, httpx, the file system or the tunnel client raise
         answers.put(error)
     if given_up.is_set():  # nobody was told of a link, so there must be none

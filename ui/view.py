@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
+from splitlearn import cgroups
 from splitlearn.metrics import RunMetrics, first_difference, recovery_sentence, tps_of_all
 from splitlearn.runs import ArmReport, Runs
 from ui.format import MISSING, rate, ratio, seconds, size
@@ -121,7 +122,8 @@ def split_facts(runs: Runs) -> str:
     where = "started by this program" if trunk.embedded else f"at {' or '.join(trunk.address)}"
     client = f"[0, {plan.start}) and [{plan.end}, {plan.n_layers})"
     said = f"Split: the client has layers {client}, the trunk [{plan.start}, {plan.end}). Trunk server {where}."
-    return f'<p class="sl-small">{escape(said)} config.yaml sets both.</p>'
+    here = f"This program may use {cgroups.machine()}."
+    return f'<p class="sl-small">{escape(said)} config.yaml sets both. {escape(here)}</p>'
 
 
 def note(message: str) -> str:

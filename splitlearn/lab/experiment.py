@@ -8,13 +8,16 @@ middle of a block (a kill, a cancellation) leaves that block to be run again, si
 close in time; whole blocks stay. Nothing is yielded while a run is timed, so a page that draws does not disturb it.
 """
 
+import os
 import random
 import statistics
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir
 
 from filelock import FileLock, Timeout
 
@@ -57,15 +60,23 @@ class State:
 @contextmanager
 def alone(config: Config) -> Iterator[None]:
     """Inside, no other experiment of this user runs on this machine: two would measure each other."""
-    folder = cache_folder(config.model)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "lab.lock", thread_local=False).acquire(blocking=False):
+        with FileLock(_lock_file(config), thread_local=False).acquire(blocking=False):
             yield
     except Timeout:
         raise SetupError(
             "Another experiment is running on this machine; two at once would measure each other."
         ) from None
+
+
+def _lock_file(config: Config) -> Path:
+    """In the cache folder; where that cannot be written, among temporary files."""
+    folder = cache_folder(config.model)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+        return folder / "lab.lock"
+    return Path(gettempdir()) / f"splitlearn-lab-{os.getuid()}.lock"
 
 
 class Experiment:

@@ -18,6 +18,7 @@ import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from splitlearn import machine
+from splitlearn.address import Address, is_loopback
 from splitlearn.compare import environment
 from splitlearn.config import EMBEDDED
 from splitlearn.process import default_threads
@@ -97,13 +98,13 @@ def round_trip_s(address: str, shown: Credentials = NONE) -> float:
 
 def trunk_pid(address: str) -> int | None:
     """The process of this machine that listens at `address`; None for another machine's and for one that is hidden."""
-    host, _, port = address.rpartition(":")
+    found = Address.parse(address)
     here = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
-    if host.strip("[]") not in here | {"localhost"}:
+    if found.host not in here and not is_loopback(found.host):
         return None
     with suppress(psutil.AccessDenied):
-        listening = (found for found in psutil.net_connections("tcp") if found.status == psutil.CONN_LISTEN)
-        return next((found.pid for found in listening if found.laddr and found.laddr.port == int(port)), None)
+        listening = (each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
+        return next((each.pid for each in listening if each.laddr and each.laddr.port == found.port), None)
     return None
 
 

@@ -178,7 +178,7 @@ def _shrink_rotary(config: Any) -> None:
         frequencies = int(HEAD_SIZE * share) // 2
         for name, value in rotary.items():
             if name.endswith("_factor") and isinstance(value, (list, tuple)):
-                rotary[name] = list(value[:frequencies])
+                rotary[name] = [value[at % len(value)] for at in range(frequencies)] if value else []
             elif name.endswith("max_position_embeddings"):
                 rotary[name] = SIZES[name]
 

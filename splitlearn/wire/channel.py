@@ -1,7 +1,8 @@
 """How a client reaches a trunk: `open_channel` makes the channel, plaintext or TLS, with the client's token.
 
 `credentials` reads what the settings name (files, an environment variable). A token goes over TLS or to this machine's
-own loopback, never in plaintext over a network.
+own loopback, never in plaintext over a network. No proxy is used, whatever http_proxy says: gRPC would ask it for
+loopback, too, and most proxies do not let HTTP/2 streams through.
 """
 
 import os
@@ -11,7 +12,8 @@ from typing import Any
 
 import grpc
 
-from splitlearn.config import TrunkConfig, is_loopback
+from splitlearn.address import Address, loopback
+from splitlearn.config import TrunkConfig
 from splitlearn.errors import InputError
 from splitlearn.wire import TOKEN_HEADER, TOKEN_SCHEME, pem
 
@@ -65,12 +67,20 @@ def open_channel(address: str, shown: Credentials = NONE) -> grpc.Channel:
         secure = grpc.ssl_channel_credentials(shown.ca, shown.key, shown.certificate)
         name = (("grpc.ssl_target_name_override", shown.server_name),) if shown.server_name else ()
         channel = grpc.secure_channel(address, secure, options=(*options, *name))
-    elif shown.token is None or is_loopback(address.rpartition(":")[0]):
-        channel = grpc.insecure_channel(address, options=options)
     else:
+        plain = address if shown.token is None else _on_loopback(address)
+        channel = grpc.insecure_channel(plain, options=options)
+    return channel if shown.token is None else grpc.intercept_channel(channel, _ShowToken(shown.token))
+
+
+def _on_loopback(address: str) -> str:
+    """`address` with the loopback address that its host means: gRPC may be told another one when it looks a name up."""
+    found = Address.parse(address)
+    here = loopback(found.host)
+    if here is None:
         wanted = f"the PEM file by which {address} is known: a token does not go over a network in plaintext"
         raise InputError("trunk.tls.ca", None, wanted)
-    return channel if shown.token is None else grpc.intercept_channel(channel, _ShowToken(shown.token))
+    return str(Address(here, found.port))
 
 
 def _token(variable: str) -> str | None:

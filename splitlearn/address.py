@@ -1,0 +1,156 @@
+"""Hosts and addresses as people write them: the one parser for all of them, and what of them is loopback.
+
+`host` is a name or an IP address, `Address.parse` takes `host:port`; both raise ValueError with what would be right.
+What they give is normalised: lower case, IPv6 in its short form, a name in ASCII and without a dot at its end.
+"""
+
+import ipaddress
+import re
+import socket
+from dataclasses import dataclass
+
+HOST = "a host name or an IP address, without scheme and port"
+ADDRESS = "host:port with a port from 1 to 65535, and an IPv6 address in brackets: [::1]:50051"
+LOCALHOST = "localhost"
+_NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*", re.ASCII)
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)  # `127.1` and `0x7f.1` are addresses to some programs
+_PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
+_ZONE = re.compile(r"[A-Za-z0-9_.-]+", re.ASCII)
+_LONGEST_NAME = 253
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is reached. `str()` gives it as `parse` takes it; `host` has no brackets."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """`text` is `host:port`; spaces around it do no harm. Raises ValueError, with what was meant if it is clear."""
+        found = _split(text.strip())
+        if found is None:
+            meant = _meant(text.strip())
+            raise ValueError(f"{meant!r}: {ADDRESS}" if meant else ADDRESS)
+        return found
+
+    def __str__(self) -> str:
+        return joined(self.host, self.port)
+
+
+def host(text: str) -> str:
+    """`text`, a name or an IP address (an IPv6 one may stand in brackets), normalised. Raises ValueError."""
+    return _host(text.strip())
+
+
+def joined(name: str, port: int) -> str:
+    """`host:port`, with brackets round an IPv6 address."""
+    return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+
+
+def url(name: str, port: int) -> str:
+    """The http address of what listens there. A zone's percent sign is written as %25 (RFC 6874)."""
+    return f"http://{joined(name.replace('%', '%25'), port)}"
+
+
+def is_loopback(name: str) -> bool:
+    """Whether only this machine reaches `name`: see `loopback`."""
+    return loopback(name) is not None
+
+
+def is_loopback_literal(text: str) -> bool:
+    """Whether `text` is an address of loopback, or `localhost`. What a name resolves to is up to whoever owns it."""
+    try:
+        return text == LOCALHOST or _is_loopback(text)
+    except ValueError:
+        return False
+
+
+def loopback(name: str) -> str | None:
+    """The loopback address that `name` means; None for what other machines reach, and for what cannot be resolved.
+
+    A name counts when all its addresses do. Where secrecy hangs on the answer, use the address that is given here in
+    the place of the name: the name may mean another one the next time. `localhost` stands for itself (RFC 6761).
+    """
+    try:
+        plain = host(name)
+    except ValueError:
+        return None
+    if plain == LOCALHOST:
+        return plain
+    try:
+        return plain if _is_loopback(plain) else None
+    except ValueError:
+        return _all_loopback(_resolved(plain))
+
+
+def _split(text: str) -> Address | None:
+    before, colon, port = text.rpartition(":")
+    bracketed = before.startswith("[") and before.endswith("]")
+    if not colon or bracketed != (":" in before) or not _PORT.fullmatch(port) or int(port) > 65535:
+        return None
+    try:
+        return Address(_host(before), int(port))
+    except ValueError:
+        return None
+
+
+def _meant(text: str) -> str | None:
+    """What somebody meant who wrote a URL, or an IPv6 address without brackets or port."""
+    _, scheme, rest = text.rpartition("://")
+    if scheme:
+        found = _split(re.split(r"[/?#]", rest.lstrip("/"))[0].rpartition("@")[2])
+        return str(found) if found else None
+    before, _, port = text.rpartition(":")
+    for each in (f"[{before}]:{port}", f"[{text}]:50051"):
+        if ":" in before and (found := _split(each)):
+            return str(found)
+    return None
+
+
+def _host(plain: str) -> str:
+    bracketed = plain.startswith("[") and plain.endswith("]")
+    try:
+        found = ipaddress.IPv6Address(plain[1:-1]) if bracketed else ipaddress.ip_address(plain)
+    except ValueError:
+        return _name(plain)
+    if isinstance(found, ipaddress.IPv6Address) and found.scope_id and not _ZONE.fullmatch(found.scope_id):
+        raise ValueError(HOST)
+    return str(found)
+
+
+def _name(text: str) -> str:
+    """A host name in ASCII. Raises ValueError, also for one that older and newer rules encode differently (faß.de)."""
+    try:
+        encoded = text.lower().encode("idna")
+        name = encoded.decode("ascii").removesuffix(".")
+    except UnicodeError as error:
+        raise ValueError(HOST) from error
+    if not text.isascii() and encoded.decode("idna") != text.lower():
+        raise ValueError(f"{HOST}, of a name its ASCII form (xn--...)")
+    if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name) or _NUMBER.fullmatch(name.rpartition(".")[2]):
+        raise ValueError(HOST)
+    return name
+
+
+def _is_loopback(text: str) -> bool:
+    """Of an IP address; ValueError for a name."""
+    found = ipaddress.ip_address(text)
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback
+
+
+def _resolved(name: str) -> list[str]:
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return [str(each[4][0]) for each in found]
+
+
+def _all_loopback(addresses: list[str]) -> str | None:
+    """The first of them, if all are; IPv4 first, which any program listens on."""
+    if not all(map(_is_loopback, addresses)):
+        return None
+    return min(addresses, key=lambda each: ":" in each, default=None)

@@ -1,0 +1,176 @@
+"""What this process may use of the machine: cores and memory, by affinity and by the limits of its control groups.
+
+A container's limits stand in cgroup files (v1, v2, or both mounted side by side). The tightest of a group's and of all
+groups' above it holds. What a file says is used only where it makes sense; a missing file limits nothing. `root` is
+the folder that stands for `/`: cgroup files and those of /proc are looked for below it.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path("/")
+_ESCAPED = re.compile(r"\\([0-7]{3})")  # a space in a mount's path is \040
+_MOST_CHARS = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Version:
+    """The names of one version's files. Of memory that is used, the file cache that lies idle can be had at once."""
+
+    limits: tuple[str, ...]
+    used: str
+    idle: str
+
+
+_V1 = _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Version(("memory.max", "memory.high"), "memory.current", "inactive_file")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Cores and memory (bytes) of the machine, and what limits this process to less; None where nothing does."""
+
+    cores: int
+    memory: int
+    quota: float | None = None
+    """Of CPU time, in cores."""
+    affinity: float | None = None
+    """Cores that it may run on."""
+    memory_limit: float | None = None
+
+    def __str__(self) -> str:
+        """As people read it: "0.5 of 2 cores (cgroup limit), 1.5 of 24 GB"."""
+        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
+        limits = [(self.quota, "cgroup limit"), (self.affinity, "affinity")]
+        fewest, why = min(((limit, why) for limit, why in limits if limit), default=(None, ""))
+        cores = f"{fewest:.3g} of {cores} ({why})" if fewest else cores
+        limit = f"{self.memory_limit / 1e9:.3g} of " if self.memory_limit else ""
+        return f"{cores}, {limit}{self.memory / 1e9:.3g} GB"
+
+
+def machine(root: Path = ROOT) -> Machine:
+    """What there is, and what of it may be used."""
+    cores, memory = psutil.cpu_count() or 1, int(psutil.virtual_memory().total)
+    quota, affinity, limit = cpu_quota(root), _affinity(), memory_limit(root)
+    return Machine(
+        cores,
+        memory,
+        quota if quota and quota < cores else None,
+        affinity if affinity < cores else None,
+        limit if limit and limit < memory else None,
+    )
+
+
+def cpus(root: Path = ROOT) -> float:
+    """Cores that this process may use, by affinity and by the CPU time that it is given: half of one is 0.5."""
+    return min(float(_affinity()), cpu_quota(root) or float("inf"))
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """Cores by the quota of CPU time, or None where there is none."""
+    return min(_quotas(root), default=None)
+
+
+def memory_limit(root: Path = ROOT) -> int | None:
+    """The most bytes that this process and those that share its control groups may have, or None."""
+    return min((limit for folder, names in _groups(root, "memory") for limit in _limits(folder, names)), default=None)
+
+
+def available_memory(root: Path = ROOT) -> int:
+    """Bytes that can be had now: what the machine has free, or less where a control group leaves less."""
+    left = [int(psutil.virtual_memory().available)]
+    for folder, names in _groups(root, "memory"):
+        used = _number(folder / names.used)
+        if used is not None:
+            held = max(0, used - _idle(folder, names))
+            left += [max(0, limit - held) for limit in _limits(folder, names)]
+    return min(left)
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    for folder, names in _groups(root, "cpu"):
+        if names is _V2:
+            quota, _, period = _text(folder / "cpu.max").partition(" ")
+        else:
+            quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+        time, of = _positive(quota), _positive(period)
+        if time is not None and of is not None:
+            yield time / of
+
+
+def _limits(folder: Path, names: _Version) -> Iterator[int]:
+    for name in names.limits:
+        limit = _number(folder / name)
+        if limit is not None:
+            yield limit
+
+
+def _idle(folder: Path, names: _Version) -> int:
+    """Bytes of file cache that the kernel gives away first."""
+    for line in _text(folder / "memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name == names.idle:
+            return _positive(value) or 0
+    return 0
+
+
+def _groups(root: Path, controller: str) -> Iterator[tuple[Path, _Version]]:
+    """The folders of the groups that this process is in, with all above them that can be seen from here."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, colon, group = rest.partition(":")
+        if colon and (not controllers or controller in controllers.split(",")):
+            for mount, top in _mounts(root, controller if controllers else ""):
+                yield from ((folder, _V1 if controllers else _V2) for folder in _upwards(mount, top, group))
+
+
+def _mounts(root: Path, controller: str) -> Iterator[tuple[Path, str]]:
+    """Where the controller's hierarchy (v2 for none) is mounted, and which of its groups is on top there."""
+    for line in _text(root / "proc/self/mountinfo").splitlines():
+        before, dash, after = line.partition(" - ")
+        fields, described = before.split(" "), after.split(" ")
+        if not dash or len(fields) < 5 or len(described) < 3:
+            continue
+        kind, options = described[0], described[2].split(",")
+        if kind == ("cgroup" if controller else "cgroup2") and (not controller or controller in options):
+            yield root / _unescaped(fields[4]).lstrip("/"), _unescaped(fields[3])
+
+
+def _upwards(mount: Path, top: str, group: str) -> Iterator[Path]:
+    """The group's folder and those above it, up to the mount; the mount alone where the group is not below it."""
+    inside = group.startswith(f"{top.rstrip('/')}/") and ".." not in Path(group).parts
+    below = group.removeprefix(top.rstrip("/")).strip("/") if inside else ""
+    parts = Path(below).parts
+    for count in range(len(parts), -1, -1):
+        yield mount.joinpath(*parts[:count])
+
+
+def _unescaped(text: str) -> str:
+    return _ESCAPED.sub(lambda found: chr(int(found[1], 8)), text)
+
+
+def _number(path: Path) -> int | None:
+    return _positive(_text(path))
+
+
+def _positive(text: str) -> int | None:
+    """A whole number above 0; None for anything else: `max`, -1, nothing, nonsense."""
+    text = text.strip()
+    return int(text) or None if text.isascii() and text.isdecimal() and len(text) < 25 else None
+
+
+def _text(path: Path) -> str:
+    """What the file says; nothing where it cannot be read."""
+    with suppress(OSError, ValueError), path.open(encoding="ascii") as file:
+        return file.read(_MOST_CHARS)
+    return ""

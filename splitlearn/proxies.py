@@ -1,0 +1,67 @@
+"""HTTP proxies of the environment: this machine is never asked for through one; one that cannot be used is left out.
+
+Companies set HTTP_PROXY, HTTPS_PROXY and ALL_PROXY for all programs. `settle` puts the environment of this process and
+its children in order before an HTTP library reads it. gRPC uses no proxy at all (wire/channel.py).
+"""
+
+import os
+import sys
+from unittest.mock import patch
+
+HERE = ("localhost", "127.0.0.1", "::1")
+_PROXIES, _NO_PROXY = ("http_proxy", "https_proxy", "all_proxy"), "no_proxy"
+
+
+def settle(*hosts: str) -> None:
+    """Except HERE and `hosts` from the proxies. What the user has excepted stays excepted.
+
+    httpx, on which Gradio and the model hub's client stand, raises for a proxy of a kind that it does not know (socks
+    without its `socksio`) and for some exceptions (`[::1]`, `fd00::/8`), whatever it is asked for: Gradio cannot be
+    imported then. Such a value is left out, with a line that names its variable.
+    """
+    for name in _variables(*_PROXIES):
+        why = _refusal(ALL_PROXY=os.environ[name])
+        if why is not None:
+            _leave_out(name, "httpx[socks] is not installed" if isinstance(why, ImportError) else "it is no http URL")
+            del os.environ[name]
+    exceptions = _variables(_NO_PROXY)
+    if not exceptions and _variables(*_PROXIES):
+        exceptions = [_NO_PROXY]  # in this case, every program reads it
+    for name in exceptions:
+        os.environ[name] = _extended(name, os.environ.get(name, ""), (*HERE, *hosts))
+
+
+def _variables(*names: str) -> list[str]:
+    """Those that are set, in whatever case they are written."""
+    return [name for name in os.environ if name.lower() in names]
+
+
+def _extended(name: str, value: str, hosts: tuple[str, ...]) -> str:
+    """The exceptions and `hosts`. `*` alone excepts everything, and only alone."""
+    if value.strip() == "*":
+        return value
+    kept = []
+    for each in filter(None, (text.strip() for text in value.split(","))):
+        if _refusal(NO_PROXY=each) is None:
+            kept.append(each)
+        elif each.strip("[]") not in hosts:
+            _leave_out(f"{each!r} in {name}", "httpx cannot read it")
+    return ",".join(dict.fromkeys((*kept, *hosts)))
+
+
+def _refusal(**variables: str) -> Exception | None:
+    """What httpx raises where these are the only variables for proxies."""
+    import httpx  # which takes a moment: only where there are such variables
+
+    others = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    with patch.dict(os.environ, {**others, **variables}, clear=True):
+        try:
+            httpx.Client(verify=False).close()
+        except Exception as error:  # errors of several kinds, from several libraries
+            return error
+    return None
+
+
+def _leave_out(what: str, why: str) -> None:
+    """Say so, without the value of a proxy: there may be a password in it."""
+    print(f"warning: {what} is not used: {why}.", file=sys.stderr)
