@@ -15,6 +15,7 @@ from splitlearn import loading, models
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import InputError
 from splitlearn.flags import SIDES, Place, of_scope
+from splitlearn.flags import settings as settings_of
 from splitlearn.graphs import LEAST_WINDOW
 from splitlearn.kv import KVPool, bytes_per_token
 from splitlearn.loading import Placement
@@ -65,11 +66,12 @@ def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> 
     own = of_scope(applied, "load", "process")
     progress(Step("Loading the trunk"))
     keep_heap_small()
-    threads = loading.prepare_process(own, settings.runs.threads or default_threads())
-    loaded = loading.load(files, loading.trunk_specs(plan), own, placement)
+    at_load = settings_of(own)
+    threads = loading.prepare_process(at_load.process, settings.runs.threads or default_threads())
+    loaded = loading.load(files, loading.trunk_specs(plan), at_load.load, placement)
     stage, server = loaded.stages[0], settings.server
     admission = Admission(_pool(stage, server), server.max_sessions, server.max_waiting)
-    kept = applied | {"use_cache"}
+    kept = settings_of(applied | {"use_cache"}).session
     trial, metrics = Trial(stage, kept), Metrics()
     gather_s = trial.gather_s() if stage.packs(kept) else None
     prompt_tokens = server.prompt_tokens or (trial.prompt_tokens() if gather_s else 1)

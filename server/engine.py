@@ -87,10 +87,11 @@ class Engine:
         when_gone: Callable[[Callable[[], None]], bool],
     ) -> Seat:
         """A session with room for `max_length` tokens, once there is. Raises as `Admission.enter`."""
-        keeps = settings(applied).new_cache is not None
+        wanted = settings(applied).session
+        keeps = wanted.new_cache is not None
         place = self._admission.enter(max_length if keeps else 0, timeout_s, when_gone)
         cache = self._admission.pool.cache(place.run) if place.run else None
-        seat = Seat(LocalSession(cache, settings(applied), max_length, shares=self.packs), applied, place)
+        seat = Seat(LocalSession(cache, wanted, max_length, shares=self.packs), applied, place)
         with self._arrived:
             self._seats.append(seat)
         return seat

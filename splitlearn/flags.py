@@ -10,70 +10,37 @@ a process's life.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache
 
 from splitlearn import block_linear, caches, graphs, one_row, prepacked, row_attention
 from splitlearn.compiling import compile_stage
-from splitlearn.drafts import PromptLookup, Proposer
-from splitlearn.one_row import Row
-from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
-from splitlearn.split import CutModel
-from splitlearn.wire.rows import Int8Blocks, Plain, Rows
+from splitlearn.drafts import PromptLookup
+from splitlearn.generation_settings import GenerationSettings
+from splitlearn.sampling import top_k_by_selection
+from splitlearn.stage_settings import LoadSettings, SessionSettings
+from splitlearn.wire.rows import Int8Blocks, Plain
 
 Side = Literal["full", "client", "trunk"]
 Fidelity = Literal["exact", "rounding", "lossy"]
 Scope = Literal["session", "load", "process"]
 SIDES: tuple[Side, ...] = ("full", "client", "trunk")
-MakeLinear = Callable[[Iterable[torch.Tensor], torch.Tensor | None], nn.Module]
 LOCAL: frozenset[Side] = frozenset({"full", "client"})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The seams. The values here are what runs when every flag is off.
-
-    `new_cache` makes a session's cache for a number of layers and at most a number of tokens; None keeps none.
-    `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2);
-    `sdpa` is what attends where sdpa is chosen.
-    `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
-    None leaves the model's own. `head` is the same for the LM head, where that differs. `one_row` makes what takes one
-    token through a stage, of one that has its weights. `wire` is the form of hidden states on the
-    wire, None for that in which they are computed. `proposers` make what guesses an answer's next tokens, the first of
-    which is asked first; `draft_model` puts a second model behind them. Without either, tokens are decoded one by one.
-    `head_overlap` begins the next step before the LM head is done (head_start.py).
-    `piece_tokens` is how many tokens of a prompt go through the stages at once; None: all.
-    """
+    """What a side's flags come to, by who applies it. `process` is called once in a process's life."""
 
     process: tuple[Callable[[], None], ...] = ()
-    use_fast_tokenizer: bool = False
-    assign_weights: bool = False
-    attention: str | None = None
-    sdpa: str = "sdpa"
-    linear: MakeLinear | None = None
-    head: MakeLinear | None = None
-    one_row: Callable[[CutModel], Row | None] | None = None
-    compile_stage: Callable[[CutModel], None] | None = None
-    new_cache: Callable[[int, int], Cache] | None = None
-    forward_arguments: Mapping[str, bool] = field(default_factory=dict)
-    gradient_guard: Callable[[], AbstractContextManager[object]] = torch.no_grad
-    top_k: TopK = top_k_by_sort
-    wire: Rows | None = None
-    proposers: tuple[Callable[[], Proposer], ...] = ()
-    draft_model: bool = False
-    head_overlap: bool = False
-    piece_tokens: int | None = None
-
-    def rows(self, dtype: torch.dtype) -> Rows:
-        """The form on the wire of hidden states that are computed in `dtype`."""
-        return self.wire or Plain(dtype)
+    load: LoadSettings = field(default_factory=LoadSettings)
+    session: SessionSettings = field(default_factory=SessionSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
 
 
 @dataclass(frozen=True)
@@ -127,17 +94,34 @@ def _same(settings: Settings) -> Settings:
     return settings
 
 
+def _set(**changes: object) -> Apply:
+    """A choice that sets the seams named in `changes`, each in the record that has it."""
+
+    def apply(settings: Settings) -> Settings:
+        for owner in ("load", "session", "generation"):
+            record = getattr(settings, owner)
+            own = {name: value for name, value in changes.items() if name in record.__dataclass_fields__}
+            settings = replace(settings, **{owner: replace(record, **own)})
+        return settings
+
+    return apply
+
+
 def _on(**changes: object) -> Mapping[str, Apply]:
     """Choices off and on, where on sets the seams named in `changes`."""
-    return {"off": _same, "on": lambda settings: replace(settings, **changes)}
+    return {"off": _same, "on": _set(**changes)}
+
+
+def _in_process(*calls: Callable[[], None]) -> Apply:
+    """A choice that makes `calls` once in the process."""
+    return lambda settings: replace(settings, process=(*settings.process, *calls))
 
 
 def _asks_for(output: str, **changes: object) -> Mapping[str, Apply]:
     """Choices of a flag whose optimization is not to ask the model for `output`: off asks for it."""
 
     def ask(settings: Settings) -> Settings:
-        arguments = {**settings.forward_arguments, output: True}
-        return replace(settings, forward_arguments=arguments, **changes)  # type: ignore[arg-type]
+        return _set(forward_arguments={**settings.session.forward_arguments, output: True}, **changes)(settings)
 
     return {"off": ask, "on": _same}
 
@@ -146,7 +130,7 @@ def _matmul_precision(precision: str) -> Apply:
     def set_precision() -> None:
         torch.set_float32_matmul_precision(precision)
 
-    return lambda settings: replace(settings, process=(*settings.process, set_precision))
+    return _in_process(set_precision)
 
 
 def _benchmark_cudnn() -> None:
@@ -155,17 +139,13 @@ def _benchmark_cudnn() -> None:
 
 def _keep(kind: Callable[[int, int], Cache]) -> Apply:
     """Only the kind of a cache changes: without `use_cache` there is still none."""
-    return lambda settings: replace(settings, new_cache=kind) if settings.new_cache else settings
-
-
-def _onednn(settings: Settings) -> Settings:
-    return replace(settings, linear=prepacked.PrepackedLinear)
+    return lambda settings: _set(new_cache=kind)(settings) if settings.session.new_cache else settings
 
 
 def _blocks(bits: int) -> Apply:
     """The LM head has 8 bits at least: a logit is one product, where a hidden state is a sum of many layers'."""
     layer, head = (partial(block_linear.BlockLinear, bits=each) for each in (bits, max(bits, 8)))
-    return lambda settings: replace(settings, linear=layer, head=head, one_row=one_row.of)
+    return _set(linear=layer, head=head, one_row=one_row.of)
 
 
 def _needs_cuda(place: Place) -> str | None:
@@ -248,7 +228,7 @@ FLAGS: Mapping[str, Flag] = {
             "cudnn.benchmark",
             "cuDNN times its algorithms and keeps the fastest.",
             "cuDNN takes its default algorithm.",
-            _on(process=(_benchmark_cudnn,)),
+            {"off": _same, "on": _in_process(_benchmark_cudnn)},
             fidelity="rounding",
             scope="process",
             unavailable=_needs_cuda,
@@ -292,7 +272,7 @@ FLAGS: Mapping[str, Flag] = {
             "through all layers of a stage in one call, if they are such as Llama's and the cache is reserved. The "
             "compiler takes 100 MB of memory in each process.",
             "Linear layers' weights are plain matrices.",
-            {"off": _same, "onednn": _onednn, "blocks": _blocks(32)},
+            {"off": _same, "onednn": _set(linear=prepacked.PrepackedLinear), "blocks": _blocks(32)},
             applied="onednn",
             fidelity="rounding",
             scope="load",
@@ -417,8 +397,8 @@ FLAGS: Mapping[str, Flag] = {
             "Hidden states cross the wire as they are computed: float32 where the model is.",
             {
                 "float32": _same,
-                "bfloat16": lambda settings: replace(settings, wire=Plain(torch.bfloat16)),
-                "int8": lambda settings: replace(settings, wire=Int8Blocks()),
+                "bfloat16": _set(wire=Plain(torch.bfloat16)),
+                "int8": _set(wire=Int8Blocks()),
             },
             applied="int8",
             sides=frozenset({"trunk"}),
@@ -432,7 +412,7 @@ FLAGS: Mapping[str, Flag] = {
 def settings(applied: frozenset[str]) -> Settings:
     """The seams for a side's applied flags, each `name` or `name=choice`; every flag not named is at its off arm."""
     chosen = dict(_split(text) for text in applied)
-    result = Settings()
+    result = Settings(session=SessionSettings(applied))
     for flag in FLAGS.values():
         result = flag.choices[chosen.get(flag.name, flag.off)](result)
     return result

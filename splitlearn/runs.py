@@ -274,7 +274,7 @@ class Runs:
         own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
         addresses = self.trunk_addresses(flags.trunk) if split else ()
         threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
-        if settings_of(own.trunk).compile_stage is not None:
+        if settings_of(own.trunk).load.compile_stage is not None:
             timeout_s = max(timeout_s, COMPILE_TIMEOUT_S)
         return ArmSpec(
             kind,

@@ -13,6 +13,7 @@ from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.stages import StageInput
 from tests.conftest import TinyFactory
 from tests.trunk import PLAN
+from tests.words import load_of, session_of
 
 CACHED = frozenset({"use_cache", "inference_mode"})
 
@@ -21,7 +22,7 @@ CACHED = frozenset({"use_cache", "inference_mode"})
 def stage(request: pytest.FixtureRequest, tiny_model: TinyFactory) -> LocalStage:
     """The trunk's stage, layers 2 and 3 of 6, of a model of each kind."""
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    return loading.load(tiny_model(request.param), loading.trunk_specs(PLAN), frozenset(), placement).stages[0]
+    return loading.load(tiny_model(request.param), loading.trunk_specs(PLAN), load_of(frozenset()), placement).stages[0]
 
 
 def poison(stage: LocalStage, index: int, value: float) -> None:
@@ -44,7 +45,7 @@ def hooks_of(stage: LocalStage) -> int:
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_first_layer_whose_numbers_are_not_finite_is_named(stage: LocalStage, index: int, value: float) -> None:
-    session = stage.open(CACHED, 64)
+    session = stage.open(session_of(CACHED), 64)
     assert run(stage, session, 0, 5)().isfinite().all()
     poison(stage, index, value)
     step = run(stage, session, 5, 1)
@@ -53,7 +54,7 @@ def test_the_first_layer_whose_numbers_are_not_finite_is_named(stage: LocalStage
 
 
 def test_nothing_is_named_where_all_is_finite_and_nothing_is_left_behind(stage: LocalStage) -> None:
-    session = stage.open(CACHED, 64)
+    session = stage.open(session_of(CACHED), 64)
     step = run(stage, session, 0, 5)
     before, hooks = step(), hooks_of(stage)
     assert first_not_finite(stage.cut, step) is None

@@ -13,6 +13,7 @@ from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 from tests.test_proof import TEN
+from tests.words import load_of
 
 APPLIED = frozenset({"low_cpu_mem_usage", "use_cache", "weight_prepack"})
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
@@ -48,7 +49,7 @@ def test_every_linear_layer_of_a_stage_is_packed_and_the_embedding_is_left(
     tiny_model: TinyFactory, family: str
 ) -> None:
     files = tiny_model(family, n_layers=3)
-    stages = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), APPLIED, PLACEMENT).stages
+    stages = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), load_of(APPLIED), PLACEMENT).stages
     for stage in stages:
         layers = [module for module in stage.cut.module.modules() if type(module) in loading.LINEAR]
         packed = [module for module in stage.cut.module.modules() if isinstance(module, PrepackedLinear)]
@@ -88,7 +89,7 @@ def test_it_says_where_weights_cannot_be_packed() -> None:
 
 
 def _head(files: ModelFiles) -> PrepackedLinear:
-    top = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), APPLIED, PLACEMENT).stages[1]
+    top = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), load_of(APPLIED), PLACEMENT).stages[1]
     head = top.cut.module.get_output_embeddings()  # type: ignore[operator]
     assert isinstance(head, PrepackedLinear)
     return head

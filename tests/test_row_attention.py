@@ -16,6 +16,7 @@ from splitlearn.selection import FlagSet
 from splitlearn.split import SplitPlan
 from tests.conftest import TinyFactory
 from tests.test_proof import TEN
+from tests.words import load_of
 
 APPLIED = frozenset({"low_cpu_mem_usage", "use_cache", "cache", "output_attentions", "inference_mode"})
 HEADS, GROUPS, SIZE = 6, 2, 8
@@ -93,7 +94,7 @@ def test_a_models_own_eager_attention_is_left(tiny_model: TinyFactory) -> None:
     placement = loading.Placement(torch.device("cpu"), torch.float32)
     for family, chosen in (("llama", row_attention.NAME), ("gemma2", "eager")):
         stage = loading.load(
-            tiny_model(family, n_layers=2), loading.full_specs(2), APPLIED | {"row_attention"}, placement
+            tiny_model(family, n_layers=2), loading.full_specs(2), load_of(APPLIED | {"row_attention"}), placement
         )
         assert {config._attn_implementation for config in stage.stages[0].cut.configs} == {chosen}
 
