@@ -8,7 +8,7 @@ from pathlib import Path
 
 from splitlearn.errors import SplitlearnError
 from splitlearn.lab.background import Job
-from splitlearn.lab.terminal import FOLDER
+from splitlearn.lab.store import FOLDER
 from splitlearn.runs import Runs
 from splitlearn.selection import parse
 from splitlearn.tokens import Tokens
