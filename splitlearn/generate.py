@@ -22,7 +22,7 @@ from splitlearn.errors import InputError
 from splitlearn.events import Done, Event, FinishReason, GenerationRequest
 from splitlearn.generation_settings import GenerationSettings
 from splitlearn.head_start import HeadStart
-from splitlearn.ledger import Ledger, NoLedger, Outcome
+from splitlearn.ledger import Ledger, Outcome
 from splitlearn.parted_head import Early
 from splitlearn.sampling import SEEDS, random_source, sample
 from splitlearn.stop import StopStrings
@@ -98,7 +98,7 @@ class Generator:
 
         Raises InputError when prompt and answer do not fit into the context, TrunkError for a trunk that fails.
         """
-        ledger = Ledger() if request.ledger else NoLedger()
+        ledger = Ledger()
         ids = self.tokens.encode(request.prompt, request.chat)
         self._check_length(len(ids), request.max_new_tokens)
         encoded = ledger.now()

@@ -1,7 +1,7 @@
 """The decode loop: why it ends, what its ledger says, what it refuses, and that it frees what it opened."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -75,17 +75,6 @@ def test_each_steps_ledger_sums_to_the_time_since_the_step_before(files: ModelFi
         assert sum(step.ledger.values()) == pytest.approx(after - before, abs=1e-9)
         assert step.ledger["unattributed"] >= 0
     assert {"bottom", "trunk", "top", "sample", "emit"} <= set(steps[-1].ledger)
-
-
-def test_without_the_ledger_the_same_tokens_have_their_times_and_nothing_else(
-    files: ModelFiles, stages: list[LocalStage]
-) -> None:
-    request = GenerationRequest(PROMPT, max_new_tokens=5, ignore_eos=True)
-    kept, bare = (_run(files, stages, replace(request, ledger=ledger)) for ledger in (True, False))
-    assert (bare.token_ids, bare.text) == (kept.token_ids, kept.text)
-    assert bare.ledger == {}
-    assert kept.ledger
-    assert all(interval > 0 for interval in bare.itl_s)
 
 
 def test_a_generation_ends_at_its_limit_and_counts_token_ids(files: ModelFiles, stages: list[LocalStage]) -> None:

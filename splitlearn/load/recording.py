@@ -63,10 +63,7 @@ def record(spec: ArmSpec, requests: Sequence[GenerationRequest], progress: Progr
 
 def recordings_of(asked: Asked, spec: ArmSpec, chat: bool, progress: Progress) -> list[Recording]:
     """A recording of each prompt with the longest answer that is asked for."""
-    requests = [
-        GenerationRequest(prompt, asked.max_new_tokens, chat=chat, ignore_eos=True, ledger=False)
-        for prompt in asked.prompts
-    ]
+    requests = [GenerationRequest(prompt, asked.max_new_tokens, chat=chat, ignore_eos=True) for prompt in asked.prompts]
     return record(spec, requests, progress)
 
 
