@@ -149,7 +149,7 @@ def read_tokens(spec: ArmSpec) -> Tokens:
     """The arm's tokenizer. It takes 80 MB while it is read and a sixth of that afterwards: so before the weights."""
     use_fast = _local_settings(spec).generation.use_fast_tokenizer
     tokens = Tokens.load(spec.files.folder, use_fast=use_fast)
-    process.return_freed_memory()
+    process.trim_heap()
     return tokens
 
 

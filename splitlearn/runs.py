@@ -84,7 +84,7 @@ class ArmReport:
 
     @property
     def added_bytes(self) -> int:
-        """Peak memory beyond the imports, of the arm's process and of the trunk's engine process."""
+        """Peak memory beyond the imports, of the arm's process and of the trunk's process."""
         there = self.trunk.peak_rss_bytes - self.trunk.import_rss_bytes if self.trunk else 0
         return self.peak_rss_bytes - self.import_rss_bytes + there
 

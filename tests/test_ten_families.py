@@ -1,6 +1,6 @@
 """Ten families over a real gRPC socket: the split model's tokens are the full model's.
 
-The server is the real one, in this process; its engine is a process of its own, as always.
+The server is the real one, in this process.
 """
 
 from collections.abc import Iterator
