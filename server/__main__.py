@@ -33,7 +33,8 @@ from splitlearn.wire import READY, SERVICE
 
 # A client whose machine went away closes nothing: without pings its session would stay for ever.
 # The third is for a ping of another kind, behind which a keepalive ping waits. The fourth permits the clients' pings
-# (splitlearn/wire/channel.py): gRPC's default takes more than one in five minutes for an attack, and shuts the connection.
+# (splitlearn/wire/channel.py): gRPC's default takes more than one in five minutes for an attack, and shuts the
+# connection.
 KEEP_ALIVE = (
     ("grpc.keepalive_time_ms", 15_000),
     ("grpc.keepalive_timeout_ms", 10_000),
