@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from splitlearn.errors import InputError
 from splitlearn.flags import FLAGS, SIDES, Place, Side
-from splitlearn.selection import PRESETS, FlagSet, availability, parse
+from splitlearn.selection import PRESETS, FlagSet, applied_of, availability, chosen_in, parse
 
 HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one tokenizer", has_compiler=True)))
 UNAVAILABLE = {"use_fast", "cudnn_benchmark", "cuda_graph", "draft_model"}
@@ -90,3 +92,29 @@ def test_without_and_only_act_on_every_side() -> None:
     flags = parse("default", HERE)
     assert all("use_cache" not in flags.without("use_cache").of(side) for side in SIDES)
     assert flags.only("use_cache").names() == ["use_cache"]
+
+
+@st.composite
+def flag_sets(draw: st.DrawFn) -> FlagSet:
+    """Any flags and choices that can be applied here, on each side."""
+    chosen = {}
+    for side in SIDES:
+        names = draw(st.sets(st.sampled_from([name for name in FLAGS if HERE[side][name] is None])))
+        words = [f"{name}={draw(st.sampled_from(list(FLAGS[name].choices)))}" for name in sorted(names)]
+        chosen[side] = applied_of(chosen_in(words))
+    return FlagSet(**chosen)
+
+
+@given(flag_sets())
+def test_the_words_of_any_flags_mean_those_flags(flags: FlagSet) -> None:
+    words = " ".join(f"{side}:{','.join(sorted(flags.of(side)))}" for side in SIDES)
+    assert parse(words, HERE) == flags
+
+
+@given(flag_sets())
+def test_without_and_only_are_complements(flags: FlagSet) -> None:
+    for name in flags.names():
+        for side in SIDES:
+            without, only = flags.without(name).of(side), flags.only(name).of(side)
+            assert without | only == flags.of(side)
+            assert not without & only
