@@ -20,10 +20,10 @@ from splitlearn.graphs import LEAST_WINDOW
 from splitlearn.kv import KVPool, bytes_per_token
 from splitlearn.loading import Placement
 from splitlearn.local_stage import LocalStage
+from splitlearn.plan import SplitPlan
 from splitlearn.process import default_threads, keep_heap_small
 from splitlearn.progress import Progress, Step
 from splitlearn.selection import availability, parse
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.wire.codec import DTYPES
 
@@ -61,7 +61,7 @@ def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> 
     files = models.prepare(settings.model, progress)
     plan = SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
     placement = Placement(models.resolve_device(settings.model.device), DTYPES[settings.model.dtype])
-    here = Place(device=str(placement.device), dtype=placement.dtype)
+    here = Place(device=str(placement.device), dtype=settings.model.dtype)
     applied = parse(settings.flags, availability(dict.fromkeys(SIDES, here))).trunk
     own = of_scope(applied, "load", "process")
     progress(Step("Loading the trunk"))

@@ -299,7 +299,7 @@ def _parts(options: argparse.Namespace, config: Config) -> None:
     from splitlearn import models
     from splitlearn.console import print_parts
     from splitlearn.parts import parts
-    from splitlearn.split import SplitPlan
+    from splitlearn.plan import SplitPlan
     from splitlearn.wire.codec import DTYPES
 
     with on_console() as progress:

@@ -21,9 +21,9 @@ from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.events import Event
 from splitlearn.flags import Settings, settings
 from splitlearn.generate import Generator
+from splitlearn.plan import SplitPlan
 from splitlearn.remote import RemoteStage, TrunkFacts
 from splitlearn.selection import FlagSet
-from splitlearn.split import SplitPlan
 from splitlearn.stages import Stage
 from splitlearn.store import ModelFiles
 from splitlearn.stream import Served

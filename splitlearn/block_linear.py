@@ -65,11 +65,6 @@ _library.impl(OP, _product, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake(f"splitlearn::{OP}", _shape_of_product, lib=_library)
 
 
-def why_not(device: str) -> str | None:
-    """Why weights on `device` cannot lie in blocks, or None."""
-    return None if device == "cpu" else f"is for weights on the CPU; this is {device}"
-
-
 class BlockLinear(nn.Module):
     """`x @ weight.T + bias` for x [..., in]; `pieces` are the rows of `weight` [out, in], some at a time.
 

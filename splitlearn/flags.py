@@ -9,22 +9,18 @@ Scope: a `session` flag is chosen with each generation, a `load` flag when weigh
 a process's life.
 """
 
+from __future__ import annotations
+
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Literal
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from transformers.cache_utils import Cache
-
-from splitlearn import block_linear, caches, graphs, one_row, prepacked, row_attention
-from splitlearn.compiling import compile_stage
-from splitlearn.drafts import PromptLookup
-from splitlearn.generation_settings import GenerationSettings
-from splitlearn.sampling import top_k_by_selection
-from splitlearn.stage_settings import LoadSettings, SessionSettings
-from splitlearn.wire.rows import Int8Blocks, Plain
+if TYPE_CHECKING:
+    from splitlearn.generation_settings import GenerationSettings
+    from splitlearn.stage_settings import LoadSettings, SessionSettings
 
 Side = Literal["full", "client", "trunk"]
 Fidelity = Literal["exact", "rounding", "lossy"]
@@ -37,10 +33,10 @@ LOCAL: frozenset[Side] = frozenset({"full", "client"})
 class Settings:
     """What a side's flags come to, by who applies it. `process` is called once in a process's life."""
 
-    process: tuple[Callable[[], None], ...] = ()
-    load: LoadSettings = field(default_factory=LoadSettings)
-    session: SessionSettings = field(default_factory=SessionSettings)
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    process: tuple[Callable[[], None], ...]
+    load: LoadSettings
+    session: SessionSettings
+    generation: GenerationSettings
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Place:
     no_python_tokenizer: str | None = None
     no_roll_back: str | None = None
     no_draft: str | None = "no draft model is named (model.draft)"
-    dtype: torch.dtype = torch.float32
+    dtype: str = "float32"
     has_compiler: bool = field(default_factory=lambda: any(map(shutil.which, ("c++", "g++", "clang++"))))
 
 
@@ -94,13 +90,26 @@ def _same(settings: Settings) -> Settings:
     return settings
 
 
+@dataclass(frozen=True)
+class Import:
+    """A value by its name, as `module:attribute`, which is imported when it is applied.
+
+    So the words of flags can be checked without torch.
+    """
+
+    name: str
+
+
 def _set(**changes: object) -> Apply:
     """A choice that sets the seams named in `changes`, each in the record that has it."""
 
     def apply(settings: Settings) -> Settings:
+        values = {
+            key: resolve_name(value.name) if isinstance(value, Import) else value for key, value in changes.items()
+        }
         for owner in ("load", "session", "generation"):
             record = getattr(settings, owner)
-            own = {name: value for name, value in changes.items() if name in record.__dataclass_fields__}
+            own = {each.name: values[each.name] for each in fields(record) if each.name in values}
             settings = replace(settings, **{owner: replace(record, **own)})
         return settings
 
@@ -128,24 +137,54 @@ def _asks_for(output: str, **changes: object) -> Mapping[str, Apply]:
 
 def _matmul_precision(precision: str) -> Apply:
     def set_precision() -> None:
+        import torch
+
         torch.set_float32_matmul_precision(precision)
 
     return _in_process(set_precision)
 
 
 def _benchmark_cudnn() -> None:
+    import torch
+
     torch.backends.cudnn.benchmark = True
 
 
-def _keep(kind: Callable[[int, int], Cache]) -> Apply:
+def _keep(kind: Import) -> Apply:
     """Only the kind of a cache changes: without `use_cache` there is still none."""
     return lambda settings: _set(new_cache=kind)(settings) if settings.session.new_cache else settings
 
 
 def _blocks(bits: int) -> Apply:
     """The LM head has 8 bits at least: a logit is one product, where a hidden state is a sum of many layers'."""
-    layer, head = (partial(block_linear.BlockLinear, bits=each) for each in (bits, max(bits, 8)))
-    return _set(linear=layer, head=head, one_row=one_row.of)
+
+    def apply(settings: Settings) -> Settings:
+        from splitlearn.block_linear import BlockLinear
+
+        layer, head = (partial(BlockLinear, bits=each) for each in (bits, max(bits, 8)))
+        return _set(linear=layer, head=head, one_row=Import("splitlearn.one_row:of"))(settings)
+
+    return apply
+
+
+def _bfloat16_rows(settings: Settings) -> Settings:
+    import torch
+
+    from splitlearn.wire.rows import Plain
+
+    return _set(wire=Plain(torch.bfloat16))(settings)
+
+
+def _int8_rows(settings: Settings) -> Settings:
+    from splitlearn.wire.rows import Int8Blocks
+
+    return _set(wire=Int8Blocks())(settings)
+
+
+def _looking_up(settings: Settings) -> Settings:
+    from splitlearn.drafts import PromptLookup
+
+    return _set(proposers=(PromptLookup,))(settings)
 
 
 def _needs_cuda(place: Place) -> str | None:
@@ -165,11 +204,13 @@ def _needs_draft_model(place: Place) -> str | None:
 
 
 def _needs_onednn(place: Place) -> str | None:
-    return prepacked.why_not(place.device, place.dtype)
+    from splitlearn.prepacked import why_not
+
+    return why_not(place.device, place.dtype)
 
 
 def _needs_cpu(place: Place) -> str | None:
-    return block_linear.why_not(place.device)
+    return None if place.device == "cpu" else f"is for weights on the CPU; this is {place.device}"
 
 
 def _needs_cpu_and_roll_back(place: Place) -> str | None:
@@ -177,7 +218,8 @@ def _needs_cpu_and_roll_back(place: Place) -> str | None:
 
 
 def _needs_float32_on_cpu(place: Place) -> str | None:
-    return row_attention.why_not(place.device, place.dtype)
+    here = (place.device, place.dtype)
+    return None if here == ("cpu", "float32") else f"is for float32 on the CPU; this is {place.dtype} on {place.device}"
 
 
 def _needs_compiler(place: Place) -> str | None:
@@ -210,7 +252,7 @@ FLAGS: Mapping[str, Flag] = {
             "inference_mode",
             "torch.inference_mode(): no autograd bookkeeping at all.",
             "torch.no_grad().",
-            _on(gradient_guard=torch.inference_mode),
+            _on(gradient_guard=Import("torch:inference_mode")),
         ),
         Flag(
             "float32_matmul_precision",
@@ -238,7 +280,7 @@ FLAGS: Mapping[str, Flag] = {
             "use_cache",
             "Keeps keys and values: at the client for its layers, at the trunk server for the trunk's.",
             "Recomputes the whole prefix for each token; a trunk without it is sent the whole prefix each time.",
-            _on(new_cache=caches.dynamic),
+            _on(new_cache=Import("splitlearn.caches:dynamic")),
             fidelity="rounding",
         ),
         Flag(
@@ -247,7 +289,11 @@ FLAGS: Mapping[str, Flag] = {
             "Reserved: keys and values are written into memory set aside for the whole answer. Static: that, and "
             "attention always sees all of it, masked, so that shapes never change (for torch_compile).",
             "Dynamic: keys and values are copied to a longer tensor for each token. A trunk always has it reserved.",
-            {"dynamic": _same, "reserved": _keep(caches.reserved), "static": _keep(caches.static)},
+            {
+                "dynamic": _same,
+                "reserved": _keep(Import("splitlearn.caches:reserved")),
+                "static": _keep(Import("splitlearn.caches:static")),
+            },
             applied="reserved",
             sides=LOCAL,
             fidelity="rounding",
@@ -258,7 +304,7 @@ FLAGS: Mapping[str, Flag] = {
             "One token attends in a kernel that is compiled here, where torch's sdpa would do, on a CPU in float32. "
             "The compiler takes 100 MB of memory in each process.",
             "sdpa, whatever the number of tokens.",
-            _on(sdpa=row_attention.NAME),
+            _on(sdpa=Import("splitlearn.row_attention:NAME")),
             fidelity="rounding",
             scope="load",
             on_by_default=False,
@@ -272,7 +318,11 @@ FLAGS: Mapping[str, Flag] = {
             "through all layers of a stage in one call, if they are such as Llama's and the cache is reserved. The "
             "compiler takes 100 MB of memory in each process.",
             "Linear layers' weights are plain matrices.",
-            {"off": _same, "onednn": _set(linear=prepacked.PrepackedLinear), "blocks": _blocks(32)},
+            {
+                "off": _same,
+                "onednn": _set(linear=Import("splitlearn.prepacked:PrepackedLinear")),
+                "blocks": _blocks(32),
+            },
             applied="onednn",
             fidelity="rounding",
             scope="load",
@@ -297,7 +347,7 @@ FLAGS: Mapping[str, Flag] = {
             "Compiles each stage; the time that takes is shown apart. On a CPU it can take minutes; on a GPU a stage "
             "is compiled layer by layer, in seconds where layers are alike.",
             "Eager execution.",
-            _on(compile_stage=compile_stage),
+            _on(compile_stage=Import("splitlearn.compiling:compile_stage")),
             fidelity="rounding",
             scope="load",
             on_by_default=False,
@@ -310,7 +360,7 @@ FLAGS: Mapping[str, Flag] = {
             "layers permit it, which is tried. Keys and values lie in reserved memory (cache). The time that a "
             "recording takes is shown as compile time.",
             "Each kernel is launched by itself.",
-            _on(one_row=graphs.of),
+            _on(one_row=Import("splitlearn.graphs:of")),
             fidelity="rounding",
             scope="load",
             unavailable=_needs_cuda,
@@ -336,7 +386,7 @@ FLAGS: Mapping[str, Flag] = {
             "fast_top_k",
             "Top-k sampling by torch.topk and one scatter.",
             "Top-k sampling by a full sort of the vocabulary.",
-            _on(top_k=top_k_by_selection),
+            _on(top_k=Import("splitlearn.sampler:top_k_by_selection")),
             sides=LOCAL,
             acts_when_sampling=True,
         ),
@@ -346,7 +396,7 @@ FLAGS: Mapping[str, Flag] = {
             "Tokens that followed the last few before, in the prompt or the answer, are drafts: one step verifies "
             "several, as many as pay. Tokens are the same; TPOT falls where an answer quotes.",
             "One token for each step.",
-            _on(proposers=(PromptLookup,)),
+            {"off": _same, "on": _looking_up},
             sides=LOCAL,
             fidelity="rounding",
             on_by_default=False,
@@ -397,8 +447,8 @@ FLAGS: Mapping[str, Flag] = {
             "Hidden states cross the wire as they are computed: float32 where the model is.",
             {
                 "float32": _same,
-                "bfloat16": _set(wire=Plain(torch.bfloat16)),
-                "int8": _set(wire=Int8Blocks()),
+                "bfloat16": _bfloat16_rows,
+                "int8": _int8_rows,
             },
             applied="int8",
             sides=frozenset({"trunk"}),
@@ -412,7 +462,10 @@ FLAGS: Mapping[str, Flag] = {
 def settings(applied: frozenset[str]) -> Settings:
     """The seams for a side's applied flags, each `name` or `name=choice`; every flag not named is at its off arm."""
     chosen = dict(_split(text) for text in applied)
-    result = Settings(session=SessionSettings(applied))
+    from splitlearn.generation_settings import GenerationSettings
+    from splitlearn.stage_settings import LoadSettings, SessionSettings
+
+    result = Settings((), LoadSettings(), SessionSettings(applied), GenerationSettings())
     for flag in FLAGS.values():
         result = flag.choices[chosen.get(flag.name, flag.off)](result)
     return result

@@ -24,7 +24,8 @@ from splitlearn.generation_settings import GenerationSettings
 from splitlearn.head_start import HeadStart
 from splitlearn.ledger import Ledger, Outcome
 from splitlearn.parted_head import Early
-from splitlearn.sampling import SEEDS, random_source, sample
+from splitlearn.sampler import random_source, sample
+from splitlearn.sampling import SEEDS
 from splitlearn.stop import StopStrings
 from splitlearn.tokens import Detokenizer, Tokens
 

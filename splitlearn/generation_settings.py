@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from splitlearn.drafts import Proposer
-from splitlearn.sampling import TopK, top_k_by_sort
+from splitlearn.sampler import TopK, top_k_by_sort
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from splitlearn.errors import WeightsDamaged
 from splitlearn.families import join
 from splitlearn.local_stage import LocalStage
 from splitlearn.parted_head import parted
+from splitlearn.plan import SplitPlan
 from splitlearn.process import default_threads, resident_bytes, trim_heap
-from splitlearn.split import CutModel, SplitPlan, carve
+from splitlearn.split import CutModel, carve
 from splitlearn.stage_settings import LoadSettings
 from splitlearn.store import ALIGNMENT, ModelFiles
 

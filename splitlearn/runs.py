@@ -27,12 +27,12 @@ from splitlearn.flags import SIDES, Place, of_scope
 from splitlearn.flags import settings as settings_of
 from splitlearn.metrics import RunMetrics, of_samples
 from splitlearn.parts import kv_bytes_per_token
+from splitlearn.plan import SplitPlan
 from splitlearn.progress import Progress
 from splitlearn.remote import TrunkFacts, check_served, describe, first_that_works
 from splitlearn.selection import Availability, FlagSet, availability
 from splitlearn.selection import check as check_flags
 from splitlearn.selection import parse as parse_flags
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import python_tokenizer_available
 from splitlearn.wire import channel
@@ -193,7 +193,7 @@ class Runs:
     def here(self) -> Place:
         """What decides which flags can be applied in this machine's arms."""
         tokenizer, fixed = python_tokenizer_available(self.files.folder), no_roll_back(self._model_config)
-        place = Place(str(self.device), tokenizer, fixed, dtype=self.dtype)
+        place = Place(str(self.device), tokenizer, fixed, dtype=self.config.model.dtype)
         return place if self.draft is None else replace(place, no_draft=no_roll_back(_config_of(self.draft)))
 
     def _prepare_draft(self, progress: Progress) -> ModelFiles | None:

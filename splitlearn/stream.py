@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from splitlearn.errors import InputError, TrunkFailed, TrunkUnavailable
 from splitlearn.events import StageTiming
-from splitlearn.split import SplitPlan
+from splitlearn.plan import SplitPlan
 from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import StageOutput
 from splitlearn.watchdog import Watchdog

@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch.nn.functional import linear
 
-from splitlearn import block_linear, loading
+from splitlearn import loading
 from splitlearn.block_linear import MANY, BlockLinear
 from splitlearn.blocks import BITS, GROUP, LANES, block_bytes, from_blocks, to_blocks
 from splitlearn.compare import KINDS
 from splitlearn.lab.fidelity import Fed, logits
+from splitlearn.plan import SplitPlan
 from splitlearn.products import multiply
 from splitlearn.selection import FlagSet
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.threads import computing_on
 from tests.conftest import TinyFactory
@@ -136,8 +136,3 @@ def test_the_blocks_of_the_default_models_own_file_are_kept_as_they_are(default_
     assert len(layers) == 14
     for layer in layers:
         assert torch.equal(from_blocks(to_blocks(layer.weight, 4), *layer.weight.shape), layer.weight)
-
-
-def test_it_says_where_weights_cannot_have_few_bits() -> None:
-    assert block_linear.why_not("cpu") is None
-    assert "CPU" in (block_linear.why_not("cuda:0") or "")

@@ -17,9 +17,9 @@ from splitlearn.families import no_roll_back
 from splitlearn.flags import Place
 from splitlearn.generate import Generator
 from splitlearn.metrics import RunMetrics
+from splitlearn.plan import SplitPlan
 from splitlearn.sampling import SamplingParams
 from splitlearn.selection import why_not
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory

@@ -15,8 +15,9 @@ from splitlearn.arm import Kind
 from splitlearn.compare import KINDS
 from splitlearn.flags import FLAGS, SIDES, Place, settings
 from splitlearn.lab.fidelity import Fed, logits
+from splitlearn.plan import SplitPlan
 from splitlearn.selection import FlagSet, availability, parse
-from splitlearn.split import SplitPlan, layers_of
+from splitlearn.split import layers_of
 from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory

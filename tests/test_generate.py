@@ -14,8 +14,8 @@ from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.generate import Generator
 from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.metrics import RunMetrics
+from splitlearn.plan import SplitPlan
 from splitlearn.sampling import SamplingParams
-from splitlearn.split import SplitPlan
 from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.store import ModelFiles

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from splitlearn import loading, prepacked
+from splitlearn import loading
 from splitlearn.compare import KINDS
 from splitlearn.lab.fidelity import Fed, logits
+from splitlearn.plan import SplitPlan
 from splitlearn.prepacked import PrepackedLinear
 from splitlearn.selection import FlagSet
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 from tests.test_proof import TEN
@@ -81,11 +81,6 @@ def test_a_weight_is_read_in_pieces_that_are_the_whole(
     pieces = _head(files)
     assert len(pieces._packed) > len(whole._packed) == 1
     assert torch.equal(pieces.weight, whole.weight)
-
-
-def test_it_says_where_weights_cannot_be_packed() -> None:
-    assert prepacked.why_not("cpu", torch.float32) is None
-    assert "CPU" in (prepacked.why_not("cuda:0", torch.float32) or "")
 
 
 def _head(files: ModelFiles) -> PrepackedLinear:

@@ -17,8 +17,8 @@ import torch
 
 from splitlearn import loading
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
+from splitlearn.plan import SplitPlan
 from splitlearn.remote import RemoteSession, RemoteStage, check_served, describe
-from splitlearn.split import SplitPlan
 from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from splitlearn.wire import SERVICE, codec

@@ -17,9 +17,9 @@ from splitlearn.events import Done, Event, GenerationRequest, TokenEvent
 from splitlearn.generate import Generator
 from splitlearn.local_stage import LocalStage
 from splitlearn.metrics import RunMetrics, first_difference, of_samples, tps_of_all
+from splitlearn.plan import SplitPlan
 from splitlearn.remote import RemoteSession, RemoteStage
 from splitlearn.sampling import SEEDS, SamplingParams
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitlearn.errors import InputError
-from splitlearn.sampling import SamplingParams, _top_p, random_source, sample, top_k_by_selection, top_k_by_sort
+from splitlearn.sampler import _top_p, random_source, sample, top_k_by_selection, top_k_by_sort
+from splitlearn.sampling import SamplingParams
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What a person writes about flags becomes a set for each side, or an error that names what is wrong."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from splitlearn.errors import InputError
 from splitlearn.flags import FLAGS, SIDES, Place, Side
-from splitlearn.selection import PRESETS, FlagSet, applied_of, availability, chosen_in, parse
+from splitlearn.selection import PRESETS, FlagSet, applied_of, availability, chosen_in, parse, why_not
 
 HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one tokenizer", has_compiler=True)))
 UNAVAILABLE = {"use_fast", "cudnn_benchmark", "cuda_graph", "draft_model"}
@@ -66,6 +68,29 @@ def test_another_choice_of_a_flag_is_kept_and_its_off_choice_leaves_it_out() -> 
 def test_what_cannot_be_meant_is_refused_by_name(words: str, named: str) -> None:
     with pytest.raises(InputError, match=named):
         parse(words, HERE)
+
+
+@pytest.mark.parametrize(
+    ("flag", "place", "reason"),
+    [
+        ("row_attention", Place("cpu"), None),
+        ("row_attention", Place("cpu", dtype="bfloat16"), "bfloat16"),
+        ("row_attention", Place("cuda:0"), "cuda"),
+        ("weight_prepack", Place("cpu"), None),
+        ("weight_prepack", Place("cuda:0"), "CPU"),
+        ("weight_dtype", Place("cpu"), None),
+        ("weight_dtype", Place("cuda:0"), "CPU"),
+        ("cuda_graph", Place("cpu"), "CUDA"),
+    ],
+)
+def test_a_flag_says_where_it_cannot_be_applied(flag: str, place: Place, reason: str | None) -> None:
+    said = why_not(flag, "full", place)
+    assert said is None if reason is None else reason in (said or "")
+
+
+def test_words_are_checked_without_torch() -> None:
+    code = "import sys; from splitlearn.selection import check; check('fast'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_on_a_gpu_tokens_are_recorded_at_first_and_what_is_for_a_cpu_is_not_applied() -> None:

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from splitlearn.errors import InputError
+from splitlearn.plan import SplitPlan
 from splitlearn.proof.compare import cut, cut_whole, run_steps, token_ids
 from splitlearn.proof.tiny import tiny_config, tiny_model
-from splitlearn.split import CutModel, SplitPlan, carve, forward
+from splitlearn.split import CutModel, carve, forward
 
 PLAN = SplitPlan(2, 4, 6)
 

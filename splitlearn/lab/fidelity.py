@@ -18,9 +18,9 @@ from splitlearn.chain import Feed
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.flags import settings
 from splitlearn.lab.design import Plan, Question
+from splitlearn.plan import SplitPlan
 from splitlearn.runs import Runs
 from splitlearn.selection import FlagSet
-from splitlearn.split import SplitPlan
 from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import Session, Stage, StageInput, StageOutput
 from splitlearn.store import ModelFiles

@@ -13,8 +13,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from splitlearn.errors import FamilyRefused
 from splitlearn.families import structure_of
+from splitlearn.plan import SplitPlan
 from splitlearn.proof.tiny import VOCABULARY, layer_kinds, tiny_config, tiny_model
-from splitlearn.split import CutModel, SplitPlan, carve, forward
+from splitlearn.split import CutModel, carve, forward
 
 PREFILL, TOTAL = 9, 14
 STEPS = ((0, PREFILL), (PREFILL, PREFILL + 1), (PREFILL + 1, TOTAL - 1), (TOTAL - 1, TOTAL))
