@@ -111,9 +111,16 @@ def test_a_load_without_a_second_copy_maps_the_file_and_the_other_does_not(files
         assert _is_mapped(weight, files.weights) == mapped
 
 
+_known: dict[tuple[str, Kind, FlagSet], torch.Tensor] = {}
+
+
 def _logits(files: ModelFiles, kind: Kind, flags: FlagSet) -> torch.Tensor:
-    """The logits [6, V] of a prompt of 7 tokens and of the 5 tokens after it."""
-    return logits(Fed(files, SplitPlan.of(None, None, files.n_layers), kind, flags, tuple(range(3, 15)), 7, threads=1))
+    """The logits [6, V] of a prompt of 7 tokens and of the 5 tokens after it, computed once for each set of flags."""
+    at = (files.digest, kind, flags if kind == "split" else FlagSet(full=flags.full))
+    if at not in _known:
+        plan = SplitPlan.of(None, None, files.n_layers)
+        _known[at] = logits(Fed(files, plan, kind, flags, tuple(range(3, 15)), 7, threads=1))
+    return _known[at]
 
 
 def _is_mapped(tensor: torch.Tensor, path: Path) -> bool:
