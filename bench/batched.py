@@ -15,8 +15,10 @@ from transformers.cache_utils import DynamicCache
 
 from splitlearn import loading, process
 from splitlearn.arm import ArmSpec
+from splitlearn.flags import settings
 from splitlearn.local_stage import LocalStage
 from splitlearn.split import forward
+from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import StageInput
 from splitlearn.wire.rows import Plain
 
@@ -65,13 +67,14 @@ class Batched:
 
 
 def _main(connection: Connection, spec: ArmSpec, contexts: Contexts) -> None:
-    loading.prepare_process(spec.flags.trunk, spec.threads)
+    own = settings(spec.flags.trunk)
+    loading.prepare_process(own.process, spec.threads)
     placement = loading.Placement(spec.device, spec.dtype)
-    stage = loading.load(spec.files, loading.trunk_specs(spec.plan), spec.flags.trunk, placement).stages[0]
+    stage = loading.load(spec.files, loading.trunk_specs(spec.plan), own.load, placement).stages[0]
     states = Plain(spec.dtype).from_bytes(contexts.data, spec.files.facts.hidden_size)
     with torch.inference_mode():
         arms: dict[int, _Sequences] = {n: _Plain(stage, states, contexts.length, n) for n in contexts.sizes}
-        arms[0] = _Unbatched(stage, states, contexts.length, spec.flags.trunk)
+        arms[0] = _Unbatched(stage, states, contexts.length, own.session)
         while True:
             n, steps = connection.recv()
             connection.send(_median_s(arms[n], steps))
@@ -104,9 +107,9 @@ class _Plain:
 class _Unbatched:
     """One sequence through LocalStage."""
 
-    def __init__(self, stage: LocalStage, states: torch.Tensor, length: int, applied: frozenset[str]) -> None:
+    def __init__(self, stage: LocalStage, states: torch.Tensor, length: int, settings: SessionSettings) -> None:
         self._stage, self._states, self._length = stage, states, length
-        self._session = stage.open(applied, states.shape[1])
+        self._session = stage.open(settings, states.shape[1])
         stage.step([StageInput(self._session, 0, states[:, :length])])
 
     def step(self, index: int) -> None:

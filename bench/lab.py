@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import planted
-from bench.report import table, write
+from bench.report import write
 from splitlearn import process
 from splitlearn.arm import Kind
 from splitlearn.compare import KINDS, environment
-from splitlearn.lab import analysis, stats
+from splitlearn.lab import analysis
 from splitlearn.lab.asking import Asked, setup
-from splitlearn.lab.design import AA, OBSERVER, plan
+from splitlearn.lab.design import AA, plan
 from splitlearn.lab.experiment import Experiment, alone
 from splitlearn.lab.store import Store
 from splitlearn.runs import Runs
@@ -43,12 +43,9 @@ def main(runs: Runs) -> None:
         f"{EXPERIMENTS} experiments of {PAIRS} pairs, half of them in full and half in split, about a flag that does "
         f"nothing, then one of {PLANTED_PAIRS} pairs about two flags that wait for a share of each step. {TOKENS} "
         "tokens a run; delta 2%, each number of pairs fixed before. A verdict is withheld where the experiment's own "
-        "A/A interval is wider than delta or does not cover 1. Intervals of the observer: 95%, over the pairs of all "
-        "experiments, time with the ledger / time without."
+        "A/A interval is wider than delta or does not cover 1."
     )
     verdicts = [_row(same, NOTHING, kind) for kind in KINDS] + [_row([apart], flag, "full") for flag in WAITING]
-    observer = [_observer([*same, apart], kind) for kind in KINDS]
-    text += f"\n\n{table(observer)}"
     write("lab", "What the lab says of flags whose effect is known", text, verdicts, environment(runs))
 
 
@@ -60,7 +57,7 @@ def _experiment(runs: Runs, folder: Path, seed: int, kind: Kind, about: Sequence
     made = setup(runs, Asked(words, pairs=pairs, max_new_tokens=TOKENS, seed=seed), COMMAND)
     asked = plan("without", made.flags, list(about))
     # Without the question about all flags together: its arm has no KV cache, and would take half of the time.
-    questions = tuple(each for each in asked.questions if each.flag in (AA, OBSERVER, *about))
+    questions = tuple(each for each in asked.questions if each.flag in (AA, *about))
     named = {name for each in questions for name in (each.treated, each.control)}
     asked = replace(asked, questions=questions, arms=tuple(arm for arm in asked.arms if arm.name in named))
     with Store.create(folder / f"{seed}.sqlite", replace(made, plan=asked)) as store:
@@ -82,13 +79,3 @@ def _row(found: list[analysis.Findings], flag: str, kind: Kind) -> dict[str, str
         "ratios": "; ".join(str(row.effect) for row in own),
         "A/A": "; ".join(f"[{effect.low:.3f}, {effect.high:.3f}]" for effect in noise),
     }
-
-
-def _observer(found: list[analysis.Findings], kind: Kind) -> dict[str, str]:
-    shown: dict[str, str] = {"observer": kind}
-    for metric in analysis.METRICS:
-        evidence = [findings.evidence.get(f"{OBSERVER}, {kind}") for findings in found]
-        pairs = [pair for each in evidence if each for pair in each.compared(metric)]
-        effect = stats.effect([one for _, one, _ in pairs], [other for _, _, other in pairs])
-        shown[analysis.METRIC_NAMES[metric]] = str(effect)
-    return shown

@@ -19,14 +19,14 @@ PLANTED = {"does_nothing": 0.0, "waits_3_percent": 0.03, "waits_0.2_percent": 0.
 
 def _waiting(share: float) -> Apply:
     def change(settings: Settings) -> Settings:
-        before = settings.compile_stage
+        before = settings.load.compile_stage
 
         def prepare(cut: CutModel) -> None:
             if before is not None:
                 before(cut)
             _wait_after(cut.module, share)
 
-        return replace(settings, compile_stage=prepare)
+        return replace(settings, load=replace(settings.load, compile_stage=prepare))
 
     return change
 

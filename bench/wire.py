@@ -16,6 +16,7 @@ from bench.report import write
 from splitlearn import loading
 from splitlearn.chain import Feed
 from splitlearn.compare import environment
+from splitlearn.flags import settings
 from splitlearn.lab.stats import effect
 from splitlearn.remote import RemoteStage
 from splitlearn.runs import Runs
@@ -52,12 +53,13 @@ def _round(runs: Runs, echoes: Mapping[str, Echo], order: random.Random) -> dict
     """The median wire and echo times of one generation's steps, in seconds."""
     flags = runs.flags(FLAGS)
     spec = runs.spec("split", flags)
-    loading.prepare_process(flags.client, spec.threads)
+    client, at_trunk = settings(flags.client), settings(flags.trunk)
+    loading.prepare_process(client.process, spec.threads)
     placement = loading.Placement(spec.device, spec.dtype)
-    stages = loading.load(spec.files, loading.client_specs(spec.plan), flags.client, placement).stages
+    stages = loading.load(spec.files, loading.client_specs(spec.plan), client.load, placement).stages
     trunk = RemoteStage(spec.addresses, spec.served(), spec.timeout_s)
-    feeds = [Feed(stage, stage.open(flags.client, 256)) for stage in (stages[0], stages[1])]
-    remote = Feed(trunk, trunk.open(flags.trunk, 256))
+    feeds = [Feed(stage, stage.open(client.session, 256)) for stage in (stages[0], stages[1])]
+    remote = Feed(trunk, trunk.open(at_trunk.session, 256))
     ids = Tokens.load(spec.files.folder, use_fast=True).encode(PROMPT, chat=True)
     found: dict[str, list[float]] = {name: [] for name in (TRUNK, *ECHOES)}
     position, held = 0, 0.05

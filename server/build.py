@@ -14,14 +14,15 @@ from splitlearn import cgroups, loading, models
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import InputError
 from splitlearn.flags import SIDES, Place, of_scope
+from splitlearn.flags import settings as settings_of
 from splitlearn.graphs import LEAST_WINDOW
 from splitlearn.kv import KVPool, bytes_per_token
 from splitlearn.loading import Placement
 from splitlearn.local_stage import LocalStage
+from splitlearn.plan import SplitPlan
 from splitlearn.process import default_threads, keep_heap_small
 from splitlearn.progress import Progress, Step
 from splitlearn.selection import availability, parse
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.wire.codec import DTYPES
 
@@ -61,16 +62,17 @@ def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> 
     files = models.prepare(settings.model, progress)
     plan = SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
     placement = Placement(models.resolve_device(settings.model.device), DTYPES[settings.model.dtype])
-    here = Place(device=str(placement.device), dtype=placement.dtype)
+    here = Place(device=str(placement.device), dtype=settings.model.dtype)
     applied = parse(settings.flags, availability(dict.fromkeys(SIDES, here))).trunk
     own = of_scope(applied, "load", "process")
     progress(Step("Loading the trunk"))
     keep_heap_small()
-    threads = loading.prepare_process(own, settings.runs.threads or default_threads())
-    loaded = loading.load(files, loading.trunk_specs(plan), own, placement)
+    at_load = settings_of(own)
+    threads = loading.prepare_process(at_load.process, settings.runs.threads or default_threads())
+    loaded = loading.load(files, loading.trunk_specs(plan), at_load.load, placement)
     stage, server = loaded.stages[0], settings.server
     admission = Admission(_pool(stage, server), server.max_sessions, server.max_waiting)
-    kept = applied | {"use_cache"}
+    kept = settings_of(applied | {"use_cache"}).session
     trial, metrics = Trial(stage, kept), Metrics()
     gather_s = trial.gather_s() if stage.packs(kept) else None
     # A compiled stage would be compiled anew for each length of a piece.

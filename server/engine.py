@@ -103,7 +103,7 @@ class Engine:
         """
         place = self._admission.enter(max_length, timeout_s, when_gone, holder)
         cache = self._admission.pool.cache(place.run) if place.run else None
-        session = LocalSession(cache, settings(applied), max_length, shares=self.packs)
+        session = LocalSession(cache, settings(applied).session, max_length, shares=self.packs)
         seat = Seat(session, applied, place, packs=self.packs)
         with self._arrived:
             self._seats.append(seat)

@@ -44,7 +44,7 @@ class TrunkService:
         if self._part_bytes < row:
             least = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
             raise InputError("server.max_message_bytes", limits.max_message_bytes, least)
-        self._place = Place(device=str(served.placement.device), dtype=served.placement.dtype)
+        self._place = Place(device=str(served.placement.device), dtype=_name(served.placement.dtype))
         self._machine = {name: str(value) for name, value in machine.described().items() if value is not None}
         sight.connect(served, others, limits)
 

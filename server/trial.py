@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from splitlearn.local_stage import LocalStage
+from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import StageInput
 
 # A forward with a piece of a prompt takes at most this many times what one of a single token takes.
@@ -15,10 +16,10 @@ LEAST_PROMPT_TOKENS, MOST_PROMPT_TOKENS = 16, 4096
 
 @dataclass(frozen=True)
 class Trial:
-    """A stage, with the flags of the sessions that it is tried with."""
+    """A stage, with the settings of the sessions that it is tried with."""
 
     stage: LocalStage
-    applied: frozenset[str]
+    settings: SessionSettings
 
     def gather_s(self) -> float:
         """How long a forward should wait for sessions that are about to bring their next step.
@@ -44,7 +45,7 @@ class Trial:
         x = torch.zeros(1, tokens, self.stage.hidden_size, dtype=self.stage.dtype)
         best = float("inf")
         for _ in range(3):
-            session = self.stage.open(self.applied, tokens)
+            session = self.stage.open(self.settings, tokens)
             started = time.perf_counter()
             self.stage.compute([StageInput(session, 0, x)])
             best = min(best, time.perf_counter() - started)

@@ -235,13 +235,13 @@ def _compare(options: argparse.Namespace, config: Config) -> None:
 
 
 def _bench(options: argparse.Namespace, config: Config) -> None:
-    from splitlearn.lab import terminal
+    from splitlearn.lab import terminal as lab_command
     from splitlearn.lab.asking import Asked, read_prompts
 
     if options.trunk is not None:
         config = configuration.with_trunk(config, options.trunk)
     if options.resume is not None:
-        terminal.resume(options.resume, config, as_json=options.json)
+        lab_command.resume(options.resume, config, as_json=options.json)
         return
     given = {
         "design": options.design,
@@ -254,12 +254,12 @@ def _bench(options: argparse.Namespace, config: Config) -> None:
     }
     flags = " ".join(options.flags) if options.flags else config.flags
     asked = Asked(flags, **_given(given))
-    terminal.run(asked, config, options.out, as_json=options.json)
+    lab_command.run(asked, config, options.out, as_json=options.json)
 
 
 def _load(options: argparse.Namespace, config: Config) -> None:
     from splitlearn.lab.asking import read_prompts
-    from splitlearn.load import terminal
+    from splitlearn.load import terminal as loadtest_command
     from splitlearn.load.plan import PROMPTS, Asked, Levels
 
     if options.trunk is not None:
@@ -278,7 +278,7 @@ def _load(options: argparse.Namespace, config: Config) -> None:
         levels=Levels(**_given(levels)),
         **_given(given),
     )
-    terminal.run(asked, config, options.out, as_json=options.json)
+    loadtest_command.run(asked, config, options.out, as_json=options.json)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace, config: Config) -> None:
-    from splitlearn.lab import terminal
+    from splitlearn.lab import terminal as lab_command
     from splitlearn.lab.work import ServiceLevel
 
     if len(options.experiments) > 2:
@@ -295,7 +295,7 @@ def _report(options: argparse.Namespace, config: Config) -> None:
     if len(options.experiments) == 2 and (options.json or options.ttft is not None or options.tps is not None):
         raise InputError("experiments", 2, "one folder with --json, --ttft or --tps")
     level = ServiceLevel(**_given({"ttft_s": options.ttft, "decode_tps": options.tps}))
-    terminal.show(options.experiments, level, as_json=options.json)
+    lab_command.show(options.experiments, level, as_json=options.json)
 
 
 def _fetch(options: argparse.Namespace, config: Config) -> None:
@@ -317,7 +317,7 @@ def _parts(options: argparse.Namespace, config: Config) -> None:
     from splitlearn import models
     from splitlearn.console import print_parts
     from splitlearn.parts import parts
-    from splitlearn.split import SplitPlan
+    from splitlearn.plan import SplitPlan
     from splitlearn.wire.codec import DTYPES
 
     with on_console() as progress:

@@ -8,7 +8,7 @@ import pickle
 from collections import abc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -19,11 +19,11 @@ from splitlearn.chain import Link
 from splitlearn.drafts import Proposer
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.events import Event
-from splitlearn.flags import settings
+from splitlearn.flags import Settings, settings
 from splitlearn.generate import Generator
+from splitlearn.plan import SplitPlan
 from splitlearn.remote import RemoteStage, TrunkFacts
 from splitlearn.selection import FlagSet
-from splitlearn.split import SplitPlan
 from splitlearn.stages import Stage
 from splitlearn.store import ModelFiles
 from splitlearn.stream import Served
@@ -85,11 +85,12 @@ def start(spec: ArmSpec) -> process.Child:
 def work(connection: Connection, spec: ArmSpec) -> None:
     """A worker's life: an ArmReady, then for each request its events and an ArmEnd; for what fails, the error."""
     try:
-        threads = loading.prepare_process(_local_flags(spec), spec.threads)
+        local = _local_settings(spec)
+        threads = loading.prepare_process(local.process, spec.threads)
         before = process.resident_bytes()
         tokens = read_tokens(spec)
         tokenizer_bytes = process.resident_bytes() - before
-        loaded = loading.load(spec.files, _specs(spec), _local_flags(spec), loading.Placement(spec.device, spec.dtype))
+        loaded = loading.load(spec.files, _specs(spec), local.load, loading.Placement(spec.device, spec.dtype))
         trunk = open_trunk(spec)
         drafting, draft_load_s = _load_draft(spec)
         answers = generator(spec, loaded.stages, trunk, tokens, drafting)
@@ -127,8 +128,8 @@ def _until_cancelled(events: abc.Generator[Event, None, None], connection: Conne
                 return
 
 
-def _local_flags(spec: ArmSpec) -> frozenset[str]:
-    return spec.flags.full if spec.kind == "full" else spec.flags.client
+def _local_settings(spec: ArmSpec) -> Settings:
+    return settings(spec.flags.full if spec.kind == "full" else spec.flags.client)
 
 
 def _specs(spec: ArmSpec) -> list[loading.StageSpec]:
@@ -140,21 +141,21 @@ def open_trunk(spec: ArmSpec) -> RemoteStage | None:
     if not spec.addresses:
         return None
     trunk = RemoteStage(spec.addresses, spec.served(), spec.timeout_s, spec.credentials)
-    trunk.open(spec.flags.trunk, max_length=1).close()
+    trunk.open(settings(spec.flags.trunk).session, max_length=1).close()
     return trunk
 
 
 def read_tokens(spec: ArmSpec) -> Tokens:
     """The arm's tokenizer. It takes 80 MB while it is read and a sixth of that afterwards: so before the weights."""
-    use_fast = settings(_local_flags(spec)).use_fast_tokenizer
+    use_fast = _local_settings(spec).generation.use_fast_tokenizer
     tokens = Tokens.load(spec.files.folder, use_fast=use_fast)
-    process.return_freed_memory()
+    process.trim_heap()
     return tokens
 
 
 def _load_draft(spec: ArmSpec) -> tuple[list[Callable[[], Proposer]], float]:
     """What makes the draft model's proposers, if the flags ask for one, and the seconds that loading it took."""
-    if spec.draft is None or not settings(_local_flags(spec)).draft_model:
+    if spec.draft is None or not _local_settings(spec).generation.draft_model:
         return [], 0.0
     make, load_s = draft_model.load(spec.draft, loading.Placement(spec.device, spec.dtype))
     return [make], load_s
@@ -169,11 +170,10 @@ def generator(
 ) -> Generator:
     """The decode loop over the arm's local stages, with the trunk after the first of them, and `drafting` behind the
     flags' own proposers."""
-    applied = _local_flags(spec)
-    links = [Link(stage, applied) for stage in stages]
+    local = _local_settings(spec)
+    links = [Link(stage, local.session) for stage in stages]
     if trunk is not None:
-        links.insert(1, Link(trunk, spec.flags.trunk))
-    own = settings(applied)
-    proposers = (*own.proposers, *drafting)
+        links.insert(1, Link(trunk, settings(spec.flags.trunk).session))
+    generation = replace(local.generation, proposers=(*local.generation.proposers, *drafting))
     limit = spec.files.facts.context_length
-    return Generator(links, tokens, limit, own.top_k, proposers, own.head_overlap, own.piece_tokens)
+    return Generator(links, tokens, limit, generation)

@@ -66,11 +66,6 @@ _library.impl(OP, _product, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake(f"splitlearn::{OP}", _shape_of_product, lib=_library)
 
 
-def why_not(device: str) -> str | None:
-    """Why weights on `device` cannot lie in blocks, or None."""
-    return None if device == "cpu" else f"is for weights on the CPU; this is {device}"
-
-
 def _check_scales(blocks: torch.Tensor, bits: int) -> None:
     scales = blocks[:, :, : SCALES_BYTES if bits < 32 else 0].contiguous().view(torch.float16)
     if not bool(scales.isfinite().all()):

@@ -1,4 +1,4 @@
-"""A model as a chain of stages: each link with its flags, and what the session of each is fed."""
+"""A model as a chain of stages: each link with its settings, and what the session of each is fed."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,15 +9,16 @@ import torch
 
 from splitlearn.events import StageTiming
 from splitlearn.parted_head import Early
+from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import OpensTogether, Session, Stage, StageInput, StageOutput, UnderWay, WorksAhead
 
 
 @dataclass(frozen=True)
 class Link:
-    """One stage of the chain and the flags that its sessions are opened with."""
+    """One stage of the chain and the settings that its sessions are opened with."""
 
     stage: Stage
-    applied: frozenset[str]
+    settings: SessionSettings
 
 
 Piece = tuple[int, torch.Tensor]
@@ -106,5 +107,5 @@ def sessions(link: Link, max_length: int, count: int) -> Sequence[Session]:
     """`count` sessions of the link's stage, for at most `max_length` tokens each."""
     stage = link.stage
     if count > 1 and isinstance(stage, OpensTogether):
-        return stage.open_together(link.applied, max_length, count)
-    return [stage.open(link.applied, max_length) for _ in range(count)]
+        return stage.open_together(link.settings, max_length, count)
+    return [stage.open(link.settings, max_length) for _ in range(count)]

@@ -13,9 +13,9 @@ from splitlearn import machine
 from splitlearn.arm import Kind
 from splitlearn.events import GenerationRequest
 from splitlearn.metrics import UNATTRIBUTED, RunMetrics, first_difference, tps_of_all
+from splitlearn.plan import SplitPlan
 from splitlearn.runs import ArmReport, Item, Runs
 from splitlearn.selection import FlagSet
-from splitlearn.split import SplitPlan
 
 KINDS: tuple[Kind, ...] = ("full", "split")
 Watch = Callable[[Kind, Item], None]

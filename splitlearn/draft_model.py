@@ -13,9 +13,11 @@ import torch
 from splitlearn import loading
 from splitlearn.drafts import COUNTS
 from splitlearn.errors import InputError, NotFinite
+from splitlearn.flags import settings
 from splitlearn.loading import Placement
 from splitlearn.local_stage import LocalStage
 from splitlearn.selection import FAST, FAST_IN_ANY
+from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
@@ -36,11 +38,11 @@ def check_vocabulary(draft: ModelFiles, files: ModelFiles) -> None:
 def load(files: ModelFiles, placement: Placement) -> tuple[Callable[[], "DraftModel"], float]:
     """Load the draft model whole: what makes a proposer for each answer, and the seconds that loading took. Raises as
     `loading.load`."""
-    applied = frozenset((FAST if placement.device.type == "cpu" else FAST_IN_ANY).split(","))
-    loaded = loading.load(files, loading.full_specs(files.n_layers), applied, placement)
+    own = settings(frozenset((FAST if placement.device.type == "cpu" else FAST_IN_ANY).split(",")))
+    loaded = loading.load(files, loading.full_specs(files.n_layers), own.load, placement)
     size = Tokens.load(files.folder, use_fast=True).size
     longest = files.facts.context_length or LONGEST
-    return partial(DraftModel, loaded.stages[0], applied, size, longest), loaded.load_s
+    return partial(DraftModel, loaded.stages[0], own.session, size, longest), loaded.load_s
 
 
 class DraftModel:
@@ -49,9 +51,9 @@ class DraftModel:
 
     costs = True
 
-    def __init__(self, stage: LocalStage, applied: frozenset[str], size: int, longest: int) -> None:
+    def __init__(self, stage: LocalStage, settings: SessionSettings, size: int, longest: int) -> None:
         self._stage, self._size, self._longest = stage, size, longest
-        self._session = stage.open(applied, longest)
+        self._session = stage.open(settings, longest)
         self._fed: list[int] = []
         self._rope_length = 0
 

@@ -18,7 +18,7 @@ MAX_SAMPLES = 16
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt and how to go on from it; without `ledger`, events carry no ledger and no bytes.
+    """One prompt and how to go on from it.
 
     `chat` applies the model's chat template, or that of several which it names; False is the prompt as it is.
     `samples` answers are made, which go in step and share each trip to the trunk; number i is the one that the seed
@@ -32,7 +32,6 @@ class GenerationRequest:
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    ledger: bool = True
     samples: int = 1
 
     def __post_init__(self) -> None:

@@ -9,73 +9,34 @@ Scope: a `session` flag is chosen with each generation, a `load` flag when weigh
 a process's life.
 """
 
+from __future__ import annotations
+
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Literal
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import nn
-from transformers.cache_utils import Cache
-
-from splitlearn import block_linear, caches, graphs, one_row, prepacked, row_attention
-from splitlearn.compiling import compile_stage
-from splitlearn.drafts import PromptLookup, Proposer
-from splitlearn.one_row import Row
-from splitlearn.sampling import TopK, top_k_by_selection, top_k_by_sort
-from splitlearn.split import CutModel
-from splitlearn.wire.rows import Int8Blocks, Plain, Rows
+if TYPE_CHECKING:
+    from splitlearn.generation_settings import GenerationSettings
+    from splitlearn.stage_settings import LoadSettings, SessionSettings
 
 Side = Literal["full", "client", "trunk"]
 Fidelity = Literal["exact", "rounding", "lossy"]
 Scope = Literal["session", "load", "process"]
 SIDES: tuple[Side, ...] = ("full", "client", "trunk")
-MakeLinear = Callable[[Iterable[torch.Tensor], torch.Tensor | None], nn.Module]
 LOCAL: frozenset[Side] = frozenset({"full", "client"})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The seams. The values here are what runs when every flag is off.
+    """What a side's flags come to, by who applies it. `process` is called once in a process's life."""
 
-    `new_cache` makes a session's cache for a number of layers and at most a number of tokens; None keeps none.
-    `attention` None is what transformers chooses for the model: sdpa, but eager for those without it (bloom, gemma2);
-    `sdpa` is what attends where sdpa is chosen.
-    `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
-    None leaves the model's own. `head` is the same for the LM head, where that differs. `weight_bits` are about those
-    that each weight takes then, None for as many as the dtype has. `one_row` makes what takes one
-    token through a stage, of one that has its weights. `wire` is the form of hidden states on the
-    wire, None for that in which they are computed. `proposers` make what guesses an answer's next tokens, the first of
-    which is asked first; `draft_model` puts a second model behind them. Without either, tokens are decoded one by one.
-    `head_overlap` begins the next step before the LM head is done (head_start.py).
-    `piece_tokens` is how many tokens of a prompt go through the stages at once; None: all.
-    """
-
-    process: tuple[Callable[[], None], ...] = ()
-    use_fast_tokenizer: bool = False
-    assign_weights: bool = False
-    attention: str | None = None
-    sdpa: str = "sdpa"
-    linear: MakeLinear | None = None
-    head: MakeLinear | None = None
-    weight_bits: int | None = None
-    one_row: Callable[[CutModel], Row | None] | None = None
-    compile_stage: Callable[[CutModel], None] | None = None
-    new_cache: Callable[[int, int], Cache] | None = None
-    forward_arguments: Mapping[str, bool] = field(default_factory=dict)
-    gradient_guard: Callable[[], AbstractContextManager[object]] = torch.no_grad
-    top_k: TopK = top_k_by_sort
-    wire: Rows | None = None
-    proposers: tuple[Callable[[], Proposer], ...] = ()
-    draft_model: bool = False
-    head_overlap: bool = False
-    piece_tokens: int | None = None
-
-    def rows(self, dtype: torch.dtype) -> Rows:
-        """The form on the wire of hidden states that are computed in `dtype`."""
-        return self.wire or Plain(dtype)
+    process: tuple[Callable[[], None], ...]
+    load: LoadSettings
+    session: SessionSettings
+    generation: GenerationSettings
 
 
 @dataclass(frozen=True)
@@ -87,7 +48,7 @@ class Place:
     no_python_tokenizer: str | None = None
     no_roll_back: str | None = None
     no_draft: str | None = "no draft model is named (model.draft)"
-    dtype: torch.dtype = torch.float32
+    dtype: str = "float32"
     has_compiler: bool = field(default_factory=lambda: any(map(shutil.which, ("c++", "g++", "clang++"))))
 
 
@@ -129,45 +90,101 @@ def _same(settings: Settings) -> Settings:
     return settings
 
 
+@dataclass(frozen=True)
+class Import:
+    """A value by its name, as `module:attribute`, which is imported when it is applied.
+
+    So the words of flags can be checked without torch.
+    """
+
+    name: str
+
+
+def _set(**changes: object) -> Apply:
+    """A choice that sets the seams named in `changes`, each in the record that has it."""
+
+    def apply(settings: Settings) -> Settings:
+        values = {
+            key: resolve_name(value.name) if isinstance(value, Import) else value for key, value in changes.items()
+        }
+        for owner in ("load", "session", "generation"):
+            record = getattr(settings, owner)
+            own = {each.name: values[each.name] for each in fields(record) if each.name in values}
+            settings = replace(settings, **{owner: replace(record, **own)})
+        return settings
+
+    return apply
+
+
 def _on(**changes: object) -> Mapping[str, Apply]:
     """Choices off and on, where on sets the seams named in `changes`."""
-    return {"off": _same, "on": lambda settings: replace(settings, **changes)}
+    return {"off": _same, "on": _set(**changes)}
+
+
+def _in_process(*calls: Callable[[], None]) -> Apply:
+    """A choice that makes `calls` once in the process."""
+    return lambda settings: replace(settings, process=(*settings.process, *calls))
 
 
 def _asks_for(output: str, **changes: object) -> Mapping[str, Apply]:
     """Choices of a flag whose optimization is not to ask the model for `output`: off asks for it."""
 
     def ask(settings: Settings) -> Settings:
-        arguments = {**settings.forward_arguments, output: True}
-        return replace(settings, forward_arguments=arguments, **changes)  # type: ignore[arg-type]
+        return _set(forward_arguments={**settings.session.forward_arguments, output: True}, **changes)(settings)
 
     return {"off": ask, "on": _same}
 
 
 def _matmul_precision(precision: str) -> Apply:
     def set_precision() -> None:
+        import torch
+
         torch.set_float32_matmul_precision(precision)
 
-    return lambda settings: replace(settings, process=(*settings.process, set_precision))
+    return _in_process(set_precision)
 
 
 def _benchmark_cudnn() -> None:
+    import torch
+
     torch.backends.cudnn.benchmark = True
 
 
-def _keep(kind: Callable[[int, int], Cache]) -> Apply:
+def _keep(kind: Import) -> Apply:
     """Only the kind of a cache changes: without `use_cache` there is still none."""
-    return lambda settings: replace(settings, new_cache=kind) if settings.new_cache else settings
-
-
-def _onednn(settings: Settings) -> Settings:
-    return replace(settings, linear=prepacked.PrepackedLinear)
+    return lambda settings: _set(new_cache=kind)(settings) if settings.session.new_cache else settings
 
 
 def _blocks(bits: int) -> Apply:
     """The LM head has 8 bits at least: a logit is one product, where a hidden state is a sum of many layers'."""
-    layer, head = (partial(block_linear.BlockLinear, bits=each) for each in (bits, max(bits, 8)))
-    return lambda settings: replace(settings, linear=layer, head=head, one_row=one_row.of, weight_bits=bits)
+
+    def apply(settings: Settings) -> Settings:
+        from splitlearn.block_linear import BlockLinear
+
+        layer, head = (partial(BlockLinear, bits=each) for each in (bits, max(bits, 8)))
+        return _set(linear=layer, head=head, one_row=Import("splitlearn.one_row:of"), weight_bits=bits)(settings)
+
+    return apply
+
+
+def _bfloat16_rows(settings: Settings) -> Settings:
+    import torch
+
+    from splitlearn.wire.rows import Plain
+
+    return _set(wire=Plain(torch.bfloat16))(settings)
+
+
+def _int8_rows(settings: Settings) -> Settings:
+    from splitlearn.wire.rows import Int8Blocks
+
+    return _set(wire=Int8Blocks())(settings)
+
+
+def _looking_up(settings: Settings) -> Settings:
+    from splitlearn.drafts import PromptLookup
+
+    return _set(proposers=(PromptLookup,))(settings)
 
 
 def _needs_cuda(place: Place) -> str | None:
@@ -187,11 +204,13 @@ def _needs_draft_model(place: Place) -> str | None:
 
 
 def _needs_onednn(place: Place) -> str | None:
-    return prepacked.why_not(place.device, place.dtype)
+    from splitlearn.prepacked import why_not
+
+    return why_not(place.device, place.dtype)
 
 
 def _needs_cpu(place: Place) -> str | None:
-    return block_linear.why_not(place.device)
+    return None if place.device == "cpu" else f"is for weights on the CPU; this is {place.device}"
 
 
 def _needs_cpu_and_roll_back(place: Place) -> str | None:
@@ -199,7 +218,8 @@ def _needs_cpu_and_roll_back(place: Place) -> str | None:
 
 
 def _needs_float32_on_cpu(place: Place) -> str | None:
-    return row_attention.why_not(place.device, place.dtype)
+    here = (place.device, place.dtype)
+    return None if here == ("cpu", "float32") else f"is for float32 on the CPU; this is {place.dtype} on {place.device}"
 
 
 def _needs_compiler(place: Place) -> str | None:
@@ -232,7 +252,7 @@ FLAGS: Mapping[str, Flag] = {
             "inference_mode",
             "torch.inference_mode(): no autograd bookkeeping at all.",
             "torch.no_grad().",
-            _on(gradient_guard=torch.inference_mode),
+            _on(gradient_guard=Import("torch:inference_mode")),
         ),
         Flag(
             "float32_matmul_precision",
@@ -250,7 +270,7 @@ FLAGS: Mapping[str, Flag] = {
             "cudnn.benchmark",
             "cuDNN times its algorithms and keeps the fastest.",
             "cuDNN takes its default algorithm.",
-            _on(process=(_benchmark_cudnn,)),
+            {"off": _same, "on": _in_process(_benchmark_cudnn)},
             fidelity="rounding",
             scope="process",
             unavailable=_needs_cuda,
@@ -260,7 +280,7 @@ FLAGS: Mapping[str, Flag] = {
             "use_cache",
             "Keeps keys and values: at the client for its layers, at the trunk server for the trunk's.",
             "Recomputes the whole prefix for each token; a trunk without it is sent the whole prefix each time.",
-            _on(new_cache=caches.dynamic),
+            _on(new_cache=Import("splitlearn.caches:dynamic")),
             fidelity="rounding",
         ),
         Flag(
@@ -269,7 +289,11 @@ FLAGS: Mapping[str, Flag] = {
             "Reserved: keys and values are written into memory set aside for the whole answer. Static: that, and "
             "attention always sees all of it, masked, so that shapes never change (for torch_compile).",
             "Dynamic: keys and values are copied to a longer tensor for each token. A trunk always has it reserved.",
-            {"dynamic": _same, "reserved": _keep(caches.reserved), "static": _keep(caches.static)},
+            {
+                "dynamic": _same,
+                "reserved": _keep(Import("splitlearn.caches:reserved")),
+                "static": _keep(Import("splitlearn.caches:static")),
+            },
             applied="reserved",
             sides=LOCAL,
             fidelity="rounding",
@@ -280,7 +304,7 @@ FLAGS: Mapping[str, Flag] = {
             "One token attends in a kernel that is compiled here, where torch's sdpa would do, on a CPU in float32. "
             "The compiler takes 100 MB of memory in each process.",
             "sdpa, whatever the number of tokens.",
-            _on(sdpa=row_attention.NAME),
+            _on(sdpa=Import("splitlearn.row_attention:NAME")),
             fidelity="rounding",
             scope="load",
             on_by_default=False,
@@ -294,7 +318,11 @@ FLAGS: Mapping[str, Flag] = {
             "through all layers of a stage in one call, if they are such as Llama's and the cache is reserved. The "
             "compiler takes 100 MB of memory in each process.",
             "Linear layers' weights are plain matrices.",
-            {"off": _same, "onednn": _onednn, "blocks": _blocks(32)},
+            {
+                "off": _same,
+                "onednn": _set(linear=Import("splitlearn.prepacked:PrepackedLinear")),
+                "blocks": _blocks(32),
+            },
             applied="onednn",
             fidelity="rounding",
             scope="load",
@@ -319,7 +347,7 @@ FLAGS: Mapping[str, Flag] = {
             "Compiles each stage; the time that takes is shown apart. On a CPU it can take minutes; on a GPU a stage "
             "is compiled layer by layer, in seconds where layers are alike.",
             "Eager execution.",
-            _on(compile_stage=compile_stage),
+            _on(compile_stage=Import("splitlearn.compiling:compile_stage")),
             fidelity="rounding",
             scope="load",
             on_by_default=False,
@@ -332,7 +360,7 @@ FLAGS: Mapping[str, Flag] = {
             "layers permit it, which is tried. Keys and values lie in reserved memory (cache). The time that a "
             "recording takes is shown as compile time.",
             "Each kernel is launched by itself.",
-            _on(one_row=graphs.of),
+            _on(one_row=Import("splitlearn.graphs:of")),
             fidelity="rounding",
             scope="load",
             unavailable=_needs_cuda,
@@ -358,7 +386,7 @@ FLAGS: Mapping[str, Flag] = {
             "fast_top_k",
             "Top-k sampling by torch.topk and one scatter.",
             "Top-k sampling by a full sort of the vocabulary.",
-            _on(top_k=top_k_by_selection),
+            _on(top_k=Import("splitlearn.sampler:top_k_by_selection")),
             sides=LOCAL,
             acts_when_sampling=True,
         ),
@@ -368,7 +396,7 @@ FLAGS: Mapping[str, Flag] = {
             "Tokens that followed the last few before, in the prompt or the answer, are drafts: one step verifies "
             "several, as many as pay. Tokens are the same; TPOT falls where an answer quotes.",
             "One token for each step.",
-            _on(proposers=(PromptLookup,)),
+            {"off": _same, "on": _looking_up},
             sides=LOCAL,
             fidelity="rounding",
             on_by_default=False,
@@ -419,8 +447,8 @@ FLAGS: Mapping[str, Flag] = {
             "Hidden states cross the wire as they are computed: float32 where the model is.",
             {
                 "float32": _same,
-                "bfloat16": lambda settings: replace(settings, wire=Plain(torch.bfloat16)),
-                "int8": lambda settings: replace(settings, wire=Int8Blocks()),
+                "bfloat16": _bfloat16_rows,
+                "int8": _int8_rows,
             },
             applied="int8",
             sides=frozenset({"trunk"}),
@@ -434,7 +462,10 @@ FLAGS: Mapping[str, Flag] = {
 def settings(applied: frozenset[str]) -> Settings:
     """The seams for a side's applied flags, each `name` or `name=choice`; every flag not named is at its off arm."""
     chosen = dict(_split(text) for text in applied)
-    result = Settings()
+    from splitlearn.generation_settings import GenerationSettings
+    from splitlearn.stage_settings import LoadSettings, SessionSettings
+
+    result = Settings((), LoadSettings(), SessionSettings(applied), GenerationSettings())
     for flag in FLAGS.values():
         result = flag.choices[chosen.get(flag.name, flag.off)](result)
     return result

@@ -33,7 +33,7 @@ _SELECT = """
 
 In `config.yaml` (`flags:`), on the command line (`--flags`) and on the page the words are the same:
 
-- `default`: every available exact or rounding flag but `torch_compile`, `prompt_lookup` and `prefill_overlap`;
+- `default`: every available exact or rounding flag but {left_out};
 - `all`; `none`;
 - a list: `use_cache,inference_mode`; another choice of a flag: `float32_matmul_precision=high`;
 - one of these for each side: `full:all client:use_cache trunk:none`; a side that is not named has the default;
@@ -47,7 +47,14 @@ def markdown() -> str:
     table += [_row(flag) for flag in FLAGS.values()]
     details = [_section(flag) for flag in FLAGS.values()]
     presets = [f"  - `{name}`: {words}" for name, (words, _) in PRESETS.items()]
-    return "\n".join([_HEAD, *table, "", *details]) + _SELECT + "\n".join(presets) + "\n"
+    select = _SELECT.format(left_out=_left_out())
+    return "\n".join([_HEAD, *table, "", *details]) + select + "\n".join(presets) + "\n"
+
+
+def _left_out() -> str:
+    """The flags that keep the computation and are not on by default, as a list in words."""
+    *most, last = [f"`{flag.name}`" for flag in FLAGS.values() if flag.fidelity != "lossy" and not flag.on_by_default]
+    return f"{', '.join(most)} and {last}"
 
 
 def _row(flag: Flag) -> str:

@@ -1,6 +1,6 @@
 """THE decode loop: one for both arms, over a list of stages.
 
-    for event in Generator(links, tokens, context_length, top_k).stream(request): ...
+    for event in Generator(links, tokens, context_length, settings).stream(request): ...
 
 Full is one local stage; split is a local stage, a remote one and a local one. The loop knows neither. It yields facts
 (`TokenEvent`, then `Done`); whoever drives it derives the rest. Several samples of a prompt, which is fed once, go
@@ -10,7 +10,7 @@ close the iterator: that closes the stages' sessions, and so frees the trunk's c
 
 import sys
 from collections import abc, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -18,14 +18,16 @@ from functools import cached_property, partial
 import torch
 
 from splitlearn.chain import Feed, Link, Piece, sessions
-from splitlearn.drafts import Proposer, Speculation
+from splitlearn.drafts import Speculation
 from splitlearn.errors import InputError
 from splitlearn.events import Done, Event, FinishReason, GenerationRequest
+from splitlearn.generation_settings import GenerationSettings
 from splitlearn.head_start import HeadStart
-from splitlearn.ledger import Ledger, NoLedger, Outcome
+from splitlearn.ledger import Ledger, Outcome
 from splitlearn.local_stage import LocalStage
 from splitlearn.parted_head import Early
-from splitlearn.sampling import SEEDS, TopK, random_source, sample
+from splitlearn.sampler import random_source, sample
+from splitlearn.sampling import SEEDS
 from splitlearn.stop import StopStrings
 from splitlearn.tokens import Detokenizer, Tokens
 
@@ -108,12 +110,7 @@ class Generator:
     links: Sequence[Link]
     tokens: Tokens
     context_length: int | None
-    top_k: TopK
-    proposers: Sequence[Callable[[], Proposer]] = ()
-    head_overlap: bool = False
-    """Whether a greedy answer's next step is begun with the token that the first part of its logits suggests."""
-    piece_tokens: int | None = None
-    """Prompts go through the stages in pieces of so many tokens; None: whole."""
+    settings: GenerationSettings
 
     def stream(self, request: GenerationRequest) -> abc.Generator[Event, None, None]:
         """Yield a TokenEvent for each step and a Done at the end, of each sample.
@@ -121,7 +118,7 @@ class Generator:
         Raises InputError for a prompt of which nothing comes (`Tokens.encode`) and when prompt and answer do not fit
         into the context, TrunkError for a trunk that fails.
         """
-        ledger = Ledger() if request.ledger else NoLedger()
+        ledger = Ledger()
         ids = self.tokens.encode(request.prompt, request.chat)
         self._check_length(len(ids), request.max_new_tokens)
         encoded = ledger.now()
@@ -137,7 +134,7 @@ class Generator:
     ) -> _Answer:
         sampling = request.sampling
         rng = random_source(replace(sampling, seed=(sampling.seed + number) % SEEDS))
-        speculation = Speculation([make() for make in self.proposers]) if self.proposers else None
+        speculation = Speculation([make() for make in self.settings.proposers]) if self.settings.proposers else None
         text, stops = self.tokens.detokenizer(), StopStrings(request.stop)
         start = self._head_start(request, feeds, ledger) if speculation is None else None
         return _Answer(number, list(ids), feeds, text, stops, rng, speculation, start, self._stays_within(len(ids)))
@@ -156,8 +153,8 @@ class Generator:
     def _head_start(self, request: GenerationRequest, feeds: Sequence[Feed], ledger: Ledger) -> HeadStart | None:
         """What begins steps before their token is sure, where it is the likeliest one of a single answer."""
         elsewhere = next((at for at, feed in enumerate(feeds) if feed.elsewhere is not None), None)
-        certain = request.samples == 1 and request.sampling.takes_the_likeliest
-        if not self.head_overlap or elsewhere is None or not certain or any(feed.session.recomputes for feed in feeds):
+        wanted = self.settings.head_overlap and request.samples == 1 and request.sampling.takes_the_likeliest
+        if not wanted or elsewhere is None or any(feed.session.recomputes for feed in feeds):
             return None
         ends = () if request.ignore_eos else self.tokens.eos_ids
         return HeadStart(feeds[: elsewhere + 1], ledger, ends)
@@ -193,7 +190,7 @@ class Generator:
         """Add to the answer's sequence a token for each row of `logits` [1 + drafts, V], up to the first that is not
         the draft fed at its place, and that does not end the answer."""
         for row, draft in zip(logits, [*answer.drafts, None], strict=True):
-            token = sample(row, request.sampling, answer.sequence, answer.rng, self.top_k)
+            token = sample(row, request.sampling, answer.sequence, answer.rng, self.settings.top_k)
             answer.sequence.append(token)
             if token != draft or (token in self.tokens.eos_ids and not request.ignore_eos):
                 return
@@ -230,11 +227,11 @@ class Generator:
         return [x[0, -answer.rows :] for answer, (_, x) in zip(live, given, strict=True)]
 
     def _too_long(self, x: torch.Tensor) -> bool:
-        return self.piece_tokens is not None and x.shape[1] > self.piece_tokens
+        return self.settings.piece_tokens is not None and x.shape[1] > self.settings.piece_tokens
 
     def _in_pieces(self, answer: _Answer, ids: torch.Tensor, ledger: Ledger) -> torch.Tensor:
         """The logits [rows, V] after the last of `ids` [1, T], which go through the stages some at a time."""
-        size = self.piece_tokens or ids.shape[1]
+        size = self.settings.piece_tokens or ids.shape[1]
         starts = range(0, ids.shape[1], size)
         pieces: Iterable[Piece] = ((answer.position + at, ids[:, at : at + size]) for at in starts)
         for feed in answer.feeds:

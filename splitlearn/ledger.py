@@ -69,22 +69,3 @@ class Ledger:
             head_start=outcome.head_start,
             sample=outcome.sample,
         )
-
-
-class NoLedger(Ledger):
-    """Keeps nothing but the tokens and their times: what the ledger costs is seen against it."""
-
-    def spend(self, name: str, seconds: float) -> None:
-        """Nothing is counted."""
-
-    def add(self, sample: int, timing: StageTiming) -> None:
-        """Only what is no measurement."""
-        if timing.compile_s or timing.recoveries:
-            kept = StageTiming({}, timing.compile_s, recoveries=timing.recoveries)
-            self.timings[sample].append(kept)
-
-    def close_step(self, outcomes: Sequence[Outcome], at: float) -> list[TokenEvent]:
-        """The events, without parts."""
-        events = [self._event(outcome, at, {}) for outcome in outcomes]
-        self.timings.clear()
-        return events

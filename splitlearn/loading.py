@@ -5,7 +5,7 @@ file. Stages that are loaded together share a tied tensor, so a client's embeddi
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,11 +22,12 @@ from splitlearn import cgroups, proof
 from splitlearn.blocks import LANES
 from splitlearn.errors import ModelError, NotFinite, WeightsDamaged
 from splitlearn.families import join
-from splitlearn.flags import Settings, settings
 from splitlearn.local_stage import LocalStage
 from splitlearn.parted_head import parted
+from splitlearn.plan import SplitPlan
 from splitlearn.process import default_threads, resident_bytes, trim_heap
-from splitlearn.split import CutModel, SplitPlan, carve
+from splitlearn.split import CutModel, carve
+from splitlearn.stage_settings import LoadSettings
 from splitlearn.store import ALIGNMENT, ModelFiles, read_config
 
 # Layers that are linear and nothing else; what a family makes of them has a class of its own.
@@ -82,17 +83,17 @@ def trunk_specs(plan: SplitPlan) -> list[StageSpec]:
     return [StageSpec("trunk", plan.start, plan.end)]
 
 
-def prepare_process(applied: frozenset[str], threads: int | None) -> int:
-    """Set what belongs to a whole process: threads, and what flags of process scope ask for. Returns the threads."""
+def prepare_process(calls: Iterable[Callable[[], None]], threads: int | None) -> int:
+    """Set what belongs to a whole process: threads, and what flags of process scope call. Returns the threads."""
     count = threads or default_threads()
     torch.set_num_threads(count)
-    for change in settings(applied).process:
-        change()
+    for call in calls:
+        call()
     return count
 
 
-def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str], placement: Placement) -> Loaded:
-    """Load the stages `specs` with the load-scope flags of `applied`.
+def load(files: ModelFiles, specs: Sequence[StageSpec], wanted: LoadSettings, placement: Placement) -> Loaded:
+    """Load the stages `specs` as `wanted`.
 
     Raises FamilyRefused for an architecture that does not run exactly in steps, or cannot be cut exactly,
     WeightsDamaged for a file without a tensor that the architecture has, ModelError where there is too little memory.
@@ -100,7 +101,6 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str],
     config = read_config(files.folder)
     proof.check(config, split=len(specs) > 1 or not (specs[0].first and specs[0].last))
     architecture = AutoModelForCausalLM._model_mapping[type(config)]  # imports it, before memory is looked at
-    wanted = settings(applied)
     imports, started = resident_bytes(), time.perf_counter()
     cuts = [_skeleton(architecture, config, spec, wanted, placement.dtype) for spec in specs]
     if placement.device.type == "cpu":
@@ -111,7 +111,7 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], applied: frozenset[str],
     return Loaded(stages, time.perf_counter() - started, imports)
 
 
-def _skeleton(architecture: Any, config: Any, spec: StageSpec, wanted: Settings, dtype: torch.dtype) -> CutModel:
+def _skeleton(architecture: Any, config: Any, spec: StageSpec, wanted: LoadSettings, dtype: torch.dtype) -> CutModel:
     """A cut model whose parameters take no memory yet; its computed buffers (rotary frequencies) are real."""
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = architecture._from_config(config, attn_implementation=wanted.attention, dtype=dtype)
@@ -123,7 +123,7 @@ def _skeleton(architecture: Any, config: Any, spec: StageSpec, wanted: Settings,
     return cut
 
 
-def _check_memory(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtype, wanted: Settings) -> None:
+def _check_memory(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtype, wanted: LoadSettings) -> None:
     """Raise ModelError where loading would take more memory than can be had: the kernel would end this process, or
     another one of the same container."""
     needed, have = _loading_bytes(files, cuts, dtype, wanted), cgroups.available_memory()
@@ -135,7 +135,7 @@ def _check_memory(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtyp
         )
 
 
-def _loading_bytes(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtype, wanted: Settings) -> int:
+def _loading_bytes(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtype, wanted: LoadSettings) -> int:
     """About how much loading takes at its peak. Weights that stay mapped take none: the kernel can drop them."""
     counts, linear = {}, set()
     for cut in cuts:
@@ -156,7 +156,7 @@ def _loading_bytes(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dty
     return SPARE_BYTES + int(PACKING * (made_bytes + changed + copies))
 
 
-def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, wanted: Settings) -> None:
+def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, wanted: LoadSettings) -> None:
     """Give each parameter and stored buffer its tensor, once for each name in the file."""
     with safe_open(files.weights, framework="pt") as weights:
         copies = {} if wanted.assign_weights else _second_copy(weights, files, cuts)
@@ -170,7 +170,9 @@ def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, wan
                 _put(cut.module, name, have[full], isinstance(empty, nn.Parameter))
 
 
-def _replace_linears(cut: CutModel, wanted: Settings, get: Callable[[str], torch.Tensor], dtype: torch.dtype) -> None:
+def _replace_linears(
+    cut: CutModel, wanted: LoadSettings, get: Callable[[str], torch.Tensor], dtype: torch.dtype
+) -> None:
     """Put what `wanted` makes of their weights in the place of the linear layers and of the LM head."""
     module: Any = cut.module
     head = module.get_output_embeddings() if cut.last else None
@@ -248,7 +250,7 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool)
 
 
 def _finish(
-    cut: CutModel, spec: StageSpec, *, wanted: Settings, placement: Placement, config: Any, hidden_size: int
+    cut: CutModel, spec: StageSpec, *, wanted: LoadSettings, placement: Placement, config: Any, hidden_size: int
 ) -> LocalStage:
     cut.module.to(placement.device)
     module: Any = cut.module

@@ -21,8 +21,6 @@ from splitlearn.caches import ReservedCache
 from splitlearn.errors import FamilyRefused, InputError, NotFinite
 from splitlearn.events import StageTiming
 from splitlearn.families import rope_restart
-from splitlearn.flags import Settings
-from splitlearn.flags import settings as settings_of
 from splitlearn.graphs import LEAST_WINDOW
 from splitlearn.kv import KVPool, KVShape, shapes_of
 from splitlearn.one_row import Row
@@ -31,6 +29,7 @@ from splitlearn.packed import Packed, forward_packed
 from splitlearn.parted_head import Early, PartedHead
 from splitlearn.proof import SHARED_FORWARD, STATIC_CACHE
 from splitlearn.split import CutModel, body_of, example, forward
+from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.threads import computing_on, computing_one_token
 
@@ -44,7 +43,7 @@ class LocalSession:
     """A session's cache and what its flags ask of each step. `length` counts the tokens that the cache holds."""
 
     cache: Cache | None
-    settings: Settings
+    settings: SessionSettings
     max_length: int
     length: int = 0
     shares: bool = False
@@ -96,28 +95,27 @@ class LocalStage:
     allows: Callable[[], frozenset[str]] = frozenset
     """What its architecture was found to do right with sessions of any lengths (proof/together.py)."""
 
-    def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
-        """A new session; a cache is made only when the flags keep one. Raises InputError for a kind of cache over which
-        the layers would answer otherwise."""
-        settings, layers = settings_of(applied), self.cut.end - self.cut.start
+    def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
+        """A new session; a cache is made only when the settings keep one. Raises InputError for a kind of cache over
+        which the layers would answer otherwise."""
         if settings.new_cache is caches.static and STATIC_CACHE not in self._allowed:
             raise InputError("cache", "static", "dynamic or reserved for this model: it counts masked keys, too")
         if self._keeps_places(settings):
             return self._opened_in(self._kept_pool(max_length, 1), settings, max_length, 1, shares=False)[0]
+        layers = self.cut.end - self.cut.start
         cache = settings.new_cache(layers, max_length) if settings.new_cache else None
         return LocalSession(cache, settings, max_length)
 
-    def open_together(self, applied: frozenset[str], max_length: int, count: int) -> list[LocalSession]:
-        """Sessions whose steps can be one forward, where the flags reserve the cache and the layers permit it."""
-        settings = settings_of(applied)
-        shares = settings.new_cache is caches.reserved and self.packs(applied)
+    def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[LocalSession]:
+        """Sessions whose steps can be one forward, where the settings reserve the cache and the layers permit it."""
+        shares = settings.new_cache is caches.reserved and self.packs(settings)
         if self._keeps_places(settings):
             return self._opened_in(self._kept_pool(max_length, count), settings, max_length, count, shares=shares)
         if shares:
             return self._opened_in(self.pool(count, max_length), settings, max_length, count, shares=True)
-        return [self.open(applied, max_length) for _ in range(count)]
+        return [self.open(settings, max_length) for _ in range(count)]
 
-    def _keeps_places(self, settings: Settings) -> bool:
+    def _keeps_places(self, settings: SessionSettings) -> bool:
         """Whether sessions should lie where earlier ones did: for them something is recorded there."""
         recorded = self.row is not None and self.row.recorded
         return recorded and settings.new_cache is caches.reserved and self._pools()
@@ -135,7 +133,7 @@ class LocalStage:
         return pool
 
     def _opened_in(
-        self, pool: KVPool, settings: Settings, max_length: int, count: int, *, shares: bool
+        self, pool: KVPool, settings: SessionSettings, max_length: int, count: int, *, shares: bool
     ) -> list[LocalSession]:
         """Sessions beside each other in `pool`, which has room for them."""
         sessions = []
@@ -147,18 +145,19 @@ class LocalStage:
             sessions.append(LocalSession(pool.cache(run), settings, max_length, shares=shares, release=release))
         return sessions
 
-    def packs(self, applied: frozenset[str]) -> bool:
-        """Whether sessions with the flags `applied` can share a forward: tried once.
+    def packs(self, settings: SessionSettings) -> bool:
+        """Whether sessions with these settings can share a forward: tried once.
 
         These very layers with a few tokens, and their architecture with lengths on either side of each boundary.
         """
-        if applied not in self._tried:
-            self._tried[applied] = (
+        words = settings.words
+        if words not in self._tried:
+            self._tried[words] = (
                 self._pools()
-                and agrees(self.cut, self.pool(4, 4), self._example, settings_of(applied))
+                and agrees(self.cut, self.pool(4, 4), self._example, settings)
                 and SHARED_FORWARD in self._allowed
             )
-        return self._tried[applied]
+        return self._tried[words]
 
     def _pools(self) -> bool:
         """Whether there are layers here, and they keep what can lie in a pool."""

@@ -5,23 +5,23 @@ from typing import Any
 
 import torch
 
-from splitlearn.flags import Settings
 from splitlearn.kv import KVPool, PooledCache, Run
 from splitlearn.packed import Packed, forward_packed
 from splitlearn.split import CutModel, agree, forward
+from splitlearn.stage_settings import SessionSettings
 
 # Tokens of two sessions in two steps: prompts from their beginnings; then one token, and a piece of a prompt.
 STEPS = ((3, 2), (1, 2))
 
 
-def agrees(cut: CutModel, pool: KVPool, x: torch.Tensor, settings: Settings) -> bool:
+def agrees(cut: CutModel, pool: KVPool, x: torch.Tensor, settings: SessionSettings) -> bool:
     """Whether the layers give in one packed forward what they give apart, but for rounding.
 
     `x` are 8 token ids [1, 8] or rows of a hidden state [1, 8, H], `pool` has 4 blocks of 4 tokens. A family whose
     attention does not go through transformers' interface, or that does more with keys and values than keep them, shows
     it here. So does a compiled stage, which would be compiled anew for each mix of sessions.
     """
-    if settings.compile_stage is not None:
+    if cut.compiled:
         return False
     caches = [PooledCache(pool, Run(4 * at, 4)) for at in range(4)]
     pieces = torch.split(x, [tokens for step in STEPS for tokens in step], dim=1)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from splitlearn.split import SplitPlan, carve
+from splitlearn.plan import SplitPlan
+from splitlearn.split import carve
 from splitlearn.store import ModelFiles, read_config
 
 

@@ -33,18 +33,18 @@ for _backend in ("CPU", "MkldnnCPU"):
 torch.library.register_fake(f"splitlearn::{OP}", _shape_of_product, lib=_library)
 
 
-def why_not(device: str, dtype: torch.dtype) -> str | None:
+def why_not(device: str, dtype: str) -> str | None:
     """Why weights of `dtype` on `device` cannot be packed, or None."""
     if device != "cpu":
         return f"is for weights on the CPU; this is {device}"
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "needs a torch that was built with oneDNN"
     supported: Any = {
-        torch.float32: lambda: True,
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        "float32": lambda: True,
+        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return None if supported[dtype]() else f"this processor has no products of {str(dtype).removeprefix('torch.')}"
+    return None if supported[dtype]() else f"this processor has no products of {dtype}"
 
 
 class PrepackedLinear(nn.Module):

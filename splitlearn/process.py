@@ -162,17 +162,6 @@ def peak_resident_bytes() -> int:
         return resident_bytes()
 
 
-def return_freed_memory() -> None:
-    """Give back to the system what the C library keeps of freed memory: 30 MB after a tokenizer was read, of 50.
-
-    Does nothing where the C library has no such call (it is glibc's).
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
-
 def keep_heap_small() -> None:
     """Have all threads of this process allocate from one heap that gives back what it can, where there is glibc.
 
@@ -192,8 +181,11 @@ def keep_heap_small() -> None:
 
 
 def trim_heap() -> None:
-    """Give back what the heap has free, where there is glibc. While weights are put in another order, what is freed
-    lies between what stays: 1.5 GB at most for the default model in place of 1.2, for 0.2 s."""
+    """Give the heap's free memory back to the system, where the C library is glibc.
+
+    After a tokenizer was read that is 30 MB of 50. Without it, putting the default model's weights in another order
+    peaks at 1.5 GB, with it at 1.2, and takes 0.2 s longer.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

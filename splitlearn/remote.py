@@ -19,6 +19,7 @@ import torch
 
 from splitlearn.errors import TrunkError, TrunkRefused, TrunkUnavailable
 from splitlearn.events import Recovery, StageTiming
+from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import StageInput, StageOutput, UnderWay
 from splitlearn.stream import Opening, Sent, Served, Stream
 from splitlearn.trunks import Effort, Trunks
@@ -52,15 +53,15 @@ class RemoteStage:
         self.facts = TrunkFacts()
         self._trunks = Trunks(addresses, served, timeout_s, shown)
 
-    def open(self, applied: frozenset[str], max_length: int) -> "RemoteSession":
-        """Open a session with the trunk's flags; refused unless the trunk serves exactly what is asked for."""
-        opening = self.served.opening(applied, max_length, TOLD * self._trunks.effort().wait_s())
-        return RemoteSession(self, self._trunks, opening, recomputes="use_cache" not in applied)
+    def open(self, settings: SessionSettings, max_length: int) -> "RemoteSession":
+        """Open a session; refused unless the trunk serves exactly what is asked for."""
+        opening = self.served.opening(settings, max_length, TOLD * self._trunks.effort().wait_s())
+        return RemoteSession(self, self._trunks, opening, recomputes=settings.new_cache is None)
 
-    def open_together(self, applied: frozenset[str], max_length: int, count: int) -> "list[RemoteSession]":
+    def open_together(self, settings: SessionSettings, max_length: int, count: int) -> "list[RemoteSession]":
         """Sessions at the trunk, all of whose openings are on their way at the same time."""
         with ThreadPoolExecutor(count) as threads, ExitStack() as opened:
-            under_way = [threads.submit(self.open, applied, max_length) for _ in range(count)]
+            under_way = [threads.submit(self.open, settings, max_length) for _ in range(count)]
             wait(under_way)
             for each in under_way:
                 if each.exception() is None:

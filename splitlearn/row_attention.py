@@ -16,13 +16,6 @@ from splitlearn.caches import in_memory
 NAME = "splitlearn_rows"
 
 
-def why_not(device: str, dtype: torch.dtype) -> str | None:
-    """Why this cannot be what attends in `dtype` on `device`, or None."""
-    if (device, dtype) == ("cpu", torch.float32):
-        return None
-    return f"is for float32 on the CPU; this is {str(dtype).removeprefix('torch.')} on {device}"
-
-
 def _attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **arguments: Any
 ) -> tuple[torch.Tensor, None]:

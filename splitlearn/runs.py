@@ -26,12 +26,12 @@ from splitlearn.flags import SIDES, Place, of_scope
 from splitlearn.flags import settings as settings_of
 from splitlearn.metrics import RunMetrics, of_samples
 from splitlearn.parts import kv_bytes_per_token
+from splitlearn.plan import SplitPlan
 from splitlearn.progress import Progress
 from splitlearn.remote import TrunkFacts, check_served, describe, first_that_works
 from splitlearn.selection import Availability, FlagSet, availability
 from splitlearn.selection import check as check_flags
 from splitlearn.selection import parse as parse_flags
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles, read_config
 from splitlearn.tokens import Tokens, python_tokenizer_available
 from splitlearn.wire import channel
@@ -83,7 +83,7 @@ class ArmReport:
 
     @property
     def added_bytes(self) -> int:
-        """Peak memory beyond the imports, of the arm's process and of the trunk's engine process."""
+        """Peak memory beyond the imports, of the arm's process and of the trunk's process."""
         there = self.trunk.peak_rss_bytes - self.trunk.import_rss_bytes if self.trunk else 0
         return self.peak_rss_bytes - self.import_rss_bytes + there
 
@@ -193,7 +193,7 @@ class Runs:
     def here(self) -> Place:
         """What decides which flags can be applied in this machine's arms."""
         tokenizer, fixed = python_tokenizer_available(self.files.folder), no_roll_back(self._model_config)
-        place = Place(str(self.device), tokenizer, fixed, dtype=self.dtype)
+        place = Place(str(self.device), tokenizer, fixed, dtype=self.config.model.dtype)
         return place if self.draft is None else replace(place, no_draft=no_roll_back(_config_of(self.draft)))
 
     def _prepare_draft(self, progress: Progress) -> ModelFiles | None:
@@ -279,7 +279,7 @@ class Runs:
         own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
         addresses = self.trunk_addresses(flags.trunk) if split else ()
         threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
-        if settings_of(own.trunk).compile_stage is not None:
+        if settings_of(own.trunk).load.compile_stage is not None:
             timeout_s = max(timeout_s, COMPILE_TIMEOUT_S)
         return ArmSpec(
             kind,

@@ -1,6 +1,6 @@
 """Cut a transformers causal LM into stages, and run a stage for one step.
 
-    plan = SplitPlan.of(None, None, n_layers)                      # [2, n - 2)
+    plan = SplitPlan.of(None, None, n_layers)                      # [2, n - 2): plan.py
     bottom = carve(model, 0, plan.start, first=True, last=False)   # token ids in, hidden state out
     hidden = forward(bottom, token_ids, position=0, cache=DynamicCache())
 
@@ -29,39 +29,10 @@ from splitlearn import rope
 from splitlearn.errors import InputError
 from splitlearn.families import Structure, join, structure_of
 
-DEFAULT_MARGIN = 2
 COMPILED = "_stage_is_compiled"
 """The attribute by which a module says so (compiling.py)."""
 LAYER_NUMBERS = ("layer_idx", "layer_id")
 """Attributes by which a layer knows its place in the cache."""
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """The trunk has the layers `[start, end)` of `n_layers`; the client has the others, the embeddings and the head.
-
-    Raises InputError unless `0 <= start < end <= n_layers`.
-    """
-
-    start: int
-    end: int
-    n_layers: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.n_layers:
-            raise InputError("split.start", self.start, f"0 to {self.n_layers - 1} for {self.n_layers} layers")
-        if not self.start < self.end <= self.n_layers:
-            raise InputError("split.end", self.end, f"{self.start + 1} to {self.n_layers}, past split.start")
-
-    @classmethod
-    def of(cls, start: int | None, end: int | None, n_layers: int) -> SplitPlan:
-        """The plan for what a person gave; None leaves two layers at that end, fewer if the trunk would have none."""
-        margin = min(DEFAULT_MARGIN, max(0, n_layers - 1) // 2)
-        if start is None:
-            start = margin if end is None else max(0, min(margin, end - 1))
-        if end is None:
-            end = max(n_layers - margin, start + 1)
-        return cls(start, end, n_layers)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 from splitlearn.events import StageTiming
 from splitlearn.parted_head import Early
+from splitlearn.stage_settings import SessionSettings
 
 
 class Session(Protocol):
@@ -63,8 +64,8 @@ class StageOutput:
 class Stage(Protocol):
     """What maps token ids or hidden states to hidden states or logits."""
 
-    def open(self, applied: frozenset[str], max_length: int) -> Session:
-        """Begin a session with a side's applied flags, for at most `max_length` tokens."""
+    def open(self, settings: SessionSettings, max_length: int) -> Session:
+        """Begin a session of at most `max_length` tokens."""
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """One step of each session in `batch`, in its order. Their timings sum to the time of all."""
@@ -74,7 +75,7 @@ class Stage(Protocol):
 class OpensTogether(Protocol):
     """A stage whose sessions share something where their steps come together."""
 
-    def open_together(self, applied: frozenset[str], max_length: int, count: int) -> Sequence[Session]:
+    def open_together(self, settings: SessionSettings, max_length: int, count: int) -> Sequence[Session]:
         """Begin `count` sessions, each as `Stage.open` does."""
 
 

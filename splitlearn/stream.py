@@ -15,8 +15,8 @@ from google.protobuf.message import DecodeError
 
 from splitlearn.errors import InputError, TrunkFailed, TrunkUnavailable
 from splitlearn.events import StageTiming
-from splitlearn.flags import settings
-from splitlearn.split import SplitPlan
+from splitlearn.plan import SplitPlan
+from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import StageOutput
 from splitlearn.watchdog import Watchdog
 from splitlearn.wire import PROTOCOL, SERVICE, codec
@@ -47,8 +47,8 @@ class Served:
     dtype: torch.dtype
     hidden_size: int
 
-    def opening(self, applied: frozenset[str], max_length: int, timeout_s: float) -> Opening:
-        """What opens a session with the trunk's flags. `timeout_s` is what the trunk is told that its client waits: for
+    def opening(self, settings: SessionSettings, max_length: int, timeout_s: float) -> Opening:
+        """What opens a session. `timeout_s` is what the trunk is told that its client waits: for
         a place, and then for each step."""
         opening = pb.Open(
             protocol=PROTOCOL,
@@ -59,10 +59,10 @@ class Served:
             n_layers=self.plan.n_layers,
             dtype=str(self.dtype).removeprefix("torch."),
             max_length=max_length,
-            flags=sorted(applied),
+            flags=sorted(settings.words),
             timeout_s=timeout_s,
         )
-        return Opening(pb.ClientMessage(open=opening).SerializeToString(), settings(applied).rows(self.dtype))
+        return Opening(pb.ClientMessage(open=opening).SerializeToString(), settings.rows(self.dtype))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from splitlearn import flags, loading
+from splitlearn import loading
 from splitlearn.chain import Link
 from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.generate import Generator
@@ -15,6 +15,7 @@ from splitlearn.remote import RemoteStage
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.trunk import PLAN, served
+from tests.words import generation_of, load_of, session_of
 
 CACHED = frozenset({"use_cache", "inference_mode"})
 At = Callable[[int], object]
@@ -32,12 +33,11 @@ class Client:
         own: frozenset[str] = CACHED,
     ) -> None:
         placement = loading.Placement(torch.device("cpu"), torch.float32)
-        bottom, top = loading.load(files, loading.client_specs(PLAN), own, placement).stages
+        bottom, top = loading.load(files, loading.client_specs(PLAN), load_of(own), placement).stages
         self.stage = RemoteStage(addresses, served(files), timeout_s)
-        links = [Link(bottom, own), Link(self.stage, trunk), Link(top, own)]
+        links = [Link(bottom, session_of(own)), Link(self.stage, session_of(trunk)), Link(top, session_of(own))]
         tokens = Tokens.load(files.folder, use_fast=True)
-        asked, limit = flags.settings(own), files.facts.context_length
-        self._generator = Generator(links, tokens, limit, asked.top_k, asked.proposers, asked.head_overlap)
+        self._generator = Generator(links, tokens, files.facts.context_length, generation_of(own))
 
     def stream(self, request: GenerationRequest) -> Generating[Event, None, None]:
         """The events of the answer."""

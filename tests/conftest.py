@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -18,6 +19,11 @@ from tests.tiny import make_converted
 TinyFactory = Callable[..., ModelFiles]
 ROOT = Path(__file__).parents[1]
 proxies.settle()  # for what tests themselves ask on this machine
+# A slow or busy machine is no failure: neither a deadline nor a health check looks at the clock.
+hypothesis.settings.register_profile(
+    "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], database=None
+)
+hypothesis.settings.load_profile("any speed")
 PREPARE = """
 import sys
 from splitlearn import models

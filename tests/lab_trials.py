@@ -62,7 +62,7 @@ def trial(arm: Arm, block: int, order: int, ttft_s: float, tpot_s: float) -> Tri
     decode = tpot_s * steps
     part = "model" if arm.kind == "full" else "trunk"
     small = {"sample": 0.01 * decode, "unattributed": 0.001 * decode}
-    decode_ledger = {part: decode - sum(small.values()), **small} if arm.observed else {}
+    decode_ledger = {part: decode - sum(small.values()), **small}
     ledger = {**decode_ledger, "tokenise": 0.001, part: decode_ledger.get(part, 0.0) + ttft_s - 0.001}
     return Trial(
         block=block,
@@ -74,7 +74,7 @@ def trial(arm: Arm, block: int, order: int, ttft_s: float, tpot_s: float) -> Tri
         tpot_s=tpot_s,
         itl_s=(tpot_s,) * steps,
         token_ids=TOKENS,
-        ledger=ledger if arm.observed else {},
+        ledger=ledger,
         decode_ledger=decode_ledger,
         load_s=1.5,
         compile_s=0.0,

@@ -26,6 +26,7 @@ from splitlearn.wire.channel import Credentials, open_channel
 from splitlearn.wire.status import error_of
 from tests.conftest import TinyFactory
 from tests.trunk import Raw, TrunkHere, eventually, hidden, opening, serve_here, served, step
+from tests.words import session_of
 
 ANN, BOB, EVE, SLOW = "secret-of-ann", "secret-of-bob", "secret-of-eve", "secret-of-slow"
 CACHED = frozenset({"use_cache", "inference_mode"})
@@ -121,7 +122,7 @@ def test_the_scheme_may_be_written_in_any_case(here: TrunkHere) -> None:
 
 def test_a_client_without_a_token_is_told_where_one_is_looked_for(here: TrunkHere, files: ModelFiles) -> None:
     with pytest.raises(TrunkDenied, match=r"UNAUTHENTICATED.*variable that trunk\.token names"):
-        RemoteStage([here.address], served(files), 20).open(frozenset(), 8)
+        RemoteStage([here.address], served(files), 20).open(session_of(frozenset()), 8)
 
 
 def test_a_token_has_so_many_sessions_and_no_more_and_others_are_not_touched(
@@ -129,20 +130,20 @@ def test_a_token_has_so_many_sessions_and_no_more_and_others_are_not_touched(
 ) -> None:
     ann = RemoteStage([here.address], served(files), 2, Credentials(token=ANN))
     bob = RemoteStage([here.address], served(files), 20, Credentials(token=BOB))
-    first = ann.open(frozenset(), 8)
+    first = ann.open(session_of(frozenset()), 8)
     with pytest.raises(TrunkFull, match="all 1 sessions of this client"):
-        ann.open(frozenset(), 8)
-    bob.open(frozenset(), 8).close()
+        ann.open(session_of(frozenset()), 8)
+    bob.open(session_of(frozenset()), 8).close()
     first.close()
     assert eventually(lambda: here.served.admission.sessions == 0)
-    ann.open(frozenset(), 8).close()
+    ann.open(session_of(frozenset()), 8).close()
     ann.close()
     bob.close()
 
 
 def test_a_session_over_its_rate_waits_and_its_ledger_says_so(files: ModelFiles, here: TrunkHere) -> None:
     stage = RemoteStage([here.address], served(files), 20, Credentials(token=SLOW))
-    session = stage.open(CACHED, 64)
+    session = stage.open(session_of(CACHED), 64)
     session.step(0, hidden(files, 20))
     assert session.step(20, hidden(files, 40)).timing.ledger["queue"] > 0.1  # 40 at 20 a second
     session.close()
@@ -166,7 +167,7 @@ def test_what_its_client_would_not_wait_for_is_refused_with_the_time_to_try_agai
 def test_a_server_for_other_flags_asks_for_the_token_as_well(files: ModelFiles, here: TrunkHere) -> None:
     before = set(psutil.Process().children())
     stage = RemoteStage([here.address], served(files), 60, Credentials(token=BOB))
-    stage.open(CACHED | {"low_cpu_mem_usage"}, 8).close()
+    stage.open(session_of(CACHED | {"low_cpu_mem_usage"}), 8).close()
     stage.close()
     (child,) = set(psutil.Process().children()) - before
     (port,) = {found.laddr.port for found in child.net_connections() if found.status == psutil.CONN_LISTEN}

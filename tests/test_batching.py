@@ -23,10 +23,10 @@ from splitlearn import loading
 from splitlearn.chain import Link
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
-from splitlearn.flags import settings as settings_of
 from splitlearn.generate import Generator
 from splitlearn.kv import KVPool, bytes_per_token
 from splitlearn.local_stage import LocalSession, LocalStage
+from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
@@ -34,6 +34,7 @@ from tests.conftest import TinyFactory
 from tests.test_ten_families import CACHED, GREEDY, UNCACHED, running
 from tests.trunk import PLAN, eventually, hidden, opening, serve_here, step, tensor_of
 from tests.trunk import Raw as Stream
+from tests.words import generation_of, load_of, session_of
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gemma2")
 WITH_SDPA = ("gpt2", "llama", "qwen3")  # gemma2 attends eagerly, whatever is asked for
@@ -71,8 +72,8 @@ class OneAtATime:
     stage: LocalStage
     lock: threading.Lock
 
-    def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
-        return self.stage.open(applied, max_length)
+    def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
+        return self.stage.open(settings, max_length)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         with self.lock:
@@ -92,7 +93,7 @@ def wishes(seed: int) -> list[Wish]:
 def answer(links: list[Link], tokens: Tokens, wish: Wish) -> list[int]:
     """The tokens that this session sees before it leaves."""
     time.sleep(wish.delay_s)
-    generator = Generator(links, tokens, None, settings_of(CACHED).top_k)
+    generator = Generator(links, tokens, None, generation_of(CACHED))
     with closing(generator.stream(wish.request)) as events:
         seen = islice((event for event in events if isinstance(event, TokenEvent)), wish.stays)
         return [token for event in seen for token in event.token_ids]
@@ -124,10 +125,10 @@ def test_every_batched_answer_is_the_answer_alone(
     with running(tiny_model(family), applied, prompt_tokens=8) as model:
         tokens = Tokens.load(model.files.folder, use_fast=True)
         asked = wishes(seed=len(family))
-        alone = [answer([Link(model.full, CACHED | applied)], tokens, wish) for wish in asked]
+        alone = [answer([Link(model.full, session_of(CACHED | applied))], tokens, wish) for wish in asked]
         lock = threading.Lock()
         bottom, top = (OneAtATime(stage, lock) for stage in model.client)
-        links = [Link(stage, CACHED | applied) for stage in (bottom, model.trunk, top)]
+        links = [Link(stage, session_of(CACHED | applied)) for stage in (bottom, model.trunk, top)]
         with ThreadPoolExecutor(AT_ONCE) as clients:
             batched = list(clients.map(lambda wish: answer(links, tokens, wish), asked))
     assert batched == alone
@@ -138,11 +139,11 @@ def test_sessions_with_other_session_flags_are_served_beside(tiny_model: TinyFac
     with running(tiny_model("llama")) as model:
         tokens = Tokens.load(model.files.folder, use_fast=True)
         wish = Wish(words=30, tokens=12, stays=12, delay_s=0)
-        alone = answer([Link(model.full, CACHED)], tokens, wish)
+        alone = answer([Link(model.full, session_of(CACHED))], tokens, wish)
         lock = threading.Lock()
         bottom, top = (OneAtATime(stage, lock) for stage in model.client)
         chains = [
-            [Link(bottom, CACHED), Link(model.trunk, at_trunk), Link(top, CACHED)]
+            [Link(bottom, session_of(CACHED)), Link(model.trunk, session_of(at_trunk)), Link(top, session_of(CACHED))]
             for at_trunk in (CACHED, UNCACHED, frozenset({"use_cache"}), CACHED)
         ]
         with ThreadPoolExecutor(len(chains)) as clients:
@@ -210,7 +211,7 @@ def test_the_parts_of_steps_that_wait_are_within_the_memory_that_sessions_reserv
         row = 3 * files.facts.hidden_size * 4
         held = bytes_per_token(
             loading.load(
-                files, loading.trunk_specs(PLAN), frozenset(), loading.Placement(torch.device("cpu"), torch.float32)
+                files, loading.trunk_specs(PLAN), load_of(()), loading.Placement(torch.device("cpu"), torch.float32)
             )
             .stages[0]
             .kv_shapes,
@@ -350,9 +351,9 @@ def test_with_sdpa_a_token_and_a_piece_of_a_prompt_share_a_forward_and_are_what_
 ) -> None:
     files, applied = tiny_model(family), frozenset({"output_attentions", "use_cache", "inference_mode"})
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    stage = loading.load(files, loading.trunk_specs(PLAN), applied, placement).stages[0]
+    stage = loading.load(files, loading.trunk_specs(PLAN), load_of(applied), placement).stages[0]
     assert {config._attn_implementation for config in stage.cut.configs} == {"sdpa"}
-    assert stage.packs(applied)
+    assert stage.packs(session_of(applied))
 
 
 def served_packed(files: ModelFiles) -> bool:
@@ -362,7 +363,7 @@ def served_packed(files: ModelFiles) -> bool:
 
 
 def test_one_long_pause_of_a_client_does_not_count_as_what_it_usually_takes() -> None:
-    seat, now = Seat(LocalSession(None, settings_of(frozenset()), 4), frozenset(), Place(None)), 100.0
+    seat, now = Seat(LocalSession(None, session_of(()), 4), frozenset(), Place(None)), 100.0
     seat.returns(now)  # its first step follows no answer
     assert seat.away_s == float("inf")
     for pause in (5.0, 0.01, 0.01):

@@ -7,18 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch.nn.functional import linear
 
-from splitlearn import block_linear, loading
+from splitlearn import loading
 from splitlearn.block_linear import MANY, BlockLinear
 from splitlearn.blocks import BITS, GROUP, LANES, block_bytes, from_blocks, to_blocks
 from splitlearn.compare import KINDS
 from splitlearn.lab.fidelity import Fed, logits
+from splitlearn.plan import SplitPlan
 from splitlearn.products import multiply
 from splitlearn.selection import FlagSet
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.threads import computing_on
 from tests.conftest import TinyFactory
 from tests.test_proof import TEN
+from tests.words import load_of
 
 FEW_BITS = (4, 8)
 APPLIED = frozenset({"low_cpu_mem_usage", "use_cache", "cache"})
@@ -118,9 +119,9 @@ def test_families_with_few_bits_split_to_the_bit_and_are_near_what_they_were(
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_linear_layer_has_few_bits_and_the_head_eight(tiny_model: TinyFactory, family: str) -> None:
     files = tiny_model(family, n_layers=3)
-    stage = loading.load(files, loading.full_specs(3), APPLIED | {"weight_dtype", "weight_prepack"}, PLACEMENT).stages[
-        0
-    ]
+    stage = loading.load(
+        files, loading.full_specs(3), load_of(APPLIED | {"weight_dtype", "weight_prepack"}), PLACEMENT
+    ).stages[0]
     modules = list(stage.cut.module.modules())
     assert not [module for module in modules if type(module) in loading.LINEAR]
     layers = [module for module in modules if isinstance(module, BlockLinear)]
@@ -130,13 +131,8 @@ def test_every_linear_layer_has_few_bits_and_the_head_eight(tiny_model: TinyFact
 
 
 def test_the_blocks_of_the_default_models_own_file_are_kept_as_they_are(default_model: ModelFiles) -> None:
-    stage = loading.load(default_model, [loading.StageSpec("trunk", 3, 5)], APPLIED, PLACEMENT).stages[0]
+    stage = loading.load(default_model, [loading.StageSpec("trunk", 3, 5)], load_of(APPLIED), PLACEMENT).stages[0]
     layers = [module for module in stage.cut.module.modules() if isinstance(module, torch.nn.Linear)]
     assert len(layers) == 14
     for layer in layers:
         assert torch.equal(from_blocks(to_blocks(layer.weight, 4), *layer.weight.shape), layer.weight)
-
-
-def test_it_says_where_weights_cannot_have_few_bits() -> None:
-    assert block_linear.why_not("cpu") is None
-    assert "CPU" in (block_linear.why_not("cuda:0") or "")

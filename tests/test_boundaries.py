@@ -5,7 +5,7 @@ The judge is transformers' own `generate()` on the uncut model, never one of our
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ from splitlearn import loading, proof
 from splitlearn.chain import Link
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
-from splitlearn.flags import settings
 from splitlearn.generate import Generator
 from splitlearn.local_stage import LocalSession, LocalStage
+from splitlearn.plan import SplitPlan
 from splitlearn.sampling import SamplingParams
-from splitlearn.split import SplitPlan
 from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.tiny import make_converted
+from tests.words import generation_of, load_of, session_of
 
 PLAN = SplitPlan(2, 4, 6)
 WINDOW, TOTAL, SHORT, LONG = 8, 30, 5, 20
@@ -109,7 +109,7 @@ def judged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def _loaded(judged: Judged, specs: Sequence[loading.StageSpec], applied: frozenset[str]) -> tuple[LocalStage, ...]:
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    return loading.load(judged.files, specs, applied, placement).stages
+    return loading.load(judged.files, specs, load_of(applied), placement).stages
 
 
 def _whole(judged: Judged, applied: frozenset[str]) -> LocalStage:
@@ -144,9 +144,9 @@ def test_one_by_one_over_each_cache_and_with_each_attention(judged: Judged) -> N
             ids, wanted = judged.texts[SHORT]
             if kind == "static" and judged.name in UNCHANGING:
                 with pytest.raises(InputError, match="cache: 'static'"):
-                    stage.open(applied | attention, TOTAL)
+                    stage.open(session_of(applied | attention), TOTAL)
                 continue
-            session = stage.open(applied | attention, TOTAL)
+            session = stage.open(session_of(applied | attention), TOTAL)
             _steps(stage, session, ids, (SHORT - 1,))
             _as_generate(_answer(stage, session, ids, SHORT - 1), wanted)
 
@@ -157,7 +157,7 @@ def test_a_prompt_in_pieces_a_fork_and_a_way_back_over_a_boundary(judged: Judged
         return
     applied = CACHES[kind] | ATTENTION["own"]
     stage, (ids, wanted) = _whole(judged, applied), judged.texts[LONG]
-    session, other = (stage.open(applied, TOTAL + 5) for _ in range(2))
+    session, other = (stage.open(session_of(applied), TOTAL + 5) for _ in range(2))
     _steps(stage, session, ids, (7, 14, LONG))
     other.branch(session, LONG)
     _as_generate(_answer(stage, session, ids, LONG), wanted)
@@ -170,8 +170,8 @@ def test_a_prompt_in_pieces_a_fork_and_a_way_back_over_a_boundary(judged: Judged
 def test_two_sessions_on_either_side_of_a_boundary_are_what_each_is_alone(judged: Judged) -> None:
     applied = CACHES["reserved"] | ATTENTION["own"]
     stage, prompts = _whole(judged, applied), (SHORT, LONG)
-    assert stage.packs(applied) == (judged.name in SHARED)
-    sessions = stage.open_together(applied, TOTAL, 2)
+    assert stage.packs(session_of(applied)) == (judged.name in SHARED)
+    sessions = stage.open_together(session_of(applied), TOTAL, 2)
     found: dict[int, list[torch.Tensor]] = {SHORT: [], LONG: []}
     at = dict.fromkeys(prompts, 0)
     while live := [prompt for prompt in prompts if at[prompt] < TOTAL - 1]:
@@ -199,12 +199,10 @@ def test_the_tokens_of_full_and_split_are_those_of_generate(judged: Judged, flag
     client, trunk = (_loaded(judged, make(PLAN), applied) for make in (loading.client_specs, loading.trunk_specs))
     for stages in ([_whole(judged, applied)], [client[0], trunk[0], client[1]]):
         made = Generator(
-            [Link(stage, applied) for stage in stages],
+            [Link(stage, session_of(applied)) for stage in stages],
             tokens,
             None,
-            settings(applied).top_k,
-            proposers=settings(applied).proposers,
-            piece_tokens=7 if "prefill_overlap" in flags else None,
+            replace(generation_of(applied), piece_tokens=7 if "prefill_overlap" in flags else None),
         )
         request = GenerationRequest(
             PROMPT,

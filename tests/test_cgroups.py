@@ -13,7 +13,8 @@ import torch
 from splitlearn import cgroups, machine, process
 from splitlearn.errors import ModelError
 from splitlearn.loading import Placement, client_specs, full_specs, load, trunk_specs
-from splitlearn.split import SplitPlan
+from splitlearn.plan import SplitPlan
+from splitlearn.stage_settings import LoadSettings
 from tests.conftest import ROOT, TinyFactory
 from tests.trunk import serve_here
 
@@ -118,9 +119,9 @@ def test_weights_that_would_not_fit_are_refused_before_they_are_read(
     here = Placement(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(cgroups, "available_memory", lambda: 90_000_000)
     with pytest.raises(ModelError, match=r"Too little memory: .* 0\.09 GB can be had .*What helps: "):
-        load(files, specs, frozenset(), here)
+        load(files, specs, LoadSettings(), here)
     monkeypatch.setattr(cgroups, "available_memory", lambda: GB)
-    assert load(files, specs, frozenset(), here).stages
+    assert load(files, specs, LoadSettings(), here).stages
 
 
 def test_a_trunk_s_kv_memory_is_a_share_of_what_can_be_had(

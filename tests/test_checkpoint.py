@@ -20,6 +20,7 @@ from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.tiny import make_checkpoint, make_gguf
+from tests.words import load_of, session_of
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
 LAYERS = 2
@@ -77,9 +78,9 @@ def logits(files: ModelFiles, ids: torch.Tensor) -> torch.Tensor:
     """Of the last of `ids`, by this program."""
     placement = loading.Placement(torch.device("cpu"), torch.float32)
     specs = loading.full_specs(files.n_layers)
-    stage = loading.load(files, specs, frozenset({"low_cpu_mem_usage"}), placement).stages[0]
+    stage = loading.load(files, specs, load_of(frozenset({"low_cpu_mem_usage"})), placement).stages[0]
     with torch.no_grad():
-        return stage.step([StageInput(stage.open(frozenset(), 64), 0, ids)])[0].x[0, -1]
+        return stage.step([StageInput(stage.open(session_of(frozenset()), 64), 0, ids)])[0].x[0, -1]
 
 
 def test_git_lfs_pointers_are_all_named_with_what_helps(folder: Path) -> None:

@@ -13,6 +13,7 @@ from splitlearn.split import CutModel, eagerly, example, layers_of
 from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
+from tests.words import load_of, session_of
 
 FLAGS = frozenset({"low_cpu_mem_usage", "inference_mode", "use_cache", "output_attentions", "output_hidden_states"})
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
@@ -28,7 +29,7 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def _stage(files: ModelFiles, spec: loading.StageSpec, flags: frozenset[str] = FLAGS) -> LocalStage:
-    return loading.load(files, [spec], flags, PLACEMENT).stages[0]
+    return loading.load(files, [spec], load_of(flags), PLACEMENT).stages[0]
 
 
 def _by_layers(files: ModelFiles, spec: loading.StageSpec, flags: frozenset[str] = FLAGS) -> LocalStage:
@@ -38,7 +39,7 @@ def _by_layers(files: ModelFiles, spec: loading.StageSpec, flags: frozenset[str]
 
 
 def _outputs(stage: LocalStage, flags: frozenset[str]) -> list[torch.Tensor]:
-    session, x, at, outs = stage.open(flags, 16), example(stage.cut, 12), 0, []
+    session, x, at, outs = stage.open(session_of(flags), 16), example(stage.cut, 12), 0, []
     for end in ENDS:
         outs.append(stage.step([StageInput(session, at, x[:, at:end], end - at)])[0].x)
         at = end
@@ -85,7 +86,7 @@ def test_nothing_is_compiled_again_as_the_context_grows(tiny_model: TinyFactory)
     stage = _by_layers(tiny_model(), FULL, FLAGS | {"cache"})
     flags = FLAGS | {"cache"}
     _outputs(stage, flags)
-    session, x = stage.open(flags, 400), torch.arange(1, 101).unsqueeze(0)
+    session, x = stage.open(session_of(flags), 400), torch.arange(1, 101).unsqueeze(0)
     stage.step([StageInput(session, 0, x)])
     counters.clear()
     for at in range(100, 360):

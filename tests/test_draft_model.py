@@ -23,6 +23,7 @@ from splitlearn.selection import availability
 from splitlearn.split import forward, layers_of
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
+from tests.words import load_of, session_of
 
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 PROMPT, TOKENS = "one two three four five six seven", 40
@@ -74,8 +75,8 @@ def test_an_answer_has_the_tokens_of_one_without_drafts(
 
 
 def _loaded(files: ModelFiles) -> DraftModel:
-    stage = loading.load(files, loading.full_specs(files.n_layers), APPLIED, PLACEMENT).stages[0]
-    return DraftModel(stage, APPLIED, 300, 64)
+    stage = loading.load(files, loading.full_specs(files.n_layers), load_of(APPLIED), PLACEMENT).stages[0]
+    return DraftModel(stage, session_of(APPLIED), 300, 64)
 
 
 def _greedy(files: ModelFiles, sequence: list[int], count: int) -> list[int]:

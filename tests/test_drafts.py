@@ -1,6 +1,7 @@
 """Draft tokens: what is proposed, how many pay, and that the answer is the one without them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,15 +14,16 @@ from splitlearn.compare import KINDS
 from splitlearn.drafts import COUNTS, PromptLookup, Proposer, Speculation
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.families import no_roll_back
-from splitlearn.flags import Place, settings
+from splitlearn.flags import Place
 from splitlearn.generate import Generator
 from splitlearn.metrics import RunMetrics
+from splitlearn.plan import SplitPlan
 from splitlearn.sampling import SamplingParams
 from splitlearn.selection import why_not
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory
+from tests.words import generation_of, load_of, session_of
 
 PROMPT = "one two three four five six seven one two three four five six seven one two three"
 TOKENS = 40
@@ -112,10 +114,12 @@ def _run(
     bottom, top = loading.client_specs(plan)
     split = [bottom, loading.trunk_specs(plan)[0], top]
     specs = loading.full_specs(files.n_layers) if kind == "full" else split
-    links = [Link(loading.load(files, [spec], applied, placement).stages[0], applied) for spec in specs]
-    tokens, own = Tokens.load(files.folder, use_fast=True), settings(applied)
-    proposers = [proposer] if proposer else own.proposers
-    generator = Generator(links, tokens, files.facts.context_length, own.top_k, proposers)
+    links = [
+        Link(loading.load(files, [spec], load_of(applied), placement).stages[0], session_of(applied)) for spec in specs
+    ]
+    tokens, own = Tokens.load(files.folder, use_fast=True), generation_of(applied)
+    own = replace(own, proposers=(proposer,)) if proposer else own
+    generator = Generator(links, tokens, files.facts.context_length, own)
     events = list(generator.stream(request))
     sizes = [len(event.token_ids) for event in events if isinstance(event, TokenEvent)]
     metrics = RunMetrics.from_events(events)

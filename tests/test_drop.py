@@ -19,6 +19,7 @@ from splitlearn.wire.channel import open_channel
 from tests.client import CACHED
 from tests.conftest import TinyFactory
 from tests.trunk import Raw, TrunkHere, hidden, opening, serve, serve_here, served, settings, step, tensor_of
+from tests.words import load_of, session_of
 
 FAST = CACHED | {"low_cpu_mem_usage", "cache", "output_attentions", "output_hidden_states", "weight_dtype"}
 
@@ -104,8 +105,8 @@ def test_a_client_hears_of_a_dropped_step_and_goes_on(here: TrunkHere, files: Mo
     x = hidden(files, 6)
     with (
         closing(RemoteStage([here.address], served(files), 20)) as stage,
-        closing(stage.open(CACHED, 16)) as session,
-        closing(stage.open(CACHED, 16)) as alone,
+        closing(stage.open(session_of(CACHED), 16)) as session,
+        closing(stage.open(session_of(CACHED), 16)) as alone,
     ):
         session.step(0, x[:, :3])
         begun = session.begin(3, x[:, 3:4], uncertain=True)
@@ -120,7 +121,10 @@ def test_a_client_hears_of_a_dropped_step_and_goes_on(here: TrunkHere, files: Mo
 def test_a_trunk_that_drops_what_is_wanted_has_failed(
     here: TrunkHere, files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with closing(RemoteStage([here.address], served(files), 20)) as stage, closing(stage.open(CACHED, 16)) as session:
+    with (
+        closing(RemoteStage([here.address], served(files), 20)) as stage,
+        closing(stage.open(session_of(CACHED), 16)) as session,
+    ):
         stream: Stream = session._stream
         _drop(here.address, _named(stream.key, 1))
         with pytest.raises(TrunkFailed):
@@ -129,7 +133,7 @@ def test_a_trunk_that_drops_what_is_wanted_has_failed(
 
 def test_a_step_is_given_up_between_layers(default_model: ModelFiles) -> None:
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    stage = loading.load(default_model, [loading.StageSpec("trunk", 3, 13)], FAST, placement).stages[0]
+    stage = loading.load(default_model, [loading.StageSpec("trunk", 3, 13)], load_of(FAST), placement).stages[0]
     x = torch.randn(1, 4, 576, generator=torch.Generator().manual_seed(3))
     looked = list[int]()
 
@@ -137,7 +141,7 @@ def test_a_step_is_given_up_between_layers(default_model: ModelFiles) -> None:
         looked.append(1)
         return len(looked) == 2
 
-    one, other = stage.open(FAST, 8), stage.open(FAST, 8)
+    one, other = stage.open(session_of(FAST), 8), stage.open(session_of(FAST), 8)
     for session in (one, other):
         stage.step([StageInput(session, 0, x[:, :2])])
     with pytest.raises(StepUnwanted):

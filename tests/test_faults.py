@@ -33,6 +33,7 @@ from tests.forked import Forked, forked
 from tests.proxy import Proxy, proxy
 from tests.test_remote import free_port
 from tests.trunk import PLAN, Raw, TrunkHere, eventually, hidden, opening, serve_here, served, settings, step, tensor_of
+from tests.words import session_of
 from ui import session, view
 
 CLIENTS = 3
@@ -123,13 +124,13 @@ def test_what_was_rolled_back_is_not_replayed_and_only_the_lost_step_comes_back(
 ) -> None:
     kept, dropped, then, last = (hidden(files, tokens, seed=tokens) for tokens in (30, 3, 2, 4))
     with closing(RemoteStage([here.address], served(files), 20)) as stage:
-        session = stage.open(CACHED, MAX_LENGTH)
+        session = stage.open(session_of(CACHED), MAX_LENGTH)
         wanted = [session.step(0, kept).x, session.step(30, then).x, session.step(32, last).x]
         session.close()
     # Few enough bytes for a message that the replay goes in several parts.
     monkeypatch.setattr(codec, "MAX_TENSOR_BYTES", 10 * files.facts.hidden_size * 4)
     with closing(RemoteStage([between.address], served(files), 20)) as stage:
-        session = stage.open(CACHED, MAX_LENGTH)
+        session = stage.open(session_of(CACHED), MAX_LENGTH)
         session.step(0, kept)
         session.step(30, dropped)
         between.cut()
@@ -235,7 +236,7 @@ def test_a_session_that_is_idle_may_be_pinged_and_is_not_shut_for_it(
         quick = tuple((name, value // 10) for name, value in end.KEEP_ALIVE)
         monkeypatch.setattr(end, "KEEP_ALIVE", quick)
     with serve_here(files) as pinged, closing(RemoteStage([pinged.address], served(files), 20)) as stage:
-        session = stage.open(CACHED, MAX_LENGTH)
+        session = stage.open(session_of(CACHED), MAX_LENGTH)
         session.step(0, hidden(files, 2))
         time.sleep(6)
         assert session.step(2, hidden(files, 1)).timing.recoveries == ()
@@ -291,7 +292,7 @@ def test_a_dead_trunk_is_not_hammered_and_the_next_request_is_told_at_once(files
     with proxy(f"127.0.0.1:{free_port()}") as dead, closing(RemoteStage([dead.address], served(files), 60)) as stage:
         for _ in range(3 * FAILURES):
             with pytest.raises(TrunkUnavailable, match=dead.address) as told:
-                stage.open(CACHED, MAX_LENGTH)
+                stage.open(session_of(CACHED), MAX_LENGTH)
         assert f"{dead.address} failed" in str(told.value)
         assert "times in a row and is not tried again for" in str(told.value)
         assert dead.connections < 2 * FAILURES
@@ -333,17 +334,17 @@ def test_a_full_trunk_is_waited_for_as_long_as_it_says(files: ModelFiles, monkey
     monkeypatch.setattr(admission, "FIRST_GUESS_S", 0.5)  # what it says as long as no session has ended
     with serve_here(files, max_sessions=1, max_waiting=0) as full:
         with closing(RemoteStage([full.address], served(files), 30)) as stage:
-            first = stage.open(CACHED, MAX_LENGTH)
+            first = stage.open(session_of(CACHED), MAX_LENGTH)
             threading.Timer(0.5, first.close).start()
-            second = stage.open(CACHED, MAX_LENGTH)
+            second = stage.open(session_of(CACHED), MAX_LENGTH)
             assert second.step(0, hidden(files, 2)).x.shape[1] == 2
             second.close()
         with (
             closing(RemoteStage([full.address], served(files), 1)) as stage,
-            closing(stage.open(CACHED, MAX_LENGTH)),
+            closing(stage.open(session_of(CACHED), MAX_LENGTH)),
             pytest.raises(TrunkFull, match="RESOURCE_EXHAUSTED"),
         ):
-            stage.open(CACHED, MAX_LENGTH)
+            stage.open(session_of(CACHED), MAX_LENGTH)
 
 
 def test_what_is_told_of_a_loss_is_one_sentence() -> None:

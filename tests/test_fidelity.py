@@ -13,13 +13,15 @@ import torch
 from splitlearn import loading
 from splitlearn.arm import Kind
 from splitlearn.compare import KINDS
-from splitlearn.flags import FLAGS, SIDES, Place
+from splitlearn.flags import FLAGS, SIDES, Place, settings
 from splitlearn.lab.fidelity import Fed, logits
+from splitlearn.plan import SplitPlan
 from splitlearn.selection import FlagSet, availability, parse
-from splitlearn.split import SplitPlan, layers_of
+from splitlearn.split import layers_of
 from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
+from tests.words import load_of, session_of
 
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 # Rounding in fp32 on this tiny model; the default model's figures are in docs/results/fidelity.md.
@@ -104,14 +106,21 @@ def test_compiled_stages_give_logits_within_rounding(tiny_model: TinyFactory) ->
 def test_a_load_without_a_second_copy_maps_the_file_and_the_other_does_not(files: ModelFiles) -> None:
     plan = SplitPlan.of(None, None, files.n_layers)
     for applied, mapped in ((frozenset({"low_cpu_mem_usage"}), True), (frozenset[str](), False)):
-        stage = loading.load(files, loading.trunk_specs(plan), applied, PLACEMENT).stages[0]
+        stage = loading.load(files, loading.trunk_specs(plan), load_of(applied), PLACEMENT).stages[0]
         weight = next(stage.cut.module.parameters())
         assert _is_mapped(weight, files.weights) == mapped
 
 
+_known: dict[tuple[str, Kind, FlagSet], torch.Tensor] = {}
+
+
 def _logits(files: ModelFiles, kind: Kind, flags: FlagSet) -> torch.Tensor:
-    """The logits [6, V] of a prompt of 7 tokens and of the 5 tokens after it."""
-    return logits(Fed(files, SplitPlan.of(None, None, files.n_layers), kind, flags, tuple(range(3, 15)), 7, threads=1))
+    """The logits [6, V] of a prompt of 7 tokens and of the 5 tokens after it, computed once for each set of flags."""
+    at = (files.digest, kind, flags if kind == "split" else FlagSet(full=flags.full))
+    if at not in _known:
+        plan = SplitPlan.of(None, None, files.n_layers)
+        _known[at] = logits(Fed(files, plan, kind, flags, tuple(range(3, 15)), 7, threads=1))
+    return _known[at]
 
 
 def _is_mapped(tensor: torch.Tensor, path: Path) -> bool:
@@ -131,12 +140,12 @@ def test_one_token_is_computed_in_full_and_longer_steps_in_the_process_precision
 ) -> None:
     seen = list[tuple[int, str]]()
     flags = parse(f"low_cpu_mem_usage,use_cache,float32_matmul_precision={precision}", HERE).full
-    loading.prepare_process(flags, 1)
-    stage = loading.load(files, loading.full_specs(5), flags, PLACEMENT).stages[0]
+    loading.prepare_process(settings(flags).process, 1)
+    stage = loading.load(files, loading.full_specs(5), load_of(flags), PLACEMENT).stages[0]
     layers_of(stage.cut)[0].register_forward_pre_hook(
         lambda _, given: seen.append((given[0].shape[1], torch.get_float32_matmul_precision()))
     )
-    session = stage.open(flags, 8)
+    session = stage.open(session_of(flags), 8)
     for position, tokens in ((0, 3), (3, 1), (4, 2)):
         stage.step([StageInput(session, position, torch.zeros(1, tokens, dtype=torch.long))])
     assert seen == [(3, precision), (1, "highest"), (2, precision)]

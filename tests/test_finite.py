@@ -21,6 +21,7 @@ from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 from tests.trunk import PLAN
+from tests.words import load_of, session_of
 
 CACHED = frozenset({"use_cache", "inference_mode"})
 
@@ -29,7 +30,7 @@ CACHED = frozenset({"use_cache", "inference_mode"})
 def stage(request: pytest.FixtureRequest, tiny_model: TinyFactory) -> LocalStage:
     """The trunk's stage, layers 2 and 3 of 6, of a model of each kind."""
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    return loading.load(tiny_model(request.param), loading.trunk_specs(PLAN), frozenset(), placement).stages[0]
+    return loading.load(tiny_model(request.param), loading.trunk_specs(PLAN), load_of(frozenset()), placement).stages[0]
 
 
 def poison(stage: LocalStage, index: int, value: float) -> None:
@@ -52,7 +53,7 @@ def hooks_of(stage: LocalStage) -> int:
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_first_layer_whose_numbers_are_not_finite_is_named(stage: LocalStage, index: int, value: float) -> None:
-    session = stage.open(CACHED, 64)
+    session = stage.open(session_of(CACHED), 64)
     assert run(stage, session, 0, 5)().isfinite().all()
     poison(stage, index, value)
     step = run(stage, session, 5, 1)
@@ -62,7 +63,7 @@ def test_the_first_layer_whose_numbers_are_not_finite_is_named(stage: LocalStage
 
 
 def test_nothing_is_named_where_all_is_finite_and_nothing_is_left_behind(stage: LocalStage) -> None:
-    session = stage.open(CACHED, 64)
+    session = stage.open(session_of(CACHED), 64)
     step = run(stage, session, 0, 5)
     before, hooks = step(), hooks_of(stage)
     assert first_not_finite(stage.cut, step) is None
@@ -74,12 +75,12 @@ HALF = loading.Placement(torch.device("cpu"), torch.float16)
 
 
 def whole(files: ModelFiles, placement: loading.Placement = HALF, flags: frozenset[str] = frozenset()) -> LocalStage:
-    return loading.load(files, loading.full_specs(6), flags, placement).stages[0]
+    return loading.load(files, loading.full_specs(6), load_of(flags), placement).stages[0]
 
 
 def said(stage: LocalStage, tokens: int = 5) -> str:
     """What the stage's step ends with."""
-    session = stage.open(CACHED, 64)
+    session = stage.open(session_of(CACHED), 64)
     with pytest.raises(NotFinite) as found:
         stage.step([StageInput(session, 0, torch.arange(tokens)[None])])
     return str(found.value)
@@ -136,7 +137,7 @@ def test_masked_tokens_are_no_fault_and_a_row_of_nothing_else_is(tiny_model: Tin
         return output.index_fill(-1, torch.tensor(masked), -math.inf)
 
     head.register_forward_hook(mask)
-    session = stage.open(CACHED, 64)
+    session = stage.open(session_of(CACHED), 64)
     out = stage.step([StageInput(session, 0, torch.arange(5)[None], logits=3)])[0].x
     assert out.shape[1] == 3 and bool(out[..., masked].isinf().all())
     masked[:] = range(out.shape[2])
@@ -145,7 +146,7 @@ def test_masked_tokens_are_no_fault_and_a_row_of_nothing_else_is(tiny_model: Tin
 
 def test_a_step_after_a_good_one_and_one_of_many_tokens_alike_end_with_an_error(tiny_model: TinyFactory) -> None:
     stage = whole(tiny_model("llama"))
-    session = stage.open(CACHED, 64)
+    session = stage.open(session_of(CACHED), 64)
     stage.step([StageInput(session, 0, torch.arange(5)[None])])
     scale(stage, "model.layers.4.mlp.down_proj", math.inf)
     with pytest.raises(NotFinite, match=r"at position 5, first in layer 4\. Its weights .*layers\.4\.mlp\.down_proj"):
@@ -154,7 +155,7 @@ def test_a_step_after_a_good_one_and_one_of_many_tokens_alike_end_with_an_error(
 
 def test_layers_that_give_no_numbers_share_no_forward_and_raise_nothing_when_tried(stage: LocalStage) -> None:
     poison(stage, 0, math.nan)
-    assert stage.packs(CACHED) is False
+    assert stage.packs(session_of(CACHED)) is False
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)

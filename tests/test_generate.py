@@ -1,25 +1,27 @@
 """The decode loop: why it ends, what its ledger says, what it refuses, and that it frees what it opened."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
-from splitlearn import flags, loading
+from splitlearn import loading
 from splitlearn.chain import Link
 from splitlearn.errors import InputError
 from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.generate import Generator
 from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.metrics import RunMetrics
+from splitlearn.plan import SplitPlan
 from splitlearn.sampling import SamplingParams
-from splitlearn.split import SplitPlan
+from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory
+from tests.words import generation_of, load_of, session_of
 
 APPLIED = frozenset({"use_cache", "inference_mode", "low_cpu_mem_usage", "output_attentions", "output_hidden_states"})
 PROMPT = "The sky is blue because air scatters"
@@ -32,8 +34,8 @@ class _Watched:
     stage: LocalStage
     opened: list[LocalSession] = field(default_factory=list)
 
-    def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
-        self.opened.append(self.stage.open(applied, max_length))
+    def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
+        self.opened.append(self.stage.open(settings, max_length))
         return self.opened[-1]
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
@@ -49,14 +51,14 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
 def stages(files: ModelFiles) -> list[LocalStage]:
     plan = SplitPlan.of(None, None, files.n_layers)
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    bottom, top = loading.load(files, loading.client_specs(plan), APPLIED, placement).stages
-    return [bottom, loading.load(files, loading.trunk_specs(plan), APPLIED, placement).stages[0], top]
+    bottom, top = loading.load(files, loading.client_specs(plan), load_of(APPLIED), placement).stages
+    return [bottom, loading.load(files, loading.trunk_specs(plan), load_of(APPLIED), placement).stages[0], top]
 
 
 def _generator(files: ModelFiles, stages: Sequence[LocalStage | _Watched], context: int | None = None) -> Generator:
     tokens = Tokens.load(files.folder, use_fast=True)
     limit = files.facts.context_length if context is None else context
-    return Generator([Link(stage, APPLIED) for stage in stages], tokens, limit, flags.settings(APPLIED).top_k)
+    return Generator([Link(stage, session_of(APPLIED)) for stage in stages], tokens, limit, generation_of(APPLIED))
 
 
 def _run(files: ModelFiles, stages: Sequence[LocalStage], request: GenerationRequest) -> RunMetrics:
@@ -73,17 +75,6 @@ def test_each_steps_ledger_sums_to_the_time_since_the_step_before(files: ModelFi
         assert sum(step.ledger.values()) == pytest.approx(after - before, abs=1e-9)
         assert step.ledger["unattributed"] >= 0
     assert {"bottom", "trunk", "top", "sample", "emit"} <= set(steps[-1].ledger)
-
-
-def test_without_the_ledger_the_same_tokens_have_their_times_and_nothing_else(
-    files: ModelFiles, stages: list[LocalStage]
-) -> None:
-    request = GenerationRequest(PROMPT, max_new_tokens=5, ignore_eos=True)
-    kept, bare = (_run(files, stages, replace(request, ledger=ledger)) for ledger in (True, False))
-    assert (bare.token_ids, bare.text) == (kept.token_ids, kept.text)
-    assert bare.ledger == {}
-    assert kept.ledger
-    assert all(interval > 0 for interval in bare.itl_s)
 
 
 def test_a_generation_ends_at_its_limit_and_counts_token_ids(files: ModelFiles, stages: list[LocalStage]) -> None:
@@ -118,7 +109,7 @@ def test_the_same_seed_gives_the_same_tokens_whole_and_split(files: ModelFiles, 
     sampling = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=7)
     request = GenerationRequest(PROMPT, max_new_tokens=16, ignore_eos=True, sampling=sampling)
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    whole = loading.load(files, loading.full_specs(files.n_layers), APPLIED, placement).stages
+    whole = loading.load(files, loading.full_specs(files.n_layers), load_of(APPLIED), placement).stages
     assert _run(files, whole, request).token_ids == _run(files, stages, request).token_ids
 
 
@@ -159,7 +150,7 @@ def test_closing_the_iterator_closes_every_session(files: ModelFiles, stages: li
 
 
 def test_a_position_beyond_the_cache_or_past_the_end_is_refused(stages: list[LocalStage]) -> None:
-    session = stages[0].open(APPLIED, max_length=4)
+    session = stages[0].open(session_of(APPLIED), max_length=4)
     ids = torch.tensor([[1, 2, 3]])
     with pytest.raises(InputError, match="position"):
         stages[0].step([StageInput(session, 1, ids)])
@@ -171,7 +162,7 @@ def test_a_position_beyond_the_cache_or_past_the_end_is_refused(stages: list[Loc
 @pytest.mark.parametrize("kind", ["dynamic", "reserved", "static"])
 def test_rolling_back_gives_what_a_fresh_session_gives(stages: list[LocalStage], kind: str) -> None:
     bottom, applied = stages[0], APPLIED | {f"cache={kind}"}
-    session, fresh = bottom.open(applied, 16), bottom.open(applied, 16)
+    session, fresh = bottom.open(session_of(applied), 16), bottom.open(session_of(applied), 16)
     for kept in (session, fresh):
         bottom.step([StageInput(kept, 0, torch.tensor([[1, 2]]))])
     bottom.step([StageInput(session, 2, torch.tensor([[3, 4, 5]]))])
@@ -190,7 +181,7 @@ def test_the_head_gets_the_last_position_of_a_prompt_as_a_row_of_its_own(
         lambda head, given, output: seen.append(given[0].stride())
     )
     try:
-        top.step([StageInput(top.open(APPLIED, 9), 0, torch.zeros(1, 9, size))])
+        top.step([StageInput(top.open(session_of(APPLIED), 9), 0, torch.zeros(1, 9, size))])
     finally:
         hook.remove()
     assert seen == [(size, size, 1)]

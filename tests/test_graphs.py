@@ -17,6 +17,7 @@ from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 from tests.recorder import record
+from tests.words import load_of, session_of
 
 NOTHING_MORE = ("output_attentions", "output_hidden_states")
 FLAGS = frozenset({"low_cpu_mem_usage", "inference_mode", "use_cache", "cache", *NOTHING_MORE})
@@ -34,7 +35,7 @@ PARTS = ((0, PROMPT), *((at, at + 1) for at in range(PROMPT, LENGTH)))
 
 
 def _stage(files: ModelFiles, spec: loading.StageSpec, where: str) -> LocalStage:
-    return loading.load(files, [spec], FLAGS, loading.Placement(torch.device(where), torch.float32)).stages[0]
+    return loading.load(files, [spec], load_of(FLAGS), loading.Placement(torch.device(where), torch.float32)).stages[0]
 
 
 def _of(cut: CutModel, where: str) -> Row | None:
@@ -79,8 +80,8 @@ def test_replayed_tokens_come_out_as_from_the_stages_own_forward(
     stage = _stage(tiny_model(family), spec, where)
     x, ends = _given(stage), (PROMPT, 6, 7, 8, 9, -7, 8, 11, 12, *range(13, LENGTH + 1))
     replayed = _replayed(stage, where)
-    found = _steps(replayed, replayed.open(FLAGS, LENGTH), x, ends)
-    _close(found, _steps(stage, stage.open(FLAGS, LENGTH), x, ends))
+    found = _steps(replayed, replayed.open(session_of(FLAGS), LENGTH), x, ends)
+    _close(found, _steps(stage, stage.open(session_of(FLAGS), LENGTH), x, ends))
     assert isinstance(replayed.row, GraphRow) and replayed.row.compile_s > 0
 
 
@@ -92,10 +93,10 @@ def test_recordings_are_made_once_for_a_place_and_a_window(
     stage = _stage(tiny_model(), SPECS[0], where)
     replayed, spent = _replayed(stage, where), []
     for seed in range(3):
-        session, x = replayed.open(FLAGS, LENGTH), _given(stage, seed)
+        session, x = replayed.open(session_of(FLAGS), LENGTH), _given(stage, seed)
         found = _steps(replayed, session, x, (PROMPT, *range(PROMPT + 1, LENGTH + 1)))
         session.close()
-        _close(found, _steps(stage, stage.open(FLAGS, LENGTH), x, (PROMPT, *range(PROMPT + 1, LENGTH + 1))))
+        _close(found, _steps(stage, stage.open(session_of(FLAGS), LENGTH), x, (PROMPT, *range(PROMPT + 1, LENGTH + 1))))
         assert replayed.row is not None
         spent.append(replayed.row.compile_s)
     assert 0 < spent[0] == spent[1] == spent[2]
@@ -108,7 +109,7 @@ def test_sessions_beside_each_other_do_not_see_each_other(tiny_model: TinyFactor
     pool = KVPool(stage.kv_shapes, 4, LENGTH, torch.float32, stage.device)
     for view in pool.views(0, pool.capacity):
         view.fill_(torch.nan)  # what a session left that came to grief
-    settings = stage.open(FLAGS, LENGTH).settings
+    settings = stage.open(session_of(FLAGS), LENGTH).settings
     sessions = [LocalSession(pool.cache(Run(at * LENGTH, LENGTH)), settings, LENGTH) for at in (2, 0, 1)]
     given = [_given(stage, seed) for seed in range(3)]
     found: list[list[torch.Tensor]] = [[], [], []]
@@ -116,22 +117,22 @@ def test_sessions_beside_each_other_do_not_see_each_other(tiny_model: TinyFactor
         for outs, session, x in zip(found, sessions, given, strict=True):
             outs.append(replayed.step([StageInput(session, begin, x[:, begin:end])])[0].x.cpu())
     for outs, x in zip(found, given, strict=True):
-        expected = _steps(stage, stage.open(FLAGS, LENGTH), x, (PROMPT, *range(PROMPT + 1, LENGTH + 1)))
+        expected = _steps(stage, stage.open(session_of(FLAGS), LENGTH), x, (PROMPT, *range(PROMPT + 1, LENGTH + 1)))
         _close(torch.cat(outs, dim=1), expected)
 
 
 def test_a_session_lies_where_an_earlier_one_did_and_not_where_one_is(tiny_model: TinyFactory) -> None:
     stage = _replayed(_stage(tiny_model(), SPECS[0], "cpu"), "cpu")
-    first = stage.open(FLAGS, 10)
+    first = stage.open(session_of(FLAGS), 10)
     at = _place(first)
-    beside = stage.open(FLAGS, 10)
+    beside = stage.open(session_of(FLAGS), 10)
     assert _place(beside) != at
     first.close()
     beside.close()
-    long = stage.open(FLAGS, 700)
+    long = stage.open(session_of(FLAGS), 700)
     at = _place(long)
     long.close()
-    first, beside = stage.open(FLAGS, 20), stage.open(FLAGS, 10)
+    first, beside = stage.open(session_of(FLAGS), 20), stage.open(session_of(FLAGS), 10)
     assert _place(first) == at != _place(beside)
 
 
@@ -139,7 +140,7 @@ def test_samples_lie_where_earlier_ones_did(tiny_model: TinyFactory) -> None:
     stage = _replayed(_stage(tiny_model(), SPECS[0], "cpu"), "cpu")
     places = []
     for _ in range(2):
-        sessions = stage.open_together(FLAGS, 20, 3)
+        sessions = stage.open_together(session_of(FLAGS), 20, 3)
         places.append([_place(session) for session in sessions])
         for session in sessions:
             session.close()
@@ -161,14 +162,14 @@ def test_samples_do_not_see_each_other(
     monkeypatch.setattr(local_stage, "MOST_REPLAYED", most)
     stage = _stage(tiny_model(), SPECS[0], "cpu")
     replayed = _replayed(stage, "cpu")
-    sessions, given = replayed.open_together(FLAGS, LENGTH, 3), [_given(stage, seed) for seed in range(3)]
+    sessions, given = replayed.open_together(session_of(FLAGS), LENGTH, 3), [_given(stage, seed) for seed in range(3)]
     found: list[list[torch.Tensor]] = [[], [], []]
     for begin, end in PARTS:
         steps = [StageInput(each, begin, x[:, begin:end]) for each, x in zip(sessions, given, strict=True)]
         for outs, output in zip(found, replayed.step(steps), strict=True):
             outs.append(output.x)
     for outs, x in zip(found, given, strict=True):
-        session = stage.open(FLAGS, LENGTH)
+        session = stage.open(session_of(FLAGS), LENGTH)
         own = [stage.step([StageInput(session, begin, x[:, begin:end])])[0].x for begin, end in PARTS]
         _close(torch.cat(outs, dim=1), torch.cat(own, dim=1))
     assert replayed.row is not None

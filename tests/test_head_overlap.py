@@ -23,6 +23,7 @@ from tests.client import CACHED, client
 from tests.conftest import TinyFactory
 from tests.proxy import proxy
 from tests.trunk import TrunkHere, hidden, serve_here
+from tests.words import load_of, session_of
 
 TOKENS = 24
 REQUEST = GenerationRequest("the quick brown fox jumps over the lazy dog and runs on", TOKENS, ignore_eos=True)
@@ -213,10 +214,13 @@ def test_a_head_in_parts_gives_the_logits_of_the_whole_one(rows: int, biased: bo
 def test_a_stage_that_tells_its_first_logits_gives_the_same(tiny_model: TinyFactory, family: str, layers: int) -> None:
     files = tiny_model(family)
     spec = loading.StageSpec("top", files.n_layers - layers, files.n_layers, last=True)
-    stage = loading.load(files, [spec], CACHED, loading.Placement(torch.device("cpu"), torch.float32)).stages[0]
+    stage = loading.load(files, [spec], load_of(CACHED), loading.Placement(torch.device("cpu"), torch.float32)).stages[
+        0
+    ]
     x, told = hidden(files, 1), list[torch.Tensor]()
     alone, telling = (
-        stage.step([StageInput(stage.open(CACHED, 8), 0, x, early=early)])[0].x for early in (None, told.append)
+        stage.step([StageInput(stage.open(session_of(CACHED), 8), 0, x, early=early)])[0].x
+        for early in (None, told.append)
     )
     assert torch.equal(alone, telling)
     assert len(told) == 1

@@ -20,7 +20,6 @@ from splitlearn import loading
 from splitlearn.chain import Link
 from splitlearn.errors import InputError, TrunkDenied
 from splitlearn.events import GenerationRequest, TokenEvent
-from splitlearn.flags import settings as settings_of
 from splitlearn.generate import Generator
 from splitlearn.remote import RemoteStage, describe
 from splitlearn.sampling import SamplingParams
@@ -33,6 +32,7 @@ from splitlearn.wire.rows import Int8Blocks, Plain, Rows
 from tests.conftest import TinyFactory
 from tests.trunk import PLAN, Raw, Trunk, encoded, eventually, hidden, opening, serve, served, step, tensor_of
 from tests.trunk import settings as trunk_settings
+from tests.words import generation_of, load_of, session_of
 
 CACHED = frozenset({"use_cache", "inference_mode"})
 HOSTILE, OTHER = "secret-of-the-hostile", "secret-of-the-other"
@@ -88,10 +88,10 @@ class Client:
 @pytest.fixture(scope="module")
 def client(trunk: Trunk, files: ModelFiles) -> Iterator[Client]:
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    bottom, top = loading.load(files, loading.client_specs(PLAN), frozenset(), placement).stages
+    bottom, top = loading.load(files, loading.client_specs(PLAN), load_of(frozenset()), placement).stages
     remote = RemoteStage([trunk.address], served(files), 60, Credentials(token=OTHER))
-    links = [Link(bottom, CACHED), Link(remote, CACHED), Link(top, CACHED)]
-    yield Client(Generator(links, Tokens.load(files.folder, use_fast=True), None, settings_of(CACHED).top_k), remote)
+    links = [Link(bottom, session_of(CACHED)), Link(remote, session_of(CACHED)), Link(top, session_of(CACHED))]
+    yield Client(Generator(links, Tokens.load(files.folder, use_fast=True), None, generation_of(CACHED)), remote)
     remote.close()
 
 

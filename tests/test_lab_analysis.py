@@ -9,7 +9,6 @@ from splitlearn.lab import frames
 from splitlearn.lab.analysis import (
     FAILED,
     NOT_PASSED,
-    PASSED,
     UNAVAILABLE,
     WITHHELD,
     Findings,
@@ -18,7 +17,7 @@ from splitlearn.lab.analysis import (
     good_blocks,
 )
 from splitlearn.lab.claims import CLAIMS, claim, measured
-from splitlearn.lab.design import AA, OBSERVER, Arm
+from splitlearn.lab.design import AA, Arm
 from splitlearn.lab.store import Store
 from splitlearn.lab.trial import Trial
 from splitlearn.lab.work import ServiceLevel
@@ -150,21 +149,14 @@ def test_an_arm_that_cannot_run_makes_its_questions_unavailable_and_no_others() 
     assert findings.decided
 
 
-def test_the_ledger_must_explain_the_time_and_cost_little() -> None:
+def test_the_ledger_must_explain_the_time() -> None:
     def unexplained(arm: Arm, trial: Trial) -> Trial:
         if not arm.name.startswith("baseline, full"):
             return trial
         return replace(trial, ledger={**trial.ledger, "unattributed": 0.01})
 
-    slow = {("baseline, full", "tpot_s"): 1.05, ("baseline again, full", "tpot_s"): 1.05}
-    findings = analyse(SETUP, trials(SETUP, slow, change=unexplained), {})
+    findings = analyse(SETUP, trials(SETUP, change=unexplained), {})
     assert [arm.arm for arm in findings.arms if arm.unexplained] == ["baseline, full"]
-    observed = row(findings, OBSERVER, "full", "tpot_s")
-    assert observed.verdict == NOT_PASSED
-    assert "costs more than 1%" in observed.said
-    assert row(findings, OBSERVER, "split", "tpot_s").said == PASSED
-    loud = row(analyse(SETUP, trials(SETUP, noise=0.05), {}), OBSERVER, "full", "tpot_s")
-    assert loud.said.startswith(f"{NOT_PASSED}: it cannot be told yet")
 
 
 def test_the_service_level_is_judged_against_the_thresholds_given() -> None:

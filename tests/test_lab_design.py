@@ -4,7 +4,7 @@ import pytest
 
 from splitlearn.errors import InputError
 from splitlearn.flags import SIDES, Place
-from splitlearn.lab.design import AA, ALL, CHECKS, OBSERVER, Design, Plan, plan
+from splitlearn.lab.design import AA, ALL, Design, Plan, plan
 from splitlearn.selection import FlagSet, availability, parse
 
 HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one", has_compiler=True)))
@@ -23,30 +23,27 @@ def test_the_arms_of_a_question_differ_in_its_flag_and_in_nothing_else(design: D
         treated, control = made.arm(question.treated), made.arm(question.control)
         assert treated.kind == control.kind == question.kind
         assert treated.sampled == control.sampled
-        if question.flag not in (*CHECKS, ALL):
+        if question.flag not in (AA, ALL):
             assert treated.flags.without(question.flag) == control.flags
             assert treated.flags != control.flags
 
 
 def test_each_step_of_a_ladder_adds_one_flag_to_the_step_before() -> None:
     made = _asked("ladder", "cache-ladder")
-    steps = [question for question in made.questions if question.kind == "full" and question.flag not in CHECKS]
+    steps = [question for question in made.questions if question.kind == "full" and question.flag != AA]
     assert [question.flag for question in steps] == ["use_cache", "cache", "torch_compile"]
     for lower, upper in zip(steps, steps[1:], strict=False):
         assert upper.control == lower.treated
     assert made.arm(steps[0].control).flags == FlagSet()
 
 
-def test_the_baseline_runs_twice_more_in_a_worker_of_its_own_and_without_the_ledger() -> None:
+def test_the_baseline_runs_once_more_in_a_worker_of_its_own() -> None:
     made = plan("without", DEFAULT, DEFAULT.names())
     for kind in ("full", "split"):
         checks = {q.flag: (made.arm(q.treated), made.arm(q.control)) for q in made.questions if q.kind == kind}
         again, baseline = checks[AA]
-        assert (again.flags, again.observed) == (baseline.flags, baseline.observed)
+        assert again.flags == baseline.flags
         assert again.copy != baseline.copy
-        observed, unobserved = checks[OBSERVER]
-        assert observed == baseline
-        assert (unobserved.flags, unobserved.observed) == (baseline.flags, False)
 
 
 def test_alone_keeps_the_kv_cache_unless_it_is_the_question() -> None:
@@ -90,4 +87,4 @@ def test_all_flags_together_are_held_against_none_and_are_as_faithful_as_the_wea
         assert made.fidelity(question) == "rounding"
     exact = next(question for question in made.questions if question.flag == "inference_mode")
     assert made.fidelity(exact) == "exact"
-    assert {made.fidelity(question) for question in made.questions if question.flag in CHECKS} == {"exact"}
+    assert {made.fidelity(question) for question in made.questions if question.flag == AA} == {"exact"}

@@ -15,7 +15,7 @@ from splitlearn.errors import InputError, SetupError, TrunkRefused
 from splitlearn.events import Recovery
 from splitlearn.lab import analysis, experiment
 from splitlearn.lab.asking import Asked, setup
-from splitlearn.lab.design import CHECKS
+from splitlearn.lab.design import AA
 from splitlearn.lab.experiment import Experiment, State, alone
 from splitlearn.lab.fingerprint import Reading, reading
 from splitlearn.lab.store import Store
@@ -61,9 +61,7 @@ def test_the_findings_answer_each_question_in_both_metrics(runs: Runs, tmp_path:
     with _store(runs, tmp_path, replace(ASKED, flags="use_cache,inference_mode")) as store:
         list(Experiment(runs, store).go())
         found = analysis.of(store)
-    asked = {
-        (row.question.flag, row.question.kind, row.metric) for row in found.rows if row.question.flag not in CHECKS
-    }
+    asked = {(row.question.flag, row.question.kind, row.metric) for row in found.rows if row.question.flag != AA}
     expected = itertools.product(("all flags", "use_cache", "inference_mode"), ("full", "split"), analysis.METRICS)
     assert asked == set(expected)
     assert found.finished == "2 pairs, as asked"

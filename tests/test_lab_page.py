@@ -145,7 +145,7 @@ def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
     expect(again.locator("#lab-start")).to_be_disabled()
     ends(again, "Ended: 2 pairs, as asked")
     verdicts = again.locator("#lab-report [aria-label=Verdicts] tbody tr")
-    assert {row.split("\t")[0] for row in verdicts.all_inner_texts()} == {"A/A", "observer", FLAG}
+    assert {row.split("\t")[0] for row in verdicts.all_inner_texts()} == {"A/A", FLAG}
     beside = again.locator("#lab-report [aria-label='Full and split'] tbody th")
     assert beside.all_inner_texts() == [
         "baseline again", "baseline", "baseline without the ledger", f"without {FLAG}"
@@ -164,7 +164,7 @@ def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
     assert (given["--flags"], given["--pairs"], given["--max-new-tokens"]) == (FLAG, "2", "4")
     assert command in files["report.html"].read_text()
     assert command in again.locator("#lab-details").inner_text()
-    assert set(pd.read_csv(files["verdicts.csv"])["flag"]) == {"A/A", "observer", FLAG}
+    assert set(pd.read_csv(files["verdicts.csv"])["flag"]) == {"A/A", FLAG}
     pairs = pd.read_csv(files["pairs.csv"])
     assert (pairs.groupby(["flag", "kind", "metric"]).size() == 2).all()
     trials = pd.read_csv(files["trials.csv"])

@@ -19,6 +19,7 @@ from splitlearn.wire import SERVICE
 from splitlearn.wire.channel import open_channel
 from tests.conftest import TinyFactory
 from tests.trunk import PLAN, Raw, TrunkHere, eventually, hidden, opening, serve_here, served, step
+from tests.words import session_of
 
 DEADLINE = grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -64,7 +65,7 @@ def test_a_message_over_the_limit_is_refused_before_it_is_read(here: TrunkHere, 
 def test_a_prompt_goes_in_parts_that_the_server_takes(here: TrunkHere, files: ModelFiles) -> None:
     x = hidden(files, 200)  # 38,400 bytes
     stage = RemoteStage([here.address], served(files), 20)
-    session = stage.open(frozenset({"use_cache"}), 200)
+    session = stage.open(session_of(frozenset({"use_cache"})), 200)
     answer = session.step(0, x)
     assert answer.x.shape == x.shape
     assert answer.timing.bytes_up > x.nbytes

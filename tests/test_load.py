@@ -34,6 +34,7 @@ from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory
 from tests.test_cli import Refusal, configured, refusal
 from tests.trunk import PLAN, Raw, Trunk, opening, serve, settings
+from tests.words import load_of, session_of
 
 __all__ = ["refusal"]
 
@@ -223,12 +224,12 @@ def test_a_recording_is_what_the_bottom_gives_for_prompt_and_answer(files: Model
         requests = [GenerationRequest(prompt, 6, ignore_eos=True) for prompt in PROMPTS[:2]]
         recordings = record(runs.spec("split", FlagSet(client=CACHED, trunk=CACHED)), requests, silent)
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    bottom = loading.load(files, loading.client_specs(PLAN), CACHED, placement).stages[0]
+    bottom = loading.load(files, loading.client_specs(PLAN), load_of(CACHED), placement).stages[0]
     for recording, prompt in zip(recordings, PROMPTS, strict=False):
         ids = Tokens.load(files.folder, use_fast=True).encode(prompt, chat=True)
         assert recording.prompt_tokens == len(ids)
         assert recording.states.shape == (1, len(ids) + 5, files.facts.hidden_size)
-        (out,) = bottom.step([StageInput(bottom.open(CACHED, 512), 0, torch.tensor([ids]))])
+        (out,) = bottom.step([StageInput(bottom.open(session_of(CACHED), 512), 0, torch.tensor([ids]))])
         torch.testing.assert_close(recording.states[:, : len(ids)], out.x)
 
 

@@ -1,6 +1,8 @@
 """The metrics follow from the events alone, by the definitions of docs/metrics.md."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from splitlearn.events import Done, Event, TokenEvent
 from splitlearn.metrics import RunMetrics, first_divergence
@@ -52,3 +54,43 @@ def test_the_first_divergence_counts_a_missing_token() -> None:
     assert first_divergence([1, 2, 3], [1, 2, 3]) is None
     assert first_divergence([1, 2, 3], [1, 9, 3]) == 1
     assert first_divergence([1, 2], [1, 2, 3]) == 2
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> list[Event]:
+    """A generation of any steps, of one token or several, whose ledgers sum to the time since the step before."""
+    events: list[Event] = []
+    at = 0.0
+    for tokens in draw(st.lists(st.integers(1, 4), min_size=1, max_size=12)):
+        parts = {name: draw(st.floats(0, 1)) for name in ("model", "sample", "unattributed")}
+        at += sum(parts.values()) + 1e-6
+        parts["unattributed"] += 1e-6
+        events.append(TokenEvent(tuple(range(tokens)), "x" * tokens, at, parts, drafts=tokens + 1))
+    return events
+
+
+@given(runs())
+def test_of_any_run_the_identities_hold(events: list[Event]) -> None:
+    metrics = RunMetrics.from_events(events)
+    assert metrics is not None
+    n = metrics.n_tokens
+    assert n == sum(len(event.token_ids) for event in events if isinstance(event, TokenEvent))
+    assert sum(metrics.itl_s) == pytest.approx(metrics.e2el_s - metrics.ttft_s)
+    assert len(metrics.itl_s) == n - 1
+    assert sum(metrics.ledger.values()) == pytest.approx(metrics.e2el_s)
+    assert sum(metrics.decode_ledger.values()) == pytest.approx(metrics.e2el_s - metrics.ttft_s, abs=1e-9)
+    assert metrics.tps * metrics.e2el_s == pytest.approx(n)
+    assert metrics.drafts_accepted <= metrics.drafts
+    if metrics.tpot_s is not None:
+        after = n - len(events[0].token_ids) if isinstance(events[0], TokenEvent) else 0
+        assert metrics.e2el_s == pytest.approx(metrics.ttft_s + after * metrics.tpot_s)
+
+
+@given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8))
+def test_the_first_divergence_is_where_the_common_beginning_ends(one: list[int], other: list[int]) -> None:
+    at = first_divergence(one, other)
+    assert (at is None) == (one == other)
+    if at is not None:
+        assert one[:at] == other[:at]
+        assert one[at : at + 1] != other[at : at + 1]
+    assert first_divergence(other, one) == at

@@ -16,6 +16,7 @@ from splitlearn.one_row import Row
 from splitlearn.split import CutModel, body_of, forward, layers_of
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
+from tests.words import load_of
 
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 FLAGS = frozenset({"low_cpu_mem_usage", "use_cache", "cache", "output_attentions", "weight_dtype"})
@@ -29,7 +30,7 @@ TRUNK, BOTTOM, TOP = (
 
 
 def _stage(files: ModelFiles, spec: loading.StageSpec = TRUNK, flags: frozenset[str] = FLAGS) -> LocalStage:
-    return loading.load(files, [spec], flags, PLACEMENT).stages[0]
+    return loading.load(files, [spec], load_of(flags), PLACEMENT).stages[0]
 
 
 def _row(stage: LocalStage) -> Row:
@@ -108,7 +109,7 @@ def test_what_does_not_go_in_one_call_goes_the_stages_own_way(default_model: Mod
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3", "phi3", "mistral"])
 def test_stages_with_other_parts_are_left(tiny_model: TinyFactory, family: str) -> None:
     files = tiny_model(family, n_layers=2)
-    assert loading.load(files, loading.full_specs(2), FLAGS, PLACEMENT).stages[0].row is None
+    assert loading.load(files, loading.full_specs(2), load_of(FLAGS), PLACEMENT).stages[0].row is None
 
 
 @pytest.mark.parametrize("changed", [{"output_attentions"}, set(), {"weight_dtype"}])

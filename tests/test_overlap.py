@@ -20,6 +20,7 @@ from tests.client import CACHED
 from tests.conftest import TinyFactory
 from tests.proxy import proxy
 from tests.trunk import PLAN, TrunkHere, hidden, serve_here, served
+from tests.words import generation_of, load_of, session_of
 
 LENGTHS = [9, 9, 9, 4]
 REQUEST = GenerationRequest("the quick brown fox jumps over the lazy dog and runs on", 12, ignore_eos=True)
@@ -42,12 +43,18 @@ def _pieces(files: ModelFiles) -> list[tuple[int, torch.Tensor]]:
 
 
 def _whole(files: ModelFiles, address: str) -> torch.Tensor:
-    with closing(RemoteStage([address], served(files), 20)) as stage, closing(stage.open(CACHED, 64)) as session:
+    with (
+        closing(RemoteStage([address], served(files), 20)) as stage,
+        closing(stage.open(session_of(CACHED), 64)) as session,
+    ):
         return session.step(0, hidden(files, sum(LENGTHS))).x
 
 
 def test_pieces_that_are_under_way_together_are_answered_in_their_order(here: TrunkHere, files: ModelFiles) -> None:
-    with closing(RemoteStage([here.address], served(files), 20)) as stage, closing(stage.open(CACHED, 64)) as session:
+    with (
+        closing(RemoteStage([here.address], served(files), 20)) as stage,
+        closing(stage.open(session_of(CACHED), 64)) as session,
+    ):
         outputs = [begun.finish() for begun in [session.begin(*piece) for piece in _pieces(files)]]
     assert [output.x.shape[1] for output in outputs] == LENGTHS
     torch.testing.assert_close(torch.cat([output.x for output in outputs], dim=1), _whole(files, here.address))
@@ -63,7 +70,7 @@ def test_pieces_under_way_at_a_trunk_that_is_lost_are_answered_by_the_next(
     with (
         proxy(here.address) as between,
         closing(RemoteStage([between.address], served(files), 20)) as stage,
-        closing(stage.open(CACHED, 64)) as session,
+        closing(stage.open(session_of(CACHED), 64)) as session,
     ):
         pieces = _pieces(files)
         outputs = [session.step(*piece) for piece in pieces[:answered]]
@@ -80,11 +87,15 @@ def test_pieces_under_way_at_a_trunk_that_is_lost_are_answered_by_the_next(
 
 def _answer(files: ModelFiles, address: str, client: frozenset[str], trunk: frozenset[str] = CACHED) -> RunMetrics:
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    bottom, top = loading.load(files, loading.client_specs(PLAN), client, placement).stages
+    bottom, top = loading.load(files, loading.client_specs(PLAN), load_of(client), placement).stages
     with closing(RemoteStage([address], served(files), 20)) as stage:
-        links: Sequence[Link] = [Link(bottom, client), Link(stage, trunk), Link(top, client)]
-        tokens, own = Tokens.load(files.folder, use_fast=True), flags.settings(client)
-        events = list(Generator(links, tokens, None, own.top_k, piece_tokens=own.piece_tokens).stream(REQUEST))
+        links: Sequence[Link] = [
+            Link(bottom, session_of(client)),
+            Link(stage, session_of(trunk)),
+            Link(top, session_of(client)),
+        ]
+        tokens = Tokens.load(files.folder, use_fast=True)
+        events = list(Generator(links, tokens, None, generation_of(client)).stream(REQUEST))
     times = [0.0, *(event.time_s for event in events if isinstance(event, TokenEvent))]
     for event, before, after in zip(events, times, times[1:], strict=False):
         assert isinstance(event, TokenEvent)

@@ -13,8 +13,8 @@ from splitlearn import convert, store
 from splitlearn.draft_model import check_vocabulary
 from splitlearn.errors import ModelError
 from splitlearn.parts import parts
+from splitlearn.plan import SplitPlan
 from splitlearn.progress import silent
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from splitlearn.wire.codec import DTYPES

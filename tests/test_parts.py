@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from splitlearn.parts import Part, kv_bytes_per_token, parts
-from splitlearn.split import SplitPlan
+from splitlearn.plan import SplitPlan
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 

@@ -4,15 +4,16 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from splitlearn import loading, prepacked
+from splitlearn import loading
 from splitlearn.compare import KINDS
 from splitlearn.lab.fidelity import Fed, logits
+from splitlearn.plan import SplitPlan
 from splitlearn.prepacked import PrepackedLinear
 from splitlearn.selection import FlagSet
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from tests.conftest import TinyFactory
 from tests.test_proof import TEN
+from tests.words import load_of
 
 APPLIED = frozenset({"low_cpu_mem_usage", "use_cache", "weight_prepack"})
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
@@ -48,7 +49,7 @@ def test_every_linear_layer_of_a_stage_is_packed_and_the_embedding_is_left(
     tiny_model: TinyFactory, family: str
 ) -> None:
     files = tiny_model(family, n_layers=3)
-    stages = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), APPLIED, PLACEMENT).stages
+    stages = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), load_of(APPLIED), PLACEMENT).stages
     for stage in stages:
         layers = [module for module in stage.cut.module.modules() if type(module) in loading.LINEAR]
         packed = [module for module in stage.cut.module.modules() if isinstance(module, PrepackedLinear)]
@@ -82,13 +83,8 @@ def test_a_weight_is_read_in_pieces_that_are_the_whole(
     assert torch.equal(pieces.weight, whole.weight)
 
 
-def test_it_says_where_weights_cannot_be_packed() -> None:
-    assert prepacked.why_not("cpu", torch.float32) is None
-    assert "CPU" in (prepacked.why_not("cuda:0", torch.float32) or "")
-
-
 def _head(files: ModelFiles) -> PrepackedLinear:
-    top = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), APPLIED, PLACEMENT).stages[1]
+    top = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), load_of(APPLIED), PLACEMENT).stages[1]
     head = top.cut.module.get_output_embeddings()  # type: ignore[operator]
     assert isinstance(head, PrepackedLinear)
     return head

@@ -17,14 +17,15 @@ import torch
 
 from splitlearn import loading
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
+from splitlearn.plan import SplitPlan
 from splitlearn.remote import RemoteSession, RemoteStage, check_served, describe
-from splitlearn.split import SplitPlan
 from splitlearn.stages import StageInput
 from splitlearn.store import ModelFiles
 from splitlearn.wire import SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from tests.conftest import TinyFactory
 from tests.trunk import PLAN, TrunkHere, encoded, eventually, hidden, serve_here, served
+from tests.words import load_of, session_of
 
 CACHED = frozenset({"use_cache", "inference_mode"})
 MAX_LENGTH = 256
@@ -51,7 +52,7 @@ def stage(here: TrunkHere, files: ModelFiles) -> Iterator[RemoteStage]:
 
 @contextmanager
 def opened(stage: RemoteStage, applied: frozenset[str] = CACHED) -> Iterator[RemoteSession]:
-    with contextlib.closing(stage.open(applied, MAX_LENGTH)) as session:
+    with contextlib.closing(stage.open(session_of(applied), MAX_LENGTH)) as session:
         yield session
 
 
@@ -62,10 +63,10 @@ def small_messages(monkeypatch: pytest.MonkeyPatch, files: ModelFiles) -> None:
 
 def test_a_remote_stage_gives_what_the_same_layers_give_here(stage: RemoteStage, files: ModelFiles) -> None:
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    local = loading.load(files, loading.trunk_specs(PLAN), frozenset(), placement).stages[0]
+    local = loading.load(files, loading.trunk_specs(PLAN), load_of(frozenset()), placement).stages[0]
     x = hidden(files, 9)
     with opened(stage) as remote:
-        here_session = local.open(CACHED, MAX_LENGTH)
+        here_session = local.open(session_of(CACHED), MAX_LENGTH)
         for start, end in ((0, 6), (6, 7), (7, 9)):
             (far,) = stage.step([StageInput(remote, start, x[:, start:end])])
             (near,) = local.step([StageInput(here_session, start, x[:, start:end])])
@@ -161,7 +162,7 @@ def test_a_trunk_that_serves_something_else_refuses(
 ) -> None:
     stage = RemoteStage([here.address], replace(served(files), **changes), timeout_s=20)
     with contextlib.closing(stage), pytest.raises(TrunkRefused, match=f"FAILED_PRECONDITION.*{words}"):
-        stage.open(CACHED, MAX_LENGTH)
+        stage.open(session_of(CACHED), MAX_LENGTH)
 
 
 def test_what_a_trunk_serves_is_compared_before_anything_is_run(here: TrunkHere, files: ModelFiles) -> None:
@@ -178,7 +179,7 @@ def test_what_a_trunk_serves_is_compared_before_anything_is_run(here: TrunkHere,
 def test_a_full_trunk_says_so(stage: RemoteStage, here: TrunkHere, files: ModelFiles) -> None:
     hasty = RemoteStage([here.address], served(files), timeout_s=0.5)
     with contextlib.closing(hasty), opened(stage), opened(stage), pytest.raises(TrunkFull, match="2 of 2 sessions"):
-        hasty.open(CACHED, MAX_LENGTH)
+        hasty.open(session_of(CACHED), MAX_LENGTH)
 
 
 def test_a_step_that_the_trunk_refuses_ends_the_session_with_its_words(stage: RemoteStage, files: ModelFiles) -> None:
@@ -197,7 +198,7 @@ def test_nobody_at_the_address_is_said_at_once_with_what_to_do(files: ModelFiles
     address = f"127.0.0.1:{free_port()}"
     started = time.monotonic()
     with pytest.raises(TrunkUnavailable, match=f"{address}.*python -m server --config config.yaml"):
-        RemoteStage([address], served(files), timeout_s=20).open(CACHED, MAX_LENGTH)
+        RemoteStage([address], served(files), timeout_s=20).open(session_of(CACHED), MAX_LENGTH)
     with pytest.raises(TrunkUnavailable, match=address):
         describe(address)
     assert time.monotonic() - started < 10
@@ -263,7 +264,7 @@ def test_a_first_answer_that_is_not_opened_is_an_error_of_the_trunk(files: Model
     with strange_trunk(lambda number, message: result(message.step, torch.zeros(1, 1, 48))) as address:
         stage = RemoteStage([address], served(files), timeout_s=20)
         with contextlib.closing(stage), pytest.raises(TrunkFailed, match="another answer than 'opened'"):
-            stage.open(CACHED, MAX_LENGTH)
+            stage.open(session_of(CACHED), MAX_LENGTH)
 
 
 def test_a_trunk_that_does_not_answer_in_time_is_given_up_with_the_setting_to_raise(files: ModelFiles) -> None:
@@ -279,7 +280,7 @@ def test_a_trunk_that_does_not_answer_in_time_is_given_up_with_the_setting_to_ra
 def test_a_trunk_that_went_away_in_the_middle_is_an_error_of_the_trunk(files: ModelFiles) -> None:
     with strange_trunk(lambda number, message: OPENED) as address:
         stage = RemoteStage([address], served(files), timeout_s=2)
-        session = stage.open(CACHED, MAX_LENGTH)
+        session = stage.open(session_of(CACHED), MAX_LENGTH)
     with contextlib.closing(stage), contextlib.closing(session), pytest.raises(TrunkError, match=address):
         session.step(0, hidden(files, 3))
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from splitlearn import draft_model, flags, graphs, loading
+from splitlearn import draft_model, graphs, loading
 from splitlearn.chain import Link
 from splitlearn.drafts import Proposer, Speculation
 from splitlearn.events import Event, GenerationRequest, TokenEvent
@@ -32,6 +32,7 @@ from tests.client import CACHED
 from tests.proxy import proxy
 from tests.tiny import make_converted
 from tests.trunk import PLAN, Raw, TrunkHere, hidden, opening, serve_here, served, step, tensor_of
+from tests.words import generation_of, load_of, session_of
 
 CHANGE, NEW = 32, 24
 """The length past which frequencies change, and how many tokens an answer has."""
@@ -132,16 +133,16 @@ def trunk(case: Case) -> Iterator[TrunkHere]:
 
 
 def loaded(case: Case, specs: Sequence[loading.StageSpec], applied: frozenset[str]) -> tuple[LocalStage, ...]:
-    return loading.load(case.files, specs, applied, HERE).stages
+    return loading.load(case.files, specs, load_of(applied), HERE).stages
 
 
 def generator(
     case: Case, stages: Sequence[Stage], own: frozenset[str], proposers: Sequence[Callable[[], Proposer]] = ()
 ) -> Generator:
-    links = [Link(stage, CACHED if isinstance(stage, RemoteStage) else own) for stage in stages]
-    asked, limit = flags.settings(own), case.files.facts.context_length
-    every = (*asked.proposers, *proposers)
-    return Generator(links, case.tokens, limit, asked.top_k, every, asked.head_overlap, asked.piece_tokens)
+    links = [Link(stage, session_of(CACHED if isinstance(stage, RemoteStage) else own)) for stage in stages]
+    asked = generation_of(own)
+    asked = replace(asked, proposers=(*asked.proposers, *proposers))
+    return Generator(links, case.tokens, case.files.facts.context_length, asked)
 
 
 def full(case: Case, own: frozenset[str] = CACHED) -> Generator:
@@ -210,9 +211,9 @@ def test_one_forward_of_several_sessions_is_each_ones_own(cases: Cases, name: st
     x = hidden(case.files, 60)
     # The last: a piece of a prompt that is past the change only at its end.
     steps = [(3, 4, 3), (20, 21, 9), (40, 41, 12), (CHANGE - 2, CHANGE + 2, 10), (2, 6, CHANGE + 8)]
-    assert stage.packs(RESERVED)
-    together = stage.open_together(RESERVED, 60, len(steps))
-    alone = [stage.open(RESERVED, 60) for _ in steps]
+    assert stage.packs(session_of(RESERVED))
+    together = stage.open_together(session_of(RESERVED), 60, len(steps))
+    alone = [stage.open(session_of(RESERVED), 60) for _ in steps]
 
     def inputs(sessions: Sequence[object], begin: bool) -> list[StageInput]:
         return [
@@ -242,7 +243,8 @@ def test_a_split_model_says_the_same(
 
 
 def test_a_prompt_in_pieces_says_the_same(case: Case, trunk: TrunkHere) -> None:
-    client = replace(split(case, trunk.address), piece_tokens=7)
+    client = split(case, trunk.address)
+    client = replace(client, settings=replace(client.settings, piece_tokens=7))
     for length in (CHANGE - 10, CHANGE, CHANGE + 9):
         assert said(client.stream(case.request(length))) == case.answer(length), length
 
@@ -252,7 +254,9 @@ def test_a_side_without_a_cache_says_the_same(case: Case, trunk: TrunkHere, side
     bare = frozenset({"inference_mode"})
     client = split(case, trunk.address, bare if side == "client" else CACHED)
     if side == "trunk":
-        client = replace(client, links=[client.links[0], Link(client.links[1].stage, bare), client.links[2]])
+        client = replace(
+            client, links=[client.links[0], Link(client.links[1].stage, session_of(bare)), client.links[2]]
+        )
     for length in (CHANGE - 10, CHANGE + 9):
         assert said(client.stream(case.request(length))) == case.answer(length), length
 
@@ -309,7 +313,7 @@ def test_a_draft_model_with_such_frequencies_goes_on_past_the_change(case: Case)
 def test_pieces_of_one_message_have_the_frequencies_of_all_of_it(case: Case, trunk: TrunkHere) -> None:
     x = hidden(case.files, CHANGE + 8)
     (stage,) = loaded(case, loading.trunk_specs(PLAN), CACHED)
-    whole = stage.step([StageInput(stage.open(CACHED, 64), 0, x)])[0].x
+    whole = stage.step([StageInput(stage.open(session_of(CACHED), 64), 0, x)])[0].x
     with Raw(trunk.address) as raw:
         raw.ask(opening(case.files))
         parts = [step(x[:, at : at + 7], at, more=at + 7 < x.shape[1]) for at in range(0, x.shape[1], 7)]

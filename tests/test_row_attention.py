@@ -11,11 +11,12 @@ from splitlearn import attention, caches, loading, row_attention
 from splitlearn.compare import KINDS
 from splitlearn.kv import KVPool, KVShape
 from splitlearn.lab.fidelity import Fed, logits
+from splitlearn.plan import SplitPlan
 from splitlearn.row_attention import _attend
 from splitlearn.selection import FlagSet
-from splitlearn.split import SplitPlan
 from tests.conftest import TinyFactory
 from tests.test_proof import TEN
+from tests.words import load_of
 
 APPLIED = frozenset({"low_cpu_mem_usage", "use_cache", "cache", "output_attentions", "inference_mode"})
 HEADS, GROUPS, SIZE = 6, 2, 8
@@ -93,12 +94,6 @@ def test_a_models_own_eager_attention_is_left(tiny_model: TinyFactory) -> None:
     placement = loading.Placement(torch.device("cpu"), torch.float32)
     for family, chosen in (("llama", row_attention.NAME), ("gemma2", "eager")):
         stage = loading.load(
-            tiny_model(family, n_layers=2), loading.full_specs(2), APPLIED | {"row_attention"}, placement
+            tiny_model(family, n_layers=2), loading.full_specs(2), load_of(APPLIED | {"row_attention"}), placement
         )
         assert {config._attn_implementation for config in stage.stages[0].cut.configs} == {chosen}
-
-
-def test_it_says_where_it_cannot_be() -> None:
-    assert row_attention.why_not("cpu", torch.float32) is None
-    assert "bfloat16" in (row_attention.why_not("cpu", torch.bfloat16) or "")
-    assert "cuda" in (row_attention.why_not("cuda:0", torch.float32) or "")

@@ -14,19 +14,19 @@ from splitlearn import loading
 from splitlearn.chain import Link
 from splitlearn.errors import InputError, TrunkFull
 from splitlearn.events import Done, Event, GenerationRequest, TokenEvent
-from splitlearn.flags import settings
 from splitlearn.generate import Generator
 from splitlearn.local_stage import LocalStage
 from splitlearn.metrics import RunMetrics, first_difference, of_samples, tps_of_all
+from splitlearn.plan import SplitPlan
 from splitlearn.remote import RemoteSession, RemoteStage
 from splitlearn.sampling import SEEDS, SamplingParams
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory
 from tests.proxy import proxy
 from tests.test_ten_families import running
 from tests.trunk import PLAN, Raw, TrunkHere, eventually, hidden, opening, serve_here, served, step
+from tests.words import generation_of, load_of, session_of
 
 RESERVED = frozenset({"use_cache", "inference_mode", "cache"})
 DYNAMIC = RESERVED - {"cache"}
@@ -55,21 +55,18 @@ def whole(files: ModelFiles) -> LocalStage:
 
 def loaded(files: ModelFiles, specs: Sequence[loading.StageSpec]) -> tuple[LocalStage, ...]:
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    return loading.load(files, specs, RESERVED | WITH_SDPA, placement).stages
+    return loading.load(files, specs, load_of(RESERVED | WITH_SDPA), placement).stages
 
 
 @contextmanager
 def split(files: ModelFiles, address: str, timeout_s: float = 20) -> Iterator[list[Link]]:
     bottom, top = loaded(files, loading.client_specs(PLAN))
     with closing(RemoteStage([address], served(files), timeout_s)) as trunk:
-        yield [Link(bottom, RESERVED), Link(trunk, AT_TRUNK), Link(top, RESERVED)]
+        yield [Link(bottom, session_of(RESERVED)), Link(trunk, session_of(AT_TRUNK)), Link(top, session_of(RESERVED))]
 
 
 def generator(files: ModelFiles, links: Sequence[Link], applied: frozenset[str] = RESERVED) -> Generator:
-    own = settings(applied)
-    return Generator(
-        links, Tokens.load(files.folder, use_fast=True), None, own.top_k, own.proposers, piece_tokens=own.piece_tokens
-    )
+    return Generator(links, Tokens.load(files.folder, use_fast=True), None, generation_of(applied))
 
 
 def together(made: Generator, request: GenerationRequest = REQUEST) -> tuple[RunMetrics, ...]:
@@ -96,7 +93,7 @@ def test_each_sample_is_what_its_seed_gives_alone_whole_and_split(
 ) -> None:
     files = tiny_model(family)
     with running(files) as model:
-        full = generator(files, [Link(model.full, applied)])
+        full = generator(files, [Link(model.full, session_of(applied))])
         wanted = alone(full)
         check_same(together(full), wanted)
         check_same(together(generator(files, model.split(applied, applied & AT_TRUNK))), wanted)
@@ -107,7 +104,7 @@ def test_a_client_without_layers_at_an_end_has_samples_too(start: int, end: int,
     plan = SplitPlan.of(start, end, files.n_layers)
     bottom, top = loaded(files, loading.client_specs(plan))
     stages = (bottom, *loaded(files, loading.trunk_specs(plan)), top)
-    made = generator(files, [Link(stage, RESERVED) for stage in stages])
+    made = generator(files, [Link(stage, session_of(RESERVED)) for stage in stages])
     check_same(together(made), alone(made))
 
 
@@ -121,9 +118,9 @@ def test_drafts_and_prompts_in_pieces_go_with_samples(flag: str, files: ModelFil
 
 def test_samples_share_each_forward_of_a_stage_that_reserves_its_cache(files: ModelFiles, whole: LocalStage) -> None:
     seen: list[int] = []
-    assert whole.packs(RESERVED)
+    assert whole.packs(session_of(RESERVED))
     whole.cut.module.register_forward_pre_hook(lambda module, given: seen.append(1))
-    together(generator(files, [Link(whole, RESERVED)]))
+    together(generator(files, [Link(whole, session_of(RESERVED))]))
     assert len(seen) == REQUEST.max_new_tokens
 
 
@@ -149,7 +146,7 @@ def test_samples_share_the_prompt_and_forwards_of_the_trunk_and_leave_nothing_th
 
 
 def test_samples_that_end_early_are_done_while_the_others_go_on(files: ModelFiles, whole: LocalStage) -> None:
-    made = generator(files, [Link(whole, RESERVED)])
+    made = generator(files, [Link(whole, session_of(RESERVED))])
     free = alone(made)
     made.tokens.eos_ids = frozenset({free[1].token_ids[3]})
     request = replace(REQUEST, ignore_eos=False)

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from splitlearn.errors import InputError, NotFinite
-from splitlearn.sampling import SamplingParams, _top_p, random_source, sample, top_k_by_selection, top_k_by_sort
+from splitlearn.sampler import _top_p, random_source, sample, top_k_by_selection, top_k_by_sort
+from splitlearn.sampling import SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -100,3 +103,47 @@ def test_a_penalty_does_not_overflow_float16() -> None:
     params = SamplingParams(repetition_penalty=0.01)
     logits = torch.tensor([3000.0, 2000.0, 10.0], dtype=torch.float16)
     assert sample(logits, params, [1], random_source(params), top_k_by_selection) == 1
+
+
+SCORES = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
+
+
+def _slow_top_k(scores: list[float], k: int) -> list[bool]:
+    """Which scores are at least the k-th largest."""
+    threshold = sorted(scores, reverse=True)[k - 1]
+    return [score >= threshold for score in scores]
+
+
+@given(SCORES, st.data())
+def test_both_ways_of_top_k_keep_what_a_slow_reference_keeps(scores: list[float], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(scores)))
+    for top_k in (top_k_by_sort, top_k_by_selection):
+        assert top_k(torch.tensor(scores), k).isfinite().tolist() == _slow_top_k(scores, k)
+
+
+@given(SCORES, st.floats(0.01, 0.99))
+def test_a_token_that_top_p_leaves_out_is_never_drawn(scores: list[float], top_p: float) -> None:
+    order = sorted(range(len(scores)), key=lambda at: -scores[at])
+    weights = torch.tensor(scores, dtype=torch.float64).softmax(-1).tolist()
+    kept, reached = set[int](), 0.0
+    for at in order:
+        kept.add(at)
+        reached += weights[at]
+        if reached >= top_p + 1e-5:  # float32's rounding may keep one more
+            break
+    ties = {at for at in range(len(scores)) if any(scores[at] == scores[other] for other in kept)}
+    params = SamplingParams(temperature=1.0, top_p=top_p, seed=3)
+    assert set(_draw(torch.tensor(scores), params, 20)) <= kept | ties
+
+
+@given(SCORES, st.lists(st.integers(0, 39), max_size=6), st.floats(0.5, 2))
+def test_a_penalty_divides_what_is_above_zero_and_multiplies_what_is_below(
+    scores: list[float], previous: list[int], penalty: float
+) -> None:
+    seen = {token for token in previous if token < len(scores)}
+    expected = [
+        (score / penalty if score >= 0 else score * penalty) if at in seen else score for at, score in enumerate(scores)
+    ]
+    params = SamplingParams(repetition_penalty=penalty)
+    chosen = sample(torch.tensor(scores), params, sorted(seen), random_source(params), top_k_by_sort)
+    assert expected[chosen] == pytest.approx(max(expected), rel=1e-5, abs=1e-30)

@@ -1,12 +1,16 @@
 """What a person writes about flags becomes a set for each side, or an error that names what is wrong."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from splitlearn.errors import InputError
 from splitlearn.flags import FLAGS, SIDES, Place, Side
-from splitlearn.selection import PRESETS, FlagSet, availability, parse
+from splitlearn.selection import PRESETS, FlagSet, applied_of, availability, chosen_in, parse, why_not
 
 HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one tokenizer", has_compiler=True)))
 UNAVAILABLE = {"use_fast", "cudnn_benchmark", "cuda_graph", "draft_model"}
@@ -66,6 +70,29 @@ def test_what_cannot_be_meant_is_refused_by_name(words: str, named: str) -> None
         parse(words, HERE)
 
 
+@pytest.mark.parametrize(
+    ("flag", "place", "reason"),
+    [
+        ("row_attention", Place("cpu"), None),
+        ("row_attention", Place("cpu", dtype="bfloat16"), "bfloat16"),
+        ("row_attention", Place("cuda:0"), "cuda"),
+        ("weight_prepack", Place("cpu"), None),
+        ("weight_prepack", Place("cuda:0"), "CPU"),
+        ("weight_dtype", Place("cpu"), None),
+        ("weight_dtype", Place("cuda:0"), "CPU"),
+        ("cuda_graph", Place("cpu"), "CUDA"),
+    ],
+)
+def test_a_flag_says_where_it_cannot_be_applied(flag: str, place: Place, reason: str | None) -> None:
+    said = why_not(flag, "full", place)
+    assert said is None if reason is None else reason in (said or "")
+
+
+def test_words_are_checked_without_torch() -> None:
+    code = "import sys; from splitlearn.selection import check; check('fast'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_on_a_gpu_tokens_are_recorded_at_first_and_what_is_for_a_cpu_is_not_applied() -> None:
     there = availability(dict.fromkeys(SIDES, Place("cuda:0", has_compiler=True)))
     default, fast = parse("default", there), parse("fast-gpu", there)
@@ -90,3 +117,29 @@ def test_without_and_only_act_on_every_side() -> None:
     flags = parse("default", HERE)
     assert all("use_cache" not in flags.without("use_cache").of(side) for side in SIDES)
     assert flags.only("use_cache").names() == ["use_cache"]
+
+
+@st.composite
+def flag_sets(draw: st.DrawFn) -> FlagSet:
+    """Any flags and choices that can be applied here, on each side."""
+    chosen = {}
+    for side in SIDES:
+        names = draw(st.sets(st.sampled_from([name for name in FLAGS if HERE[side][name] is None])))
+        words = [f"{name}={draw(st.sampled_from(list(FLAGS[name].choices)))}" for name in sorted(names)]
+        chosen[side] = applied_of(chosen_in(words))
+    return FlagSet(**chosen)
+
+
+@given(flag_sets())
+def test_the_words_of_any_flags_mean_those_flags(flags: FlagSet) -> None:
+    words = " ".join(f"{side}:{','.join(sorted(flags.of(side)))}" for side in SIDES)
+    assert parse(words, HERE) == flags
+
+
+@given(flag_sets())
+def test_without_and_only_are_complements(flags: FlagSet) -> None:
+    for name in flags.names():
+        for side in SIDES:
+            without, only = flags.without(name).of(side), flags.only(name).of(side)
+            assert without | only == flags.of(side)
+            assert not without & only

@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from splitlearn.errors import InputError
+from splitlearn.plan import SplitPlan
 from splitlearn.proof.judge import TOTAL, prompt_ids
 from splitlearn.proof.steps import SCRIPTS, cut, cut_whole, run_steps
 from splitlearn.proof.tiny import tiny_config, tiny_model
-from splitlearn.split import CutModel, SplitPlan, carve, forward
+from splitlearn.split import CutModel, carve, forward
 
 PLAN = SplitPlan(2, 4, 6)
 
@@ -145,3 +148,18 @@ def test_a_rolled_back_cache_gives_the_same_logits_again() -> None:
         for cache in caches:
             cache.crop(-3)
         assert torch.equal(step(more, 9), once)
+
+
+@given(st.none() | st.integers(-2, 9), st.none() | st.integers(-2, 9), st.integers(1, 8))
+def test_a_plan_of_any_numbers_is_whole_or_refused_by_the_field(start: int | None, end: int | None, n: int) -> None:
+    fits = (start is None or 0 <= start < n) and (end is None or 0 < end <= n)
+    fits = fits and (start is None or end is None or start < end)
+    try:
+        plan = SplitPlan.of(start, end, n)
+    except InputError as error:
+        assert not fits
+        assert error.field in ("split.start", "split.end")
+        return
+    assert fits
+    assert 0 <= plan.start < plan.end <= n == plan.n_layers
+    assert start in (None, plan.start) and end in (None, plan.end)

@@ -18,6 +18,7 @@ from splitlearn.split import CutModel, example, forward
 from splitlearn.store import ModelFiles
 from splitlearn.team import CLOSED, DONE, NUMBER_AT, OPEN, SHARES, Lead, Team
 from splitlearn.threads import computing_on
+from tests.words import load_of
 
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 FLAGS = frozenset({"low_cpu_mem_usage", "use_cache", "cache", "output_attentions", "weight_dtype"})
@@ -32,7 +33,7 @@ def _team(help_out: Callable[..., None] = phases.help_out) -> Team:
 def cut_and_row(default_model: ModelFiles, request: pytest.FixtureRequest) -> tuple[CutModel, Row]:
     spec = loading.StageSpec("trunk", 3, 3 + LAYERS) if request.param == "trunk" else loading.full_specs(30)[0]
     with computing_on(one_row.HELPED_FROM):
-        stage = loading.load(default_model, [spec], FLAGS, PLACEMENT).stages[0]
+        stage = loading.load(default_model, [spec], load_of(FLAGS), PLACEMENT).stages[0]
     assert stage.row is not None
     return stage.cut, stage.row
 
@@ -102,7 +103,9 @@ def test_a_stage_has_a_helper_with_enough_threads_and_enough_to_do(default_model
     def helped(layers: int, threads: int) -> bool:
         with computing_on(threads):
             row = (
-                loading.load(default_model, [loading.StageSpec("trunk", 3, 3 + layers)], FLAGS, PLACEMENT).stages[0].row
+                loading.load(default_model, [loading.StageSpec("trunk", 3, 3 + layers)], load_of(FLAGS), PLACEMENT)
+                .stages[0]
+                .row
             )
         return bool(row._team._helped)  # type: ignore[union-attr]
 

@@ -1,6 +1,6 @@
 """Ten families over a real gRPC socket: the split model's tokens are the full model's.
 
-The server is the real one, in this process; its engine is a process of its own, as always.
+The server is the real one, in this process.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,6 @@ import torch
 from splitlearn import loading
 from splitlearn.chain import Link
 from splitlearn.events import GenerationRequest, TokenEvent
-from splitlearn.flags import settings as settings_of
 from splitlearn.generate import Generator
 from splitlearn.local_stage import LocalStage
 from splitlearn.remote import RemoteStage
@@ -23,6 +22,7 @@ from splitlearn.tokens import Tokens
 from tests.conftest import TinyFactory
 from tests.test_proof import TEN
 from tests.trunk import PLAN, serve_here, served
+from tests.words import generation_of, load_of, session_of
 
 CACHED = frozenset({"use_cache", "inference_mode"})
 UNCACHED = frozenset({"inference_mode"})
@@ -43,12 +43,16 @@ class Model:
 
     def split(self, at_client: frozenset[str], at_trunk: frozenset[str]) -> list[Link]:
         bottom, top = self.client
-        return [Link(bottom, at_client), Link(self.trunk, at_trunk), Link(top, at_client)]
+        return [
+            Link(bottom, session_of(at_client)),
+            Link(self.trunk, session_of(at_trunk)),
+            Link(top, session_of(at_client)),
+        ]
 
     def run(self, links: list[Link], sampling: SamplingParams) -> list[int]:
         """The 12 token ids of one generation."""
         tokens = Tokens.load(self.files.folder, use_fast=True)
-        generator = Generator(links, tokens, None, settings_of(CACHED).top_k)
+        generator = Generator(links, tokens, None, generation_of(CACHED))
         request = GenerationRequest(PROMPT, max_new_tokens=12, ignore_eos=True, sampling=sampling)
         return [
             token for event in generator.stream(request) if isinstance(event, TokenEvent) for token in event.token_ids
@@ -59,8 +63,8 @@ class Model:
 def running(files: ModelFiles, applied: frozenset[str] = frozenset(), **limits: object) -> Iterator[Model]:
     """The model's stages, loaded with the flags `applied`, with its trunk behind a socket."""
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    full = loading.load(files, loading.full_specs(files.n_layers), applied, placement).stages[0]
-    client = loading.load(files, loading.client_specs(PLAN), applied, placement).stages
+    full = loading.load(files, loading.full_specs(files.n_layers), load_of(applied), placement).stages[0]
+    client = loading.load(files, loading.client_specs(PLAN), load_of(applied), placement).stages
     with serve_here(files, f"trunk:{','.join(applied) or 'none'}", **limits) as here:
         trunk = RemoteStage([here.address], served(files), timeout_s=30)
         yield Model(files, full, client, trunk)
@@ -71,7 +75,7 @@ def running(files: ModelFiles, applied: frozenset[str] = frozenset(), **limits: 
 def test_split_over_a_socket_gives_the_tokens_of_the_full_model(family: str, tiny_model: TinyFactory) -> None:
     with running(tiny_model(family)) as model:
         for sampling in (GREEDY, SEEDED):
-            wanted = model.run([Link(model.full, CACHED)], sampling)
+            wanted = model.run([Link(model.full, session_of(CACHED))], sampling)
             assert len(set(wanted)) > 2, "a model that repeats itself shows little"
             for at_client, at_trunk in ((CACHED, CACHED), (CACHED, UNCACHED), (UNCACHED, CACHED)):
                 assert model.run(model.split(at_client, at_trunk), sampling) == wanted

@@ -14,9 +14,9 @@ from rich.text import Text
 from splitlearn import console as tables
 from splitlearn import progress, terminal
 from splitlearn.compare import Comparison
+from splitlearn.plan import SplitPlan
 from splitlearn.progress import Step
 from splitlearn.selection import parse
-from splitlearn.split import SplitPlan
 from splitlearn.terminal import BROKEN_PIPE, PlainTable, guarded, say, visible
 from tests.test_ui_view import KNOWN, report
 

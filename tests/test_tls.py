@@ -22,6 +22,7 @@ from splitlearn.wire.channel import NONE, Credentials
 from tests.conftest import TinyFactory
 from tests.pki import Authority, Issued
 from tests.trunk import TrunkHere, hidden, serve, serve_here, served, settings
+from tests.words import session_of
 
 CACHED = frozenset({"use_cache"})
 SERVER, CLIENT = ("127.0.0.1", "localhost"), "client@example.org"
@@ -61,7 +62,7 @@ def mutual(files: ModelFiles, pki: Pki) -> Iterator[TrunkHere]:
 
 def test_a_session_over_tls_is_answered(tls: TrunkHere, pki: Pki, files: ModelFiles) -> None:
     stage = RemoteStage([tls.address], served(files), 20, pki.ours.credentials())
-    session = stage.open(frozenset({"use_cache"}), 8)
+    session = stage.open(session_of(frozenset({"use_cache"})), 8)
     assert session.step(0, hidden(files, 3)).x.shape == (1, 3, 48)
     session.close()
     stage.close()
@@ -99,7 +100,7 @@ def test_who_shows_something_else_is_refused_and_told_what_to_set(
         describe(address, shown(pki))
     assert files.name not in str(caught.value)
     with pytest.raises(TrunkUnavailable, match=words):
-        RemoteStage([address], served(files), 20, shown(pki)).open(frozenset(), 8)
+        RemoteStage([address], served(files), 20, shown(pki)).open(session_of(frozenset()), 8)
 
 
 @pytest.mark.parametrize("said", [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", bytes(1000)])

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import BertTokenizer
 
 from splitlearn import convert, store
@@ -145,3 +147,10 @@ def test_the_default_model_has_its_chat_format(default_model: ModelFiles) -> Non
     assert tokens.eos_ids == {tokens._tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert tokens.size == default_model.facts.vocab_size
     assert "only a Rust tokenizer" in (python_tokenizer_available(default_model.folder) or "")
+
+
+@given(data=st.data())
+def test_pieces_of_arbitrary_ids_are_the_whole_text(tokens: Tokens, data: st.DataObject) -> None:
+    ids = data.draw(st.lists(st.integers(0, tokens.size - 1), max_size=80))
+    pieces = tokens.detokenizer()
+    assert "".join([*map(pieces.feed, ids), pieces.flush()]) == tokens.decode(ids)

@@ -29,8 +29,8 @@ from server.door import Door
 from server.others import Others
 from server.service import TrunkService
 from splitlearn import config
+from splitlearn.plan import SplitPlan
 from splitlearn.progress import silent
-from splitlearn.split import SplitPlan
 from splitlearn.store import ModelFiles
 from splitlearn.stream import Served
 from splitlearn.wire import PROTOCOL, READY, SERVICE, codec

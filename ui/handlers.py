@@ -6,7 +6,7 @@ from pathlib import Path
 
 from splitlearn.errors import SplitlearnError
 from splitlearn.lab.background import Job
-from splitlearn.lab.terminal import FOLDER
+from splitlearn.lab.store import FOLDER
 from splitlearn.runs import Runs
 from splitlearn.selection import parse
 from ui import choice, inputs, session

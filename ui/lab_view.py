@@ -15,7 +15,7 @@ from ui.view import head_row, table
 MOST_WARNINGS = 3
 METHOD = (
     "Ratios are time with the flag / time without, so below 1 the flag makes it faster. Each has its interval and "
-    "its number of pairs n. A/A is the baseline against itself, the noise floor; observer is what the ledger costs."
+    "its number of pairs n. A/A is the baseline against itself, the noise floor."
 )
 BESIDE = (
     "Medians over the whole blocks. TPS (request) is that of the median TTFT and TPOT. Added memory of split is that "

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from splitlearn.arm import Kind
 from splitlearn.compare import KINDS
 from splitlearn.lab import stats
-from splitlearn.lab.design import AA, CHECKS, Plan, Question
+from splitlearn.lab.design import AA, Plan, Question
 from splitlearn.lab.store import Store
 from splitlearn.lab.trial import Setup, Trial
 from splitlearn.lab.work import (
@@ -39,7 +39,6 @@ METRIC_NAMES: Mapping[Metric, str] = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
 FAILED, WITHHELD, UNAVAILABLE, NO_PAIRS = "FAILED", "withheld", "unavailable", "no pairs yet"
 PASSED, NOT_PASSED = "check passed", "check not passed"
 # The ledger may cost this much.
-OBSERVER_LIMIT = 0.01
 SERVICE = ServiceLevel()
 
 
@@ -125,7 +124,7 @@ class Findings:
     @property
     def asked(self) -> list[Row]:
         """The rows about flags that can be run."""
-        return [row for row in self.rows if row.question.flag not in CHECKS and row.verdict != UNAVAILABLE]
+        return [row for row in self.rows if row.question.flag != AA and row.verdict != UNAVAILABLE]
 
     @property
     def decided(self) -> bool:
@@ -191,7 +190,7 @@ def _evidence(plan: Plan, question: Question, pairs: Sequence[Pair], notes: Mapp
     numbers = notes.get("fidelity", {}).get(question.flag, {}).get(question.kind, {})
     failure = ""
     if fidelity == "exact" and work.first_divergence is not None:
-        what = "same flags" if question.flag in CHECKS else "exact flag"
+        what = "same flags" if question.flag == AA else "exact flag"
         failure = f"{what}, tokens differ at token {work.first_divergence + 1} of block {work.in_block}"
     return Evidence(question, fidelity, tuple(pairs), work, ledger_effect(pairs), numbers, failure)
 
@@ -236,7 +235,7 @@ def _decisions(evidence: Mapping[str, Evidence], metric: Metric, delta: float, l
     family = {}
     for key, found in evidence.items():
         pairs = found.compared(metric)
-        if found.question.flag not in CHECKS and len(pairs) >= stats.MIN_PAIRS:
+        if found.question.flag != AA and len(pairs) >= stats.MIN_PAIRS:
             family[key] = ([one for _, one, _ in pairs], [other for _, _, other in pairs])
     return stats.decide(family, delta, looks) if family else {}
 
@@ -268,17 +267,8 @@ def _verdict(
     if effect is None:
         return NO_PAIRS, found.work.unequal[0] if found.work.unequal else "two are needed at least"
     if decision is None:
-        wrong = floor.withheld if found.question.flag == AA else _too_dear(effect)
-        return (NOT_PASSED, wrong) if wrong else (PASSED, "")
+        return (NOT_PASSED, floor.withheld) if floor.withheld else (PASSED, "")
     return (WITHHELD, floor.withheld) if floor.withheld else (decision.verdict, "")
-
-
-def _too_dear(effect: stats.Effect) -> str:
-    """What is wrong with the observer's effect, "" when nothing is: all of its interval must lie below the limit."""
-    if effect.high <= 1 + OBSERVER_LIMIT:
-        return ""
-    told = "the ledger costs" if effect.low > 1 + OBSERVER_LIMIT else "it cannot be told yet whether the ledger costs"
-    return f"{told} more than {OBSERVER_LIMIT:.0%}"
 
 
 def _drift(kind: Kind, evidence: Mapping[str, Evidence]) -> stats.Drift | None:

@@ -16,8 +16,7 @@ from splitlearn.lab import analysis, report
 from splitlearn.lab.analysis import Findings
 from splitlearn.lab.asking import Asked, setup
 from splitlearn.lab.experiment import Experiment, State, alone
-from splitlearn.lab.store import Store
-from splitlearn.lab.terminal import FILE
+from splitlearn.lab.store import FILE, Store
 from splitlearn.lab.work import ServiceLevel
 from splitlearn.runs import Runs
 

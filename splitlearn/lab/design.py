@@ -9,9 +9,9 @@ flag: its ratio is `treated` / `control`, with the flag applied in `treated`. Th
   none at all), treated is the same with the flag;
 * ladder: flags added one after another in the order they were asked for; each step is held against the one before.
 
-The baseline runs twice more in each block: in a second worker (the A/A question; its ratio should be 1, and shows what
-cannot be told from nothing) and without the ledger (the observer question: what measuring costs). Flags that act only
-when sampling are asked about under seeded sampling, against a baseline of theirs.
+The baseline runs once more in each block, in a second worker: the A/A question, whose ratio should be 1 and shows what
+cannot be told from nothing. Flags that act only when sampling are asked about under seeded sampling, against a baseline
+of theirs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,12 +33,8 @@ CACHE = "use_cache"
 SAMPLED = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=7)
 BASELINE = "baseline"
 AGAIN = "baseline again"
-UNOBSERVED = "baseline without the ledger"
 AA = "A/A"
-OBSERVER = "observer"
 ALL = "all flags"
-CHECKS = (AA, OBSERVER)
-"""Questions about the method, not about a flag."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +46,13 @@ class Arm:
     flags: FlagSet
     sampled: bool = False
     copy: int = 0
-    observed: bool = True
 
 
 @dataclass(frozen=True)
 class Question:
     """What flag `flag` does in arms of `kind`: the names of the arm that has it and of the one that has not.
 
-    A check's `flag` is one of CHECKS.
+    The `flag` of the question about the method, not about a flag, is AA.
     """
 
     flag: str
@@ -105,7 +100,7 @@ def plan(design: Design, flags: FlagSet, asked: Sequence[str]) -> Plan:
     questions: list[Question] = []
     for kind in KINDS:
         pairs = list(_pairs(design, flags, asked, kind))
-        if all(flag in (*CHECKS, ALL) for flag, _, _ in pairs):  # no flag is asked about in this kind of arm
+        if all(flag in (AA, ALL) for flag, _, _ in pairs):  # no flag is asked about in this kind of arm
             continue
         for flag, treated, control in pairs:
             for arm in (treated, control):
@@ -115,11 +110,10 @@ def plan(design: Design, flags: FlagSet, asked: Sequence[str]) -> Plan:
 
 
 def _pairs(design: Design, flags: FlagSet, asked: Sequence[str], kind: Kind) -> Iterator[tuple[str, Arm, Arm]]:
-    """(flag, treated, control) for one kind of arm, the checks first."""
+    """(flag, treated, control) for one kind of arm, A/A first."""
     base = {"without": flags, "alone": flags.only(CACHE), "ladder": flags.only()}[design]
     baseline = _arm(BASELINE, kind, base)
     yield AA, replace(baseline, name=f"{AGAIN}, {kind}", copy=1), baseline
-    yield OBSERVER, baseline, replace(baseline, name=f"{UNOBSERVED}, {kind}", observed=False)
     if design == "ladder":
         yield from _ladder(flags, asked, kind)
         return

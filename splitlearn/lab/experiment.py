@@ -192,7 +192,7 @@ class Experiment:
     def _request(self, arm: Arm, prompt: str, tokens: int) -> GenerationRequest:
         sampling = SAMPLED if arm.sampled else SamplingParams()
         chat = self.runs.config.generation.chat
-        return GenerationRequest(prompt, tokens, chat, ignore_eos=True, sampling=sampling, ledger=arm.observed)
+        return GenerationRequest(prompt, tokens, chat, ignore_eos=True, sampling=sampling)
 
     def _reason(self) -> str | None:
         """Why the experiment is over, or None."""

@@ -18,9 +18,10 @@ from splitlearn.chain import Feed
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.flags import settings
 from splitlearn.lab.design import Plan, Question
+from splitlearn.plan import SplitPlan
 from splitlearn.runs import Runs
 from splitlearn.selection import FlagSet
-from splitlearn.split import SplitPlan
+from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import Session, Stage, StageInput, StageOutput
 from splitlearn.store import ModelFiles
 from splitlearn.tokens import Tokens
@@ -131,11 +132,12 @@ def _feeds(fed: Fed) -> list[Feed]:
     split = [(bottom, fed.flags.client), (loading.trunk_specs(fed.plan)[0], fed.flags.trunk), (top, fed.flags.client)]
     feeds = []
     for spec, applied in full if fed.kind == "full" else split:
-        loading.prepare_process(applied, fed.threads)
-        stage: Stage = loading.load(fed.files, [spec], applied, fed.placement).stages[0]
+        own = settings(applied)
+        loading.prepare_process(own.process, fed.threads)
+        stage: Stage = loading.load(fed.files, [spec], own.load, fed.placement).stages[0]
         if spec.word == "trunk":
-            stage = _OverTheWire(stage, settings(applied).rows(fed.placement.dtype))
-        feeds.append(Feed(stage, stage.open(applied, len(fed.ids)), rope_length=fed.prompt_tokens))
+            stage = _OverTheWire(stage, own.session.rows(fed.placement.dtype))
+        feeds.append(Feed(stage, stage.open(own.session, len(fed.ids)), rope_length=fed.prompt_tokens))
     return feeds
 
 
@@ -146,9 +148,9 @@ class _OverTheWire:
     stage: Stage
     rows: Rows
 
-    def open(self, applied: frozenset[str], max_length: int) -> Session:
+    def open(self, settings: SessionSettings, max_length: int) -> Session:
         """A session of the stage's own."""
-        return self.stage.open(applied, max_length)
+        return self.stage.open(settings, max_length)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """The stage's own step."""

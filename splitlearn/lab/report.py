@@ -162,6 +162,5 @@ def _method(findings: Findings) -> str:
         "A ratio is time with the flag / time without, over the two runs of one block, so below 1 the flag makes it"
         f" faster. No measurable effect: the interval lies within {findings.setup.delta:.1%} of 1. Intervals are of the"
         " geometric mean ratio, from paired t on log ratios, and Holm-corrected over all flags asked, for each metric"
-        " by itself. A/A is the baseline against itself: the noise floor. Observer is the baseline with the ledger"
-        " against the baseline without it."
+        " by itself. A/A is the baseline against itself: the noise floor."
     )

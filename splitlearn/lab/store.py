@@ -25,6 +25,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 from splitlearn.errors import InputError, SetupError, SplitlearnError
 from splitlearn.lab.trial import Setup, Trial
 
+# Where an experiment is kept: this file, in a folder of its own in this one.
+FILE, FOLDER = "experiment.sqlite", "lab"
 VERSION = 1
 APPLICATION_ID = 0x53504C42  # "SPLB": tells an experiment from any other SQLite file
 FIELD = "experiment file"

@@ -17,14 +17,11 @@ from splitlearn.lab import analysis, frames, report
 from splitlearn.lab.analysis import METRIC_NAMES, SERVICE, Findings
 from splitlearn.lab.asking import Asked, setup
 from splitlearn.lab.experiment import Experiment, State, alone
-from splitlearn.lab.store import Store
+from splitlearn.lab.store import FILE, FOLDER, Store
 from splitlearn.lab.work import ServiceLevel
 from splitlearn.progress import bars_on, label_column, on_console
 from splitlearn.runs import Runs
 from splitlearn.terminal import PlainTable, console, say, visible
-
-FILE = "experiment.sqlite"
-FOLDER = "lab"
 
 
 def run(asked: Asked, config: Config, out: Path | None, *, as_json: bool) -> None:

@@ -55,9 +55,7 @@ class RealClient:
     def answer(self, job: Job) -> Generator[float, None, None]:
         """The first token's time is when it was heard of here, so that handing over to the other process counts; the
         later ones follow by the worker's clock."""
-        chosen = GenerationRequest(
-            self._prompts[job.prompt], job.new_tokens, chat=self._chat, ignore_eos=True, ledger=False
-        )
+        chosen = GenerationRequest(self._prompts[job.prompt], job.new_tokens, chat=self._chat, ignore_eos=True)
         self._child.send(chosen)
         offset: float | None = None
         while not isinstance(item := arm.raised(self._child.receive()), ArmEnd):

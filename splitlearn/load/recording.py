@@ -14,9 +14,11 @@ from splitlearn import arm, loading, process
 from splitlearn.arm import ArmSpec
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.events import GenerationRequest
+from splitlearn.flags import settings
 from splitlearn.load.plan import Asked
 from splitlearn.local_stage import LocalSession, LocalStage
 from splitlearn.progress import Progress, Step
+from splitlearn.stage_settings import SessionSettings
 from splitlearn.stages import StageInput, StageOutput
 from splitlearn.wire.rows import Plain
 
@@ -61,10 +63,7 @@ def record(spec: ArmSpec, requests: Sequence[GenerationRequest], progress: Progr
 
 def recordings_of(asked: Asked, spec: ArmSpec, chat: bool | str, progress: Progress) -> list[Recording]:
     """A recording of each prompt with the longest answer that is asked for."""
-    requests = [
-        GenerationRequest(prompt, asked.max_new_tokens, chat=chat, ignore_eos=True, ledger=False)
-        for prompt in asked.prompts
-    ]
+    requests = [GenerationRequest(prompt, asked.max_new_tokens, chat=chat, ignore_eos=True) for prompt in asked.prompts]
     return record(spec, requests, progress)
 
 
@@ -76,10 +75,10 @@ class _Recorder:
         self.states = torch.empty(0)
         self.prompt_tokens = 0
 
-    def open(self, applied: frozenset[str], max_length: int) -> LocalSession:
+    def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
         """Begin a recording with the session."""
         self.states, self.prompt_tokens = torch.empty(0), 0
-        return self._stage.open(applied, max_length)
+        return self._stage.open(settings, max_length)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """The stage's own step; the first one of a session is its prompt."""
@@ -93,9 +92,10 @@ class _Recorder:
 def _main(connection: Connection, spec: ArmSpec, requests: Sequence[GenerationRequest]) -> None:
     """The recording process: sends (prompt tokens, raw values) for each request, or an error."""
     try:
-        loading.prepare_process(spec.flags.client, spec.threads)
+        own = settings(spec.flags.client)
+        loading.prepare_process(own.process, spec.threads)
         placement = loading.Placement(spec.device, spec.dtype)
-        bottom, top = loading.load(spec.files, loading.client_specs(spec.plan), spec.flags.client, placement).stages
+        bottom, top = loading.load(spec.files, loading.client_specs(spec.plan), own.load, placement).stages
         recorder = _Recorder(bottom)
         generator = arm.generator(spec, (recorder, top), arm.open_trunk(spec), arm.read_tokens(spec))
         for request in requests:

@@ -10,6 +10,7 @@ import grpc
 
 from splitlearn.arm import ArmSpec
 from splitlearn.errors import TrunkFull
+from splitlearn.flags import settings
 from splitlearn.load.plan import Job
 from splitlearn.load.recording import Recording
 from splitlearn.stream import Stream
@@ -26,14 +27,15 @@ class Sender:
         self._spec, self._served = spec, spec.served()
         self._channel: grpc.Channel | None = None
         self._stream: Stream | None = None
-        self.recomputes = "use_cache" not in spec.flags.trunk
+        self._settings = settings(spec.flags.trunk).session
+        self.recomputes = self._settings.new_cache is None
         self.wait_s = spec.timeout_s + ANSWER_S
 
     def open(self, max_length: int) -> Stream:
         """A session, at once or when the trunk has room within the time that its client waits."""
         spec, address = self._spec, self._spec.addresses[0]
         channel, self._channel = self._channel or open_channel(address, spec.credentials), None
-        opening = self._served.opening(spec.flags.trunk, max_length, spec.timeout_s)
+        opening = self._served.opening(self._settings, max_length, spec.timeout_s)
         stream = self._stream = Stream(channel, address, self._served, opening)
         try:
             stream.open(self.wait_s)

@@ -15,12 +15,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from splitlearn.errors import FamilyRefused
 from splitlearn.families import structure_of
+from splitlearn.plan import SplitPlan
 from splitlearn.proof.judge import TOLERANCE, TOTAL, Text, check_whole, generated, other_token, plain_logits
 from splitlearn.proof.kinds import kinds
 from splitlearn.proof.steps import LONG, SCRIPTS, SHORT, Script, cut, cut_whole, rolls_back, run_steps
 from splitlearn.proof.tiny import CONTEXT, boundaries, tiny_config, tiny_model
 from splitlearn.proof.together import allowed
-from splitlearn.split import SplitPlan
 
 
 @dataclass(frozen=True)

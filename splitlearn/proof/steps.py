@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from splitlearn.families import rope_restart, structure_of
+from splitlearn.plan import SplitPlan
 from splitlearn.proof.judge import TOTAL
 from splitlearn.proof.tiny import CONTEXT, SCALE_FLOOR
-from splitlearn.split import CutModel, SplitPlan, body_of, carve, forward
+from splitlearn.split import CutModel, body_of, carve, forward
 
 SHORT, LONG = SCALE_FLOOR, CONTEXT + 2
 """Tokens of a prompt that is below every boundary, and of one that is past each."""

@@ -1,0 +1,37 @@
+"""Which layers of a model the trunk has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from splitlearn.errors import InputError
+
+DEFAULT_MARGIN = 2
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """The trunk has the layers `[start, end)` of `n_layers`; the client has the others, the embeddings and the head.
+
+    Raises InputError unless `0 <= start < end <= n_layers`.
+    """
+
+    start: int
+    end: int
+    n_layers: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.n_layers:
+            raise InputError("split.start", self.start, f"0 to {self.n_layers - 1} for {self.n_layers} layers")
+        if not self.start < self.end <= self.n_layers:
+            raise InputError("split.end", self.end, f"{self.start + 1} to {self.n_layers}, past split.start")
+
+    @classmethod
+    def of(cls, start: int | None, end: int | None, n_layers: int) -> SplitPlan:
+        """The plan for what a person gave; None leaves two layers at that end, fewer if the trunk would have none."""
+        margin = min(DEFAULT_MARGIN, max(0, n_layers - 1) // 2)
+        if start is None:
+            start = margin if end is None else max(0, min(margin, end - 1))
+        if end is None:
+            end = max(n_layers - margin, start + 1)
+        return cls(start, end, n_layers)
