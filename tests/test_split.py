@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from splitlearn.errors import InputError
-from splitlearn.proof.compare import cut, cut_whole, run_steps, token_ids
+from splitlearn.proof.judge import TOTAL, prompt_ids
+from splitlearn.proof.steps import SCRIPTS, cut, cut_whole, run_steps
 from splitlearn.proof.tiny import tiny_config, tiny_model
 from splitlearn.split import CutModel, SplitPlan, carve, forward
 
@@ -19,7 +20,7 @@ PLAN = SplitPlan(2, 4, 6)
 
 
 def small(family: str, **changes: Any) -> Any:
-    config = tiny_config(AutoConfig.for_model(family), grouped=True)
+    config = tiny_config(AutoConfig.for_model(family), grouped=True, context=TOTAL + 2)
     for name, value in changes.items():
         setattr(config, name, value)
     return config
@@ -93,8 +94,9 @@ def test_stages_loaded_from_the_whole_models_file_give_its_logits(family: str, t
     stages = [
         load(config, file, start, end, first=start == 0, last=end == 6) for start, end in ((0, 2), (2, 4), (4, 6))
     ]
-    for cached in (True, False):
-        assert torch.equal(run_steps(stages, cached), run_steps(cut_whole(model), cached))
+    for script in SCRIPTS:
+        ids = prompt_ids(TOTAL)
+        assert torch.equal(run_steps(stages, ids, script), run_steps(cut_whole(model), ids, script))
 
 
 def load(config: Any, file: Path, start: int, end: int, first: bool, last: bool) -> CutModel:
@@ -121,8 +123,8 @@ def test_a_client_with_no_layers_below_has_the_embeddings_and_one_with_none_abov
 def test_only_the_logits_asked_for_are_given() -> None:
     (stage,) = cut_whole(tiny_model(small("llama")))
     with torch.no_grad():
-        every = forward(stage, token_ids(), 0, DynamicCache())
-        last = forward(stage, token_ids(), 0, DynamicCache(), logits_to_keep=1)
+        every = forward(stage, prompt_ids(TOTAL), 0, DynamicCache())
+        last = forward(stage, prompt_ids(TOTAL), 0, DynamicCache(), logits_to_keep=1)
     assert last.shape == (1, 1, every.shape[-1])
     torch.testing.assert_close(last, every[:, -1:])
 
@@ -130,7 +132,7 @@ def test_only_the_logits_asked_for_are_given() -> None:
 def test_a_rolled_back_cache_gives_the_same_logits_again() -> None:
     stages = cut(tiny_model(small("gemma2")), PLAN)
     caches = [DynamicCache() for _ in stages]
-    prompt, more = token_ids()[:, :9], token_ids()[:, 9:12]
+    prompt, more = prompt_ids(TOTAL)[:, :9], prompt_ids(TOTAL)[:, 9:12]
 
     def step(x: torch.Tensor, position: int) -> torch.Tensor:
         for stage, cache in zip(stages, caches, strict=True):
