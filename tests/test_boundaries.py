@@ -31,8 +31,8 @@ PLAN = SplitPlan(2, 4, 6)
 WINDOW, TOTAL, SHORT, LONG = 8, 30, 5, 20
 PENALTY = 1.5
 PROMPT = "Past the window, the chunk and the original context."
-SPREAD = {"initializer_range": 0.4, "vocab_size": 400}
-FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+SPREAD: dict[str, Any] = {"initializer_range": 0.4, "vocab_size": 400}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_positions": 256}),
     "gemma2": ("gemma2", {"sliding_window": WINDOW, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", {"sliding_window": WINDOW}),
@@ -45,7 +45,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", {"max_position_embeddings": 16}),
     "llama4": (
         "llama4_text",
-        {"attention_chunk_size": WINDOW, "floor_scale": 4, "intermediate_size_mlp": 96, "num_local_experts": 2},
+        {"attention_chunk_size": WINDOW, "floor_scale": LONG // 2, "intermediate_size_mlp": 96, "num_local_experts": 2},
     ),
     "ministral3": (
         "ministral3",
@@ -54,7 +54,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
                 "rope_type": "yarn",
                 "rope_theta": 10000.0,
                 "factor": 4.0,
-                "original_max_position_embeddings": 4,
+                "original_max_position_embeddings": LONG // 2,
                 "llama_4_scaling_beta": 0.5,
             }
         },
