@@ -20,18 +20,18 @@ test: .venv/installed-test weights chromium ## install what the tests need, and 
 	$(BIN)/python -m pytest
 
 test-compose: .venv/installed-test chromium iptables ## build the images and bring the compose file up for real (minutes)
-	$(BIN)/python -m pytest tests/test_compose.py -m compose
+	$(BIN)/python -m pytest tests/e2e/test_compose.py -m compose
 
 check: .venv/installed-test ## lint, types, import direction, container files, generated files
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_imports.py tests/test_setup.py tests/test_compose.py
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_setup.py tests/e2e/test_compose.py
 
 proto: .venv/installed-test ## generate the wire protocol's Python code from trunk.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. $(PROTO)
 
-docs: .venv/installed ## generate docs/flags.md (docs/families.md: python -m splitlearn.proof, minutes)
+docs: .venv/installed ## generate docs/flags.md (docs/families.md: python -m splitlearn.stages.equivalence, minutes)
 	$(BIN)/python -m splitlearn flags --markdown >docs/flags.md
 
 bench: .venv/installed-bench weights ## the side-by-side measurements of bench/

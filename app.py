@@ -5,7 +5,7 @@ import sys
 
 def main() -> int:
     """Run the page until told to stop. Returns the exit status."""
-    from ui.launch import main as launch  # here, since every worker process imports this file again
+    from ui.app import main as launch  # here, since every worker process imports this file again
 
     return launch(sys.argv[1:])
 

@@ -6,8 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 from splitlearn import config
-from splitlearn.progress import on_console
-from splitlearn.runs import Runs
+from splitlearn.arms.runs import Runs
+from splitlearn.runtime.progress import on_console
 
 BENCHES = (
     "overhead",

@@ -18,11 +18,11 @@ from bench.pairs import blocks
 from bench.report import write
 from bench.stepping import Trunk, mixed, side_by_side
 from bench.unbatched import Unbatched
-from splitlearn.compare import environment
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
 from splitlearn.config import Config, ServerConfig
 from splitlearn.lab.stats import effect
-from splitlearn.progress import silent
-from splitlearn.runs import Runs
+from splitlearn.runtime.progress import silent
 
 STARTS = 12
 RUNS = 4

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from splitlearn.arm import Kind
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.runs import ArmReport, Runs
 from splitlearn.events import GenerationRequest
+from splitlearn.flags.selection import FlagSet
+from splitlearn.generation.tokenizer import Tokens
 from splitlearn.metrics import RunMetrics
-from splitlearn.runs import ArmReport, Runs
-from splitlearn.selection import FlagSet
-from splitlearn.tokens import Tokens
 
 FAST = "low_cpu_mem_usage,inference_mode,use_cache,cache,weight_prepack,output_attentions,output_hidden_states"
 

@@ -13,14 +13,15 @@ from typing import Protocol
 import torch
 from transformers.cache_utils import DynamicCache
 
-from splitlearn import loading, process
-from splitlearn.arm import ArmSpec
-from splitlearn.flags import settings
-from splitlearn.local_stage import LocalStage
-from splitlearn.split import forward
-from splitlearn.stage_settings import SessionSettings
-from splitlearn.stages import StageInput
-from splitlearn.wire.rows import Plain
+from splitlearn.arms.arm import ArmSpec
+from splitlearn.flags.registry import settings
+from splitlearn.models.cut import forward
+from splitlearn.runtime import process
+from splitlearn.stages import loading
+from splitlearn.stages.base import StageInput
+from splitlearn.stages.local import LocalStage
+from splitlearn.stages.settings import SessionSettings
+from splitlearn.wire.hidden_states import Plain
 
 WARM_UP = 2
 """Steps before those that are timed."""

@@ -18,19 +18,19 @@ from bench.pairs import warm_blocks
 from bench.report import table, write
 from bench.stepping import Admission, Trunk, admission, mixed, side_by_side
 from bench.unbatched import Unbatched
-from splitlearn.compare import environment
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
+from splitlearn.cli.loadtest import measure
 from splitlearn.config import Config, ServerConfig
 from splitlearn.events import GenerationRequest
-from splitlearn.lab.asking import read_prompts
+from splitlearn.generation.tokenizer import Tokens
+from splitlearn.lab.request import read_prompts
 from splitlearn.lab.stats import MIN_PAIRS, effect
-from splitlearn.load.clients import client_threads
-from splitlearn.load.plan import PROMPTS, Asked
-from splitlearn.load.recording import record
-from splitlearn.load.terminal import measure
-from splitlearn.progress import silent
-from splitlearn.runs import Runs
-from splitlearn.tokens import Tokens
-from splitlearn.wire.rows import Plain
+from splitlearn.loadtest.clients import client_threads
+from splitlearn.loadtest.plan import PROMPTS, Asked
+from splitlearn.loadtest.recording import record
+from splitlearn.runtime.progress import silent
+from splitlearn.wire.hidden_states import Plain
 
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
 FLAGS = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hidden_states"

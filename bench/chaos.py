@@ -20,18 +20,18 @@ import psutil
 import torch
 
 from bench.report import write
-from splitlearn import arm
-from splitlearn.arm import ArmEnd
-from splitlearn.compare import environment
+from splitlearn.arms import arm
+from splitlearn.arms.arm import ArmEnd
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
 from splitlearn.errors import SplitlearnError, TrunkUnavailable
 from splitlearn.events import Event, GenerationRequest, Recovery, TokenEvent
-from splitlearn.lab.fidelity import Fed, logits_apart
-from splitlearn.lab.fingerprint import trunk_pid
+from splitlearn.flags.selection import FlagSet
+from splitlearn.generation.tokenizer import Tokens
+from splitlearn.lab.environment import trunk_pid
+from splitlearn.lab.logit_fidelity import Fed, logits_apart
 from splitlearn.metrics import RunMetrics, first_divergence
-from splitlearn.process import Child
-from splitlearn.runs import Runs
-from splitlearn.selection import FlagSet
-from splitlearn.tokens import Tokens
+from splitlearn.runtime.process import Child
 
 PROMPTS = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()
 KILLS = 100
@@ -83,7 +83,7 @@ def main(runs: Runs) -> None:
         f"{CLIENTS} clients generate while their trunk is killed with SIGKILL at a random token. Most of a loss is the "
         "time that the trunk takes to start. A token may differ where the gap of the two best logits is at most twice "
         "the largest difference that one step in the place of single ones makes. Connections that are cut, trunks that "
-        "hang, are slow, or come back with another model: tests/test_faults.py."
+        "hang, are slow, or come back with another model: tests/client/test_faults.py."
     )
     write("chaos", "The trunk killed while clients generate", text, rows, environment(runs))
 

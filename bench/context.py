@@ -12,13 +12,13 @@ from statistics import median
 from bench.answer import FAST, answer, text_of
 from bench.pairs import warm_blocks
 from bench.report import write
-from splitlearn.arm import Kind
-from splitlearn.compare import environment
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Restarted, Runs
+from splitlearn.arms.worker import WARM_UP_TOKENS
 from splitlearn.events import GenerationRequest
+from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.stats import effect
-from splitlearn.runs import Restarted, Runs
-from splitlearn.tokens import Tokens
-from splitlearn.worker import WARM_UP_TOKENS
 
 PAIRS = 12
 SHORT, LONG = 100, 4000

@@ -13,13 +13,13 @@ from bench.link import Shape, link
 from bench.lookup import OPEN
 from bench.pairs import blocks
 from bench.report import write
-from splitlearn.compare import environment
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
 from splitlearn.config import TrunkConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
 from splitlearn.metrics import RunMetrics
-from splitlearn.progress import silent
-from splitlearn.runs import Runs
+from splitlearn.runtime.progress import silent
 
 SHAPE, TOKENS = Shape(0.050), 64
 ALONE, DRAFTED = FAST, f"{FAST},draft_model"

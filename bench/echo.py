@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import torch
 
-from splitlearn import process
+from splitlearn.runtime import process
 
 METHOD = "/echo/Echo"
 SLEEPS, READS = "sleeps", "reads memory"

@@ -12,17 +12,17 @@ import torch
 
 from bench.answer import answer
 from bench.report import write
-from splitlearn.arm import Kind
-from splitlearn.compare import KINDS, environment
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.compare import KINDS, environment
+from splitlearn.arms.runs import Runs
 from splitlearn.events import GenerationRequest
-from splitlearn.flags import FLAGS
+from splitlearn.flags.registry import FLAGS
+from splitlearn.flags.selection import FlagSet
+from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.design import SAMPLED
-from splitlearn.lab.fidelity import Difference, Fed, difference, logits_apart
+from splitlearn.lab.logit_fidelity import Difference, Fed, difference, logits_apart
 from splitlearn.metrics import first_divergence
-from splitlearn.runs import Runs
 from splitlearn.sampling import SamplingParams
-from splitlearn.selection import FlagSet
-from splitlearn.tokens import Tokens
 
 PROMPTS = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()
 TOKENS = 64
@@ -46,7 +46,7 @@ def main(runs: Runs) -> None:
         + "\n\n"
         f"Logits over {SEQUENCES} fixed sequences, a prompt and {STEPS} single tokens each: the largest difference, "
         "and the first step at which another token is best (none: no step). torch_compile takes minutes to compile "
-        "and is left out here; tests/test_fidelity.py has it on a small model."
+        "and is left out here; tests/flags/test_fidelity.py has it on a small model."
     )
     write("fidelity", "What each flag changes, and what it does not", text, _rows(runs), environment(runs))
 

@@ -7,10 +7,10 @@ from typing import Any
 from bench.answer import FAST, answer
 from bench.lookup import OPEN, QUOTING
 from bench.report import write
-from splitlearn.compare import environment
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
 from splitlearn.events import GenerationRequest
 from splitlearn.metrics import RunMetrics, first_divergence
-from splitlearn.runs import Runs
 
 TOKENS = 32
 PROMPTS = (*OPEN, *QUOTING, *(Path(__file__).parent / "more_prompts.txt").read_text(encoding="utf-8").splitlines())

@@ -21,16 +21,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bench.floods import FLOODS, flood
 from bench.report import write
-from server import bearer
-from splitlearn import config, process
-from splitlearn.compare import environment
+from server.auth import tokens
+from splitlearn import config
+from splitlearn.arms.compare import environment
+from splitlearn.arms.embedded_server import EmbeddedTrunk
+from splitlearn.arms.runs import Runs
 from splitlearn.config import Config
-from splitlearn.embedded import EmbeddedTrunk
 from splitlearn.errors import SplitlearnError
 from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.metrics import RunMetrics
-from splitlearn.progress import silent
-from splitlearn.runs import Runs
+from splitlearn.runtime import process
+from splitlearn.runtime.progress import silent
 
 TOKENS, ROUNDS = 128, 2
 VARIABLE = "SPLITLEARN_FLOODED_TOKEN"
@@ -67,7 +68,7 @@ def main(runs: Runs) -> None:
 
 def _settings(base: Config, folder: Path) -> Config:
     """A trunk that knows one token, which is in the environment."""
-    secret, text = bearer.make("client")
+    secret, text = tokens.make("client")
     os.environ[VARIABLE] = secret
     entries = [{**entry, "tokens_per_second": 1e6} for entry in yaml.safe_load(text)]
     (folder / "tokens.yaml").write_text(yaml.safe_dump(entries), encoding="utf-8")

@@ -26,16 +26,16 @@ from hypothesis import strategies as st
 from bench.floods import PREFACE, SETTINGS, frame
 from bench.hostile import Attacker, End, Script, Target, improper, oversized, scripts, silent, target
 from bench.report import write
-from server import bearer
+from server.auth import tokens
 from splitlearn import config
-from splitlearn.compare import environment
+from splitlearn.arms.compare import environment
+from splitlearn.arms.embedded_server import EmbeddedTrunk
+from splitlearn.arms.runs import Runs
+from splitlearn.client.remote_stage import describe
 from splitlearn.config import Config
-from splitlearn.embedded import EmbeddedTrunk
 from splitlearn.errors import SplitlearnError
 from splitlearn.events import GenerationRequest, TokenEvent
-from splitlearn.progress import silent as without_progress
-from splitlearn.remote import describe
-from splitlearn.runs import Runs
+from splitlearn.runtime.progress import silent as without_progress
 from splitlearn.wire.channel import NONE, Credentials
 
 MESSAGES = 100_000
@@ -118,7 +118,7 @@ def main(runs: Runs) -> None:
 
 def _settings(base: Config, folder: Path) -> tuple[Config, str]:
     """A trunk of two layers that knows two tokens: the other client's, in the environment, and the returned one."""
-    hostile, other = bearer.make("hostile"), bearer.make("other")
+    hostile, other = tokens.make("hostile"), tokens.make("other")
     os.environ[VARIABLE] = other[0]
     limits = {"sessions": HOSTILE_SESSIONS, "tokens_per_second": 1e6}
     entries = [{**entry, **limits} for _, text in (hostile, other) for entry in yaml.safe_load(text)]

@@ -21,15 +21,16 @@ from bench.ratios import both, difference_s, ratio
 from bench.ratios import tokens as same
 from bench.reference import Generated, Reference
 from bench.report import write
-from splitlearn import convert, store
-from splitlearn.arm import Kind
-from splitlearn.compare import environment
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
+from splitlearn.checkpoints import convert
+from splitlearn.checkpoints import folder as model_folder
 from splitlearn.config import Config
 from splitlearn.events import GenerationRequest
-from splitlearn.parts import parts
-from splitlearn.progress import silent
-from splitlearn.runs import Runs
-from splitlearn.tokens import Tokens
+from splitlearn.generation.tokenizer import Tokens
+from splitlearn.models.sizes import parts
+from splitlearn.runtime.progress import silent
 
 PAIRS = 12
 TOKENS = 64
@@ -127,7 +128,7 @@ def larger(tokenizer: Path, work: Path) -> Iterator[Path]:
     model.cpu().save_pretrained(checkpoint)
     read.save_pretrained(checkpoint)
     folder.mkdir()
-    store.seal(folder, "random weights", convert.convert_apart(checkpoint, folder, None, silent), silent)
+    model_folder.seal(folder, "random weights", convert.convert_apart(checkpoint, folder, None, silent), silent)
     shutil.rmtree(checkpoint)
     yield folder
 

@@ -13,14 +13,14 @@ from bench.overhead import SETS, round_trips
 from bench.pairs import blocks
 from bench.reference import Generated, Reference
 from bench.report import write
-from splitlearn.arm import Kind
-from splitlearn.compare import environment
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
 from splitlearn.config import Config, RunsConfig, TrunkConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
 from splitlearn.metrics import RunMetrics
-from splitlearn.progress import silent
-from splitlearn.runs import Runs
+from splitlearn.runtime.progress import silent
 
 MEASURED = ("none", "weight_prepack=blocks", "weight_dtype")
 PAIRS, TOKENS, THREADS = 12, 64, (1, 2)

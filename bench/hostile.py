@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from splitlearn.wire import PROTOCOL, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import Credentials, open_channel
-from splitlearn.wire.rows import Plain
+from splitlearn.wire.hidden_states import Plain
 
 ANSWER_TIMEOUT_S = 60.0
 NUMBERS = st.sampled_from([0, 1, 2, 3, 7, 63, 64, 65, 511, 512, 8192, 2**16, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])

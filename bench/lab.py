@@ -13,15 +13,15 @@ from pathlib import Path
 
 from bench import planted
 from bench.report import write
-from splitlearn import process
-from splitlearn.arm import Kind
-from splitlearn.compare import KINDS, environment
-from splitlearn.lab import analysis
-from splitlearn.lab.asking import Asked, setup
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.compare import KINDS, environment
+from splitlearn.arms.runs import Runs
+from splitlearn.lab.analysis import findings as analysis_findings
 from splitlearn.lab.design import AA, plan
 from splitlearn.lab.experiment import Experiment, alone
+from splitlearn.lab.request import Asked, setup
 from splitlearn.lab.store import Store
-from splitlearn.runs import Runs
+from splitlearn.runtime import process
 
 EXPERIMENTS, PAIRS = 10, 40
 PLANTED_PAIRS = 150
@@ -49,7 +49,9 @@ def main(runs: Runs) -> None:
     write("lab", "What the lab says of flags whose effect is known", text, verdicts, environment(runs))
 
 
-def _experiment(runs: Runs, folder: Path, seed: int, kind: Kind, about: Sequence[str], pairs: int) -> analysis.Findings:
+def _experiment(
+    runs: Runs, folder: Path, seed: int, kind: Kind, about: Sequence[str], pairs: int
+) -> analysis_findings.Findings:
     sides = {"full": "none", "client": "none", "trunk": "none"}
     applied = f"{APPLIED},{','.join(about)}"
     sides |= {"full": applied} if kind == "full" else {"client": applied, "trunk": APPLIED}
@@ -63,10 +65,10 @@ def _experiment(runs: Runs, folder: Path, seed: int, kind: Kind, about: Sequence
     with Store.create(folder / f"{seed}.sqlite", replace(made, plan=asked)) as store:
         for state in Experiment(runs, store).go():
             print(f"experiment {seed + 1}, {kind}: {state.phase}", flush=True)
-        return analysis.of(store)
+        return analysis_findings.of(store)
 
 
-def _row(found: list[analysis.Findings], flag: str, kind: Kind) -> dict[str, str]:
+def _row(found: list[analysis_findings.Findings], flag: str, kind: Kind) -> dict[str, str]:
     rows = [row for findings in found for row in findings.rows if row.metric == "tpot_s" and row.question.kind == kind]
     own = [row for row in rows if row.question.flag == flag]
     noise = [row.effect for row in rows if row.question.flag == AA and row.effect]

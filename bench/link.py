@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from splitlearn import process
+from splitlearn.runtime import process
 
 CHUNK = 16384
 

@@ -12,13 +12,13 @@ from bench.answer import FAST, answer
 from bench.link import Shape, link
 from bench.pairs import blocks
 from bench.report import write
-from splitlearn.compare import environment
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
 from splitlearn.config import TrunkConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
 from splitlearn.metrics import RunMetrics
-from splitlearn.progress import silent
-from splitlearn.runs import Runs
+from splitlearn.runtime.progress import silent
 
 BLOCKS = 12
 TOKENS = 32

@@ -20,16 +20,17 @@ from bench.ratios import both, ratio
 from bench.ratios import tokens as same
 from bench.reference import Generated, Reference
 from bench.report import write
-from splitlearn import fetch, native
-from splitlearn.arm import Kind
-from splitlearn.compare import environment
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
+from splitlearn.checkpoints import download
+from splitlearn.checkpoints.catalogue import CATALOGUE
 from splitlearn.config import Config, RunsConfig
 from splitlearn.events import GenerationRequest
-from splitlearn.models import CATALOGUE
-from splitlearn.process import default_threads
-from splitlearn.progress import silent
-from splitlearn.runs import Runs
-from splitlearn.tokens import Tokens
+from splitlearn.generation.tokenizer import Tokens
+from splitlearn.runtime import environment as process_environment
+from splitlearn.runtime.process import default_threads
+from splitlearn.runtime.progress import silent
 
 PAIRS = 12
 THREADS = (1, 2)
@@ -47,7 +48,7 @@ def main(runs: Runs) -> None:
     tokens = Tokens.load(runs.spec("full", runs.flags(FLAGS)).files.folder, use_fast=True)
     short, long = (text_of(tokens, length) for length in (SHORT, LONG))
     with tempfile.TemporaryDirectory() as work:
-        gguf = fetch.fetch(CATALOGUE[0].source, Path(work), silent).gguf
+        gguf = download.fetch(CATALOGUE[0].source, Path(work), silent).gguf
         rows = [
             row for threads in THREADS for row in _rows(runs.config, threads, tokens, (short, long), f"{work}/{gguf}")
         ]
@@ -116,7 +117,7 @@ class _Llama:
 
     def __init__(self, gguf: str, threads: int, *remote_layers: int) -> None:
         command = [sys.executable, "-m", "bench.llama_worker", gguf, *map(str, (threads, *remote_layers))]
-        environment = {name: value for name, value in os.environ.items() if name not in native.DEFAULTS}
+        environment = {name: value for name, value in os.environ.items() if name not in process_environment.DEFAULTS}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -8,15 +8,17 @@ from typing import Any
 import psutil
 
 from bench.report import write
-from splitlearn import arm, native, process
-from splitlearn.arm import ArmEnd, ArmSpec
-from splitlearn.compare import KINDS, environment
+from splitlearn.arms import arm
+from splitlearn.arms.arm import ArmEnd, ArmSpec
+from splitlearn.arms.compare import KINDS, environment
+from splitlearn.arms.runs import Runs
+from splitlearn.client.remote_stage import TrunkFacts
 from splitlearn.config import Config
 from splitlearn.events import GenerationRequest
-from splitlearn.parts import parts
-from splitlearn.progress import silent
-from splitlearn.remote import TrunkFacts
-from splitlearn.runs import Runs
+from splitlearn.models.sizes import parts
+from splitlearn.runtime import environment as process_environment
+from splitlearn.runtime import process as runtime_process
+from splitlearn.runtime.progress import silent
 from splitlearn.wire.codec import DTYPES
 
 SESSIONS = 50
@@ -65,7 +67,7 @@ def _added(spec: ArmSpec) -> tuple[int, TrunkFacts | None]:
     The worker does its own imports: one that is forked, as those of the app are, has at first fewer pages of the
     libraries in memory than a process that has just read them, and so would seem to add 15 MB more.
     """
-    native.tell()
+    process_environment.tell()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_work, args=(theirs, spec), daemon=True)
@@ -81,7 +83,7 @@ def _added(spec: ArmSpec) -> tuple[int, TrunkFacts | None]:
 
 
 def _work(connection: Connection, spec: ArmSpec) -> None:
-    for name in process.PRELOAD:
+    for name in runtime_process.PRELOAD:
         import_module(name)
     arm.work(connection, spec)
 

@@ -14,13 +14,13 @@ from bench.pairs import warm_blocks
 from bench.ratios import both, difference_s, ratio
 from bench.reference import Generated, Reference
 from bench.report import write
-from splitlearn.arm import Kind
-from splitlearn.compare import environment
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
 from splitlearn.config import Config, RunsConfig
 from splitlearn.events import GenerationRequest
-from splitlearn.progress import silent
-from splitlearn.runs import Runs
-from splitlearn.selection import FlagSet
+from splitlearn.flags.selection import FlagSet
+from splitlearn.runtime.progress import silent
 
 PAIRS = 12
 THREADS = (1, 2)

@@ -12,17 +12,17 @@ from statistics import fmean
 
 from bench.capacity import with_room
 from bench.report import table, write
-from splitlearn.arm import ArmSpec
-from splitlearn.compare import environment
+from splitlearn.arms.arm import ArmSpec
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
 from splitlearn.config import ServerConfig
 from splitlearn.lab.stats import percentile
-from splitlearn.load.clients import replay_clients
-from splitlearn.load.drive import Measured, drive
-from splitlearn.load.plan import SHORTEST, Asked, Levels
-from splitlearn.load.recording import Recording, recordings_of
-from splitlearn.load.summary import Spread, Summary
-from splitlearn.progress import silent
-from splitlearn.runs import Runs
+from splitlearn.loadtest.clients import replay_clients
+from splitlearn.loadtest.driver import Measured, drive
+from splitlearn.loadtest.plan import SHORTEST, Asked, Levels
+from splitlearn.loadtest.recording import Recording, recordings_of
+from splitlearn.loadtest.summary import Spread, Summary
+from splitlearn.runtime.progress import silent
 
 FACTOR = 10.0
 OFFERED_S = 60.0

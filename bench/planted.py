@@ -1,6 +1,7 @@
 """Flags whose effect is known, for testing the method: one that does nothing, and two that wait.
 
-Importing this module adds them to the registry of its process; `splitlearn.process.PRELOAD` brings it to the workers.
+Importing this module adds them to the registry of its process; `splitlearn.runtime.process.PRELOAD` brings it to the
+workers.
 """
 
 import time
@@ -10,8 +11,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from splitlearn.flags import FLAGS, Apply, Flag, Settings
-from splitlearn.split import CutModel
+from splitlearn.flags.registry import FLAGS, Apply, Flag, Settings
+from splitlearn.models.cut import CutModel
 
 PLANTED = {"does_nothing": 0.0, "waits_3_percent": 0.03, "waits_0.2_percent": 0.002}
 """Name of the flag: by which share of a step's own time it makes the step longer."""

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from splitlearn import loading, process
-from splitlearn.arm import ArmSpec
-from splitlearn.tokens import Tokens
+from splitlearn.arms.arm import ArmSpec
+from splitlearn.generation.tokenizer import Tokens
+from splitlearn.runtime import process
+from splitlearn.stages import loading
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.plot import draw
-from splitlearn.terminal import say
+from splitlearn.runtime.terminal import say
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 

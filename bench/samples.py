@@ -10,14 +10,14 @@ from bench.link import Shape, link
 from bench.lookup import OPEN
 from bench.pairs import blocks
 from bench.report import write
-from splitlearn.arm import Kind
-from splitlearn.compare import environment
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import ArmReport, Runs
 from splitlearn.config import TrunkConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
 from splitlearn.metrics import tps_of_all
-from splitlearn.progress import silent
-from splitlearn.runs import ArmReport, Runs
+from splitlearn.runtime.progress import silent
 from splitlearn.sampling import SamplingParams
 
 COUNTS, PAIRS, TOKENS = (1, 2, 4, 8), 12, 32

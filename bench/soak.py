@@ -15,18 +15,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.capacity import with_room
 from bench.report import write
-from splitlearn.arm import ArmSpec
-from splitlearn.compare import environment
+from splitlearn.arms.arm import ArmSpec
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
+from splitlearn.client.probe import Watch
 from splitlearn.config import ServerConfig
 from splitlearn.errors import TrunkError
-from splitlearn.lab.asking import read_prompts
-from splitlearn.lab.fingerprint import trunk_pid
-from splitlearn.load.plan import PROMPTS, Asked
-from splitlearn.load.recording import Recording, recordings_of
-from splitlearn.load.replay import Sender
-from splitlearn.progress import silent
-from splitlearn.runs import Runs
-from splitlearn.watch import Watch
+from splitlearn.lab.environment import trunk_pid
+from splitlearn.lab.request import read_prompts
+from splitlearn.loadtest.plan import PROMPTS, Asked
+from splitlearn.loadtest.recording import Recording, recordings_of
+from splitlearn.loadtest.replay import Sender
+from splitlearn.runtime.progress import silent
 
 SESSIONS = 2000
 WARM_UP = 100

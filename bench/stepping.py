@@ -13,8 +13,8 @@ from statistics import fmean, median
 import torch
 
 from bench.batched import WARM_UP, Run
-from splitlearn.arm import ArmSpec
-from splitlearn.load.replay import Sender
+from splitlearn.arms.arm import ArmSpec
+from splitlearn.loadtest.replay import Sender
 
 POLL_S = 0.05
 

@@ -10,16 +10,16 @@ from multiprocessing.connection import Connection
 import torch
 
 from server.__main__ import listen
+from server.auth.tls import Door
 from server.build import build
-from server.door import Door
-from server.engine import Engine, EngineStep
-from server.others import Others
-from server.seat import Seat
+from server.scheduling.engine import Engine, EngineStep
+from server.scheduling.sessions import Seat
 from server.service import TrunkService
-from splitlearn import process
+from server.variants import Others
 from splitlearn.config import Config
-from splitlearn.progress import silent
-from splitlearn.stages import StageInput
+from splitlearn.runtime import process
+from splitlearn.runtime.progress import silent
+from splitlearn.stages.base import StageInput
 
 
 class Direct(Engine):

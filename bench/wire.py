@@ -13,14 +13,14 @@ import torch
 
 from bench.echo import READS, SLEEPS, Echo
 from bench.report import write
-from splitlearn import loading
-from splitlearn.chain import Feed
-from splitlearn.compare import environment
-from splitlearn.flags import settings
+from splitlearn.arms.compare import environment
+from splitlearn.arms.runs import Runs
+from splitlearn.client.remote_stage import RemoteStage
+from splitlearn.flags.registry import settings
+from splitlearn.generation.chain import Feed
+from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.stats import effect
-from splitlearn.remote import RemoteStage
-from splitlearn.runs import Runs
-from splitlearn.tokens import Tokens
+from splitlearn.stages import loading
 
 ROUNDS = 12
 STEPS = 64

@@ -3,7 +3,7 @@
 `build.py` puts them together; `others.py` hands on what asks for other load and process flags.
 """
 
-from splitlearn import home, native
+from splitlearn.runtime import environment, home
 
 home.settle()  # before libraries are imported, which ask for a home folder
-native.tell()
+environment.tell()

@@ -15,17 +15,20 @@ from queue import Empty, SimpleQueue
 import grpc
 from grpc_health.v1 import health, health_pb2
 
-from server import bearer, endpoint, logs, sight
-from server.admission import Admission
+from server import endpoint
+from server.auth import tokens
+from server.auth.tls import Door
 from server.build import build
-from server.door import Door
-from server.others import Others
+from server.monitoring import gauges, logs
+from server.scheduling.admission import Admission
 from server.service import TrunkService
-from splitlearn import address, config, ports, proxies
+from server.variants import Others
+from splitlearn import address, config
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, SplitlearnError
-from splitlearn.progress import on_console
-from splitlearn.terminal import say
+from splitlearn.runtime import ports, proxies
+from splitlearn.runtime.progress import on_console
+from splitlearn.runtime.terminal import say
 from splitlearn.wire import READY, SERVICE
 
 DRAIN_LOOK_S, TOLD_LOOK_S = 0.05, 0.5
@@ -63,14 +66,14 @@ def main(arguments: list[str] | None = None) -> int:
             served = build(settings, progress)
         others = Others(settings, served)
         service = TrunkService(served, others, settings.server, door.access)
-        metrics = sight.listen(served.metrics, settings.server)
+        metrics = gauges.listen(served.metrics, settings.server)
         running = listen(service, settings.server, door)
     except (SplitlearnError, OSError) as error:  # of the system: no space, no permission
         say(f"error: {error}", stderr=True)
         return 2
     if options.embedded:
         threading.Thread(target=_wait_for_parent, args=(told,), daemon=True).start()
-    logs.tell(log, "serving", metrics=metrics, **sight.what(served))
+    logs.tell(log, "serving", metrics=metrics, **gauges.what(served))
     if _told(told) == STOP:
         _drain(running, served.admission, others, settings.server.drain_s, told)
     logs.tell(log, "stopping", sessions=served.admission.sessions)
@@ -136,7 +139,7 @@ def _settings(options: argparse.Namespace, given: str) -> Config:
 
 
 def _make_token(name: str) -> int:
-    secret, entry = bearer.make(name)
+    secret, entry = tokens.make(name)
     say(
         f"The token of {name}, shown this once; its client finds it in the variable that trunk.token names:\n{secret}",
         stderr=True,

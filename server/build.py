@@ -6,24 +6,26 @@ from dataclasses import dataclass
 
 import torch
 
-from server.admission import Admission
-from server.engine import Engine
-from server.metrics import Metrics
-from server.trial import Trial
-from splitlearn import cgroups, loading, models
+from server.monitoring.metrics import Metrics
+from server.scheduling.admission import Admission
+from server.scheduling.calibration import Trial
+from server.scheduling.engine import Engine
+from splitlearn.checkpoints import catalogue
+from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import InputError
-from splitlearn.flags import SIDES, Place, of_scope
-from splitlearn.flags import settings as settings_of
-from splitlearn.graphs import LEAST_WINDOW
-from splitlearn.kv import KVPool, bytes_per_token
-from splitlearn.loading import Placement
-from splitlearn.local_stage import LocalStage
-from splitlearn.plan import SplitPlan
-from splitlearn.process import default_threads, keep_heap_small
-from splitlearn.progress import Progress, Step
-from splitlearn.selection import availability, parse
-from splitlearn.store import ModelFiles
+from splitlearn.flags.registry import SIDES, Place, of_scope
+from splitlearn.flags.registry import settings as settings_of
+from splitlearn.flags.selection import availability, parse
+from splitlearn.kvcache.pool import KVPool, bytes_per_token
+from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime import cgroups
+from splitlearn.runtime.process import default_threads, keep_heap_small
+from splitlearn.runtime.progress import Progress, Step
+from splitlearn.stages import loading
+from splitlearn.stages.cuda_graph import LEAST_WINDOW
+from splitlearn.stages.loading import Placement
+from splitlearn.stages.local import LocalStage
 from splitlearn.wire.codec import DTYPES
 
 # Without a budget given: this share of the memory that is free once the weights are loaded.
@@ -59,9 +61,9 @@ def build(settings: Config, progress: Progress) -> Served:
 
 
 def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> Served:
-    files = models.prepare(settings.model, progress)
+    files = catalogue.prepare(settings.model, progress)
     plan = SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
-    placement = Placement(models.resolve_device(settings.model.device), DTYPES[settings.model.dtype])
+    placement = Placement(catalogue.resolve_device(settings.model.device), DTYPES[settings.model.dtype])
     here = Place(device=str(placement.device), dtype=settings.model.dtype)
     applied = parse(settings.flags, availability(dict.fromkeys(SIDES, here))).trunk
     own = of_scope(applied, "load", "process")

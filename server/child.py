@@ -8,10 +8,10 @@ from collections.abc import Callable
 import grpc
 
 from server.memory import Memory
-from splitlearn import process
+from splitlearn.arms.embedded_server import Server
 from splitlearn.config import Config, ServerTls, serving
-from splitlearn.embedded import Server
 from splitlearn.errors import SplitlearnError, TrunkFailed, TrunkUnavailable, as_error
+from splitlearn.runtime import process
 from splitlearn.wire.channel import open_channel
 
 STOP_TIMEOUT_S = 2.0

@@ -23,11 +23,11 @@ import grpc
 import torch
 from google.protobuf.message import Message
 
-from server import logs
-from server.access import DENIED, Access, Caller
-from server.metrics import Metrics, cause_of
-from server.patience import Call, Patience
-from server.visit import peer
+from server.auth.gate import DENIED, Access, Caller
+from server.call_log import peer
+from server.idle_timeout import Call, Patience
+from server.monitoring import logs
+from server.monitoring.metrics import Metrics, cause_of
 from splitlearn.errors import InputError, SplitlearnError, TrunkDenied, TrunkFull
 from splitlearn.wire.status import code_of, status_of
 

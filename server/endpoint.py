@@ -10,9 +10,9 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from server.access import Access
+from server.auth.gate import Access
 from server.dispatch import Behavior, Dispatch, Method, Threads, unary
-from server.patience import Call, Patience
+from server.idle_timeout import Call, Patience
 from server.service import TrunkService
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError
@@ -26,7 +26,8 @@ REFLECT = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
 HEALTH_THREADS, BRIEF_THREADS, SPARE_THREADS = 4, 16, 16
 # A client whose machine went away closes nothing: without pings its session would stay for ever.
 # The third is for a ping of another kind, behind which a keepalive ping waits. The fourth permits the clients' pings
-# (splitlearn/trunks.py): gRPC's default takes more than one in five minutes for an attack, and shuts the connection.
+# (splitlearn/client/failover.py):
+# gRPC's default takes more than one in five minutes for an attack, and shuts the connection.
 KEEP_ALIVE = (
     ("grpc.keepalive_time_ms", 15_000),
     ("grpc.keepalive_timeout_ms", 10_000),

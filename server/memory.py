@@ -6,7 +6,7 @@ import torch
 
 from server.build import Served, free_bytes
 from splitlearn.errors import TrunkFull
-from splitlearn.process import peak_resident_bytes
+from splitlearn.runtime.process import peak_resident_bytes
 
 KV_SHARE = 0.5
 """Of what is left when a server's own copy and all KV memory that was promised are counted."""

@@ -7,20 +7,20 @@ import grpc
 import torch
 from google.protobuf.message import DecodeError, Message
 
-from server import sight
-from server.access import Access, Guest
+from server.auth.gate import Access, Guest
 from server.build import Served
+from server.call_log import Visit
 from server.dispatch import Method, Threads, unary
-from server.others import Others
-from server.patience import Call, Patience
-from server.stay import Stay, parse
-from server.visit import Visit
-from splitlearn import machine
+from server.idle_timeout import Call, Patience
+from server.monitoring import gauges
+from server.session_handler import Stay, parse
+from server.variants import Others
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError, SplitlearnError, TrunkRefused
-from splitlearn.flags import FLAGS, Place, of_scope
-from splitlearn.process import peak_resident_bytes
-from splitlearn.selection import applied_of, chosen_in, why_not
+from splitlearn.flags.registry import FLAGS, Place, of_scope
+from splitlearn.flags.selection import applied_of, chosen_in, why_not
+from splitlearn.runtime import hardware
+from splitlearn.runtime.process import peak_resident_bytes
 from splitlearn.wire import ENVELOPE_BYTES, MAX_TENSOR_BYTES, PROTOCOL, SERVICE
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import status_of
@@ -45,8 +45,8 @@ class TrunkService:
             least = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
             raise InputError("server.max_message_bytes", limits.max_message_bytes, least)
         self._place = Place(device=str(served.placement.device), dtype=_name(served.placement.dtype))
-        self._machine = {name: str(value) for name, value in machine.described().items() if value is not None}
-        sight.connect(served, others, limits)
+        self._machine = {name: str(value) for name, value in hardware.described().items() if value is not None}
+        gauges.connect(served, others, limits)
 
     def methods(self, threads: Threads, sessions: Threads) -> dict[str, Method]:
         """All methods by their full names: Session, and on other threads what is answered at once."""

@@ -11,10 +11,11 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from splitlearn import models, progress, proxies
+from splitlearn.checkpoints import catalogue
+from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.config import ModelConfig
-from splitlearn.store import ModelFiles
-from tests.tiny import make_converted
+from splitlearn.runtime import progress, proxies
+from tests.support.tiny import make_converted
 
 TinyFactory = Callable[..., ModelFiles]
 ROOT = Path(__file__).parents[1]
@@ -26,10 +27,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any speed")
 PREPARE = """
 import sys
-from splitlearn import models
+from splitlearn.checkpoints import catalogue as models
 from splitlearn.config import ModelConfig
 from splitlearn.errors import SplitlearnError
-from splitlearn.progress import on_console
+from splitlearn.runtime.progress import on_console
 try:
     with on_console() as progress:
         files = models.prepare(ModelConfig(name=sys.argv[1]), progress)
@@ -59,7 +60,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 def default_model() -> ModelFiles:
     """The catalogue's default model, fetched on first use; a test that asks for it is marked `weights`."""
     with progress.on_console() as show:
-        return models.prepare(ModelConfig(), show)
+        return catalogue.prepare(ModelConfig(), show)
 
 
 @pytest.fixture(scope="session")

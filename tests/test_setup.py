@@ -6,7 +6,7 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-from splitlearn.flags_page import markdown
+from splitlearn.flags.docs_page import markdown
 
 ROOT = Path(__file__).parents[1]
 OURS = {"splitlearn", "server", "ui", "app"}

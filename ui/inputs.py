@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from splitlearn.chat import DEFAULT
+from splitlearn.checkpoints.chat_template import DEFAULT
 from splitlearn.config import GenerationConfig
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest
-from splitlearn.lab.asking import DELTA, MINUTES, PROMPTS_LIMIT, Asked
-from splitlearn.lab.work import ServiceLevel
+from splitlearn.lab.analysis.pairing import ServiceLevel
+from splitlearn.lab.request import DELTA, MINUTES, PROMPTS_LIMIT, Asked
 from splitlearn.sampling import SamplingParams
 
 PAIRS = 20

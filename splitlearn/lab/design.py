@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from splitlearn.arm import Kind
-from splitlearn.compare import KINDS
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.compare import KINDS
 from splitlearn.errors import InputError
-from splitlearn.flags import FLAGS, Fidelity
+from splitlearn.flags.registry import FLAGS, Fidelity
+from splitlearn.flags.selection import FlagSet
 from splitlearn.sampling import SamplingParams
-from splitlearn.selection import FlagSet
 
 Design = Literal["without", "alone", "ladder"]
 DESIGNS: tuple[Design, ...] = ("without", "alone", "ladder")

@@ -21,18 +21,18 @@ from tempfile import gettempdir
 
 from filelock import FileLock, Timeout
 
+from splitlearn.arms.runs import ArmReport, Restarted, Runs
+from splitlearn.checkpoints.catalogue import cache_folder
 from splitlearn.config import Config
 from splitlearn.errors import InputError, SetupError, SplitlearnError
 from splitlearn.events import GenerationRequest
-from splitlearn.lab.analysis import Findings, analyse, good_blocks
+from splitlearn.lab.analysis.findings import Findings, analyse, good_blocks
 from splitlearn.lab.design import SAMPLED, Arm
-from splitlearn.lab.fidelity import changes
-from splitlearn.lab.fingerprint import Reading, fingerprint, reading, trunk_pid
+from splitlearn.lab.environment import Reading, fingerprint, reading, trunk_pid
+from splitlearn.lab.logit_fidelity import changes
+from splitlearn.lab.records import Trial
 from splitlearn.lab.stats import looks
 from splitlearn.lab.store import Store
-from splitlearn.lab.trial import Trial
-from splitlearn.models import cache_folder
-from splitlearn.runs import ArmReport, Restarted, Runs
 from splitlearn.sampling import SamplingParams
 
 # Warm-up: short runs until two in a row differ by less than this in TPOT, or that many were made.

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from splitlearn.errors import InputError, SetupError, SplitlearnError
-from splitlearn.lab.trial import Setup, Trial
+from splitlearn.lab.records import Setup, Trial
 
 # Where an experiment is kept: this file, in a folder of its own in this one.
 FILE, FOLDER = "experiment.sqlite", "lab"

@@ -8,7 +8,7 @@ import torch
 from splitlearn.errors import InputError
 from splitlearn.wire import MAX_TENSOR_BYTES
 from splitlearn.wire import trunk_pb2 as pb
-from splitlearn.wire.rows import Rows
+from splitlearn.wire.hidden_states import Rows
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

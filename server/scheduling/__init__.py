@@ -1,0 +1,1 @@
+"""Which sessions get in, and whose steps share a forward."""

@@ -1,0 +1,1 @@
+"""Arms in worker processes, and the comparison of two."""

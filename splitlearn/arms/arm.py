@@ -1,0 +1,181 @@
+"""One way of running a prompt, in a worker process of its own: what it loads, and the life of the worker.
+
+The worker loads its stages, says `ArmReady`, then answers each request with events and an `ArmEnd`, or an error. It
+looks for a cancellation between two steps.
+"""
+
+import pickle
+from collections import abc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+
+from splitlearn.arms import draft_model
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.remote_stage import RemoteStage, TrunkFacts
+from splitlearn.client.session_stream import Served
+from splitlearn.errors import SplitlearnError, as_error
+from splitlearn.events import Event
+from splitlearn.flags.registry import Settings, settings
+from splitlearn.flags.selection import FlagSet
+from splitlearn.generation.chain import Link
+from splitlearn.generation.generator import Generator
+from splitlearn.generation.speculation import Proposer
+from splitlearn.generation.tokenizer import Tokens
+from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime import process
+from splitlearn.stages import loading
+from splitlearn.stages.base import Stage
+from splitlearn.wire.channel import NONE, Credentials
+
+Kind = Literal["full", "split"]
+CANCEL = "cancel"
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """All that a worker needs to know. `addresses` are the trunk's, none for the full arm; `draft` is the model that
+    drafts, where the flags ask for one; `copy` tells apart workers that are otherwise the same."""
+
+    kind: Kind
+    files: ModelFiles
+    plan: SplitPlan
+    device: torch.device
+    dtype: torch.dtype
+    threads: int | None
+    flags: FlagSet
+    addresses: tuple[str, ...]
+    timeout_s: float
+    credentials: Credentials = NONE
+    draft: ModelFiles | None = None
+    copy: int = 0
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.files.digest, self.flags, self.addresses, self.copy))
+
+    def served(self) -> Served:
+        """What the trunk must serve."""
+        return Served(self.files.name, self.files.digest, self.plan, self.dtype, self.files.facts.hidden_size)
+
+
+@dataclass(frozen=True)
+class ArmReady:
+    """A worker has loaded its stages: seconds that it took, and what its imports alone hold in memory."""
+
+    load_s: float
+    import_rss_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class ArmEnd:
+    """A generation is over: the worker's peak memory so far, and what the trunk said of itself (None for full)."""
+
+    peak_rss_bytes: int
+    trunk: TrunkFacts | None
+
+
+def start(spec: ArmSpec) -> process.Child:
+    """Start a worker for `spec`; its first message is an ArmReady or an error."""
+    return process.start(f"The {spec.kind} arm's worker process", work, spec)
+
+
+def work(connection: Connection, spec: ArmSpec) -> None:
+    """A worker's life: an ArmReady, then for each request its events and an ArmEnd; for what fails, the error."""
+    try:
+        local = _local_settings(spec)
+        threads = loading.prepare_process(local.process, spec.threads)
+        before = process.resident_bytes()
+        tokens = read_tokens(spec)
+        tokenizer_bytes = process.resident_bytes() - before
+        loaded = loading.load(spec.files, _specs(spec), local.load, loading.Placement(spec.device, spec.dtype))
+        trunk = open_trunk(spec)
+        drafting, draft_load_s = _load_draft(spec)
+        answers = generator(spec, loaded.stages, trunk, tokens, drafting)
+    except Exception as error:
+        connection.send(as_error(error, "loading the model"))
+        return
+    connection.send(ArmReady(loaded.load_s + draft_load_s, loaded.import_rss_bytes - tokenizer_bytes, threads))
+    while True:
+        request = connection.recv()
+        if request == CANCEL:  # of a generation that had ended by itself
+            continue
+        try:
+            for event in _until_cancelled(answers.stream(request), connection):
+                # What send() does, with a pickler that is written in C from end to end: a third less time.
+                connection.send_bytes(pickle.dumps(event, pickle.HIGHEST_PROTOCOL))
+            connection.send(ArmEnd(process.peak_resident_bytes(), trunk.facts if trunk else None))
+        except Exception as error:  # the run fails with its cause; the worker goes on
+            connection.send(as_error(error, "generating"))
+
+
+def raised(item: Any) -> Any:
+    """What a worker sent, raised if it is an error."""
+    if isinstance(item, SplitlearnError):
+        raise item
+    return item
+
+
+def _until_cancelled(events: abc.Generator[Event, None, None], connection: Connection) -> Iterator[Event]:
+    """The events up to a cancellation; closing the generation then frees its sessions, the trunk's too."""
+    with closing(events):
+        for event in events:
+            yield event
+            if connection.poll():
+                connection.recv()
+                return
+
+
+def _local_settings(spec: ArmSpec) -> Settings:
+    return settings(spec.flags.full if spec.kind == "full" else spec.flags.client)
+
+
+def _specs(spec: ArmSpec) -> list[loading.StageSpec]:
+    return loading.full_specs(spec.plan.n_layers) if spec.kind == "full" else loading.client_specs(spec.plan)
+
+
+def open_trunk(spec: ArmSpec) -> RemoteStage | None:
+    """The trunk's stage with its channel warm and the engine for the trunk's flags loaded."""
+    if not spec.addresses:
+        return None
+    trunk = RemoteStage(spec.addresses, spec.served(), spec.timeout_s, spec.credentials)
+    trunk.open(settings(spec.flags.trunk).session, max_length=1).close()
+    return trunk
+
+
+def read_tokens(spec: ArmSpec) -> Tokens:
+    """The arm's tokenizer. It takes 80 MB while it is read and a sixth of that afterwards: so before the weights."""
+    use_fast = _local_settings(spec).generation.use_fast_tokenizer
+    tokens = Tokens.load(spec.files.folder, use_fast=use_fast)
+    process.trim_heap()
+    return tokens
+
+
+def _load_draft(spec: ArmSpec) -> tuple[list[Callable[[], Proposer]], float]:
+    """What makes the draft model's proposers, if the flags ask for one, and the seconds that loading it took."""
+    if spec.draft is None or not _local_settings(spec).generation.draft_model:
+        return [], 0.0
+    make, load_s = draft_model.load(spec.draft, loading.Placement(spec.device, spec.dtype))
+    return [make], load_s
+
+
+def generator(
+    spec: ArmSpec,
+    stages: Sequence[Stage],
+    trunk: RemoteStage | None,
+    tokens: Tokens,
+    drafting: Sequence[Callable[[], Proposer]] = (),
+) -> Generator:
+    """The decode loop over the arm's local stages, with the trunk after the first of them, and `drafting` behind the
+    flags' own proposers."""
+    local = _local_settings(spec)
+    links = [Link(stage, local.session) for stage in stages]
+    if trunk is not None:
+        links.insert(1, Link(trunk, settings(spec.flags.trunk).session))
+    generation = replace(local.generation, proposers=(*local.generation.proposers, *drafting))
+    limit = spec.files.facts.context_length
+    return Generator(links, tokens, limit, generation)

@@ -1,0 +1,365 @@
+"""The composition root: from a configuration to arms that run, each in a worker process of its own.
+
+    with Runs(config, progress) as runs:
+        for item in runs.stream("split", flags, request): ...      # events, and an ArmReport at the end
+
+One arm runs at a time, since two at once on one machine measure each other. Workers stay loaded, up to
+`runs.warm_workers` or as memory allows, and have run a few tokens before anything of them is counted.
+"""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from transformers import PretrainedConfig
+
+from splitlearn.arms import draft_model
+from splitlearn.arms.arm import ArmEnd, ArmSpec, Kind
+from splitlearn.arms.embedded_server import EmbeddedTrunk, Server
+from splitlearn.arms.worker import Worker, compile_seconds
+from splitlearn.checkpoints import catalogue
+from splitlearn.checkpoints.folder import ModelFiles, read_config
+from splitlearn.client.remote_stage import TrunkFacts, check_served, describe, first_that_works
+from splitlearn.config import Config, serving
+from splitlearn.errors import InputError, WorkFailed
+from splitlearn.events import Event, GenerationRequest
+from splitlearn.flags.registry import SIDES, Place, of_scope
+from splitlearn.flags.registry import settings as settings_of
+from splitlearn.flags.selection import Availability, FlagSet, availability
+from splitlearn.flags.selection import check as check_flags
+from splitlearn.flags.selection import parse as parse_flags
+from splitlearn.generation.tokenizer import Tokens, python_tokenizer_available
+from splitlearn.metrics import RunMetrics, of_samples
+from splitlearn.models.plan import SplitPlan
+from splitlearn.models.sizes import kv_bytes_per_token
+from splitlearn.models.structure import no_roll_back
+from splitlearn.runtime import cgroups
+from splitlearn.runtime.progress import Progress
+from splitlearn.wire import channel
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import NONE, Credentials
+from splitlearn.wire.codec import DTYPES
+
+CLOSE_TIMEOUT_S = 3.0
+# How long a trunk that compiles is waited for, where trunk.timeout_s is less: its first steps say nothing until all its
+# layers are compiled, which took 26 of them more than two minutes on two cores.
+COMPILE_TIMEOUT_S = 1800.0
+MOST_RESTARTS = 20
+ASIDE = "A trunk that others use may go on recording for them: leave cuda_graph out there (trunk: in --flags)."
+# Memory that must be left, in sizes of the model's weights, before one more worker is kept: it may load a second copy.
+WEIGHTS_FREE = 6
+
+
+@dataclass(frozen=True)
+class ArmReport:
+    """One arm's run: its figures, and what its process (and the trunk's) took. `compile_s` includes discarded runs.
+    `kv_bytes_per_token` is what a token takes in the trunk's KV cache, by formula; 0 for the full arm."""
+
+    kind: Kind
+    metrics: RunMetrics
+    load_s: float
+    compile_s: float
+    import_rss_bytes: int
+    peak_rss_bytes: int
+    dtype: str
+    device: str
+    threads: int
+    trunk_address: str | None
+    trunk: TrunkFacts | None
+    kv_bytes_per_token: int = 0
+    others: tuple[RunMetrics, ...] = ()
+    """Of the samples after the first."""
+
+    @property
+    def samples(self) -> tuple[RunMetrics, ...]:
+        """The figures of every sample."""
+        return (self.metrics, *self.others)
+
+    @property
+    def kv_shipped_bytes(self) -> float:
+        """What each decoded token would cost each way on the wire, if the trunk kept no KV cache and it were shipped at
+        each step: the trunk's KV bytes per token * the mean context, prompt_tokens + n_tokens / 2."""
+        return self.kv_bytes_per_token * (self.metrics.prompt_tokens + self.metrics.n_tokens / 2)
+
+    @property
+    def added_bytes(self) -> int:
+        """Peak memory beyond the imports, of the arm's process and of the trunk's process."""
+        there = self.trunk.peak_rss_bytes - self.trunk.import_rss_bytes if self.trunk else 0
+        return self.peak_rss_bytes - self.import_rss_bytes + there
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The run that was under way compiled something: what it showed is void, and it begins again."""
+
+
+Item = Event | Restarted | ArmReport
+
+
+class Runs:
+    """Runs arms of one configuration. Raises InputError and ModelError at once for what cannot work.
+
+    `server` is the process that the first embedded trunk becomes, where one was started before.
+    """
+
+    def __init__(self, config: Config, progress: Progress, server: Server | None = None) -> None:
+        self.config = config
+        self.files = catalogue.prepare(config.model, progress)
+        self.tokens.check_chat(config.generation.chat, self.files.name)
+        self.draft = self._prepare_draft(progress)
+        self.plan = SplitPlan.of(config.split.start, config.split.end, self.files.n_layers)
+        self.device = catalogue.resolve_device(config.model.device)
+        self.dtype = DTYPES[config.model.dtype]
+        self._lock = threading.Lock()
+        self._workers: dict[ArmSpec, Worker] = {}
+        self._trunk_lock = threading.Lock()
+        self._trunks: dict[frozenset[str], EmbeddedTrunk] = {}
+        self._server = server
+
+    def __enter__(self) -> "Runs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether an arm runs now."""
+        return self._lock.locked()
+
+    def trunk_addresses(self, applied: frozenset[str] | None = None) -> tuple[str, ...]:
+        """Where trunks listen, in the order of preference.
+
+        There is an embedded one for each set of load and process flags, started when it is first asked for: `applied`
+        are the trunk's flags, None for any of them.
+        """
+        if not self.config.trunk.embedded:
+            return self.config.trunk.address
+        with self._trunk_lock:  # a page that opens asks for it beside the run that does
+            flags = next(reversed(self._trunks), self._first_flags) if applied is None else applied
+            own = of_scope(flags, "load", "process")
+            trunk = self._trunks.pop(own, None)
+            if trunk is None or not trunk.ready():
+                self._make_room()
+                server, self._server = self._server, None
+                trunk = EmbeddedTrunk(serving(self.config, own), server=server)
+            self._trunks[own] = trunk  # at the end: the least recently used one is first
+            return (trunk.address,)
+
+    @cached_property
+    def _first_flags(self) -> frozenset[str]:
+        """The trunk's flags of the configuration."""
+        return parse_flags(self.config.flags, availability(dict.fromkeys(SIDES, self.here))).trunk
+
+    def _make_room(self) -> None:
+        """End embedded trunks that were not used for longest while another one would find too little memory."""
+        while self._trunks and not self._has_memory():
+            self._trunks.pop(next(iter(self._trunks))).stop()
+
+    def trunk_address(self) -> str:
+        """Where a trunk answers: the first address that there is, or the first of several that works."""
+        first, *others = self.trunk_addresses()
+        return first_that_works((first, *others), self._answering) if others else first
+
+    def _answering(self, address: str) -> str:
+        """`address`, if a trunk answers there."""
+        describe(address, self.credentials)
+        return address
+
+    def check_trunk(self) -> None:
+        """Raise TrunkError unless a trunk answers and serves what this configuration needs."""
+        served, shown = self.spec("full", FlagSet()).served(), self.credentials
+        first_that_works(
+            self.trunk_addresses(), lambda address: check_served(describe(address, shown), served, address)
+        )
+
+    def availability(self) -> Availability:
+        """Which flags can be applied where: here for full and client; for the trunk, what it says itself."""
+        known = dict(availability({"full": self.here, "client": self.here}))
+        said = {flag.name: flag.unavailable or None for flag in self.describe_trunk().flags}
+        absent = "unknown to this trunk server"
+        return {**known, "trunk": {name: said.get(name, absent) for name in known["client"]}}
+
+    def describe_trunk(self) -> pb.Description:
+        """What the trunk says that it serves. Raises TrunkError."""
+        return describe(self.trunk_address(), self.credentials)
+
+    @cached_property
+    def credentials(self) -> Credentials:
+        """What is shown to the trunk; the embedded one is on loopback and asks for nothing. Raises InputError."""
+        return NONE if self.config.trunk.embedded else channel.credentials(self.config.trunk)
+
+    @cached_property
+    def here(self) -> Place:
+        """What decides which flags can be applied in this machine's arms."""
+        tokenizer, fixed = python_tokenizer_available(self.files.folder), no_roll_back(self._model_config)
+        place = Place(str(self.device), tokenizer, fixed, dtype=self.config.model.dtype)
+        return place if self.draft is None else replace(place, no_draft=no_roll_back(_config_of(self.draft)))
+
+    def _prepare_draft(self, progress: Progress) -> ModelFiles | None:
+        """The files of the draft model, if one is named."""
+        name = self.config.model.draft
+        if name is None:
+            return None
+        try:
+            files = catalogue.prepare(self.config.model.model_copy(update={"name": name}), progress)
+        except InputError as error:
+            raise InputError("model.draft", error.value, error.expected) from error
+        draft_model.check_vocabulary(files, self.files)
+        return files
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The model's tokenizer, to show what goes in and comes out; each arm reads its own."""
+        return Tokens.load(self.files.folder, use_fast=True)
+
+    @cached_property
+    def _trunk_kv_bytes(self) -> int:
+        """What a token takes in the trunk's KV cache."""
+        return kv_bytes_per_token(self._model_config, self.plan.end - self.plan.start, self.dtype)
+
+    @cached_property
+    def _model_config(self) -> PretrainedConfig:
+        return _config_of(self.files)
+
+    def flags(self, text: str) -> FlagSet:
+        """The flags that a person asked for in words. Raises InputError."""
+        check_flags(text)
+        return parse_flags(text, self.availability())
+
+    def stream(
+        self,
+        kind: Kind,
+        flags: FlagSet,
+        request: GenerationRequest,
+        cancelled: threading.Event | None = None,
+        copy: int = 0,
+    ) -> Iterator[Item]:
+        """Run one arm: its events as they come, then its report. Each `copy` of the same arm has a worker of its own.
+
+        A run in which something was compiled is no measurement: it is repeated until nothing is, and its time counts
+        as compile time. Raises WorkFailed after MOST_RESTARTS of them. Closing the iterator, or setting `cancelled`,
+        ends the run.
+        """
+        stop = cancelled or threading.Event()
+        with self._lock:
+            spec = replace(self.spec(kind, flags), copy=copy)
+            try:
+                worker = self._worker(spec, stop)
+                if worker is None:
+                    return
+                worker.warm_up(request, stop)
+                if not stop.is_set():
+                    yield from self._measure(spec, worker, request, stop)
+            except BaseException:
+                self._clear_up()
+                raise
+
+    def close(self) -> None:
+        """End all workers and the embedded trunk; a run that another thread has under way gets a moment to end."""
+        self._lock.acquire(timeout=CLOSE_TIMEOUT_S)
+        for worker in self._workers.values():
+            worker.child.stop()
+        self._workers.clear()
+        for trunk in self._trunks.values():
+            trunk.stop()
+        self._trunks.clear()
+        if self._server is not None:
+            self._server.stop()
+
+    def _clear_up(self) -> None:
+        """Drop workers that are dead: the next run has new ones."""
+        for known, worker in list(self._workers.items()):
+            if not worker.child.alive():
+                self._workers.pop(known).child.stop()
+
+    def spec(self, kind: Kind, flags: FlagSet) -> ArmSpec:
+        """What a worker of this arm is told; starts the embedded trunk for a split one."""
+        split = kind == "split"
+        own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
+        addresses = self.trunk_addresses(flags.trunk) if split else ()
+        threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
+        if settings_of(own.trunk).load.compile_stage is not None:
+            timeout_s = max(timeout_s, COMPILE_TIMEOUT_S)
+        return ArmSpec(
+            kind,
+            self.files,
+            self.plan,
+            self.device,
+            self.dtype,
+            threads,
+            own,
+            addresses,
+            timeout_s,
+            credentials=self.credentials if split else NONE,
+            draft=self.draft,
+        )
+
+    def _worker(self, spec: ArmSpec, stop: threading.Event) -> Worker | None:
+        """The worker for `spec`, loaded; the least recently used one makes room for a new one. None when stopped."""
+        worker = self._workers.pop(spec, None)
+        if worker is None or not worker.child.alive():
+            while self._workers and not self._has_room():
+                self._workers.pop(next(iter(self._workers))).child.stop()
+            worker = Worker.start(spec, stop)
+            if worker is None:
+                return None
+        self._workers[spec] = worker
+        return worker
+
+    def _has_room(self) -> bool:
+        """Whether another worker may be kept beside those that there are."""
+        most = self.config.runs.warm_workers
+        if most is not None:
+            return len(self._workers) < most
+        return self._has_memory()
+
+    def _has_memory(self) -> bool:
+        """Whether there is memory for another process with a part of the model."""
+        return cgroups.available_memory() > WEIGHTS_FREE * self.files.weights.stat().st_size
+
+    def _measure(
+        self, spec: ArmSpec, worker: Worker, request: GenerationRequest, stop: threading.Event
+    ) -> Iterator[Item]:
+        """The run that counts, and those before it in which something was compiled."""
+        for restarts in itertools.count():
+            seen: list[Event | ArmEnd] = []
+            for item in worker.generate(request, stop):
+                seen.append(item)
+                if not isinstance(item, ArmEnd):
+                    yield item
+            compiled = compile_seconds(seen)
+            worker.compile_s += compiled
+            found = of_samples((item for item in seen if not isinstance(item, ArmEnd)), request.samples)
+            if compiled and not stop.is_set():
+                if restarts == MOST_RESTARTS:
+                    raise WorkFailed(f"{1 + restarts} runs in a row compiled something: nothing is measured. {ASIDE}")
+                yield Restarted()
+                continue
+            end = next((item for item in seen if isinstance(item, ArmEnd)), None)
+            if found and end is not None:
+                yield self._report(spec, worker, found, end)
+            return
+
+    def _report(self, spec: ArmSpec, worker: Worker, found: tuple[RunMetrics, ...], end: ArmEnd) -> ArmReport:
+        return ArmReport(
+            kind=spec.kind,
+            metrics=found[0],
+            load_s=worker.ready.load_s,
+            compile_s=worker.compile_s,
+            import_rss_bytes=worker.ready.import_rss_bytes,
+            peak_rss_bytes=end.peak_rss_bytes,
+            dtype=self.config.model.dtype,
+            device=str(spec.device),
+            threads=worker.ready.threads,
+            trunk_address=end.trunk.address if end.trunk else None,
+            trunk=end.trunk,
+            kv_bytes_per_token=self._trunk_kv_bytes if spec.kind == "split" else 0,
+            others=found[1:],
+        )
+
+
+def _config_of(files: ModelFiles) -> PretrainedConfig:
+    return read_config(files.folder)

@@ -1,0 +1,82 @@
+"""An arm's worker process as the program that started it sees it: loaded once, then one generation after another."""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from splitlearn.arms import arm
+from splitlearn.arms.arm import CANCEL, ArmEnd, ArmReady, ArmSpec
+from splitlearn.errors import SplitlearnError, WorkerDied
+from splitlearn.events import Event, GenerationRequest, TokenEvent
+from splitlearn.runtime.process import Child
+
+WARM_UP_TOKENS = 8
+CANCEL_TIMEOUT_S = 2.0
+POLL_S = 0.05
+
+
+@dataclass
+class Worker:
+    """A running worker process, for how many samples at once it is warm, and what it has compiled so far, in
+    seconds."""
+
+    child: Child
+    ready: ArmReady
+    warm: set[int] = field(default_factory=set)
+    compile_s: float = 0.0
+
+    @classmethod
+    def start(cls, spec: ArmSpec, stop: threading.Event) -> "Worker | None":
+        """A worker that has loaded its stages; None when `stop` was set before it had. Raises what loading raised."""
+        child = arm.start(spec)
+        try:
+            while not child.connection.poll(POLL_S):
+                if stop.is_set():
+                    child.stop()
+                    return None
+            return cls(child, arm.raised(child.receive()))
+        except SplitlearnError:
+            child.stop()
+            raise
+
+    def warm_up(self, request: GenerationRequest, stop: threading.Event) -> None:
+        """Run a few tokens of `request`, unless something with as many samples was run before."""
+        if request.samples not in self.warm:
+            short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
+            self.compile_s += compile_seconds(self.generate(short, stop))
+            if not stop.is_set():
+                self.warm.add(request.samples)
+
+    def generate(self, request: GenerationRequest, stop: threading.Event) -> Iterator[Event | ArmEnd]:
+        """What the worker sends for one request, up to its ArmEnd. Raises the error that it sends instead."""
+        self.child.send(request)
+        ended = False
+        try:
+            while not ended and not stop.is_set():
+                if not self.child.connection.poll():
+                    stop.wait(POLL_S)  # not for the worker: a token that wakes somebody up takes it 0.1 ms longer
+                    continue
+                item = self.child.receive()
+                ended = isinstance(item, ArmEnd | SplitlearnError)
+                yield arm.raised(item)
+        finally:
+            if not ended:
+                self._cancel()
+
+    def _cancel(self) -> None:
+        """Have the worker end its run; one that is in the middle of something long is ended itself."""
+        deadline = time.monotonic() + CANCEL_TIMEOUT_S
+        try:
+            self.child.send(CANCEL)
+            while self.child.connection.poll(max(0.0, deadline - time.monotonic())):
+                if isinstance(self.child.receive(), ArmEnd | SplitlearnError):
+                    return
+        except WorkerDied:
+            return
+        self.child.stop()
+
+
+def compile_seconds(items: Iterable[object]) -> float:
+    """What was spent compiling in the steps among `items`."""
+    return sum(item.compile_s for item in items if isinstance(item, TokenEvent))

@@ -1,0 +1,66 @@
+"""An adapter (LoRA and its like) beside a model: merged into the weights by `peft`, or refused by name.
+
+`peft` is no requirement of this program. Where it is not installed, a model with an adapter beside it is refused: the
+model alone would compute something else than what is in its folder.
+"""
+
+import warnings
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from splitlearn.checkpoints.inspection import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_files,
+    described_adapter,
+    read_json,
+)
+from splitlearn.errors import ModelError
+
+ALONE = "move the adapter's files away to use the model without it"
+
+
+def check(folder: Path) -> None:
+    """Return for a folder without an adapter, and for one that can be applied here. Raises ModelError."""
+    found = [path.name for path in adapter_files(folder)]
+    if not found:
+        return
+    what = f"{folder} has {described_adapter(folder)} beside the model"
+    whole = {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(found)
+    if not whole or "peft_type" not in read_json(folder / ADAPTER_CONFIG):
+        needed = f"it takes {ADAPTER_CONFIG} with a peft_type, and {ADAPTER_WEIGHTS}; there are {', '.join(found)}"
+        raise ModelError(f"{what}, which cannot be applied: {needed}. What works: those two files, or {ALONE}.")
+    if find_spec("peft") is None:
+        raise ModelError(
+            f"{what}, and peft, which applies it, is not installed. What works: pip install peft, or {ALONE}."
+        )
+
+
+def merged(model: Any, folder: Path) -> Any:
+    """The transformers model with the adapter of `folder` merged into its weights.
+
+    Raises ModelError for one that does not fit the model: each of its tensors must have a place, and each place a
+    tensor.
+    """
+    peft: Any = import_module("peft")
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
+            raise ValueError(f"{config.peft_type} changes prompts, not weights, and cannot be merged")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what does not fit is an error below
+            wrapped = peft.PeftModelForCausalLM(model, config)
+            found = wrapped.load_adapter(str(folder), "default")
+            merge = wrapped.merge_and_unload
+    except Exception as error:  # peft checks with exceptions of every kind
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ModelError(f"The adapter in {folder} cannot be applied to the model beside it ({said}).") from error
+    apart = sorted({*found.unexpected_keys, *found.missing_keys})
+    if apart:
+        raise ModelError(
+            f"The adapter in {folder} does not fit the model beside it: {len(apart)} of its tensors have no "
+            f"counterpart, among them {apart[0]}."
+        )
+    return merge()

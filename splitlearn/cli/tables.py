@@ -1,0 +1,164 @@
+"""What the command line prints for people: tables on stdout, drawn by rich; answers as they are (terminal.py)."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.text import Text
+
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.compare import Comparison, Watch
+from splitlearn.arms.runs import ArmReport, Item, Restarted
+from splitlearn.checkpoints.catalogue import ModelStatus
+from splitlearn.events import TokenEvent
+from splitlearn.flags.registry import FLAGS, SIDES
+from splitlearn.flags.selection import Availability, FlagSet
+from splitlearn.metrics import LEDGER_ORDER, RunMetrics, recovery_sentence, tps_of_all
+from splitlearn.models.sizes import Part
+from splitlearn.runtime.progress import Progress, Step
+from splitlearn.runtime.terminal import PlainTable, console, say
+
+
+def watch(progress: Progress, limit: int) -> Watch:
+    """Shows how many tokens each arm has."""
+    seen: Counter[Kind] = Counter()
+
+    def show(kind: Kind, item: Item) -> None:
+        if isinstance(item, Restarted):
+            seen[kind] = 0
+        elif isinstance(item, TokenEvent):
+            seen[kind] += len(item.token_ids)
+        progress(Step(f"Running the {kind} model", limit if isinstance(item, ArmReport) else seen[kind], limit))
+
+    return show
+
+
+def print_comparison(found: Comparison) -> None:
+    """Both answers, the figures side by side, where the time went, and whether the tokens are the same."""
+    plan, shown = found.plan, console()
+    say(f"{found.model}, trunk layers [{plan.start}, {plan.end}) of {plan.n_layers}")
+    for name, report in (("full", found.full), ("split", found.split)):
+        for number, sample in enumerate(report.samples, 1):
+            shown.print(Text(f"\n{name}", "bold"), end="")
+            say(f"{f', sample {number}' if report.others else ''}: {sample.text.strip()}")
+    say()
+    shown.print(_figures(found))
+    shown.print(_ledger(found.full.metrics, found.split.metrics))
+    for recovered in found.split.metrics.recoveries:
+        say(recovery_sentence(*recovered))
+    verdict = "identical"
+    if (differ := found.first_difference) is not None:
+        where = f" of sample {differ[0] + 1}" if found.full.others else ""
+        verdict = f"they differ from token {differ[1] + 1}{where} on"
+    say(f"Tokens of full and split: {verdict}. One run of each (n = 1).")
+
+
+def print_models(rows: Sequence[ModelStatus], cache: Path) -> None:
+    """The catalogue, and what else is cached."""
+    say(f"Models (cache: {cache})")
+    table = PlainTable("model", "source", "licence", "cached", "description")
+    for row in rows:
+        entry = row.entry
+        cached = (
+            _bytes(row.cached_bytes) if row.folder else f"no ({_bytes(entry.download_bytes)} to fetch)" if entry else ""
+        )
+        table.add_row(row.name, row.source, entry.licence if entry else "", cached, entry.description if entry else "")
+    console().print(table)
+
+
+def print_parts(found: Sequence[Part], as_json: bool) -> None:
+    """What each part holds."""
+    if as_json:
+        say(json.dumps([asdict(part) for part in found], indent=2))
+        return
+    table = PlainTable("part", "layers", "parameters", "weights", "KV cache per token", "wire per token")
+    for part in found:
+        sizes = (part.weight_bytes, part.kv_bytes_per_token, part.wire_bytes_per_token)
+        table.add_row(part.name, part.layers, f"{part.parameters:,}", *map(_bytes, sizes))
+    console().print(table)
+
+
+def print_flags(available: Availability, applied: FlagSet) -> None:
+    """The matrix of flag by side: applied, available, unavailable and why."""
+    say("Flags, with config.yaml's choice")
+    table = PlainTable("flag", "fidelity", *SIDES)
+    for name, flag in FLAGS.items():
+        states = []
+        for side in SIDES:
+            reason = available[side][name]
+            chosen = any(text.partition("=")[0] == name for text in applied.of(side))
+            states.append(Text(reason, "dim") if reason else Text("applied", "bold") if chosen else Text("available"))
+        table.add_row(name, flag.fidelity, *states)
+    console().print(table)
+
+
+def _figures(found: Comparison) -> PlainTable:
+    table = PlainTable("", "full", "split", "split / full")
+    full, split = found.full.metrics, found.split.metrics
+    for label, of in _TIMES.items():
+        one, other = of(full), of(split)
+        ratio = f"{other / one:.3f}" if one and other else ""
+        table.add_row(label, _milliseconds(one), _milliseconds(other), ratio)
+    table.add_row("TPS (request)", f"{full.tps:.1f} /s", f"{split.tps:.1f} /s", f"{split.tps / full.tps:.3f}")
+    if found.full.others:
+        one, other = tps_of_all(found.full.samples), tps_of_all(found.split.samples)
+        name = f"TPS (all {len(found.full.samples)} samples)"
+        table.add_row(name, f"{one:.1f} /s", f"{other:.1f} /s", f"{other / one:.3f}")
+    table.add_row("tokens", str(full.n_tokens), str(split.n_tokens), "")
+    if full.drafts or split.drafts:
+        table.add_row("drafts accepted", *(f"{each.drafts_accepted} of {each.drafts}" for each in (full, split)), "")
+    if split.head_starts:
+        table.add_row("head starts right", "", f"{split.head_starts_right} of {split.head_starts}", "")
+    table.add_row("finished by", full.finish_reason, split.finish_reason, "")
+    table.add_row("memory beyond imports", _added(found.full), _added(found.split), "")
+    if found.split.trunk is not None:
+        trunk = found.split.trunk
+        table.add_row("memory of the trunk", "", _bytes(trunk.peak_rss_bytes - trunk.import_rss_bytes), "")
+    steps = max(1, split.n_tokens - 1)
+    wire = f"{_bytes(split.decode_bytes_up // steps)} up, {_bytes(split.decode_bytes_down // steps)} down"
+    if split.overlapped_s:
+        table.add_row("trunk's time beside the client's own", "", _milliseconds(split.overlapped_s), "")
+    table.add_row("wire per decoded token", "", wire, "")
+    table.add_row("if the KV cache crossed, too", "", f"{_bytes(found.split.kv_shipped_bytes)} more each way", "")
+    return table
+
+
+_TIMES: dict[str, Callable[[RunMetrics], float | None]] = {
+    "TTFT": lambda metrics: metrics.ttft_s,
+    "TPOT": lambda metrics: metrics.tpot_s,
+    "ITL, median": lambda metrics: metrics.itl_p50_s,
+    "E2EL": lambda metrics: metrics.e2el_s,
+}
+
+
+def _ledger(full: RunMetrics, split: RunMetrics) -> PlainTable:
+    """Where the time went, in milliseconds per step after the first, and as a share."""
+    table = PlainTable("time per decoded token", "full", "", "split", "")
+    for name in LEDGER_ORDER:
+        cells = []
+        for metrics in (full, split):
+            spent, all_of_it = metrics.decode_ledger.get(name), sum(metrics.decode_ledger.values())
+            steps = len(metrics.itl_s)
+            cells += [f"{spent / steps * 1e3:.2f} ms", f"{spent / all_of_it:.1%}"] if spent and steps else ["", ""]
+        if any(cells):
+            table.add_row(name, *cells)
+    return table
+
+
+def _added(report: ArmReport) -> str:
+    return _bytes(report.peak_rss_bytes - report.import_rss_bytes)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+def _bytes(count: float) -> str:
+    """Decimal units, as disks and networks count."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

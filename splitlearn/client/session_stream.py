@@ -1,0 +1,290 @@
+"""One session's stream at one trunk server, from Open to end. One that is lost stays lost: remote.py opens another.
+
+What the client waits for the trunk is taken apart with the durations that the server ships (never timestamps: the two
+clocks are not compared): wire = round trip - what the server says it spent.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import grpc
+import torch
+from google.protobuf.message import DecodeError
+
+from splitlearn.errors import InputError, TrunkFailed, TrunkUnavailable
+from splitlearn.events import StageTiming
+from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime.watchdog import Watchdog
+from splitlearn.stages.base import StageOutput
+from splitlearn.stages.settings import SessionSettings
+from splitlearn.wire import PROTOCOL, SERVICE, codec
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.hidden_states import Rows, converted
+from splitlearn.wire.status import error_of
+
+CLOSE_TIMEOUT_S = 2.0
+# gRPC's own deadline counts for a whole stream, not for a step.
+_watchdog = Watchdog(look_s=0.5)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The message that opens a session, and the form that hidden states then have."""
+
+    message: bytes
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a trunk must serve to be of use: a model by name and digest, the layers of a plan, a dtype."""
+
+    model: str
+    digest: str
+    plan: SplitPlan
+    dtype: torch.dtype
+    hidden_size: int
+
+    def opening(self, settings: SessionSettings, max_length: int, timeout_s: float) -> Opening:
+        """What opens a session. `timeout_s` is what the trunk is told that its client waits: for
+        a place, and then for each step."""
+        opening = pb.Open(
+            protocol=PROTOCOL,
+            model=self.model,
+            digest=self.digest,
+            start=self.plan.start,
+            end=self.plan.end,
+            n_layers=self.plan.n_layers,
+            dtype=str(self.dtype).removeprefix("torch."),
+            max_length=max_length,
+            flags=sorted(settings.words),
+            timeout_s=timeout_s,
+        )
+        return Opening(pb.ClientMessage(open=opening).SerializeToString(), settings.rows(self.dtype))
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A step that is under way: the rows that were sent, positions of it that will be answered, seconds that
+    encoding it took and then handing it to gRPC, when that began, and its bytes there."""
+
+    step_id: int
+    data: bytes
+    wanted: int
+    encode_s: float
+    hand_over_s: float
+    at: float
+    size: int
+
+
+class Stream:
+    """A session at the trunk at `address`, alone on `channel`. Raises TrunkError throughout, TrunkUnavailable when the
+    trunk is lost."""
+
+    def __init__(self, channel: grpc.Channel, address: str, served: Served, opening: Opening) -> None:
+        self.channel = channel
+        self.address = address
+        self._served, self._opening, self._rows = served, opening.message, opening.rows
+        self._row_bytes = self._rows.row_bytes(served.hidden_size)
+        self._read = self._rows.reader(served.hidden_size)
+        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        self.key = b""
+        self._steps = 0
+        self._part_bytes = 0
+        self._deadline = float("inf")
+        self._over = False
+        method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/Session")
+        self._call = method(iter(self._outgoing.get, None))
+        self._drop: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE}/Drop")
+        self._dropping: grpc.Future[bytes] | None = None
+        self._unwanted = 0
+        _watchdog.watch(self)
+
+    def open(self, wait_s: float) -> pb.Opened:
+        """Send the opening message and wait for its reply."""
+        self._outgoing.put(self._opening)
+        opened = self._parse(self._receive(wait_s), "opened").opened
+        self._part_bytes, self.key = opened.max_tensor_bytes, opened.key
+        return opened
+
+    def step(self, position: int, x: torch.Tensor, wait_s: float) -> StageOutput:
+        """Send `x` [1, T, H], in parts if it is long, and wait at most `wait_s` for each part of the answer."""
+        return self.answer(self.send(position, x), wait_s)
+
+    def send(
+        self,
+        position: int,
+        x: torch.Tensor,
+        *,
+        roll_back: bool = False,
+        answer_last: int = 0,
+        branch_of: bytes = b"",
+        uncertain: bool = False,
+        rope_length: int = 0,
+    ) -> Sent:
+        """The first half of `step`. The answer has the last `answer_last` of the T positions, 0 for all of them.
+        `branch_of` is the key of the stream whose session has what is before `position`; only an `uncertain` step can
+        be dropped; `rope_length` is that of `StageInput`."""
+        started = time.perf_counter()
+        data = self._rows.to_bytes(x)
+        first: dict[str, object] = {"roll_back": roll_back, "branch_of": branch_of}
+        each: dict[str, object] = {"answer_last": answer_last, "uncertain": uncertain, "rope_length": rope_length}
+        messages = self._encode(position, data, first, each)
+        encoded = time.perf_counter()
+        for message in messages:
+            self._outgoing.put(message)
+        time.sleep(0)  # lets go of the interpreter, so that gRPC's thread sends now: 0.07 ms earlier at the trunk
+        wanted, handed_over_s = answer_last or x.shape[1], time.perf_counter() - encoded
+        return Sent(self._steps, data, wanted, encoded - started, handed_over_s, encoded, sum(map(len, messages)))
+
+    def answer(self, sent: Sent, wait_s: float, *, since: float | None = None) -> StageOutput:
+        """The second half of `step`: the answer to what was sent, which must be asked for in the order of sending.
+
+        `since` is when this client had nothing to do any more but wait for it: when it was sent, unless told. Then what
+        sending took is counted by whoever sent it.
+        """
+        replies = [self._receive(wait_s)]
+        received = time.perf_counter()
+        results = [self._result(replies[0], sent)]
+        while results[-1].more:
+            replies.append(self._receive(wait_s))
+            received = time.perf_counter()
+            results.append(self._result(replies[-1], sent))
+        out = self._decode(results, 0 if results[0].dropped and sent.step_id <= self._unwanted else sent.wanted)
+        server, alone = results[-1], since is None
+        waited = received - (sent.at if since is None else since)
+        spent = server.decode_s + server.queue_s + server.trunk_s + server.encode_s
+        share = min(1.0, waited / spent) if spent else 1.0  # the rest went by while this client was at work itself
+        ledger = {
+            "encode": (sent.encode_s if alone else 0.0) + share * server.encode_s,
+            "wire": max(0.0, waited - spent),
+            "queue": share * server.queue_s,
+            "trunk": share * server.trunk_s,
+            "decode": time.perf_counter() - received + share * server.decode_s,
+        }
+        up, down, overlapped_s = sent.size if alone else 0, sum(map(len, replies)), (1 - share) * spent
+        return StageOutput(out, StageTiming(ledger, server.compile_s, up, down, overlapped_s=overlapped_s))
+
+    def drop_step(self, sent: Sent) -> None:
+        """Tell the trunk that `sent` is not wanted: its answer has no positions then, unless it was there before."""
+        self._unwanted = sent.step_id
+        request = pb.DropRequest(key=self.key, step_id=sent.step_id).SerializeToString()
+        self._dropping = self._drop.future(request, timeout=CLOSE_TIMEOUT_S)  # ends when nothing refers to it
+
+    def close(self) -> int | None:
+        """End the stream in order, so that the trunk frees the session: the trunk's peak memory in bytes, and the
+        channel can be used again. None when the stream was over before, or broke; then the channel is closed."""
+        if self._over:
+            return None
+        self._deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        self._outgoing.put(None)
+        try:
+            replies = (self._parse(reply, "result", "closed") for reply in self._call)
+            # A result is the answer to a step for which nobody waits any more.
+            closed = next(reply.closed for reply in replies if reply.WhichOneof("kind") == "closed")
+            peak_rss_bytes = closed.peak_rss_bytes
+        except (grpc.RpcError, StopIteration, TrunkFailed):
+            # The session is over either way, and why it broke has been raised where it was noticed.
+            self.drop()
+            return None
+        self._end()
+        self._call.cancel()
+        return peak_rss_bytes
+
+    def leave(self) -> None:
+        """After a refusal: the stream is over, and its channel can be used again."""
+        self._end()
+        self._outgoing.put(None)
+
+    def drop(self) -> None:
+        """Break off, and close the channel: nothing of a stream that was lost is waited for."""
+        self._end()
+        self._outgoing.put(None)
+        self._call.cancel()
+        self.channel.close()
+
+    def due_s(self) -> float:
+        """When the next reply must be here."""
+        return self._deadline
+
+    def overdue(self) -> None:
+        """It is not: whoever waits for it is told."""
+        self._call.cancel()
+
+    def _end(self) -> None:
+        self._over = True
+        _watchdog.drop(self)
+
+    def _encode(
+        self, position: int, data: bytes, first: Mapping[str, object], each: Mapping[str, object]
+    ) -> list[bytes]:
+        """The messages of a step: what else the `first` of them says, and what `each` of them does."""
+        self._steps += 1
+        hidden_size, messages = self._served.hidden_size, list[bytes]()
+        size = codec.part_bytes(self._row_bytes, self._part_bytes)
+        for start in range(0, len(data), size):
+            step = {  # a message of its own would be copied into the other: twice the time
+                "sequence_id": 1,
+                "step_id": self._steps,
+                "position": position + start // self._row_bytes,
+                "hidden": codec.fields(data[start : start + size], self._rows, hidden_size),
+                "more": start + size < len(data),
+                **({} if messages else first),
+                **each,
+            }
+            messages.append(pb.ClientMessage(step=step).SerializeToString())
+        return messages
+
+    def _receive(self, wait_s: float) -> bytes:
+        self._deadline = time.monotonic() + wait_s
+        try:
+            reply: bytes = next(self._call)
+        except StopIteration:
+            raise TrunkUnavailable(f"The trunk server at {self.address} ended the session.") from None
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.CANCELLED and time.monotonic() > self._deadline:
+                late = f"The trunk server at {self.address} did not answer within {round(wait_s, 1):g} s."
+                raise TrunkUnavailable(f"{late} Raise trunk.timeout_s if it needs longer.") from error
+            raise error_of(error, self.address) from error
+        self._deadline = float("inf")
+        return reply
+
+    def _parse(self, reply: bytes, *kinds: str) -> pb.ServerMessage:
+        """A reply, which must be of one of `kinds`."""
+        try:
+            message = pb.ServerMessage.FromString(reply)
+        except DecodeError as error:
+            raise TrunkFailed(f"The trunk server at {self.address} sent what is no answer: {error}") from error
+        if message.WhichOneof("kind") not in kinds:
+            raise TrunkFailed(f"The trunk server at {self.address} sent another answer than {kinds[-1]!r}.")
+        return message
+
+    def _result(self, reply: bytes, sent: Sent) -> pb.StepResult:
+        result = self._parse(reply, "result").result
+        if result.step_id != sent.step_id:
+            raise TrunkFailed(f"The trunk answered step {result.step_id} instead of step {sent.step_id}.")
+        return result
+
+    def _decode(self, results: Sequence[pb.StepResult], wanted: int) -> torch.Tensor:
+        """The answer [1, `wanted`, H], in the dtype that the trunk computed it in."""
+        hidden_size = self._served.hidden_size
+        try:
+            tokens = sum(codec.check(result.hidden, self._rows, hidden_size) for result in results) if wanted else 0
+        except InputError as error:
+            raise TrunkFailed(f"The trunk server at {self.address} answered what does not fit: {error}") from error
+        if tokens != wanted:
+            raise TrunkFailed(f"The trunk answered {tokens} positions instead of {wanted}.")
+        if not wanted:
+            return torch.empty(1, 0, hidden_size, dtype=self._served.dtype)
+        data = b"".join(result.hidden.data for result in results)
+        return self._finite(converted(self._read(data), self._served.dtype))
+
+    def _finite(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`; raises TrunkFailed where the trunk sent NaN or Inf."""
+        if (found := codec.where_not_finite(x)) is not None:
+            plan, (row, value) = self._served.plan, found
+            layers = f"its layers [{plan.start}, {plan.end})"
+            raise TrunkFailed(f"The trunk server at {self.address} sent {value} in row {row} of an answer of {layers}.")
+        return x

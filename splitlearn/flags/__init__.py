@@ -1,0 +1,1 @@
+"""Optimization flags: the registry, and how a person selects them."""

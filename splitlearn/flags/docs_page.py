@@ -1,0 +1,72 @@
+"""docs/flags.md, generated from the registry: `python -m splitlearn flags --markdown`."""
+
+from splitlearn.flags.registry import FLAGS, SIDES, Flag, Place
+from splitlearn.flags.selection import PRESETS
+
+_HEAD = """# Optimization flags
+
+Generated from splitlearn/flags/registry.py by `make docs`; do not edit.
+
+A flag is one optimization. It is *applied*, or it is at its *off arm*: what a person who does not know the flag would
+write. Each side chooses for itself: `full` is the whole model in one process, `client` the bottom and the top of a
+split model, `trunk` the layers between, at the server.
+
+Fidelity: **exact** flags give bit-equal logits; **rounding** flags add in another order, so logits differ by rounding;
+**lossy** flags change the numbers on purpose: full and split then may give other tokens, and only `all` or their name
+applies them.
+Scope: a **session** flag is chosen with each generation; **load** and **process** flags need a process of their own.
+
+The matrix below is of flag by side. `python -m splitlearn flags` and the page show the same for your machine, model and
+trunk server: applied, available, or unavailable and why.
+"""
+
+# A place where everything that can be missing is missing, so that each flag says what it needs.
+_POOREST = Place(
+    "cpu",
+    no_python_tokenizer="the model has only one tokenizer, Rust or Python",
+    no_roll_back="the model has layers that keep something else than keys and values",
+    has_compiler=False,
+)
+
+_SELECT = """
+## Choosing flags
+
+In `config.yaml` (`flags:`), on the command line (`--flags`) and on the page the words are the same:
+
+- `default`: every available exact or rounding flag but {left_out};
+- `all`; `none`;
+- a list: `use_cache,inference_mode`; another choice of a flag: `float32_matmul_precision=high`;
+- one of these for each side: `full:all client:use_cache trunk:none`; a side that is not named has the default;
+- a preset:
+"""
+
+
+def markdown() -> str:
+    """The whole page."""
+    table = ["| flag | fidelity | scope | full | client | trunk | unavailable when |", "| --- " * 7 + "|"]
+    table += [_row(flag) for flag in FLAGS.values()]
+    details = [_section(flag) for flag in FLAGS.values()]
+    presets = [f"  - `{name}`: {words}" for name, (words, _) in PRESETS.items()]
+    select = _SELECT.format(left_out=_left_out())
+    return "\n".join([_HEAD, *table, "", *details]) + select + "\n".join(presets) + "\n"
+
+
+def _left_out() -> str:
+    """The flags that keep the computation and are not on by default, as a list in words."""
+    *most, last = [f"`{flag.name}`" for flag in FLAGS.values() if flag.fidelity != "lossy" and not flag.on_by_default]
+    return f"{', '.join(most)} and {last}"
+
+
+def _row(flag: Flag) -> str:
+    state = "applied at first" if flag.on_by_default else "available"
+    sides = [state if side in flag.sides else "does not act" for side in SIDES]
+    reason = flag.unavailable(_POOREST) or ""
+    return f"| `{flag.name}` | {flag.fidelity} | {flag.scope} | {' | '.join(sides)} | {reason} |"
+
+
+def _section(flag: Flag) -> str:
+    others = [choice for choice in flag.choices if choice not in (flag.off, flag.applied)]
+    lines = [f"### {flag.label}", "", f"- Applied: {flag.help}", f"- Off: {flag.off_help}"]
+    if others:
+        lines.append(f"- Other choices: {', '.join(f'`{flag.name}={choice}`' for choice in others)}.")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,484 @@
+"""THE one place where an optimization flag is defined.
+
+A `Flag` is a record; `FLAGS` is the registry that everything else iterates. Each choice of a flag changes `Settings`:
+the seams that the owners of loading, cache, forward pass, sampler and so on apply without knowing which flag asked.
+To add a flag, add a record here, and a seam to `Settings` if none fits (docs/add-a-flag.md).
+
+Fidelity: `exact` gives bit-equal logits, `rounding` adds in another order, `lossy` changes the numbers on purpose.
+Scope: a `session` flag is chosen with each generation, a `load` flag when weights are loaded, a `process` flag once in
+a process's life.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from splitlearn.generation.settings import GenerationSettings
+    from splitlearn.stages.settings import LoadSettings, SessionSettings
+
+Side = Literal["full", "client", "trunk"]
+Fidelity = Literal["exact", "rounding", "lossy"]
+Scope = Literal["session", "load", "process"]
+SIDES: tuple[Side, ...] = ("full", "client", "trunk")
+LOCAL: frozenset[Side] = frozenset({"full", "client"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a side's flags come to, by who applies it. `process` is called once in a process's life."""
+
+    process: tuple[Callable[[], None], ...]
+    load: LoadSettings
+    session: SessionSettings
+    generation: GenerationSettings
+
+
+@dataclass(frozen=True)
+class Place:
+    """What decides whether a flag can be applied: device, the model's tokenizer, layers and dtype, a draft model,
+    installed tools."""
+
+    device: str
+    no_python_tokenizer: str | None = None
+    no_roll_back: str | None = None
+    no_draft: str | None = "no draft model is named (model.draft)"
+    dtype: str = "float32"
+    has_compiler: bool = field(default_factory=lambda: any(map(shutil.which, ("c++", "g++", "clang++"))))
+
+
+Apply = Callable[[Settings], Settings]
+
+
+def _available(place: Place) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One optimization. `choices` maps each choice to what it changes; the first is the off arm.
+
+    `applied` is the choice that the bare name means. `unavailable` returns why the flag cannot be applied at a place,
+    or None.
+    """
+
+    name: str
+    label: str
+    help: str
+    off_help: str
+    choices: Mapping[str, Apply]
+    applied: str = "on"
+    sides: frozenset[Side] = frozenset(SIDES)
+    fidelity: Fidelity = "exact"
+    scope: Scope = "session"
+    on_by_default: bool = True
+    acts_when_sampling: bool = False
+    unavailable: Callable[[Place], str | None] = _available
+
+    @property
+    def off(self) -> str:
+        """The choice that leaves the optimization out."""
+        return next(iter(self.choices))
+
+
+def _same(settings: Settings) -> Settings:
+    return settings
+
+
+@dataclass(frozen=True)
+class Import:
+    """A value by its name, as `module:attribute`, which is imported when it is applied.
+
+    So the words of flags can be checked without torch.
+    """
+
+    name: str
+
+
+def _set(**changes: object) -> Apply:
+    """A choice that sets the seams named in `changes`, each in the record that has it."""
+
+    def apply(settings: Settings) -> Settings:
+        values = {
+            key: resolve_name(value.name) if isinstance(value, Import) else value for key, value in changes.items()
+        }
+        for owner in ("load", "session", "generation"):
+            record = getattr(settings, owner)
+            own = {each.name: values[each.name] for each in fields(record) if each.name in values}
+            settings = replace(settings, **{owner: replace(record, **own)})
+        return settings
+
+    return apply
+
+
+def _on(**changes: object) -> Mapping[str, Apply]:
+    """Choices off and on, where on sets the seams named in `changes`."""
+    return {"off": _same, "on": _set(**changes)}
+
+
+def _in_process(*calls: Callable[[], None]) -> Apply:
+    """A choice that makes `calls` once in the process."""
+    return lambda settings: replace(settings, process=(*settings.process, *calls))
+
+
+def _asks_for(output: str, **changes: object) -> Mapping[str, Apply]:
+    """Choices of a flag whose optimization is not to ask the model for `output`: off asks for it."""
+
+    def ask(settings: Settings) -> Settings:
+        return _set(forward_arguments={**settings.session.forward_arguments, output: True}, **changes)(settings)
+
+    return {"off": ask, "on": _same}
+
+
+def _matmul_precision(precision: str) -> Apply:
+    def set_precision() -> None:
+        import torch
+
+        torch.set_float32_matmul_precision(precision)
+
+    return _in_process(set_precision)
+
+
+def _benchmark_cudnn() -> None:
+    import torch
+
+    torch.backends.cudnn.benchmark = True
+
+
+def _keep(kind: Import) -> Apply:
+    """Only the kind of a cache changes: without `use_cache` there is still none."""
+    return lambda settings: _set(new_cache=kind)(settings) if settings.session.new_cache else settings
+
+
+def _blocks(bits: int) -> Apply:
+    """The LM head has 8 bits at least: a logit is one product, where a hidden state is a sum of many layers'."""
+
+    def apply(settings: Settings) -> Settings:
+        from splitlearn.layers.block_linear import BlockLinear
+
+        layer, head = (partial(BlockLinear, bits=each) for each in (bits, max(bits, 8)))
+        return _set(linear=layer, head=head, one_row=Import("splitlearn.stages.fused_decode:of"), weight_bits=bits)(
+            settings
+        )
+
+    return apply
+
+
+def _bfloat16_rows(settings: Settings) -> Settings:
+    import torch
+
+    from splitlearn.wire.hidden_states import Plain
+
+    return _set(wire=Plain(torch.bfloat16))(settings)
+
+
+def _int8_rows(settings: Settings) -> Settings:
+    from splitlearn.wire.hidden_states import Int8Blocks
+
+    return _set(wire=Int8Blocks())(settings)
+
+
+def _looking_up(settings: Settings) -> Settings:
+    from splitlearn.generation.speculation import PromptLookup
+
+    return _set(proposers=(PromptLookup,))(settings)
+
+
+def _needs_cuda(place: Place) -> str | None:
+    return None if place.device.startswith("cuda") else f"needs a CUDA device; this is {place.device}"
+
+
+def _needs_python_tokenizer(place: Place) -> str | None:
+    return place.no_python_tokenizer
+
+
+def _needs_roll_back(place: Place) -> str | None:
+    return place.no_roll_back
+
+
+def _needs_draft_model(place: Place) -> str | None:
+    return place.no_draft or place.no_roll_back
+
+
+def _needs_onednn(place: Place) -> str | None:
+    from splitlearn.layers.onednn_linear import why_not
+
+    return why_not(place.device, place.dtype)
+
+
+def _needs_cpu(place: Place) -> str | None:
+    return None if place.device == "cpu" else f"is for weights on the CPU; this is {place.device}"
+
+
+def _needs_cpu_and_roll_back(place: Place) -> str | None:
+    return _needs_cpu(place) or place.no_roll_back
+
+
+def _needs_float32_on_cpu(place: Place) -> str | None:
+    here = (place.device, place.dtype)
+    return None if here == ("cpu", "float32") else f"is for float32 on the CPU; this is {place.dtype} on {place.device}"
+
+
+def _needs_compiler(place: Place) -> str | None:
+    return None if place.has_compiler else "needs a C++ compiler (g++ or clang++) on this machine"
+
+
+FLAGS: Mapping[str, Flag] = {
+    flag.name: flag
+    for flag in (
+        Flag(
+            "low_cpu_mem_usage",
+            "low_cpu_mem_usage",
+            "Loads the weights without a second copy in memory.",
+            "Constructs the model with memory of its own, reads the state dict beside it and copies it over.",
+            _on(assign_weights=True),
+            scope="load",
+        ),
+        Flag(
+            "use_fast",
+            "use_fast",
+            "The Rust tokenizer.",
+            "The Python tokenizer, where the model has one.",
+            _on(use_fast_tokenizer=True),
+            sides=LOCAL,
+            scope="load",
+            unavailable=_needs_python_tokenizer,
+        ),
+        Flag(
+            "inference_mode",
+            "inference_mode",
+            "torch.inference_mode(): no autograd bookkeeping at all.",
+            "torch.no_grad().",
+            _on(gradient_guard=Import("torch:inference_mode")),
+        ),
+        Flag(
+            "float32_matmul_precision",
+            "float32_matmul_precision",
+            'torch.set_float32_matmul_precision("medium"): float32 products may use bfloat16 units; on a CPU, those of '
+            "several tokens.",
+            '"highest": float32 products in full float32.',
+            {level: _matmul_precision(level) for level in ("highest", "high", "medium")},
+            applied="medium",
+            fidelity="rounding",
+            scope="process",
+        ),
+        Flag(
+            "cudnn_benchmark",
+            "cudnn.benchmark",
+            "cuDNN times its algorithms and keeps the fastest.",
+            "cuDNN takes its default algorithm.",
+            {"off": _same, "on": _in_process(_benchmark_cudnn)},
+            fidelity="rounding",
+            scope="process",
+            unavailable=_needs_cuda,
+        ),
+        Flag(
+            "use_cache",
+            "use_cache",
+            "Keeps keys and values: at the client for its layers, at the trunk server for the trunk's.",
+            "Recomputes the whole prefix for each token; a trunk without it is sent the whole prefix each time.",
+            _on(new_cache=Import("splitlearn.kvcache.layers:dynamic")),
+            fidelity="rounding",
+        ),
+        Flag(
+            "cache",
+            "cache",
+            "Reserved: keys and values are written into memory set aside for the whole answer. Static: that, and "
+            "attention always sees all of it, masked, so that shapes never change (for torch_compile).",
+            "Dynamic: keys and values are copied to a longer tensor for each token. A trunk always has it reserved.",
+            {
+                "dynamic": _same,
+                "reserved": _keep(Import("splitlearn.kvcache.layers:reserved")),
+                "static": _keep(Import("splitlearn.kvcache.layers:static")),
+            },
+            applied="reserved",
+            sides=LOCAL,
+            fidelity="rounding",
+        ),
+        Flag(
+            "row_attention",
+            "row_attention",
+            "One token attends in a kernel that is compiled here, where torch's sdpa would do, on a CPU in float32. "
+            "The compiler takes 100 MB of memory in each process.",
+            "sdpa, whatever the number of tokens.",
+            _on(sdpa=Import("splitlearn.layers.kernel_attention:NAME")),
+            fidelity="rounding",
+            scope="load",
+            on_by_default=False,
+            unavailable=_needs_float32_on_cpu,
+        ),
+        Flag(
+            "weight_prepack",
+            "weight_prepack",
+            "Linear layers' weights are kept in the order in which they are read, on a CPU. onednn: in the layout of "
+            "oneDNN's products. blocks: in float32, in that of a kernel which is compiled here and takes one token "
+            "through all layers of a stage in one call, if they are such as Llama's and the cache is reserved. The "
+            "compiler takes 100 MB of memory in each process.",
+            "Linear layers' weights are plain matrices.",
+            {
+                "off": _same,
+                "onednn": _set(linear=Import("splitlearn.layers.onednn_linear:PrepackedLinear")),
+                "blocks": _blocks(32),
+            },
+            applied="onednn",
+            fidelity="rounding",
+            scope="load",
+            unavailable=_needs_onednn,
+        ),
+        Flag(
+            "weight_dtype",
+            "weight_dtype",
+            "Linear layers' weights are rounded to 4 bits (the LM head's to 8), or all to 8, with a scale and an "
+            "offset for every 32 of them, on a CPU. In place of weight_prepack, and otherwise as its blocks.",
+            "Linear layers' weights have the model's dtype.",
+            {"off": _same, "int8": _blocks(8), "int4": _blocks(4)},
+            applied="int4",
+            fidelity="lossy",
+            scope="load",
+            on_by_default=False,
+            unavailable=_needs_cpu,
+        ),
+        Flag(
+            "torch_compile",
+            "torch.compile",
+            "Compiles each stage; the time that takes is shown apart. On a CPU it can take minutes; on a GPU a stage "
+            "is compiled layer by layer, in seconds where layers are alike.",
+            "Eager execution.",
+            _on(compile_stage=Import("splitlearn.stages.compile:compile_stage")),
+            fidelity="rounding",
+            scope="load",
+            on_by_default=False,
+            unavailable=_needs_compiler,
+        ),
+        Flag(
+            "cuda_graph",
+            "cuda_graph",
+            "The kernels of one token's step are recorded once for a place in memory, and replayed in one call, if the "
+            "layers permit it, which is tried. Keys and values lie in reserved memory (cache). The time that a "
+            "recording takes is shown as compile time.",
+            "Each kernel is launched by itself.",
+            _on(one_row=Import("splitlearn.stages.cuda_graph:of")),
+            fidelity="rounding",
+            scope="load",
+            unavailable=_needs_cuda,
+        ),
+        Flag(
+            "output_attentions",
+            "output_attentions=False",
+            "Attention weights are not asked for, so fused attention (sdpa) can be used.",
+            "Attention weights of every layer are asked for, which needs the eager attention implementation.",
+            _asks_for("output_attentions", attention="eager"),
+            fidelity="rounding",
+            scope="load",
+        ),
+        Flag(
+            "output_hidden_states",
+            "output_hidden_states=False",
+            "Hidden states between the layers are not asked for.",
+            "The hidden state after every layer is asked for and kept until the step ends.",
+            _asks_for("output_hidden_states"),
+        ),
+        Flag(
+            "fast_top_k",
+            "fast_top_k",
+            "Top-k sampling by torch.topk and one scatter.",
+            "Top-k sampling by a full sort of the vocabulary.",
+            _on(top_k=Import("splitlearn.generation.sampler:top_k_by_selection")),
+            sides=LOCAL,
+            acts_when_sampling=True,
+        ),
+        Flag(
+            "prompt_lookup",
+            "prompt_lookup",
+            "Tokens that followed the last few before, in the prompt or the answer, are drafts: one step verifies "
+            "several, as many as pay. Tokens are the same; TPOT falls where an answer quotes.",
+            "One token for each step.",
+            {"off": _same, "on": _looking_up},
+            sides=LOCAL,
+            fidelity="rounding",
+            on_by_default=False,
+            unavailable=_needs_roll_back,
+        ),
+        Flag(
+            "draft_model",
+            "draft_model",
+            "What a second, smaller model (model.draft) would say are drafts, where prompt_lookup has none. It is "
+            "loaded whole beside the arm's own layers, with weights in 4 bits on a CPU. Tokens are the same.",
+            "No second model.",
+            _on(draft_model=True),
+            sides=LOCAL,
+            fidelity="rounding",
+            scope="load",
+            on_by_default=False,
+            unavailable=_needs_draft_model,
+        ),
+        Flag(
+            "prefill_overlap",
+            "prefill_overlap",
+            "A prompt goes in pieces of 256 tokens: while the trunk works on one, the client's bottom works on the "
+            "next and its top on the last.",
+            "A prompt goes whole: client and trunk wait for each other.",
+            _on(piece_tokens=256),
+            sides=frozenset({"client"}),
+            fidelity="rounding",
+            on_by_default=False,
+        ),
+        Flag(
+            "head_overlap",
+            "head_overlap",
+            "The likeliest of the first quarter of the vocabulary, where most of what is said stands, is sent on while "
+            "the client computes the other logits, so that the trunk works meanwhile. Where another token is likelier, "
+            "the step is rolled back: tokens are the same. On a CPU, for greedy answers that are decoded one by one.",
+            "The next step begins when all logits are there.",
+            _on(head_overlap=True),
+            sides=frozenset({"client"}),
+            fidelity="rounding",
+            on_by_default=False,
+            unavailable=_needs_cpu_and_roll_back,
+        ),
+        Flag(
+            "wire_dtype",
+            "wire_dtype",
+            "Hidden states cross the wire as int8, with a bfloat16 scale for every 64 values of a row (0.26 of the "
+            "bytes), or as bfloat16 (half of them).",
+            "Hidden states cross the wire as they are computed: float32 where the model is.",
+            {
+                "float32": _same,
+                "bfloat16": _bfloat16_rows,
+                "int8": _int8_rows,
+            },
+            applied="int8",
+            sides=frozenset({"trunk"}),
+            fidelity="lossy",
+            on_by_default=False,
+        ),
+    )
+}
+
+
+def settings(applied: frozenset[str]) -> Settings:
+    """The seams for a side's applied flags, each `name` or `name=choice`; every flag not named is at its off arm."""
+    chosen = dict(_split(text) for text in applied)
+    from splitlearn.generation.settings import GenerationSettings
+    from splitlearn.stages.settings import LoadSettings, SessionSettings
+
+    result = Settings((), LoadSettings(), SessionSettings(applied), GenerationSettings())
+    for flag in FLAGS.values():
+        result = flag.choices[chosen.get(flag.name, flag.off)](result)
+    return result
+
+
+def of_scope(applied: frozenset[str], *scopes: Scope) -> frozenset[str]:
+    """Those of `applied` whose flag has one of `scopes`."""
+    return frozenset(text for text in applied if FLAGS[_split(text)[0]].scope in scopes)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """`name` or `name=choice` as (name, choice)."""
+    name, _, choice = text.partition("=")
+    return name, choice or FLAGS[name].applied

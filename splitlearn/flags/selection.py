@@ -1,0 +1,207 @@
+"""Which flags are applied on which side: parsing what a person wrote, presets, and what can be applied where.
+
+The words of the command line, the page and config.yaml are the same: `default`, `all`, `none`, a preset, a list
+`use_cache,float32_matmul_precision=high`, or groups for sides, `full:all client:use_cache trunk:none`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from splitlearn.errors import InputError
+from splitlearn.flags.registry import FLAGS, SIDES, Flag, Place, Side
+
+DOES_NOT_ACT = "does not act on this side"
+
+NINE = (
+    "low_cpu_mem_usage,use_fast,inference_mode,float32_matmul_precision,cudnn_benchmark,torch_compile,use_cache,"
+    "output_attentions,output_hidden_states"
+)
+THREE = "low_cpu_mem_usage,torch_compile,use_cache"
+TWO = "low_cpu_mem_usage,use_cache"
+CACHES = "use_cache,cache=static,torch_compile"
+FAST_IN_ANY = (
+    "low_cpu_mem_usage,use_fast,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
+)
+FAST_ON_CPU = f"{FAST_IN_ANY},head_overlap"
+FAST, FAST_FLOAT32 = f"{FAST_ON_CPU},weight_dtype", f"{FAST_ON_CPU},weight_prepack=blocks"
+FAST_GPU = f"{FAST_IN_ANY},cuda_graph,torch_compile"
+
+
+def _on_every_side(flags: str) -> Mapping[Side, str]:
+    return dict.fromkeys(SIDES, flags)
+
+
+PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
+    "fast": (
+        "The fastest on a CPU, on every side: weights in 4 bits, which other answers may come of.",
+        _on_every_side(FAST),
+    ),
+    "fast-float32": (
+        "The fastest on a CPU with weights as they are, on every side.",
+        _on_every_side(FAST_FLOAT32),
+    ),
+    "fast-gpu": (
+        "The fastest on a GPU, on every side: stages are compiled, and one token's step is a recording.",
+        _on_every_side(FAST_GPU),
+    ),
+    "earlier-full": (
+        "The earlier system's full model: nine flags, on every side.",
+        _on_every_side(NINE),
+    ),
+    "earlier-client": (
+        "The earlier system's comparison: its full model with nine flags against its split client with three.",
+        {"full": NINE, "client": THREE, "trunk": THREE},
+    ),
+    "earlier-library": (
+        "The earlier system's library: two flags, on every side.",
+        _on_every_side(TWO),
+    ),
+    "cache-ladder": (
+        "For the ladder: dynamic cache, static cache, static cache and torch.compile.",
+        _on_every_side(CACHES),
+    ),
+}
+
+Availability = Mapping[Side, Mapping[str, str | None]]
+
+
+@dataclass(frozen=True)
+class FlagSet:
+    """The applied flags of each side, each as `name`, or `name=choice` where the choice is not the usual one."""
+
+    full: frozenset[str] = frozenset()
+    client: frozenset[str] = frozenset()
+    trunk: frozenset[str] = frozenset()
+
+    def of(self, side: Side) -> frozenset[str]:
+        """The applied flags of `side`."""
+        return {"full": self.full, "client": self.client, "trunk": self.trunk}[side]
+
+    def with_side(self, side: Side, applied: frozenset[str]) -> "FlagSet":
+        """The same with `applied` on `side`."""
+        return replace(self, **{side: applied})
+
+    def without(self, *names: str) -> "FlagSet":
+        """The same with the flags `names` at their off arm on every side."""
+        kept = {side: frozenset(text for text in self.of(side) if _name(text) not in names) for side in SIDES}
+        return FlagSet(**kept)
+
+    def only(self, *names: str) -> "FlagSet":
+        """The same with every flag but `names` at its off arm on every side."""
+        kept = {side: frozenset(text for text in self.of(side) if _name(text) in names) for side in SIDES}
+        return FlagSet(**kept)
+
+    def names(self) -> list[str]:
+        """Flags applied on any side, in the registry's order."""
+        applied = {_name(text) for side in SIDES for text in self.of(side)}
+        return [name for name in FLAGS if name in applied]
+
+
+def availability(places: Mapping[Side, Place]) -> Availability:
+    """For each side and flag, why it cannot be applied there, or None."""
+    return {side: {name: why_not(name, side, place) for name in FLAGS} for side, place in places.items()}
+
+
+def why_not(name: str, side: Side, place: Place) -> str | None:
+    """Why flag `name` cannot be applied on `side` at `place`, or None when it can."""
+    return _never(FLAGS[name], side) or FLAGS[name].unavailable(place)
+
+
+def parse(text: str, available: Availability) -> FlagSet:
+    """Read the words of a person. Raises InputError for an unknown flag, side or choice, and for a conflict.
+
+    A flag asked for by name must be available on some side, or on the side that is named; what `default`, `all` and
+    the presets ask for is applied where it can be.
+    """
+    groups = text.split()
+    if not any(":" in group for group in groups):
+        words = ",".join(groups) or "none"
+        return FlagSet(**{side: _group(words, side, available, asked=None) for side in SIDES})
+    chosen: dict[Side, frozenset[str]] = {}
+    for group in groups:
+        name, _, words = group.partition(":")
+        side = _side(name, group)
+        if side in chosen:
+            raise InputError("flags", text, f"one group for each side; {side} has two")
+        chosen[side] = _group(words or "none", side, available, asked=side)
+    unnamed = {side: _group("default", side, available, asked=None) for side in SIDES if side not in chosen}
+    return FlagSet(**{**chosen, **unnamed})
+
+
+def check(text: str) -> None:
+    """Raise InputError for words that could be meant nowhere, before anything is known of what is available."""
+    parse(text, {side: {name: _never(flag, side) for name, flag in FLAGS.items()} for side in SIDES})
+
+
+def _never(flag: Flag, side: Side) -> str | None:
+    return None if side in flag.sides else DOES_NOT_ACT
+
+
+def _side(name: str, group: str) -> Side:
+    for side in SIDES:
+        if side == name:
+            return side
+    raise InputError("flags", group, f"groups that begin with one of: {', '.join(f'{side}:' for side in SIDES)}")
+
+
+def _group(words: str, side: Side, available: Availability, asked: Side | None) -> frozenset[str]:
+    """The applied flags of one side. `asked` is the side that the person named, if one was."""
+    names = [word for word in words.split(",") if word]
+    sets = [word for word in names if word in {"default", "all", "none", *PRESETS}]
+    if sets and len(names) > 1:
+        raise InputError("flags", words, f"{sets[0]!r} to stand alone: it is a whole set of flags")
+    if sets:
+        return frozenset(text for text in _set(sets[0], side) if available[side][_name(text)] is None)
+    chosen = chosen_in(names)
+    for name in chosen:
+        _check_available(name, side, available, asked)
+    return applied_of({name: text for name, text in chosen.items() if available[side][name] is None})
+
+
+def chosen_in(words: Sequence[str]) -> dict[str, str]:
+    """Each flag that is named in `words`, with its canonical text. Raises InputError for an unknown flag or choice, and
+    for two choices of one flag."""
+    chosen: dict[str, str] = {}
+    for word in words:
+        name, text = _entry(word)
+        if chosen.setdefault(name, text) != text:
+            conflict = f"one choice of {name}; {chosen[name]!r} and {text!r} exclude each other"
+            raise InputError("flags", ",".join(words), conflict)
+    return chosen
+
+
+def applied_of(chosen: Mapping[str, str]) -> frozenset[str]:
+    """Those of `chosen` that are not at their off arm."""
+    return frozenset(text for name, text in chosen.items() if text != f"{name}={FLAGS[name].off}")
+
+
+def _set(word: str, side: Side) -> list[str]:
+    if word in PRESETS:
+        return PRESETS[word][1][side].split(",")
+    if word == "default":
+        return [name for name, flag in FLAGS.items() if flag.on_by_default and flag.fidelity != "lossy"]
+    return list(FLAGS) if word == "all" else []
+
+
+def _entry(word: str) -> tuple[str, str]:
+    """One word as (flag name, its canonical text). Raises InputError for an unknown flag or choice."""
+    name, equals, choice = word.partition("=")
+    if name not in FLAGS:
+        known = ", ".join(["default", "all", "none", *PRESETS, *FLAGS])
+        raise InputError("flags", name, f"one of: {known}")
+    flag = FLAGS[name]
+    if equals and choice not in flag.choices:
+        raise InputError(f"flags: {name}", choice, f"one of: {', '.join(flag.choices)}")
+    return name, word if equals and choice != flag.applied else name
+
+
+def _check_available(name: str, side: Side, available: Availability, asked: Side | None) -> None:
+    """A flag asked for by name and to be had nowhere it was asked for is an error, not a silent omission."""
+    reasons = {asked: available[side][name]} if asked else {other: available[other][name] for other in SIDES}
+    if all(reasons.values()):
+        said = "; ".join(f"{where}: {reason}" for where, reason in reasons.items())
+        raise InputError("flags", name, f"a flag that can be applied here ({said})")
+
+
+def _name(text: str) -> str:
+    return text.partition("=")[0]

@@ -1,0 +1,1 @@
+"""The decode loop over a list of stages."""

@@ -1,0 +1,1 @@
+"""Functions in machine code. Imports nothing of the project, so that kept code is good until a kernel changes."""

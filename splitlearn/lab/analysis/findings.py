@@ -1,0 +1,279 @@
+"""From the runs of an experiment to what can be said about each flag. Pure: no clock, no file, no model.
+
+A ratio is treated / control of one block, so below 1 the flag makes it faster. Only whole blocks count. For each metric
+the questions of both kinds of arm are one family (Holm); the checks are not among them.
+
+An arm that cannot be run is named in the note "failed" ({arm: reason}); blocks are whole without it, and its questions
+are "unavailable". The note "fidelity" ({flag: {kind: figures}}) has what the flag does to the logits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.compare import KINDS
+from splitlearn.lab import stats
+from splitlearn.lab.analysis.pairing import (
+    ArmFigures,
+    LedgerEffect,
+    LeftOut,
+    Pair,
+    SameWork,
+    ServiceLevel,
+    figures,
+    ledger_effect,
+    pairs_of,
+    same_work,
+    whole_blocks,
+)
+from splitlearn.lab.design import AA, Plan, Question
+from splitlearn.lab.records import Setup, Trial
+from splitlearn.lab.store import Store
+
+Metric = Literal["ttft_s", "tpot_s"]
+METRICS: tuple[Metric, ...] = ("ttft_s", "tpot_s")
+METRIC_NAMES: Mapping[Metric, str] = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
+# What is said of a question beside the verdicts of stats.decide.
+FAILED, WITHHELD, UNAVAILABLE, NO_PAIRS = "FAILED", "withheld", "unavailable", "no pairs yet"
+PASSED, NOT_PASSED = "check passed", "check not passed"
+# The ledger may cost this much.
+SERVICE = ServiceLevel()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question asked of one metric. `treated_s` and `control_s` are medians in seconds over the pairs compared,
+    `noise` the A/A effect of the same kind and metric, `reason` why the verdict is no verdict on speed."""
+
+    question: Question
+    metric: Metric
+    verdict: str
+    reason: str
+    effect: stats.Effect | None
+    more_pairs: int | None
+    treated_s: float | None
+    control_s: float | None
+    noise: stats.Effect | None
+
+    @property
+    def said(self) -> str:
+        """The verdict as it stands in a table. The A/A row says why verdicts are withheld."""
+        if self.verdict == WITHHELD:
+            return f"{WITHHELD} (see {AA})"
+        if self.reason:
+            return f"{self.verdict}: {self.reason}"
+        return f"{self.verdict} ({self.more_pairs} more pairs needed)" if self.more_pairs else self.verdict
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a question's pairs say beside the times.
+
+    `fidelity` is the flag's (a check's is exact: both sides have the same flags). `failure` is the broken promise of an
+    exact flag, or "". `numbers` is the note on logits: `largest`, `first_divergence`, `perplexity_ratio`.
+    """
+
+    question: Question
+    fidelity: str
+    pairs: tuple[Pair, ...]
+    work: SameWork
+    ledger: LedgerEffect
+    numbers: Mapping[str, Any]
+    failure: str
+
+    def compared(self, metric: Metric) -> list[tuple[int, float, float]]:
+        """(block, treated, control) in seconds, of the pairs that did the same amount of work in the same way."""
+        values = [
+            (p.block, getattr(p.treated, metric), getattr(p.control, metric)) for p in self.pairs if not p.unequal
+        ]
+        return [(block, one, other) for block, one, other in values if one and other]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The A/A effect of one kind and metric, and why it forbids verdicts there, or None."""
+
+    kind: Kind
+    metric: Metric
+    effect: stats.Effect | None
+    withheld: str | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """An experiment as far as it is: how it was set up, every trial, and what follows. `blocks` are the whole ones.
+
+    `drift` is that of the baseline's TPOT from block to block for each kind, None before there are two.
+    """
+
+    setup: Setup
+    trials: tuple[Trial, ...]
+    notes: Mapping[str, Any]
+    finished: str | None
+    service: ServiceLevel
+    blocks: int
+    left_out: tuple[LeftOut, ...]
+    rows: tuple[Row, ...]
+    evidence: Mapping[str, Evidence]
+    noise: tuple[Noise, ...]
+    arms: tuple[ArmFigures, ...]
+    drift: Mapping[Kind, stats.Drift | None]
+
+    @property
+    def asked(self) -> list[Row]:
+        """The rows about flags that can be run."""
+        return [row for row in self.rows if row.question.flag != AA and row.verdict != UNAVAILABLE]
+
+    @property
+    def decided(self) -> bool:
+        """Whether more pairs would change no verdict."""
+        return all(row.verdict in ("faster", "slower", "no measurable effect", FAILED) for row in self.asked)
+
+    @property
+    def more_pairs(self) -> int | None:
+        """The most pairs that any verdict still needs; None when that cannot be told."""
+        return max((row.more_pairs for row in self.asked if row.more_pairs), default=None)
+
+
+def of(store: Store, service: ServiceLevel = SERVICE) -> Findings:
+    """What the experiment in `store` has found so far."""
+    return analyse(store.setup, store.trials(), store.notes(), store.finished, service)
+
+
+def good_blocks(store: Store) -> list[tuple[int, int]]:
+    """(block, attempt) of every whole block in `store`."""
+    blocks, _ = whole_blocks(store.trials(), _runnable(store.setup, store.notes()))
+    return [(number, next(iter(block.values())).attempt) for number, block in blocks]
+
+
+def analyse(
+    setup: Setup,
+    trials: Sequence[Trial],
+    notes: Mapping[str, Any],
+    finished: str | None = None,
+    service: ServiceLevel = SERVICE,
+) -> Findings:
+    """All that follows from `trials`. `finished` is why the experiment ended, None while it goes on."""
+    runnable = _runnable(setup, notes)
+    blocks, left_out = whole_blocks(trials, runnable)
+    asked = [question for question in setup.plan.questions if {question.treated, question.control} <= set(runnable)]
+    evidence = {question.key: _evidence(setup.plan, question, pairs_of(question, blocks), notes) for question in asked}
+    noise = tuple(_noise(kind, metric, evidence, setup) for kind in KINDS for metric in METRICS)
+    return Findings(
+        setup=setup,
+        trials=tuple(trials),
+        notes=notes,
+        finished=finished,
+        service=service,
+        blocks=len(blocks),
+        left_out=left_out,
+        rows=_rows(setup, evidence, noise, notes),
+        evidence=evidence,
+        noise=noise,
+        arms=tuple(figures(setup.plan.arm(name), [block[name] for _, block in blocks], service) for name in runnable)
+        if blocks
+        else (),
+        drift={kind: _drift(kind, evidence) for kind in KINDS},
+    )
+
+
+def _runnable(setup: Setup, notes: Mapping[str, Any]) -> list[str]:
+    failed = notes.get("failed", {})
+    return [arm.name for arm in setup.plan.arms if arm.name not in failed]
+
+
+def _evidence(plan: Plan, question: Question, pairs: Sequence[Pair], notes: Mapping[str, Any]) -> Evidence:
+    fidelity = plan.fidelity(question)
+    work = same_work(pairs)
+    numbers = notes.get("fidelity", {}).get(question.flag, {}).get(question.kind, {})
+    failure = ""
+    if fidelity == "exact" and work.first_divergence is not None:
+        what = "same flags" if question.flag == AA else "exact flag"
+        failure = f"{what}, tokens differ at token {work.first_divergence + 1} of block {work.in_block}"
+    return Evidence(question, fidelity, tuple(pairs), work, ledger_effect(pairs), numbers, failure)
+
+
+def _noise(kind: Kind, metric: Metric, evidence: Mapping[str, Evidence], setup: Setup) -> Noise:
+    found = next((e for e in evidence.values() if e.question.flag == AA and e.question.kind == kind), None)
+    effect = _effect(found, metric) if found else None
+    withheld = stats.withheld(effect, setup.delta) if effect else "no A/A pairs"
+    return Noise(kind, metric, effect, withheld)
+
+
+def _effect(evidence: Evidence, metric: Metric) -> stats.Effect | None:
+    pairs = evidence.compared(metric)
+    return (
+        stats.effect([one for _, one, _ in pairs], [other for _, _, other in pairs])
+        if len(pairs) >= stats.MIN_PAIRS
+        else None
+    )
+
+
+def _rows(
+    setup: Setup, evidence: Mapping[str, Evidence], noise: Sequence[Noise], notes: Mapping[str, Any]
+) -> tuple[Row, ...]:
+    looks = 1 if setup.pairs else len(stats.looks(setup.max_pairs))
+    decisions = {metric: _decisions(evidence, metric, setup.delta, looks) for metric in METRICS}
+    floors = {(floor.kind, floor.metric): floor for floor in noise}
+    rows = []
+    for question in setup.plan.questions:
+        for metric in METRICS:
+            found, floor = evidence.get(question.key), floors[question.kind, metric]
+            if found is None:
+                reasons = [notes["failed"].get(name) for name in (question.treated, question.control)]
+                said = next(filter(None, reasons))
+                rows.append(Row(question, metric, UNAVAILABLE, said, None, None, None, None, floor.effect))
+            else:
+                rows.append(_row(found, metric, decisions[metric].get(question.key), floor))
+    return tuple(rows)
+
+
+def _decisions(evidence: Mapping[str, Evidence], metric: Metric, delta: float, looks: int) -> dict[str, stats.Decision]:
+    """One family: every question about a flag, of both kinds, that has at least two pairs."""
+    family = {}
+    for key, found in evidence.items():
+        pairs = found.compared(metric)
+        if found.question.flag != AA and len(pairs) >= stats.MIN_PAIRS:
+            family[key] = ([one for _, one, _ in pairs], [other for _, _, other in pairs])
+    return stats.decide(family, delta, looks) if family else {}
+
+
+def _row(found: Evidence, metric: Metric, decision: stats.Decision | None, floor: Noise) -> Row:
+    effect = decision.effect if decision else _effect(found, metric)
+    verdict, reason = _verdict(found, decision, floor, effect)
+    pairs = found.compared(metric)
+    return Row(
+        question=found.question,
+        metric=metric,
+        verdict=verdict,
+        reason=reason,
+        effect=effect,
+        more_pairs=decision.more_pairs if decision and not reason else None,
+        treated_s=median(one for _, one, _ in pairs) if pairs else None,
+        control_s=median(other for _, _, other in pairs) if pairs else None,
+        noise=floor.effect,
+    )
+
+
+def _verdict(
+    found: Evidence, decision: stats.Decision | None, floor: Noise, effect: stats.Effect | None
+) -> tuple[str, str]:
+    """What is said and why: a broken promise first, then a noise floor that allows no verdict, then the verdict. A
+    check has no decision."""
+    if found.failure:
+        return FAILED, found.failure
+    if effect is None:
+        return NO_PAIRS, found.work.unequal[0] if found.work.unequal else "two are needed at least"
+    if decision is None:
+        return (NOT_PASSED, floor.withheld) if floor.withheld else (PASSED, "")
+    return (WITHHELD, floor.withheld) if floor.withheld else (decision.verdict, "")
+
+
+def _drift(kind: Kind, evidence: Mapping[str, Evidence]) -> stats.Drift | None:
+    """Of the baseline's TPOT, in the order in which it ran."""
+    found = next((e for e in evidence.values() if e.question.flag == AA and e.question.kind == kind), None)
+    runs = sorted((pair.control for pair in found.pairs), key=lambda trial: trial.at_s) if found else []
+    values = [trial.tpot_s for trial in runs if trial.tpot_s]
+    return stats.drift(values) if len(values) >= stats.MIN_PAIRS else None

@@ -1,0 +1,1 @@
+"""Findings as tables, charts and files."""

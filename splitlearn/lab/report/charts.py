@@ -1,0 +1,201 @@
+"""The pictures of an experiment, as plotly figures: intervals, raw pairs, and where the time went.
+
+Backgrounds are transparent, so that a page may be light or dark. What lies beyond REACH is drawn at the edge of its
+picture as a triangle with the figure beside it: one flag that makes everything ten times faster would otherwise press
+all others, and the band that counts as nothing, into one line.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import plotly.graph_objects as go
+
+from splitlearn.arms.arm import Kind
+from splitlearn.lab.analysis.findings import METRIC_NAMES, Evidence, Findings, Metric, Row
+from splitlearn.lab.analysis.pairing import ArmFigures
+from splitlearn.metrics import LEDGER_ORDER
+
+REACH = 1.25
+LEAST_REACH = 1.05
+GRID = "rgba(128,128,128,0.35)"
+DELTA_BAND = "rgba(0,158,115,0.20)"
+NOISE_BAND = "rgba(213,94,0,0.55)"
+# Few enough for a phone; the widest that lie within the picture are shown.
+TICKS = ((0.8, 0.9, 1, 1.1, 1.25), (0.9, 0.95, 1, 1.05, 1.1), (0.95, 0.98, 1, 1.02, 1.05))
+# A bar longer than so many times the median is cut off, with this mark and its length beside it.
+LONGEST_BAR = 2.0
+CUT = "// "
+DOT = "#3d8fd1"
+# Okabe and Ito's palette, told apart by the colour-blind and in light and dark; the verdict is said in words, too.
+VERDICT_COLOURS: Mapping[str, str] = {"faster": "#009e73", "slower": "#d55e00", "FAILED": "#cc3311"}
+OTHER_COLOUR = "#808890"
+LEDGER_COLOURS: Mapping[str, str] = {
+    **{"tokenise": "#8c8c8c", "open": "#b0b0b0", "draft": "#44aa99", "model": "#0072b2"},
+    **{"bottom": "#56b4e9", "encode": "#f0e442"},
+    **{"wire": "#d55e00", "queue": "#999933", "trunk": "#009e73", "decode": "#e69f00"},
+    **{"recover": "#cc3311", "top": "#5a7fd0"},
+    **{"sample": "#cc79a7", "emit": "#882255", "unattributed": "#a0a0a0"},
+}
+
+
+def forest(findings: Findings, kind: Kind, metric: Metric) -> Any:
+    """The interval of each question, with the band that counts as nothing (filled) and the noise floor (dashed)."""
+    rows = [row for row in findings.rows if row.question.kind == kind and row.metric == metric and row.effect]
+    reach = _reach([end for row in rows if row.effect for end in (row.effect.low, row.effect.high)], findings)
+    figure = go.Figure()
+    for row in rows:
+        _interval(figure, row, reach)
+    _bands(figure, findings, rows)
+    title = f"{METRIC_NAMES[metric]}, {kind}: ratio with / without, n = {findings.blocks} blocks"
+    return _layout(figure, title, [row.question.flag for row in rows], reach)
+
+
+def dots(findings: Findings, kind: Kind, metric: Metric) -> Any:
+    """The ratio of every single pair; hover for its block."""
+    asked = [found for found in findings.evidence.values() if found.question.kind == kind and found.compared(metric)]
+    ratios = [one / other for found in asked for _, one, other in found.compared(metric)]
+    reach = _reach(ratios, findings)
+    figure = go.Figure()
+    for found in asked:
+        _dots(figure, found, metric, reach)
+    _bands(figure, findings, [])
+    title = f"{METRIC_NAMES[metric]}, {kind}: each of {findings.blocks} blocks"
+    return _layout(figure, title, [found.question.flag for found in asked], reach)
+
+
+def ledger(findings: Findings, kind: Kind) -> Any:
+    """Milliseconds per token after the first of each arm, by where they went; the sum is beside the bar."""
+    arms = [arm for arm in findings.arms if arm.kind == kind and arm.ledger]
+    names = [_short(arm) for arm in arms]
+    totals = [sum(arm.ledger.values()) * 1e3 for arm in arms]
+    longest = LONGEST_BAR * median(totals or [1.0])
+    shown = [min(1.0, longest / total) for total in totals]
+    figure = go.Figure()
+    for word in words(arms):
+        values = [arm.ledger.get(word, 0.0) * 1e3 for arm in arms]
+        figure.add_bar(
+            x=[value * part for value, part in zip(values, shown, strict=True)],
+            y=names,
+            customdata=values,
+            name=word,
+            orientation="h",
+            marker={"color": LEDGER_COLOURS[word], "line": {"width": 0}},
+            hovertemplate=f"%{{y}}, {word}: %{{customdata:.3f}} ms per token<extra></extra>",
+        )
+    for name, total, part in zip(names, totals, shown, strict=True):
+        text = f"{CUT if part < 1 else ''}{total:.1f}"
+        figure.add_annotation(text=text, x=total * part, y=name, xanchor="left", showarrow=False, font={"size": 11})
+    _style(figure, f"{kind}: ms per token after the first, mean of {findings.blocks} runs", names)
+    figure.update_layout(barmode="stack")
+    edge = max((total * part for total, part in zip(totals, shown, strict=True)), default=1.0)
+    figure.update_xaxes(range=[0, edge * 1.6], tickangle=0, nticks=5)
+    return figure
+
+
+def words(arms: Sequence[ArmFigures]) -> list[str]:
+    """The parts of the ledger that any of `arms` has, in the order of a step."""
+    return [word for word in LEDGER_ORDER if any(word in arm.ledger for arm in arms)]
+
+
+def _interval(figure: Any, row: Row, reach: float) -> None:
+    effect = row.effect
+    if effect is None:
+        return
+    low, high, middle = (min(max(end, 1 / reach), reach) for end in (effect.low, effect.high, effect.ratio))
+    colour = VERDICT_COLOURS.get(row.verdict, OTHER_COLOUR)
+    text = f"{effect.ratio:.3f} [{effect.low:.3f}, {effect.high:.3f}], n = {effect.pairs} pairs"
+    outside = middle != effect.ratio
+    figure.add_scatter(
+        x=[middle],
+        y=[row.question.flag],
+        mode="markers+text" if outside else "markers",
+        text=[f"{effect.ratio:.2f}"],
+        textposition="middle right" if middle < 1 else "middle left",
+        marker={"size": 10, "color": colour, "symbol": _symbol(effect.ratio, reach)},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [high - middle],
+            "arrayminus": [middle - low],
+            "color": colour,
+            "thickness": 2,
+        },
+        hovertemplate=f"%{{y}}: {text}<extra></extra>",
+    )
+
+
+def _dots(figure: Any, found: Evidence, metric: Metric, reach: float) -> None:
+    pairs = found.compared(metric)
+    ratios = [one / other for _, one, other in pairs]
+    figure.add_scatter(
+        x=[min(max(ratio, 1 / reach), reach) for ratio in ratios],
+        y=[found.question.flag] * len(pairs),
+        mode="markers",
+        marker={
+            "size": 8,
+            "opacity": 0.55,
+            "color": DOT,
+            "symbol": [_symbol(ratio, reach) for ratio in ratios],
+        },
+        customdata=[[block, ratio] for (block, _, _), ratio in zip(pairs, ratios, strict=True)],
+        hovertemplate="%{y}, block %{customdata[0]}: ratio %{customdata[1]:.3f}<extra></extra>",
+    )
+
+
+def _symbol(ratio: float, reach: float) -> str:
+    if ratio > reach:
+        return "triangle-right"
+    return "triangle-left" if ratio < 1 / reach else "circle"
+
+
+def _bands(figure: Any, findings: Findings, rows: Sequence[Row]) -> None:
+    """What counts as nothing; the A/A interval; and the line of no effect."""
+    delta = findings.setup.delta
+    figure.add_vrect(x0=1 / (1 + delta), x1=1 + delta, fillcolor=DELTA_BAND, line_width=0, layer="below")
+    noise = next((row.noise for row in rows if row.noise), None)
+    for end in (noise.low, noise.high) if noise else ():
+        figure.add_vline(x=end, line={"color": NOISE_BAND, "dash": "dash", "width": 1.5})
+    figure.add_vline(x=1, line={"color": "rgba(128,128,128,0.9)", "width": 1})
+
+
+def _reach(values: Sequence[float], findings: Findings) -> float:
+    """How far the axis goes to both sides of 1, as a factor."""
+    widest = max((max(value, 1 / value) for value in values), default=1.0) * 1.01
+    return min(REACH, max(widest, LEAST_REACH, 1 + 2 * findings.setup.delta))
+
+
+def _layout(figure: Any, title: str, names: Sequence[str], reach: float) -> Any:
+    _style(figure, title, names)
+    edge = math.log10(reach) * 1.04
+    ticks = next((ticks for ticks in TICKS if math.log10(ticks[-1]) <= edge), TICKS[-1])
+    texts = [f"{tick:g}" for tick in ticks]
+    figure.update_xaxes(type="log", range=[-edge, edge], tickvals=ticks, ticktext=texts, tickangle=0)
+    return figure
+
+
+def _style(figure: Any, title: str, names: Sequence[str]) -> None:
+    figure.update_layout(
+        height=78 + 26 * max(1, len(names)),
+        showlegend=False,
+        title={"text": title, "font": {"size": 13}, "x": 0.01},
+        font={"family": "system-ui, sans-serif", "size": 12},
+        margin={"l": 8, "r": 12, "t": 34, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        xaxis={"gridcolor": GRID, "zeroline": False, "automargin": True, "fixedrange": True},
+        yaxis={
+            "automargin": True,
+            "showgrid": False,
+            "autorange": "reversed",
+            "categoryorder": "array",
+            "categoryarray": list(names),
+        },
+    )
+    figure.update_yaxes(fixedrange=True)
+
+
+def _short(arm: ArmFigures) -> str:
+    """The arm's name without its kind, which the title has."""
+    return arm.arm.replace(f", {arm.kind}", "")

@@ -1,0 +1,166 @@
+"""What is handed on of an experiment: JSON, CSV, one HTML file that needs nothing beside it, Markdown, and two
+experiments side by side."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import plotly.io
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from splitlearn.arms.compare import KINDS
+from splitlearn.lab.analysis.findings import METRICS, Findings
+from splitlearn.lab.environment import differences
+from splitlearn.lab.report import charts, data, tables
+
+TEMPLATE = "report.html.jinja"
+
+
+def write_exports(findings: Findings, folder: Path) -> list[Path]:
+    """Write results.json, verdicts.csv, pairs.csv, trials.csv, report.html and report.md into `folder`, which is made
+    if it is not there. Gives their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "results.json": json.dumps(data.as_json(findings), indent=1, allow_nan=False) + "\n",
+        "verdicts.csv": data.csv(data.verdicts(findings)),
+        "pairs.csv": data.csv(data.pairs(findings)),
+        "trials.csv": data.csv(data.trials(findings)),
+        "report.html": html(findings),
+        "report.md": markdown(findings),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+    return [folder / name for name in texts]
+
+
+def html(findings: Findings) -> str:
+    """The report as one page without any file or address beside it. All text from outside is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    setup = findings.setup
+    return environment.get_template(TEMPLATE).render(
+        title=f"Experiment: {setup.model}",
+        summary=_summary(findings),
+        status=_status(findings),
+        method=_method(findings),
+        warnings=tables.warnings(findings),
+        verdicts=tables.verdicts(findings),
+        work=tables.work(findings),
+        arms=tables.arms(findings),
+        claims=tables.claims(findings),
+        left_out=tables.left_out(findings),
+        forests=[picture(charts.forest(findings, kind, metric)) for metric in METRICS for kind in KINDS],
+        dots=[picture(charts.dots(findings, kind, metric)) for metric in METRICS for kind in KINDS],
+        ledgers=[picture(charts.ledger(findings, kind)) for kind in KINDS],
+        key=[(word, charts.LEDGER_COLOURS[word]) for word in charts.words(findings.arms)],
+        command=setup.command,
+        prompts=setup.prompts,
+        environment=json.dumps(setup.environment, indent=2),
+        notes=json.dumps(findings.notes, indent=2),
+        plotly_js=get_plotlyjs(),
+    )
+
+
+def markdown(findings: Findings) -> str:
+    """The report as a page for docs/results."""
+    parts = [
+        f"# What each flag does: {tables.plain(findings.setup.model)}",
+        f"{_summary(findings)} {_status(findings)}",
+        _method(findings),
+        *(f"**{tables.plain(warning)}**" for warning in tables.warnings(findings)),
+        "## Verdicts",
+        tables.markdown_table(tables.verdicts(findings)),
+        "## Did both sides do the same work?",
+        tables.markdown_table(tables.work(findings)),
+        "## Arms",
+        "Medians over n runs; percentiles only where there are enough values (72 for p95, 368 for p99).",
+        tables.markdown_table(tables.arms(findings)),
+        "## What was published of the earlier system",
+        tables.markdown_table(tables.claims(findings)),
+        "## How to repeat it",
+        f"```\n{findings.setup.command}\n```",
+        "## Environment",
+        f"```json\n{json.dumps(findings.setup.environment, indent=2)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def compare_two(one: Findings, other: Findings) -> str:
+    """Both verdict tables side by side, as Markdown, below a warning that names what differs between the two."""
+    differing = [*differences(one.setup.environment, other.setup.environment), *_asked_otherwise(one, other)]
+    named = "\n".join(f"- {tables.plain(difference)}" for difference in differing)
+    warning = f"WARNING: the two experiments differ in more than chance; compare their figures with care.\n\n{named}"
+    names = "\n".join(f"{letter}: {_code(found.setup.command)}" for letter, found in (("A", one), ("B", other)))
+    table = tables.markdown_table(tables.side_by_side(one.rows, other.rows))
+    same = "Both ran in the same environment with the same settings."
+    return "\n\n".join([names, warning if differing else same, table]) + "\n"
+
+
+def _code(text: str) -> str:
+    """`text` as a code span of Markdown, in more backticks than it has in a row."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
+
+
+def _asked_otherwise(one: Findings, other: Findings) -> Iterator[str]:
+    """What differs in what was asked for."""
+    for name in ("model", "design", "flags", "prompts", "max_new_tokens", "delta"):
+        values: tuple[Any, Any] = (getattr(one.setup, name), getattr(other.setup, name))
+        if values[0] == values[1]:
+            continue
+        if name in ("flags", "prompts"):
+            yield f"{name} are not the same"
+        else:
+            yield f"{name}: {values[0]} against {values[1]}"
+
+
+def picture(figure: Any) -> str:
+    """A figure as a part of a page that has plotly's script."""
+    text: str = plotly.io.to_html(
+        figure,
+        include_plotlyjs=False,
+        full_html=False,
+        default_height=f"{figure.layout.height}px",
+        config={"responsive": True, "displayModeBar": False},
+    )
+    return text
+
+
+def _summary(findings: Findings) -> str:
+    setup = findings.setup
+    return (
+        f"Design {setup.design!r}: {len(setup.plan.arms)} arms in each block, n = {findings.blocks} whole blocks,"
+        f" {setup.max_new_tokens} tokens a run, {len(setup.prompts)} prompt{'s' * (len(setup.prompts) != 1)},"
+        f" seed {setup.seed}."
+    )
+
+
+def _status(findings: Findings) -> str:
+    ended = (
+        f"Ended: {findings.finished}." if findings.finished else "It has not finished: these are the figures so far."
+    )
+    turns = len(findings.left_out)
+    slopes = [
+        f"{kind} {drift.per_pair ** (findings.blocks - 1) - 1:+.2%} (p = {drift.p_value:.2g})"
+        for kind, drift in findings.drift.items()
+        if drift is not None
+    ]
+    drift = f" Drift of the baseline's TPOT from first to last block: {', '.join(slopes)}." if slopes else ""
+    return f"{ended} Turns of blocks that do not count: {turns}.{drift}"
+
+
+def _method(findings: Findings) -> str:
+    return (
+        "A ratio is time with the flag / time without, over the two runs of one block, so below 1 the flag makes it"
+        f" faster. No measurable effect: the interval lies within {findings.setup.delta:.1%} of 1. Intervals are of the"
+        " geometric mean ratio, from paired t on log ratios, and Holm-corrected over all flags asked, for each metric"
+        " by itself. A/A is the baseline against itself: the noise floor."
+    )

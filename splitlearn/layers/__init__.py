@@ -1,0 +1,1 @@
+"""Modules that flags put in the place of a model's own."""

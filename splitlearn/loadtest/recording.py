@@ -1,0 +1,108 @@
+"""What a client sends to its trunk, kept: the hidden states of a prompt and of the tokens of its answer.
+
+The trunk's work does not depend on the values, so that a replay of them loads it as the client would, without the
+client's own layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+
+from splitlearn.arms import arm
+from splitlearn.arms.arm import ArmSpec
+from splitlearn.errors import SplitlearnError, as_error
+from splitlearn.events import GenerationRequest
+from splitlearn.flags.registry import settings
+from splitlearn.loadtest.plan import Asked
+from splitlearn.runtime import process
+from splitlearn.runtime.progress import Progress, Step
+from splitlearn.stages import loading
+from splitlearn.stages.base import StageInput, StageOutput
+from splitlearn.stages.local import LocalSession, LocalStage
+from splitlearn.stages.settings import SessionSettings
+from splitlearn.wire.hidden_states import Plain
+
+
+@dataclass(frozen=True)
+class Recording:
+    """`states` [1, T, H]: those of the prompt's `prompt_tokens`, then one for each token of the answer but the last,
+    which nothing follows."""
+
+    prompt_tokens: int
+    states: torch.Tensor
+
+    def steps(self, new_tokens: int, recomputes: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
+        """The steps of an answer of `new_tokens` tokens: the position and the hidden state [1, T, H] of each; for a
+        trunk that `recomputes`, the whole prefix each time."""
+        yield 0, self.states[:, : self.prompt_tokens]
+        for position in range(self.prompt_tokens, self.prompt_tokens + new_tokens - 1):
+            first = 0 if recomputes else position
+            yield first, self.states[:, first : position + 1]
+
+
+def record(spec: ArmSpec, requests: Sequence[GenerationRequest], progress: Progress) -> list[Recording]:
+    """Run each request once through a split client in a process of its own, with the trunk of `spec`.
+
+    Raises what the client raises.
+    """
+    child = process.start("The recording client's worker process", _main, spec, tuple(requests))
+    try:
+        made = []
+        for count in range(len(requests)):
+            progress(Step("Recording hidden states", count, len(requests)))
+            item = child.receive()
+            if isinstance(item, SplitlearnError):
+                raise item
+            prompt_tokens, data = item
+            states = Plain(spec.dtype).from_bytes(data, spec.files.facts.hidden_size)
+            made.append(Recording(prompt_tokens, states))
+        return made
+    finally:
+        child.stop()
+
+
+def recordings_of(asked: Asked, spec: ArmSpec, chat: bool | str, progress: Progress) -> list[Recording]:
+    """A recording of each prompt with the longest answer that is asked for."""
+    requests = [GenerationRequest(prompt, asked.max_new_tokens, chat=chat, ignore_eos=True) for prompt in asked.prompts]
+    return record(spec, requests, progress)
+
+
+class _Recorder:
+    """The bottom, and the last hidden state that it gave for each position."""
+
+    def __init__(self, stage: LocalStage) -> None:
+        self._stage = stage
+        self.states = torch.empty(0)
+        self.prompt_tokens = 0
+
+    def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
+        """Begin a recording with the session."""
+        self.states, self.prompt_tokens = torch.empty(0), 0
+        return self._stage.open(settings, max_length)
+
+    def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        """The stage's own step; the first one of a session is its prompt."""
+        outputs = self._stage.step(batch)
+        for item, output in zip(batch, outputs, strict=True):
+            self.states = torch.cat([self.states[:, : item.position], output.x], dim=1) if item.position else output.x
+            self.prompt_tokens = self.prompt_tokens or output.x.shape[1]
+        return outputs
+
+
+def _main(connection: Connection, spec: ArmSpec, requests: Sequence[GenerationRequest]) -> None:
+    """The recording process: sends (prompt tokens, raw values) for each request, or an error."""
+    try:
+        own = settings(spec.flags.client)
+        loading.prepare_process(own.process, spec.threads)
+        placement = loading.Placement(spec.device, spec.dtype)
+        bottom, top = loading.load(spec.files, loading.client_specs(spec.plan), own.load, placement).stages
+        recorder = _Recorder(bottom)
+        generator = arm.generator(spec, (recorder, top), arm.open_trunk(spec), arm.read_tokens(spec))
+        for request in requests:
+            for _ in generator.stream(request):
+                pass
+            connection.send((recorder.prompt_tokens, Plain(spec.dtype).to_bytes(recorder.states)))
+    except Exception as error:
+        connection.send(as_error(error, "recording hidden states"))

@@ -1,0 +1,160 @@
+"""What is handed on of a load: JSON, a CSV of its requests, and one HTML file that needs nothing beside it."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from splitlearn.lab.report.data import csv
+from splitlearn.lab.report.exports import picture
+from splitlearn.loadtest import charts
+from splitlearn.loadtest.driver import Measured
+from splitlearn.loadtest.plan import Asked
+from splitlearn.loadtest.summary import Spread, Summary
+
+TEMPLATE = "report.html.jinja"
+BUSY = 0.8
+"""From so much of a core on, this process may be what is slow."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A load that is over. `command` is how a person repeats it."""
+
+    asked: Asked
+    prompt_tokens: tuple[int, ...]
+    measured: Measured
+    summary: Summary
+    model: str
+    command: str
+    environment: dict[str, Any]
+
+
+def as_json(findings: Findings) -> dict[str, Any]:
+    """All but the single requests. Times in seconds."""
+    asked = asdict(findings.asked)
+    return {
+        "model": findings.model,
+        "loop": _loop(findings.asked),
+        "asked": {**asked, "prompts": len(findings.asked.prompts), "prompt_tokens": list(findings.prompt_tokens)},
+        "summary": asdict(findings.summary),
+        "command": findings.command,
+        "environment": findings.environment,
+    }
+
+
+def write_exports(findings: Findings, folder: Path) -> None:
+    """Write load.json, requests.csv and report.html into `folder`, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "load.json": json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n",
+        "requests.csv": _requests(findings),
+        "report.html": html(findings),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+
+
+def html(findings: Findings) -> str:
+    """The report as one page. All text from outside is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    asked, measured = findings.asked, findings.measured
+    figures = [
+        *charts.distributions(measured, asked.levels),
+        charts.requests(measured),
+        charts.throughput(measured),
+    ]
+    return environment.get_template(TEMPLATE).render(
+        title=f"Load: {findings.model}",
+        about=about(findings),
+        notes=notes(findings.summary),
+        times=times(findings.summary),
+        counts=counts(findings),
+        reasons=findings.summary.reasons,
+        pictures=[picture(figure) for figure in figures],
+        command=findings.command,
+        environment=json.dumps(findings.environment, indent=2),
+        plotly_js=get_plotlyjs(),
+    )
+
+
+def about(findings: Findings) -> str:
+    """One sentence: what was done."""
+    asked, tokens = findings.asked, findings.prompt_tokens
+    kind = "replaying" if asked.replay else "real"
+    return (
+        f"{_loop(asked)}, {asked.clients} {kind} client{'s' * (asked.clients != 1)}, "
+        f"{findings.summary.duration_s:.0f} s, {len(tokens)} prompts of {min(tokens)} to {max(tokens)} tokens, "
+        f"answers of up to {asked.max_new_tokens}, seed {asked.seed}."
+    )
+
+
+def notes(summary: Summary) -> list[str]:
+    """What a reader must know before believing the figures."""
+    found = []
+    if summary.busy > BUSY:
+        found.append(
+            f"The clients' process had {summary.busy:.0%} of a core busy: the figures may be its own, not the trunk's."
+        )
+    if summary.rejected + summary.failed + summary.incomplete:
+        found.append("TTFT and TPOT are of the requests that were answered; the others are only counted.")
+    return found
+
+
+def times(summary: Summary) -> list[tuple[str, ...]]:
+    """Rows of TTFT and TPOT, with their heads as the first; empty cells where there are too few values."""
+
+    def row(name: str, spread: Spread) -> tuple[str, ...]:
+        values = (spread.mean_s, spread.p50_s, spread.p90_s, spread.p95_s, spread.p99_s)
+        return (name, str(spread.n), *("" if value is None else f"{value * 1e3:.0f} ms" for value in values))
+
+    heads = ("", "n", "mean", "p50", "p90", "p95", "p99")
+    return [heads, row("TTFT", summary.ttft), row("TPOT", summary.tpot)]
+
+
+def counts(findings: Findings) -> list[tuple[str, str]]:
+    """Names and figures of all that is no distribution."""
+    found, levels = findings.summary, findings.asked.levels
+    share = "" if found.goodput_share is None else f", {found.goodput_share:.1%} of all"
+    goodput = f"{found.goodput_per_s:.2f} requests/s{share}"
+    return [
+        ("TPS (system)", f"{found.tps_system:.1f} tokens/s"),
+        ("answered", f"{found.requests_per_s:.2f} requests/s"),
+        (f"goodput (TTFT {levels.ttft_s:g} s, TPOT {levels.tpot_s:g} s)", goodput),
+        ("requests", str(found.offered)),
+        ("done", str(found.done)),
+        ("rejected", str(found.rejected)),
+        ("failed", str(found.failed)),
+        ("incomplete", str(found.incomplete)),
+    ]
+
+
+def _loop(asked: Asked) -> str:
+    return "closed-loop" if asked.rate is None else f"open-loop at {asked.rate:g} requests/s"
+
+
+def _requests(findings: Findings) -> str:
+    """One line for each request, in the order of arrival; times in seconds after the start."""
+    rows = [
+        {
+            "client": outcome.client,
+            "prompt": outcome.job.prompt,
+            "new_tokens": outcome.job.new_tokens,
+            "arrived_s": outcome.arrived_s,
+            "begun_s": outcome.begun_s,
+            "ended_s": outcome.ended_s,
+            "state": outcome.state,
+            "tokens": len(outcome.token_s),
+            "ttft_s": outcome.ttft_s,
+            "tpot_s": outcome.tpot_s,
+            "reason": outcome.reason,
+        }
+        for outcome in findings.measured.outcomes
+    ]
+    return csv(pd.DataFrame(rows))

@@ -1,0 +1,103 @@
+"""The machine and the software that a process runs on, as far as they decide its figures."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from splitlearn.runtime import cgroups, environment
+
+CPU_FOLDER = Path("/sys/devices/system/cpu")
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def described() -> dict[str, Any]:
+    """Hardware, system, libraries and this project's commit, as JSON; memory in bytes, clock in MHz, the quota
+    of CPU time in cores.
+
+    None for what the machine does not tell, and for a limit that there is not.
+    """
+    found = cgroups.machine()
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "logical_cores": found.cores,
+        "cpu_quota": found.quota,
+        "cpu_affinity": found.affinity,
+        "memory_bytes": found.memory,
+        "memory_limit_bytes": found.memory_limit,
+        "governor": ", ".join(sorted(set(_texts("cpu[0-9]*/cpufreq/scaling_governor")))) or None,
+        "cpu_max_mhz": clock_mhz("max"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "grpcio", "numpy")},
+        "commit": commit(CHECKOUT),
+        "omp_wait_policy": wait_policy(),
+    }
+
+
+def usable(found: Mapping[str, Any]) -> str:
+    """What may be used of a machine, in words, by what its `described` said; as text, too, as a trunk sends it.
+
+    Nothing where that is not known.
+    """
+
+    def number(name: str) -> float | None:
+        return float(found[name]) if found.get(name) is not None else None
+
+    with suppress(KeyError, ValueError, OverflowError):
+        cores, memory = int(float(found["logical_cores"])), int(float(found["memory_bytes"]))
+        limits = number("cpu_quota"), number("cpu_affinity"), number("memory_limit_bytes")
+        return str(cgroups.Machine(cores, memory, *limits))
+    return ""
+
+
+def clock_mhz(which: str) -> float | None:
+    """The cores' mean clock, "current" or "max"; None where the machine does not tell (psutil says 0 there)."""
+    with suppress(OSError, NotImplementedError, AttributeError):
+        return float(getattr(psutil.cpu_freq(), which)) or None
+    return None
+
+
+def throttled() -> int | None:
+    """Linux's counts of the times that cores and their packages were throttled, added up: only a rise says anything."""
+    counts = [int(text) for text in _texts("cpu[0-9]*/thermal_throttle/*_throttle_count") if text.isdecimal()]
+    return sum(counts) if counts else None
+
+
+def wait_policy() -> str:
+    """What OpenMP's threads do in the workers while they have no work: as said, or as native.py says."""
+    return os.environ.get("OMP_WAIT_POLICY", environment.DEFAULTS["OMP_WAIT_POLICY"])
+
+
+def commit(checkout: Path) -> str | None:
+    """The commit of the folder, with "-dirty" if tracked files have changed; None where there is no git."""
+    # The folder's own repository, not one that it happens to lie in; without locks, so that nobody's git is disturbed.
+    command = ["git", f"--git-dir={checkout / '.git'}", f"--work-tree={checkout}"]
+    command += ["--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError):
+        found = subprocess.run(command, cwd=checkout, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        return found.stdout.strip() or None
+    return None
+
+
+def _processor() -> str:
+    """The processor's name; platform.processor() is empty on most Linux machines."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _texts(pattern: str) -> Iterator[str]:
+    for path in CPU_FOLDER.glob(pattern):
+        with suppress(OSError):
+            yield path.read_text(encoding="ascii").strip()

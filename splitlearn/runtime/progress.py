@@ -1,0 +1,98 @@
+"""How far a long preparation has come: one record, one way to show it, and a way to get it out of other libraries.
+
+Code that takes long calls a `Progress` with a `Step` as often as it likes; `on_console()` gives one that draws a bar on
+a terminal and writes one plain line for each new label elsewhere. Both write to stderr, so stdout stays for results.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import tqdm.auto  # type: ignore[import-untyped]
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from splitlearn.runtime import terminal
+
+
+@dataclass(frozen=True)
+class Step:
+    """`done` of `total` units of the work called `label`; `total` is None where it is not known."""
+
+    label: str
+    done: float = 0
+    total: float | None = None
+
+
+Progress = Callable[[Step], None]
+
+
+def silent(step: Step) -> None:
+    """Shows nothing."""
+
+
+@contextmanager
+def on_console() -> Iterator[Progress]:
+    """A `Progress` that shows its steps on stderr for as long as the context is open."""
+    console = terminal.console(stderr=True)
+    if not console.is_terminal:
+        yield _plain()
+        return
+    columns = (label_column(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with bars_on(console, *columns) as bars:
+        yield _bars(bars)
+
+
+def label_column() -> TextColumn:
+    """The name of what goes on, which is no markup."""
+    return TextColumn("{task.description}", markup=False)
+
+
+def bars_on(console: Console, *columns: ProgressColumn, **options: Any) -> RichProgress:
+    """Bars that leave stdout alone: what is printed meanwhile goes there as it is."""
+    return RichProgress(*columns, console=console, redirect_stdout=False, **options)
+
+
+def _plain() -> Progress:
+    """One line for each label, when it first comes up."""
+    seen: set[str] = set()
+
+    def show(step: Step) -> None:
+        if step.label not in seen:
+            seen.add(step.label)
+            terminal.say(step.label, stderr=True)
+
+    return show
+
+
+def _bars(bars: RichProgress) -> Progress:
+    """One bar for each label; a new label completes the bar before it."""
+    tasks: dict[str, TaskID] = {}
+
+    def show(step: Step) -> None:
+        if step.label not in tasks:
+            for task in tasks.values():
+                bars.update(task, total=1, completed=1)
+            tasks[step.label] = bars.add_task(terminal.visible(step.label), total=step.total)
+        bars.update(tasks[step.label], completed=step.done, total=step.total)
+
+    return show
+
+
+def reporting_tqdm(show: Callable[[Any], None]) -> type[Any]:
+    """A tqdm class, for libraries that draw their progress with one: `show(bar)` is called instead of drawing.
+
+    The bar's `desc`, `n`, `total` and `unit` are tqdm's.
+    """
+
+    class Reporting(tqdm.auto.tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **(kwargs | {"file": io.StringIO()}))  # tqdm writes line ends past `display`
+
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            show(self)
+
+    return Reporting

@@ -1,0 +1,1 @@
+"""A run of consecutive layers: loaded, and stepped."""

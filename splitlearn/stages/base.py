@@ -1,0 +1,97 @@
+"""A stage is a run of consecutive layers with their caches; a model is a list of stages.
+
+`Stage` is the protocol; `local_stage.LocalStage` computes here, `remote.RemoteStage` at the far end of a gRPC stream. A
+stage's weights and a session's cache are two things, so that one stage can serve many sessions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from splitlearn.events import StageTiming
+from splitlearn.stages.head import Early
+from splitlearn.stages.settings import SessionSettings
+
+
+class Session(Protocol):
+    """One generation's stay at one stage."""
+
+    @property
+    def recomputes(self) -> bool:
+        """True when nothing is kept between steps: each step must bring the whole prefix, at position 0."""
+
+    def branch(self, other: Any, tokens: int) -> None:
+        """Begin, before the first step, with the first `tokens` of `other`, a session of the same stage and flags."""
+
+    def close(self) -> None:
+        """Free what the session holds. Calling it again does nothing."""
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """A step of one session: `x` is token ids int64 [1, T] at a first stage, otherwise a hidden state [1, T, H].
+
+    `position` is the number of tokens before the first of `x`; below the cached length it rolls the session back.
+    `logits` is for how many of the last positions a last stage gives logits. `early` is told the first of one token's
+    logits [1, 1, k], before the others are computed, by a last stage that computes them in parts. `unwanted` tells, at
+    any time, whether the step is of no use any more: a stage may then raise StepUnwanted. `rope_length` is the least
+    length of the sequence by which rotary embeddings are made (rope.py): that of the prompt; 0 is that which the step
+    ends at.
+    """
+
+    session: Any
+    position: int
+    x: torch.Tensor
+    logits: int = 1
+    early: Early | None = None
+    unwanted: Callable[[], bool] | None = None
+    rope_length: int = 0
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """`x` is a hidden state [1, T, H], or from a last stage the logits of the last positions [1, logits, V].
+
+    A remote stage's single row is there until the session's next step.
+    """
+
+    x: torch.Tensor
+    timing: StageTiming
+
+
+class Stage(Protocol):
+    """What maps token ids or hidden states to hidden states or logits."""
+
+    def open(self, settings: SessionSettings, max_length: int) -> Session:
+        """Begin a session of at most `max_length` tokens."""
+
+    def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        """One step of each session in `batch`, in its order. Their timings sum to the time of all."""
+
+
+@runtime_checkable
+class OpensTogether(Protocol):
+    """A stage whose sessions share something where their steps come together."""
+
+    def open_together(self, settings: SessionSettings, max_length: int, count: int) -> Sequence[Session]:
+        """Begin `count` sessions, each as `Stage.open` does."""
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A step that was begun: what that took, what waits for the outcome and says what waiting took, and what says that
+    it is not wanted: the outcome, still to be waited for, has no positions then."""
+
+    timing: StageTiming
+    finish: Callable[[], StageOutput]
+    drop: Callable[[], None]
+
+
+@runtime_checkable
+class WorksAhead(Protocol):
+    """A stage that computes elsewhere, so that its client can work meanwhile."""
+
+    def begin(self, item: StageInput, *, uncertain: bool = False) -> UnderWay:
+        """Begin a step, which may be dropped if it is `uncertain`. More may be begun before, and end in their order."""

@@ -1,0 +1,223 @@
+"""One token through a stage as a CUDA graph: its kernels are recorded once, and from then on replayed in one call.
+
+A recording knows nothing but addresses. The token and its position it reads from memory where they are put before each
+replay; keys and values lie where the session's are for which it was made, so that it serves every later session at that
+place: a trunk's pool hands out the same blocks again, and a local stage keeps its memory (local_stage.py). It attends
+to a window of that memory, masked behind the token's position. Windows double as the context grows, each with a
+recording of its own.
+
+What goes in and out crosses in pinned memory, within the recording: a hidden state is on the host after a replay, while
+logits stay on the device, where the sampler looks for the largest.
+
+Whether a stage can be recorded it shows itself: two tokens are replayed at its loading, and where the second does not
+come out as from the stage's own forward, or where the forward asks the device for a value, the stage is left as it is.
+"""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from weakref import WeakSet
+
+import torch
+from transformers.cache_utils import Cache, StaticLayer
+
+from splitlearn.kvcache.layers import ReservedCache, ReservedLayer
+from splitlearn.kvcache.pool import KVPool, Run, shapes_of
+from splitlearn.models.cut import CutModel, agree, body_of, eagerly, example, forward
+from splitlearn.models.rope import is_pure
+from splitlearn.stages.fused_decode import Row
+from splitlearn.stages.head import Early
+
+log = logging.getLogger(__name__)
+Body = Callable[[], torch.Tensor]
+Record = Callable[[Body], Body]
+"""Makes of what computes a tensor what computes it again, into the same memory."""
+LEAST_WINDOW = 256
+"""Tokens; memory that is given to sessions one after the other is in blocks of as many."""
+MOST_RECORDINGS = 64
+TRIED_TOKENS = 8
+
+
+def of(cut: CutModel, record: Record | None = None) -> Row | None:
+    """What replays one token through the stage; None, and a warning, where it cannot be recorded."""
+    if is_pure(cut.module):
+        why = "the frequencies of its rotary embeddings change as the sequence grows"
+        log.warning("The layers [%d, %d) are not recorded: %s", cut.start, cut.end, why)
+        return None
+    row = GraphRow(cut, record or on_cuda(example(cut, 1).device))
+    return row if row.agrees() else None
+
+
+def on_cuda(device: torch.device) -> Record:
+    """Recordings by CUDA. All share their intermediate memory: one is replayed at a time."""
+    memory = torch.cuda.graph_pool_handle()
+
+    def record(body: Body) -> Body:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            torch.cuda.synchronize()
+            # Other threads of a trunk may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+                out = body()
+
+        def replay() -> torch.Tensor:
+            with torch.cuda.device(device):
+                graph.replay()
+            return out
+
+        return replay
+
+    return record
+
+
+class GraphRow:
+    """Of one token id [1, 1] or hidden state [1, 1, H] what the stage's own forward would make, by a replay; None for a
+    session whose keys and values have no place in memory."""
+
+    recorded = True
+
+    def __init__(self, cut: CutModel, record: Record) -> None:
+        self.compile_s = 0.0
+        self._cut, self._record = cut, record
+        # The windows stay with what was recorded for them: no other memory can come to lie where they do.
+        self._recordings: OrderedDict[tuple[int, int], tuple[Cache, Body]] = OrderedDict()
+        self._clean: WeakSet[ReservedCache] = WeakSet()
+        token = example(cut, 1)
+        device = token.device
+        width, self._dtype = body_of(cut).config.get_text_config().hidden_size, next(cut.module.parameters()).dtype
+        self._in = _Crossing(token.shape, token.dtype, device)
+        self._position = _Crossing(torch.Size(), torch.long, device)
+        self._out = None if cut.last else _Crossing(torch.Size((1, 1, width)), self._dtype, device)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        position: int,
+        cache: Cache | None,
+        early: Early | None = None,
+        unwanted: Callable[[], bool] | None = None,
+    ) -> torch.Tensor | None:
+        """The hidden state [1, 1, H] on the host, or the logits [1, 1, V] on the device; the cache has the token."""
+        if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or not cache.layers[0].is_initialized:
+            return None
+        if cache not in self._clean:
+            self._clear(cache, position)
+        self._in.host.copy_(x)
+        self._position.host.fill_(position)
+        out = self._replay(cache, position)
+        cache.grown(1)
+        if self._out is None:
+            return out.clone()
+        if out.device.type == "cuda":
+            torch.cuda.current_stream(out.device).synchronize()
+        return self._out.host.clone()
+
+    def agrees(self) -> bool:
+        """Whether a second replay gives what the stage's own forward gives at its position, but for rounding."""
+        x, dtype = example(self._cut, TRIED_TOKENS), self._dtype
+        begun, near = TRIED_TOKENS - 2, float(torch.finfo(dtype).eps ** 0.5)
+        try:
+            with torch.inference_mode(), eagerly(self._cut):
+                pool = KVPool(shapes_of(self._cut, x[:, :1]), 2, TRIED_TOKENS, dtype, x.device)
+                one, other = (pool.cache(Run(at * TRIED_TOKENS, TRIED_TOKENS)) for at in range(2))
+                for cache in (one, other):
+                    forward(self._cut, x[:, :begun], 0, cache)
+                for at in range(begun, TRIED_TOKENS):
+                    token = x[:, at : at + 1]
+                    own, found = forward(self._cut, token, at, one), self(token, at, other)
+        except Exception as error:  # whatever the layers raise, they cannot
+            log.warning("The layers [%d, %d) are not recorded: %s", self._cut.start, self._cut.end, error)
+            return False
+        # While one recording is there the memory that all share is, too.
+        self._first, self.compile_s = dict(self._recordings), 0.0
+        self.forget()
+        same = found is not None and agree(own.cpu(), found.cpu(), near)
+        if not same:
+            log.warning("The layers [%d, %d) are not recorded: a replay differs", self._cut.start, self._cut.end)
+        return same
+
+    def forget(self) -> None:
+        """Drop all recordings, and with them the memory for which they were made."""
+        self._recordings.clear()
+
+    def _replay(self, cache: ReservedCache, position: int) -> torch.Tensor:
+        """The recording for the cache's place and its window, made if there is none."""
+        keys: torch.Tensor = cache.layers[0].keys
+        window = _window(position + 1, keys.shape[2])
+        place = (keys.data_ptr(), window)
+        if place not in self._recordings:
+            if len(self._recordings) >= MOST_RECORDINGS:
+                self._recordings.popitem(last=False)
+            windows = _Windows(cache, window, self._position.device)
+            self._recordings[place] = windows, self._recorded(windows)
+        self._recordings.move_to_end(place)
+        return self._recordings[place][1]()
+
+    def _recorded(self, windows: Cache) -> Body:
+        def body() -> torch.Tensor:
+            x, position = self._in.brought(), self._position.brought()
+            out = forward(self._cut, x, position, windows, logits_to_keep=1)
+            return out if self._out is None else self._out.taken(out)
+
+        body()  # compiles where the stage is compiled, which is counted there
+        began = time.perf_counter()
+        body()
+        recorded = self._record(body)
+        self.compile_s += time.perf_counter() - began
+        return recorded
+
+    def _clear(self, cache: ReservedCache, position: int) -> None:
+        """What is masked is multiplied by 0, and must be a number: memory that nobody wrote, or another session's."""
+        for layer in cache.layers:
+            layer.keys[:, :, position:].zero_()
+            layer.values[:, :, position:].zero_()
+        self._clean.add(cache)
+
+
+class _Crossing:
+    """A tensor on the device and its like on the host, in pinned memory where the device is CUDA's."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.device = torch.zeros(shape, dtype=dtype, device=device)
+        self.host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+    def brought(self) -> torch.Tensor:
+        """The device's tensor, with the host's values."""
+        return self.device.copy_(self.host, non_blocking=True)
+
+    def taken(self, out: torch.Tensor) -> torch.Tensor:
+        """`out`, whose values the host's tensor gets."""
+        self.host.copy_(out, non_blocking=True)
+        return out
+
+
+class _Windows(Cache):  # type: ignore[misc]
+    """The first `window` tokens of a reserved cache's memory, as layers of static shape whose length is a tensor."""
+
+    def __init__(self, cache: ReservedCache, window: int, position: torch.Tensor) -> None:
+        super().__init__(layers=[_Window(layer, window, position) for layer in cache.layers])
+
+
+class _Window(StaticLayer):  # type: ignore[misc]
+    """transformers' static layer over memory that is there, at a position that all layers share."""
+
+    def __init__(self, layer: ReservedLayer, window: int, position: torch.Tensor) -> None:
+        super().__init__(window)
+        self.keys, self.values = layer.keys[:, :, :window], layer.values[:, :, :window]
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.cumulative_length, self.is_initialized = position, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one token at the position."""
+        at = self.cumulative_length.view(1)
+        self.keys.index_copy_(2, at, key_states)
+        self.values.index_copy_(2, at, value_states)
+        return self.keys, self.values
+
+
+def _window(tokens: int, room: int) -> int:
+    """The least window for `tokens`: a power of two from LEAST_WINDOW on, or all the room that there is."""
+    return min(room, max(LEAST_WINDOW, 1 << (tokens - 1).bit_length()))

@@ -1,0 +1,45 @@
+"""`python -m splitlearn.stages.equivalence`: try every causal LM family of the installed transformers, and write what
+was found.
+
+Writes splitlearn/stages/proven_families.json and docs/families.md. About four minutes on two cores.
+"""
+
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
+
+from splitlearn.runtime.progress import bars_on, label_column
+from splitlearn.runtime.terminal import console, say
+from splitlearn.stages.equivalence.child import prove_apart
+from splitlearn.stages.equivalence.compare import Result
+from splitlearn.stages.equivalence.page import PAGE, families_page
+from splitlearn.stages.equivalence.proven import DATA, proven, write
+
+WORKERS = 2
+
+
+def main() -> None:
+    """Run the proof of all families, and write the data and the page."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["splitlearn.stages.equivalence"])
+    architectures = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    columns = (label_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with bars_on(console(stderr=True), *columns) as progress, ThreadPoolExecutor(WORKERS) as pool:
+        task = progress.add_task("proving", total=len(architectures))
+
+        def one(family: str) -> Result:
+            result = prove_apart(context, family, str(architectures[family]))
+            progress.update(task, advance=1, description=f"{family}: {'exact' if result.exact else 'refused'}")
+            return result
+
+        results = list(pool.map(one, architectures))
+    write(results)
+    PAGE.write_text(families_page(proven()))
+    say(f"{len(proven()['families'])} families proven: {DATA} and {PAGE} written", stderr=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What else can a stage of this architecture do, whatever the lengths of its sessions? Answered by a tiny random copy.
+
+One session is past every boundary of the copy and one is below them: in one forward each must get what `generate()`
+gives it, and so must each over memory of one length that is masked. A stage with the real weights cannot be asked so:
+its window may have 4,096 tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from splitlearn.kvcache import layers as kv_layers
+from splitlearn.kvcache.pool import KVPool, PooledCache, shapes_of
+from splitlearn.models.cut import CutModel
+from splitlearn.stages.equivalence.judge import TOLERANCE, TOTAL, Text
+from splitlearn.stages.equivalence.steps import LONG, SHORT, Script, cut_whole, run_steps, steps_of
+from splitlearn.stages.ragged_batch import Packed, forward_packed
+
+SHARED_FORWARD, STATIC_CACHE = "shared forward", "static cache"
+ENDS = ((SHORT, LONG), (SHORT + 3, LONG + 1), (SHORT + 6, LONG + 2), (TOTAL - 1, TOTAL - 1))
+"""Of each step, where it ends in a short text and in a long one; the short one crosses all boundaries on its way."""
+Way = Callable[[CutModel, Sequence[Text]], list[Tensor]]
+"""Gives the logits [TOTAL - 1, V] of each text."""
+
+
+def allowed(model: nn.Module, short: Text, long: Text) -> tuple[str, ...]:
+    """Which of SHARED_FORWARD and STATIC_CACHE gives both texts as `generate()` does."""
+    ways: dict[str, Way] = {SHARED_FORWARD: _packed, STATIC_CACHE: _static}
+    return tuple(name for name, way in ways.items() if _agrees(way, model, (short, long)))
+
+
+@torch.inference_mode()
+def _agrees(way: Way, model: nn.Module, texts: Sequence[Text]) -> bool:
+    try:
+        found = way(cut_whole(model)[0], texts)
+    except Exception:  # whatever the layers raise, they cannot
+        return False
+    return all(
+        torch.allclose(own, text.logits, rtol=0.0, atol=TOLERANCE * float(text.logits.abs().max()))
+        for own, text in zip(found, texts, strict=True)
+    )
+
+
+def _static(stage: CutModel, texts: Sequence[Text]) -> list[Tensor]:
+    ends, layers = (SHORT, SHORT + 3, *range(SHORT + 4, TOTAL)), stage.end - stage.start
+    return [
+        run_steps([stage], text.ids, Script("", text.prompt, ends), lambda: kv_layers.static(layers, TOTAL + 3))
+        for text in texts
+    ]
+
+
+def _packed(stage: CutModel, texts: Sequence[Text]) -> list[Tensor]:
+    pool = KVPool(shapes_of(stage, texts[0].ids[:, :1]), len(texts), TOTAL, torch.float32, torch.device("cpu"))
+    runs = [pool.reserve(TOTAL) for _ in texts]
+    caches = [PooledCache(pool, run) for run in runs if run is not None]
+    logits: list[list[Tensor]] = [[] for _ in texts]
+    ways = [steps_of(stage, text.prompt, [end[at] for end in ENDS]) for at, text in enumerate(texts)]
+    for steps in zip_longest(*ways):
+        taking = [(at, step) for at, step in enumerate(steps) if step is not None]
+        for at, step in taking:
+            caches[at].crop(step.begin - caches[at].get_seq_length())
+        parts = [
+            Packed(caches[at], step.begin, step.end - step.begin, step.end - step.start, step.rope_length)
+            for at, step in taking
+        ]
+        x = torch.cat([texts[at].ids[:, step.begin : step.end] for at, step in taking], dim=1)
+        for (at, _), out in zip(taking, forward_packed(stage, x, parts), strict=True):
+            logits[at].append(out[0])
+    return [torch.cat(own) for own in logits]

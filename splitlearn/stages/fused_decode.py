@@ -1,0 +1,262 @@
+"""Stages through which one token goes in one call (row_kernel.py), where their layers are such as Llama's.
+
+Whether they are, their parts tell, and then the stage's own output: a token goes through both, after a few others, and
+where the two differ by more than rounding the stage is left as it is. So is every step of more than one token, and one
+whose keys and values do not lie where the kernel reads them.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.cache_utils import Cache
+
+from splitlearn.errors import StepUnwanted
+from splitlearn.kernels.block_format import memory
+from splitlearn.kernels.thread_team import Lead, Team
+from splitlearn.kvcache import layers as kv_layers
+from splitlearn.kvcache.layers import Kept, ReservedCache
+from splitlearn.layers import kernel_attention
+from splitlearn.layers.block_linear import BlockLinear
+from splitlearn.models.cut import CutModel, agree, body_of, example, forward, layers_of
+from splitlearn.models.rope import GROWING
+from splitlearn.stages.head import FIRST, Early
+
+
+class Row(Protocol):
+    """What takes one token through a stage in place of the model's forward."""
+
+    recorded: bool
+    """Whether it is made for places in memory, so that later sessions should have theirs where earlier ones had."""
+    compile_s: float
+    """Seconds that sessions have waited for it to be made, so far."""
+
+    def forget(self) -> None:
+        """Drop what is made for places in memory: there will be others."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        position: int,
+        cache: Cache | None,
+        early: Early | None = None,
+        unwanted: Callable[[], bool] | None = None,
+    ) -> torch.Tensor | None:
+        """What `split.forward` would give for one token, and the cache has the token then; None where it cannot.
+        `early` is told the first logits before the others are there, where it can be. Raises StepUnwanted where
+        `unwanted` says so in time; the cache has the token not then."""
+
+
+# In the order of the kernel.
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+CHILDREN = {*NORMS, "self_attn", "mlp"}
+FULL = "full_attention"
+# What the code of an attention may name beside what Llama's does; that there is no window is looked for. Anything else
+# may depend on the position and show itself after thousands of tokens: Ministral 3 scales queries from the 16,384th on.
+ALLOWED = {"getattr", "sliding_window"}
+TURNS = 256
+NEAR = 1e-3
+# Of a step that may be dropped: between two calls of the kernel, which take 10 us more, somebody looks.
+LAYERS_AT_ONCE = 4
+# A token is computed by two threads where there are so many, and so many bytes of weights. Client and trunk are at work
+# at the same time (head_start.py), and with two threads each on two cores take them from each other; and a helper comes
+# 0.1 to 0.4 ms late. docs/speed.md has the figures.
+HELPED_FROM, HELPED_BYTES = 4, 8 << 20
+
+
+def of(cut: CutModel) -> Row | None:
+    """What takes one token through the stage in one call, if something can."""
+    layers: list[Any] = list(layers_of(cut))
+    if cut.compiled:
+        return None
+    if not layers or not all(map(_is_llamas, layers)) or not _is_llamas_body(cut, layers[0].self_attn.head_dim):
+        return None
+    if len({tuple((linear.out_features, linear.in_features) for linear in _linears(layer)) for layer in layers}) > 1:
+        return None
+    row = _OneRow(cut, layers)
+    same = _same(cut, row)
+    row.wait()  # what a helper does is compiled by now, not in the first answer
+    return row if same else None
+
+
+class _OneRow:
+    """Of one token id [1, 1] or hidden state [1, 1, H] what the stage's own forward would make; None where it cannot.
+
+    The stage's linear layers have their blocks in its memory: one after the other as they are read, in huge pages where
+    there are any, a token takes 0.93 to 0.96 times as long as with memory of their own.
+    """
+
+    recorded, compile_s = False, 0.0
+
+    def forget(self) -> None:
+        """It knows no places."""
+
+    def __init__(self, cut: CutModel, layers: Sequence[Any]) -> None:
+        from splitlearn.kernels import (
+            llama_decode,  # loads a compiler
+            team_phases,
+        )
+
+        self._kernel = llama_decode
+        body, first = body_of(cut), layers[0]
+        linears = [linear for layer in layers for linear in _linears(layer)]
+        self._blocks, self._ends = _gathered(linears)
+        self._bits, self._inner = linears[0].bits, first.mlp.up_proj.out_features
+        self._norms = torch.stack([getattr(layer, name).weight.detach() for layer in layers for name in NORMS])
+        self._norms_array = self._norms.view(len(layers), 2, -1).numpy()
+        self._eps, self._scale = first.input_layernorm.variance_epsilon, float(first.self_attn.scaling)
+        self._n_heads = first.self_attn.q_proj.out_features // first.self_attn.head_dim
+        self._rotary, self._turns = body.rotary_emb, np.empty((0, 2, first.self_attn.head_dim), np.float32)
+        self._embedding = body.embed_tokens.weight.detach().numpy() if cut.first else None
+        module: Any = cut.module
+        self._head: BlockLinear | None = module.get_output_embeddings() if cut.last else None
+        self._norm = body.norm.weight.detach().numpy() if cut.last else None
+        size = len(self._blocks) + (0 if self._head is None else len(self._head.array))
+        helped = torch.get_num_threads() >= HELPED_FROM and size >= HELPED_BYTES
+        self._team = Team(team_phases.help_out, team_phases.work.address, helped=helped)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        position: int,
+        cache: Cache | None,
+        early: Early | None = None,
+        unwanted: Callable[[], bool] | None = None,
+    ) -> torch.Tensor | None:
+        """The hidden state [1, 1, H], or the logits [1, 1, V]; the cache has the token then."""
+        if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or (kept := cache.kept) is None:
+            return None
+        hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
+        layers = len(self._norms_array)
+        at_once = layers if unwanted is None else LAYERS_AT_ONCE
+        with self._team.leading() as lead:
+            for begin in range(0, layers, at_once):
+                if begin and unwanted is not None and unwanted():
+                    raise StepUnwanted
+                self._through(hidden, slice(begin, min(begin + at_once, layers)), kept, position, lead)
+            cache.grown(1)
+            if self._head is None:
+                return torch.from_numpy(hidden[None])
+            logits = np.empty((1, self._head.out_features), np.float32)
+            at, *heads = (len(logits[0]), self._head.array) if early is None else self._head.cut(FIRST)
+            self._through_head(hidden, heads[0], logits[:, :at], lead)
+        if early is not None:
+            early(torch.from_numpy(logits[None, :, :at]))
+            self._through_head(hidden, heads[1], logits[:, at:], self._team.alone())  # others are at work meanwhile
+        return torch.from_numpy(logits[None])
+
+    def wait(self) -> None:
+        """Until nobody is at work here. Raises what a helper raised."""
+        self._team.wait()
+
+    def _through(self, hidden: NDArray[np.float32], layers: slice, kept: Kept, position: int, lead: Lead) -> None:
+        """`hidden` [1, H] is changed to what the layers make of it."""
+        self._kernel.step(
+            hidden,
+            self._blocks,
+            self._ends[layers.start * self._kernel.PRODUCTS : layers.stop * self._kernel.PRODUCTS + 1],
+            self._bits,
+            self._norms_array[layers],
+            self._eps,
+            self._n_heads,
+            self._inner,
+            self._scale,
+            self._turn(position),
+            kept.addresses[layers],
+            kept.shape,
+            kept.start,
+            position,
+            *lead,
+        )
+
+    def _through_head(
+        self, hidden: NDArray[np.float32], blocks: NDArray[np.uint8], logits: NDArray[np.float32], lead: Lead
+    ) -> None:
+        """`logits` [1, V] are set to those of the head's outputs that have `blocks`."""
+        bits = cast(BlockLinear, self._head).bits
+        self._kernel.head(hidden, self._norm, self._eps, blocks, bits, logits, *lead)
+
+    def _turn(self, position: int) -> NDArray[np.float32]:
+        """cos and sin [2, size] of a position; computed for TURNS of them at once."""
+        turns = self._turns
+        while position >= len(turns):
+            more = torch.arange(len(turns), len(turns) + TURNS)[None]
+            found = torch.stack(self._rotary(self._norms, more), dim=2)[0].numpy()
+            self._turns = turns = np.concatenate([turns, found])
+        turn: NDArray[np.float32] = turns[position]
+        return turn
+
+
+def _linears(layer: Any) -> list[Any]:
+    parts = [getattr(layer.self_attn, name, None) for name in ATTENTION]
+    return parts + [getattr(layer.mlp, name, None) for name in MLP]
+
+
+def _gathered(linears: Sequence[BlockLinear]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The blocks of all linears in one piece of memory, where they are from now on; where each begins, and the end."""
+    ends = np.array([0, *accumulate(len(linear.array) for linear in linears)])
+    blocks = memory(int(ends[-1]))
+    for linear, begin, end in zip(linears, ends[:-1], ends[1:], strict=True):
+        linear.move(blocks[begin:end])
+    return blocks, ends
+
+
+def _is_llamas(layer: Any) -> bool:
+    """Whether a layer has Llama's parts and no others, all as the kernel has them."""
+    if {name for name, _ in layer.named_children()} != CHILDREN:
+        return False
+    if layer.self_attn.config._attn_implementation not in ("sdpa", kernel_attention.NAME):
+        return False
+    if not _looks_at_no_more(layer.self_attn, "LlamaAttention"):
+        return False
+    linears, norms = _linears(layer), [getattr(layer, name) for name in NORMS]
+    return all(map(_is_whole, linears)) and len({linear.bits for linear in linears}) == 1 and all(map(_is_norm, norms))
+
+
+def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
+    """Whether what stands around the layers is Llama's, and each token sees all before it."""
+    body, module = body_of(cut), cut.module
+    rotary: Any = getattr(body, "rotary_emb", None)
+    config = body.config
+    if getattr(rotary, "rope_type", GROWING[0]) in GROWING or 2 * len(rotary.inv_freq) != head_size:
+        return False
+    if not _looks_at_no_more(rotary, "LlamaRotaryEmbedding"):
+        return False
+    if getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [FULL])} != {FULL}:
+        return False
+    if cut.first and body.embed_tokens.weight.dtype != torch.float32:
+        return False
+    return not cut.last or (_is_norm(body.norm) and _is_whole(module.get_output_embeddings()))  # type: ignore[operator]
+
+
+def _looks_at_no_more(module: Any, name: str) -> bool:
+    """Whether the code of a module's forward names no attributes and functions but those that Llama's class does."""
+    from transformers.models.llama import modeling_llama
+
+    own, llamas = (
+        set(inspect.unwrap(each.forward).__code__.co_names) for each in (module, getattr(modeling_llama, name))
+    )
+    return own <= llamas | ALLOWED
+
+
+def _is_whole(linear: Any) -> bool:
+    return isinstance(linear, BlockLinear) and linear.whole and linear.bias is None
+
+
+def _is_norm(norm: Any) -> bool:
+    return hasattr(norm, "variance_epsilon") and norm.weight.dtype == torch.float32
+
+
+def _same(cut: CutModel, row: Row) -> bool:
+    """Whether a fifth token comes out of both alike."""
+    x, (one, other) = example(cut, 5), (kv_layers.reserved(cut.end - cut.start, 8) for _ in range(2))
+    with torch.inference_mode():
+        for cache in (one, other):
+            forward(cut, x[:, :4], 0, cache)
+        own, found = forward(cut, x[:, 4:], 4, one), row(x[:, 4:], 4, other)
+    return found is not None and agree(own, found, NEAR)

@@ -1,0 +1,61 @@
+"""What flags change in a stage: when its weights are loaded, and in each of its sessions.
+
+Each owner of a seam applies what it is given here and does not know which flag asked. The registry (flags.py) makes
+these records of the flags' words. The defaults are what runs when every flag is off.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from splitlearn.models.cut import CutModel
+from splitlearn.stages.fused_decode import Row
+from splitlearn.wire.hidden_states import Plain, Rows
+
+MakeLinear = Callable[[Iterable[torch.Tensor], torch.Tensor | None], nn.Module]
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How weights are loaded and computed with.
+
+    `assign_weights` takes tensors from the file without a second copy. `attention` None is what transformers chooses
+    for the model: sdpa, but eager for those without it (bloom, gemma2); `sdpa` is what attends where sdpa is chosen.
+    `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
+    None leaves the model's own. `head` is the same for the LM head, where that differs. `weight_bits` are about those
+    that each weight takes then, None for as many as the dtype has. `one_row` makes what takes one
+    token through a stage, of one that has its weights.
+    """
+
+    assign_weights: bool = False
+    attention: str | None = None
+    sdpa: str = "sdpa"
+    linear: MakeLinear | None = None
+    head: MakeLinear | None = None
+    weight_bits: int | None = None
+    one_row: Callable[[CutModel], Row | None] | None = None
+    compile_stage: Callable[[CutModel], None] | None = None
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How one session computes.
+
+    `words` name its flags to a trunk server. `new_cache` makes its cache for a number of layers and at most a number of
+    tokens; None keeps none. `forward_arguments` go to the model's forward. `wire` is the form of hidden states on the
+    wire, None for that in which they are computed.
+    """
+
+    words: frozenset[str] = frozenset()
+    new_cache: Callable[[int, int], Cache] | None = None
+    forward_arguments: Mapping[str, bool] = field(default_factory=dict)
+    gradient_guard: Callable[[], AbstractContextManager[object]] = torch.no_grad
+    wire: Rows | None = None
+
+    def rows(self, dtype: torch.dtype) -> Rows:
+        """The form on the wire of hidden states that are computed in `dtype`."""
+        return self.wire or Plain(dtype)

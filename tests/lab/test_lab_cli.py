@@ -1,0 +1,137 @@
+"""`python -m splitlearn bench` and `report`, as a person runs them; a kill in the middle loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.cli import main as command_line
+from splitlearn.lab.store import Store
+from tests.conftest import TinyFactory
+from tests.e2e.test_cli import Refusal, configured, refusal, run
+from tests.support.trunk import environment, eventually, settings
+
+__all__ = ["refusal"]
+
+BENCH = ("bench", "--flags", "inference_mode", "--pairs", "2", "--max-new-tokens", "4")
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model: TinyFactory) -> ModelFiles:
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def folder(files: ModelFiles, tmp_path: Path) -> Path:
+    return configured(tmp_path, settings(files, runs={"threads": 1}))
+
+
+def test_bench_measures_and_report_shows_it_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(*arguments: str) -> str:
+        """What it prints, in this process: to start one takes eight seconds."""
+        capsys.readouterr()
+        assert command_line.main(("report", *arguments)) == 0
+        return capsys.readouterr().out
+
+    done = run(folder, *BENCH, "--out", "found", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["finished"] == "2 pairs, as asked"
+    frame = pd.read_csv(folder / "found" / "verdicts.csv")
+    assert set(frame["flag"]) == {"A/A", "inference_mode"}
+    assert "python -m splitlearn bench" in (folder / "found" / "report.html").read_text(encoding="utf-8")
+    monkeypatch.chdir(folder)
+    assert "inference_mode" in report("found")
+    for tps, meets in (("0.001", True), ("1e9", False)):
+        held = json.loads(report("found", "--json", "--ttft", "1000", "--tps", tps))
+        assert held["service_level"] == {"ttft_s": 1000.0, "decode_tps": float(tps)}
+        assert {arm["meets_decode_tps"] for arm in held["arms"]} == {meets}
+    assert "inference_mode" in report("found", "found")
+
+
+def test_a_killed_experiment_goes_on_without_losing_or_repeating_a_run(folder: Path) -> None:
+    command = [sys.executable, "-m", "splitlearn", *BENCH, "--pairs", "3", "--out", "found"]
+    file = folder / "found" / "experiment.sqlite"
+    with subprocess.Popen(
+        command, cwd=folder, env=environment(), stderr=subprocess.PIPE, start_new_session=True
+    ) as one:
+        assert eventually(lambda: file.exists() and _count(file) >= 10, within_s=120)
+        os.kill(one.pid, signal.SIGKILL)
+    before = _stored(file)
+    done = run(folder, "bench", "--resume", "found")
+    assert done.returncode == 0, done.stderr
+    after = _stored(file)
+    assert [key for key in after if key in before] == before
+    with Store.open(file) as store:
+        good = Counter((trial.block, trial.arm) for trial in store.trials() if not trial.bad)
+        assert set(good.values()) == {1}
+        assert len(good) == 3 * len(store.setup.plan.arms)
+        assert store.finished == "3 pairs, as asked"
+
+
+def _count(file: Path) -> int:
+    return len(_stored(file))
+
+
+def _stored(file: Path) -> list[tuple[int, int, str, float]]:
+    with Store.open(file) as store:
+        return [(trial.block, trial.attempt, trial.arm, trial.ttft_s) for trial in store.trials()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("bench", "--pairs", "0"), "pairs: 0 cannot be used"),
+        (("bench", "--pairs", "x"), "pairs: 'x'"),
+        (("bench", "--delta", "3"), "delta: 3.0 cannot be used"),
+        (("bench", "--minutes", "0"), "minutes: 0.0 cannot be used"),
+        (("bench", "--pairs", "3", "--minutes", "4"), "not allowed with"),
+        (("bench", "--design", "sideways"), "design: 'sideways' cannot be used"),
+        (("bench", "--flags", "warp_drive"), "flags: 'warp_drive' cannot be used"),
+        (("bench", "--flags", "cache=static,cache=dynamic"), "exclude each other"),
+        (("bench", "--flags", "none"), "at least one flag"),
+        (("bench", "--prompts", "empty.txt"), "empty.txt"),
+        (("bench", "--prompts", "missing.txt"), "missing.txt"),
+        (("bench", "--resume", "nowhere"), "nowhere"),
+        (("report", "nowhere"), "nowhere"),
+        (("report", "nowhere", "--ttft", "0"), "ttft: 0.0 cannot be used"),
+        (("report", "nowhere", "--tps", "nan"), "tps: nan cannot be used"),
+        (("report", "a", "b", "c"), "experiments: 3 cannot be used"),
+        (("report", "a", "b", "--tps", "5"), "experiments: 2 cannot be used"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_and_status_2(
+    folder: Path, refusal: Refusal, arguments: tuple[str, ...], said: str
+) -> None:
+    (folder / "empty.txt").write_text("\n \n")
+    assert said in refusal.of(folder, *arguments)
+
+
+def test_a_folder_that_holds_an_experiment_is_not_written_over(folder: Path, refusal: Refusal) -> None:
+    (folder / "found").mkdir()
+    (folder / "found" / "experiment.sqlite").write_text("something")
+    assert "--resume" in refusal.of(folder, *BENCH, "--out", "found")
+    assert (folder / "found" / "experiment.sqlite").read_text() == "something"
+
+
+def test_a_second_experiment_is_refused_while_one_runs(folder: Path, refusal: Refusal) -> None:
+    command = [sys.executable, "-m", "splitlearn", *BENCH, "--pairs", "50", "--out", "first"]
+    with subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE) as first:
+        try:
+            assert eventually(lambda: (folder / "first" / "experiment.sqlite").exists(), within_s=60)
+            time.sleep(0.2)
+            refused = refusal.of(folder, *BENCH, "--out", "second")
+        finally:
+            first.send_signal(signal.SIGINT)
+    assert "Another experiment is running" in refused
+    assert first.returncode == 0, "Ctrl-C ends the run that is under way, and says how to go on"

@@ -1,0 +1,189 @@
+"""An experiment on a tiny model, run for real: its blocks, when it ends, and that nothing is lost or kept twice."""
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from splitlearn import config
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.runs import ArmReport, Item, Runs
+from splitlearn.errors import InputError, SetupError, TrunkRefused
+from splitlearn.events import Recovery
+from splitlearn.lab import experiment
+from splitlearn.lab.analysis import findings
+from splitlearn.lab.design import AA
+from splitlearn.lab.environment import Reading, reading
+from splitlearn.lab.experiment import Experiment, State, alone
+from splitlearn.lab.request import Asked, setup
+from splitlearn.lab.store import Store
+from splitlearn.runtime.progress import silent
+from tests.conftest import TinyFactory
+from tests.support.trunk import settings
+
+ASKED = Asked("inference_mode", pairs=2, max_new_tokens=4, prompts=("The sky", "is blue"))
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model: TinyFactory) -> Iterator[Runs]:
+    with Runs(config.parse(settings(tiny_model("llama"), runs={"threads": 1})), silent) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine that runs the tests is never quiet, and what is timed here is of no interest."""
+    monkeypatch.setattr(experiment, "MOST_OTHERS_CPU", float("inf"))
+    monkeypatch.setattr(experiment, "MOST_WARM_UPS", 1)
+
+
+def _store(runs: Runs, folder: Path, asked: Asked = ASKED) -> Store:
+    return Store.create(folder / "experiment.sqlite", setup(runs, asked, "a command"))
+
+
+def test_every_arm_runs_once_in_each_block_in_an_order_of_its_own(runs: Runs, tmp_path: Path) -> None:
+    with _store(runs, tmp_path, replace(ASKED, pairs=3)) as store:
+        states = list(Experiment(runs, store).go())
+        trials, names = store.trials(), [arm.name for arm in store.setup.plan.arms]
+        orders = [[t.arm for t in trials if t.block == block] for block in range(3)]
+    assert all(sorted(order) == sorted(names) for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+    assert {len(trial.token_ids) for trial in trials} == {4}
+    assert states[-1].phase == "finished"
+    assert states[-1].blocks == 3
+    assert states[-1].remaining_s == 0
+
+
+def test_the_findings_answer_each_question_in_both_metrics(runs: Runs, tmp_path: Path) -> None:
+    with _store(runs, tmp_path, replace(ASKED, flags="use_cache,inference_mode")) as store:
+        list(Experiment(runs, store).go())
+        found = findings.of(store)
+    asked = {(row.question.flag, row.question.kind, row.metric) for row in found.rows if row.question.flag != AA}
+    expected = itertools.product(("all flags", "use_cache", "inference_mode"), ("full", "split"), findings.METRICS)
+    assert asked == set(expected)
+    assert found.finished == "2 pairs, as asked"
+    assert all(row.effect is not None and row.effect.pairs == 2 for row in found.rows)
+    numbers = found.evidence["use_cache, split"].numbers
+    assert numbers["largest"] < 1e-3
+    assert numbers["perplexity_ratio"] == pytest.approx(1, abs=1e-3)
+
+
+def test_one_that_was_stopped_goes_on_and_loses_no_whole_block(runs: Runs, tmp_path: Path) -> None:
+    stop = threading.Event()
+    with _store(runs, tmp_path) as store:
+        for state in Experiment(runs, store, stop).go():
+            if state.blocks == 1 and state.runs > len(store.setup.plan.arms) + 2:
+                stop.set()
+        before = store.trials()
+        assert store.finished is None
+    assert {trial.bad for trial in before if trial.block == 1} == {"interrupted"}
+    with Store.open(tmp_path / "experiment.sqlite", write=True) as store:
+        list(Experiment(runs, store).go())
+        after = store.trials()
+        assert store.finished == "2 pairs, as asked"
+    assert after[: len(before)] == before
+    good = Counter((trial.block, trial.arm) for trial in after if not trial.bad)
+    assert set(good.values()) == {1}
+    assert len(good) == 2 * len(store.setup.plan.arms)
+
+
+def test_a_block_that_other_programs_disturbed_is_run_again(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "MOST_OTHERS_CPU", 1.0)
+    loud = iter([0.0, 1.7])
+
+    def read(before: Reading | None, also: int | None) -> Reading:
+        return replace(reading(before, also), others_cpu=next(loud, 0.0))
+
+    monkeypatch.setattr(experiment, "reading", read)
+    with _store(runs, tmp_path) as store:
+        list(Experiment(runs, store).go())
+        trials = store.trials()
+    assert {t.bad for t in trials if (t.block, t.attempt) == (0, 1)} == {"other programs used 1.70 cores"}
+    assert {(t.block, t.attempt) for t in trials if not t.bad} == {(0, 2), (1, 1)}
+
+
+def test_a_block_in_which_the_trunk_was_lost_is_run_again(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, lost = runs.stream, iter([((3, Recovery(0.5, "a:1", "a:1", 12)),)])
+
+    def recovered(*asked: object) -> Iterator[Item]:
+        for item in stream(*asked):  # type: ignore[arg-type]
+            measured = isinstance(item, ArmReport) and item.kind == "split" and len(item.metrics.token_ids) == 4
+            if isinstance(item, ArmReport) and measured:
+                item = replace(item, metrics=replace(item.metrics, recoveries=next(lost, ())))
+            yield item
+
+    monkeypatch.setattr(experiment, "WARM_UP_TOKENS", 2)
+    monkeypatch.setattr(runs, "stream", recovered)
+    with _store(runs, tmp_path) as store:
+        list(Experiment(runs, store).go())
+        trials = store.trials()
+    assert {t.bad for t in trials if (t.block, t.attempt) == (0, 1)} == {"the trunk was lost"}
+    assert {(t.block, t.attempt) for t in trials if not t.bad} == {(0, 2), (1, 1)}
+
+
+def test_an_arm_that_cannot_be_run_is_left_out_and_says_why(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = runs.stream
+
+    def refuse(kind: Kind, flags: object, *rest: object) -> Iterator[Item]:
+        if kind == "split" and not flags.names():  # type: ignore[attr-defined]
+            raise TrunkRefused("this trunk will not")
+        return stream(kind, flags, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runs, "stream", refuse)
+    with _store(runs, tmp_path) as store:
+        list(Experiment(runs, store).go())
+        rows = findings.of(store).rows
+    said = {row.question.key: row.said for row in rows}
+    assert said["inference_mode, split"] == "unavailable: this trunk will not"
+    assert {row.effect.pairs for row in rows if row.effect} == {2}
+
+
+def test_an_experiment_that_ended_or_is_of_another_model_is_not_gone_on_with(
+    runs: Runs, tmp_path: Path, tiny_model: TinyFactory
+) -> None:
+    with _store(runs, tmp_path) as store:
+        other = Runs(config.parse(settings(tiny_model("gpt2"))), silent)
+        with pytest.raises(InputError, match=r"model\.name"):
+            list(Experiment(other, store).go())
+        store.finish("enough")
+        with pytest.raises(InputError, match="has not finished"):
+            list(Experiment(runs, store).go())
+
+
+def test_two_experiments_at_once_are_refused(cache: Path) -> None:
+    with alone(config.Config()), pytest.raises(SetupError, match="Another experiment"), alone(config.Config()):
+        pass
+    with alone(config.Config()):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"pairs": 0}, "pairs"), ({"minutes": 0.0}, "minutes"), ({"delta": 5.0}, "delta"), ({"delta": 0.0}, "delta"),
+        ({"max_new_tokens": 1}, "max_new_tokens"), ({"prompts": (" ",)}, "prompt"), ({"design": "other"}, "design"),
+    ],
+)  # fmt: skip
+def test_an_experiment_that_cannot_be_is_refused_by_the_name_of_what_is_wrong(
+    changed: dict[str, object], field: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        replace(ASKED, **changed)  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+def test_progress_tells_the_remaining_time_from_the_second_block_on(runs: Runs, tmp_path: Path) -> None:
+    with _store(runs, tmp_path) as store:
+        states: list[State] = list(Experiment(runs, store).go())
+    assert all(state.remaining_s is None for state in states if state.phase.startswith(("warm-up", "block 1")))
+    assert all(state.remaining_s for state in states if state.phase.startswith("block 2"))

@@ -1,0 +1,273 @@
+"""The Lab tab in a real browser: an experiment is begun, left, found again, stopped, resumed, and its exports read."""
+
+import json
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.conftest import TinyFactory
+from tests.support.page import (
+    CHROMIUM,
+    FORBIDDEN,
+    PATIENCE_MS,
+    ROOT,
+    SETTLED_MS,
+    App,
+    chromium,
+    open_page,
+    running,
+    type_into,
+    write_config,
+)
+from ui.visitors import PREFIX
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+]
+
+# One flag is eight arms; what other programs disturb is run again, up to three times.
+FLAG = "inference_mode"
+END_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the app runs, and so keeps its experiments."""
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def app(tiny_model: TinyFactory, folder: Path) -> Iterator[App]:
+    model, generation = {"name": str(tiny_model().folder)}, {"max_new_tokens": 4}
+    config = write_config(folder, model=model, generation=generation)
+    # A cache of its own: an experiment of somebody else on this machine is none of this page's.
+    environment = {"PYTHONPATH": str(ROOT), "SPLITLEARN_CACHE": str(folder / "cache")}
+    with running(config, environment=environment, folder=folder) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def url(app: App) -> str:
+    return app.url()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Page]:
+    opened = open_lab(browser, url)
+    yield opened
+    if not opened.is_closed():
+        if opened.locator("#lab-stop").is_enabled():
+            opened.locator("#lab-stop").click()
+            expect(opened.locator("#lab-start")).to_be_enabled(timeout=END_MS)
+        opened.close()
+    assert not FORBIDDEN
+
+
+def open_lab(browser: Browser, url: str) -> Page:
+    """A new visitor with the Lab tab open."""
+    opened = open_page(browser, url)
+    opened.get_by_role("tab", name="Lab").click()
+    expect(opened.locator("#lab-start")).to_be_visible()
+    return opened
+
+
+def setting(page: Page, name: str, value: str) -> None:
+    type_into(page.locator(f"#{name}").locator("input, textarea").first, value)
+
+
+def ask(page: Page, pairs: str, flags: str = FLAG) -> None:
+    """Everything that an experiment needs to be short."""
+    page.locator("#flags > button").click()
+    expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled()  # the flags are there
+    setting(page, "flag-words", flags)
+    page.locator("#lab-advanced > button").click()
+    page.get_by_label("A fixed number of pairs").check()
+    setting(page, "lab-pairs", pairs)
+
+
+def ends(page: Page, said: str) -> None:
+    expect(page.locator("#lab-progress")).to_contain_text(said, timeout=END_MS)
+    expect(page.locator("#lab-start")).to_be_enabled()
+
+
+def error(page: Page) -> str:
+    shown = page.locator("#error .sl-error")
+    expect(shown).to_be_visible()
+    return shown.inner_text()
+
+
+def exports(page: Page, into: Path) -> dict[str, Path]:
+    """Each export, downloaded."""
+    found: dict[str, Path] = {}
+    for name in ("report.html", "results.json", "verdicts.csv", "pairs.csv", "trials.csv"):
+        with page.expect_download() as download:
+            page.locator(f"#lab-{name.replace('.', '-')}").click()
+        assert download.value.suggested_filename == name
+        found[name] = into / name
+        download.value.save_as(found[name])
+    return found
+
+
+def test_before_any_experiment_a_service_level_is_checked_as_it_is_typed(page: Page) -> None:
+    page.locator("#lab-levels > button").click()
+    typed = page.locator("#lab-decode_tps input, #lab-decode_tps textarea").first
+    type_into(typed, "many")
+    typed.press("Enter")
+    assert "decode_tps: 'many' cannot be used" in error(page)
+    type_into(typed, "30")
+    typed.press("Enter")
+    expect(page.locator("#error .sl-error")).to_have_count(0)
+
+
+def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
+    browser: Browser, app: App, url: str, page: Page, tmp_path: Path
+) -> None:
+    ask(page, "2")
+    page.locator("#lab-start").click()
+    expect(page.locator("#lab-progress")).to_contain_text("Measuring")
+    page.close()
+    again = open_lab(browser, url)
+    expect(again.locator("#lab-progress")).to_contain_text(re.compile(r"Measuring: .*; \d+ pairs, \d+ runs so far; "))
+    expect(again.locator("#lab-start")).to_be_disabled()
+    ends(again, "Ended: 2 pairs, as asked")
+    verdicts = again.locator("#lab-report [aria-label=Verdicts] tbody tr")
+    assert {row.split("\t")[0] for row in verdicts.all_inner_texts()} == {"A/A", FLAG}
+    beside = again.locator("#lab-report [aria-label='Full and split'] tbody th")
+    assert beside.all_inner_texts() == [
+        "baseline again", "baseline", "baseline without the ledger", f"without {FLAG}"
+    ]  # fmt: skip
+    expect(again.locator("#lab-forest-full-ttft_s .js-plotly-plot")).to_be_visible()
+    files = exports(again, tmp_path)
+    (kept,) = Path(tempfile.gettempdir()).glob(f"{PREFIX}{app.process.pid}-*")
+    assert len(list(kept.iterdir())) == 1
+    results = json.loads(files["results.json"].read_text())
+    assert (results["finished"], results["blocks"]) == ("2 pairs, as asked", 2)
+    command = results["setup"]["command"]
+    words = shlex.split(command)
+    assert words[:4] == ["python", "-m", "splitlearn", "bench"]
+    given = dict(zip(words[4::2], words[5::2], strict=True))
+    assert Path(given["--config"]).name == "config.yaml"
+    assert (given["--flags"], given["--pairs"], given["--max-new-tokens"]) == (FLAG, "2", "4")
+    assert command in files["report.html"].read_text()
+    assert command in again.locator("#lab-details").inner_text()
+    assert set(pd.read_csv(files["verdicts.csv"])["flag"]) == {"A/A", FLAG}
+    pairs = pd.read_csv(files["pairs.csv"])
+    assert (pairs.groupby(["flag", "kind", "metric"]).size() == 2).all()
+    trials = pd.read_csv(files["trials.csv"])
+    assert trials["bad"].isna().sum() >= 2 * 8
+    again.close()
+    left_at = time.monotonic()
+    while list(kept.iterdir()):  # what she could download goes with her
+        assert time.monotonic() - left_at < PATIENCE_MS / 1e3
+        time.sleep(0.1)
+
+
+def test_while_one_runs_another_is_refused_and_so_is_a_comparison_and_a_stopped_one_resumes(
+    browser: Browser, url: str, page: Page
+) -> None:
+    other = open_lab(browser, url)
+    ask(other, "2")
+    ask(page, "6")  # long enough for a slow browser to stop it
+    page.locator("#lab-start").click()
+    expect(page.locator("#lab-progress")).to_contain_text("Measuring")
+    other.locator("#lab-start").click()
+    assert "Another experiment is running" in error(other)
+    expect(other.locator("#lab-progress")).to_contain_text("Measuring")
+    setting(other, "prompt", "What I typed")
+    other.locator("#compare").click()
+    expect(other.locator("#error")).to_contain_text("The machine is measuring an experiment")
+    assert other.locator("#prompt textarea").input_value() == "What I typed"
+    expect(page.locator("#lab-progress")).to_contain_text("block 1", timeout=END_MS)
+    other.get_by_role("tab", name="Lab").click()
+    other.locator("#lab-stop").click()
+    # The server has it: a page that closes drops what it still sends.
+    expect(other.locator("#lab-stop")).to_be_disabled()
+    other.close()
+    ends(page, "Ended: stopped")
+    expect(page.locator("#lab-report")).to_contain_text("Not finished")
+    page.locator("#lab-resume").click()
+    expect(page.locator("#lab-progress")).to_contain_text("Measuring")
+    ends(page, "Ended: 6 pairs, as asked")
+    expect(page.locator("#lab-resume")).to_be_disabled()
+
+
+def test_two_experiments_are_held_against_each_other(page: Page) -> None:
+    expect(page.locator("#lab-report h3").first).to_be_visible()
+    for name, at in (("lab-chosen", 1), ("lab-other", 0)):
+        page.locator(f"#{name} input").click()
+        page.get_by_role("option").nth(at).click()
+        expect(page.locator("#lab-details")).to_contain_text("--pairs 2")  # the older one
+        page.wait_for_timeout(SETTLED_MS)  # the lists come after the report
+    expect(page.locator("#lab-beside table")).to_contain_text("B: verdict")
+
+
+def test_the_service_level_that_was_typed_is_the_one_that_is_shown(page: Page) -> None:
+    expect(page.locator("#lab-report h3").first).to_be_visible()
+    page.locator("#lab-levels > button").click()
+    setting(page, "lab-decode_tps", "0.001")
+    typed = page.locator("#lab-ttft_ms input, #lab-ttft_ms textarea").first
+    for threshold, met in (("0.001", "not met"), ("60000", "met")):
+        type_into(typed, threshold)
+        typed.press("Enter")
+        cell = page.locator("#lab-report [aria-label='Full and split'] tbody tr").first.locator("td").last
+        expect(cell).to_have_text(met)
+    type_into(typed, "-5")
+    typed.press("Enter")
+    assert "ttft_ms: '-5' cannot be used" in error(page)
+    expect(cell).to_have_text("met")
+
+
+@pytest.fixture(scope="module")
+def asking(browser: Browser, url: str) -> Iterator[Page]:
+    """A page with a short experiment asked for, to which each test does one wrong thing."""
+    opened = open_lab(browser, url)
+    ask(opened, "2")
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("lab-pairs", "0", "pairs: 0 "),
+        ("lab-pairs", "x", "pairs: 'x' "),
+        ("lab-delta", "5", "delta: 5.0 "),
+        ("lab-tokens", "1", "max_new_tokens: 1 "),
+        ("prompt", "  ", "prompts: '' "),
+        ("flag-words", "none", "at least one flag"),
+        ("flag-words", "no_such_flag", "no_such_flag"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_begun(asking: Page, folder: Path, field: str, value: str, said: str) -> None:
+    before = sorted((folder / "lab").glob("*"))
+    right = asking.locator(f"#{field}").locator("input, textarea").first.input_value()
+    setting(asking, field, value)
+    asking.locator("#lab-start").click()
+    expect(asking.locator("#error .sl-error")).to_contain_text(said)
+    expect(asking.locator("#error .sl-error")).to_contain_text("expected")
+    assert sorted((folder / "lab").glob("*")) == before
+    expect(asking.locator("#lab-start")).to_be_enabled()
+    setting(asking, field, right)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_nothing_of_a_report_scrolls_the_page_sideways(browser: Browser, url: str, width: int, height: int) -> None:
+    opened = open_page(browser, url, width, height)
+    opened.get_by_role("tab", name="Lab").click()
+    expect(opened.locator("#lab-ledger-split .js-plotly-plot")).to_be_visible()
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    opened.close()

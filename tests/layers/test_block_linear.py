@@ -1,0 +1,138 @@
+"""Weights in blocks: what they stand for, the products with them, and a model whose layers have them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from torch.nn.functional import linear
+
+from splitlearn.arms.compare import KINDS
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.flags.selection import FlagSet
+from splitlearn.kernels.block_format import BITS, GROUP, LANES, block_bytes, from_blocks, to_blocks
+from splitlearn.kernels.block_matmul import multiply
+from splitlearn.lab.logit_fidelity import Fed, logits
+from splitlearn.layers.block_linear import MANY, BlockLinear
+from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime.torch_threads import computing_on
+from splitlearn.stages import loading
+from tests.conftest import TinyFactory
+from tests.stages.test_proof import TEN
+from tests.support.words import load_of
+
+FEW_BITS = (4, 8)
+APPLIED = frozenset({"low_cpu_mem_usage", "use_cache", "cache"})
+PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("bits", FEW_BITS)
+@settings(deadline=None, max_examples=30)
+@given(
+    n=some.integers(1, 40),
+    k=some.integers(1, 80),
+    seed=some.integers(0, 1000),
+    size=some.sampled_from([1e-3, 1.0, 50.0]),
+)
+def test_a_value_is_off_by_half_a_step_at_most(bits: int, n: int, k: int, seed: int, size: float) -> None:
+    weight = size * torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    blocks = to_blocks(weight, bits)
+    assert blocks.shape == (-(-n // LANES), -(-k // GROUP), block_bytes(bits))
+    found = from_blocks(blocks, n, k)
+    for at in range(0, k, GROUP):
+        group, error = weight[:, at : at + GROUP], (found - weight)[:, at : at + GROUP].abs().amax(1)
+        # Zeros fill up the last group. Scale and offset are rounded to float16: by one part in 2048, or by 2**-25.
+        low, high = group.amin(1), group.amax(1)
+        if at + GROUP > k:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        step = (high - low) / (2**bits - 1)
+        rounded = (low.abs().maximum(high.abs()) + high - low) / 2048 + 2**bits * 2**-25
+        assert (error <= step / 2 + rounded).all()
+
+
+def test_of_32_bits_blocks_stand_for_what_they_were_made_of() -> None:
+    weight = torch.randn(37, 41)
+    assert torch.equal(from_blocks(to_blocks(weight, 32), 37, 41), weight)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_blocks_stand_for_is_kept_as_it_is(bits: int) -> None:
+    kept = from_blocks(to_blocks(torch.randn(48, 96), bits), 48, 96)
+    assert torch.equal(from_blocks(to_blocks(kept, bits), 48, 96), kept)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 15, 33])
+def test_the_products_are_those_of_the_matrix_that_the_blocks_stand_for(bits: int, rows: int) -> None:
+    weight, x = torch.randn(80, 96), torch.randn(rows, 96)
+    blocks, out = to_blocks(weight, bits), np.full((rows, 80), np.nan, np.float32)
+    multiply(blocks.view(-1).numpy(), bits, x.numpy(), out, 0, 80)
+    torch.testing.assert_close(torch.from_numpy(out), linear(x, from_blocks(blocks, 80, 96)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_any_size_gives_the_products_of_its_weight(bits: int, biased: bool, dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(37, 41), torch.randn(37).to(dtype) if biased else None
+    layer = BlockLinear([weight[:16], weight[16:32], weight[32:]], bias, bits)
+    x = torch.randn(1, 5, 41).to(dtype)
+    expected = linear(x.float(), layer.weight, None if bias is None else bias.float())
+    assert layer(x).dtype is dtype
+    near = 1e-4 if dtype is torch.float32 else 0.05
+    torch.testing.assert_close(layer(x).float(), expected, rtol=near, atol=near)
+    assert (layer.out_features, layer.in_features) == (37, 41)
+    torch.testing.assert_close(layer.weight, weight, rtol=0, atol=0.5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_threads_share_the_product_of_many_rows(bits: int, threads: int) -> None:
+    layer, x = BlockLinear([torch.randn(80, 64)], None, bits), torch.randn(-(-MANY // (80 * 64)), 64)
+    with computing_on(threads):
+        found = layer(x)
+    torch.testing.assert_close(found, linear(x, layer.weight), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_compiles_without_a_break() -> None:
+    layer = BlockLinear([torch.randn(12, 8)], torch.randn(12), 4)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        for rows in (1, 5):
+            x = torch.randn(1, rows, 8)
+            assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("family", TEN)
+def test_families_with_few_bits_split_to_the_bit_and_are_near_what_they_were(
+    tiny_model: TinyFactory, family: str
+) -> None:
+    files = tiny_model(family, n_layers=3)
+    plan, ids, flags = SplitPlan(1, 2, 3), tuple(range(3, 12)), APPLIED | {"weight_dtype=int8"}
+    few = {kind: logits(Fed(files, plan, kind, FlagSet(flags, flags, flags), ids, 5, threads=1)) for kind in KINDS}
+    plain = logits(Fed(files, plan, "full", FlagSet(APPLIED, APPLIED, APPLIED), ids, 5, threads=1))
+    assert torch.equal(few["full"], few["split"])
+    assert not torch.equal(few["full"], plain)
+    assert torch.allclose(few["full"], plain, atol=0.1 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_linear_layer_has_few_bits_and_the_head_eight(tiny_model: TinyFactory, family: str) -> None:
+    files = tiny_model(family, n_layers=3)
+    stage = loading.load(
+        files, loading.full_specs(3), load_of(APPLIED | {"weight_dtype", "weight_prepack"}), PLACEMENT
+    ).stages[0]
+    modules = list(stage.cut.module.modules())
+    assert not [module for module in modules if type(module) in loading.LINEAR]
+    layers = [module for module in modules if isinstance(module, BlockLinear)]
+    head = stage.cut.module.get_output_embeddings()  # type: ignore[operator]
+    assert {layer._blocks.shape[2] for layer in layers if layer is not head} == {block_bytes(4)}
+    assert head._blocks.shape[2] == block_bytes(8)
+
+
+def test_the_blocks_of_the_default_models_own_file_are_kept_as_they_are(default_model: ModelFiles) -> None:
+    stage = loading.load(default_model, [loading.StageSpec("trunk", 3, 5)], load_of(APPLIED), PLACEMENT).stages[0]
+    layers = [module for module in stage.cut.module.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(layers) == 14
+    for layer in layers:
+        assert torch.equal(from_blocks(to_blocks(layer.weight, 4), *layer.weight.shape), layer.weight)

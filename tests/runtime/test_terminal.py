@@ -1,0 +1,205 @@
+"""Other people's text is written as it is, wherever it goes."""
+
+import io
+import os
+import pty
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from splitlearn.arms.compare import Comparison
+from splitlearn.cli import tables as tables
+from splitlearn.flags.selection import parse
+from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime import progress
+from splitlearn.runtime import terminal as runtime_terminal
+from splitlearn.runtime.progress import Step
+from splitlearn.runtime.terminal import BROKEN_PIPE, PlainTable, guarded, say, visible
+from tests.ui.test_ui_view import KNOWN, report
+
+HOSTILE = "a[1:100:2] :100: key:key:value 3:o:4 [bold]x[/] [/] [link=http://x]y\ttab 'quoted' 192.168.0.1 日本 "
+LONG = "word " * 100 + "x" * 300
+
+
+def comparison(text: str, model: str) -> Comparison:
+    plan, arms = SplitPlan(2, 4, 6), (report("full", [1, 2, 3], text), report("split", [1, 2, 3], text))
+    return Comparison(model, plan, parse("none", KNOWN), *arms, {}, ())
+
+
+class Stream(io.TextIOWrapper):
+    """stdout or stderr in an encoding, as a pipe or as a terminal."""
+
+    def __init__(self, encoding: str = "utf-8", *, terminal: bool = False) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, errors="strict", newline="")
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    @property
+    def written(self) -> str:
+        self.flush()
+        data: bytes = self.buffer.getvalue()  # type: ignore[attr-defined]
+        return data.decode(self.encoding)
+
+
+Replace = Callable[..., Stream]
+
+
+@pytest.fixture
+def stdout(monkeypatch: pytest.MonkeyPatch) -> Replace:
+    def replaced(encoding: str = "utf-8", *, terminal: bool = False) -> Stream:
+        stream = Stream(encoding, terminal=terminal)
+        monkeypatch.setattr(sys, "stdout", stream)
+        return stream
+
+    return replaced
+
+
+@pytest.fixture
+def stderr(monkeypatch: pytest.MonkeyPatch) -> Replace:
+    def replaced(encoding: str = "utf-8", *, terminal: bool = False) -> Stream:
+        stream = Stream(encoding, terminal=terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        return stream
+
+    return replaced
+
+
+@pytest.mark.parametrize("text", [HOSTILE, LONG, "\x1b]0;title\x07\x1b[31mred\r\n\x9b2J", "a\rb\x08"])
+def test_a_pipe_gets_text_as_it_is(stdout: Replace, text: str) -> None:
+    out = stdout()
+    say(text)
+    assert out.written == f"{text}\n"
+
+
+@pytest.mark.parametrize("text", [HOSTILE, LONG])
+def test_a_terminal_gets_text_as_it_is_but_for_control_characters(stdout: Replace, text: str) -> None:
+    out = stdout(terminal=True)
+    say(text)
+    assert out.written == f"{text}\n"
+
+
+def test_no_control_sequence_reaches_a_terminal(stdout: Replace, stderr: Replace) -> None:
+    out, err = stdout(terminal=True), stderr(terminal=True)
+    say("\x1b]52;c;cm0=\x07 a\rb \x9b2J \x7f \x00 tab\there\nline\r\n")
+    say("error: \x1b[2J", stderr=True)
+    assert out.written == "␛]52;c;cm0=␇ a␍b \\x9b2J ␡ ␀ tab\there\nline\r\n\n"
+    assert err.written == "error: ␛[2J\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_what_an_encoding_lacks_is_replaced(stdout: Replace, stderr: Replace, encoding: str) -> None:
+    out, err = stdout(encoding), stderr(encoding)
+    say("before 日本 🙂 after")
+    say("\udcff path", stderr=True)
+    assert out.written == "before \\u65e5\\u672c \\U0001f642 after\n"
+    assert err.written == "\\udcff path\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_a_table_in_a_pipe_has_its_cells_as_they_are(stdout: Replace, encoding: str) -> None:
+    out = stdout(encoding)
+    table = PlainTable("head [x] :100:", "b")
+    table.add_row("[red]cell[/] :key: " + "w" * 300, Text("styled :o:", "bold"))
+    runtime_terminal.console().print(table)
+    assert "[red]cell[/] :key: " + "w" * 300 in out.written
+    assert "head [x] :100:" in out.written and "styled :o:" in out.written
+    assert "\x1b" not in out.written
+
+
+def test_a_narrow_terminal_folds_cells_and_cuts_none(stdout: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = stdout(terminal=True)
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setenv("TERM", "xterm")
+    table = PlainTable("name")
+    table.add_row("w" * 100 + "\x1b[2J")
+    runtime_terminal.console().print(table)
+    assert out.written.count("w") == 100 and "\x1b[2J" not in out.written and "…" not in out.written
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_a_comparison_is_printed_with_its_answers_and_all_figures(stdout: Replace, encoding: str) -> None:
+    out = stdout(encoding)
+    tables.print_comparison(comparison(text=HOSTILE + LONG, model="org/[b]m:100:"))
+    written = out.written
+    expected = (HOSTILE + LONG).strip().encode(encoding, "backslashreplace").decode(encoding)
+    assert written.count(expected) == 2
+    assert "org/[b]m:100:, trunk layers" in written
+    assert "TTFT" in written and "Tokens of full and split: identical" in written
+
+
+def test_labels_of_progress_are_no_markup(stderr: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
+    err = stderr()
+    with progress.on_console() as show:
+        show(Step(f"Loading [x] :100: {LONG}"))
+    assert err.written == f"Loading [x] :100: {LONG}\n"
+    drawn = io.StringIO()
+    monkeypatch.setattr(
+        "splitlearn.runtime.terminal.console",
+        lambda stderr: Console(file=drawn, force_terminal=True, width=120, emoji=False),
+    )
+    with progress.on_console() as show:
+        show(Step("Loading [red]x[/] :100:\x1b[2J", 1, 2))
+        say("kept")
+    assert "[red]x[/] :100:␛[2J" in drawn.getvalue()
+    assert "kept" not in drawn.getvalue()
+
+
+def test_what_is_printed_beside_bars_goes_to_stdout(stdout: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, drawn = stdout(), io.StringIO()
+    monkeypatch.setattr("splitlearn.runtime.terminal.console", lambda stderr: Console(file=drawn, force_terminal=True))
+    with progress.on_console() as show:
+        show(Step("Loading", 1, 2))
+        say("result")
+    assert out.written == "result\n"
+
+
+def test_a_stderr_that_is_gone_loses_no_result(stdout: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = stdout()
+    read, write = os.pipe()
+    os.close(read)
+    for gone in (None, os.fdopen(write, "w")):
+        monkeypatch.setattr(sys, "stderr", gone)
+        say("lost", stderr=True)
+        say("result")
+        with progress.on_console() as show:
+            show(Step("Loading"))
+    assert out.written == "result\nresult\n"
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly(
+    monkeypatch: pytest.MonkeyPatch, stderr: Replace, tmp_path: Path
+) -> None:
+    err = stderr()
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
+
+    def command() -> int:
+        for _ in range(10_000):
+            say("line")
+        return 0
+
+    assert guarded(command) == BROKEN_PIPE
+    sys.stdout.write("x")
+    sys.stdout.flush()
+    assert err.written == ""
+
+
+def test_a_real_terminal_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        say("\x1b]0;x\x07")
+    assert os.read(master, 100).decode() == "␛]0;x␇\r\n"
+    os.close(master)
+
+
+def test_visible_leaves_all_other_text_alone() -> None:
+    text = "".join(map(chr, range(0xA0, 0x3000))) + "\t\n 🙂e\u0301"
+    assert visible(text) == text

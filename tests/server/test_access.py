@@ -1,0 +1,382 @@
+"""Tokens: who is let in, how much each may use, and what those learn who are not."""
+
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import yaml
+from grpc_health.v1 import health_pb2
+
+from server import __main__ as server_main
+from server.auth import tokens as token_file
+from server.auth.gate import DENIED, Access, Bucket
+from server.auth.tls import Door
+from splitlearn import config
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.remote_stage import RemoteStage, describe
+from splitlearn.errors import InputError, SetupError, TrunkDenied, TrunkFull
+from splitlearn.wire import SERVICE, channel
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import Credentials, open_channel
+from splitlearn.wire.status import error_of
+from tests.conftest import TinyFactory
+from tests.support.trunk import Raw, TrunkHere, eventually, hidden, opening, serve_here, served, step
+from tests.support.words import session_of
+
+ANN, BOB, EVE, SLOW = "secret-of-ann", "secret-of-bob", "secret-of-eve", "secret-of-slow"
+CACHED = frozenset({"use_cache", "inference_mode"})
+NOW = datetime.now(UTC)
+
+
+def entry(name: str, held: str, **changes: object) -> dict[str, object]:
+    """An entry for the token `held`."""
+    right = {"name": name, "sha256": token_file.digest(held), "sessions": 2, "tokens_per_second": 1000.0}
+    return {**right, **changes}
+
+
+def written(folder: Path, *entries: object) -> Path:
+    path = folder / "tokens.yaml"
+    path.write_text(yaml.safe_dump(list(entries)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model: TinyFactory) -> ModelFiles:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def here(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrunkHere]:
+    tokens = written(
+        tmp_path_factory.mktemp("tokens"),
+        entry("ann", ANN, sessions=1),
+        entry("bob", BOB, expires=NOW + timedelta(days=1)),
+        entry("eve", EVE, expires=NOW - timedelta(seconds=1)),
+        entry("slow", SLOW, tokens_per_second=20.0),
+    )
+    with serve_here(files, tokens=str(tokens)) as running:
+        yield running
+
+
+METHODS = (
+    f"/{SERVICE}/Session",
+    f"/{SERVICE}/Describe",
+    f"/{SERVICE}/Metrics",
+    f"/{SERVICE}/NoSuchMethod",
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
+
+
+def call(address: str, method: str, *metadata: tuple[str, str | bytes]) -> Any:
+    """What one empty message to any method is answered: the answer, or the error."""
+    with open_channel(address) as opened:
+        asked: Any = opened.stream_stream(method)
+        try:
+            return next(asked(iter([b""]), metadata=metadata, timeout=20))
+        except grpc.RpcError as error:
+            return error
+
+
+SHOWN: dict[str, list[tuple[str, str | bytes]]] = {
+    "nothing": [],
+    "an empty header": [("authorization", "")],
+    "a wrong token": [("authorization", "Bearer secret-of-nobody")],
+    "a part of a token": [("authorization", f"Bearer {ANN[:-1]}")],
+    "more than a token": [("authorization", f"Bearer {ANN}x")],
+    "its digest": [("authorization", f"Bearer {token_file.digest(ANN)}")],
+    "an expired token": [("authorization", f"Bearer {EVE}")],
+    "another scheme": [("authorization", f"Basic {ANN}")],
+    "no scheme": [("authorization", ANN)],
+    "another header": [("x-authorization", f"Bearer {ANN}")],
+    "two tokens": [("authorization", f"Bearer {EVE}"), ("authorization", f"Bearer {ANN}")],
+}
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_without_a_valid_token_every_method_gives_the_same_answer(shown: str, here: TrunkHere) -> None:
+    answers = [call(here.address, method, *SHOWN[shown]) for method in METHODS]
+    assert {(error.code(), error.details()) for error in answers} == {(grpc.StatusCode.UNAUTHENTICATED, DENIED)}
+    assert here.served.admission.sessions == 0
+
+
+def test_the_health_check_needs_no_token(here: TrunkHere) -> None:
+    said = call(here.address, "/grpc.health.v1.Health/Check")
+    assert health_pb2.HealthCheckResponse.FromString(said).status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("secret", [ANN, BOB])
+def test_with_a_valid_token_the_trunk_answers(secret: str, here: TrunkHere) -> None:
+    assert describe(here.address, Credentials(token=secret)).hidden_size == 48
+
+
+def test_the_scheme_may_be_written_in_any_case(here: TrunkHere) -> None:
+    said = call(here.address, f"/{SERVICE}/Describe", ("authorization", f"bearer {ANN}"))
+    assert pb.Description.FromString(said).hidden_size == 48
+
+
+def test_a_client_without_a_token_is_told_where_one_is_looked_for(here: TrunkHere, files: ModelFiles) -> None:
+    with pytest.raises(TrunkDenied, match=r"UNAUTHENTICATED.*variable that trunk\.token names"):
+        RemoteStage([here.address], served(files), 20).open(session_of(frozenset()), 8)
+
+
+def test_a_token_has_so_many_sessions_and_no_more_and_others_are_not_touched(
+    here: TrunkHere, files: ModelFiles
+) -> None:
+    ann = RemoteStage([here.address], served(files), 2, Credentials(token=ANN))
+    bob = RemoteStage([here.address], served(files), 20, Credentials(token=BOB))
+    first = ann.open(session_of(frozenset()), 8)
+    with pytest.raises(TrunkFull, match="all 1 sessions of this client"):
+        ann.open(session_of(frozenset()), 8)
+    bob.open(session_of(frozenset()), 8).close()
+    first.close()
+    assert eventually(lambda: here.served.admission.sessions == 0)
+    ann.open(session_of(frozenset()), 8).close()
+    ann.close()
+    bob.close()
+
+
+def test_a_session_over_its_rate_waits_and_its_ledger_says_so(files: ModelFiles, here: TrunkHere) -> None:
+    stage = RemoteStage([here.address], served(files), 20, Credentials(token=SLOW))
+    session = stage.open(session_of(CACHED), 64)
+    session.step(0, hidden(files, 20))
+    assert session.step(20, hidden(files, 40)).timing.ledger["queue"] > 0.1  # 40 at 20 a second
+    session.close()
+    stage.close()
+
+
+def test_what_its_client_would_not_wait_for_is_refused_with_the_time_to_try_again(
+    files: ModelFiles, here: TrunkHere
+) -> None:
+    with Raw(here.address, Credentials(token=SLOW)) as raw:
+        raw.ask(opening(files, timeout_s=0.5))
+        raw.send(step(hidden(files, 60), 0))
+        with pytest.raises(grpc.RpcError) as caught:
+            raw.receive()
+    error = error_of(caught.value, here.address)
+    assert isinstance(error, TrunkFull)
+    assert "20 a second" in str(error)
+    assert 1.5 < error.retry_s < 4
+
+
+def test_a_server_for_other_flags_asks_for_the_token_as_well(files: ModelFiles, here: TrunkHere) -> None:
+    before = set(psutil.Process().children())
+    stage = RemoteStage([here.address], served(files), 60, Credentials(token=BOB))
+    stage.open(session_of(CACHED | {"low_cpu_mem_usage"}), 8).close()
+    stage.close()
+    (child,) = set(psutil.Process().children()) - before
+    (port,) = {found.laddr.port for found in child.net_connections() if found.status == psutil.CONN_LISTEN}
+    with pytest.raises(TrunkDenied):
+        describe(f"127.0.0.1:{port}")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_bucket_lets_through_a_seconds_worth_at_once_and_then_its_rate() -> None:
+    clock = Clock()
+    bucket = Bucket(10, clock)
+    assert [bucket.take(5, 60) for _ in range(4)] == pytest.approx([0, 0, 0.5, 1.0])
+    clock.now += 1.0
+    assert bucket.take(1, 60) == pytest.approx(0.1)
+    clock.now += 1000.0
+    assert bucket.take(10, 60) == 0
+    assert bucket.take(10, 60) == pytest.approx(1.0), "more than a second's worth was saved up"
+
+
+def test_a_bucket_refuses_what_would_wait_too_long_and_does_not_count_it() -> None:
+    bucket = Bucket(10, Clock())
+    with pytest.raises(TrunkFull, match="10 a second"):
+        bucket.take(1000, 60)
+    assert bucket.take(10, 60) == 0
+
+
+def test_over_any_time_a_bucket_lets_through_its_rate_and_one_second_more() -> None:
+    clock = Clock()
+    bucket, begun, let_through = Bucket(50, clock), clock.now, 0
+    while clock.now < begun + 20:
+        clock.now += bucket.take(7, 60)
+        let_through += 7
+    assert let_through <= 50 * (clock.now - begun) + 50
+    assert let_through >= 50 * 19
+
+
+class Call:
+    """What `Access.enter` looks at of a call; `end` is what gRPC does when the call is over."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+        self.callbacks: list[Callable[[], None]] = []
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return [("authorization", f"Bearer {self._secret}")]
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        self.callbacks.append(callback)
+        return True
+
+
+def entered(access: Access, secret: str) -> tuple[Any, Call]:
+    made: Any = Call(secret)
+    return access.enter(made), made
+
+
+def test_a_session_over_its_rate_is_slowed_down_until_its_call_ends() -> None:
+    token = token_file.Token.model_validate(entry("slow", ANN, tokens_per_second=10.0))
+    guest, made = entered(Access([token]), ANN)
+    assert guest.spend(10, 60) == 0
+    started = time.monotonic()
+    assert guest.spend(1, 60) == pytest.approx(0.1, rel=0.5)
+    assert time.monotonic() - started >= 0.05
+    for callback in made.callbacks:
+        callback()
+    started = time.monotonic()
+    guest.spend(300, 60)
+    assert time.monotonic() - started < 15, "a call that has ended still waited"
+
+
+def test_all_sessions_of_a_token_share_its_rate() -> None:
+    token = token_file.Token.model_validate(entry("slow", ANN, tokens_per_second=10.0))
+    access = Access([token])
+    (one, _), (other, _) = entered(access, ANN), entered(access, ANN)
+    assert one.spend(10, 60) == 0
+    with pytest.raises(TrunkFull):
+        other.spend(10, 0.5)
+
+
+def test_a_token_that_expires_ends_its_sessions() -> None:
+    token = token_file.Token.model_validate(entry("short", ANN, expires=datetime.now(UTC) + timedelta(seconds=0.3)))
+    guest, _ = entered(Access([token]), ANN)
+    guest.spend(1, 60)
+    with pytest.raises(TrunkDenied, match=DENIED):
+        while True:
+            guest.spend(1, 60)
+            time.sleep(0.05)
+
+
+def test_without_tokens_everybody_is_let_in_without_limits() -> None:
+    guest, _ = entered(Access(), "anything")
+    assert guest.spend(1_000_000, 0.1) == 0
+
+
+def test_a_made_token_is_let_in_and_its_entry_does_not_hold_it(tmp_path: Path) -> None:
+    secret, text = token_file.make("Ann Müller: # 'x'")
+    assert secret not in text
+    path = tmp_path / "tokens.yaml"
+    path.write_text(text + token_file.make("another")[1], encoding="utf-8")
+    tokens = token_file.load(path)
+    assert [token.name for token in tokens] == ["Ann Müller: # 'x'", "another"]
+    assert Access(tokens).lets_in([("authorization", f"Bearer {secret}")])
+
+
+def test_the_command_prints_the_entry_for_the_file_and_the_secret_beside_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert server_main.main(["token", "ann"]) == 0
+    said = capsys.readouterr()
+    (made,) = yaml.safe_load(said.out)
+    secret = said.err.split()[-1]
+    assert made["name"] == "ann"
+    assert made["sha256"] == token_file.digest(secret)
+    assert secret not in said.out
+
+
+@pytest.mark.parametrize(
+    ("expires", "expired"),
+    [("2020-01-01", True), ("2990-01-01", False), ("2020-01-01T00:00:00Z", True), ("2990-01-01T12:00:00+02:00", False)],
+)
+def test_when_a_token_expires_is_a_date_or_a_time(expires: str, expired: bool, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.yaml"
+    path.write_text(f"{yaml.safe_dump([entry('ann', ANN)])}  expires: {expires}\n")
+    (token,) = token_file.load(path)
+    assert token.expired() is expired
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "YAML list"),
+        ("[]", "at least one entry"),
+        ("a: [", "YAML list"),
+        ("name: ann", "YAML list"),
+        (yaml.safe_dump([entry("ann", ANN), entry("ann", BOB)]), "a name of its own"),
+        (yaml.safe_dump([entry("ann", ANN), entry("bob", ANN)]), "a sha256 of its own"),
+        (yaml.safe_dump([entry("ann", ANN, sha256=ANN)]), r"0\.sha256"),
+        (yaml.safe_dump([entry("ann", ANN, sessions=0)]), r"0\.sessions"),
+        (yaml.safe_dump([entry("ann", ANN, tokens_per_second=-1.0)]), r"0\.tokens_per_second"),
+        (yaml.safe_dump([entry("ann", ANN, secret=ANN)]), r"0\.secret"),
+        (yaml.safe_dump([entry("ann", ANN, expires="soon")]), r"0\.expires"),
+    ],
+)
+def test_a_file_of_tokens_that_cannot_be_used_is_named_and_nothing_of_it_is_repeated(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokens.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"server.tokens: '{path}'.*{words}") as caught:
+        token_file.load(path)
+    assert ANN not in str(caught.value)
+
+
+def test_a_missing_file_of_tokens_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"server\.tokens.*none\.yaml.*readable"):
+        token_file.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "trunk.example.org"])
+def test_a_server_does_not_listen_beyond_loopback_without_access_control(
+    host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert server_main.main(["--host", host]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    for way_out in ("server.tls", "server.tokens", "server.tls.client_ca", "127.0.0.1", "--allow-open"):
+        assert way_out in line
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "[::1]", "localhost"])
+def test_loopback_needs_no_access_control(host: str) -> None:
+    assert Door.of(config.parse({"server": {"host": host}}).server).credentials is None
+
+
+def test_an_open_door_must_be_asked_for_by_name() -> None:
+    settings = {"host": "0.0.0.0", "allow_open": True}
+    assert Door.of(config.parse({"server": settings}).server).access.lets_in([])
+
+
+def test_tokens_alone_do_not_guard_a_network_since_they_would_go_in_plaintext(tmp_path: Path) -> None:
+    settings = {"host": "0.0.0.0", "tokens": str(written(tmp_path, entry("ann", ANN)))}
+    with pytest.raises(SetupError, match=r"server\.tls is not set"):
+        Door.of(config.parse({"server": settings}).server)
+
+
+@pytest.mark.parametrize("address", ["trunk.example.org:50051", "192.168.1.5:50051", "127.0.0.1.example.org:1"])
+def test_a_client_does_not_send_its_token_over_a_network_in_plaintext(address: str) -> None:
+    with pytest.raises(InputError, match=r"trunk\.tls\.ca.*plaintext") as caught:
+        open_channel(address, Credentials(token=ANN))
+    assert ANN not in str(caught.value)
+
+
+@pytest.mark.parametrize("held", ["two words", "a line\nmore", "ünicode"])
+def test_a_variable_that_holds_no_token_is_named_and_not_shown(held: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPLITLEARN_TRUNK_TOKEN", held)
+    with pytest.raises(InputError, match=r"trunk\.token.*SPLITLEARN_TRUNK_TOKEN") as caught:
+        channel.credentials(config.Config().trunk)
+    assert held not in str(caught.value)
+
+
+def test_the_token_comes_from_the_variable_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", ANN)
+    assert channel.credentials(config.parse({"trunk": {"token": "MY_TOKEN"}}).trunk).token == ANN
+    assert channel.credentials(config.Config().trunk).token is None

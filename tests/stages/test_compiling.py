@@ -1,0 +1,114 @@
+"""A compiled stage gives what it gave, and layers that are alike are compiled once."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.models.cut import CutModel, eagerly, example, layers_of
+from splitlearn.stages import compile, loading
+from splitlearn.stages.base import StageInput
+from splitlearn.stages.local import LocalStage
+from tests.conftest import TinyFactory
+from tests.support.words import load_of, session_of
+
+FLAGS = frozenset({"low_cpu_mem_usage", "inference_mode", "use_cache", "output_attentions", "output_hidden_states"})
+PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
+TRUNK, FULL = loading.StageSpec("trunk", 1, 6), loading.StageSpec("full", 0, 6, first=True, last=True)
+ENDS = (5, 6, 7, 9, 10, 11, 12)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _stage(files: ModelFiles, spec: loading.StageSpec, flags: frozenset[str] = FLAGS) -> LocalStage:
+    return loading.load(files, [spec], load_of(flags), PLACEMENT).stages[0]
+
+
+def _by_layers(files: ModelFiles, spec: loading.StageSpec, flags: frozenset[str] = FLAGS) -> LocalStage:
+    stage = _stage(files, spec, flags)
+    compile.compile_by_layers(stage.cut)
+    return stage
+
+
+def _outputs(stage: LocalStage, flags: frozenset[str]) -> list[torch.Tensor]:
+    session, x, at, outs = stage.open(session_of(flags), 16), example(stage.cut, 12), 0, []
+    for end in ENDS:
+        outs.append(stage.step([StageInput(session, at, x[:, at:end], end - at)])[0].x)
+        at = end
+    return outs
+
+
+def _alone(cut: CutModel) -> bool:
+    """Whether its layers were compiled each by itself."""
+    return hasattr(layers_of(cut)[0].forward, "_torchdynamo_orig_callable")
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "cache"),
+    [
+        ("llama", FULL, "cache=reserved"),
+        ("llama", TRUNK, "cache=static"),
+        ("gpt2", FULL, "cache=static"),
+        ("gemma2", TRUNK, "cache=dynamic"),
+    ],
+)
+def test_a_stage_compiled_by_layers_gives_what_it_gave(
+    tiny_model: TinyFactory, family: str, spec: loading.StageSpec, cache: str
+) -> None:
+    flags = FLAGS | {cache}
+    compiled = _by_layers(tiny_model(family), spec, flags)
+    assert compiled.cut.compiled and _alone(compiled.cut)
+    expected = _outputs(_stage(tiny_model(family), spec, flags), flags)
+    for found, own in zip(_outputs(compiled, flags), expected, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
+
+
+def test_six_layers_are_compiled_as_often_as_two(tiny_model: TinyFactory) -> None:
+    graphs = []
+    for end in (2, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        spec = loading.StageSpec("bottom", 0, end, first=True)
+        _outputs(_by_layers(tiny_model(), spec), FLAGS)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[1]
+
+
+def test_nothing_is_compiled_again_as_the_context_grows(tiny_model: TinyFactory) -> None:
+    stage = _by_layers(tiny_model(), FULL, FLAGS | {"cache"})
+    flags = FLAGS | {"cache"}
+    _outputs(stage, flags)
+    session, x = stage.open(session_of(flags), 400), torch.arange(1, 101).unsqueeze(0)
+    stage.step([StageInput(session, 0, x)])
+    counters.clear()
+    for at in range(100, 360):
+        stage.step([StageInput(session, at, x[:, :1])])
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_layers_that_compute_with_their_number_are_compiled_in_a_row(tiny_model: TinyFactory) -> None:
+    cut = _stage(tiny_model(), TRUNK).cut
+    layers: list[Any] = list(layers_of(cut))
+    for layer in layers:
+        layer.register_forward_hook(lambda module, given, out: out * (1 + module.self_attn.layer_idx))
+    before = [layer.self_attn.layer_idx for layer in layers]
+    compile.compile_by_layers(cut)
+    assert cut.compiled and not _alone(cut)
+    assert [layer.self_attn.layer_idx for layer in layers] == before
+    assert not any(layer._forward_pre_hooks for layer in layers[1:])
+
+
+def test_a_compiled_stage_can_run_as_it_was(tiny_model: TinyFactory) -> None:
+    stage = _by_layers(tiny_model(), TRUNK)
+    counters.clear()
+    with eagerly(stage.cut):
+        _outputs(stage, FLAGS)
+    assert counters["stats"]["unique_graphs"] == 0

@@ -1,0 +1,168 @@
+"""A token that goes through a stage in one call comes out as from the stage's own forward; other stages are left."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.cache_utils import Cache
+from transformers.models.ministral3.modeling_ministral3 import Ministral3Attention
+from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
+
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.kvcache import layers as kv_layers
+from splitlearn.kvcache.pool import KVPool, KVShape
+from splitlearn.layers.block_linear import BlockLinear
+from splitlearn.models.cut import CutModel, body_of, forward, layers_of
+from splitlearn.stages import fused_decode, loading
+from splitlearn.stages.fused_decode import Row
+from splitlearn.stages.local import LocalStage
+from tests.conftest import TinyFactory
+from tests.support.words import load_of
+
+PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
+FLAGS = frozenset({"low_cpu_mem_usage", "use_cache", "cache", "output_attentions", "weight_dtype"})
+CHOICES = ("weight_dtype=int4", "weight_dtype=int8", "weight_prepack=blocks")
+POOL_START, WIDTH, VOCABULARY = 16, 576, 49152
+TRUNK, BOTTOM, TOP = (
+    loading.StageSpec("trunk", 3, 5),
+    loading.StageSpec("bottom", 0, 2, first=True),
+    loading.StageSpec("top", 29, 30, last=True),
+)
+
+
+def _stage(files: ModelFiles, spec: loading.StageSpec = TRUNK, flags: frozenset[str] = FLAGS) -> LocalStage:
+    return loading.load(files, [spec], load_of(flags), PLACEMENT).stages[0]
+
+
+def _row(stage: LocalStage) -> Row:
+    assert stage.row is not None
+    return stage.row
+
+
+def _pooled(layers: int, max_length: int) -> Cache:
+    shape = KVShape(3, 64)
+    pool = KVPool([(shape, shape)] * layers, 8, 8, torch.float32, torch.device("cpu"))
+    pool.reserve(POOL_START)
+    run = pool.reserve(max_length)
+    assert run is not None and run.start == POOL_START
+    return pool.cache(run)
+
+
+def _run(stage: LocalStage, cache: Cache, x: torch.Tensor, *, by_row: bool) -> torch.Tensor:
+    """Five positions at once, then one by one; back by two, and once more. All in one call each, or none."""
+    outs: list[torch.Tensor | None] = []
+    with torch.inference_mode():
+        outs.append(forward(stage.cut, x[:, :5], 0, cache))
+        for at in (5, 6, 7, 8, -2, 7, 8, 9, 10, 11):
+            if at < 0:
+                cache.crop(at)
+                continue
+            token = x[:, at : at + 1]
+            outs.append(_row(stage)(token, at, cache) if by_row else forward(stage.cut, token, at, cache))
+    return torch.cat([out for out in outs if out is not None], dim=1)
+
+
+@pytest.mark.parametrize("kind", ["reserved", "pooled"])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("spec", [TRUNK, BOTTOM, TOP], ids=lambda spec: spec.word)
+def test_a_token_comes_out_as_from_the_stages_own_forward(
+    default_model: ModelFiles, kind: str, choice: str, spec: loading.StageSpec
+) -> None:
+    stage, layers = _stage(default_model, spec, FLAGS - {"weight_dtype"} | {choice}), spec.end - spec.start
+    make, random = _pooled if kind == "pooled" else kv_layers.reserved, torch.Generator().manual_seed(1)
+    x = (
+        torch.randint(VOCABULARY, (1, 12), generator=random)
+        if spec.first
+        else torch.randn(1, 12, WIDTH, generator=random)
+    )
+    one, other = make(layers, 16), make(layers, 16)
+    found, expected = _run(stage, one, x, by_row=True), _run(stage, other, x, by_row=False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(one.layers, other.layers, strict=True):
+        assert ours.length == theirs.length == 12
+        torch.testing.assert_close(ours.keys[:, :, :12], theirs.keys[:, :, :12], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.values[:, :, :12], theirs.values[:, :, :12], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_further_on_are_turned_as_the_model_turns_them(default_model: ModelFiles) -> None:
+    stage, far = _stage(default_model), fused_decode.TURNS + 3
+    one, other = kv_layers.reserved(2, far + 1), kv_layers.reserved(2, far + 1)
+    x = torch.randn(1, far + 1, WIDTH)
+    with torch.inference_mode():
+        for cache in (one, other):
+            forward(stage.cut, x[:, :far], 0, cache)
+        found, expected = _row(stage)(x[:, far:], far, one), forward(stage.cut, x[:, far:], far, other)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_go_in_one_call_goes_the_stages_own_way(default_model: ModelFiles) -> None:
+    stage, x = _stage(default_model), torch.randn(1, 12, WIDTH)
+    with torch.inference_mode():
+        for cache in (kv_layers.dynamic(2, 16), kv_layers.static(2, 16), kv_layers.reserved(2, 16)):
+            assert _row(stage)(x[:, :1], 0, cache) is None  # nothing is there yet
+        for cache in (kv_layers.dynamic(2, 16), kv_layers.static(2, 16), None):
+            forward(stage.cut, x[:, :3], 0, cache)
+            assert _row(stage)(x[:, 3:4], 3, cache) is None
+        forward(stage.cut, x[:, :3], 0, kept := kv_layers.reserved(2, 16))
+        assert _row(stage)(x[:, 3:5], 3, kept) is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3", "phi3", "mistral"])
+def test_stages_with_other_parts_are_left(tiny_model: TinyFactory, family: str) -> None:
+    files = tiny_model(family, n_layers=2)
+    assert loading.load(files, loading.full_specs(2), load_of(FLAGS), PLACEMENT).stages[0].row is None
+
+
+@pytest.mark.parametrize("changed", [{"output_attentions"}, set(), {"weight_dtype"}])
+def test_stages_that_are_to_do_something_else_are_left(default_model: ModelFiles, changed: set[str]) -> None:
+    flags = FLAGS - changed if changed else FLAGS | {"torch_compile"}
+    assert _stage(default_model, TRUNK, flags).row is None
+
+
+def test_a_stage_that_only_looks_like_llamas_is_left(default_model: ModelFiles) -> None:
+    cut = _stage(default_model).cut
+    assert fused_decode.of(cut) is not None
+    layer: Any = layers_of(cut)[0]
+    own = layer.forward
+    layer.forward = lambda x, **named: own(x, **named) * 1.01
+    assert fused_decode.of(cut) is None
+
+
+def _grows(cut: CutModel) -> None:
+    body_of(cut).rotary_emb.rope_type = "dynamic"
+
+
+def _slides(cut: CutModel) -> None:
+    body_of(cut).config.sliding_window = 4
+
+
+def _scales_queries_further_on(cut: CutModel) -> None:
+    config = body_of(cut).config
+    beyond = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16384}
+    config.rope_parameters = config.rope_parameters | beyond
+    for layer in layers_of(cut):
+        layer.self_attn.__class__ = Ministral3Attention
+
+
+def _turns_otherwise_further_on(cut: CutModel) -> None:
+    body_of(cut).rotary_emb.__class__ = PhimoeRotaryEmbedding
+
+
+def _has_a_layer_of_another_size(cut: CutModel) -> None:
+    layer: Any = layers_of(cut)[1]
+    layer.mlp.up_proj = BlockLinear([torch.randn(32, WIDTH)], None, 4)
+
+
+@pytest.mark.parametrize(
+    "change", [_grows, _slides, _scales_queries_further_on, _turns_otherwise_further_on, _has_a_layer_of_another_size]
+)
+def test_what_a_few_tokens_would_not_show_is_looked_for(default_model: ModelFiles, change: Any) -> None:
+    cut = _stage(default_model).cut
+    change(cut)
+    assert fused_decode.of(cut) is None
+
+
+def test_a_linear_layer_that_had_to_be_filled_up_is_not_taken() -> None:
+    assert BlockLinear([torch.randn(32, 64)], None, 4).whole
+    assert not BlockLinear([torch.randn(31, 64)], None, 4).whole
+    assert not BlockLinear([torch.randn(32, 63)], None, 4).whole

@@ -1,0 +1,71 @@
+"""A split client in this process: its own bottom and top, and a trunk behind a real socket."""
+
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator as Generating
+from contextlib import contextmanager
+
+import torch
+
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.remote_stage import RemoteStage
+from splitlearn.events import Event, GenerationRequest, TokenEvent
+from splitlearn.generation.chain import Link
+from splitlearn.generation.generator import Generator
+from splitlearn.generation.tokenizer import Tokens
+from splitlearn.metrics import RunMetrics
+from splitlearn.stages import loading
+from tests.support.trunk import PLAN, served
+from tests.support.words import generation_of, load_of, session_of
+
+CACHED = frozenset({"use_cache", "inference_mode"})
+At = Callable[[int], object]
+
+
+class Client:
+    """Asks prompts one after the other. `stage` is its trunk."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        addresses: Sequence[str],
+        timeout_s: float = 60,
+        trunk: frozenset[str] = CACHED,
+        own: frozenset[str] = CACHED,
+    ) -> None:
+        placement = loading.Placement(torch.device("cpu"), torch.float32)
+        bottom, top = loading.load(files, loading.client_specs(PLAN), load_of(own), placement).stages
+        self.stage = RemoteStage(addresses, served(files), timeout_s)
+        links = [Link(bottom, session_of(own)), Link(self.stage, session_of(trunk)), Link(top, session_of(own))]
+        tokens = Tokens.load(files.folder, use_fast=True)
+        self._generator = Generator(links, tokens, files.facts.context_length, generation_of(own))
+
+    def stream(self, request: GenerationRequest) -> Generating[Event, None, None]:
+        """The events of the answer."""
+        return self._generator.stream(request)
+
+    def ask(self, request: GenerationRequest, at: At = lambda token: None) -> RunMetrics:
+        """The answer; `at(n)` is called when there are n tokens."""
+        events = []
+        for event in self.stream(request):
+            events.append(event)
+            if isinstance(event, TokenEvent):
+                at(len(events))
+        metrics = RunMetrics.from_events(events)
+        assert metrics is not None
+        return metrics
+
+
+@contextmanager
+def client(
+    files: ModelFiles,
+    *addresses: str,
+    timeout_s: float = 60,
+    trunk: frozenset[str] = CACHED,
+    own: frozenset[str] = CACHED,
+) -> Iterator[Client]:
+    """A client of the trunks at `addresses`."""
+    made = Client(files, addresses, timeout_s, trunk, own)
+    try:
+        yield made
+    finally:
+        made.stage.close()

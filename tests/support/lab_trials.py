@@ -1,0 +1,86 @@
+"""A made-up experiment: its arms, and runs with the effects that a test plants in them."""
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from splitlearn.flags.selection import FlagSet
+from splitlearn.lab.design import Arm, Design, plan
+from splitlearn.lab.records import Setup, Trial
+
+FLAGS = frozenset({"use_cache", "inference_mode", "output_hidden_states"})
+TOKENS = tuple(range(100, 116))
+TTFT_S, TPOT_S = 0.2, 0.03
+Change = Callable[[Arm, Trial], Trial]
+
+
+def setup(design: Design = "without", **changes: Any) -> Setup:
+    """An experiment about `FLAGS` on every side with a fixed 12 pairs."""
+    flags = FlagSet(full=FLAGS, client=FLAGS, trunk=FLAGS)
+    made = Setup(
+        design=design,
+        plan=plan(design, flags, flags.names()),
+        flags=flags,
+        prompts=("Why is the sky blue?",),
+        max_new_tokens=len(TOKENS),
+        delta=0.02,
+        pairs=12,
+        max_pairs=12,
+        minutes=None,
+        seed=7,
+        model="tiny",
+        command="python -m splitlearn bench --pairs 12 --seed 7",
+        environment={"processor": "made up", "cores": 2},
+    )
+    return replace(made, **changes)
+
+
+def trials(
+    asked: Setup,
+    effects: Mapping[tuple[str, str], float] | None = None,
+    noise: float = 0.004,
+    blocks: int = 12,
+    change: Change = lambda arm, trial: trial,
+) -> list[Trial]:
+    """One run of each arm in each block. `effects` maps (arm's name, "ttft_s" or "tpot_s") to a factor on its time;
+    `noise` is the standard deviation of the log of each time; `change` may alter each run."""
+    draw, made = random.Random(3), []
+    for block in range(blocks):
+        for order, arm in enumerate(asked.plan.arms):
+            ttft, tpot = (
+                base * (effects or {}).get((arm.name, metric), 1.0) * draw.lognormvariate(0, noise)
+                for base, metric in ((TTFT_S, "ttft_s"), (TPOT_S, "tpot_s"))
+            )
+            made.append(change(arm, trial(arm, block, order, ttft, tpot)))
+    return made
+
+
+def trial(arm: Arm, block: int, order: int, ttft_s: float, tpot_s: float) -> Trial:
+    """One run that did nothing unusual; what a time differs by is in the ledger's part for the model or the trunk."""
+    steps = len(TOKENS) - 1
+    decode = tpot_s * steps
+    part = "model" if arm.kind == "full" else "trunk"
+    small = {"sample": 0.01 * decode, "unattributed": 0.001 * decode}
+    decode_ledger = {part: decode - sum(small.values()), **small}
+    ledger = {**decode_ledger, "tokenise": 0.001, part: decode_ledger.get(part, 0.0) + ttft_s - 0.001}
+    return Trial(
+        block=block,
+        attempt=1,
+        order=order,
+        arm=arm.name,
+        at_s=1.8e9 + 60 * block + order,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        itl_s=(tpot_s,) * steps,
+        token_ids=TOKENS,
+        ledger=ledger,
+        decode_ledger=decode_ledger,
+        load_s=1.5,
+        compile_s=0.0,
+        added_bytes=600_000_000,
+        dtype="float32",
+        threads=2,
+        bytes_up=0 if arm.kind == "full" else 40_000,
+        bytes_down=0 if arm.kind == "full" else 40_000,
+    )

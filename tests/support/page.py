@@ -1,0 +1,151 @@
+"""A page for tests: the real app in a process of its own, and a browser that drives it."""
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import yaml
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = Path("/usr/bin/chromium")
+START_S = 90.0
+# How long a page may take for what has no bound of its own: the machine may be busy with other tests.
+PATIENCE_MS = 30_000
+# How long what was typed must stay: Gradio sets up what was just folded out once more, a moment after it can be seen.
+SETTLED_MS, TIMES = 300, 10
+FORBIDDEN: list[str] = []
+LOCAL = re.compile(r"The page is on (http://\S+)")
+
+
+class App:
+    """`python app.py` with a configuration, run in `folder`; what it prints, and how to end it."""
+
+    def __init__(
+        self, config: Path, *options: str, environment: Mapping[str, str] | None = None, folder: Path = ROOT
+    ) -> None:
+        self.lines: list[str] = []
+        self._new: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "app.py"), "--config", str(config), *options],
+            cwd=folder,
+            env={**os.environ, "SPLITLEARN_AUTH": "", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def wait_for(self, pattern: "re.Pattern[str]", timeout_s: float = START_S) -> "re.Match[str]":
+        """The first match in a line that comes within `timeout_s`; raises with all that was printed otherwise."""
+        while True:
+            try:
+                line = self._new.get(timeout=timeout_s)
+            except queue.Empty:
+                line = None
+            if line is None:
+                raise RuntimeError(f"no {pattern.pattern!r} in:\n" + "".join(self.lines))
+            if found := pattern.search(line):
+                return found
+
+    def url(self) -> str:
+        """Where the page is, once it is there."""
+        return self.wait_for(LOCAL)[1]
+
+    def children(self) -> list[psutil.Process]:
+        """Every process that the app has started and that runs."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def trunks(self) -> list[psutil.Process]:
+        """The embedded trunk servers: one for each set of load and process flags that was asked for."""
+        return [child for child in self.children() if child.cmdline()[1:3] == ["-m", "server"]]
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """End the app and wait until it has gone; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(20)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            self._new.put(line)
+        self._new.put(None)
+
+
+def write_config(folder: Path, **sections: object) -> Path:
+    """A config.yaml in `folder` for one thread and a free port, with `sections` over it."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({"runs": {"threads": 1}, "ui": {"port": 0}, **sections}))
+    return path
+
+
+def launch_fails(config: Path, *options: str, environment: Mapping[str, str] | None = None) -> str:
+    """What an app says that cannot start: one line on stderr, nothing on stdout, exit status 2."""
+    ended = subprocess.run(
+        [sys.executable, "app.py", "--config", str(config), *options],
+        cwd=ROOT,
+        env={**os.environ, "SPLITLEARN_AUTH": "", **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
+    return ended.stderr
+
+
+@contextmanager
+def running(
+    config: Path, *options: str, environment: Mapping[str, str] | None = None, folder: Path = ROOT
+) -> Iterator[App]:
+    """An app for as long as the context is open. It must end in order when it is told to, and leave nobody behind."""
+    app = App(config, *options, environment=environment, folder=folder)
+    try:
+        yield app
+        children = app.children()
+        assert app.end() == 0
+        assert not psutil.wait_procs(children, timeout=15)[1]
+        assert not any("Traceback" in line for line in app.lines), "".join(app.lines)
+    finally:
+        app.end()
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A Chromium without windows; `open_page` opens the app's page in it."""
+    expect.set_options(timeout=PATIENCE_MS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def open_page(browser: Browser, url: str, width: int = 1280, height: int = 800, theme: str = "light") -> Page:
+    """A fresh visitor's page, once it can be used. What its content security policy forbids goes into `FORBIDDEN`."""
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.on("console", lambda said: FORBIDDEN.append(said.text) if "Content Security Policy" in said.text else None)
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(f"{url}?__theme={theme}")
+    expect(page.locator("#compare")).to_be_enabled()
+    return page
+
+
+def type_into(box: Locator, value: str) -> None:
+    """Fill a field that may have been folded out just now; a person is never quick enough to lose it so."""
+    for _ in range(TIMES):
+        box.fill(value)
+        box.page.wait_for_timeout(SETTLED_MS)
+        if box.input_value() == value:
+            return
+    raise AssertionError(f"the field does not keep {value!r}")

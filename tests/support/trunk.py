@@ -1,0 +1,236 @@
+"""A real `python -m server` process for tests, and a client that can send it anything.
+
+`serve(config, folder)` starts one on a free port, waits until it says that it is ready, and ends it. `Raw` is the
+stream of a session with nothing between the test and the wire.
+"""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import psutil
+import torch
+import yaml
+
+from server.__main__ import listen
+from server.auth.tls import Door
+from server.build import Served as ServedHere
+from server.build import build
+from server.service import TrunkService
+from server.variants import Others
+from splitlearn import config
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.session_stream import Served
+from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime.progress import silent
+from splitlearn.wire import PROTOCOL, READY, SERVICE, codec
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import NONE, Credentials, open_channel
+from splitlearn.wire.hidden_states import Plain, Rows
+from tests.conftest import ROOT
+
+PLAN = SplitPlan(2, 4, 6)
+ANSWER_TIMEOUT_S = 30.0
+RAW = Plain(torch.float32)
+
+
+def settings(files: ModelFiles, **sections: Mapping[str, object]) -> dict[str, Any]:
+    """What config.yaml would say to run `files` on one thread; `sections` on top."""
+    usual: dict[str, Any] = {"model": {"name": str(files.folder), "device": "cpu"}, "runs": {"threads": 1}}
+    usual |= {"flags": "trunk:none", "server": {"drain_s": 0}}
+    return {**usual, **{name: {**usual.get(name, {}), **section} for name, section in sections.items()}}
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A running server. `errors` is where its stderr goes."""
+
+    process: subprocess.Popen[str]
+    address: str
+    errors: Path
+
+    def others(self) -> list[psutil.Process]:
+        """The servers that it has started for other sets of flags."""
+        return psutil.Process(self.process.pid).children()
+
+
+def start(config: Mapping[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`python -m server` with `config` written to a file in `folder`; its stderr goes to server.err there."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
+    command = [sys.executable, "-m", "server", "--config", str(folder / "config.yaml"), *arguments]
+    with (folder / "server.err").open("w") as errors:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+
+
+@contextmanager
+def serve(config: Mapping[str, Any], folder: Path, port: int = 0) -> Iterator[Trunk]:
+    """A server that is ready; stopped, with its engines, at the end."""
+    process = start(config, folder, "--port", str(port))
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line.startswith(READY), (folder / "server.err").read_text()
+        yield Trunk(process, line.removeprefix(READY).strip(), folder / "server.err")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
+            process.stdout.close()
+
+
+@dataclass(frozen=True)
+class TrunkHere:
+    """A server in this process, so that a test can look into it."""
+
+    address: str
+    served: ServedHere
+
+
+@contextmanager
+def serve_here(files: ModelFiles, flags: str = "trunk:none", /, **limits: object) -> Iterator[TrunkHere]:
+    """The real server on a real socket in this process, with the trunk's `flags`."""
+    layers = {"start": PLAN.start, "end": PLAN.end}
+    parsed = config.parse({**settings(files, split=layers, server={"port": 0, **limits}), "flags": flags})
+    built = build(parsed, silent)
+    others = Others(parsed, built)
+    said = io.StringIO()
+    with redirect_stdout(said):
+        door = Door.of(parsed.server)
+        running = listen(TrunkService(built, others, parsed.server, door.access), parsed.server, door)
+    try:
+        yield TrunkHere(said.getvalue().removeprefix(READY).strip(), built)
+    finally:
+        running.server.stop(grace=0).wait()
+        others.stop()
+
+
+def eventually(holds: Callable[[], object], within_s: float = 8.0) -> bool:
+    """Whether `holds()` comes to be true within that time."""
+    deadline = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def served(files: ModelFiles, plan: SplitPlan = PLAN) -> Served:
+    """What a client of a trunk for `files` asks for."""
+    return Served(files.name, files.digest, plan, torch.float32, files.facts.hidden_size)
+
+
+def opening(files: ModelFiles, plan: SplitPlan = PLAN, **changes: Any) -> bytes:
+    """The Open message that such a trunk accepts, but for `changes`."""
+    right: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "model": files.name,
+        "digest": files.digest,
+        "start": plan.start,
+        "end": plan.end,
+        "n_layers": plan.n_layers,
+        "dtype": "float32",
+        "max_length": 64,
+        "flags": ["use_cache", "inference_mode"],
+    }
+    return pb.ClientMessage(open=pb.Open(**{**right, **changes})).SerializeToString()
+
+
+def hidden(files: ModelFiles, tokens: int, seed: int = 0) -> torch.Tensor:
+    """A hidden state [1, tokens, H] such as a bottom might send."""
+    return torch.randn(1, tokens, files.facts.hidden_size, generator=torch.Generator().manual_seed(seed))
+
+
+def encoded(x: torch.Tensor, rows: Rows | None = None) -> pb.Tensor:
+    """`x` [1, T, H] as it crosses the wire; as it is, unless a form is given."""
+    rows = rows or Plain(x.dtype)
+    return pb.Tensor(**codec.fields(rows.to_bytes(x), rows, x.shape[2]))
+
+
+def step(x: torch.Tensor | pb.Tensor, position: int, step_id: int = 1, **changes: Any) -> bytes:
+    """A Step message of `x` at `position`."""
+    tensor = x if isinstance(x, pb.Tensor) else encoded(x)
+    message = pb.Step(sequence_id=1, step_id=step_id, position=position, hidden=tensor, **changes)
+    return pb.ClientMessage(step=message).SerializeToString()
+
+
+class Raw:
+    """One session's stream. `ask` sends bytes and waits for a reply; `refusal` for the status that ends the stream."""
+
+    def __init__(self, address: str, shown: Credentials = NONE) -> None:
+        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        self._channel = open_channel(address, shown)
+        method: Any = self._channel.stream_stream(f"/{SERVICE}/Session")
+        self._call = method(iter(self._outgoing.get, None), timeout=ANSWER_TIMEOUT_S, wait_for_ready=True)
+
+    def __enter__(self) -> "Raw":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def send(self, *messages: bytes) -> None:
+        """Send without waiting."""
+        for message in messages:
+            self._outgoing.put(message)
+
+    def receive(self) -> pb.ServerMessage:
+        """The next reply."""
+        return pb.ServerMessage.FromString(next(self._call))
+
+    def ask(self, *messages: bytes) -> pb.ServerMessage:
+        """Send, and wait for one reply."""
+        self.send(*messages)
+        return self.receive()
+
+    def refusal(self, *messages: bytes) -> tuple[grpc.StatusCode, str]:
+        """Send, and wait for the error that the stream ends with."""
+        self.send(*messages)
+        try:
+            reply = self.receive()
+        except grpc.RpcError as error:
+            failed: Any = error
+            return failed.code(), failed.details()
+        raise AssertionError(f"accepted: {reply}")
+
+    def end(self) -> pb.ServerMessage:
+        """Say that no more is sent, and wait for the last reply."""
+        self._outgoing.put(None)
+        return self.receive()
+
+    def cancel(self) -> None:
+        """Break off."""
+        self._call.cancel()
+        self._outgoing.put(None)
+        self._channel.close()
+
+
+def tensor_of(reply: pb.ServerMessage, files: ModelFiles) -> torch.Tensor:
+    """The hidden state in a step's answer."""
+    return RAW.from_bytes(reply.result.hidden.data, files.facts.hidden_size)
+
+
+def gone(pid: int) -> bool:
+    """Whether no such process runs (any more); one that has ended and was not waited for counts as gone."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment with the checkout importable from any folder."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **changes}

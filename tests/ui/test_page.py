@@ -1,0 +1,267 @@
+"""The page in a real browser: what a person does with it, and what it says of what cannot be done."""
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, Route, TimeoutError, expect
+
+from splitlearn.checkpoints.folder import ModelFiles
+from tests.conftest import TinyFactory
+from tests.support.page import CHROMIUM, FORBIDDEN, App, chromium, open_page, running, type_into, write_config
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+]
+
+RUN_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def app(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    folder = tiny_model().folder
+    config = write_config(tmp_path_factory.mktemp("page"), model={"name": str(folder)})
+    with running(config) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def url(app: App) -> str:
+    return app.url()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Page]:
+    opened = open_page(browser, url)
+    yield opened
+    opened.close()
+    assert not FORBIDDEN
+
+
+def fold_out(page: Page, name: str) -> None:
+    page.locator(f"#{name} > button").click()
+
+
+def setting(page: Page, name: str, value: str) -> None:
+    type_into(page.locator(f"#{name}").locator("input, textarea").first, value)
+
+
+def verdict(page: Page, timeout_ms: int = RUN_MS) -> str:
+    shown = page.locator("#result .sl-verdict")
+    expect(shown).to_be_visible(timeout=timeout_ms)
+    return shown.inner_text()
+
+
+def error(page: Page) -> str:
+    shown = page.locator("#error .sl-error")
+    try:
+        shown.wait_for(timeout=RUN_MS)
+    except TimeoutError:  # what the fields hold tells more than the long tree of the page
+        typed = page.evaluate("[...document.querySelectorAll('textarea, input[type=text]')].map(box => box.value)")
+        pytest.fail(f"no error; fields {typed}, result {page.locator('#result').inner_text()!r}", pytrace=False)
+    expect(page.locator("#compare")).to_be_enabled()
+    return shown.inner_text()
+
+
+def figures(page: Page, side: str) -> dict[str, str]:
+    tiles = page.locator(f"#{side} .sl-tiles > div")
+    return dict(zip(tiles.locator("dt").all_inner_texts(), tiles.locator("dd").all_inner_texts(), strict=True))
+
+
+def compares(page: Page) -> None:
+    """A comparison of a few tokens goes through: the page works."""
+    page.locator("#compare").click()
+    assert verdict(page).startswith("Identical")
+    expect(page.locator("#compare")).to_be_enabled()
+
+
+def test_one_press_shows_both_answers_their_figures_and_that_they_are_identical(page: Page) -> None:
+    page.locator("#compare").click()
+    assert verdict(page).startswith("Identical: all ")
+    for side in ("full", "split"):
+        expect(page.locator(f"#{side} section")).to_have_attribute("data-state", "done")
+        assert page.locator(f"#{side} .sl-answer").inner_text().strip()
+        shown = figures(page, side)
+        assert list(shown) == ["TTFT", "TPOT", "TPS (decode)", "TPS (request)", "Tokens"]
+        assert all(any(letter.isdigit() for letter in value) for value in shown.values())
+    assert figures(page, "full")["Tokens"] == figures(page, "split")["Tokens"]
+    result = page.locator("#result").inner_text()
+    for part in ("TTFT split/full (n = 1)", "TPOT split/full (n = 1)", "Bytes up", "full", "client", "trunk"):
+        assert part in result
+    page.locator("#result .sl-prompt summary").click()
+    expect(page.locator("#result .sl-prompt mark")).to_have_text(["<|user|>", "<|end|>", "<|assistant|>"])
+    expect(page.locator("#ledger .js-plotly-plot")).to_be_visible()
+    expect(page.locator("#ledger-table")).to_contain_text("wire")
+
+
+def test_several_samples_are_shown_each_by_itself(page: Page) -> None:
+    fold_out(page, "settings")
+    setting(page, "temperature", "0.8")
+    setting(page, "samples", "3")
+    compares(page)
+    for side in ("full", "split"):
+        assert page.locator(f"#{side} .sl-answer .sl-small").all_inner_texts() == [f"Sample {at}" for at in (1, 2, 3)]
+        assert "TPS (all 3)" in figures(page, side)
+
+
+def test_stop_ends_a_run_at_once_and_the_next_one_works(page: Page) -> None:
+    fold_out(page, "settings")
+    setting(page, "max_new_tokens", "450")
+    page.get_by_label("Ignore the end token").check()
+    fold_out(page, "flags")
+    page.get_by_label("none", exact=True).check()  # without a KV cache the run takes many seconds
+    expect(page.locator("#flag-words textarea, #flag-words input")).to_have_value("none")
+    page.locator("#compare").click()
+    expect(page.locator("section[data-state=running]")).to_be_visible(timeout=RUN_MS)
+    pressed = time.monotonic()
+    page.locator("#stop").click()
+    expect(page.locator("#compare")).to_be_enabled(timeout=3_000)
+    assert time.monotonic() - pressed < 3
+    expect(page.locator("section[data-state=stopped]")).to_have_count(2)
+    assert page.locator("#result .sl-verdict").count() == 0
+    setting(page, "max_new_tokens", "8")
+    compares(page)
+
+
+def test_flags_of_each_side_follow_the_words_and_the_matrix_shows_them(page: Page) -> None:
+    fold_out(page, "flags")
+    words = page.locator("#flag-words").locator("input, textarea").first
+    expect(words).to_have_value("default")
+    expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled()
+    expect(page.locator("#flags")).to_contain_text("Unavailable: needs a CUDA device")
+    page.get_by_label("inference_mode", exact=True).first.uncheck()
+    expect(words).not_to_have_value("default")
+    type_into(words, "full:all client:use_cache trunk:none")
+    words.blur()
+    expect(page.locator("#flag-use_cache input")).not_to_be_checked()  # the sides differ
+    page.get_by_role("tab", name="Flags by side").click()
+    row = page.locator("#matrix tr", has_text="use_cache")
+    assert row.locator("td").all_inner_texts()[1:] == ["applied", "applied", "available"]
+
+
+def test_flags_typed_before_the_page_has_heard_from_the_program_stay(browser: Browser, url: str) -> None:
+    late: list[Route] = []
+    page = browser.new_page()
+    page.route("**/queue/join*", lambda request: late.append(request))
+    page.goto(url)
+    fold_out(page, "flags")
+    words = page.locator("#flag-words").locator("input, textarea").first
+    expect(words).to_have_value("default")
+    type_into(words, "none")
+    assert late
+    page.unroute("**/queue/join*")  # which lets those go that wait
+    expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled()
+    page.wait_for_timeout(500)
+    expect(words).to_have_value("none")
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("prompt", "   ", "prompt"),
+        ("prompt", "word " * 800, "prompt"),
+        *(("max_new_tokens", value, "max_new_tokens") for value in ("0", "-1", str(10**9), "x")),
+        *(("temperature", value, "temperature") for value in ("-1", "nan")),
+        *(("samples", value, "samples") for value in ("0", "2", "x")),
+        ("flag-words", "no_such_flag", "no_such_flag"),
+        ("flag-words", "full:float32_matmul_precision,float32_matmul_precision=high", "exclude each other"),
+    ],
+)
+def test_bad_input_is_named_nothing_typed_is_lost(page: Page, field: str, value: str, said: str) -> None:
+    fold_out(page, "settings")
+    fold_out(page, "flags")
+    words = page.locator("#flag-words").locator("input, textarea").first
+    expect(words).to_have_value("default")
+    expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled()  # the page knows what its trunk can do
+    setting(page, field, value)
+    page.locator("#compare").click()
+    message = error(page)
+    assert said in message
+    assert "expected" in message
+    assert page.locator(f"#{field}").locator("input, textarea").first.input_value() == value
+
+
+def test_what_a_button_said_stays_while_flags_are_typed_and_wrong_flags_are_named_below_them(page: Page) -> None:
+    setting(page, "prompt", "")
+    page.locator("#compare").click()
+    said = error(page)
+    fold_out(page, "flags")
+    words = page.locator("#flag-words").locator("input, textarea").first
+    for typed, wrong in (("no_such_flag", 1), ("none", 0)):
+        type_into(words, typed)
+        words.blur()
+        expect(page.locator("#flags-error .sl-error")).to_have_count(wrong)
+    expect(page.get_by_label("none", exact=True)).to_be_checked()
+    assert error(page) == said
+
+
+def test_page_works_after_bad_input(page: Page) -> None:
+    setting(page, "prompt", "")
+    page.locator("#compare").click()
+    assert "prompt" in error(page)
+    setting(page, "prompt", "Why is the sky blue?")
+    compares(page)
+    assert page.locator("#error .sl-error").count() == 0
+
+
+def test_a_trunk_killed_in_the_middle_is_started_again_and_its_answer_goes_on(page: Page, app: App) -> None:
+    fold_out(page, "settings")
+    setting(page, "max_new_tokens", "450")
+    page.get_by_label("Ignore the end token").check()
+    page.locator("#compare").click()
+    expect(page.locator("#split section")).to_have_attribute("data-state", "running", timeout=RUN_MS)
+    expect(page.locator("#split section[data-state=running] .sl-answer")).to_contain_text(re.compile(r"\w"))
+    for trunk in app.trunks():  # the one that answers, and those of other tests' flags
+        trunk.kill()
+    assert verdict(page).startswith("Identical")
+    expect(page.locator("#split section")).to_have_attribute("data-state", "done")
+    expect(page.locator("#split section")).to_contain_text("was lost at token")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_nothing_scrolls_sideways_and_the_figures_come_early(
+    browser: Browser, url: str, width: int, height: int
+) -> None:
+    page = open_page(browser, url, width, height)
+    compares(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    top = page.locator("#full .sl-tiles").bounding_box()
+    assert top is not None
+    assert top["y"] + top["height"] < height
+    page.close()
+
+
+def test_closing_the_tab_ends_its_run(page: Page, browser: Browser, url: str) -> None:
+    fold_out(page, "settings")
+    setting(page, "max_new_tokens", "450")
+    fold_out(page, "flags")
+    page.get_by_label("none", exact=True).check()
+    page.get_by_label("Ignore the end token").check()
+    page.locator("#compare").click()
+    expect(page.locator("section[data-state=running]")).to_be_visible(timeout=RUN_MS)
+    page.close()
+    other = open_page(browser, url)
+    started = time.monotonic()
+    compares(other)
+    assert time.monotonic() - started < 10  # the closed page's run would have gone on for longer
+    other.close()
+
+
+@pytest.mark.weights
+def test_default_model_answers_in_both_arms_alike(browser: Browser, default_model: ModelFiles, tmp_path: Path) -> None:
+    config = write_config(tmp_path, generation={"max_new_tokens": 16}, runs={"threads": 2})
+    with running(config) as started:
+        opened = open_page(browser, started.url())
+        opened.locator("#compare").click()
+        assert verdict(opened).startswith("Identical")
+        assert "sky" in opened.locator("#full .sl-answer").inner_text().lower()

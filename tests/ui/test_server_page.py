@@ -1,0 +1,52 @@
+"""The Server tab in a real browser."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from splitlearn.checkpoints.folder import ModelFiles
+from tests.conftest import TinyFactory
+from tests.support.page import CHROMIUM, chromium, open_page, running, write_config
+from tests.support.trunk import PLAN, Raw, Trunk, opening, serve, settings
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+]
+LAYERS = {"start": PLAN.start, "end": PLAN.end}
+
+
+@pytest.fixture
+def files(tiny_model: TinyFactory) -> ModelFiles:
+    return tiny_model()
+
+
+@pytest.fixture
+def trunk(files: ModelFiles, tmp_path: Path) -> Iterator[Trunk]:
+    with serve(settings(files, split=LAYERS), tmp_path) as started:
+        yield started
+
+
+def test_the_tab_shows_sessions_come_and_go_and_a_trunk_that_does_not_answer(
+    trunk: Trunk, files: ModelFiles, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = write_config(tmp_path_factory.mktemp("app"), model={"name": str(files.folder)}, split=LAYERS)
+    with running(config, "--trunk", trunk.address) as app, chromium() as browser:
+        page = open_page(browser, app.url())
+        page.get_by_role("tab", name="Server").click()
+        card = page.locator("#server-card")
+        sessions = card.locator("dl div").filter(has=page.get_by_text("Sessions", exact=True)).locator("dd")
+        expect(sessions).to_have_text("0 / 64")
+        expect(card).to_contain_text(trunk.address)
+        with Raw(trunk.address) as raw:
+            raw.ask(opening(files))
+            expect(sessions).to_have_text("1 / 64")
+            expect(page.locator("#server-sessions .js-plotly-plot")).to_be_visible()
+            for width, height in ((1280, 800), (390, 844)):
+                page.set_viewport_size({"width": width, "height": height})
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+        expect(sessions).to_have_text("0 / 64")
+        trunk.process.terminate()
+        expect(card.locator(".sl-error")).to_contain_text(f"{trunk.address} does not answer")

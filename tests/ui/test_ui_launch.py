@@ -1,0 +1,55 @@
+"""How the app starts, and that what it started ends with it."""
+
+import signal
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import TinyFactory
+from tests.support.page import App, launch_fails, running, write_config
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"ui.port: cannot listen on 127.0.0.1:{port}" in launch_fails(
+            write_config(tmp_path), "--port", str(port)
+        )
+
+
+@pytest.mark.parametrize(
+    ("sections", "options", "said"),
+    [
+        ({"ui": {"prot": 1}}, (), "ui.prot"),
+        ({}, ("--port", "70000"), "ui.port"),
+        ({}, ("--trunk", "nowhere"), "trunk.address"),
+        ({"model": {"name": "no such model"}}, (), "model.name"),
+        ({}, ("--host", "0.0.0.0"), "ui.host: '0.0.0.0' is reached from other machines"),
+        ({"ui": {"allowed_hosts": ["https://page.example"]}}, (), "ui.allowed_hosts"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(
+    tmp_path: Path, sections: dict[str, object], options: tuple[str, ...], said: str
+) -> None:
+    assert said in launch_fails(write_config(tmp_path, **sections), *options)
+
+
+def test_children_end_with_an_app_that_is_killed(tiny_model: TinyFactory, tmp_path: Path) -> None:
+    app = App(write_config(tmp_path, model={"name": str(tiny_model().folder)}))
+    app.url()
+    children = app.children()
+    assert app.trunks()
+    assert set(app.trunks()) <= set(children)
+    assert app.end(signal.SIGKILL) == -signal.SIGKILL
+    assert not psutil.wait_procs(children, timeout=15)[1]
+
+
+def test_a_trunk_that_is_not_there_is_a_warning_and_the_page_starts(tiny_model: TinyFactory, tmp_path: Path) -> None:
+    config = write_config(tmp_path, model={"name": str(tiny_model().folder)})
+    with running(config, "--trunk", "127.0.0.1:9") as app:
+        app.url()
+        assert any("warning" in line and "127.0.0.1:9" in line for line in app.lines)

@@ -1,0 +1,218 @@
+"""What is drawn, without a browser: the states of a comparison, their HTML, and the words for flags."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import cast
+
+import pytest
+
+from splitlearn.arms.arm import Kind
+from splitlearn.arms.runs import ArmReport, Item, Restarted, Runs
+from splitlearn.client.remote_stage import TrunkFacts
+from splitlearn.errors import InputError, SplitlearnError, TrunkUnavailable
+from splitlearn.events import Done, GenerationRequest, Recovery, TokenEvent
+from splitlearn.flags.registry import SIDES, Place
+from splitlearn.flags.selection import FlagSet, availability, parse
+from splitlearn.metrics import RunMetrics
+from ui import inputs
+from ui.compare import charts, session, view
+from ui.compare.session import ArmView, Shown
+from ui.flags import words as flag_words
+
+KNOWN = availability(dict.fromkeys(SIDES, Place("cpu", "there is no Python tokenizer", has_compiler=True)))
+REQUEST = GenerationRequest("Why?")
+TYPED = {"max_new_tokens": "8", "temperature": "0,5", "top_k": "0", "top_p": "1", "repetition_penalty": "1"}
+TYPED |= {"seed": "7", "samples": "2", "prompt": "Why?", "form": "raw", "ignore_eos": "", "stop": "\n\nEnd\n"}
+
+
+def report(kind: Kind, ids: Sequence[int], text: str = "Because.") -> ArmReport:
+    """A run that gave `ids`, one each 10 ms, with 100 bytes up and 200 down for each."""
+    ledger = {"model": 0.009, "unattributed": 0.001}
+    steps = [TokenEvent((token,), "", 0.01 * (n + 1), ledger, 0.0, 100, 200) for n, token in enumerate(ids)]
+    metrics = RunMetrics.from_events([*steps, Done("length", text, 3)])
+    assert metrics is not None
+    trunk = TrunkFacts(1, 0.5, 10_000_000, 30_000_000) if kind == "split" else None
+    address = "127.0.0.1:1" if trunk else None
+    return ArmReport(kind, metrics, 0.5, 0.0, 100_000_000, 150_000_000, "float32", "cpu", 1, address, trunk)
+
+
+def both(full: Sequence[int], split: Sequence[int], text: str = "Because.") -> Shown:
+    reports = [report("full", full, text), report("split", split, text)]
+    one, other = (ArmView(each.kind, "done", each.metrics, each) for each in reports)
+    return Shown(one, other)
+
+
+class ScriptedRuns:
+    """Arms that do as they are told: items to yield, or an error to raise after them."""
+
+    def __init__(self, full: Sequence[Item | SplitlearnError], split: Sequence[Item | SplitlearnError]) -> None:
+        self.items = {"full": full, "split": split}
+
+    def stream(self, kind: Kind, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[Item]:
+        for item in self.items[kind]:
+            if isinstance(item, SplitlearnError):
+                raise item
+            yield item
+
+
+SAMPLED: list[tuple[Kind, list[int], str]] = [
+    ("full", [1, 2, 3], "Because."),
+    ("split", [1, 2, 3], "Because."),
+    ("split", [1, 2, 4], "Why not?"),
+]
+
+
+def states(runs: ScriptedRuns, stop: threading.Event | None = None) -> list[Shown]:
+    return list(session.compare(cast(Runs, runs), FlagSet(), REQUEST, stop or threading.Event()))
+
+
+TOKEN = TokenEvent((1,), "a", 0.01, {"unattributed": 0.01})
+
+
+def test_the_full_result_stays_when_the_split_arm_fails() -> None:
+    last = states(ScriptedRuns([TOKEN, report("full", [1])], [TOKEN, TrunkUnavailable("It has gone.")]))[-1]
+    assert last.full.report is not None
+    assert (last.split.state, last.split.error) == ("failed", "It has gone.")
+    assert last.split.metrics is not None  # what came before the failure
+    assert "Split: It has gone." in view.errors(last)
+
+
+def test_a_request_at_fault_is_said_once() -> None:
+    wrong = InputError("prompt", "x", "less")
+    assert states(ScriptedRuns([wrong], [wrong]))[-1] == Shown(error=str(wrong))
+
+
+def test_a_run_that_compiled_begins_again() -> None:
+    seen = states(ScriptedRuns([TOKEN, Restarted(), TOKEN, report("full", [1])], [report("split", [1])]))
+    assert "compiled" in [shown.full.state for shown in seen]
+    assert seen[-1].full.metrics is not None
+    assert seen[-1].full.metrics.n_tokens == 1
+
+
+def test_a_stop_before_the_second_arm_leaves_it_out() -> None:
+    stop = threading.Event()
+    stop.set()
+    last = states(ScriptedRuns([report("full", [1])], [report("split", [1])]), stop)[-1]
+    assert (last.full.state, last.split.state) == ("stopped", "stopped")
+
+
+def test_tokens_are_drawn_about_ten_times_a_second_however_fast_they_come() -> None:
+    started = time.monotonic()
+    seen = states(ScriptedRuns([TOKEN] * 5_000, []))
+    drawn = sum(shown.full.state == "running" for shown in seen)
+    assert drawn <= (time.monotonic() - started) / session.DRAW_S + 2
+
+
+def test_what_a_model_writes_cannot_become_part_of_the_page() -> None:
+    shown = both([1], [1], "<script>alert(1)</script>")
+    assert "<script>" not in view.card(shown.full) + view.result(shown, str, "<b>")
+
+
+def test_a_trunk_that_was_lost_and_found_is_told_on_its_card() -> None:
+    metrics = report("split", [1, 2, 3]).metrics
+    lost = replace(metrics, recoveries=((2, Recovery(0.84, "a:1", "b:2", 34)),))
+    said = view.card(ArmView("split", "running", lost))
+    assert "The trunk at a:1 was lost at token 2; reconnected to b:2 in 0.8 s, with 34 tokens replayed." in said
+    assert "was lost" not in view.card(ArmView("split", "running", metrics))
+
+
+def test_each_sample_has_its_text_and_a_difference_in_any_is_named() -> None:
+    full, split, other = (report(kind, ids, text) for kind, ids, text in SAMPLED)
+    one, two = replace(full, others=(split.metrics,)), replace(split, others=(other.metrics,))
+    arms = [ArmView(each.kind, "done", each.metrics, each, others=each.others) for each in (one, two)]
+    card = view.card(arms[1])
+    assert "Sample 1" in card and "Because." in card and "Sample 2" in card and "Why not?" in card
+    assert "TPS (all 2)" in card and "200.0 /s" in card
+    assert "from token 3 of sample 2 on" in view.result(Shown(arms[0], arms[1]), str, "default")
+    assert "Sample 1" not in view.card(replace(arms[0], others=()))
+
+
+def test_identical_tokens_are_called_so() -> None:
+    said = view.result(both([1, 2, 3], [1, 2, 3]), str, "default")
+    assert "Identical: all 3 tokens are the same." in said
+    assert "100 B" in said  # bytes up per token
+    assert "50 MB" in said  # beyond the imports
+
+
+@pytest.mark.parametrize(
+    ("full", "split", "said"),
+    [
+        ([1, 2, 3], [1, 5, 3], "from token 2 on: full has &#x27;2&#x27;, split has &#x27;5&#x27;"),
+        ([1, 2], [1, 2, 3], "from token 3 on: full has nothing, split has &#x27;3&#x27;"),
+    ],
+)
+def test_the_first_difference_is_named_with_both_tokens(full: list[int], split: list[int], said: str) -> None:
+    assert said in view.result(both(full, split), str, "default")
+
+
+def test_the_ledger_bars_add_up_to_the_time_per_token() -> None:
+    shown = both([1, 2, 3], [1, 2, 3]).both
+    assert shown is not None
+    figure = charts.ledger(*shown)
+    full = sum(bar.x[1] for bar in figure.data)
+    assert full == pytest.approx((shown[0].metrics.tpot_s or 0) * 1e3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["default", "none", "all", "use_cache", "inference_mode,use_cache", "float32_matmul_precision=high,use_cache"]
+    + ["full:use_cache client:none trunk:default", "full:float32_matmul_precision=high client:all trunk:none"],
+)
+def test_words_for_flags_mean_the_flags_that_they_were_made_from(text: str) -> None:
+    flags = parse(text, KNOWN)
+    words = flag_words.words(flags, KNOWN)
+    assert parse(words, KNOWN) == flags
+    assert (":" in words) == (":" in text)
+
+
+def test_one_flag_changes_on_every_side_that_can_have_it() -> None:
+    flags = flag_words.with_choice(parse("none", KNOWN), "fast_top_k", "on", KNOWN)
+    assert flags == FlagSet(full=frozenset({"fast_top_k"}), client=frozenset({"fast_top_k"}))
+    assert flag_words.choice_of(flags, "fast_top_k", KNOWN) == "on"
+    assert flag_words.with_choice(flags, "fast_top_k", "off", KNOWN) == FlagSet()
+    assert flag_words.choice_of(parse("full:use_cache client:none trunk:none", KNOWN), "use_cache", KNOWN) is None
+
+
+def test_a_prompt_is_shown_as_the_model_sees_it_with_control_tokens_marked() -> None:
+    shown = both([1, 2, 3], [1, 2, 3])
+    said = view.prompt(shown, lambda ids: [("<|user|>", True), ("<b>Hi", False)])
+    assert "<mark>&lt;|user|&gt;</mark>&lt;b&gt;Hi" in said
+    assert view.prompt(Shown(), lambda ids: []) == ""
+
+
+def test_each_chat_template_has_a_form_of_its_own() -> None:
+    assert [value for _, value in inputs.forms([])] == ["chat", "raw"]
+    assert [value for _, value in inputs.forms(["default"])] == ["chat", "raw"]
+    assert [value for _, value in inputs.forms(["default", "rag"])] == ["chat", "chat:rag", "raw"]
+    assert [value for _, value in inputs.forms(["rag", "tool_use"])] == ["chat:rag", "chat:tool_use", "raw"]
+    for chat in (True, False, "rag"):
+        assert inputs.request({**TYPED, "form": inputs.form(chat)}).chat == chat
+    assert inputs.form("default") == "chat"
+
+
+def test_what_is_typed_becomes_a_request() -> None:
+    request = inputs.request(TYPED)
+    assert (request.max_new_tokens, request.chat, request.ignore_eos, request.stop) == (8, False, False, ("End",))
+    assert (request.sampling.temperature, request.sampling.seed, request.samples) == (0.5, 7, 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_new_tokens", value) for value in ("0", "-1", "x", "", "1.5", None)]
+    + [("temperature", value) for value in ("-1", "nan", "warm", None)]
+    + [
+        ("top_p", "0"),
+        ("top_p", "2"),
+        ("top_k", "-1"),
+        ("seed", "1e3"),
+        ("samples", "0"),
+        ("repetition_penalty", "inf"),
+        ("prompt", ""),
+    ],
+)
+def test_what_cannot_be_used_names_its_field(field: str, value: str | None) -> None:
+    with pytest.raises(InputError) as caught:
+        inputs.request({**TYPED, field: value})
+    assert caught.value.field == field

@@ -1,0 +1,160 @@
+"""From the command line to a running page, and to its orderly end."""
+
+import argparse
+import os
+import signal
+import threading
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitlearn import address, config
+from splitlearn.arms.embedded_server import Server
+from splitlearn.config import Config
+from splitlearn.errors import SetupError, SplitlearnError, TrunkError
+from splitlearn.runtime import home, ports, proxies
+from splitlearn.runtime.progress import Progress, Step, on_console
+from splitlearn.runtime.terminal import say
+from ui import login as page_login
+from ui.login import Login
+
+if TYPE_CHECKING:
+    from splitlearn.arms.runs import Runs
+
+# Visitors whose choices Gradio remembers.
+MOST_STATES = 256
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config.yaml"
+
+
+def main(arguments: list[str]) -> int:
+    """Serve the page until told to stop. Returns the exit status: 2 when it cannot start as asked."""
+    options = _options(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the program in the same order as Ctrl-C
+    home.settle()
+    try:
+        settings = _settings(options)
+        proxies.settle(settings.ui.host)
+        login = page_login.login(settings.ui.auth, settings.ui.share, options.share_without_login)
+        page_login.check_open(settings.ui, login)
+        port = ports.check("ui.", settings.ui.host, settings.ui.port)
+        _serve(settings, port, login, _repeat(options))
+    except (SplitlearnError, OSError) as error:
+        say(f"error: {error}", stderr=True)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python app.py", description="Compare a full and a split model on one page.")
+    parser.add_argument("--config", type=Path, help="a config.yaml (default: the one beside app.py)")
+    parser.add_argument("--host", help="overrides ui.host")
+    parser.add_argument("--port", type=int, help="overrides ui.port; 0 takes a free one")
+    parser.add_argument("--trunk", metavar="HOST:PORT[,...]", help="overrides trunk.address")
+    parser.add_argument(
+        "--allow-open",
+        action="store_true",
+        default=None,
+        help="listen beyond loopback without a login: whoever reaches the port uses the page",
+    )
+    parser.add_argument("--share", action="store_true", default=None, help="ask for a public link; demands a login")
+    parser.add_argument("--share-without-login", action="store_true", help="let everybody in who has the link")
+    return parser.parse_args(arguments)
+
+
+def _settings(options: argparse.Namespace) -> Config:
+    """The file's settings with what the command line changes, checked as the file is."""
+    path = options.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    settings = config.load(path).model_dump()
+    shared = options.share or options.share_without_login or None
+    changes = {"host": options.host, "port": options.port, "allow_open": options.allow_open, "share": shared}
+    settings["ui"] |= {name: value for name, value in changes.items() if value is not None}
+    if options.trunk is not None:
+        settings["trunk"]["address"] = options.trunk
+    return config.parse(settings)
+
+
+def _repeat(options: argparse.Namespace) -> list[str]:
+    """The options that the command line needs for the same settings."""
+    given = {"--config": options.config, "--trunk": options.trunk}
+    return [word for name, value in given.items() if value is not None for word in (name, str(value))]
+
+
+def _serve(settings: Config, port: int, login: Login, repeat: list[str]) -> None:
+    """Prepare the model, then launch the page and stay until interrupted; children end with it."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    server = Server() if settings.trunk.embedded else None  # it imports torch while this process does, too
+    from splitlearn.arms.runs import Runs
+    from splitlearn.flags.selection import check
+
+    check(settings.flags)
+    with on_console() as progress:
+        runs = Runs(settings, progress, server)
+        # While the trunk loads, this process has nothing to do.
+        threading.Thread(target=import_module, args=("ui.compare.tab",), daemon=True).start()
+        _greet_trunk(runs, progress)
+    with runs:
+        _page(runs, port, login, repeat)
+
+
+def _greet_trunk(runs: "Runs", progress: Progress) -> None:
+    """Start or find the trunk now rather than at the first prompt; a remote one may still come up later."""
+    embedded = runs.config.trunk.embedded
+    progress(Step("Starting the trunk server" if embedded else "Looking for the trunk server"))
+    try:
+        runs.check_trunk()
+    except TrunkError as error:
+        say(f"warning: {error} The page starts all the same.", stderr=True)
+
+
+def _launch(demo: Any, **options: Any) -> None:
+    """Launch the page. Raises SetupError when its port was taken since it was tried."""
+    try:
+        demo.launch(**options)
+    except OSError as error:
+        raise SetupError(f"ui.port: the page cannot be served ({error}).") from error
+
+
+def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
+    from ui.compare.actions import Handlers
+    from ui.compare.tab import Page
+    from ui.guard.hosts import Hosts
+    from ui.guard.security import guarded
+    from ui.theme import CSS, THEME
+
+    settings, sharing = runs.config.ui, page_login.Sharing.of(runs.config.ui.share)
+    hosts = Hosts(settings.host, settings.allowed_hosts, sharing)
+    with Handlers(runs, repeat) as handlers:
+        # What is in Gradio's own folder is not copied there once more, and goes with this one.
+        os.environ["GRADIO_TEMP_DIR"] = str(handlers.downloads.folder)
+        demo = Page(handlers, sharing).blocks
+        _launch(
+            demo,
+            server_name=f"[{settings.host}]" if ":" in settings.host else settings.host,
+            server_port=port,
+            auth=login,
+            share=False,  # the link is asked for by share.py; None would let GRADIO_SHARE open one without a login
+            theme=THEME,
+            css=CSS,
+            prevent_thread_lock=True,
+            quiet=True,
+            app_kwargs={"lifespan": guarded(hosts)},
+            state_session_capacity=MOST_STATES,
+            max_file_size=1,  # of uploads, which are refused before it counts
+            enable_monitoring=False,
+            mcp_server=False,
+            num_workers=0,  # processes that would serve files on ports of their own
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+        )
+        demo.server.config.encoded_headers.clear()  # which program serves it
+        try:
+            say(f"The page is on {address.url(settings.host, port)}")
+            if settings.share:
+                page_login.open_link(demo, sharing)
+            threading.Event().wait()
+        finally:
+            handlers.end()
+            demo.close(verbose=False)

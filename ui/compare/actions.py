@@ -1,0 +1,73 @@
+"""What the page does when a person acts: each function takes plain values and gives what is to be drawn."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from splitlearn.arms.runs import Runs
+from splitlearn.errors import SplitlearnError
+from splitlearn.flags.selection import parse
+from splitlearn.lab.job import Job
+from splitlearn.lab.store import FOLDER
+from ui import inputs
+from ui.compare import session
+from ui.compare.session import Shown
+from ui.flags import words as flag_words
+from ui.lab.actions import Lab
+from ui.trunk.monitor import Monitor
+from ui.visitors import Downloads, Stops
+
+MEASURING = (
+    "The machine is measuring an experiment; a comparison now would disturb it. The Lab tab shows how far it is, and "
+    "can stop it. What you typed stays as it is."
+)
+
+
+class Handlers:
+    """The page's actions on one `Runs`. Use as a context: it holds the folder of what is downloaded.
+
+    `options` is what the command line needs to find the same settings, such as --config.
+    """
+
+    def __init__(self, runs: Runs, options: Sequence[str] = ()) -> None:
+        self.runs = runs
+        self.stops = Stops()
+        self.downloads = Downloads()
+        self.lab = Lab(Job(runs, Path(FOLDER), options), self.downloads)
+        self.monitor = Monitor(runs, lambda: runs.busy or self.lab.job.running)
+
+    def __enter__(self) -> "Handlers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        self.downloads.__exit__()
+
+    def end(self) -> None:
+        """End every comparison and the experiment, which can be resumed."""
+        self.stops.stop_all()
+        self.lab.job.close()
+        self.monitor.close()
+
+    def leave(self, visitor: str) -> None:
+        """The page of that visitor was closed: end her run, and any that waits, and remove what is hers."""
+        self.stops.stop(visitor)
+        self.downloads.forget(visitor)
+
+    def text_of(self, token: int) -> str:
+        """The text of one token id."""
+        return self.runs.tokens.decode([token])
+
+    def compare(self, typed: Mapping[str, object], words: str, visitor: str) -> Iterator[Shown]:
+        """Run what was typed through both arms, unless an experiment is being measured."""
+        if self.lab.job.running:
+            yield Shown(error=MEASURING)
+            return
+        try:
+            request = inputs.request(typed)
+            flags = parse(words, flag_words.available(self.runs))
+        except SplitlearnError as error:
+            yield Shown(error=str(error))
+            return
+        with closing(session.compare(self.runs, flags, request, self.stops.signal(visitor))) as states:  # type: ignore[type-var]  # a generator
+            yield from states

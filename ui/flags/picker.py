@@ -1,0 +1,143 @@
+"""The flag picker: controls made from the registry. What is chosen is the text in `words`; all others follow it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from splitlearn.arms.runs import Runs
+from splitlearn.errors import SplitlearnError
+from splitlearn.flags.registry import FLAGS, SIDES, Flag
+from splitlearn.flags.selection import Availability, FlagSet, parse
+from ui.compare import view
+from ui.flags import badges
+from ui.flags import words as flag_words
+
+Updates = dict[Any, Any]
+PRESETS_HELP = (
+    "fast: weights in 4 bits. The earlier-* presets repeat an earlier system's comparison. They and 'all' compile: "
+    "minutes at first. fast and 'all' are lossy."
+)
+WORDS_HELP = (
+    "As on the command line: a set as above, a list such as use_cache,inference_mode, or one for each side, such as "
+    "full:all client:use_cache trunk:none"
+)
+
+
+class Picker:
+    """Made inside a `gr.Blocks`; `connect` makes it live. `matrix` is where flag by side is shown."""
+
+    def __init__(self, matrix: Any, at_first: str) -> None:
+        self.matrix = matrix
+        self.preset = gr.Radio(list(flag_words.SETS), label="Set of flags", info=PRESETS_HELP)
+        gr.Markdown("The same on every side where a flag acts:", elem_classes="sl-small")
+        self.flags: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}
+        with gr.Row(elem_classes="sl-flags"):
+            for name, flag in FLAGS.items():
+                with gr.Column(elem_classes="sl-flag", min_width=200):
+                    self.flags[name] = _control(flag)
+                    self.about[name] = gr.HTML(badges.about(flag, None))
+        # In the same accordion as the controls: Gradio keeps no value for a field that was never on the screen but the
+        # one that it began with.
+        self.words = gr.Textbox(at_first, label="Flags in words", info=WORDS_HELP, elem_id="flag-words")
+        # A box of its own: the answer to what was typed may come after the one to a button that was pressed next, and
+        # would clear away what that one said.
+        self.error = gr.HTML("", elem_id="flags-error")
+        with gr.Accordion("Advanced: choose for each side", open=False, elem_id="sides"):
+            self.sides = {side: gr.CheckboxGroup([], label=f"Applied on {side}") for side in SIDES}
+
+    @property
+    def outputs(self) -> list[Any]:
+        """All that a choice of flags is shown in."""
+        controls = [*self.flags.values(), *self.about.values(), *self.sides.values()]
+        return [self.preset, *controls, self.words, self.matrix]
+
+    def connect(self, runs: Runs) -> None:
+        """Let each control change the words, and the others with them; what cannot be used is said below the words."""
+        outputs = [*self.outputs, self.error]
+
+        def at(flags_of: Callable[[Availability], FlagSet], *, typed: bool = False) -> Updates:
+            try:
+                known = flag_words.available(runs)
+                flags = flags_of(known)
+            except SplitlearnError as problem:
+                return {self.error: view.error(str(problem))}
+            # What was typed stays as it is: the ladder of the lab adds flags in the order of these words.
+            words = {} if typed else {self.words: flag_words.words(flags, known)}
+            return {**self.show(flags, known), **words, self.error: ""}
+
+        def on_words(text: str) -> Updates:
+            return at(lambda known: parse(text or "", known))  # a program may send nothing at all
+
+        def on_typed(text: str) -> Updates:
+            return at(lambda known: parse(text or "", known), typed=True)
+
+        def on_flag(name: str) -> Callable[[Any, str], Updates]:
+            def change(value: Any, text: str) -> Updates:
+                chosen = _chosen(FLAGS[name], value)
+                return at(lambda known: flag_words.with_choice(parse(text or "", known), name, chosen, known))
+
+            return change
+
+        def on_sides(*lists: list[str]) -> Updates:
+            return on_words(flag_words.on_sides(dict(zip(SIDES, lists, strict=True))))
+
+        self.preset.input(on_words, self.preset, outputs, show_progress="hidden")
+        for name, control in self.flags.items():
+            control.input(on_flag(name), [control, self.words], outputs, show_progress="hidden")
+        for group in self.sides.values():
+            group.input(on_sides, list(self.sides.values()), outputs, show_progress="hidden")
+        gr.on([self.words.submit, self.words.blur], on_typed, self.words, outputs, show_progress="hidden")
+
+    def show(self, flags: FlagSet, known: Availability) -> Updates:
+        """Every control but the words as `flags` has it."""
+        why_not = {name: flag_words.why_nowhere(name, known) for name in FLAGS}
+        controls = {
+            control: _update(FLAGS[name], flag_words.choice_of(flags, name, known), why_not[name])
+            for name, control in self.flags.items()
+        }
+        about = {box: badges.about(FLAGS[name], why_not[name]) for name, box in self.about.items()}
+        sides = {
+            group: gr.CheckboxGroup(choices=_texts(known[side]), value=sorted(flags.of(side)))
+            for side, group in self.sides.items()
+        }
+        return {
+            **controls,
+            **about,
+            **sides,
+            self.preset: flag_words.set_of(flags, known),
+            self.matrix: badges.matrix(known, flags),
+        }
+
+
+def _control(flag: Flag) -> Any:
+    if len(flag.choices) == 2:
+        return gr.Checkbox(label=flag.label, container=False, elem_id=f"flag-{flag.name}")
+    choices = [(f"{name} (off)" if name == flag.off != "off" else name, name) for name in flag.choices]
+    return gr.Radio(choices, label=flag.label, elem_id=f"flag-{flag.name}")
+
+
+def _update(flag: Flag, chosen: str | None, why_not: str | None) -> Any:
+    """The control of `flag` at a choice, or at none where sides differ; greyed where no side can have it."""
+    if len(flag.choices) == 2:
+        return gr.Checkbox(value=chosen == flag.applied, interactive=why_not is None)
+    return gr.Radio(value=chosen, interactive=why_not is None)
+
+
+def _chosen(flag: Flag, value: Any) -> str:
+    """What the control of `flag` says, as one of the flag's choices."""
+    if isinstance(value, bool):
+        return flag.applied if value else flag.off
+    return str(value)
+
+
+def _texts(reasons: Any) -> list[str]:
+    """What can be applied on a side: the name of each available flag, and of each choice that is not the usual one."""
+    return [
+        name if chosen == flag.applied else f"{name}={chosen}"
+        for name, flag in FLAGS.items()
+        if reasons[name] is None
+        for chosen in flag.choices
+        if chosen != flag.off
+    ]

@@ -1,0 +1,1 @@
+"""What the page refuses before Gradio sees it."""

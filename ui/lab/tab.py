@@ -1,0 +1,299 @@
+"""The Lab tab: its parts, and which action each of them starts.
+
+It draws only when the experiment says that it has gone on, which it does between two runs, never while one is timed.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+from weakref import WeakValueDictionary
+
+import gradio as gr
+
+from splitlearn.arms.compare import KINDS
+from splitlearn.config import GenerationConfig
+from splitlearn.errors import SplitlearnError
+from splitlearn.lab.analysis.findings import METRICS
+from splitlearn.lab.job import Seen
+from splitlearn.lab.report import charts
+from ui import inputs
+from ui.compare import view as compare_view
+from ui.flags.picker import Updates
+from ui.lab import view as lab_view
+from ui.lab.actions import Lab, Opened
+
+HELP = (
+    "Measures what each chosen flag does, in full and in split: every arm once in each block, in random order, always "
+    "to its token limit. It goes on when this page is closed; open it again to see how far it is."
+)
+DESIGNS = [("All flags but one", "without"), ("Each flag alone", "alone"), ("Ladder: one after another", "ladder")]
+LIMITS = [("Until every verdict is decided", "decided"), ("A fixed number of pairs", "pairs")]
+EXPORTS = ("report.html", "results.json", "verdicts.csv", "pairs.csv", "trials.csv")
+DRAW: dict[str, Callable[..., Any]] = {
+    "forest": charts.forest,
+    "dots": charts.dots,
+    "ledger": charts.ledger,
+}
+LABELS = {
+    "minutes": "At most so many minutes",
+    "pairs": "Pairs, if fixed",
+    "delta": "Delta: a ratio this near to 1 is no effect",
+    "tokens": "Tokens of each run",
+    "order_seed": "Seed of the order",
+    "ttft_ms": "TTFT under, ms",
+    "decode_tps": "More than, tokens per second",
+}
+
+
+class _Watching:
+    """What tells the watch that a page began last from those before."""
+
+
+class LabTab:
+    """Made inside `tab`; `connect` makes it live."""
+
+    def __init__(self, lab: Lab, tab: Any, generation: GenerationConfig) -> None:
+        self.lab, self.tab = lab, tab
+        self.fields: dict[str, Any] = {}
+        # The watch itself holds its value, so that there are as many as there are watches.
+        self._watching: WeakValueDictionary[str, _Watching] = WeakValueDictionary()
+        self._question(inputs.lab_at_first(generation))
+        self._kept(inputs.lab_at_first(generation))
+        self._results()
+
+    def _question(self, first: dict[str, str]) -> None:
+        gr.HTML(f'<p class="sl-small">{HELP}</p>')
+        with gr.Row():
+            self.fields["design"] = gr.Radio(DESIGNS, value="without", label="Design", min_width=300)
+            self.fields["limit"] = gr.Radio(LIMITS, value="decided", label="How long", min_width=300)
+        with gr.Accordion("Advanced: limits, delta, tokens, prompts", open=False, elem_id="lab-advanced"):
+            with gr.Row():
+                for name in ("minutes", "pairs", "delta", "tokens", "order_seed"):
+                    self._text(name, first)
+            self.fields["prompts"] = gr.Textbox(
+                first["prompts"], label="Prompts, one on each line; none: the prompt above", lines=2, elem_id="prompts"
+            )
+        with gr.Row():
+            self.start = gr.Button("Start", variant="primary", scale=3, min_width=160, elem_id="lab-start")
+            self.stop = gr.Button("Stop", interactive=False, scale=1, min_width=80, elem_id="lab-stop")
+        self.progress = gr.HTML("", elem_id="lab-progress")
+
+    def _text(self, name: str, first: dict[str, str]) -> None:
+        self.fields[name] = gr.Textbox(first[name], label=LABELS[name], elem_id=f"lab-{name}", min_width=140)
+
+    def _kept(self, first: dict[str, str]) -> None:
+        with gr.Row(equal_height=False):
+            self.chosen = gr.Dropdown([], value=None, label="Experiments", scale=3, min_width=280, elem_id="lab-chosen")
+            self.other = gr.Dropdown([], value=None, label="Beside", scale=3, min_width=280, elem_id="lab-other")
+            self.resume = gr.Button("Resume", interactive=False, scale=1, min_width=80, elem_id="lab-resume")
+        with gr.Accordion("Service level", open=False, elem_id="lab-levels"), gr.Row():
+            for name in ("ttft_ms", "decode_tps"):
+                self._text(name, first)
+
+    def _results(self) -> None:
+        self.beside = gr.Markdown("", elem_id="lab-beside", elem_classes="sl-beside")
+        self.report = gr.HTML("", elem_id="lab-report", elem_classes="sl-report")
+        self.pictures: dict[tuple[str, ...], Any] = {}
+        with gr.Column(visible=False) as self.drawn:
+            for what, heading in (("forest", "Intervals"), ("dots", "Every single pair")):
+                gr.HTML(f"<h3>{heading}</h3>", elem_classes="sl-report")
+                for metric in METRICS:
+                    self._plots([(what, kind, metric) for kind in KINDS])
+            self.key = gr.HTML("", elem_classes="sl-report")
+            self._plots([("ledger", kind) for kind in KINDS])
+            self.details = gr.HTML("", elem_id="lab-details", elem_classes="sl-report")
+            with gr.Row():
+                self.files = {
+                    name: gr.DownloadButton(name, size="sm", min_width=120, elem_id=_id(name)) for name in EXPORTS
+                }
+
+    def _plots(self, keys: list[tuple[str, ...]]) -> None:
+        with gr.Row():
+            for key in keys:
+                name = "-".join(("lab", *key))
+                self.pictures[key] = gr.Plot(show_label=False, container=False, min_width=320, elem_id=name)
+
+    def connect(self, words: Any, prompt: Any, error: Any) -> None:
+        """Make it live. `words` are the chosen flags, `prompt` the page's, `error` the box for what is wrong."""
+        self.words, self.prompt, self.error = words, prompt, error
+        given = {*self.fields.values(), words, prompt, self.chosen, self.other}
+        shown = [self.beside, self.report, self.drawn, *self.pictures.values(), self.key, self.details]
+        changed = [self.progress, *shown, *self.files.values(), *self._controls, error]
+        # Each open page has one of these waiting for as long as an experiment runs. One that waits holds no thread.
+        watching: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
+        self.tab.select(self._come, given, changed, **watching)
+        self.start.click(self._start, given, changed, **watching)
+        self.resume.click(self._resume, given, changed, **watching)
+        self.stop.click(self._stop, None, self.stop, queue=False, show_progress="hidden")
+        self.chosen.input(self._open, given, changed, show_progress="hidden")
+        levels = [self.fields["ttft_ms"].submit, self.fields["decode_tps"].submit]
+        gr.on(levels, self._open, given, changed, show_progress="hidden")
+        self.other.input(self._compare, given, [self.beside, error], show_progress="hidden")
+
+    @property
+    def _controls(self) -> list[Any]:
+        return [self.start, self.stop, self.resume, self.chosen, self.other]
+
+    def leave(self, gone: str) -> None:
+        """The page of that visitor was closed: what it watches goes on without it."""
+        self._watching.pop(gone, None)
+
+    async def _come(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
+        """The tab was opened: show what runs, or else what was chosen here, or what ran last."""
+        latest = self.lab.job.latest
+        if self.lab.job.running or (latest is not None and given[self.chosen] is None):
+            async for updates in self._follow(given, request):
+                yield updates
+            return
+        name = given[self.chosen]
+        opened = await asyncio.to_thread(self._opened, name, given, request) if name else {}
+        updates = {**self._idle(name), **opened}
+        if not self.lab.job.running:  # nobody pressed Start meanwhile
+            yield updates
+
+    async def _start(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
+        typed = self._typed(given)
+        act = self._act(
+            lambda: self.lab.start(typed, given[self.words] or "", given[self.prompt] or ""), given, request
+        )
+        async for updates in act:
+            yield updates
+
+    async def _resume(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
+        async for updates in self._act(lambda: self.lab.resume(given[self.chosen]), given, request):
+            yield updates
+
+    async def _act(self, act: Callable[[], None], given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
+        """Begin something and watch it; where that is not possible, say why, and watch what runs."""
+        try:
+            await asyncio.to_thread(act)
+            yield {self.error: ""}
+        except SplitlearnError as error:
+            yield {self.error: compare_view.error(str(error))}
+            if not self.lab.job.running:
+                return
+        async for updates in self._follow(given, request):
+            yield updates
+
+    async def _follow(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
+        """What the experiment says, as it says it, until it ends, the page is closed or watches anew."""
+        mine, before = _Watching(), None
+        self._watching[visitor(request)] = mine
+        async for seen in self._seen():
+            if self._watching.get(visitor(request)) is not mine:
+                return
+            if seen.ended:
+                yield await asyncio.to_thread(self._ended, seen, given, request)
+            else:
+                yield self._running(before, seen)
+            before = seen
+
+    async def _seen(self) -> AsyncIterator[Seen]:
+        """The experiment as it is now, then each time that it has gone on, to its end; nothing if there is none."""
+        loop, changed, shown = asyncio.get_running_loop(), asyncio.Event(), None
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the page has ended
+                loop.call_soon_threadsafe(changed.set)
+
+        with self.lab.job.calling(wake):
+            while shown is None or not shown.ended:
+                changed.clear()
+                latest = self.lab.job.latest
+                if latest is None:
+                    return
+                if latest is shown:
+                    await changed.wait()
+                    continue
+                shown = latest
+                yield shown
+
+    def _running(self, before: Seen | None, seen: Seen) -> Updates:
+        """Little is drawn: the words each time, the verdicts with each block."""
+        updates: Updates = {self.progress: lab_view.progress(seen)}
+        if before is None or before.folder != seen.folder:
+            lists = dict.fromkeys((self.chosen, self.other), gr.Dropdown(interactive=False))
+            updates |= {**self._empty(), **lists, self.resume: gr.Button(interactive=False)}
+            updates |= {self.start: gr.Button(interactive=False), self.stop: gr.Button(interactive=True)}
+        if seen.findings is not None and (before is None or before.findings is not seen.findings):
+            updates[self.report] = lab_view.so_far(seen.findings)
+        return updates
+
+    def _ended(self, seen: Seen, given: dict[Any, Any], request: gr.Request) -> Updates:
+        name = seen.folder.name
+        broken = {self.error: compare_view.error(seen.error)} if seen.error else {}
+        drawn = {**self._opened(name, given, request), **broken}
+        return {**self._idle(name), **drawn, self.progress: lab_view.progress(seen)}
+
+    def _open(self, given: dict[Any, Any], request: gr.Request) -> Updates:
+        """What was chosen from the list, under the service level that was typed; without a choice, that is checked."""
+        name = given[self.chosen]
+        if self.lab.job.running:  # the lists of another page may be open still
+            return {self.error: ""}
+        if name is None:
+            return self._checked(given)
+        return {**self._idle(name), self.error: "", self.progress: "", **self._opened(name, given, request)}
+
+    def _checked(self, given: dict[Any, Any]) -> Updates:
+        try:
+            inputs.service_level(self._typed(given))
+        except SplitlearnError as error:
+            return {self.error: compare_view.error(str(error))}
+        return {self.error: ""}
+
+    def _opened(self, name: str, given: dict[Any, Any], request: gr.Request) -> Updates:
+        """The report of the experiment called `name`, or why there is none."""
+        try:
+            return {**self._draw(self.lab.open(name, self._typed(given), visitor(request))), self.beside: ""}
+        except SplitlearnError as error:
+            return {self.error: compare_view.error(str(error))}
+
+    def _compare(self, given: dict[Any, Any]) -> Updates:
+        """The chosen experiment held against the other one."""
+        try:
+            text = self.lab.beside(given[self.chosen], given[self.other], self._typed(given))
+            return {self.beside: text, self.error: ""}
+        except SplitlearnError as error:
+            return {self.error: compare_view.error(str(error))}
+
+    def _stop(self) -> Any:
+        self.lab.job.stop()
+        return gr.Button(interactive=False)
+
+    def _typed(self, given: dict[Any, Any]) -> dict[str, Any]:
+        return {name: given[component] for name, component in self.fields.items()}
+
+    def _idle(self, name: str | None) -> Updates:
+        """The controls while nothing is measured, with `name` chosen."""
+        kept = self.lab.kept()
+        choices = [(each.said, each.folder.name) for each in kept]
+        unfinished = any(each.folder.name == name and each.finished is None for each in kept)
+        return {
+            self.start: gr.Button(interactive=True),
+            self.stop: gr.Button(interactive=False),
+            self.resume: gr.Button(interactive=unfinished),
+            self.chosen: gr.Dropdown(choices=choices, value=name, interactive=True),
+            self.other: gr.Dropdown(choices=choices, value=None, interactive=True),
+        }
+
+    def _draw(self, opened: Opened) -> Updates:
+        """The whole report."""
+        found = opened.findings
+        plots = {plot: gr.Plot(DRAW[what](found, *how)) for (what, *how), plot in self.pictures.items()}
+        files = {button: gr.DownloadButton(value=str(opened.files[name])) for name, button in self.files.items()}
+        texts = {self.report: lab_view.report(found), self.key: lab_view.ledger_key(found)}
+        return {**plots, **files, **texts, self.details: lab_view.details(found), self.drawn: gr.Column(visible=True)}
+
+    def _empty(self) -> Updates:
+        """No report."""
+        return {self.beside: "", self.report: "", self.drawn: gr.Column(visible=False)}
+
+
+def visitor(request: gr.Request) -> str:
+    """What tells one open page from another."""
+    return str(request.session_hash)
+
+
+def _id(name: str) -> str:
+    return f"lab-{name.replace('.', '-')}"

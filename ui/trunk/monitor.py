@@ -1,0 +1,142 @@
+"""What the Server tab knows: looks at the trunk over the last two minutes, and the figures between them."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from splitlearn.arms.runs import Runs
+from splitlearn.client.probe import Look, Watch
+from splitlearn.errors import SplitlearnError
+
+PREFIX = "splitlearn_trunk_"
+KEPT_S = 120.0
+# Rates and percentiles are over so long: of one second there is too little to say.
+WINDOW_S = 5.0
+# Several open pages share a look.
+FRESH_S = 0.7
+Series = tuple[str, tuple[tuple[str, str], ...]]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The trunk at one moment; rates, means and percentiles are of the WINDOW_S before, None where nothing happened."""
+
+    at: float
+    now: Mapping[str, float]
+    refusals: Mapping[tuple[str, str], float]
+    rates: Mapping[str, float] = field(default_factory=dict)
+    batch: float | None = None
+    step_p50_s: float | None = None
+    step_p95_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What there is to show: the last look with the figures so far, oldest first, or why there is none."""
+
+    look: Look | None = None
+    figures: tuple[Figures, ...] = ()
+    error: str = ""
+
+
+class Monitor:
+    """Looks at the trunk of `runs`. `measuring` says whether something is timed, which a look would disturb."""
+
+    def __init__(self, runs: Runs, measuring: Callable[[], bool]) -> None:
+        self.measuring = measuring
+        self._runs = runs
+        self._lock = threading.Lock()
+        self._watch: Watch | None = None
+        self._looked = float("-inf")
+        self._shown = Shown()
+        self._samples: deque[tuple[float, Mapping[Series, float]]] = deque()
+
+    def see(self) -> Shown:
+        """A new look, or the last one if it is fresh."""
+        with self._lock:
+            if time.monotonic() - self._looked >= FRESH_S:
+                self._shown = self._see()
+                self._looked = time.monotonic()
+            return self._shown
+
+    def close(self) -> None:
+        """Close the connection to the trunk."""
+        with self._lock:
+            if self._watch is not None:
+                self._watch.close()
+
+    def _see(self) -> Shown:
+        try:
+            self._watch = self._watch or Watch(self._runs.credentials)
+            look = self._watch.look(self._runs.trunk_addresses())
+        except SplitlearnError as error:
+            self._samples.clear()
+            return Shown(error=str(error))
+        sample, before = parse(look.metrics), self._shown
+        if self._samples and (_began_anew(self._samples[-1][1], sample) or _address(before) != look.address):
+            self._samples.clear()
+        figures = before.figures if self._samples else ()
+        while len(self._samples) > 1 and self._samples[1][0] <= look.at - WINDOW_S:
+            self._samples.popleft()
+        self._samples.append((look.at, sample))
+        recent = tuple(each for each in figures if each.at > look.at - KEPT_S)
+        return Shown(look, (*recent, between(*self._samples[0], look.at, sample)))
+
+
+def parse(text: str) -> dict[Series, float]:
+    """Each series of Prometheus' text, by its name and labels."""
+    families = text_string_to_metric_families(text)
+    return {
+        (sample.name.removeprefix(PREFIX), tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def between(then: float, before: Mapping[Series, float], at: float, sample: Mapping[Series, float]) -> Figures:
+    """The figures of `sample`, taken `at`, with what happened since `before`, taken `then`."""
+    grown = {series: value - before.get(series, 0.0) for series, value in sample.items()}
+    forwards, passed_s = grown.get(("forward_sessions_count", ()), 0.0), at - then
+    totals = {"_".join((name, *(value for _, value in labels))): (name, labels) for name, labels in sample}
+    return Figures(
+        at=at,
+        now={name: value for (name, labels), value in sample.items() if not labels},
+        refusals={
+            (dict(labels)["cause"], dict(labels)["code"]): value
+            for (name, labels), value in sample.items()
+            if name == "refusals_total"
+        },
+        rates={name: grown[series] / passed_s for name, series in totals.items() if passed_s > 0},
+        batch=grown[("forward_sessions_sum", ())] / forwards if forwards else None,
+        step_p50_s=quantile(grown, "forward_seconds", 0.5),
+        step_p95_s=quantile(grown, "forward_seconds", 0.95),
+    )
+
+
+def quantile(grown: Mapping[Series, float], name: str, share: float) -> float | None:
+    """The value below which `share` of a histogram's observations lie, taken as even within a bucket."""
+    found = [(float(dict(labels)["le"]), count) for (of, labels), count in grown.items() if of == f"{name}_bucket"]
+    buckets = sorted(found)
+    if not buckets or not buckets[-1][1]:
+        return None
+    wanted, low, below = share * buckets[-1][1], 0.0, 0.0
+    for high, count in buckets:
+        if count >= wanted and high != float("inf"):
+            return low + (high - low) * (wanted - below) / max(count - below, 1e-9)
+        low, below = (low if high == float("inf") else high), count
+    return low
+
+
+def _address(shown: Shown) -> str:
+    return shown.look.address if shown.look else ""
+
+
+def _began_anew(before: Mapping[Series, float], sample: Mapping[Series, float]) -> bool:
+    """Whether another server process counts now: a total is smaller than it was."""
+    return any(
+        name.endswith("_total") and sample.get((name, labels), 0.0) < value for (name, labels), value in before.items()
+    )
