@@ -2,7 +2,7 @@
 
 `load(path)` returns a frozen `Config`. An unknown key, a wrong type or a value out of range raises `InputError` that
 names the key as it is written in the file (`split.start`), the value, and what would be right. Nothing here knows
-which flags exist: `flags.py` does.
+which flags exist: `flags/registry.py` does.
 """
 
 from collections.abc import Iterable

@@ -134,7 +134,7 @@ def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
             server_name=f"[{settings.host}]" if ":" in settings.host else settings.host,
             server_port=port,
             auth=login,
-            share=False,  # the link is asked for by share.py; None would let GRADIO_SHARE open one without a login
+            share=False,  # the link is asked for by ui/login.py; None would let GRADIO_SHARE open one without a login
             theme=THEME,
             css=CSS,
             prevent_thread_lock=True,

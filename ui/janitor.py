@@ -1,6 +1,6 @@
 """What Gradio keeps for visitors for as long as it runs, bounded from outside.
 
-Private parts of Gradio's queue and application are used here and in security.py, and nowhere else.
+Private parts of Gradio's queue and application are used here and in ui/guard/security.py, and nowhere else.
 """
 
 import asyncio

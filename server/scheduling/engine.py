@@ -5,7 +5,7 @@ until its own step is done; then it hands the lead to one that still waits. A fo
 computed by the thread that leads, so that one client alone has its tokens computed by the thread that read them; all
 others are by one thread of the engine's own.
 
-What a forward takes is scheduler.py's choice. Sessions join and leave between two forwards.
+What a forward takes is server/scheduling/scheduler.py's choice. Sessions join and leave between two forwards.
 """
 
 import secrets

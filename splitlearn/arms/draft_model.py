@@ -1,7 +1,7 @@
 """Drafts of a second, smaller model with the same vocabulary, loaded whole beside a client's stages or the full model.
 
 Its words cost time, so they are made one by one as they are asked for. What it says never changes an answer: drafts are
-verified (drafts.py). So its weights are in 4 bits wherever there are kernels for that.
+verified (generation/speculation.py). So its weights are in 4 bits wherever there are kernels for that.
 """
 
 from collections.abc import Callable, Sequence

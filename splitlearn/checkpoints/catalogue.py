@@ -3,7 +3,7 @@
 `prepare(model, progress)` is all that others need: it gives the checked files of the configured model, and fetches and
 converts them first when the cache does not have them. Two processes that share a cache do that once between them.
 
-    <cache>/v1/<model>/               a converted folder (store.py); it gets this name only when it is whole
+    <cache>/v1/<model>/               a converted folder (checkpoints/folder.py); it has this name once it is whole
     <cache>/v1/<model>.lock           held while one process makes it
     <cache>/v1/<model>.partial-*/     what such a process has so far; removed by the next one when it was killed
 """

@@ -1,4 +1,4 @@
-"""Turns a checkpoint that transformers can read into the converted folder of store.py.
+"""Turns a checkpoint that transformers can read into the converted folder of checkpoints/folder.py.
 
 `convert` does it in this process; `convert_apart` in a process of its own, so that its peak of memory (twice the model)
 goes with it, and reports that process's progress and errors. The child, `python -m splitlearn.checkpoints.convert

@@ -1,4 +1,4 @@
-"""What the command line prints for people: tables on stdout, drawn by rich; answers as they are (terminal.py)."""
+"""What the command line prints for people: tables on stdout, drawn by rich; answers as they are."""
 
 import json
 from collections import Counter

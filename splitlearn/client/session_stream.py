@@ -1,4 +1,5 @@
-"""One session's stream at one trunk server, from Open to end. One that is lost stays lost: remote.py opens another.
+"""One session's stream at one trunk server, from Open to end. One that is lost stays lost: client/remote_stage.py opens
+another.
 
 What the client waits for the trunk is taken apart with the durations that the server ships (never timestamps: the two
 clocks are not compared): wire = round trip - what the server says it spent.

@@ -33,7 +33,7 @@ class Feed:
     length: int = 0
     prefix: torch.Tensor | None = None
     rope_length: int = 0
-    """Of each step (rope.py): the length of the prompt."""
+    """Of each step (models/rope.py): the length of the prompt."""
 
     @cached_property
     def elsewhere(self) -> WorksAhead | None:

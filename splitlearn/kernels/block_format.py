@@ -2,7 +2,8 @@
 number times a scale, plus an offset.
 
 Scale and offset are shared by GROUP neighbouring values of a row (asymmetric round-to-nearest, as the Q4_1 of GGUF; so
-weights that came from such a file stay what they are). products.py multiplies with them and says how a block lies.
+weights that came from such a file stay what they are). kernels/block_matmul.py multiplies with them and says how a
+block lies.
 """
 
 import mmap

@@ -1,5 +1,6 @@
 """One token through decoder layers as Llama has them, all of a stage's in one compiled call: norms, products
-(products.py), rotary embedding, attention (attention.py) and the gated MLP, without torch's way in and out of each.
+(kernels/block_matmul.py), rotary embedding, attention (kernels/decode_attention.py) and the gated MLP, without
+torch's way in and out of each.
 
 Only what calls this module should import it, since that loads LLVM.
 """
@@ -74,7 +75,7 @@ def step(
     `blocks` are those of all products of all layers, of which the first end at `ends` [1 + layers * PRODUCTS], from 0
     on. `norms` [layers, 2, H]. `inner` is the width between gate and down. `turn` [2, size] are cos and sin. `kept`
     [layers, 2] are the addresses of keys and values, each of `shape` (groups, capacity, size), of which this session's
-    begin at `start` and are `length`. `memory` and `shares` are those of a Lead (team.py).
+    begin at `start` and are `length`. `memory` and `shares` are those of a Lead (kernels/thread_team.py).
     """
     width, groups, size = x.shape[1], shape[0], shape[2]
     heads, rows = n_heads * size, groups * size

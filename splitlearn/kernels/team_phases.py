@@ -1,5 +1,5 @@
-"""What the threads of a team (team.py) do together, in compiled code: products (products.py) and attention
-(attention.py) of one row, each a phase of which both take shares.
+"""What the threads of a team (kernels/thread_team.py) do together, in compiled code: products (kernels/block_matmul.py)
+and attention (kernels/decode_attention.py) of one row, each a phase of which both take shares.
 
 Only what computes by it should import this, since that loads LLVM.
 """

@@ -1,5 +1,5 @@
 """Two threads that do one step together: its work comes in phases, a phase in shares, and whoever has nothing to do
-takes the next share (phases.py).
+takes the next share (kernels/team_phases.py).
 
 One leads: it opens a phase, takes shares of it as the other does, and goes on when all are done. The other helps, and
 looks for work without sleeping as long as the step lasts: a phase is over in less time than it takes to wake a thread
@@ -27,7 +27,8 @@ SHARES = 4
 OPEN, DONE, FAILED, WORK, ARGUMENTS, SIZE = 8, 24, 25, 40, 41, 56
 NUMBER_AT = 16
 CLOSED = (1 << NUMBER_AT) - 1
-# These numbers go into machine code that is kept (jit.py): for the modules that they came from, not for later ones.
+# These numbers go into machine code that is kept (kernels/jit.py): for the modules that they came from, not for later
+# ones.
 digest(Path(__file__).parent)
 
 

@@ -1,5 +1,5 @@
 """The kinds of KV cache that a session can have in a local stage, each made for so many layers and at most so many
-tokens. All are transformers' own, but `reserved`, whose layers are also those of a trunk's pool (kv.py).
+tokens. All are transformers' own, but `reserved`, whose layers are also those of a trunk's pool (kvcache/pool.py).
 """
 
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ class Setup:
 
     `pairs` fixed makes the number of blocks; otherwise it goes on until every verdict is decided, or `max_pairs` or
     `minutes` (of measuring; warm-up apart) is reached. `delta` is the ratio's distance from 1 that counts as nothing.
-    `environment` is where it began (`fingerprint.py`), `command` what repeats it.
+    `environment` is where it began (`lab/environment.py`), `command` what repeats it.
     """
 
     design: Design

@@ -1,11 +1,11 @@
 """Cut a transformers causal LM into stages, and run a stage for one step.
 
-    plan = SplitPlan.of(None, None, n_layers)                      # [2, n - 2): plan.py
+    plan = SplitPlan.of(None, None, n_layers)                      # [2, n - 2): models/plan.py
     bottom = carve(model, 0, plan.start, first=True, last=False)   # token ids in, hidden state out
     hidden = forward(bottom, token_ids, position=0, cache=DynamicCache())
 
-The layers stay transformers' own, and so do masks, rotary positions (but see rope.py) and cache: a cut model is the
-model with fewer layers. What runs before the layers (embedding, scaling, learned positions, a norm) belongs to the
+The layers stay transformers' own, and so do masks, rotary positions (but see models/rope.py) and cache: a cut model is
+the model with fewer layers. What runs before the layers (embedding, scaling, learned positions, a norm) belongs to the
 first stage alone; on every other stage the hidden state is handed to the first layer as it came, past whatever the
 model does there.
 """
@@ -30,7 +30,7 @@ from splitlearn.models import rope
 from splitlearn.models.structure import Structure, join, structure_of
 
 COMPILED = "_stage_is_compiled"
-"""The attribute by which a module says so (compiling.py)."""
+"""The attribute by which a module says so (stages/compile.py)."""
 LAYER_NUMBERS = ("layer_idx", "layer_id")
 """Attributes by which a layer knows its place in the cache."""
 
@@ -118,7 +118,7 @@ def forward(
     stage's own that holds `position` tokens and is extended in place, or None: then x is the whole prefix and
     `position` is 0. `logits_to_keep` asks a last stage for the logits of that many last tokens; 0 is all of them.
     `arguments` go to the model's forward as they are, such as output_attentions=True. `rope_length` is the least length
-    of the sequence by which rotary embeddings are made (rope.py); 0 is the length that this step ends at.
+    of the sequence by which rotary embeddings are made (models/rope.py); 0 is the length that this step ends at.
     """
     module = stage.module
     call: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None, **(arguments or {})}

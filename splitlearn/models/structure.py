@@ -3,7 +3,7 @@
 `structure_of(model)` finds the embeddings, the layers, the final norm and what stands before the layers without being
 told the family: the configuration says how many layers there are, and the rest follows from where they are. A family
 whose structure does not say enough gets one line in `RECORDS`; that table is the only place to touch. Nothing here
-shows that a cut is exact: splitlearn/proof/ does.
+shows that a cut is exact: splitlearn/stages/equivalence/ does.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def throttled() -> int | None:
 
 
 def wait_policy() -> str:
-    """What OpenMP's threads do in the workers while they have no work: as said, or as native.py says."""
+    """What OpenMP's threads do in the workers while they have no work: as said, or as runtime/environment.py says."""
     return os.environ.get("OMP_WAIT_POLICY", environment.DEFAULTS["OMP_WAIT_POLICY"])
 
 

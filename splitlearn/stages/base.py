@@ -37,8 +37,8 @@ class StageInput:
     `logits` is for how many of the last positions a last stage gives logits. `early` is told the first of one token's
     logits [1, 1, k], before the others are computed, by a last stage that computes them in parts. `unwanted` tells, at
     any time, whether the step is of no use any more: a stage may then raise StepUnwanted. `rope_length` is the least
-    length of the sequence by which rotary embeddings are made (rope.py): that of the prompt; 0 is that which the step
-    ends at.
+    length of the sequence by which rotary embeddings are made (models/rope.py): that of the prompt; 0 is that which
+    the step ends at.
     """
 
     session: Any

@@ -27,8 +27,8 @@ def compile_stage(cut: CutModel) -> None:
     """Have the stage compiled when it is first called: by layers on a GPU, whole on a CPU.
 
     Before compiled code is run, what it was compiled for is checked, in 0.05 ms, which a recording leaves out
-    (graphs.py). On a CPU 30 such checks take what compiling gains: SmolLM2-135M in float32 on one thread takes 40.5 ms
-    a token, 42.0 compiled by layers in 7 s, 39.7 compiled whole in 61 s.
+    (stages/cuda_graph.py). On a CPU 30 such checks take what compiling gains: SmolLM2-135M in float32 on one thread
+    takes 40.5 ms a token, 42.0 compiled by layers in 7 s, 39.7 compiled whole in 61 s.
     """
     if next(cut.module.parameters()).device.type == "cpu":
         compile_whole(cut)

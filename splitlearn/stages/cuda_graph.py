@@ -2,7 +2,7 @@
 
 A recording knows nothing but addresses. The token and its position it reads from memory where they are put before each
 replay; keys and values lie where the session's are for which it was made, so that it serves every later session at that
-place: a trunk's pool hands out the same blocks again, and a local stage keeps its memory (local_stage.py). It attends
+place: a trunk's pool hands out the same blocks again, and a local stage keeps its memory (stages/local.py). It attends
 to a window of that memory, masked behind the token's position. Windows double as the context grows, each with a
 recording of its own.
 

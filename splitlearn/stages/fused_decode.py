@@ -1,4 +1,4 @@
-"""Stages through which one token goes in one call (row_kernel.py), where their layers are such as Llama's.
+"""Stages through which one token goes in one call (kernels/llama_decode.py), where their layers are such as Llama's.
 
 Whether they are, their parts tell, and then the stage's own output: a token goes through both, after a few others, and
 where the two differ by more than rounding the stage is left as it is. So is every step of more than one token, and one
@@ -64,8 +64,8 @@ NEAR = 1e-3
 # Of a step that may be dropped: between two calls of the kernel, which take 10 us more, somebody looks.
 LAYERS_AT_ONCE = 4
 # A token is computed by two threads where there are so many, and so many bytes of weights. Client and trunk are at work
-# at the same time (head_start.py), and with two threads each on two cores take them from each other; and a helper comes
-# 0.1 to 0.4 ms late. docs/speed.md has the figures.
+# at the same time (generation/head_overlap.py), and with two threads each on two cores take them from each other; and a
+# helper comes 0.1 to 0.4 ms late. docs/speed.md has the figures.
 HELPED_FROM, HELPED_BYTES = 4, 8 << 20
 
 

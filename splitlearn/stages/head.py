@@ -1,5 +1,5 @@
 """A LM head that can be computed in two parts, so that something can be done with its first logits before the others
-are there (head_start.py).
+are there (generation/head_overlap.py).
 
 The parts are rows of the same weights, cut where the layer's own kernel goes from one piece to the next.
 """

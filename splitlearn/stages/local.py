@@ -1,7 +1,7 @@
 """A stage that computes in this process: a cut model, its sessions' caches, and how a step is taken.
 
 One token can be taken through all of a stage in one call, by what a flag has put there (`Row`); steps of several
-sessions can share a forward, where their caches lie in one pool (packed.py).
+sessions can share a forward, where their caches lie in one pool (stages/ragged_batch.py).
 """
 
 import copy
@@ -94,7 +94,7 @@ class LocalStage:
     row: Row | None = None
     """What takes one token through the stage, where it can, in place of the model's forward."""
     allows: Callable[[], frozenset[str]] = frozenset
-    """What its architecture was found to do right with sessions of any lengths (proof/together.py)."""
+    """What its architecture was found to do right with sessions of any lengths (stages/equivalence/together.py)."""
 
     def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
         """A new session; a cache is made only when the settings keep one. Raises InputError for a kind of cache over
@@ -178,7 +178,7 @@ class LocalStage:
 
     @cached_property
     def rope_restart(self) -> int | None:
-        """The length past which the model's whole sequence is computed anew (families.py)."""
+        """The length past which the model's whole sequence is computed anew (models/structure.py)."""
         return rope_restart(body_of(self.cut).config)
 
     @cached_property

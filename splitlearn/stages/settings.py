@@ -1,7 +1,7 @@
 """What flags change in a stage: when its weights are loaded, and in each of its sessions.
 
-Each owner of a seam applies what it is given here and does not know which flag asked. The registry (flags.py) makes
-these records of the flags' words. The defaults are what runs when every flag is off.
+Each owner of a seam applies what it is given here and does not know which flag asked. The registry (flags/registry.py)
+makes these records of the flags' words. The defaults are what runs when every flag is off.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -42,11 +42,11 @@ class Result:
     reason: str
     notes: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
-    """What decides how it computes, for which this was found: see kinds.py."""
+    """What decides how it computes, for which this was found: see stages/equivalence/kinds.py."""
     whole: bool = False
     """Whether the whole model in steps gives what `generate()` gives, so that only a split of it may differ."""
     allows: tuple[str, ...] = ()
-    """What else was found to give the same on either side of each boundary: see together.py."""
+    """What else was found to give the same on either side of each boundary: see stages/equivalence/together.py."""
 
 
 def prove(config: Any) -> Result:

@@ -19,8 +19,8 @@ def check(config: Any, *, split: bool = True) -> None:
     """Return for an architecture that runs exactly in steps, and can be cut exactly if it is to be `split`; a family
     that was not proven is tried on a tiny copy (2 s).
 
-    So is a proven one with anything that decides how it computes and that its proof did not have (kinds.py), and every
-    one under another version of transformers than the proof's. Raises FamilyRefused with the reason when full or split
+    So is a proven one with anything that decides how it computes and that its proof did not have
+    (stages/equivalence/kinds.py), and every one under another version of transformers than the proof's. Raises FamilyRefused with the reason when full or split
     differ from transformers' `generate()`, or do not run.
     """
     if _entry(config) is not None:
@@ -32,7 +32,7 @@ def check(config: Any, *, split: bool = True) -> None:
 
 def allows(config: Any) -> frozenset[str]:
     """What else was found to give the same with a model of this configuration, on either side of each of its boundaries
-    (together.py); tried on a tiny copy like the rest."""
+    (stages/equivalence/together.py); tried on a tiny copy like the rest."""
     entry = _entry(config)
     return frozenset(_tried(config).allows if entry is None else entry.get("allows", ()))
 

@@ -52,7 +52,7 @@ class Fed:
 
 def steps_of(stage: CutModel, prompt: int, ends: Sequence[int]) -> list[Fed]:
     """The steps of a text with such a prompt. One that would grow past the length at which a model's sequences are
-    computed anew ends there, and the next one begins at the first token (generate.py)."""
+    computed anew ends there, and the next one begins at the first token (generation/generator.py)."""
     limit = rope_restart(body_of(stage).config)
     found, start, rope_length = list[Fed](), 0, prompt
     for end in ends:
