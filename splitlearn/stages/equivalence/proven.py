@@ -20,8 +20,8 @@ def check(config: Any, *, split: bool = True) -> None:
     that was not proven is tried on a tiny copy (2 s).
 
     So is a proven one with anything that decides how it computes and that its proof did not have
-    (stages/equivalence/kinds.py), and every one under another version of transformers than the proof's. Raises FamilyRefused with the reason when full or split
-    differ from transformers' `generate()`, or do not run.
+    (stages/equivalence/kinds.py), and every one under another version of transformers than the proof's. Raises
+    FamilyRefused with the reason when full or split differ from transformers' `generate()`, or do not run.
     """
     if _entry(config) is not None:
         return
