@@ -61,7 +61,7 @@ def first_not_finite(cut: CutModel, again: Callable[[], object]) -> tuple[str, n
         def after(module: nn.Module, inputs: Any, output: Any) -> None:
             hidden = output if isinstance(output, Tensor) else output[0]
             if not found and wrong_place(hidden, logits=part[0] == HEAD) is not None:
-                found.append(part)  # type: ignore[arg-type]
+                found.append(part)
 
         return after
 
@@ -101,7 +101,9 @@ def _parts(cut: CutModel) -> Iterator[tuple[str, nn.Module, str]]:
 
 def _not_finite_weights(what: str, part: nn.Module, path: str) -> list[str]:
     """The names of a part's weights in which a number is not finite."""
-    weights = {name: tensor for name, tensor in part.named_parameters() if tensor.is_floating_point()}
+    weights: dict[str, Tensor] = {
+        name: tensor for name, tensor in part.named_parameters() if tensor.is_floating_point()
+    }
     for name, module in part.named_modules():
         weight = getattr(module, "weight", None)  # of linear layers that hold theirs in another form
         if isinstance(weight, Tensor):

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def said(stage: LocalStage, tokens: int = 5) -> str:
 
 
 def scale(stage: LocalStage, path: str, factor: float) -> None:
-    module = stage.cut.module.get_submodule(path)
+    module: Any = stage.cut.module.get_submodule(path)
     with torch.inference_mode():
         module.weight = nn.Parameter(module.weight * factor, requires_grad=False)
 
