@@ -30,7 +30,7 @@ def console(*, stderr: bool = False) -> Console:
     stream = _stream(stderr)
     terminal = _is_terminal(stream)
     width = None if terminal else WIDE
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=not terminal, width=width)
+    return _Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=not terminal, width=width)
 
 
 def say(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
@@ -46,6 +46,13 @@ def say(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
 def visible(text: str) -> str:
     """`text` with a picture in the place of each control character but tab and line feed."""
     return _CONTROL.sub(lambda found: _picture(ord(found[0])), text)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the program here, with status 1; `guarded` does so, and nothing on stderr is worth that."""
+        if not self.stderr:
+            raise BrokenPipeError
 
 
 class PlainTable(Table):

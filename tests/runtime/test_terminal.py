@@ -5,7 +5,6 @@ import os
 import pty
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -172,8 +171,9 @@ def test_a_stderr_that_is_gone_loses_no_result(stdout: Replace, monkeypatch: pyt
     assert out.written == "result\nresult\n"
 
 
+@pytest.mark.parametrize("print_line", [lambda: say("line"), lambda: terminal.console().print(PlainTable("head"))])
 def test_a_reader_that_has_gone_ends_a_command_quietly(
-    monkeypatch: pytest.MonkeyPatch, stderr: Replace, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, stderr: Replace, print_line: Callable[[], None]
 ) -> None:
     err = stderr()
     read, write = os.pipe()
@@ -182,7 +182,7 @@ def test_a_reader_that_has_gone_ends_a_command_quietly(
 
     def command() -> int:
         for _ in range(10_000):
-            say("line")
+            print_line()
         return 0
 
     assert guarded(command) == BROKEN_PIPE
