@@ -32,6 +32,9 @@ from splitlearn.errors import InputError, SplitlearnError, TrunkDenied, TrunkFul
 from splitlearn.wire.status import code_of, status_of
 
 log = logging.getLogger(__name__)
+MOST_ENDING = 1_000
+"""Calls that were ended and are not off their threads yet, which is a matter of milliseconds."""
+
 Behavior = Callable[[Iterator[bytes], grpc.ServicerContext, Call], Iterator[bytes]]
 Send = Callable[[bytes | None], None]
 
@@ -78,7 +81,7 @@ class Threads:
             waiting = None
             if len(self._calls) >= self.places:
                 waiting = next((each for each in self._calls if not each.opened), None)
-                if waiting is None or self._ending >= self.places:
+                if waiting is None or self._ending >= MOST_ENDING:
                     said = f"{self.places} calls of this kind are under way; try again later"
                     raise TrunkFull(said, cause="calls_full")
                 del self._calls[waiting]

@@ -23,7 +23,9 @@ M = TypeVar("M", bound=Message)
 CHECK = f"/{health.SERVICE_NAME}/Check"
 REFLECT = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
 # Threads: for health checks, for what else is answered at once, and for sessions beside those that are open or wait.
-HEALTH_THREADS, BRIEF_THREADS, SPARE_THREADS = 4, 16, 16
+# Strangers may ask for health: so many must do it after somebody else, before that one's message is read, to be in the
+# way.
+HEALTH_THREADS, BRIEF_THREADS, SPARE_THREADS = 64, 16, 16
 # A client whose machine went away closes nothing: without pings its session would stay for ever.
 # The third is for a ping of another kind, behind which a keepalive ping waits. The fourth permits the clients' pings
 # (splitlearn/client/failover.py):

@@ -24,6 +24,7 @@ from splitlearn.client.remote_stage import describe
 from splitlearn.wire import SERVICE
 from splitlearn.wire.channel import NONE, Credentials, open_channel
 from tests.conftest import TinyFactory
+from tests.support.pki import Authority
 from tests.support.trunk import Raw, TrunkHere, eventually, hidden, opening, serve_here, step, tensor_of
 
 ANN, BOB = "secret-of-ann", "secret-of-bob"
@@ -84,7 +85,7 @@ class Held:
         self._over = threading.Event()
         self._channel = open_channel(address, shown)
         called: Any = self._channel.stream_stream(method)
-        self.calls = [called(self._nothing(), timeout=60) for _ in range(calls)]
+        self.calls = [called(self._nothing(), timeout=600) for _ in range(calls)]
 
     def __enter__(self) -> "Held":
         return self
@@ -120,7 +121,7 @@ def test_health_is_answered_beside_many_connections_that_ask_for_it_and_send_no_
     patient: TrunkHere, files: ModelFiles
 ) -> None:
     with ExitStack() as stack:
-        for _ in range(5 * endpoint.HEALTH_THREADS):
+        for _ in range(2 * endpoint.HEALTH_THREADS):
             stack.enter_context(connected(patient.address, PREFACE + frame(SETTINGS, 0, 0) + begun(1, HEALTH)))
         assert healthy(patient.address)
         assert describe(patient.address, SEEN).hidden_size == 48
@@ -185,12 +186,34 @@ def test_a_connection_that_does_not_greet_is_shut(greeting: bytes, brisk: TrunkH
         assert closed(connection, 60)
 
 
+def test_a_tls_handshake_that_is_never_finished_is_shut(files: ModelFiles, tmp_path: Path) -> None:
+    issued = Authority(tmp_path, "ours").issue("127.0.0.1")
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+    with serve_here(files, tls=issued.settings(), open_s=OPEN_S) as here:
+        for greeting in (b"", hello):
+            with connected(here.address, greeting) as connection:
+                assert closed(connection, 60)
+
+
+def test_a_connection_with_half_a_call_is_shut(files: ModelFiles, tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a header block, and a call whose client does not take the answer."""
+    half = PREFACE + frame(SETTINGS, 0, 0) + frame(floods.HEADERS, 0, 1, floods.fields(HEALTH))
+    no_window = frame(SETTINGS, 0, 0, b"\0\x04\0\0\0\0")
+    asked = begun(1, HEALTH) + frame(floods.DATA, floods.END_STREAM, 1, bytes(5))
+    with changed(monkeypatch, files, tokens, QUIET_MS=1000, open_s=OPEN_S) as here:
+        for greeting in (half, PREFACE + no_window + asked):
+            with connected(here.address, greeting) as connection:
+                assert closed(connection, 60)
+
+
 @contextmanager
-def changed(monkeypatch: pytest.MonkeyPatch, files: ModelFiles, tokens: str, **named: int) -> Iterator[TrunkHere]:
+def changed(
+    monkeypatch: pytest.MonkeyPatch, files: ModelFiles, tokens: str, open_s: float = 10.0, **named: int
+) -> Iterator[TrunkHere]:
     """A server with other limits on connections."""
     for name, value in named.items():
         monkeypatch.setattr(endpoint, name, value)
-    with serve_here(files, tokens=tokens) as here:
+    with serve_here(files, tokens=tokens, open_s=open_s) as here:
         yield here
 
 
