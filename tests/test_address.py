@@ -108,5 +108,5 @@ def test_a_name_is_loopback_when_all_its_addresses_are_and_stands_for_one_of_the
     def answer(*_: object, **__: object) -> list[tuple[object, ...]]:
         return [(0, 0, 0, "", (each, 0)) for each in found]
 
-    monkeypatch.setattr(address.socket, "getaddrinfo", answer)
+    monkeypatch.setattr("socket.getaddrinfo", answer)
     assert address.loopback("trunk.test") == here

@@ -75,7 +75,7 @@ def test_machine_code_that_cannot_be_kept_is_compiled_all_the_same_and_that_is_s
         steps(x)
         assert x.tolist() == [adds, adds] and address
     (record,) = caplog.records
-    assert error.strerror in record.getMessage() and "NUMBA_CACHE_DIR" in record.getMessage()
+    assert str(error.strerror) in record.getMessage() and "NUMBA_CACHE_DIR" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_name_without_an_address_is_said_to_have_none(monkeypatch: pytest.Monk
     def unknown(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(ports.socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
     with pytest.raises(SetupError, match=r"^server\.host: cannot listen on trunk\.test:1: the name cannot be resolved"):
         ports.check("server.", "trunk.test", 1)
 
