@@ -17,7 +17,7 @@ from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime import progress
 from splitlearn.runtime import terminal as runtime_terminal
 from splitlearn.runtime.progress import Step
-from splitlearn.runtime.terminal import BROKEN_PIPE, PlainTable, guarded, say, visible
+from splitlearn.runtime.terminal import BROKEN_PIPE, PlainTable, console, guarded, say, visible
 from tests.ui.test_ui_view import KNOWN, report
 
 HOSTILE = "a[1:100:2] :100: key:key:value 3:o:4 [bold]x[/] [/] [link=http://x]y\ttab 'quoted' 192.168.0.1 日本 "
@@ -171,7 +171,7 @@ def test_a_stderr_that_is_gone_loses_no_result(stdout: Replace, monkeypatch: pyt
     assert out.written == "result\nresult\n"
 
 
-@pytest.mark.parametrize("print_line", [lambda: say("line"), lambda: terminal.console().print(PlainTable("head"))])
+@pytest.mark.parametrize("print_line", [lambda: say("line"), lambda: console().print(PlainTable("head"))])
 def test_a_reader_that_has_gone_ends_a_command_quietly(
     monkeypatch: pytest.MonkeyPatch, stderr: Replace, print_line: Callable[[], None]
 ) -> None:
