@@ -44,8 +44,8 @@ def _refuse_unnamed(folder: Path) -> None:
     """Raise ModelError for an adapter's weights in a file of another name, without a configuration for peft."""
     if unnamed := [path.name for path in unnamed_adapters(folder)]:
         raise ModelError(
-            f"{folder} has an adapter beside the model ({', '.join(unnamed)} with lora tensors), which cannot be applied: "
-            f"it takes {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}. What works: those two files, or {ALONE}."
+            f"{folder} has an adapter beside the model (lora tensors in {', '.join(unnamed)}), which cannot be "
+            f"applied: it takes {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}. What works: those two files, or {ALONE}."
         )
 
 

@@ -137,7 +137,9 @@ def test_a_template_that_makes_no_text_is_named_when_the_model_is_chosen(name: s
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_template_that_makes_no_text_of_a_prompt_refuses_the_prompt(name: str, hurry: None) -> None:
     template, says = BROKEN[name]
-    tokens = tokens_with(f"{{% if 'sky' in messages[0]['content'] %}}{template}{{% else %}}{{{{ messages[0]['content'] }}}}{{% endif %}}")
+    tokens = tokens_with(
+        f"{{% if 'sky' in messages[0]['content'] %}}{template}{{% else %}}{{{{ messages[0]['content'] }}}}{{% endif %}}"
+    )
     if name not in ("syntax", "unclosed", "powers"):  # which show in any prompt
         tokens.check_chat(True, "the model")
     with pytest.raises(InputError) as caught:
