@@ -16,6 +16,7 @@ from splitlearn.checkpoints.inspection import (
     adapter_files,
     described_adapter,
     read_json,
+    unnamed_adapters,
 )
 from splitlearn.errors import ModelError
 
@@ -26,6 +27,7 @@ def check(folder: Path) -> None:
     """Return for a folder without an adapter, and for one that can be applied here. Raises ModelError."""
     found = [path.name for path in adapter_files(folder)]
     if not found:
+        _refuse_unnamed(folder)
         return
     what = f"{folder} has {described_adapter(folder)} beside the model"
     whole = {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(found)
@@ -35,6 +37,15 @@ def check(folder: Path) -> None:
     if find_spec("peft") is None:
         raise ModelError(
             f"{what}, and peft, which applies it, is not installed. What works: pip install peft, or {ALONE}."
+        )
+
+
+def _refuse_unnamed(folder: Path) -> None:
+    """Raise ModelError for an adapter's weights in a file of another name, without a configuration for peft."""
+    if unnamed := [path.name for path in unnamed_adapters(folder)]:
+        raise ModelError(
+            f"{folder} has an adapter beside the model (lora tensors in {', '.join(unnamed)}), which cannot be "
+            f"applied: it takes {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}. What works: those two files, or {ALONE}."
         )
 
 

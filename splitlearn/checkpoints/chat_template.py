@@ -56,6 +56,14 @@ def choose(known: Mapping[str, str], wanted: bool | str) -> tuple[str, str] | No
     return name, known[name]
 
 
+def check(tokenizer: Any, template: str) -> None:
+    """Render two short prompts. Raises TemplateFailed, also for a template that leaves the prompt out: one made for
+    messages in parts, as of text and images, most often."""
+    one, other = (render(tokenizer, template, prompt) for prompt in ("Hello", "World"))
+    if one == other:
+        raise TemplateFailed("leaves the prompt's text out")
+
+
 def render(tokenizer: Any, template: str, prompt: str) -> str:
     """The text that `template` makes of a conversation with the one message `prompt`, with the header of an answer.
 
@@ -87,6 +95,8 @@ def render(tokenizer: Any, template: str, prompt: str) -> str:
         raise TemplateFailed(f"renders {len(text):,} characters, where {most:,} are the most")
     if not text.strip():
         raise TemplateFailed("renders nothing")
+    if any("\ud800" <= each <= "\udfff" for each in text):
+        raise TemplateFailed("renders half characters, which UTF-8 cannot hold")
     return text
 
 

@@ -38,11 +38,14 @@ FILES = (
     ADAPTER_CONFIG,
     "adapter_model*",
     "adapters.safetensors",
+    "adapters.npz",
     "modules.json",
 )
 """What belongs to a model and to an adapter; the hub is asked for no other file."""
-_OF_ADAPTERS = (ADAPTER_CONFIG, "adapter_model*", "adapters.safetensors")
+_OF_ADAPTERS = (ADAPTER_CONFIG, "adapter_model*", "adapters.safetensors", "adapters.npz")
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "tekken.json")
+# Where a folder may have models: one each in a folder of its own, or as the hub's cache keeps a repository.
+_MODELS_INSIDE = ("*", "snapshots/*")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 # The largest tokenizer.json of a known model has 35 MB.
 _JSON_BYTES = 64 << 20
@@ -81,11 +84,13 @@ def check_files(source: Path) -> None:
         _check_readable([source])
         _check_whole_gguf(source)
         return
-    _check_readable(files(source))
+    _check_readable([*files(source), *_absent_shards(source)])
     if not _weights_in(source) and adapter_files(source):
         raise ModelError(_adapter_alone(source))
     if not (source / CONFIG).exists():
-        raise ModelError(f"{source} has no {CONFIG}, so it is no model's folder.")
+        inside = sorted(path.parent for pattern in _MODELS_INSIDE for path in source.glob(f"{pattern}/{CONFIG}"))
+        found = f" What is in it: {_listed(str(folder) for folder in inside)}." if inside else ""
+        raise ModelError(f"{source} has no {CONFIG}, so it is no model's folder.{found}")
     if "sentence_transformers" in _text(source / "modules.json"):
         raise ModelError(
             f"{source} is a sentence-transformers model (modules.json): it gives embeddings of text, not a next token."
@@ -130,6 +135,11 @@ def unused_weights(folder: Path) -> list[Path]:
     loaded = {WEIGHTS} if (folder / WEIGHTS).exists() else set(_shards(folder)) if (folder / INDEX).exists() else set()
     found = sorted(folder.glob("*.safetensors")) if loaded else []
     return [path for path in found if path.name not in loaded and path not in adapter_files(folder)]
+
+
+def unnamed_adapters(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder that an adapter's tensors are in, and not an adapter's name."""
+    return [path for path in unused_weights(folder) if any("lora_" in name for name, _ in _readable_tensors(path))]
 
 
 def missing(folder: Path) -> list[str]:
@@ -191,7 +201,7 @@ def _fault(path: Path) -> str:
         if path.suffix == ".json" and path.name != "modules.json":  # which holds a list
             read_json(path)
     except FileNotFoundError:
-        return "is a link to a file that is not there"
+        return "is a link to a file that is not there" if path.is_symlink() else f"is missing, and {INDEX} names it"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     except ModelError as error:
@@ -213,6 +223,14 @@ def _tensors_in(path: Path) -> list[tuple[str, str]]:
         ) from error
 
 
+def _readable_tensors(path: Path) -> list[tuple[str, str]]:
+    """As `_tensors_in`; none for a file that cannot be read, as it is not loaded."""
+    try:
+        return [] if _fault(path) else _tensors_in(path)
+    except ModelError:
+        return []
+
+
 def _weights_in(folder: Path) -> bool:
     return any((folder / name).exists() or (folder / name).is_symlink() for name in (WEIGHTS, INDEX))
 
@@ -225,9 +243,6 @@ def _check_weights(folder: Path) -> list[tuple[str, str]]:
     if not _weights_in(folder):
         raise ModelError(_without_weights(folder))
     shards = [WEIGHTS] if (folder / WEIGHTS).exists() else _shards(folder)
-    absent = [name for name in shards if not (folder / name).is_file()]
-    if absent:
-        raise ModelError(f"{folder} lacks files that {INDEX} names: {_listed(absent)}.")
     found, broken = [], []
     for name in shards:
         try:
@@ -249,6 +264,14 @@ def _shards(folder: Path) -> list[str]:
     if odd:
         raise ModelError(f"{index} may name .safetensors files beside it only, and names {_listed(odd)}.")
     return sorted(set(names.values()))
+
+
+def _absent_shards(folder: Path) -> list[Path]:
+    """The files that a readable index names and that are not there."""
+    index = folder / INDEX
+    if (folder / WEIGHTS).exists() or not index.is_file() or _fault(index):
+        return []
+    return [folder / name for name in _shards(folder) if not (folder / name).exists()]
 
 
 def _is_plain(name: object) -> bool:

@@ -66,16 +66,17 @@ class Tokens:
         return tuple(sorted(self._templates))
 
     def check_chat(self, chat: bool | str, model: str) -> None:
-        """Try what `encode` would apply for `chat`, on a short prompt. `model` is what the model is called.
+        """Try what `encode` would apply for `chat`, on short prompts. `model` is what the model is called.
 
-        Raises InputError for a template that the model does not have, ModelError for one that makes no text.
+        Raises InputError for a template that the model does not have, ModelError for one that makes no text or leaves the
+        prompt out.
         """
         chosen = templates.choose(self._templates, chat)
         if chosen is None:
             return
         name, template = chosen
         try:
-            templates.render(self._tokenizer, template, "Hello")
+            templates.check(self._tokenizer, template)
         except TemplateFailed as error:
             others = [other for other in self.chat_templates if other != name]
             also = f", or one of the others: {', '.join(others)}" if others else ""
@@ -86,11 +87,13 @@ class Tokens:
         """The ids of `prompt`; with `chat` as the one message of a conversation, where the model has a template for it.
 
         True is the default template; a name chooses one of several. Control tokens that are spelled out in the prompt
-        are control tokens. Raises InputError for a prompt of no text or no tokens, for one that the template makes
-        nothing of, and for a template that the model does not have.
+        are control tokens. Raises InputError for a prompt of no text or no tokens, or of half characters, for one that
+        the template makes nothing of, and for a template that the model does not have.
         """
         if not prompt.strip():
             raise InputError("prompt", prompt, "some text")
+        if any("\ud800" <= each <= "\udfff" for each in prompt):  # of bytes on a command line that are no UTF-8
+            raise InputError("prompt", templates.shown(prompt), "text that UTF-8 can hold")
         chosen = templates.choose(self._templates, chat)
         if chosen is None:
             ids = self._tokenizer.encode(prompt)

@@ -103,6 +103,14 @@ def test_an_adapter_that_is_not_whole_is_refused_by_name(folder: Path, remove: s
     assert says in refused(folder)
 
 
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "my-lora.safetensors", "adapters.npz"])
+def test_an_adapter_under_another_name_is_refused_by_name(folder: Path, name: str) -> None:
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_model.safetensors").rename(folder / name)
+    said = refused(folder)
+    assert "beside the model" in said and name in said
+
+
 def test_an_adapter_put_into_a_converted_folder_is_refused(tmp_path: Path, cache: Path) -> None:
     files = make_converted(tmp_path / "converted", n_layers=2)
     (files.folder / "adapter_config.json").write_text(json.dumps(LORA))

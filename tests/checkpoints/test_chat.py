@@ -33,6 +33,7 @@ BROKEN = {
     "huge": ("{{ 'a' * 10000000000 }}", "MiB of memory"),
     "long": ("{{ 'ab' * 1000000 }}", "renders 2,000,000 characters"),
     "powers": ("{{ 10 ** 1000000000 }}", "uses the operator **"),
+    "half": ("{{ '\\ud800' }}", "renders half characters"),
     "sandbox": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
 }
 
@@ -136,7 +137,9 @@ def test_a_template_that_makes_no_text_is_named_when_the_model_is_chosen(name: s
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_template_that_makes_no_text_of_a_prompt_refuses_the_prompt(name: str, hurry: None) -> None:
     template, says = BROKEN[name]
-    tokens = tokens_with(f"{{% if 'sky' in messages[0]['content'] %}}{template}{{% else %}}fine{{% endif %}}")
+    tokens = tokens_with(
+        f"{{% if 'sky' in messages[0]['content'] %}}{template}{{% else %}}{{{{ messages[0]['content'] }}}}{{% endif %}}"
+    )
     if name not in ("syntax", "unclosed", "powers"):  # which show in any prompt
         tokens.check_chat(True, "the model")
     with pytest.raises(InputError) as caught:
@@ -144,6 +147,26 @@ def test_a_template_that_makes_no_text_of_a_prompt_refuses_the_prompt(name: str,
     assert caught.value.field == "prompt"
     assert says.replace("line 2", "line") in str(caught.value).replace("line 2", "line")
     assert tokens.encode("The sky", False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for part in messages[0]['content'] %}<|user|>{{ part['text'] }}{% endfor %}<|assistant|>",
+        "<|user|>{{ messages[0].content[0].text }}<|assistant|>",
+        "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}<|assistant|>",
+        "\u200b",
+    ],
+)
+def test_a_template_that_leaves_the_prompt_out_is_named_when_the_model_is_chosen(template: str) -> None:
+    with pytest.raises(ModelError, match="'default' of tiny cannot be used: it leaves the prompt's text out"):
+        tokens_with(template).check_chat(True, "tiny")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_prompt_that_is_no_unicode_text_is_refused(chat: bool) -> None:
+    with pytest.raises(InputError, match="text that UTF-8 can hold"):
+        tokens_with(CHAT_TEMPLATE).encode(b"caf\xe9".decode(errors="surrogateescape"), chat)
 
 
 def test_a_prompt_of_no_tokens_is_refused() -> None:

@@ -114,6 +114,22 @@ def test_shards_load_and_each_missing_one_is_named(folder: Path, original: Path)
     assert all(name in said for name in names)
 
 
+def test_a_missing_shard_is_named_with_the_files_that_are_damaged(folder: Path) -> None:
+    absent, pointer = shard(folder)
+    (folder / absent).unlink()
+    (folder / pointer).write_text(POINTER)
+    said = refused(folder)
+    assert f"{absent} is missing, and model.safetensors.index.json names it" in said
+    assert f"{pointer} is a git-lfs pointer" in said
+
+
+@pytest.mark.parametrize("inside", ["model", "snapshots/0123abc"])
+def test_a_folder_of_folders_is_told_where_the_model_is(folder: Path, tmp_path: Path, inside: str) -> None:
+    (tmp_path / "outer" / inside).parent.mkdir(parents=True)
+    folder.rename(tmp_path / "outer" / inside)
+    assert refused(tmp_path / "outer").endswith(f"What is in it: {tmp_path / 'outer' / inside}.")
+
+
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "x\0.safetensors", 5, None])
 def test_an_index_names_no_file_outside_the_folder(folder: Path, name: object) -> None:
     shutil.move(folder / "model.safetensors", folder.parent / "model.safetensors")
