@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-import server.__main__ as server_main
+from server import endpoint
 from server.scheduling import admission
 from splitlearn import config
 from splitlearn.arms.runs import Runs
@@ -245,7 +245,7 @@ def test_a_session_that_is_idle_may_be_pinged_and_is_not_shut_for_it(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ends' own settings, ten times as quick; with gRPC's default for a server the fourth ping is one too many."""
-    for end in (channel, server_main):
+    for end in (channel, endpoint):
         quick = tuple((name, value // 10) for name, value in end.KEEP_ALIVE)
         monkeypatch.setattr(end, "KEEP_ALIVE", quick)
     with serve_here(files) as pinged, closing(RemoteStage([pinged.address], served(files), 20)) as stage:
@@ -270,7 +270,8 @@ def test_a_trunk_that_is_slow_or_a_client_that_does_not_read_harms_nobody(
                 check_same(answer.result(), undisturbed[number])
                 assert answer.result().recoveries == ()
         first = tensor_of(unread.receive(), files)
-        assert all(torch.equal(tensor_of(unread.receive(), files), first) for _ in range(sent - 1))
+        # In other pieces, as others decode meanwhile or not.
+        assert all(torch.allclose(tensor_of(unread.receive(), files), first, atol=1e-4) for _ in range(sent - 1))
 
 
 def test_a_trunk_that_was_restarted_with_another_model_is_refused(

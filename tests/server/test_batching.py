@@ -103,13 +103,13 @@ def answer(links: list[Link], tokens: Tokens, wish: Wish) -> list[int]:
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many sessions each step of any local stage had, as they come."""
     seen: list[int] = []
-    real = LocalStage.step
+    real = LocalStage.compute
 
     def count(self: LocalStage, batch: Sequence[StageInput]) -> list[StageOutput]:
         seen.append(len(batch))
         return real(self, batch)
 
-    monkeypatch.setattr(LocalStage, "step", count)
+    monkeypatch.setattr(LocalStage, "compute", count)
     return seen
 
 
@@ -243,7 +243,7 @@ def test_a_step_in_parts_must_be_whole_within_the_time_of_one_message(files: Mod
 def test_sessions_that_differ_in_what_no_forward_sees_share_one(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on, tried, real = threading.Event(), [], LocalStage.step
+    go_on, tried, real = threading.Event(), [], LocalStage.compute
 
     def wait_and_step(self: LocalStage, batch: Sequence[StageInput]) -> list[StageOutput]:
         go_on.wait(60)
@@ -261,7 +261,7 @@ def test_sessions_that_differ_in_what_no_forward_sees_share_one(
         engine = here.served.engine
         wanted = [frozenset(flags) for flags in (*kinds, kinds[0])]
         first, *others = (engine.open(flags, 20, 60.0, lambda gone: True) for flags in wanted)
-        monkeypatch.setattr(LocalStage, "step", wait_and_step)
+        monkeypatch.setattr(LocalStage, "compute", wait_and_step)
         with ThreadPoolExecutor(len(kinds) + 1) as pool:
             asked = [pool.submit(engine.step, first, 0, x, 60.0)]
             assert eventually(lambda: first.running)
@@ -311,7 +311,7 @@ def test_one_session_cannot_reach_what_another_left(files: ModelFiles) -> None:
 def test_a_session_that_goes_back_beside_one_that_is_refused_gets_its_answer(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on, tried, real = threading.Event(), [], LocalStage.step
+    go_on, tried, real = threading.Event(), [], LocalStage.compute
 
     def wait_and_step(self: LocalStage, batch: Sequence[StageInput]) -> list[StageOutput]:
         go_on.wait(10)
@@ -323,7 +323,7 @@ def test_a_session_that_goes_back_beside_one_that_is_refused_gets_its_answer(
         engine = here.served.engine
         back, ahead, first = (engine.open(CACHED, 20, 5.0, lambda gone: True) for _ in range(3))
         wanted = engine.step(back, 0, whole, 5.0).x[:, 8:]
-        monkeypatch.setattr(LocalStage, "step", wait_and_step)
+        monkeypatch.setattr(LocalStage, "compute", wait_and_step)
         with ThreadPoolExecutor(3) as pool:
             led = pool.submit(engine.step, first, 0, other, 5.0)
             assert eventually(lambda: first.running)

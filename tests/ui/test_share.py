@@ -119,7 +119,7 @@ def test_a_page_that_others_reach_wants_a_password_that_is_not_easy_to_guess(
     login.check_open(UiConfig(host="127.0.0.1", auth="SOME_LOGIN"), ("ada", password))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "", "page.example"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "page.example"])
 def test_a_page_beyond_loopback_wants_a_login_or_to_be_let_open_by_name(host: str) -> None:
     with pytest.raises(
         SetupError, match=r"ui\.host.*SPLITLEARN_AUTH=user:.*127\.0\.0\.1.*--allow-open \(ui\.allow_open\)"
