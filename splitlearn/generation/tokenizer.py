@@ -68,8 +68,8 @@ class Tokens:
     def check_chat(self, chat: bool | str, model: str) -> None:
         """Try what `encode` would apply for `chat`, on short prompts. `model` is what the model is called.
 
-        Raises InputError for a template that the model does not have, ModelError for one that makes no text or leaves the
-        prompt out.
+        Raises InputError for a template that the model does not have, ModelError for one that makes no text or leaves
+        the prompt out.
         """
         chosen = templates.choose(self._templates, chat)
         if chosen is None:
