@@ -28,7 +28,7 @@ from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.runtime import ports, proxies
 from splitlearn.runtime.progress import on_console
-from splitlearn.runtime.terminal import say
+from splitlearn.runtime.terminal import guarded, say
 from splitlearn.wire import READY, SERVICE
 
 DRAIN_LOOK_S, TOLD_LOOK_S = 0.05, 0.5
@@ -46,7 +46,12 @@ class Running:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until told to stop. Returns the exit status: 2 when the server cannot start as asked."""
+    """Serve until told to stop. Returns the exit status: 2 when the server cannot start as asked, 141 where nobody
+    reads what it writes."""
+    return guarded(lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
     options = _options(arguments)
     # What an embedded server does, its parent shows; on its terminal there is room for what went wrong only.
     logs.start(logging.WARNING if options.embedded else logging.INFO)
@@ -68,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         service = TrunkService(served, others, settings.server, door.access)
         metrics = gauges.listen(served.metrics, settings.server)
         running = listen(service, settings.server, door)
+    except BrokenPipeError:
+        raise  # of stdout: `guarded` ends quietly
     except (SplitlearnError, OSError) as error:  # of the system: no space, no permission
         say(f"error: {error}", stderr=True)
         return 2

@@ -22,8 +22,8 @@ class GenerationRequest:
 
     `chat` applies the model's chat template, or that of several which it names; False is the prompt as it is.
     `samples` answers are made, which go in step and share each trip to the trunk; number i is the one that the seed
-    `sampling.seed` + i gives alone. Raises InputError for an empty prompt, a limit below 1, and for more than one
-    sample where nothing is drawn.
+    `sampling.seed` + i gives alone. Raises InputError for an empty prompt, text that is not Unicode, a limit below 1,
+    and for more than one sample where nothing is drawn.
     """
 
     prompt: str
@@ -37,6 +37,9 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise InputError("prompt", self.prompt, "some text")
+        for name, text in (("prompt", self.prompt), *(("stop", stop) for stop in self.stop)):
+            if not _is_unicode(text):
+                raise InputError(name, text, "text in UTF-8")
         limit = self.max_new_tokens
         if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_NEW_TOKENS:
             raise InputError("max_new_tokens", limit, f"a whole number from 1 to {MAX_NEW_TOKENS}")
@@ -46,6 +49,11 @@ class GenerationRequest:
             raise InputError("samples", self.samples, f"a whole number from 1 to {MAX_SAMPLES}")
         if self.samples > 1 and self.sampling.greedy:
             raise InputError("samples", self.samples, "1, or a temperature above 0: greedy answers are all the same")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a tokenizer takes `text`: Python has half a surrogate pair in the place of a byte that it cannot read."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ def show(folders: Sequence[Path], service: ServiceLevel, *, as_json: bool) -> No
     elif as_json:
         say(json.dumps(data.as_json(found[0]), indent=2))
     else:
-        exports.write_exports(found[0], folders[0])
         _print(found[0], folders[0])
+        exports.write_exports(found[0], folders[0])
 
 
 def _read(folder: Path, service: ServiceLevel = SERVICE) -> Findings:
@@ -80,11 +80,11 @@ def _go(runs: Runs, store: Store) -> None:
 
 def _end(folder: Path, as_json: bool) -> None:
     found = _read(folder)
-    exports.write_exports(found, folder)
     if as_json:
         say(json.dumps(data.as_json(found), indent=2))
     else:
         _print(found, folder)
+    exports.write_exports(found, folder)  # at last: a disk that is full takes no figures with it
 
 
 def _print(found: Findings, folder: Path) -> None:

@@ -31,13 +31,16 @@ FOLDER = "load"
 def run(asked: Asked, config: Config, out: Path | None, *, as_json: bool) -> None:
     """Load the trunk as asked; the exports lie in `out` when it is over. Ctrl-C ends it early, with what there is."""
     folder = out or Path(FOLDER) / time.strftime("%Y-%m-%d-%H%M%S")
+    report.make_folder(folder)
     with on_console() as progress, Runs(config, progress) as runs, _stop_on_interrupt() as stop:
         found = measure(runs, asked, progress, stop)
-    report.write_exports(found, folder)
     if as_json:
         say(json.dumps(report.as_json(found), indent=2))
     else:
-        _print(found, folder)
+        _print(found)
+    report.write_exports(found, folder)  # at last: a disk that is full takes no figures with it
+    if not as_json:
+        say(f"Report: {folder / 'report.html'}")
 
 
 def measure(runs: Runs, asked: Asked, progress: Progress, stop: threading.Event) -> Findings:
@@ -81,7 +84,7 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _print(found: Findings, folder: Path) -> None:
+def _print(found: Findings) -> None:
     """The figures on stdout."""
     say(f"{found.model}: {report.about(found)}")
     heads, *rows = report.times(found.summary)
@@ -97,4 +100,3 @@ def _print(found: Findings, folder: Path) -> None:
         say(f"{count} times: {reason}")
     for note in report.notes(found.summary):
         say(note)
-    say(f"Report: {folder / 'report.html'}")

@@ -33,6 +33,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         command: Callable[[argparse.Namespace, Config], None] = options.command
         proxies.settle()
         command(options, _config(options))
+    except BrokenPipeError:
+        raise  # of stdout: `guarded` ends quietly
     except (SplitlearnError, OSError) as error:  # of the system: no space, no permission
         say(f"error: {error}", stderr=True)
         return 2

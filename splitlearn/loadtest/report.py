@@ -1,6 +1,7 @@
 """What is handed on of a load: JSON, a CSV of its requests, and one HTML file that needs nothing beside it."""
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from splitlearn.errors import InputError
 from splitlearn.lab.report.data import csv
 from splitlearn.lab.report.exports import picture
 from splitlearn.loadtest import charts
@@ -47,16 +49,25 @@ def as_json(findings: Findings) -> dict[str, Any]:
     }
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder`, if it is not there. Raises InputError where it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError("out", str(folder), f"a folder that can be written ({error.strerror})") from error
+
+
 def write_exports(findings: Findings, folder: Path) -> None:
     """Write load.json, requests.csv and report.html into `folder`, which is made if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     texts = {
         "load.json": json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n",
         "requests.csv": _requests(findings),
         "report.html": html(findings),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def html(findings: Findings) -> str:

@@ -21,14 +21,19 @@ _MOST_CHARS = 1 << 22
 
 @dataclass(frozen=True)
 class _Version:
-    """The names of one version's files. Of memory that is used, the file cache that lies idle can be had at once."""
+    """The names of one version's files, and of lines in memory.stat.
+
+    Of memory that is used, the file cache that lies `idle` can be had at once. `above` is the tightest limit of the
+    group and of all above it, also of those that cannot be seen from a container (a pod's, around its containers').
+    """
 
     limits: tuple[str, ...]
     used: str
     idle: str
+    above: str | None = None
 
 
-_V1 = _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_V1 = _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file", "hierarchical_memory_limit")
 _V2 = _Version(("memory.max", "memory.high"), "memory.current", "inactive_file")
 
 
@@ -113,15 +118,22 @@ def _limits(folder: Path, names: _Version) -> Iterator[int]:
         limit = _number(folder / name)
         if limit is not None:
             yield limit
+    above = _statistic(folder, names.above) if names.above else None
+    if above is not None:
+        yield above
 
 
 def _idle(folder: Path, names: _Version) -> int:
     """Bytes of file cache that the kernel gives away first."""
+    return _statistic(folder, names.idle) or 0
+
+
+def _statistic(folder: Path, wanted: str) -> int | None:
     for line in _text(folder / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
-        if name == names.idle:
-            return _positive(value) or 0
-    return 0
+        if name == wanted:
+            return _positive(value)
+    return None
 
 
 def _groups(root: Path, controller: str) -> Iterator[tuple[Path, _Version]]:

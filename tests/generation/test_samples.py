@@ -271,3 +271,10 @@ def test_tokens_per_second_of_all_samples_count_until_the_last_one_is_there() ->
     other = (found[0], replace(found[1], token_ids=(0, 1, 2, 9, 4)))
     assert first_difference(found, found) is None
     assert first_difference(found, other) == (1, 3)
+
+
+@pytest.mark.parametrize("asked", [{"prompt": "a\udcff"}, {"prompt": "\ud83d"}, {"prompt": "a", "stop": ("\udcff",)}])
+def test_text_that_is_not_unicode_is_refused_before_a_model_is_asked(asked: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"\\ud.* cannot be used; expected text in UTF-8"):
+        GenerationRequest(**asked)
+    assert GenerationRequest("\U0001f600 é\u2028").prompt

@@ -294,6 +294,7 @@ def test_load_prints_tables_and_counts_what_a_full_trunk_refuses(
         (("--max-new-tokens", "1"), "max_new_tokens: 1 cannot be used; expected 2 or more"),
         (("--max-new-tokens", "500"), "prompts of at most 12 tokens: the context holds 512"),
         (("--prompts", "missing.txt"), "missing.txt"),
+        (("--out", "/dev/null/found"), "out: '/dev/null/found' cannot be used; expected a folder that can be written"),
         (("--trunk", "nowhere"), "trunk.address: 'nowhere'"),
         (("--trunk", "127.0.0.1:1"), "does not answer or was lost"),
     ],

@@ -64,6 +64,13 @@ def test_a_container_s_own_mount_is_its_group_and_a_group_elsewhere_is_not_looke
         assert cgroups.memory_limit(v1(tmp_path / str(number), group, files, top)) == GB
 
 
+def test_a_pod_s_limit_holds_where_its_container_sees_no_group_above(tmp_path: Path) -> None:
+    stat = f"total_inactive_file 0\nhierarchical_memory_limit {GB}\n"
+    files = {"memory.limit_in_bytes": "9223372036854771712", "memory.usage_in_bytes": str(GB // 4), "memory.stat": stat}
+    root = v1(tmp_path, "/pod/c", {f"memory/{name}": text for name, text in files.items()}, top="/pod/c")
+    assert (cgroups.memory_limit(root), cgroups.available_memory(root)) == (GB, GB * 3 // 4)
+
+
 def test_what_is_left_is_the_limit_less_what_is_used_but_for_idle_file_cache(tmp_path: Path) -> None:
     old = {"memory.limit_in_bytes": GB, "memory.usage_in_bytes": GB // 2}
     stat = f"cache 5\ninactive_file 1\ntotal_inactive_file {GB // 4}\n"

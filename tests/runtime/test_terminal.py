@@ -1,16 +1,25 @@
 """Other people's text is written as it is, wherever it goes."""
 
 import io
+import logging
 import os
 import pty
+import signal
 import sys
 from collections.abc import Callable
+<<<<<<< HEAD
+=======
+from functools import partial
+from pathlib import Path
+>>>>>>> t2
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 
+from server.__main__ import main as serve
 from splitlearn.arms.compare import Comparison
+from splitlearn.cli import main as command_line
 from splitlearn.cli import tables as tables
 from splitlearn.flags.selection import parse
 from splitlearn.models.plan import SplitPlan
@@ -189,6 +198,21 @@ def test_a_reader_that_has_gone_ends_a_command_quietly(
     sys.stdout.write("x")
     sys.stdout.flush()
     assert err.written == ""
+
+
+@pytest.mark.parametrize("main", [lambda: command_line.main(["flags"]), lambda: serve(["token", "bob"])])
+def test_every_program_ends_quietly_when_its_reader_has_gone(
+    main: Callable[[], int], monkeypatch: pytest.MonkeyPatch, stderr: Replace, request: pytest.FixtureRequest
+) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # the server has handlers of its own
+        request.addfinalizer(partial(signal.signal, number, signal.getsignal(number)))
+    request.addfinalizer(partial(logging.captureWarnings, False))
+    err = stderr()
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
+    assert main() == BROKEN_PIPE
+    assert "error" not in err.written
 
 
 def test_a_real_terminal_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

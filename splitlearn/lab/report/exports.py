@@ -32,7 +32,7 @@ def write_exports(findings: Findings, folder: Path) -> list[Path]:
         "report.md": markdown(findings),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     return [folder / name for name in texts]
 
 
