@@ -7,11 +7,7 @@ import pty
 import signal
 import sys
 from collections.abc import Callable
-<<<<<<< HEAD
-=======
 from functools import partial
-from pathlib import Path
->>>>>>> t2
 
 import pytest
 from rich.console import Console
