@@ -27,6 +27,7 @@ from splitlearn import address, config
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.runtime import ports, proxies
+from splitlearn.runtime.arguments import OneLineParser
 from splitlearn.runtime.progress import on_console
 from splitlearn.runtime.terminal import guarded, say
 from splitlearn.wire import READY, SERVICE
@@ -52,7 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
-    options = _options(arguments)
+    try:
+        options = _options(arguments)
+    except SplitlearnError as error:
+        say(f"error: {error}", stderr=True)
+        return 2
     # What an embedded server does, its parent shows; on its terminal there is room for what went wrong only.
     logs.start(logging.WARNING if options.embedded else logging.INFO)
     told: SimpleQueue[str] = SimpleQueue()  # which a signal's handler may use at any moment
@@ -111,7 +116,7 @@ def _drain(running: Running, admission: Admission, others: Others, grace_s: floa
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m server", description="Serve the trunk of the configured model.")
+    parser = OneLineParser("python -m server", description="Serve the trunk of the configured model.")
     parser.add_argument("--config", type=Path, help="a config.yaml (default: every setting at its default)")
     parser.add_argument("--host", help="overrides server.host")
     parser.add_argument("--port", type=int, help="overrides server.port; 0 takes a free one")

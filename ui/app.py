@@ -13,6 +13,7 @@ from splitlearn.arms.embedded_server import Server
 from splitlearn.config import Config
 from splitlearn.errors import SetupError, SplitlearnError, TrunkError
 from splitlearn.runtime import home, ports, proxies
+from splitlearn.runtime.arguments import OneLineParser
 from splitlearn.runtime.progress import Progress, Step, on_console
 from splitlearn.runtime.terminal import say
 from ui import login as page_login
@@ -28,7 +29,11 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config.yaml"
 
 def main(arguments: list[str]) -> int:
     """Serve the page until told to stop. Returns the exit status: 2 when it cannot start as asked."""
-    options = _options(arguments)
+    try:
+        options = _options(arguments)
+    except SplitlearnError as error:
+        say(f"error: {error}", stderr=True)
+        return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the program in the same order as Ctrl-C
     home.settle()
     try:
@@ -47,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python app.py", description="Compare a full and a split model on one page.")
+    parser = OneLineParser("python app.py", description="Compare a full and a split model on one page.")
     parser.add_argument("--config", type=Path, help="a config.yaml (default: the one beside app.py)")
     parser.add_argument("--host", help="overrides ui.host")
     parser.add_argument("--port", type=int, help="overrides ui.port; 0 takes a free one")

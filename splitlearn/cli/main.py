@@ -7,13 +7,14 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from splitlearn import config as configuration
 from splitlearn.config import Config
 from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import GenerationRequest
 from splitlearn.runtime import home, proxies
+from splitlearn.runtime.arguments import OneLineParser
 from splitlearn.runtime.progress import on_console
 from splitlearn.runtime.terminal import guarded, say
 
@@ -48,13 +49,6 @@ def _config(options: argparse.Namespace) -> Config:
     return configuration.load(path)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other error here."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SplitlearnError(f"{message}; `{self.prog} --help` lists what there is.")
-
-
 def _number(field: str, kind: Callable[[str], float], expected: str) -> Callable[[str], float]:
     """A converter for an option: text that is no number is an InputError like any other value that cannot be used."""
 
@@ -76,8 +70,8 @@ def _real(field: str) -> Callable[[str], float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m splitlearn", description="Compare full and split inference.")
-    shared = _Parser(add_help=False)
+    parser = OneLineParser("python -m splitlearn", description="Compare full and split inference.")
+    shared = OneLineParser(add_help=False)
     shared.add_argument("--config", type=Path, help="settings (default: config.yaml in this folder, if there is one)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

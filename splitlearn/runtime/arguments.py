@@ -1,0 +1,14 @@
+"""Command lines: what is wrong with one is said in one line, as every other error."""
+
+import argparse
+from typing import NoReturn
+
+from splitlearn.errors import SplitlearnError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raises SplitlearnError where argparse would print its usage and end the program."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and where to look."""
+        raise SplitlearnError(f"{message}; `{self.prog} --help` lists what there is.")
