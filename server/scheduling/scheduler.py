@@ -4,6 +4,8 @@ Sessions that can share a forward form a group. Groups take turns. In a forward 
 has its one token; prompts share a bounded number of tokens, so that a long one delays the others by no more than that.
 Prompts take turns, too: first among holders (a token of the access file, or a connection), then among a holder's own,
 so that a holder of many sessions takes no more than one of few.
+
+What a group is says `Seat.group` (sessions.py); how long a forward waits for others, `Engine._gather` (engine.py).
 """
 
 from collections.abc import Hashable, Mapping, Sequence

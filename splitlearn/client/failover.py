@@ -3,6 +3,8 @@
 The first that works is used until it is lost; then the next one in the list, and round again, with pauses that grow
 and are random (full jitter), so that many clients of one trunk do not come back at the same moment. An address that
 failed several times in a row has its circuit open (client/circuit_breaker.py). One that refuses is not asked again.
+
+That a trunk was lost in the middle of an answer is noticed, and its session replayed, in client/remote_stage.py.
 """
 
 import random
