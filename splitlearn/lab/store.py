@@ -27,7 +27,7 @@ from splitlearn.lab.records import Setup, Trial
 
 # Where an experiment is kept: this file, in a folder of its own in this one.
 FILE, FOLDER = "experiment.sqlite", "lab"
-VERSION = 1
+VERSION = 2
 APPLICATION_ID = 0x53504C42  # "SPLB": tells an experiment from any other SQLite file
 FIELD = "experiment file"
 # A run that was discarded keeps what was measured. An ending counts until another run is added: `trials` is the number

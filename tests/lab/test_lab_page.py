@@ -148,7 +148,7 @@ def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
     assert {row.split("\t")[0] for row in verdicts.all_inner_texts()} == {"A/A", FLAG}
     beside = again.locator("#lab-report [aria-label='Full and split'] tbody th")
     assert beside.all_inner_texts() == [
-        "baseline again", "baseline", "baseline without the ledger", f"without {FLAG}"
+        "baseline again", "baseline", f"without {FLAG}"
     ]  # fmt: skip
     expect(again.locator("#lab-forest-full-ttft_s .js-plotly-plot")).to_be_visible()
     files = exports(again, tmp_path)

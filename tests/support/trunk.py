@@ -40,7 +40,7 @@ from splitlearn.wire.hidden_states import Plain, Rows
 from tests.conftest import ROOT
 
 PLAN = SplitPlan(2, 4, 6)
-ANSWER_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 120.0
 RAW = Plain(torch.float32)
 
 
