@@ -168,7 +168,7 @@ def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
     pairs = pd.read_csv(files["pairs.csv"])
     assert (pairs.groupby(["flag", "kind", "metric"]).size() == 2).all()
     trials = pd.read_csv(files["trials.csv"])
-    assert trials["bad"].isna().sum() >= 2 * 8
+    assert trials["bad"].isna().sum() >= 2 * 6
     again.close()
     left_at = time.monotonic()
     while list(kept.iterdir()):  # what she could download goes with her
