@@ -3,8 +3,8 @@
 A session waits at most its own timeout. `choose` says who comes next: the session whose holder (a token of the access
 file, or a connection) has the fewest here, and among those the first. One that needs more room than there is does not
 keep out the others; but after OVERTAKES others have passed it, what becomes free is kept for it, for as long as two
-usual stays last. When the queue is full, a new session is rejected at once, unless another holder has more sessions in
-the queue: then that one's last is rejected.
+usual stays last, and no longer than LONGEST_KEPT_S. When the queue is full, a new session is rejected at once, unless
+another holder has more sessions in the queue: then that one's last is rejected.
 """
 
 import threading
@@ -18,7 +18,7 @@ from splitlearn.kvcache.pool import KVPool, Run
 
 FIRST_GUESS_S = 5.0
 RETRY_S = (0.1, 30.0)
-OVERTAKES = 8
+OVERTAKES, LONGEST_KEPT_S = 8, 10.0
 LOOK_S = 1.0
 """How often a waiting session looks whether the room kept for another one is free again."""
 DRAINING = "this trunk server is shutting down"
@@ -176,7 +176,7 @@ class Admission:
         """Give places to those whose turn it is, as far as there is room."""
         now = time.monotonic()
         while self._queue and not self._draining:
-            ticket = choose(self._queue, self._held, self._room, now, 2 * self._stay_s)
+            ticket = choose(self._queue, self._held, self._room, now, min(LONGEST_KEPT_S, 2 * self._stay_s))
             if ticket is None:
                 return
             note_passed(self._queue, ticket, now)

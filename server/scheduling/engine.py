@@ -125,13 +125,15 @@ class Engine:
                 )
             if tokens > held.length:
                 raise InputError("position", tokens, f"at most {held.length}, the length of the session to branch from")
-            parent.copied += 1  # so that its memory is not another one's meanwhile
+            for each in (parent, seat):
+                each.copied += 1  # so that the memory of neither is another one's meanwhile
         try:
             own.branch(held, tokens)  # of a long session a tenth of a second, in which others go on
         finally:
             with self._arrived:
-                parent.copied -= 1
-                self._free_if_over(parent)
+                for each in (parent, seat):
+                    each.copied -= 1
+                    self._free_if_over(each)
 
     def drop(self, key: bytes, step_id: int) -> bool:
         """The client of the session named `key` wants that step no more, nor any before it. False: no such session."""

@@ -35,7 +35,7 @@ class Seat:
     pauses: deque[float] = field(default_factory=lambda: deque(maxlen=PAUSES))
     running: bool = False
     copied: int = 0
-    """How many sessions that branch from it copy its cache now."""
+    """How many copies of a cache, of its own or into its own, are under way."""
     unwanted: int = 0
     """The last step that its client said it does not want, nor those before it."""
     closed: bool = False

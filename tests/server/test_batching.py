@@ -274,6 +274,32 @@ def test_sessions_that_differ_in_what_no_forward_sees_share_one(
     assert all(torch.allclose(output, outputs[0], atol=1e-5) for output in outputs)
 
 
+def test_memory_that_a_branch_is_copied_into_is_nobody_elses_until_it_is_done(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, real = threading.Event(), threading.Event(), LocalSession.branch
+
+    def wait_and_branch(self: LocalSession, other: LocalSession, tokens: int) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        real(self, other, tokens)
+
+    monkeypatch.setattr(LocalSession, "branch", wait_and_branch)
+    with serve_here(files, kv_block_tokens=64) as here:
+        engine, pool = here.served.engine, here.served.admission.pool
+        parent, child = (engine.open(CACHED, 64, 5.0, lambda gone: True) for _ in range(2))
+        engine.step(parent, 0, hidden(files, 9), 60.0)
+        with ThreadPoolExecutor(1) as thread:
+            copied = thread.submit(engine.branch, child, parent.key, 9)
+            assert begun.wait(60)
+            engine.close(child)
+            engine.close(parent)
+            assert pool.blocks_used == 2
+            go_on.set()
+            copied.result()
+        assert pool.blocks_used == 0
+
+
 def test_only_the_last_positions_are_answered_when_no_more_are_wanted(files: ModelFiles) -> None:
     x = hidden(files, 9)
     with serve_here(files) as here, Stream(here.address) as stream:
