@@ -125,7 +125,7 @@ class Stay:
         size = codec.part_bytes(row)
         return [
             pb.ServerMessage(
-                result={  # as in stream.py: no message that is copied into the other
+                result={  # as in client/session_stream.py: no message that is copied into the other
                     "sequence_id": step.sequence_id,
                     "step_id": step.step_id,
                     "position": position + start // row,

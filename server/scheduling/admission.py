@@ -192,9 +192,9 @@ class Admission:
         return self.sessions < self._max_sessions and (not tokens or self.pool.fits(tokens))
 
     def _take(self, ticket: Ticket) -> Place:
+        run = self.pool.reserve(ticket.tokens) if ticket.tokens else None
         self.sessions += 1
         self._held[ticket.holder] += 1
-        run = self.pool.reserve(ticket.tokens) if ticket.tokens else None
         return Place(run, time.monotonic(), ticket.holder)
 
     def _full(self, why: str, cause: str) -> TrunkFull:

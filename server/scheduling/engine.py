@@ -101,9 +101,14 @@ class Engine:
         A session without use_cache has that room, too: its steps are computed in pieces, as those of the others are,
         and keep nothing for the next one.
         """
+        wanted = settings(applied).session
         place = self._admission.enter(max_length, timeout_s, when_gone, holder)
-        cache = self._admission.pool.cache(place.run) if place.run else None
-        session = LocalSession(cache, settings(applied).session, max_length, shares=self.packs)
+        try:
+            cache = self._admission.pool.cache(place.run) if place.run else None
+            session = LocalSession(cache, wanted, max_length, shares=self.packs)
+        except BaseException:  # whatever it is, the place is not lost with it
+            self._admission.leave(place)
+            raise
         seat = Seat(session, applied, place, packs=self.packs)
         with self._arrived:
             self._seats.append(seat)

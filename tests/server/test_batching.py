@@ -274,6 +274,18 @@ def test_sessions_that_differ_in_what_no_forward_sees_share_one(
     assert all(torch.allclose(output, outputs[0], atol=1e-5) for output in outputs)
 
 
+def test_a_session_that_cannot_be_made_leaves_its_place(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: KVPool, run: object) -> None:
+        raise MemoryError("no cache")
+
+    with serve_here(files) as here:
+        monkeypatch.setattr(KVPool, "cache", fail)
+        with pytest.raises(MemoryError):
+            here.served.engine.open(CACHED, 20, 5.0, lambda gone: True)
+        admission = here.served.admission
+        assert admission.sessions == admission.pool.blocks_used == 0
+
+
 def test_memory_that_a_branch_is_copied_into_is_nobody_elses_until_it_is_done(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
