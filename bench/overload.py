@@ -16,12 +16,12 @@ from splitlearn.arms.arm import ArmSpec
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
 from splitlearn.config import ServerConfig
-from splitlearn.lab.stats import percentile
 from splitlearn.loadtest.clients import replay_clients
 from splitlearn.loadtest.driver import Measured, drive
 from splitlearn.loadtest.plan import SHORTEST, Asked, Levels
 from splitlearn.loadtest.recording import Recording, recordings_of
 from splitlearn.loadtest.summary import Spread, Summary
+from splitlearn.reporting.percentile import percentile
 from splitlearn.runtime.progress import silent
 
 FACTOR = 10.0

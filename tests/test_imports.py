@@ -25,6 +25,7 @@ ORDER = (
     "flags",
     "client",
     "arms",
+    "reporting",
     "lab",
     "loadtest",
     "cli",

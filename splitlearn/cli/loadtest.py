@@ -22,6 +22,7 @@ from splitlearn.loadtest.plan import Asked, check_lengths
 from splitlearn.loadtest.recording import recordings_of
 from splitlearn.loadtest.report import Findings
 from splitlearn.loadtest.summary import Summary
+from splitlearn.reporting.files import make_folder
 from splitlearn.runtime.progress import Progress, on_console
 from splitlearn.runtime.terminal import PlainTable, console, say
 
@@ -31,7 +32,7 @@ FOLDER = "load"
 def run(asked: Asked, config: Config, out: Path | None, *, as_json: bool) -> None:
     """Load the trunk as asked; the exports lie in `out` when it is over. Ctrl-C ends it early, with what there is."""
     folder = out or Path(FOLDER) / time.strftime("%Y-%m-%d-%H%M%S")
-    report.make_folder(folder)
+    make_folder(folder)
     with on_console() as progress, Runs(config, progress) as runs, _stop_on_interrupt() as stop:
         found = measure(runs, asked, progress, stop)
     if as_json:

@@ -1,13 +1,11 @@
-"""The pictures of a load, as plotly figures: how TTFT and TPOT are distributed, each request, tokens over time."""
+"""The charts of a load test, as plotly figures: how TTFT and TPOT are distributed, each request, tokens over time."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import plotly.graph_objects as go
-
-from splitlearn.lab.report.charts import GRID
 from splitlearn.loadtest.driver import Measured, Outcome, State
 from splitlearn.loadtest.plan import Levels
+from splitlearn.reporting.charts import new_figure
 
 # Okabe and Ito's palette; the symbol tells them apart, too.
 COLOURS: Mapping[State, str] = {
@@ -16,6 +14,8 @@ COLOURS: Mapping[State, str] = {
 SYMBOLS: Mapping[State, str] = {**{"done": "circle", "rejected": "x", "failed": "diamond", "incomplete": "triangle-up"}}
 BINS = 60
 HEIGHT = 320
+UNDER: Mapping[str, Any] = {"orientation": "h", "y": -0.25}
+"""Where a legend lies: under its chart."""
 
 
 def distributions(measured: Measured, levels: Levels) -> list[Any]:
@@ -29,7 +29,7 @@ def distributions(measured: Measured, levels: Levels) -> list[Any]:
 
 def requests(measured: Measured) -> Any:
     """Each request at its arrival: its TTFT if it was begun to be answered, otherwise when it was given up."""
-    figure = go.Figure()
+    figure = _figure("each request: ms to the first token, or to the refusal", "arrival, s", UNDER)
     for state, colour in COLOURS.items():
         chosen = [outcome for outcome in measured.outcomes if outcome.state == state]
         if chosen:
@@ -41,7 +41,7 @@ def requests(measured: Measured) -> Any:
                 marker={"color": colour, "symbol": SYMBOLS[state], "size": 7, "opacity": 0.7},
                 hovertemplate="arrived at %{x:.2f} s: %{y:.0f} ms<extra>" + state + "</extra>",
             )
-    return _style(figure, "each request: ms to the first token, or to the refusal", "arrival, s", legend=True)
+    return figure
 
 
 def throughput(measured: Measured) -> Any:
@@ -51,15 +51,15 @@ def throughput(measured: Measured) -> Any:
     for at in (at for outcome in measured.outcomes for at in outcome.token_s if at < measured.duration_s):
         counts[min(BINS - 1, int(at / width))] += 1
     middles = [(index + 0.5) * width for index in range(BINS)]
-    figure = go.Figure()
+    figure = _figure("TPS (system) over time", "s")
     figure.add_scatter(x=middles, y=[count / width for count in counts], mode="lines", line={"color": COLOURS["done"]})
     figure.update_yaxes(rangemode="tozero")
-    return _style(figure, "TPS (system) over time", "s")
+    return figure
 
 
 def _share(name: str, values: Sequence[float], level: float) -> Any:
     ordered = sorted(value * 1e3 for value in values)
-    figure = go.Figure()
+    figure = _figure(f"{name}: share of {len(values)} requests within so many ms", "ms")
     figure.add_scatter(
         x=ordered,
         y=[(index + 1) / len(ordered) for index in range(len(ordered))],
@@ -70,24 +70,14 @@ def _share(name: str, values: Sequence[float], level: float) -> Any:
     figure.add_vline(x=level * 1e3, line={"color": COLOURS["rejected"], "dash": "dash", "width": 1.5})
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
     figure.update_xaxes(type="log", dtick="D1")
-    return _style(figure, f"{name}: share of {len(values)} requests within so many ms", "ms")
+    return figure
 
 
 def _shown(outcome: Outcome) -> float:
     return outcome.ttft_s if outcome.ttft_s is not None else outcome.ended_s - outcome.arrived_s
 
 
-def _style(figure: Any, title: str, below: str, legend: bool = False) -> Any:
-    figure.update_layout(
-        height=HEIGHT,
-        showlegend=legend,
-        legend={"orientation": "h", "y": -0.25},
-        title={"text": title, "font": {"size": 13}, "x": 0.01},
-        font={"family": "system-ui, sans-serif", "size": 12},
-        margin={"l": 8, "r": 12, "t": 34, "b": 8},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-    )
-    figure.update_xaxes(title={"text": below}, gridcolor=GRID, automargin=True, fixedrange=True)
-    figure.update_yaxes(gridcolor=GRID, automargin=True, fixedrange=True)
+def _figure(title: str, below: str, legend: Mapping[str, Any] | None = None) -> Any:
+    figure = new_figure(title, HEIGHT, legend)
+    figure.update_xaxes(title={"text": below})
     return figure

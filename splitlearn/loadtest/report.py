@@ -1,24 +1,20 @@
 """What is handed on of a load: JSON, a CSV of its requests, and one HTML file that needs nothing beside it."""
 
 import json
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from plotly.offline import get_plotlyjs
 
-from splitlearn.errors import InputError
-from splitlearn.lab.report.data import csv
-from splitlearn.lab.report.exports import picture
 from splitlearn.loadtest import charts
 from splitlearn.loadtest.driver import Measured
 from splitlearn.loadtest.plan import Asked
 from splitlearn.loadtest.summary import Spread, Summary
+from splitlearn.reporting.files import csv, write_texts
+from splitlearn.reporting.page import chart_html, render
 
-TEMPLATE = "report.html.jinja"
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 BUSY = 0.8
 """From so much of a core on, this process may be what is slow."""
 
@@ -49,49 +45,35 @@ def as_json(findings: Findings) -> dict[str, Any]:
     }
 
 
-def make_folder(folder: Path) -> None:
-    """Make `folder`, if it is not there. Raises InputError where it cannot be made or written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError("out", str(folder), f"a folder that can be written ({error.strerror})") from error
-
-
 def write_exports(findings: Findings, folder: Path) -> None:
     """Write load.json, requests.csv and report.html into `folder`, which is made if it is not there."""
-    make_folder(folder)
     texts = {
         "load.json": json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n",
         "requests.csv": _requests(findings),
         "report.html": html(findings),
     }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+    write_texts(folder, texts)
 
 
 def html(findings: Findings) -> str:
     """The report as one page. All text from outside is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     asked, measured = findings.asked, findings.measured
     figures = [
         *charts.distributions(measured, asked.levels),
         charts.requests(measured),
         charts.throughput(measured),
     ]
-    return environment.get_template(TEMPLATE).render(
+    return render(
+        TEMPLATE,
         title=f"Load: {findings.model}",
         about=about(findings),
         notes=notes(findings.summary),
         times=times(findings.summary),
         counts=counts(findings),
         reasons=findings.summary.reasons,
-        pictures=[picture(figure) for figure in figures],
+        charts=chart_html(figures),
         command=findings.command,
         environment=json.dumps(findings.environment, indent=2),
-        plotly_js=get_plotlyjs(),
     )
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from splitlearn.lab.stats import percentile
 from splitlearn.loadtest.driver import Measured, Outcome
 from splitlearn.loadtest.plan import Levels
+from splitlearn.reporting.percentile import percentile
 
 PERCENTILES = {"p50_s": 0.5, "p90_s": 0.9, "p95_s": 0.95, "p99_s": 0.99}
 

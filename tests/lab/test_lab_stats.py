@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import signal, stats
 
 from splitlearn.errors import InputError
-from splitlearn.lab.stats import Decision, decide, drift, effect, looks, percentile, withheld
+from splitlearn.lab.stats import Decision, decide, drift, effect, looks, withheld
 
 Times = NDArray[np.float64]
 DELTA = 0.02
@@ -241,15 +241,6 @@ def test_verdicts_are_withheld_where_the_noise_is_wider_than_delta_or_not_about_
     assert "does not cover 1" in (withheld(effect(*_with_moments(0.01, 0.001, 20)), DELTA) or "")
 
 
-def test_percentiles_are_given_only_where_there_are_enough_values() -> None:
-    values = [float(value) for value in range(1, 369)]
-    assert percentile(values[:71], 0.95) is None
-    assert percentile(values[:72], 0.95) == pytest.approx(68.45)
-    assert percentile(values[:367], 0.99) is None
-    assert percentile(values, 0.99) == pytest.approx(np.quantile(values, 0.99))
-    assert percentile(values[:5], 0.5) is None and percentile(values[:6], 0.5) == 3.5
-
-
 def test_a_drift_is_found_among_outliers_and_none_where_there_is_none() -> None:
     rng = np.random.default_rng(20)
     noise = np.exp(0.01 * rng.standard_normal((150, 60))) * np.where(rng.random((150, 60)) < 0.05, 1.6, 1)
@@ -278,5 +269,3 @@ def test_what_cannot_be_used_is_refused_by_name() -> None:
         decide({"q": (good, good)}, DELTA, 0)
     with pytest.raises(InputError, match="pairs"):
         looks(1)
-    with pytest.raises(InputError, match="percentile"):
-        percentile(good, 95)

@@ -9,6 +9,7 @@ from splitlearn.lab.analysis.findings import Findings
 from splitlearn.lab.analysis.pairing import ArmFigures
 from splitlearn.lab.job import Seen
 from splitlearn.lab.report import charts, tables
+from splitlearn.reporting.charts import PART_COLOURS
 from ui.compare.view import head_row, table
 from ui.format import MISSING, rate, seconds, size
 
@@ -81,7 +82,7 @@ def details(findings: Findings) -> str:
 def ledger_key(findings: Findings) -> str:
     """The colours of the ledger's bars."""
     parts = "".join(
-        f'<li><span class="sl-swatch" style="background:{charts.LEDGER_COLOURS[word]}"></span>{word}</li>'
+        f'<li><span class="sl-swatch" style="background:{PART_COLOURS[word]}"></span>{word}</li>'
         for word in charts.words(findings.arms)
     )
     return f'<h3>Where the time went</h3><ul class="sl-key">{parts}</ul>'

@@ -4,15 +4,13 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-import plotly.graph_objects as go
-
+from splitlearn.reporting.charts import new_figure
 from splitlearn.runtime import hardware
 from ui.compare import view
 from ui.format import MISSING, rate, seconds, size
 from ui.trunk.monitor import KEPT_S, Figures, Shown
 
 PAUSED = "Something is being timed, which a look at the trunk would disturb. This goes on when that is over."
-GRID = "rgba(128,128,128,0.35)"
 Lines = dict[str, tuple[str, Callable[[Figures], float | None]]]
 BLUE, GREEN, ORANGE = "#0072b2", "#009e73", "#d55e00"
 CHARTS: dict[str, Lines] = {
@@ -62,23 +60,14 @@ def card(shown: Shown, paused: bool = False) -> str:
 
 def picture(shown: Shown, title: str) -> Any:
     """Lines over the last two minutes, on one axis from zero."""
-    figure = go.Figure()
+    figure = new_figure(title, height=190, legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.22})
     now = shown.figures[-1].at if shown.figures else 0.0
     for name, (colour, read) in CHARTS[title].items():
         x = [at.at - now for at in shown.figures]
         y = [read(at) for at in shown.figures]
         figure.add_scatter(x=x, y=y, name=name, mode="lines", line={"color": colour, "width": 2})
-    figure.update_layout(
-        height=190,
-        title={"text": title, "font": {"size": 14}, "x": 0.01},
-        margin={"l": 8, "r": 8, "t": 34, "b": 8},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        showlegend=True,
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.22},
-        xaxis={"range": [-KEPT_S, 0], "ticksuffix": " s", "gridcolor": GRID, "zeroline": False, "automargin": True},
-        yaxis={"rangemode": "tozero", "gridcolor": GRID, "zerolinecolor": GRID, "automargin": True},
-    )
+    figure.update_xaxes(range=[-KEPT_S, 0], ticksuffix=" s")
+    figure.update_yaxes(rangemode="tozero")
     return figure
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from splitlearn.errors import InputError
-from splitlearn.lab import stats
 from splitlearn.lab.design import Arm, Question
 from splitlearn.lab.records import Trial
 from splitlearn.metrics import LEDGER_ORDER, UNATTRIBUTED, first_divergence
+from splitlearn.reporting.percentile import percentile
 
 # The ledger must explain all but this share of the wall time.
 UNATTRIBUTED_LIMIT = 0.005
@@ -101,7 +101,7 @@ class LedgerEffect:
 class ArmFigures:
     """One arm over its `runs` runs that count: medians, times in seconds, memory in bytes.
 
-    Percentiles are None where there are too few values (`stats.percentile`); those of ITL are over all `intervals`
+    Percentiles are None where there are too few values (`reporting.percentile`); those of ITL are over all `intervals`
     between tokens. `ledger` is mean seconds per token after the first. `unattributed` is the share of the wall time
     that no part of the ledger explains, None for an arm that runs without it.
     """
@@ -209,12 +209,12 @@ def figures(arm: Arm, trials: Sequence[Trial], service: ServiceLevel) -> ArmFigu
         kind=arm.kind,
         runs=len(trials),
         ttft_s=ttft_s,
-        ttft_p95_s=stats.percentile(ttft, 0.95),
-        ttft_p99_s=stats.percentile(ttft, 0.99),
+        ttft_p95_s=percentile(ttft, 0.95),
+        ttft_p99_s=percentile(ttft, 0.99),
         tpot_s=tpot_s,
         intervals=len(itl),
-        itl_p95_s=stats.percentile(itl, 0.95),
-        itl_p99_s=stats.percentile(itl, 0.99),
+        itl_p95_s=percentile(itl, 0.95),
+        itl_p99_s=percentile(itl, 0.99),
         load_s=median(trial.load_s for trial in trials),
         compile_s=median(trial.compile_s for trial in trials),
         added_bytes=median(trial.added_bytes for trial in trials),

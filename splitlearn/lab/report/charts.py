@@ -1,4 +1,4 @@
-"""The pictures of an experiment, as plotly figures: intervals, raw pairs, and where the time went.
+"""The charts of an experiment, as plotly figures: intervals, raw pairs, and where the time went.
 
 Backgrounds are transparent, so that a page may be light or dark. What lies beyond REACH is drawn at the edge of its
 picture as a triangle with the figure beside it: one flag that makes everything ten times faster would otherwise press
@@ -10,16 +10,14 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-import plotly.graph_objects as go
-
 from splitlearn.arms.arm import Kind
 from splitlearn.lab.analysis.findings import METRIC_NAMES, Evidence, Findings, Metric, Row
 from splitlearn.lab.analysis.pairing import ArmFigures
 from splitlearn.metrics import LEDGER_ORDER
+from splitlearn.reporting.charts import PART_COLOURS, new_figure
 
 REACH = 1.25
 LEAST_REACH = 1.05
-GRID = "rgba(128,128,128,0.35)"
 DELTA_BAND = "rgba(0,158,115,0.20)"
 NOISE_BAND = "rgba(213,94,0,0.55)"
 # Few enough for a phone; the widest that lie within the picture are shown.
@@ -31,25 +29,18 @@ DOT = "#3d8fd1"
 # Okabe and Ito's palette, told apart by the colour-blind and in light and dark; the verdict is said in words, too.
 VERDICT_COLOURS: Mapping[str, str] = {"faster": "#009e73", "slower": "#d55e00", "FAILED": "#cc3311"}
 OTHER_COLOUR = "#808890"
-LEDGER_COLOURS: Mapping[str, str] = {
-    **{"tokenise": "#8c8c8c", "open": "#b0b0b0", "draft": "#44aa99", "model": "#0072b2"},
-    **{"bottom": "#56b4e9", "encode": "#f0e442"},
-    **{"wire": "#d55e00", "queue": "#999933", "trunk": "#009e73", "decode": "#e69f00"},
-    **{"recover": "#cc3311", "top": "#5a7fd0"},
-    **{"sample": "#cc79a7", "emit": "#882255", "unattributed": "#a0a0a0"},
-}
 
 
 def forest(findings: Findings, kind: Kind, metric: Metric) -> Any:
     """The interval of each question, with the band that counts as nothing (filled) and the noise floor (dashed)."""
     rows = [row for row in findings.rows if row.question.kind == kind and row.metric == metric and row.effect]
     reach = _reach([end for row in rows if row.effect for end in (row.effect.low, row.effect.high)], findings)
-    figure = go.Figure()
+    title = f"{METRIC_NAMES[metric]}, {kind}: ratio with / without, n = {findings.blocks} blocks"
+    figure = _ratio_figure(title, [row.question.flag for row in rows], reach)
     for row in rows:
         _interval(figure, row, reach)
     _bands(figure, findings, rows)
-    title = f"{METRIC_NAMES[metric]}, {kind}: ratio with / without, n = {findings.blocks} blocks"
-    return _layout(figure, title, [row.question.flag for row in rows], reach)
+    return figure
 
 
 def dots(findings: Findings, kind: Kind, metric: Metric) -> Any:
@@ -57,12 +48,12 @@ def dots(findings: Findings, kind: Kind, metric: Metric) -> Any:
     asked = [found for found in findings.evidence.values() if found.question.kind == kind and found.compared(metric)]
     ratios = [one / other for found in asked for _, one, other in found.compared(metric)]
     reach = _reach(ratios, findings)
-    figure = go.Figure()
+    title = f"{METRIC_NAMES[metric]}, {kind}: each of {findings.blocks} blocks"
+    figure = _ratio_figure(title, [found.question.flag for found in asked], reach)
     for found in asked:
         _dots(figure, found, metric, reach)
     _bands(figure, findings, [])
-    title = f"{METRIC_NAMES[metric]}, {kind}: each of {findings.blocks} blocks"
-    return _layout(figure, title, [found.question.flag for found in asked], reach)
+    return figure
 
 
 def ledger(findings: Findings, kind: Kind) -> Any:
@@ -72,7 +63,7 @@ def ledger(findings: Findings, kind: Kind) -> Any:
     totals = [sum(arm.ledger.values()) * 1e3 for arm in arms]
     longest = LONGEST_BAR * median(totals or [1.0])
     shown = [min(1.0, longest / total) for total in totals]
-    figure = go.Figure()
+    figure = _rows(f"{kind}: ms per token after the first, mean of {findings.blocks} runs", names)
     for word in words(arms):
         values = [arm.ledger.get(word, 0.0) * 1e3 for arm in arms]
         figure.add_bar(
@@ -81,13 +72,12 @@ def ledger(findings: Findings, kind: Kind) -> Any:
             customdata=values,
             name=word,
             orientation="h",
-            marker={"color": LEDGER_COLOURS[word], "line": {"width": 0}},
+            marker={"color": PART_COLOURS[word], "line": {"width": 0}},
             hovertemplate=f"%{{y}}, {word}: %{{customdata:.3f}} ms per token<extra></extra>",
         )
     for name, total, part in zip(names, totals, shown, strict=True):
         text = f"{CUT if part < 1 else ''}{total:.1f}"
         figure.add_annotation(text=text, x=total * part, y=name, xanchor="left", showarrow=False, font={"size": 11})
-    _style(figure, f"{kind}: ms per token after the first, mean of {findings.blocks} runs", names)
     figure.update_layout(barmode="stack")
     edge = max((total * part for total, part in zip(totals, shown, strict=True)), default=1.0)
     figure.update_xaxes(range=[0, edge * 1.6], tickangle=0, nticks=5)
@@ -166,8 +156,8 @@ def _reach(values: Sequence[float], findings: Findings) -> float:
     return min(REACH, max(widest, LEAST_REACH, 1 + 2 * findings.setup.delta))
 
 
-def _layout(figure: Any, title: str, names: Sequence[str], reach: float) -> Any:
-    _style(figure, title, names)
+def _ratio_figure(title: str, names: Sequence[str], reach: float) -> Any:
+    figure = _rows(title, names)
     edge = math.log10(reach) * 1.04
     ticks = next((ticks for ticks in TICKS if math.log10(ticks[-1]) <= edge), TICKS[-1])
     texts = [f"{tick:g}" for tick in ticks]
@@ -175,25 +165,11 @@ def _layout(figure: Any, title: str, names: Sequence[str], reach: float) -> Any:
     return figure
 
 
-def _style(figure: Any, title: str, names: Sequence[str]) -> None:
-    figure.update_layout(
-        height=78 + 26 * max(1, len(names)),
-        showlegend=False,
-        title={"text": title, "font": {"size": 13}, "x": 0.01},
-        font={"family": "system-ui, sans-serif", "size": 12},
-        margin={"l": 8, "r": 12, "t": 34, "b": 8},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        xaxis={"gridcolor": GRID, "zeroline": False, "automargin": True, "fixedrange": True},
-        yaxis={
-            "automargin": True,
-            "showgrid": False,
-            "autorange": "reversed",
-            "categoryorder": "array",
-            "categoryarray": list(names),
-        },
-    )
-    figure.update_yaxes(fixedrange=True)
+def _rows(title: str, names: Sequence[str]) -> Any:
+    """A figure with a row for each name, the first on top."""
+    figure = new_figure(title, height=78 + 26 * max(1, len(names)))
+    figure.update_yaxes(showgrid=False, autorange="reversed", categoryorder="array", categoryarray=list(names))
+    return figure
 
 
 def _short(arm: ArmFigures) -> str:

@@ -11,17 +11,6 @@ from splitlearn.lab.analysis.findings import METRICS, Findings, Row
 from splitlearn.lab.published_claims import claim
 from splitlearn.lab.stats import Effect
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-
-
-def csv(frame: pd.DataFrame) -> str:
-    """`frame` as CSV. A cell that a spreadsheet would compute begins with an apostrophe: text is nobody's formula."""
-    return frame.map(_no_formula).to_csv(index=False)
-
-
-def _no_formula(cell: Any) -> Any:
-    return f"'{cell}" if isinstance(cell, str) and cell.lstrip(" ").startswith(FORMULA) else cell
-
 
 def verdicts(findings: Findings) -> pd.DataFrame:
     """One row for each question and metric."""

@@ -7,45 +7,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import plotly.io
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from plotly.offline import get_plotlyjs
-
 from splitlearn.arms.compare import KINDS
 from splitlearn.lab.analysis.findings import METRICS, Findings
 from splitlearn.lab.environment import differences
 from splitlearn.lab.report import charts, data, tables
+from splitlearn.reporting.charts import PART_COLOURS
+from splitlearn.reporting.files import csv, write_texts
+from splitlearn.reporting.page import chart_html, render
 
-TEMPLATE = "report.html.jinja"
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def write_exports(findings: Findings, folder: Path) -> list[Path]:
     """Write results.json, verdicts.csv, pairs.csv, trials.csv, report.html and report.md into `folder`, which is made
     if it is not there. Gives their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "results.json": json.dumps(data.as_json(findings), indent=1, allow_nan=False) + "\n",
-        "verdicts.csv": data.csv(data.verdicts(findings)),
-        "pairs.csv": data.csv(data.pairs(findings)),
-        "trials.csv": data.csv(data.trials(findings)),
+        "verdicts.csv": csv(data.verdicts(findings)),
+        "pairs.csv": csv(data.pairs(findings)),
+        "trials.csv": csv(data.trials(findings)),
         "report.html": html(findings),
         "report.md": markdown(findings),
     }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-    return [folder / name for name in texts]
+    return write_texts(folder, texts)
 
 
 def html(findings: Findings) -> str:
     """The report as one page without any file or address beside it. All text from outside is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
     setup = findings.setup
-    return environment.get_template(TEMPLATE).render(
+    return render(
+        TEMPLATE,
         title=f"Experiment: {setup.model}",
         summary=_summary(findings),
         status=_status(findings),
@@ -56,15 +47,14 @@ def html(findings: Findings) -> str:
         arms=tables.arms(findings),
         claims=tables.claims(findings),
         left_out=tables.left_out(findings),
-        forests=[picture(charts.forest(findings, kind, metric)) for metric in METRICS for kind in KINDS],
-        dots=[picture(charts.dots(findings, kind, metric)) for metric in METRICS for kind in KINDS],
-        ledgers=[picture(charts.ledger(findings, kind)) for kind in KINDS],
-        key=[(word, charts.LEDGER_COLOURS[word]) for word in charts.words(findings.arms)],
+        forests=chart_html([charts.forest(findings, kind, metric) for metric in METRICS for kind in KINDS]),
+        dots=chart_html([charts.dots(findings, kind, metric) for metric in METRICS for kind in KINDS]),
+        ledgers=chart_html([charts.ledger(findings, kind) for kind in KINDS]),
+        key=[(word, PART_COLOURS[word]) for word in charts.words(findings.arms)],
         command=setup.command,
         prompts=setup.prompts,
         environment=json.dumps(setup.environment, indent=2),
         notes=json.dumps(findings.notes, indent=2),
-        plotly_js=get_plotlyjs(),
     )
 
 
@@ -120,18 +110,6 @@ def _asked_otherwise(one: Findings, other: Findings) -> Iterator[str]:
             yield f"{name} are not the same"
         else:
             yield f"{name}: {values[0]} against {values[1]}"
-
-
-def picture(figure: Any) -> str:
-    """A figure as a part of a page that has plotly's script."""
-    text: str = plotly.io.to_html(
-        figure,
-        include_plotlyjs=False,
-        full_html=False,
-        default_height=f"{figure.layout.height}px",
-        config={"responsive": True, "displayModeBar": False},
-    )
-    return text
 
 
 def _summary(findings: Findings) -> str:
