@@ -65,7 +65,7 @@ NEAR = 1e-3
 LAYERS_AT_ONCE = 4
 # A token is computed by two threads where there are so many, and so many bytes of weights. Client and trunk are at work
 # at the same time (generation/head_overlap.py), and with two threads each on two cores take them from each other; and a
-# helper comes 0.1 to 0.4 ms late. docs/speed.md has the figures.
+# helper comes 0.1 to 0.4 ms late. docs/notes/token-time.md has the figures.
 HELPED_FROM, HELPED_BYTES = 4, 8 << 20
 
 
