@@ -2,7 +2,7 @@
 
 The head has a logit for each word of the vocabulary, and reads as many weights as several layers. Low ids are those
 that a tokenizer learned first, from what is said most: the likeliest of the first quarter of them is the likeliest of
-all for nine tokens in ten (docs/notes/token-time.md). So when the stage has the first logits, that token goes through the stages
+all for nine tokens in ten (docs/notes). So when the stage has the first logits, that token goes through the stages
 up to the trunk, and the client computes the other logits while it is on its way. If one of them is larger, the step is
 rolled back, and the trunk told to give it up: the tokens are those that there would have been.
 """
