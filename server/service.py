@@ -21,9 +21,10 @@ from splitlearn.flags.registry import FLAGS, Place, of_scope
 from splitlearn.flags.selection import applied_of, chosen_in, why_not
 from splitlearn.runtime import hardware
 from splitlearn.runtime.process import peak_resident_bytes
-from splitlearn.wire import ENVELOPE_BYTES, MAX_TENSOR_BYTES, PROTOCOL, SERVICE
+from splitlearn.wire import ENVELOPE_BYTES, MAX_TENSOR_BYTES, PROTOCOL
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import status_of
+from splitlearn.wire.stub import DESCRIBE, DROP, METRICS, SESSION
 
 MAX_OPEN_BYTES = 64 * 1024
 DEFAULT_WAIT_S = 120.0
@@ -52,13 +53,13 @@ class TrunkService:
         """All methods by their full names: Session, and on other threads what is answered at once."""
         brief = Patience(self._limits.open_s, self._limits.open_s)
         answers: dict[str, Callable[[bytes, grpc.ServicerContext], Message]] = {
-            "Describe": self.describe,
-            "Metrics": self.metrics,
-            "Drop": self.drop,
+            DESCRIBE: self.describe,
+            METRICS: self.metrics,
+            DROP: self.drop,
         }
         unaries = {name: Method(unary(answer), threads, brief) for name, answer in answers.items()}
         session = Method(self.session, sessions, Patience(self._limits.open_s, self._limits.idle_s))
-        return {f"/{SERVICE}/{name}": method for name, method in {**unaries, "Session": session}.items()}
+        return {**unaries, SESSION: session}
 
     def describe(self, request: bytes, context: grpc.ServicerContext) -> pb.Description:
         """What is served here, and which flags can be applied. A request says nothing, so that none can be wrong."""

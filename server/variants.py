@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import grpc
 
@@ -27,16 +26,14 @@ from splitlearn.config import Config
 from splitlearn.errors import InputError, TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.flags.registry import FLAGS
 from splitlearn.runtime.watchdog import Watchdog
-from splitlearn.wire import SERVICE, TOKEN_HEADER
+from splitlearn.wire import TOKEN_HEADER
+from splitlearn.wire.stub import TrunkStub
 
 DROP_TIMEOUT_S = 1.0
 LOOK_S = 1.0
 SCOPES = ("load", "process")
 NOT_BY_DEFAULT = frozenset({"torch_compile"})
 """It keeps all cores busy for minutes, for whoever asks."""
-
-if TYPE_CHECKING:  # grpc's classes are generic for the type checker only
-    Method = grpc.StreamStreamMultiCallable[bytes, bytes]
 
 
 def _until_gone(requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -105,8 +102,7 @@ class Others:
         """
         child = self._take(flags, context, time.monotonic() + timeout_s)
         try:
-            method: Method = child.channel.stream_stream(f"/{SERVICE}/Session")
-            call = method(chain([first], _until_gone(requests)), metadata=_shown(context))
+            call = TrunkStub(child.channel).session(chain([first], _until_gone(requests)), metadata=_shown(context))
             context.add_callback(lambda: _cancel(call))
             try:
                 yield from call
@@ -123,9 +119,9 @@ class Others:
         with self._lock:
             children = [child for child in self._children.values() if child.sessions and child.serves()]
         for child in children:
-            method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = child.channel.unary_unary(f"/{SERVICE}/Drop")
+            drop = TrunkStub(child.channel).drop
             with contextlib.suppress(grpc.RpcError):
-                method(request, timeout=DROP_TIMEOUT_S, metadata=_shown(context))
+                drop(request, timeout=DROP_TIMEOUT_S, metadata=_shown(context))
 
     def stop(self) -> None:
         """End all children, all at the same time."""

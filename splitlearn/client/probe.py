@@ -16,6 +16,7 @@ from splitlearn.wire import SERVICE
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.status import error_of
+from splitlearn.wire.stub import TrunkStub
 
 TIMEOUT_S = 3.0
 
@@ -73,21 +74,12 @@ class _Trunk:
         self.address = address
         self.channel = open_channel(address, shown)
         self._health = health_pb2_grpc.HealthStub(self.channel)
-        self._describe = self.channel.unary_unary(
-            f"/{SERVICE}/Describe",
-            request_serializer=pb.DescribeRequest.SerializeToString,
-            response_deserializer=pb.Description.FromString,
-        )
-        self._metrics = self.channel.unary_unary(
-            f"/{SERVICE}/Metrics",
-            request_serializer=pb.MetricsRequest.SerializeToString,
-            response_deserializer=pb.MetricsText.FromString,
-        )
+        self._stub = TrunkStub(self.channel)
 
     def look(self) -> Look:
         """Ask; raises grpc.RpcError."""
-        description = self._describe(pb.DescribeRequest(), timeout=TIMEOUT_S)
-        text = self._metrics(pb.MetricsRequest(), timeout=TIMEOUT_S).text
+        description = self._stub.describe(pb.DescribeRequest(), timeout=TIMEOUT_S)
+        text = self._stub.metrics(pb.MetricsRequest(), timeout=TIMEOUT_S).text
         at = time.monotonic()
         health = self._health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=TIMEOUT_S)
         serving = health.status == health_pb2.HealthCheckResponse.SERVING

@@ -23,10 +23,11 @@ from splitlearn.errors import TrunkError, TrunkRefused, TrunkUnavailable
 from splitlearn.events import Recovery, StageTiming
 from splitlearn.stages.base import StageInput, StageOutput, UnderWay
 from splitlearn.stages.settings import SessionSettings
-from splitlearn.wire import PROTOCOL, SERVICE
+from splitlearn.wire import PROTOCOL
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.status import error_of
+from splitlearn.wire.stub import TrunkStub
 
 Found = TypeVar("Found")
 # The trunk is told this share of the time that is waited for it: what it says when the time is over still arrives.
@@ -224,16 +225,10 @@ def first_that_works(addresses: Sequence[str], ask: Callable[[str], Found]) -> F
 def describe(address: str, shown: Credentials = NONE, timeout_s: float = 10.0) -> pb.Description:
     """What the trunk at `address` serves. Raises TrunkUnavailable when nobody answers there."""
     with open_channel(address, shown) as opened:
-        method = opened.unary_unary(
-            f"/{SERVICE}/Describe",
-            request_serializer=pb.DescribeRequest.SerializeToString,
-            response_deserializer=pb.Description.FromString,
-        )
         try:
-            description: pb.Description = method(pb.DescribeRequest(), timeout=timeout_s)
+            return TrunkStub(opened).describe(pb.DescribeRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
             raise error_of(error, address) from error
-    return description
 
 
 def check_served(description: pb.Description, served: Served, address: str) -> None:

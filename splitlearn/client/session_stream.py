@@ -20,10 +20,11 @@ from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.watchdog import Watchdog
 from splitlearn.stages.base import StageOutput
 from splitlearn.stages.settings import SessionSettings
-from splitlearn.wire import PROTOCOL, SERVICE, codec
+from splitlearn.wire import PROTOCOL, codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.hidden_states import Rows, converted
 from splitlearn.wire.status import error_of
+from splitlearn.wire.stub import TrunkStub
 
 CLOSE_TIMEOUT_S = 2.0
 # gRPC's own deadline counts for a whole stream, not for a step.
@@ -96,9 +97,9 @@ class Stream:
         self._part_bytes = 0
         self._deadline = float("inf")
         self._over = False
-        method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/Session")
-        self._call = method(iter(self._outgoing.get, None))
-        self._drop: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE}/Drop")
+        stub = TrunkStub(channel)
+        self._call = stub.session(iter(self._outgoing.get, None))
+        self._drop = stub.drop
         self._dropping: grpc.Future[bytes] | None = None
         self._unwanted = 0
         _watchdog.watch(self)
