@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from splitlearn.runtime import private_apis
 from splitlearn.runtime.watchdog import Watchdog
 
 LOOK_S = 0.25
@@ -86,10 +87,6 @@ class Call:
         self._end("the client sent no message yet, and other calls need the place")
 
     def _end(self, said: str) -> None:
-        """End the call with DEADLINE_EXCEEDED.
-
-        Of gRPC's public ways to end a call, one is for the handler's own thread, which is the one that waits here, and
-        the other gives no reason.
-        """
+        """End the call with DEADLINE_EXCEEDED."""
         self.late("idle" if self.opened else "not_opened")
-        self._context._rpc_event.call.cancel(grpc.StatusCode.DEADLINE_EXCEEDED.value[0], said)
+        private_apis.end_call(self._context, grpc.StatusCode.DEADLINE_EXCEEDED, said)

@@ -8,6 +8,8 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+from splitlearn.runtime import private_apis
+
 EVERY_S = 15.0
 MOST_LOGINS = 256
 
@@ -23,7 +25,7 @@ async def tidy(app: Any, reading: Container[str]) -> None:
 async def sweep(app: Any, reading: Container[str], before: set[str]) -> set[str]:
     """Drop the answers and the waiting calls of sessions that nobody reads, now and `before`; the oldest logins; the
     names of files that are gone. Gives the sessions that nobody reads now."""
-    queue = app.get_blocks()._queue
+    queue = private_apis.page_queue(app.get_blocks())
     unread = {session for session in queue.pending_messages_per_session if session not in reading}
     for session in unread & before:
         queue.pending_messages_per_session.pop(session, None)

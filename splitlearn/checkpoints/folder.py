@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn.errors import WeightsDamaged
+from splitlearn.runtime import private_apis
 from splitlearn.runtime.progress import Progress, Step
 
 FORMAT = 1
@@ -132,7 +133,7 @@ def read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         vars(config).pop("auto_map", None)  # the names of that code: who gets this need not think of it
-        config._attn_implementation = config._experts_implementation = None  # nor of kernels that it names
+        private_apis.forget_kernels(config)
         return config
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(folder, CONFIG, f"cannot be used ({' '.join(str(error).split())[:300]})") from error

@@ -135,8 +135,8 @@ class RemoteSession:
     def branch(self, other: "RemoteSession", tokens: int) -> None:
         """Have the next step begin with what the trunk has of `other`."""
         if not self.recomputes:
-            self._sent = other._sent[: tokens * self._row_bytes]
-            self._branch_of = other._stream.key
+            self._sent = other._sent[: tokens * self._row_bytes]  # noqa: SLF001
+            self._branch_of = other._stream.key  # noqa: SLF001
 
     def _send(self, position: int, x: torch.Tensor, rope_length: int, *, uncertain: bool = False) -> None:
         kept, branch_of, self._branch_of = position * self._row_bytes, self._branch_of, b""

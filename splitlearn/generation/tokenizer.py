@@ -10,6 +10,7 @@ from splitlearn.checkpoints import chat_template as templates
 from splitlearn.checkpoints.chat_template import TemplateFailed
 from splitlearn.checkpoints.folder import CONFIG, PYTHON_VOCABULARY
 from splitlearn.errors import InputError, ModelError
+from splitlearn.runtime import private_apis
 
 _REPLACEMENT = "\ufffd"
 # A UTF-8 character has at most four bytes, so no more than three replacement characters at the end can still become
@@ -40,7 +41,8 @@ class Tokens:
         """
         tokenizer = _read(folder)
         if not use_fast and python_tokenizer_available(folder) is None:
-            tokenizer = _python_class(tokenizer).from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            python = private_apis.python_tokenizer_class(tokenizer)
+            tokenizer = python.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         try:
             return cls(tokenizer, _eos_ids(folder, tokenizer), _embeddings(folder))
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -189,18 +191,11 @@ def python_tokenizer_available(folder: Path) -> str | None:
     name = type(tokenizer).__name__
     if not isinstance(tokenizer, TokenizersBackend):
         return f"transformers {__version__} has only a Python tokenizer for this model ({name})"
-    if _python_class(tokenizer) is None:
+    if private_apis.python_tokenizer_class(tokenizer) is None:
         return f"transformers {__version__} has only a Rust tokenizer for this model ({name})"
     if not (folder / PYTHON_VOCABULARY).exists():
         return f"the Python tokenizer needs {PYTHON_VOCABULARY}, which this model does not have"
     return None
-
-
-def _python_class(tokenizer: Any) -> Any:
-    """The Python class that does the work of a Rust tokenizer's, or None."""
-    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
-
-    return tokenizer_class_from_name(f"{type(tokenizer).__name__}Legacy")
 
 
 def _read(folder: Path) -> Any:

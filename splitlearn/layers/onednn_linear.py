@@ -9,18 +9,20 @@ order.
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import nn
 
+from splitlearn.runtime import private_apis
+
 OP = "prepacked_linear"
+_linear = private_apis.mkldnn_linear()
 _library = torch.library.Library("splitlearn", "DEF")  # type: ignore[no-untyped-call]
 _library.define(f"{OP}(Tensor x, Tensor packed, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    out: torch.Tensor = _linear(x, packed, bias, "none", [], "")
     return out
 
 
@@ -39,12 +41,7 @@ def why_not(device: str, dtype: str) -> str | None:
         return f"is for weights on the CPU; this is {device}"
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "needs a torch that was built with oneDNN"
-    supported: Any = {
-        "float32": lambda: True,
-        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return None if supported[dtype]() else f"this processor has no products of {dtype}"
+    return None if private_apis.mkldnn_supports(dtype) else f"this processor has no products of {dtype}"
 
 
 class PrepackedLinear(nn.Module):
@@ -56,7 +53,7 @@ class PrepackedLinear(nn.Module):
 
     def __init__(self, pieces: Iterable[torch.Tensor], bias: torch.Tensor | None) -> None:
         super().__init__()
-        self._packed: list[torch.Tensor] = [torch.ops.mkldnn._reorder_linear_weight(piece) for piece in pieces]
+        self._packed: list[torch.Tensor] = [private_apis.mkldnn_packed(piece) for piece in pieces]
         sizes = [len(packed) for packed in self._packed]
         self.out_features, self.in_features = sum(sizes), self._packed[0].shape[1]
         self.bias = bias

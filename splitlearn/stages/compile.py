@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from splitlearn.models.cut import COMPILED, LAYER_NUMBERS, CutModel, example, forward, layers_of
+from splitlearn.runtime import private_apis
 
 TRIED = (3, 1)
 """Tokens of the steps that a stage is tried with."""
@@ -49,7 +50,7 @@ def compile_by_layers(cut: CutModel) -> None:
 
 def _compile(cut: CutModel, modules: Sequence[nn.Module]) -> None:
     """The forwards of `modules` alone: hooks, which are not alike, stay outside."""
-    torch._dynamo.config.recompile_limit = max(MOST_VARIANTS, torch._dynamo.config.recompile_limit)
+    private_apis.allow_variants(MOST_VARIANTS)
     for module in modules:
         module.forward = torch.compile(module.forward, dynamic=True)
     setattr(cut.module, COMPILED, True)

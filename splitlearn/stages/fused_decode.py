@@ -24,6 +24,7 @@ from splitlearn.layers import kernel_attention
 from splitlearn.layers.block_linear import BlockLinear
 from splitlearn.models.cut import CutModel, agree, body_of, example, forward, layers_of
 from splitlearn.models.rope import GROWING
+from splitlearn.runtime import private_apis
 from splitlearn.stages.head import FIRST, Early
 
 
@@ -210,7 +211,7 @@ def _is_llamas(layer: Any) -> bool:
     """Whether a layer has Llama's parts and no others, all as the kernel has them."""
     if {name for name, _ in layer.named_children()} != CHILDREN:
         return False
-    if layer.self_attn.config._attn_implementation not in ("sdpa", kernel_attention.NAME):
+    if private_apis.attention_of(layer.self_attn.config) not in ("sdpa", kernel_attention.NAME):
         return False
     if not _looks_at_no_more(layer.self_attn, "LlamaAttention"):
         return False

@@ -14,7 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -24,7 +24,7 @@ from splitlearn.kernels.block_format import LANES
 from splitlearn.models.cut import CutModel, carve
 from splitlearn.models.plan import SplitPlan
 from splitlearn.models.structure import join
-from splitlearn.runtime import cgroups
+from splitlearn.runtime import cgroups, private_apis
 from splitlearn.runtime.process import default_threads, resident_bytes, trim_heap
 from splitlearn.stages import equivalence
 from splitlearn.stages.head import parted
@@ -101,7 +101,7 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], wanted: LoadSettings, pl
     """
     config = read_config(files.folder)
     equivalence.check(config, split=len(specs) > 1 or not (specs[0].first and specs[0].last))
-    architecture = AutoModelForCausalLM._model_mapping[type(config)]  # imports it, before memory is looked at
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # imports it, before memory is looked at
     imports, started = resident_bytes(), time.perf_counter()
     cuts = [_skeleton(architecture, config, spec, wanted, placement.dtype) for spec in specs]
     if placement.device.type == "cpu":
@@ -115,12 +115,12 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], wanted: LoadSettings, pl
 def _skeleton(architecture: Any, config: Any, spec: StageSpec, wanted: LoadSettings, dtype: torch.dtype) -> CutModel:
     """A cut model whose parameters take no memory yet; its computed buffers (rotary frequencies) are real."""
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = architecture._from_config(config, attn_implementation=wanted.attention, dtype=dtype)
+        model = private_apis.new_causal_model(architecture, config, wanted.attention, dtype)
     cut = carve(model.eval(), spec.start, spec.end, first=spec.first, last=spec.last)
     for own in cut.configs:
         # Elsewhere (falcon) layers compare the name with sdpa's and do something else for any other.
-        if own._attn_implementation == "sdpa" and architecture._supports_attention_backend:
-            own._attn_implementation = wanted.sdpa
+        if private_apis.attention_of(own) == "sdpa" and private_apis.takes_any_attention(architecture):
+            private_apis.set_attention(own, wanted.sdpa)
     return cut
 
 

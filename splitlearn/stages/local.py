@@ -5,7 +5,6 @@ sessions can share a forward, where their caches lie in one pool (stages/ragged_
 """
 
 import copy
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from splitlearn.kvcache.layers import ReservedCache
 from splitlearn.kvcache.pool import KVPool, KVShape, shapes_of
 from splitlearn.models.cut import CutModel, body_of, example, forward
 from splitlearn.models.structure import rope_restart
+from splitlearn.runtime import private_apis
 from splitlearn.runtime.torch_threads import computing_on, computing_one_token
 from splitlearn.stages import nonfinite
 from splitlearn.stages.base import StageInput, StageOutput
@@ -286,7 +286,7 @@ class LocalStage:
         """Seconds that this process has spent in torch.compile so far, if this stage is compiled, and in making what
         takes one token through it."""
         row = 0.0 if self.row is None else self.row.compile_s
-        return row + (compile_seconds() if self.cut.compiled else 0.0)
+        return row + (private_apis.compile_seconds() if self.cut.compiled else 0.0)
 
 
 @dataclass
@@ -312,12 +312,3 @@ def _make_room(session: LocalSession, position: int, tokens: int) -> None:
     if session.cache is not None and position < session.length:
         session.cache.crop(position - session.length)
         session.length = position  # what is tried again, alone, must not be cropped again
-
-
-def compile_seconds() -> float:
-    """Seconds that this process has spent in torch.compile so far; 0 when nothing was ever compiled."""
-    if "torch._dynamo.utils" not in sys.modules:
-        return 0.0
-    from torch._dynamo.utils import calculate_time_spent
-
-    return float(calculate_time_spent().get("total_wall_time", 0.0))

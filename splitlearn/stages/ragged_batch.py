@@ -28,6 +28,7 @@ from splitlearn.kvcache.pool import PooledCache
 from splitlearn.layers import kernel_attention
 from splitlearn.models import rope
 from splitlearn.models.cut import CutModel
+from splitlearn.runtime import private_apis
 from splitlearn.runtime.torch_threads import computing_on
 
 NAME = "splitlearn_packed"
@@ -147,21 +148,22 @@ def _logits(cut: CutModel, call: dict[str, Any], parts: Sequence[Packed], device
 @contextmanager
 def _attending(cut: CutModel, parts: Sequence[Packed]) -> Iterator[None]:
     """Within it the model's layers attend by `_attend`."""
-    before = [config._attn_implementation for config in cut.configs]
+    before = [private_apis.attention_of(config) for config in cut.configs]
     module: Any = cut.module
-    used = "sdpa" if module.config._attn_implementation == kernel_attention.NAME else module.config._attn_implementation
+    named = private_apis.attention_of(module.config) or "eager"
+    used = "sdpa" if named == kernel_attention.NAME else named
     readable = used == "sdpa" and parts[0].cache.pool.arrays
     single = len(list(takewhile(lambda part: part.tokens == 1, parts))) if readable else 0
     starts = np.array([part.cache.run.start for part in parts])
     counts = np.array([part.position + part.tokens for part in parts])
     token = _current.set(_Row(used, parts, single, starts, counts))
     for config in cut.configs:
-        config._attn_implementation = NAME
+        private_apis.set_attention(config, NAME)
     try:
         yield
     finally:
         for config, own in zip(cut.configs, before, strict=True):
-            config._attn_implementation = own
+            private_apis.set_attention(config, own)
         _current.reset(token)
 
 

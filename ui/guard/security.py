@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from splitlearn.runtime import private_apis
 from ui.compare.answer import Answer, uncompressed
 from ui.guard.brake import Brake
 from ui.guard.hosts import Hosts
@@ -169,7 +170,7 @@ class Guard:
             raise Refusal(404, "fn_index: no such function.")
         if function is not None and len(call["data"]) != (wanted := len(blocks.fns[function].inputs)):
             raise Refusal(400, f"data: expected {wanted} values.")
-        if len(blocks._queue.pending_event_ids_session.get(session, ())) >= MOST_EVENTS:
+        if len(private_apis.page_queue(blocks).pending_event_ids_session.get(session, ())) >= MOST_EVENTS:
             raise Refusal(429, f"{MOST_EVENTS} answers wait to be read.", {"Retry-After": "5"})
 
     def _login(self, request: Request) -> str | None:

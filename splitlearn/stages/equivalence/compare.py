@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from splitlearn.errors import FamilyRefused
@@ -66,7 +66,7 @@ def prove(config: Any) -> Result:
 
 
 def _class_of(config: Any) -> str:
-    return getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), "__name__", "")
+    return getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", "")
 
 
 def _explained(config: Any, error: Exception) -> str:

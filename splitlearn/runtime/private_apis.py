@@ -1,0 +1,94 @@
+"""Every call into a private API of another library. An upgrade that breaks one fails here, and in this module's tests.
+
+Each has no public counterpart that does the same. Libraries are imported when they are needed.
+"""
+
+import sys
+from typing import Any
+
+
+def new_causal_model(architecture: Any, config: Any, attention: str | None, dtype: Any) -> Any:
+    """transformers: a model of the class `architecture` as `config` says, its weights not read. The public
+    `from_config` is of the Auto classes and takes no dtype for a class that was chosen already."""
+    return architecture._from_config(config, attn_implementation=attention, dtype=dtype)
+
+
+def attention_of(config: Any) -> str | None:
+    """transformers: which attention the layers of `config` use."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def set_attention(config: Any, name: str | None) -> None:
+    """transformers: let the layers of `config` use the attention registered as `name`. The public
+    `set_attn_implementation` of a model walks all of it, and refuses names that are no package's."""
+    config._attn_implementation = name
+
+
+def takes_any_attention(architecture: Any) -> bool:
+    """transformers: True if layers of this class take what the attention registry has under the config's name."""
+    return bool(architecture._supports_attention_backend)
+
+
+def forget_kernels(config: Any) -> None:
+    """transformers: drop the kernels that a model's own configuration names; one may be fetched from the hub."""
+    config._attn_implementation = config._experts_implementation = None
+
+
+def python_tokenizer_class(rust_tokenizer: Any) -> Any:
+    """transformers: the Python class that does the work of a Rust tokenizer's, or None. The name is a convention."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    return tokenizer_class_from_name(f"{type(rust_tokenizer).__name__}Legacy")
+
+
+def mkldnn_packed(weight: Any) -> Any:
+    """torch: `weight` [out, in] in the blocked layout that oneDNN's product reads."""
+    import torch
+
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def mkldnn_linear() -> Any:
+    """torch: the operator (x [..., in], packed weight, bias, "none", [], "") to x @ weight.T + bias [..., out]."""
+    import torch
+
+    return torch.ops.mkldnn._linear_pointwise
+
+
+def mkldnn_supports(dtype: str) -> bool:
+    """torch: True if this processor has oneDNN's products of `dtype`: float32, bfloat16 or float16."""
+    import torch
+
+    asks = {
+        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype == "float32" or bool(asks[dtype]())
+
+
+def compile_seconds() -> float:
+    """torch: seconds that this process has spent in torch.compile so far; 0 when nothing was ever compiled."""
+    if "torch._dynamo.utils" not in sys.modules:
+        return 0.0
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent().get("total_wall_time", 0.0))
+
+
+def allow_variants(count: int) -> None:
+    """torch: let torch.compile keep at least `count` variants of one function before it gives up."""
+    import torch
+
+    torch._dynamo.config.recompile_limit = max(count, torch._dynamo.config.recompile_limit)
+
+
+def end_call(context: Any, code: Any, reason: str) -> None:
+    """grpc: end a running call with the status `code` and `reason`. `context.abort` is for the handler's own thread,
+    which may be the one that waits; `context.cancel` gives no reason."""
+    context._rpc_event.call.cancel(code.value[0], reason)
+
+
+def page_queue(blocks: Any) -> Any:
+    """gradio: the queue of a page, with what waits to be read for each session."""
+    return blocks._queue

@@ -1,0 +1,102 @@
+"""What the program uses of other libraries' private APIs does what it is used for."""
+
+import threading
+from concurrent import futures
+from typing import Any
+
+import gradio
+import grpc
+import pytest
+import torch
+from transformers import BertTokenizer, LlamaConfig, LlamaForCausalLM
+
+from splitlearn.runtime import private_apis
+
+
+def _config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
+    )
+
+
+def test_a_new_model_has_the_class_the_attention_and_the_dtype_that_were_asked_for() -> None:
+    model = private_apis.new_causal_model(LlamaForCausalLM, _config(), "eager", torch.bfloat16)
+    assert isinstance(model, LlamaForCausalLM)
+    assert private_apis.attention_of(model.config) == "eager"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_the_attention_that_was_set_is_the_one_that_is_called() -> None:
+    model = private_apis.new_causal_model(LlamaForCausalLM, _config(), "eager", torch.float32)
+    private_apis.set_attention(model.config, "no_such_attention")
+    with pytest.raises(Exception, match="no_such_attention"):
+        model(torch.zeros(1, 1, dtype=torch.long))
+    assert private_apis.takes_any_attention(LlamaForCausalLM)
+
+
+def test_kernels_that_a_configuration_names_are_forgotten() -> None:
+    config = _config()
+    private_apis.set_attention(config, "somebody/kernel")
+    private_apis.forget_kernels(config)
+    assert private_apis.attention_of(config) is None
+
+
+def test_the_python_class_of_a_rust_tokenizer_is_found_where_there_is_one() -> None:
+    words = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"))}
+    python = private_apis.python_tokenizer_class(BertTokenizer(vocab=words))
+    assert python is not None and python.__name__ == "BertTokenizerLegacy"
+    assert private_apis.python_tokenizer_class(object()) is None
+
+
+def test_the_packed_product_is_that_of_a_linear_layer() -> None:
+    weight, bias, x = torch.randn(6, 4), torch.randn(6), torch.randn(3, 4)
+    packed = private_apis.mkldnn_packed(weight)
+    out = private_apis.mkldnn_linear()(x, packed, bias, "none", [], "")
+    torch.testing.assert_close(out, torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(packed.to_dense(), weight)
+    assert private_apis.mkldnn_supports("float32") and private_apis.mkldnn_supports("bfloat16") in (True, False)
+
+
+def test_compiling_takes_time_that_is_counted_and_variants_are_only_ever_raised() -> None:
+    before = private_apis.compile_seconds()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert private_apis.compile_seconds() > before
+    limit = torch._dynamo.config.recompile_limit
+    private_apis.allow_variants(limit + 1)
+    private_apis.allow_variants(1)
+    assert torch._dynamo.config.recompile_limit == limit + 1
+    torch._dynamo.config.recompile_limit = limit
+
+
+def test_a_call_is_ended_from_another_thread_with_a_status_and_a_reason() -> None:
+    contexts: list[grpc.ServicerContext] = []
+    entered, over = threading.Event(), threading.Event()
+
+    def handler(_: bytes, context: grpc.ServicerContext) -> bytes:
+        contexts.append(context)
+        entered.set()
+        over.wait(60)
+        return b""
+
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    methods: dict[str, Any] = {"Wait": grpc.unary_unary_rpc_method_handler(handler)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        method: Any = channel.unary_unary("/test.Test/Wait")
+        call = method.future(b"")
+        assert entered.wait(60)
+        private_apis.end_call(contexts[0], grpc.StatusCode.DEADLINE_EXCEEDED, "too long")
+        error = call.exception(60)
+    over.set()
+    server.stop(None)
+    assert isinstance(error, grpc.RpcError)
+    assert (error.code(), error.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, "too long")
+
+
+def test_the_queue_of_a_page_says_what_waits_to_be_read() -> None:
+    with gradio.Blocks() as blocks:
+        gradio.Markdown("x")
+    queue = private_apis.page_queue(blocks.queue())
+    assert queue.pending_messages_per_session is not None and queue.pending_event_ids_session is not None
