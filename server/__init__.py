@@ -7,4 +7,4 @@
 from splitlearn.runtime import environment, home
 
 home.settle()  # before libraries are imported, which ask for a home folder
-environment.tell()
+environment.set_defaults()

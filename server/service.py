@@ -46,7 +46,7 @@ class TrunkService:
             least = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
             raise InputError("server.max_message_bytes", limits.max_message_bytes, least)
         self._place = Place(device=str(served.placement.device), dtype=_name(served.placement.dtype))
-        self._machine = {name: str(value) for name, value in hardware.described().items() if value is not None}
+        self._machine = {name: str(value) for name, value in hardware.describe().items() if value is not None}
         gauges.connect(served, others, limits)
 
     def methods(self, threads: Threads, sessions: Threads) -> dict[str, Method]:

@@ -93,7 +93,7 @@ def environment(runs: Runs) -> dict[str, Any]:
     """What a reader needs to know of the machine and the software to place the figures."""
     trunk = runs.describe_trunk()
     return {
-        **hardware.described(),
+        **hardware.describe(),
         "device": str(runs.device),
         "digest": runs.files.digest,
         "trunk": {"device": trunk.device, "threads": trunk.threads, **dict(sorted(trunk.machine.items()))},

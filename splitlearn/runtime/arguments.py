@@ -1,4 +1,4 @@
-"""Command lines: what is wrong with one is said in one line, as every other error."""
+"""An argument parser that reports a mistake in one line, as every other error."""
 
 import argparse
 from typing import NoReturn
@@ -10,5 +10,5 @@ class OneLineParser(argparse.ArgumentParser):
     """Raises SplitlearnError where argparse would print its usage and end the program."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and where to look."""
+        """Raise SplitlearnError with `message` and a pointer to `--help`."""
         raise SplitlearnError(f"{message}; `{self.prog} --help` lists what there is.")

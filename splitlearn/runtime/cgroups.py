@@ -1,8 +1,8 @@
 """What this process may use of the machine: cores and memory, by affinity and by the limits of its control groups.
 
-A container's limits stand in cgroup files (v1, v2, or both mounted side by side). The tightest of a group's and of all
-groups' above it holds. What a file says is used only where it makes sense; a missing file limits nothing. `root` is
-the folder that stands for `/`: cgroup files and those of /proc are looked for below it.
+A container's limits are in cgroup files: v1, v2, or both mounted side by side. The tightest limit of a group and of all
+groups above it holds. A missing file, or a value that makes no sense, limits nothing. `root` stands for `/`: cgroup
+files and /proc are read below it.
 """
 
 import os
@@ -23,8 +23,8 @@ _MOST_CHARS = 1 << 22
 class _Version:
     """The names of one version's files, and of lines in memory.stat.
 
-    Of memory that is used, the file cache that lies `idle` can be had at once. `above` is the tightest limit of the
-    group and of all above it, also of those that cannot be seen from a container (a pod's, around its containers').
+    The kernel gives away the `idle` file cache at once. `above` is the tightest limit of the group and of all above it,
+    also of those that a container cannot see (a pod's, around its containers').
     """
 
     limits: tuple[str, ...]
@@ -39,18 +39,18 @@ _V2 = _Version(("memory.max", "memory.high"), "memory.current", "inactive_file")
 
 @dataclass(frozen=True)
 class Machine:
-    """Cores and memory (bytes) of the machine, and what limits this process to less; None where nothing does."""
+    """Cores and memory (bytes) of the machine, and the limits of this process; None for no limit."""
 
     cores: int
     memory: int
     quota: float | None = None
     """Of CPU time, in cores."""
     affinity: float | None = None
-    """Cores that it may run on."""
+    """Cores that the process may run on."""
     memory_limit: float | None = None
 
     def __str__(self) -> str:
-        """As people read it: "0.5 of 2 cores (cgroup limit), 1.5 of 24 GB"."""
+        """A short text: "0.5 of 2 cores (cgroup limit), 1.5 of 24 GB"."""
         cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
         limits = [(self.quota, "cgroup limit"), (self.affinity, "affinity")]
         fewest, why = min(((limit, why) for limit, why in limits if limit), default=(None, ""))
@@ -60,7 +60,7 @@ class Machine:
 
 
 def machine(root: Path = ROOT) -> Machine:
-    """What there is, and what of it may be used."""
+    """This machine, and the limits of this process."""
     cores, memory = psutil.cpu_count() or 1, int(psutil.virtual_memory().total)
     quota, affinity, limit = cpu_quota(root), _affinity(), memory_limit(root)
     return Machine(
@@ -73,22 +73,22 @@ def machine(root: Path = ROOT) -> Machine:
 
 
 def cpus(root: Path = ROOT) -> float:
-    """Cores that this process may use, by affinity and by the CPU time that it is given: half of one is 0.5."""
+    """Cores that this process may use, by affinity and by its quota of CPU time. Half a core is 0.5."""
     return min(float(_affinity()), cpu_quota(root) or float("inf"))
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
-    """Cores by the quota of CPU time, or None where there is none."""
+    """The quota of CPU time in cores, or None without one."""
     return min(_quotas(root), default=None)
 
 
 def memory_limit(root: Path = ROOT) -> int | None:
-    """The most bytes that this process and those that share its control groups may have, or None."""
+    """The memory limit, in bytes, of this process together with those in its control groups, or None."""
     return min((limit for folder, names in _groups(root, "memory") for limit in _limits(folder, names)), default=None)
 
 
 def available_memory(root: Path = ROOT) -> int:
-    """Bytes that can be had now: what the machine has free, or less where a control group leaves less."""
+    """Bytes that this process can allocate now: what the machine has free, or less if a control group says so."""
     left = [int(psutil.virtual_memory().available)]
     for folder, names in _groups(root, "memory"):
         used = _number(folder / names.used)
@@ -137,7 +137,7 @@ def _statistic(folder: Path, wanted: str) -> int | None:
 
 
 def _groups(root: Path, controller: str) -> Iterator[tuple[Path, _Version]]:
-    """The folders of the groups that this process is in, with all above them that can be seen from here."""
+    """The folders of this process's groups, and of all visible groups above them."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, colon, group = rest.partition(":")
@@ -147,7 +147,7 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[Path, _Version]]:
 
 
 def _mounts(root: Path, controller: str) -> Iterator[tuple[Path, str]]:
-    """Where the controller's hierarchy (v2 for none) is mounted, and which of its groups is on top there."""
+    """The mount points of the controller's hierarchy (of v2 for ""), each with the group at its top."""
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, dash, after = line.partition(" - ")
         fields, described = before.split(" "), after.split(" ")
@@ -182,7 +182,7 @@ def _positive(text: str) -> int | None:
 
 
 def _text(path: Path) -> str:
-    """What the file says; nothing where it cannot be read."""
+    """The file's text; empty where it cannot be read."""
     with suppress(OSError, ValueError), path.open(encoding="ascii") as file:
         return file.read(_MOST_CHARS)
     return ""

@@ -1,4 +1,4 @@
-"""The machine and the software that a process runs on, as far as they decide its figures."""
+"""The hardware and software of this process that decide its figures."""
 
 import os
 import platform
@@ -17,11 +17,11 @@ CPU_FOLDER = Path("/sys/devices/system/cpu")
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def described() -> dict[str, Any]:
+def describe() -> dict[str, Any]:
     """Hardware, system, libraries and this project's commit, as JSON; memory in bytes, clock in MHz, the quota
     of CPU time in cores.
 
-    None for what the machine does not tell, and for a limit that there is not.
+    None for what the machine does not report, and for a limit that does not exist.
     """
     found = cgroups.machine()
     return {
@@ -44,9 +44,9 @@ def described() -> dict[str, Any]:
 
 
 def usable(found: Mapping[str, Any]) -> str:
-    """What may be used of a machine, in words, by what its `described` said; as text, too, as a trunk sends it.
+    """The cores and memory that may be used, as a sentence, from the result of `describe`.
 
-    Nothing where that is not known.
+    Values may be text, as a trunk sends them. Empty where they are missing or no numbers.
     """
 
     def number(name: str) -> float | None:
@@ -60,26 +60,26 @@ def usable(found: Mapping[str, Any]) -> str:
 
 
 def clock_mhz(which: str) -> float | None:
-    """The cores' mean clock, "current" or "max"; None where the machine does not tell (psutil says 0 there)."""
+    """The cores' mean clock, "current" or "max"; None where the machine does not report it (psutil returns 0 there)."""
     with suppress(OSError, NotImplementedError, AttributeError):
         return float(getattr(psutil.cpu_freq(), which)) or None
     return None
 
 
 def throttled() -> int | None:
-    """Linux's counts of the times that cores and their packages were throttled, added up: only a rise says anything."""
+    """How often Linux throttled cores and packages since boot, in total. Only a rise means anything."""
     counts = [int(text) for text in _texts("cpu[0-9]*/thermal_throttle/*_throttle_count") if text.isdecimal()]
     return sum(counts) if counts else None
 
 
 def wait_policy() -> str:
-    """What OpenMP's threads do in the workers while they have no work: as said, or as runtime/environment.py says."""
+    """OpenMP's wait policy in the workers: the user's, or runtime/environment.py's default."""
     return os.environ.get("OMP_WAIT_POLICY", environment.DEFAULTS["OMP_WAIT_POLICY"])
 
 
 def commit(checkout: Path) -> str | None:
     """The commit of the folder, with "-dirty" if tracked files have changed; None where there is no git."""
-    # The folder's own repository, not one that it happens to lie in; without locks, so that nobody's git is disturbed.
+    # The folder's own repository, not one around it. Without locks, so that no other git has to wait.
     command = ["git", f"--git-dir={checkout / '.git'}", f"--work-tree={checkout}"]
     command += ["--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError):

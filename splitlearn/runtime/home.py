@@ -1,7 +1,7 @@
 """A home folder and a user name for processes without them, as in a container with `--user 12345`.
 
-Libraries ask for both when they are imported: huggingface_hub and Gradio for their caches, torch's compiler for the
-user's name. Without an answer they raise, or write into a folder called `~`.
+Libraries ask for both on import: huggingface_hub and Gradio for their caches, torch's compiler for the user's name.
+Without an answer they raise, or write into a folder called `~`.
 """
 
 import atexit
@@ -15,9 +15,9 @@ _NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # where getpass looks
 
 
 def settle() -> None:
-    """Set HOME and USER where nothing tells them, for this process and its children.
+    """Set HOME and USER where they are unknown, for this process and its children.
 
-    HOME is a new folder then, which goes with this process: nothing is kept for the next one, and a line says so.
+    HOME is then a new folder, removed at the end of this process; a line warns that nothing is kept.
     """
     if not any(os.environ.get(name) for name in _NAMES) and _account() is None:
         os.environ["USER"] = f"uid{os.getuid()}"
@@ -45,7 +45,7 @@ def _account() -> str | None:
 def _new() -> str:
     try:
         folder = tempfile.mkdtemp(prefix="splitlearn-home-")
-    except OSError:  # no folder can be written: what needs one says so
+    except OSError:  # no folder can be written: the code that needs one reports it
         return os.path.sep
     atexit.register(_remove, folder, os.getpid())
     print(

@@ -1,4 +1,4 @@
-"""Whether a server can listen where it is told to, and why not."""
+"""Checks that a server can listen at a host and port, and says why not."""
 
 import errno
 import socket
@@ -17,8 +17,8 @@ _WHY = {
 def check(section: str, host: str, port: int) -> int:
     """`port` if a server can listen on it at `host`, a free one for 0.
 
-    `section` is what the settings have before `host` and `port`: `ui.`, `server.metrics_`. Raises SetupError that names
-    the setting at fault. A name is tried at each of its addresses: at one of them another program may already listen.
+    `section` is the settings' prefix of `host` and `port`: `ui.`, `server.metrics_`. Raises SetupError that names the
+    setting at fault. A host name is tried at each of its addresses: another program may already listen at one of them.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -1,8 +1,8 @@
-"""Child processes that compute: forked from a server that has imported torch and transformers and done nothing more.
+"""Child processes that compute, forked from a server that has only imported torch and transformers.
 
-`start(target, *arguments)` gives a `Child`: a process with a pipe. It starts in about 0.3 s instead of the seconds
-that the imports take, has process-wide settings and a peak of memory of its own, and ends with its parent, however the
-parent ends. What crosses the pipe is pickled, between processes of one program on one machine only.
+`start(what, target, *arguments)` returns a `Child`: a process with a pipe. It starts in about 0.3 s; the imports alone
+would take seconds. It has its own process-wide settings and its own peak of memory, and ends with its parent, however
+the parent ends. Messages on the pipe are pickled: they stay between processes of one program on one machine.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ PRELOAD = [
 
 def _context() -> ForkServerContext:
     """The fork server's context. The environment that its children inherit is set before it starts."""
-    environment.tell()
+    environment.set_defaults()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
@@ -50,21 +50,21 @@ def _context() -> ForkServerContext:
 
 @dataclass(frozen=True)
 class Child:
-    """A child process and this end of its pipe. Raises WorkerDied where the other end is gone."""
+    """A child process and this end of its pipe. Methods raise WorkerDied when the other end is gone."""
 
     process: ForkServerProcess
     connection: Connection
     what: str
 
     def send(self, message: object) -> None:
-        """Hand `message` over."""
+        """Send `message` to the child."""
         try:
             self.connection.send(message)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise self.death() from error
 
     def receive(self) -> Any:
-        """Wait for the next message."""
+        """Return the child's next message; blocks until it comes."""
         try:
             return self.connection.recv()
         except (EOFError, ConnectionResetError) as error:
@@ -75,7 +75,7 @@ class Child:
         return self.process.pid is not None and self.process.is_alive() and runs(self.process.pid)
 
     def stop(self) -> None:
-        """End the process: asked by the closing of its pipe, then told, then killed."""
+        """End the process: close its pipe, then terminate it, then kill it."""
         self.connection.close()
         self.process.join(ASK_TIMEOUT_S)
         self.process.terminate()
@@ -85,7 +85,7 @@ class Child:
             self.process.join()
 
     def death(self) -> WorkerDied:
-        """What is known of how the process ended."""
+        """The error that says how the process ended."""
         self.process.join(STOP_TIMEOUT_S)
         code = self.process.exitcode
         if code == -signal.SIGKILL:
@@ -95,7 +95,7 @@ class Child:
 
 @cache
 def _check_room() -> None:
-    """Raise SetupError where the fork server, which the first child brings with it, would find too little memory."""
+    """Raise SetupError if there is too little memory for the fork server, which starts with the first child."""
     have = cgroups.available_memory()
     if have < IMPORTS_BYTES:
         raise SetupError(
@@ -105,8 +105,10 @@ def _check_room() -> None:
 
 
 def start(what: str, target: Callable[..., None], *arguments: object) -> Child:
-    """Start `target(connection, *arguments)` in a child process. `what` names it in error messages. Raises SetupError
-    where there is too little memory for any."""
+    """Start `target(connection, *arguments)` in a child process. `what` names it in error messages.
+
+    Raises SetupError if there is too little memory.
+    """
     _check_room()
     context = _context()
     ours, theirs = context.Pipe()
@@ -117,9 +119,10 @@ def start(what: str, target: Callable[..., None], *arguments: object) -> Child:
 
 
 def runs(pid: int) -> bool:
-    """True while that process runs: a killed one has stopped some time before its end is reported or its pipes shut.
+    """True while that process runs.
 
-    Its threads end one by one, and the last of them closes the pipes.
+    A killed process stops some time before its end is reported and its pipes close: its threads end one by one, and
+    the last of them closes the pipes.
     """
     try:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
@@ -128,13 +131,13 @@ def runs(pid: int) -> bool:
 
 
 def _main(target: Callable[..., None], connection: Connection, *arguments: object) -> None:
-    """The child's life: `target`, or the parent's death, whichever comes first."""
+    """Run `target` in the child; end early if the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         target(connection, *arguments)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        # The other end is gone: nobody is left to tell.
+        # The other end is gone: there is nobody to report to.
         return
 
 
@@ -153,7 +156,7 @@ def resident_bytes() -> int:
 def peak_resident_bytes() -> int:
     """The most resident memory that this process ever had (VmHWM), in bytes.
 
-    `ru_maxrss` will not do: a child inherits its parent's. Where /proc is missing, the memory of now.
+    Not `ru_maxrss`: a child inherits its parent's. Without /proc, the memory of now.
     """
     try:
         with Path("/proc/self/status").open(encoding="ascii") as lines:
@@ -163,14 +166,15 @@ def peak_resident_bytes() -> int:
 
 
 def keep_heap_small() -> None:
-    """Have all threads of this process allocate from one heap that gives back what it can, where there is glibc.
+    """Make all threads of this process share one heap that returns freed memory, where the C library is glibc.
 
-    By default each thread that computes gets a heap of its own, which keeps what it once held: with threads that take
-    turns at one stage, memory would grow by the largest step with each new thread. And what is larger than 8 MiB is
-    given back when it is freed: the library would come to keep blocks of up to 32 MiB in the heap, where small ones
-    that stay soon lie between them (30 MB after 50 sessions on a tiny model). With a limit of 1 MiB every operation on
-    a prompt of some hundred tokens would get its memory from the system, page by page: a trunk took 600 ms in place of
-    420 for 512 tokens.
+    By default each computing thread gets its own heap, which keeps what it once held. With threads that take turns at
+    one stage, memory would grow by the largest step with each new thread.
+
+    Blocks above 8 MiB are returned as soon as they are freed. By default glibc comes to keep blocks of up to 32 MiB in
+    the heap, where small ones soon lie between them (30 MB after 50 sessions on a tiny model). With a limit of 1 MiB,
+    every operation on a prompt of some hundred tokens would get its memory from the system, page by page: a trunk took
+    600 ms for 512 tokens in place of 420.
     """
     if sys.platform == "linux":
         set_option = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -183,8 +187,8 @@ def keep_heap_small() -> None:
 def trim_heap() -> None:
     """Give the heap's free memory back to the system, where the C library is glibc.
 
-    After a tokenizer was read that is 30 MB of 50. Without it, putting the default model's weights in another order
-    peaks at 1.5 GB, with it at 1.2, and takes 0.2 s longer.
+    After reading a tokenizer that is 30 MB of 50. Reordering the default model's weights peaks at 1.5 GB without it and
+    at 1.2 GB with it, and takes 0.2 s longer.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -192,10 +196,10 @@ def trim_heap() -> None:
 
 
 def default_threads() -> int:
-    """One thread for each physical core that this process may use: hyper-threads share what matrix products need.
+    """One thread for each physical core that this process may use, at least one.
 
-    At least one. Of one core and a half it is one: where two threads share less than two cores, each waits at every
-    barrier for the one that is held back.
+    Hyper-threads share the units that matrix products need. One and a half cores give one thread: of two threads on
+    less than two cores, each waits at every barrier for the throttled one.
     """
     usable = cgroups.cpus()
     return max(1, int(min(psutil.cpu_count(logical=False) or usable, usable)))

@@ -1,7 +1,7 @@
-"""How far a long preparation has come: one record, one way to show it, and a way to get it out of other libraries.
+"""Progress of long preparations: one record, one way to show it, and a way to read it from other libraries.
 
-Code that takes long calls a `Progress` with a `Step` as often as it likes; `on_console()` gives one that draws a bar on
-a terminal and writes one plain line for each new label elsewhere. Both write to stderr, so stdout stays for results.
+Slow code calls a `Progress` with a `Step` as often as it likes. `on_console()` gives one that draws a bar on a
+terminal, and elsewhere writes one plain line for each new label. Both write to stderr; stdout is for results.
 """
 
 import io
@@ -31,7 +31,7 @@ Progress = Callable[[Step], None]
 
 
 def silent(step: Step) -> None:
-    """Shows nothing."""
+    """A `Progress` that shows nothing."""
 
 
 @contextmanager
@@ -47,17 +47,17 @@ def on_console() -> Iterator[Progress]:
 
 
 def label_column() -> TextColumn:
-    """The name of what goes on, which is no markup."""
+    """A column with the task's label, not read as markup."""
     return TextColumn("{task.description}", markup=False)
 
 
 def bars_on(console: Console, *columns: ProgressColumn, **options: Any) -> RichProgress:
-    """Bars that leave stdout alone: what is printed meanwhile goes there as it is."""
+    """Progress bars that do not redirect stdout."""
     return RichProgress(*columns, console=console, redirect_stdout=False, **options)
 
 
 def _plain() -> Progress:
-    """One line for each label, when it first comes up."""
+    """Write each label once, when it first appears."""
     seen: set[str] = set()
 
     def show(step: Step) -> None:
@@ -69,7 +69,7 @@ def _plain() -> Progress:
 
 
 def _bars(bars: RichProgress) -> Progress:
-    """One bar for each label; a new label completes the bar before it."""
+    """Draw one bar for each label; a new label completes the one before it."""
     tasks: dict[str, TaskID] = {}
 
     def show(step: Step) -> None:
@@ -83,16 +83,16 @@ def _bars(bars: RichProgress) -> Progress:
 
 
 def reporting_tqdm(show: Callable[[Any], None]) -> type[Any]:
-    """A tqdm class, for libraries that draw their progress with one: `show(bar)` is called instead of drawing.
+    """A tqdm class for libraries that draw their progress with one. It calls `show(bar)` instead of drawing.
 
     The bar's `desc`, `n`, `total` and `unit` are tqdm's.
     """
 
-    class Reporting(tqdm.auto.tqdm):  # type: ignore[misc]
+    class Reporter(tqdm.auto.tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **(kwargs | {"file": io.StringIO()}))  # tqdm writes line ends past `display`
 
         def display(self, *args: Any, **kwargs: Any) -> None:
             show(self)
 
-    return Reporting
+    return Reporter

@@ -1,7 +1,7 @@
-"""HTTP proxies of the environment: this machine is never asked for through one; one that cannot be used is left out.
+"""Puts the environment's HTTP proxies in order: none for this machine, and none that cannot be used.
 
-Companies set HTTP_PROXY, HTTPS_PROXY and ALL_PROXY for all programs. `settle` puts the environment of this process and
-its children in order before an HTTP library reads it. gRPC uses no proxy at all (wire/channel.py).
+Companies set HTTP_PROXY, HTTPS_PROXY and ALL_PROXY for all programs. Call `settle` before an HTTP library reads them;
+it acts on this process and its children. gRPC uses no proxy at all (wire/channel.py).
 """
 
 import os
@@ -13,11 +13,11 @@ _PROXIES, _NO_PROXY = ("http_proxy", "https_proxy", "all_proxy"), "no_proxy"
 
 
 def settle(*hosts: str) -> None:
-    """Except HERE and `hosts` from the proxies. What the user has excepted stays excepted.
+    """Add HERE and `hosts` to the proxies' exceptions. The user's own exceptions stay.
 
-    httpx, on which Gradio and the model hub's client stand, raises for a proxy of a kind that it does not know (socks
-    without its `socksio`) and for some exceptions (`[::1]`, `fd00::/8`), whatever it is asked for: Gradio cannot be
-    imported then. Such a value is left out, with a line that names its variable.
+    Gradio and the model hub's client use httpx. httpx raises for a proxy of an unknown kind (socks without `socksio`)
+    and for some exceptions (`[::1]`, `fd00::/8`), whatever the request: Gradio can then not be imported. `settle`
+    removes such a value, with a line that names its variable.
     """
     for name in _variables(*_PROXIES):
         why = _refusal(ALL_PROXY=os.environ[name])
@@ -32,12 +32,12 @@ def settle(*hosts: str) -> None:
 
 
 def _variables(*names: str) -> list[str]:
-    """Those that are set, in whatever case they are written."""
+    """Those of `names` that are set, in upper or lower case."""
     return [name for name in os.environ if name.lower() in names]
 
 
 def _extended(name: str, value: str, hosts: tuple[str, ...]) -> str:
-    """The exceptions and `hosts`. `*` alone excepts everything, and only alone."""
+    """The exceptions in `value`, and `hosts`. `*` excepts everything, but only alone."""
     if value.strip() == "*":
         return value
     kept = []
@@ -50,8 +50,8 @@ def _extended(name: str, value: str, hosts: tuple[str, ...]) -> str:
 
 
 def _refusal(**variables: str) -> Exception | None:
-    """What httpx raises where these are the only variables for proxies."""
-    import httpx  # which takes a moment: only where there are such variables
+    """The exception that httpx raises if these are the only proxy variables."""
+    import httpx  # slow to import: only where there are such variables
 
     others = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     with patch.dict(os.environ, {**others, **variables}, clear=True):
@@ -63,5 +63,5 @@ def _refusal(**variables: str) -> Exception | None:
 
 
 def _leave_out(what: str, why: str) -> None:
-    """Say so, without the value of a proxy: there may be a password in it."""
+    """Print a warning, without the value of a proxy: it may hold a password."""
     print(f"warning: {what} is not used: {why}.", file=sys.stderr)

@@ -1,9 +1,9 @@
-"""What programs write for people: the one place that knows of terminals, pipes and encodings.
+"""Text output for people: the one place that knows of terminals, pipes and encodings.
 
-Answers, prompts, names, paths and errors are other people's text. They are written as they are: nothing in them is
-markup or the name of an emoji, nothing is wrapped or cut to a width that a pipe or a file does not have, and what an
-encoding lacks is written as an escape. On a terminal, control characters are shown as their pictures (ESC as U+241B):
-text cannot move the cursor, set a title or a clipboard. In pipes and files they stay.
+Answers, prompts, names, paths and errors are other people's text, and are written as they are. Nothing in them is
+markup or the name of an emoji. In a pipe or a file nothing is wrapped or cut. A character that the encoding lacks
+becomes an escape. On a terminal, control characters become their pictures (ESC as U+241B), so text cannot move the
+cursor, set a title or a clipboard. In pipes and files they stay.
 """
 
 import os
@@ -26,7 +26,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console for tables and bars that interprets nothing; as wide as its content where there is no terminal."""
+    """A console for tables and bars that interprets no markup; without a terminal, as wide as its content."""
     stream = _stream(stderr)
     terminal = _is_terminal(stream)
     width = None if terminal else WIDE
@@ -34,7 +34,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def say(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
-    """Write `text` as it is. A stderr that cannot be written loses it: no result is lost for a message's sake."""
+    """Write `text` as it is. If stderr cannot be written, drop it: a lost message must not cost the result."""
     stream = _stream(stderr)
     if stream is None:
         return
@@ -44,19 +44,19 @@ def say(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` with a picture in the place of each control character but tab and line feed."""
+    """`text` with a picture in the place of each control character, except tab and line feed."""
     return _CONTROL.sub(lambda found: _picture(ord(found[0])), text)
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """rich would end the program here, with status 1; `guarded` does so, and nothing on stderr is worth that."""
+        """Raise for stdout, where rich would end the program with status 1; `guarded` ends it. Ignore stderr."""
         if not self.stderr:
             raise BrokenPipeError
 
 
 class PlainTable(Table):
-    """A table whose cells are other people's text; a long one is folded, never cut."""
+    """A table whose cells are other people's text. Long cells fold; none is cut."""
 
     def __init__(self, *heads: str, **options: Any) -> None:
         super().__init__(**options)
@@ -64,12 +64,12 @@ class PlainTable(Table):
             self.add_column(Text(head), overflow="fold")
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
-        """A row of strings as they are, or of rich's texts with a style."""
+        """Add a row of strings, written as they are, or of rich's styled texts."""
         super().add_row(*(Text(_for_stdout(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """The exit status of `command`, whose output is all written; BROKEN_PIPE, quietly, where nobody reads it."""
+    """Run `command`, flush stdout, return the exit status: BROKEN_PIPE, silently, if the reader has gone."""
     try:
         try:
             return command()
@@ -77,13 +77,13 @@ def guarded(command: Callable[[], int]) -> int:
             if (out := _stream(stderr=False)) is not None:
                 out.flush()
     except BrokenPipeError:
-        with suppress(OSError, ValueError):  # what is left in the buffer goes nowhere, at the interpreter's end
+        with suppress(OSError, ValueError):  # so that the interpreter drops the rest of the buffer at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
 
 
 def _stream(stderr: bool) -> TextIO | None:
-    """stdout or stderr, None where the program was started without; from now on it replaces what it cannot encode."""
+    """stdout or stderr, None if the program has none. Sets it to escape what it cannot encode."""
     stream: Any = sys.stderr if stderr else sys.stdout
     if getattr(stream, "errors", None) in STRICT and hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""How torch computes, for a while: on how many threads, and how exactly."""
+"""Context managers for torch's process-wide settings: number of threads, and float32 precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ def computing_on(count: int) -> Iterator[None]:
 
 @contextmanager
 def keeping_precision() -> Iterator[None]:
-    """After it, compute as exactly as before it, whatever was set inside."""
+    """Restore float32_matmul_precision on leaving, whatever was set inside."""
     before = torch.get_float32_matmul_precision()
     try:
         yield
@@ -29,13 +29,13 @@ def keeping_precision() -> Iterator[None]:
 
 @contextmanager
 def computing_one_token(count: int, precision: str) -> Iterator[None]:
-    """Compute one token on the CPU with `count` threads and in full float32 inside, in `precision` after it.
+    """Compute one token on the CPU with `count` threads and in full float32; set `precision` on leaving.
 
-    A row's products wait for the weights, so that fewer bits bring nothing; and with "medium" torch hands those of sdpa
-    to oneDNN, which makes them anew for each length of the context: 27.1 ms a token with packed weights in place of
+    A row's products wait for the weights, so fewer bits bring nothing. And with "medium" torch hands sdpa's products to
+    oneDNN, which builds them again for each length of the context: 27.1 ms a token with packed weights in place of
     23.7, 40.1 with plain ones in place of 39.1 (SmolLM2-135M, one thread).
 
-    `precision` is told, not looked up: it is one setting for all threads, and another one may be in here, too.
+    `precision` is passed in, not read back: the setting is process-wide, and another thread may have changed it.
     """
     with computing_on(count):
         torch.set_float32_matmul_precision("highest")

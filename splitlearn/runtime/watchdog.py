@@ -1,39 +1,39 @@
-"""One thread that looks, now and then, for what is overdue. It is there while there is something to watch."""
+"""A thread that calls back what is overdue. It runs only while there is something to watch."""
 
 import threading
 import time
 from typing import Protocol
 
 
-class Watched(Protocol):
-    """What may come to be overdue."""
+class Deadline(Protocol):
+    """Something that can become overdue."""
 
     def due_s(self) -> float:
-        """When it will be, by `time.monotonic`; infinity while nothing is waited for."""
+        """The time, by `time.monotonic`, from which it is overdue; infinity for never."""
 
     def overdue(self) -> None:
-        """It is: called once, from the watching thread, and it is not watched any more."""
+        """Called once, from the watching thread, after `due_s`. It is then no longer watched."""
 
 
 class Watchdog:
-    """Watches any number of things, and looks every `look_s` seconds."""
+    """Checks any number of deadlines every `look_s` seconds."""
 
     def __init__(self, look_s: float) -> None:
         self._look_s = look_s
         self._lock = threading.Lock()
-        self._watched: set[Watched] = set()
+        self._watched: set[Deadline] = set()
         self._looking = False
 
-    def watch(self, item: Watched) -> None:
-        """Until it is overdue or dropped."""
+    def watch(self, item: Deadline) -> None:
+        """Watch `item` until it is overdue or dropped."""
         with self._lock:
             self._watched.add(item)
             if not self._looking:
                 self._looking = True
                 threading.Thread(target=self._look, daemon=True).start()
 
-    def drop(self, item: Watched) -> None:
-        """Watch it no more; said again, it changes nothing."""
+    def drop(self, item: Deadline) -> None:
+        """Stop watching `item`. Does nothing if it is not watched."""
         with self._lock:
             self._watched.discard(item)
 

@@ -2,13 +2,13 @@
 
 PROTOCOL = 5
 SERVICE = "splitlearn.v1.Trunk"
-# A message stays below gRPC's default limit of 4 MiB, which any client or proxy passes; longer prompts go in parts.
+# A message stays below 4 MiB, gRPC's default limit, which every client and proxy accepts. Longer prompts go in parts.
 MAX_TENSOR_BYTES = 2 * 1024 * 1024
 MAX_MESSAGE_BYTES = 3 * 1024 * 1024
-# What may stand around a tensor's data in a message.
+# The most bytes of a message beside its tensor's data.
 ENVELOPE_BYTES = 256
-# A trunk server says this on stdout, followed by host:port, when it is ready.
+# A trunk server prints this on stdout, followed by host:port, when it is ready.
 READY = "trunk server listening on "
-# The metadata by which a client shows its token.
+# The metadata that carries a client's token.
 TOKEN_HEADER = "authorization"
 TOKEN_SCHEME = "Bearer "

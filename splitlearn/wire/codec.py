@@ -1,4 +1,4 @@
-"""Hidden states as messages and back: form, shape and bytes, checked against each other."""
+"""Hidden states to messages and back; dtype, shape and bytes are checked against each other."""
 
 import math
 from typing import Any
@@ -14,20 +14,22 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 
 
 def fields(data: bytes, rows: Rows, hidden_size: int) -> dict[str, Any]:
-    """Rows of a hidden state [1, T, hidden_size] as the fields of a Tensor; one made of them would be copied into the
-    message around it."""
+    """Rows of a hidden state [1, T, hidden_size] as the fields of a Tensor message.
+
+    Fields, not a Tensor: that would be copied into the message around it.
+    """
     shape = (1, len(data) // rows.row_bytes(hidden_size), hidden_size)
     return {"dtype": rows.number, "shape": shape, "data": data}
 
 
 def check(received: pb.Tensor, rows: Rows, hidden_size: int) -> int:
-    """The number of tokens T in `received`, which must hold [1, T, hidden_size] in the form of `rows`.
+    """Return the number of tokens T in `received`, which must hold [1, T, hidden_size] in the form of `rows`.
 
-    Raises InputError that names what differs, before anything is allocated.
+    Raises InputError that names what differs. Allocates nothing.
     """
     if received.dtype != rows.number:
         raise InputError("tensor.dtype", dtype_name(received.dtype), dtype_name(rows.number))
-    shape = list(received.shape[:9])  # a message may hold millions of them
+    shape = list(received.shape[:9])  # a message may hold millions of numbers
     if len(shape) != 3 or shape[0] != 1 or shape[1] < 1 or shape[2] != hidden_size:
         raise InputError("tensor.shape", shape, f"[1, tokens, {hidden_size}] with at least one token")
     size = shape[1] * rows.row_bytes(hidden_size)
@@ -37,22 +39,22 @@ def check(received: pb.Tensor, rows: Rows, hidden_size: int) -> int:
 
 
 def dtype_name(number: int) -> str:
-    """A wire dtype's name in lower case, or its number when it has none."""
+    """A wire dtype's name in lower case, or its number if it has none."""
     return pb.Dtype.Name(number).lower() if number in pb.Dtype.values() else str(number)
 
 
 def check_finite(x: torch.Tensor, position: int) -> None:
-    """Raise InputError that names the first of the positions `position`, ... of `x` [1, T, H] with a NaN or an Inf."""
+    """Raise InputError for a NaN or an Inf in `x` [1, T, H], whose first row is at `position`. It names where."""
     if (found := where_not_finite(x)) is not None:
         row, value = found
         raise InputError("tensor.data", f"{value} at position {position + row}", "finite numbers")
 
 
 def where_not_finite(x: torch.Tensor) -> tuple[int, float] | None:
-    """The first row of `x` [1, T, H] that holds a NaN or an Inf, and which of them; None when all are finite.
+    """The first row of `x` [1, T, H] with a NaN or an Inf, and that value; None if all values are finite.
 
-    A sum takes 3 us for a row of 576, where isfinite().all() takes 20, and it is finite only if all of it is. (That of
-    finite numbers may overflow: only then are they looked at one by one.)
+    A sum is finite only if every value is. It takes 3 us for a row of 576; isfinite().all() takes 20. A sum of finite
+    values may overflow, so the values are then checked one by one.
     """
     if math.isfinite(x.sum().item()):
         return None
@@ -64,8 +66,8 @@ def where_not_finite(x: torch.Tensor) -> tuple[int, float] | None:
 
 
 def part_bytes(row_bytes: int, limit: int = 0) -> int:
-    """How many bytes of a hidden state with rows of `row_bytes` go into one message: whole rows, all but long prompts'.
+    """Bytes of a hidden state that go into one message: whole rows of `row_bytes`.
 
-    `limit` is the most bytes that the other end takes, 0 where it does not say.
+    `limit` is the most bytes that the other end accepts, 0 if unknown. Only long prompts need several messages.
     """
     return max(1, min(limit or MAX_TENSOR_BYTES, MAX_TENSOR_BYTES) // row_bytes) * row_bytes

@@ -1,6 +1,6 @@
-"""How the rows of a hidden state lie in a message: as they were computed, or in fewer bytes.
+"""The forms of a hidden state's rows in a message: as computed, or in fewer bytes.
 
-`Rows` is the form that a session's flags choose (`wire_dtype`); both ends of the session use it, in both directions.
+A session's flags choose the form, a `Rows` (`wire_dtype`). Both ends of the session use it, in both directions.
 """
 
 import math
@@ -16,10 +16,10 @@ from splitlearn.wire import trunk_pb2 as pb
 
 TO_WIRE = {torch.float32: pb.FLOAT32, torch.bfloat16: pb.BFLOAT16, torch.float16: pb.FLOAT16}
 BLOCK = 64
-"""Values that share a scale. With 64, a row of 576 takes 0.26 of its float32 bytes."""
+"""Values that share a scale. With 64, a row of 576 values takes 0.26 of its float32 bytes."""
 LARGEST = 127
 Read = Callable[[bytes], torch.Tensor]
-"""Checked bytes to a hidden state [1, T, hidden_size] on the CPU."""
+"""Turns checked bytes into a hidden state [1, T, hidden_size] on the CPU."""
 
 
 class Rows(Protocol):
@@ -27,19 +27,19 @@ class Rows(Protocol):
 
     @property
     def number(self) -> pb.Dtype:
-        """What a message calls it."""
+        """The form's number in a message."""
 
     def row_bytes(self, hidden_size: int) -> int:
         """Bytes of one row of `hidden_size` values."""
 
     def to_bytes(self, x: torch.Tensor) -> bytes:
-        """The rows of `x` [1, T, H], of any device."""
+        """The rows of `x` [1, T, H], which may be on any device."""
 
     def from_bytes(self, data: bytes, hidden_size: int) -> torch.Tensor:
-        """[1, T, hidden_size] on the CPU from checked bytes, in memory of torch's own."""
+        """[1, T, hidden_size] on the CPU from checked bytes, in memory that torch allocated."""
 
     def reader(self, hidden_size: int) -> Read:
-        """`from_bytes` for messages of one session, each of which is done with when the next one is read."""
+        """`from_bytes` for one session, whose caller is done with a result when it reads the next one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Plain:
 
     @property
     def number(self) -> pb.Dtype:
-        """The dtype's own."""
+        """The dtype's number."""
         return TO_WIRE[self.dtype]
 
     def row_bytes(self, hidden_size: int) -> int:
@@ -58,21 +58,23 @@ class Plain:
         return hidden_size * self.dtype.itemsize
 
     def to_bytes(self, x: torch.Tensor) -> bytes:
-        """The values, converted where they have another dtype."""
+        """The values in `dtype`."""
         return _raw(converted(x if x.is_cpu else x.cpu(), self.dtype))
 
     def from_bytes(self, data: bytes, hidden_size: int) -> torch.Tensor:
         """The values in `dtype`.
 
-        Bytes begin anywhere, and a float32 product rounds differently on memory that is not aligned as torch's is.
+        Copied, since a float32 product rounds differently on memory that is not aligned as torch's is.
         """
         x = torch.empty(1, len(data) // self.row_bytes(hidden_size), hidden_size, dtype=self.dtype)
         _array(x).data.cast("B")[:] = data
         return x
 
     def reader(self, hidden_size: int) -> Read:
-        """A single row, a decoded token's, always comes to lie in the same memory: to get some takes ten times as long
-        as to fill it, where the code for that is no longer in the processor's caches (40 us, of 45)."""
+        """Reads single rows (decoded tokens) into one reused buffer.
+
+        Allocating takes 40 us of 45 when that code is no longer in the processor's caches.
+        """
         row = torch.empty(1, 1, hidden_size, dtype=self.dtype)
         memory = _array(row).data.cast("B")
 
@@ -87,11 +89,11 @@ class Plain:
 
 @dataclass(frozen=True)
 class Int8Blocks:
-    """Each row as bfloat16 scales, one for every BLOCK values, then an int8 for each value: value = int8 * scale.
+    """A row is bfloat16 scales, one for every BLOCK values, then an int8 for each value: value = int8 * scale.
 
     The scale is the largest magnitude of its block / 127, as in Dettmers et al. 2022, "8-bit Optimizers via Block-wise
-    Quantization" (arXiv:2110.02861), here with a linear code. The error is at most 3/4 of a scale: half of one from
-    rounding, and at the largest values a quarter from the scale's own rounding.
+    Quantization" (arXiv:2110.02861), here with a linear code. The error is at most 3/4 of a scale: half a scale from
+    rounding and, at the largest values, a quarter from rounding the scale itself.
     """
 
     @property
@@ -104,7 +106,7 @@ class Int8Blocks:
         return hidden_size + 2 * _blocks(hidden_size)
 
     def to_bytes(self, x: torch.Tensor) -> bytes:
-        """The values rounded to the nearest int8; a NaN or an Inf makes a scale of its block that is one, too."""
+        """The values rounded to the nearest int8. A NaN or an Inf makes its block's scale NaN or Inf."""
         rows = x.detach().to("cpu", torch.float32).view(-1, x.shape[-1])
         blocks = _in_blocks(rows)
         scales = (blocks.abs().amax(-1) / LARGEST).to(torch.bfloat16)
@@ -122,14 +124,15 @@ class Int8Blocks:
         return values.view(len(raw), -1)[:, :hidden_size].unsqueeze(0).contiguous()
 
     def reader(self, hidden_size: int) -> Read:
-        """As each message by itself."""
+        """`from_bytes`, with no reused buffer."""
         return partial(self.from_bytes, hidden_size=hidden_size)
 
 
 def converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` in `dtype`. To have torch find out that it is in it takes 20 us between two steps, where its code is cold.
+    """`x` in `dtype`. Finite values stay finite.
 
-    What is finite stays finite: a wire form rounds 65504, float16's largest, to 65536, which would be Inf there.
+    A wire form rounds 65504, float16's largest value, to 65536, which would be Inf in float16. `x.to` is not called for
+    the same dtype: it takes 20 us between two steps, when its code is cold.
     """
     if x.dtype == dtype:
         return x
@@ -142,7 +145,7 @@ def _blocks(hidden_size: int) -> int:
 
 
 def _in_blocks(rows: torch.Tensor) -> torch.Tensor:
-    """[T, H] as [T, blocks, BLOCK], the last block filled up with zeros."""
+    """[T, H] as [T, blocks, BLOCK]; zeros pad the last block."""
     missing = -rows.shape[1] % BLOCK
     padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
     return padded.view(len(rows), -1, BLOCK)
@@ -153,6 +156,6 @@ def _raw(x: torch.Tensor) -> bytes:
 
 
 def _array(x: torch.Tensor) -> NDArray[Any]:
-    """The memory of `x`, on the CPU; numpy has no bfloat16, whose bits are taken for those of int16."""
+    """The memory of `x`, on the CPU. numpy has no bfloat16, so its bits are read as int16."""
     array: NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
     return array

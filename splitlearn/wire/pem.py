@@ -1,6 +1,6 @@
-"""Certificates and keys from PEM files, looked at before gRPC gets them: it would say nothing of what is wrong.
+"""Reads certificates and keys from PEM files and checks them, since gRPC would not say what is wrong.
 
-Raises InputError that names the setting, the file and what would be right. What a key holds is in no message.
+Raises InputError that names the setting, the file and what would be right. No message has a key's content.
 """
 
 import ssl
@@ -22,7 +22,7 @@ def authorities(setting: str, path: Path | None) -> bytes | None:
 
 
 def pair(section: str, certificate: Path | None, key: Path | None) -> tuple[bytes, bytes] | None:
-    """A certificate (with its chain) and its private key, of the settings `section`.certificate and .key."""
+    """A certificate (with its chain) and its private key, from the settings `section`.certificate and .key."""
     if certificate is None or key is None:
         return None
     found = _read(f"{section}.certificate", certificate), _read(f"{section}.key", key)

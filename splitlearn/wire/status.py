@@ -1,4 +1,4 @@
-"""Exceptions as gRPC statuses and back: the one place for both directions.
+"""Maps exceptions to gRPC statuses and back.
 
 A refusal for want of room carries google.rpc.RetryInfo: the time after which to try again.
 """
@@ -21,11 +21,11 @@ from splitlearn.errors import (
     TrunkUnavailable,
 )
 
-# gRPC drops a status whose message is over its limit for metadata (8 KiB); each end may have put its words around a
-# value of any length.
+# gRPC drops a status whose message exceeds its limit for metadata (8 KiB), and a message may quote a value of any
+# length.
 _MAX_DETAILS = 2000
 
-# The first that fits counts.
+# The first match counts.
 _CODES: tuple[tuple[type[SplitlearnError], grpc.StatusCode], ...] = (
     (InputError, grpc.StatusCode.INVALID_ARGUMENT),
     (TrunkDenied, grpc.StatusCode.UNAUTHENTICATED),
@@ -51,7 +51,7 @@ _ERRORS: dict[grpc.StatusCode, type[TrunkError]] = {
 
 
 def code_of(error: Exception) -> grpc.StatusCode:
-    """The code with which a server answers `error`; INTERNAL for what nobody foresaw."""
+    """The code with which a server answers `error`; INTERNAL for any other exception."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
@@ -70,13 +70,13 @@ def status_of(error: Exception) -> grpc.Status:
 
 
 def shorten(details: str) -> str:
-    """`details` short enough to arrive, its middle left out where it is too long."""
+    """`details`, without its middle if it is too long to arrive."""
     half = _MAX_DETAILS // 2
     return details if len(details) <= _MAX_DETAILS else f"{details[:half]} [...] {details[-half:]}"
 
 
 def error_of(error: grpc.RpcError, address: str) -> TrunkError:
-    """What a client raises for `error` from the trunk at `address`."""
+    """The exception that a client raises for `error` from the trunk at `address`."""
     code, details = error.code(), error.details() or "no details"
     kind = _ERRORS.get(code, TrunkFailed)
     if kind is TrunkUnavailable:
@@ -87,22 +87,22 @@ def error_of(error: grpc.RpcError, address: str) -> TrunkError:
 
 
 def _advice(details: str) -> str:
-    """What a person can do about a trunk that is not reached, by gRPC's words for why."""
+    """Advice about a trunk that cannot be reached, chosen by gRPC's message."""
     if any(words in details for words in _NOT_TRUSTED):
         return (
             "Look at trunk.tls: its ca, its server_name, and whether the trunk speaks TLS with a certificate in date."
         )
     start = "Start it with `python -m server --config config.yaml`, or set trunk.address."
-    if "Socket closed" in details:  # of TLS that is refused, no more is heard
+    if "Socket closed" in details:  # gRPC reports no more of a refused TLS handshake
         return f"{start} If it asks for TLS or for a client's certificate, set trunk.tls."
     return start
 
 
 def _retry_s(error: grpc.RpcError) -> float:
-    """Seconds after which to try again, as the status says; one second where it says nothing."""
+    """The status's RetryInfo in seconds; one second without it."""
     try:
         status = rpc_status.from_call(error)
-    except ValueError:  # details that contradict the status: another server's doing
+    except ValueError:  # details that contradict the status, from another server
         status = None
     info = error_details_pb2.RetryInfo()
     for detail in status.details if status else ():

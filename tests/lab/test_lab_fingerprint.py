@@ -74,7 +74,7 @@ def test_it_extends_what_compare_says(found: dict[str, dict[str, object]]) -> No
 
 def test_the_trunk_says_of_its_own_machine_what_decides_its_figures(found: dict[str, dict[str, object]]) -> None:
     said, trunk = found["fingerprint"], found["fingerprint"]["trunk"]
-    known = {name: str(value) for name, value in hardware.described().items() if value is not None}
+    known = {name: str(value) for name, value in hardware.describe().items() if value is not None}
     assert known.items() <= trunk.items()  # type: ignore[attr-defined]
     elsewhere = {**said, "trunk": {**trunk, "logical_cores": "96"}}  # type: ignore[dict-item]
     assert differences(said, elsewhere) == [f"trunk.logical_cores: {os.cpu_count()} and 96"]

@@ -112,7 +112,7 @@ def test_the_machine_and_its_limits_are_said_in_words() -> None:
 def test_what_a_trunk_says_of_its_machine_is_read_and_nonsense_is_left_out() -> None:
     said = {"logical_cores": "2", "memory_bytes": str(24 * GB), "cpu_quota": "0.5", "memory_limit_bytes": str(GB)}
     assert hardware.usable(said) == "0.5 of 2 cores (cgroup limit), 1 of 24 GB"
-    assert hardware.usable(hardware.described()) == str(cgroups.machine())
+    assert hardware.usable(hardware.describe()) == str(cgroups.machine())
     for wrong in ({}, {"logical_cores": "2"}, {**said, "cpu_quota": "<b>"}, {**said, "memory_bytes": "inf"}):
         assert hardware.usable(wrong) == ""
 

@@ -53,7 +53,7 @@ def test_the_wait_policy_is_the_one_that_workers_get(monkeypatch: pytest.MonkeyP
 
 
 def test_the_governors_and_throttle_counts_are_read_where_the_machine_tells(cpu_folder: Path) -> None:
-    assert hardware.described()["governor"] is None
+    assert hardware.describe()["governor"] is None
     assert hardware.throttled() is None
     for core, governor in enumerate(("powersave", "performance", "powersave")):
         for name, text in (
@@ -64,7 +64,7 @@ def test_the_governors_and_throttle_counts_are_read_where_the_machine_tells(cpu_
             path = cpu_folder / f"cpu{core}" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{text}\n")
-    assert hardware.described()["governor"] == "performance, powersave"
+    assert hardware.describe()["governor"] == "performance, powersave"
     assert hardware.throttled() == 0 + 1 + 2 + 3 * 5
 
 
@@ -75,4 +75,4 @@ def test_a_clock_that_cannot_be_read_is_none(monkeypatch: pytest.MonkeyPatch, sa
             raise said
 
     monkeypatch.setattr(psutil, "cpu_freq", cpu_freq)
-    assert hardware.clock_mhz("current") is None and hardware.described()["cpu_max_mhz"] is None
+    assert hardware.clock_mhz("current") is None and hardware.describe()["cpu_max_mhz"] is None
