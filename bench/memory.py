@@ -67,7 +67,7 @@ def _added(spec: ArmSpec) -> tuple[int, TrunkFacts | None]:
     The worker does its own imports: one that is forked, as those of the app are, has at first fewer pages of the
     libraries in memory than a process that has just read them, and so would seem to add 15 MB more.
     """
-    process_environment.tell()
+    process_environment.set_defaults()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_work, args=(theirs, spec), daemon=True)
