@@ -89,7 +89,7 @@ def recorded(runs: Runs) -> Trunk:
         text += f"{word} "
         if len(text) > PROMPT and len(tokens.encode(text, chat=False)) >= PROMPT:
             break
-    spec = replace(runs.spec("split", runs.flags(FLAGS)), timeout_s=TIMEOUT_S)
+    spec = replace(runs.ready_spec("split", runs.flags(FLAGS)), timeout_s=TIMEOUT_S)
     states = record(spec, [GenerationRequest(text, 2, chat=False, ignore_eos=True)], silent)[0].states
     return Trunk(spec, states[:, :PROMPT].contiguous())
 

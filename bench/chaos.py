@@ -56,7 +56,7 @@ def main(runs: Runs) -> None:
     """Measure and write docs/results/chaos.md."""
     requests = [GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
     flags = runs.flags("default")
-    (address,) = runs.spec("split", flags).addresses
+    (address,) = runs.ready_spec("split", flags).addresses
     found, wanted = chaos(
         runs,
         flags,
@@ -97,7 +97,7 @@ def chaos(
     kill: Callable[[], None],
 ) -> tuple[Found, dict[str, tuple[int, ...]]]:
     """`kill` the trunk of `runs` so many times while CLIENTS ask; what was found, and each prompt's undisturbed ids."""
-    spec = runs.spec("split", flags)
+    spec = runs.ready_spec("split", flags)
     children = [arm.start(replace(spec, copy=number)) for number in range(CLIENTS)]
     try:
         for child in children:

@@ -48,7 +48,7 @@ def _row(config: Config, name: str, words: str, weights: dict[str, int]) -> dict
     """Fresh processes for each set of flags, the trunk server's too."""
     with Runs(config, silent) as runs:
         flags = runs.flags(words)
-        (whole, _), (client, facts) = (_added(runs.spec(kind, flags)) for kind in KINDS)
+        (whole, _), (client, facts) = (_added(runs.ready_spec(kind, flags)) for kind in KINDS)
     trunk = facts.peak_rss_bytes - facts.import_rss_bytes if facts else 0
     return {
         "flags": name,

@@ -91,7 +91,7 @@ def main(runs: Runs) -> None:
 
 
 def _spec(runs: Runs) -> ArmSpec:
-    return replace(runs.spec("split", runs.flags(runs.config.flags)), timeout_s=WAIT_S)
+    return replace(runs.ready_spec("split", runs.flags(runs.config.flags)), timeout_s=WAIT_S)
 
 
 def _load(name: str, spec: ArmSpec, asked: Asked, recorded: Sequence[Recording]) -> Phase:

@@ -67,7 +67,7 @@ def main(runs: Runs) -> None:
     """Measure and write docs/results/soak.md."""
     asked = Asked(read_prompts(PROMPTS), max_new_tokens=TOKENS)
     with Runs(with_room(runs.config, ServerConfig(max_sessions=PLACES)), silent) as own:
-        spec = replace(own.spec("split", own.flags(own.config.flags)), timeout_s=30.0)
+        spec = replace(own.ready_spec("split", own.flags(own.config.flags)), timeout_s=30.0)
         recorded = recordings_of(asked, spec, own.config.generation.chat, silent)
         soak(spec, recorded, WARM_UP, seed=0)
         halves = [soak(spec, recorded, SESSIONS // 2, seed=seed, say=_say) for seed in (1, 2)]

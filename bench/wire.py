@@ -52,7 +52,7 @@ def main(runs: Runs) -> None:
 def _round(runs: Runs, echoes: Mapping[str, Echo], order: random.Random) -> dict[str, float]:
     """The median wire and echo times of one generation's steps, in seconds."""
     flags = runs.flags(FLAGS)
-    spec = runs.spec("split", flags)
+    spec = runs.ready_spec("split", flags)
     client, at_trunk = settings(flags.client), settings(flags.trunk)
     loading.prepare_process(client.process, spec.threads)
     placement = loading.Placement(spec.device, spec.dtype)

@@ -59,11 +59,15 @@ class EmbeddedTrunk:
         server = self._server.process
         return server.poll() is None and process.runs(server.pid)
 
-    def ready(self) -> bool:
+    def usable(self) -> bool:
         """Wait while the server is being started again; False when it was stopped or given up."""
         while not (self._server.ready and self.alive()):
             if self._lost.is_set() or self._stopping.wait(POLL_S):
                 return False
+        return True
+
+    def idle(self) -> bool:
+        """True: a trunk that a worker still knows is started again when that worker's arm runs."""
         return True
 
     def stop(self) -> None:

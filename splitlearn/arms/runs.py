@@ -17,15 +17,16 @@ from transformers import PretrainedConfig
 
 from splitlearn.arms import draft_model
 from splitlearn.arms.arm import ArmEnd, ArmSpec, Kind
-from splitlearn.arms.embedded_server import EmbeddedTrunk, Server
+from splitlearn.arms.embedded_server import Server
+from splitlearn.arms.trunk_pool import TrunkPool
 from splitlearn.arms.worker import Worker, compile_seconds
 from splitlearn.checkpoints import catalogue
 from splitlearn.checkpoints.folder import ModelFiles, read_config
 from splitlearn.client.remote_stage import TrunkFacts, check_served, describe, first_that_works
-from splitlearn.config import Config, serving
+from splitlearn.config import Config
 from splitlearn.errors import InputError, WorkFailed
 from splitlearn.events import Event, GenerationRequest
-from splitlearn.flags.registry import SIDES, Place, of_scope
+from splitlearn.flags.registry import SIDES, Place
 from splitlearn.flags.registry import settings as settings_of
 from splitlearn.flags.selection import Availability, FlagSet, availability
 from splitlearn.flags.selection import check as check_flags
@@ -36,6 +37,7 @@ from splitlearn.models.plan import SplitPlan
 from splitlearn.models.sizes import kv_bytes_per_token
 from splitlearn.models.structure import no_roll_back
 from splitlearn.runtime import cgroups
+from splitlearn.runtime.process_pool import ProcessPool
 from splitlearn.runtime.progress import Progress
 from splitlearn.wire import channel
 from splitlearn.wire import trunk_pb2 as pb
@@ -113,10 +115,8 @@ class Runs:
         self.device = catalogue.resolve_device(config.model.device)
         self.dtype = DTYPES[config.model.dtype]
         self._lock = threading.Lock()
-        self._workers: dict[ArmSpec, Worker] = {}
-        self._trunk_lock = threading.Lock()
-        self._trunks: dict[frozenset[str], EmbeddedTrunk] = {}
-        self._server = server
+        self._workers = ProcessPool[ArmSpec, Worker](self._has_room)
+        self._trunks = TrunkPool(config, self._has_memory, server)
 
     def __enter__(self) -> "Runs":
         return self
@@ -130,33 +130,21 @@ class Runs:
         return self._lock.locked()
 
     def trunk_addresses(self, applied: frozenset[str] | None = None) -> tuple[str, ...]:
-        """Where trunks listen, in the order of preference.
+        """Where trunks listen, in the order of preference. `applied` are the trunk's flags, None for any.
 
-        There is an embedded one for each set of load and process flags, started when it is first asked for: `applied`
-        are the trunk's flags, None for any of them.
+        Starts the embedded trunk that has these flags, where there is none yet.
         """
         if not self.config.trunk.embedded:
             return self.config.trunk.address
-        with self._trunk_lock:  # a page that opens asks for it beside the run that does
-            flags = next(reversed(self._trunks), self._first_flags) if applied is None else applied
-            own = of_scope(flags, "load", "process")
-            trunk = self._trunks.pop(own, None)
-            if trunk is None or not trunk.ready():
-                self._make_room()
-                server, self._server = self._server, None
-                trunk = EmbeddedTrunk(serving(self.config, own), server=server)
-            self._trunks[own] = trunk  # at the end: the least recently used one is first
-            return (trunk.address,)
+        if applied is None:
+            latest = self._trunks.latest
+            applied = self._first_flags if latest is None else latest
+        return (self._trunks.address(applied),)
 
     @cached_property
     def _first_flags(self) -> frozenset[str]:
         """The trunk's flags of the configuration."""
         return parse_flags(self.config.flags, availability(dict.fromkeys(SIDES, self.here))).trunk
-
-    def _make_room(self) -> None:
-        """End embedded trunks that were not used for longest while another one would find too little memory."""
-        while self._trunks and not self._has_memory():
-            self._trunks.pop(next(iter(self._trunks))).stop()
 
     def trunk_address(self) -> str:
         """Where a trunk answers: the first address that there is, or the first of several that works."""
@@ -245,41 +233,32 @@ class Runs:
         """
         stop = cancelled or threading.Event()
         with self._lock:
-            spec = replace(self.spec(kind, flags), copy=copy)
+            spec = replace(self.ready_spec(kind, flags), copy=copy)
             try:
-                worker = self._worker(spec, stop)
+                worker = self._workers.obtain(spec, lambda: Worker.start(spec, stop))
                 if worker is None:
                     return
                 worker.warm_up(request, stop)
                 if not stop.is_set():
                     yield from self._measure(spec, worker, request, stop)
             except BaseException:
-                self._clear_up()
+                self._workers.prune()  # the next run has new ones
                 raise
 
     def close(self) -> None:
         """End all workers and the embedded trunk; a run that another thread has under way gets a moment to end."""
         self._lock.acquire(timeout=CLOSE_TIMEOUT_S)
-        for worker in self._workers.values():
-            worker.child.stop()
-        self._workers.clear()
-        for trunk in self._trunks.values():
-            trunk.stop()
-        self._trunks.clear()
-        if self._server is not None:
-            self._server.stop()
+        self._workers.close()
+        self._trunks.close()
 
-    def _clear_up(self) -> None:
-        """Drop workers that are dead: the next run has new ones."""
-        for known, worker in list(self._workers.items()):
-            if not worker.child.alive():
-                self._workers.pop(known).child.stop()
+    def ready_spec(self, kind: Kind, flags: FlagSet) -> ArmSpec:
+        """What a worker of this arm is told. Starts the embedded trunk of a split arm first, where it does not run."""
+        return self.spec(kind, flags, self.trunk_addresses(flags.trunk) if kind == "split" else ())
 
-    def spec(self, kind: Kind, flags: FlagSet) -> ArmSpec:
-        """What a worker of this arm is told; starts the embedded trunk for a split one."""
+    def spec(self, kind: Kind, flags: FlagSet, addresses: tuple[str, ...] = ()) -> ArmSpec:
+        """What a worker of this arm is told; `addresses` are those of its trunk."""
         split = kind == "split"
         own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
-        addresses = self.trunk_addresses(flags.trunk) if split else ()
         threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
         if settings_of(own.trunk).load.compile_stage is not None:
             timeout_s = max(timeout_s, COMPILE_TIMEOUT_S)
@@ -297,24 +276,10 @@ class Runs:
             draft=self.draft,
         )
 
-    def _worker(self, spec: ArmSpec, stop: threading.Event) -> Worker | None:
-        """The worker for `spec`, loaded; the least recently used one makes room for a new one. None when stopped."""
-        worker = self._workers.pop(spec, None)
-        if worker is None or not worker.child.alive():
-            while self._workers and not self._has_room():
-                self._workers.pop(next(iter(self._workers))).child.stop()
-            worker = Worker.start(spec, stop)
-            if worker is None:
-                return None
-        self._workers[spec] = worker
-        return worker
-
-    def _has_room(self) -> bool:
-        """Whether another worker may be kept beside those that there are."""
+    def _has_room(self, count: int) -> bool:
+        """Whether another worker may be kept beside `count` of them."""
         most = self.config.runs.warm_workers
-        if most is not None:
-            return len(self._workers) < most
-        return self._has_memory()
+        return self._has_memory() if most is None else count < most
 
     def _has_memory(self) -> bool:
         """Whether there is memory for another process with a part of the model."""

@@ -40,6 +40,18 @@ class Worker:
             child.stop()
             raise
 
+    def usable(self) -> bool:
+        """True while the process runs."""
+        return self.child.alive()
+
+    def idle(self) -> bool:
+        """True: one arm runs at a time, and while it does no worker is evicted."""
+        return True
+
+    def stop(self) -> None:
+        """End the process."""
+        self.child.stop()
+
     def warm_up(self, request: GenerationRequest, stop: threading.Event) -> None:
         """Run a few tokens of `request`, unless something with as many samples was run before."""
         if request.samples not in self.warm:

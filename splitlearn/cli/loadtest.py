@@ -51,7 +51,7 @@ def measure(runs: Runs, asked: Asked, progress: Progress, stop: threading.Event)
     lengths = tuple(len(tokens.encode(prompt, chat)) for prompt in asked.prompts)
     check_lengths(lengths, asked, facts.context_length)
     runs.check_trunk()
-    spec = runs.spec("split", runs.flags(runs.config.flags))
+    spec = runs.ready_spec("split", runs.flags(runs.config.flags))
     with clients_for(spec, asked, chat, progress) as clients:
         measured = drive(clients, asked, progress, stop)
     return Findings(

@@ -10,7 +10,7 @@ Where starting and stopping must not happen under the caller's lock, the same in
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, overload
 
 
 class Member(Protocol):
@@ -63,6 +63,10 @@ class ProcessPool(Generic[Key, Process]):
         self._members.move_to_end(key)
         return member
 
+    @overload
+    def obtain(self, key: Key, start: Callable[[], Process]) -> Process: ...
+    @overload
+    def obtain(self, key: Key, start: Callable[[], Process | None]) -> Process | None: ...
     def obtain(self, key: Key, start: Callable[[], Process | None]) -> Process | None:
         """The usable process of `key`, or what `start` gives, after idle ones were stopped until there is room.
 

@@ -98,12 +98,12 @@ def test_an_embedded_trunk_that_was_killed_is_back_at_its_address_until_it_canno
         first = trunk.pid
         psutil.Process(first).kill()
         assert eventually(lambda: gone(first))
-        assert trunk.ready()
+        assert trunk.usable()
         assert trunk.pid != first
         check_served(describe(trunk.address), served(files), trunk.address)
         monkeypatch.setattr(sys, "executable", "/bin/false")
         psutil.Process(trunk.pid).kill()
-        assert eventually(lambda: not trunk.ready())
+        assert eventually(lambda: not trunk.usable())
     finally:
         trunk.stop()
     assert not trunk.alive()

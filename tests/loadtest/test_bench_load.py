@@ -42,7 +42,7 @@ def server(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="module")
 def spec(files: ModelFiles, server: Server) -> ArmSpec:
     with Runs(config.parse(settings(files, trunk={"address": server.address})), silent) as runs:
-        return runs.spec("split", FlagSet(client=CACHED, trunk=CACHED))
+        return runs.ready_spec("split", FlagSet(client=CACHED, trunk=CACHED))
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 16, 32])

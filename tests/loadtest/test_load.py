@@ -223,7 +223,7 @@ def test_a_recording_is_what_the_bottom_gives_for_prompt_and_answer(files: Model
         parsed = config.parse(settings_of(files, trunk={"address": trunk.address}))
         runs = stack.enter_context(Runs(parsed, silent))
         requests = [GenerationRequest(prompt, 6, ignore_eos=True) for prompt in PROMPTS[:2]]
-        recordings = record(runs.spec("split", FlagSet(client=CACHED, trunk=CACHED)), requests, silent)
+        recordings = record(runs.ready_spec("split", FlagSet(client=CACHED, trunk=CACHED)), requests, silent)
     placement = loading.Placement(torch.device("cpu"), torch.float32)
     bottom = loading.load(files, loading.client_specs(PLAN), load_of(CACHED), placement).stages[0]
     for recording, prompt in zip(recordings, PROMPTS, strict=False):

@@ -61,7 +61,6 @@ class PoolMachine(RuleBasedStateMachine):
             while len(self.order) >= self.limit and self.evicted():
                 pass
         found = self.pool.obtain(key, self.start)
-        assert found is not None
         assert (found is known) == reused
         self.used(key, found)
         return found
@@ -152,7 +151,6 @@ def test_what_a_start_raises_leaves_the_pool_as_it_was() -> None:
 def test_a_busy_process_is_not_evicted_and_the_new_one_starts_beside_it() -> None:
     pool: ProcessPool[str, Process] = ProcessPool(lambda count: count < 1)
     first = pool.obtain("first", Process)
-    assert first is not None
     first.busy = True
     second = pool.obtain("second", Process)
     assert list(pool) == [first, second]

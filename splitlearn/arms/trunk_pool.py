@@ -1,0 +1,52 @@
+"""Embedded trunk servers: one for each set of the trunk's load and process flags, started when first asked for."""
+
+import threading
+from collections.abc import Callable
+
+from splitlearn.arms.embedded_server import EmbeddedTrunk, Server
+from splitlearn.config import Config, serving
+from splitlearn.flags.registry import of_scope
+from splitlearn.runtime.process_pool import ProcessPool
+
+
+class TrunkPool:
+    """`has_memory` says whether one more trunk may be kept beside those that run. `server` is the process that the
+    first trunk becomes, where one was started before. Any thread may ask."""
+
+    def __init__(self, config: Config, has_memory: Callable[[], bool], server: Server | None = None) -> None:
+        self._config, self._unused = config, server
+        self._starting = server
+        self._closing = False
+        self._lock = threading.Lock()  # a page that opens asks for a trunk beside the run that does
+        self._trunks = ProcessPool[frozenset[str], EmbeddedTrunk](lambda count: has_memory())
+
+    @property
+    def latest(self) -> frozenset[str] | None:
+        """The flags of the trunk used last; None before the first one."""
+        with self._lock:
+            return self._trunks.latest
+
+    def address(self, flags: frozenset[str]) -> str:
+        """Where the trunk with `flags` listens. Starts it, and ends the least recently used ones where memory is short.
+        Raises SetupError when it does not start."""
+        own = of_scope(flags, "load", "process")
+        with self._lock:
+            return self._trunks.obtain(own, lambda: self._start(own)).address
+
+    def close(self) -> None:
+        """End all trunks, and one that starts at this moment."""
+        self._closing = True
+        if self._starting is not None:
+            self._starting.stop()
+        with self._lock:
+            self._trunks.close()
+
+    def _start(self, flags: frozenset[str]) -> EmbeddedTrunk:
+        server, self._unused = self._unused or Server(), None
+        self._starting = server
+        if self._closing:
+            server.stop()
+        try:
+            return EmbeddedTrunk(serving(self._config, flags), server=server)
+        finally:
+            self._starting = None
