@@ -25,7 +25,7 @@ from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints import convert
-from splitlearn.checkpoints import folder as model_folder
+from splitlearn.checkpoints.folder import seal
 from splitlearn.config import Config
 from splitlearn.events import GenerationRequest
 from splitlearn.generation.tokenizer import Tokens
@@ -128,7 +128,7 @@ def larger(tokenizer: Path, work: Path) -> Iterator[Path]:
     model.cpu().save_pretrained(checkpoint)
     read.save_pretrained(checkpoint)
     folder.mkdir()
-    model_folder.seal(folder, "random weights", convert.convert_apart(checkpoint, folder, None, silent), silent)
+    seal(folder, "random weights", convert.convert_in_subprocess(checkpoint, folder, None, silent), silent)
     shutil.rmtree(checkpoint)
     yield folder
 

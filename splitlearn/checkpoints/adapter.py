@@ -1,7 +1,7 @@
-"""An adapter (LoRA and its like) beside a model: merged into the weights by `peft`, or refused by name.
+"""Merges an adapter (LoRA and the like) beside a model into its weights with `peft`, or refuses it by name.
 
-`peft` is no requirement of this program. Where it is not installed, a model with an adapter beside it is refused: the
-model alone would compute something else than what is in its folder.
+`peft` is no requirement of this program. Without it, a model with an adapter beside it is refused: the model alone
+would compute something else than its folder says.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from splitlearn.checkpoints.inspection import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_files,
-    described_adapter,
+    describe_adapter,
     read_json,
     unnamed_adapters,
 )
@@ -24,12 +24,12 @@ ALONE = "move the adapter's files away to use the model without it"
 
 
 def check(folder: Path) -> None:
-    """Return for a folder without an adapter, and for one that can be applied here. Raises ModelError."""
+    """Raise ModelError for a folder with an adapter that cannot be applied here."""
     found = [path.name for path in adapter_files(folder)]
     if not found:
         _refuse_unnamed(folder)
         return
-    what = f"{folder} has {described_adapter(folder)} beside the model"
+    what = f"{folder} has {describe_adapter(folder)} beside the model"
     whole = {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(found)
     if not whole or "peft_type" not in read_json(folder / ADAPTER_CONFIG):
         needed = f"it takes {ADAPTER_CONFIG} with a peft_type, and {ADAPTER_WEIGHTS}; there are {', '.join(found)}"
@@ -41,7 +41,7 @@ def check(folder: Path) -> None:
 
 
 def _refuse_unnamed(folder: Path) -> None:
-    """Raise ModelError for an adapter's weights in a file of another name, without a configuration for peft."""
+    """Raise ModelError for an adapter's weights in a file of another name, which peft would not find."""
     if unnamed := [path.name for path in unnamed_adapters(folder)]:
         raise ModelError(
             f"{folder} has an adapter beside the model (lora tensors in {', '.join(unnamed)}), which cannot be "
@@ -52,8 +52,7 @@ def _refuse_unnamed(folder: Path) -> None:
 def merged(model: Any, folder: Path) -> Any:
     """The transformers model with the adapter of `folder` merged into its weights.
 
-    Raises ModelError for one that does not fit the model: each of its tensors must have a place, and each place a
-    tensor.
+    Raises ModelError if it does not fit the model: each of its tensors must have a place, and each place a tensor.
     """
     peft: Any = import_module("peft")
     try:
@@ -61,11 +60,11 @@ def merged(model: Any, folder: Path) -> Any:
         if config.is_prompt_learning:
             raise ValueError(f"{config.peft_type} changes prompts, not weights, and cannot be merged")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what does not fit is an error below
+            warnings.simplefilter("ignore")  # what does not fit raises below
             wrapped = peft.PeftModelForCausalLM(model, config)
             found = wrapped.load_adapter(str(folder), "default")
             merge = wrapped.merge_and_unload
-    except Exception as error:  # peft checks with exceptions of every kind
+    except Exception as error:  # peft raises exceptions of every kind
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ModelError(f"The adapter in {folder} cannot be applied to the model beside it ({said}).") from error
     apart = sorted({*found.unexpected_keys, *found.missing_keys})

@@ -1,11 +1,11 @@
-"""Where weights come from: the catalogue, a hub id, a local folder or a GGUF file; each converted once into the cache.
+"""Finds a model by name (catalogue, hub id, local folder or GGUF file) and converts it once into the cache.
 
-`prepare(model, progress)` is all that others need: it gives the checked files of the configured model, and fetches and
-converts them first when the cache does not have them. Two processes that share a cache do that once between them.
+`prepare(model, progress)` is all that callers need. It returns the checked files of the configured model; if the cache
+lacks them, it fetches and converts them first. Processes that share a cache do that only once.
 
-    <cache>/v1/<model>/               a converted folder (checkpoints/folder.py); it has this name once it is whole
-    <cache>/v1/<model>.lock           held while one process makes it
-    <cache>/v1/<model>.partial-*/     what such a process has so far; removed by the next one when it was killed
+    <cache>/v1/<model>/               a converted folder (checkpoints/folder.py), under this name only when complete
+    <cache>/v1/<model>.lock           the lock of the process that makes it
+    <cache>/v1/<model>.partial-*/     the unfinished folder; after a kill, the next process removes it
 """
 
 import errno
@@ -24,21 +24,20 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from splitlearn.checkpoints import convert, download, inspection
-from splitlearn.checkpoints import folder as model_folder
 from splitlearn.checkpoints.download import HubSource, PipSource
-from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.checkpoints.folder import FORMAT, MANIFEST, ModelFiles, open_folder, seal, source_of
 from splitlearn.config import ModelConfig
 from splitlearn.errors import InputError, ModelError
 from splitlearn.runtime.progress import Progress, Step
 
-# Of what a cache folder's name has of a local folder's.
+# The most characters of a local folder's name in its cache folder's name.
 _NAME_LENGTH = 80
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """A model that is known by a short name. `download_bytes` is what has to be fetched, about."""
+    """A model with a short name. `download_bytes` is about what has to be fetched."""
 
     name: str
     source: PipSource | HubSource
@@ -73,7 +72,7 @@ CATALOGUE = (
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A model of the catalogue or of the cache. `folder` is None and `cached_bytes` 0 when it is not in the cache."""
+    """A model of the catalogue or of the cache. If it is not in the cache, `folder` is None and `cached_bytes` 0."""
 
     name: str
     source: str
@@ -83,53 +82,53 @@ class ModelStatus:
 
 
 def prepare(model: ModelConfig, progress: Progress) -> ModelFiles:
-    """The checked files of the configured model, fetched and converted first where the cache does not have them.
+    """Return the checked files of the configured model; fetch and convert them first if the cache lacks them.
 
-    Raises InputError for a name that is no model's, ModelUnavailable when it cannot be fetched from here,
-    WeightsDamaged when a cached file is not what was written, and ModelError when the model cannot be used.
+    Raises InputError for a name of no model, ModelUnavailable if it cannot be fetched from here, WeightsDamaged if a
+    cached file has changed, and ModelError if the model cannot be used.
     """
     source = _source(model.name)
-    if isinstance(source, Path) and (source / model_folder.MANIFEST).exists():
+    if isinstance(source, Path) and (source / MANIFEST).exists():
         if adapters := inspection.adapter_files(source):
             wrong = f"{source} is converted already: the adapter in it ({adapters[0].name}) cannot be applied any more"
             raise ModelError(f"{wrong}. What works: put it beside the original model, or move it away.")
-        return model_folder.open_folder(source, model.name)  # a converted folder, used where it is
+        return open_folder(source, model.name)  # a converted folder, used where it is
     target = cache_folder(model) / _folder_name(source, model.name)
     if not _is_whole(target):
-        with _alone(target, progress):
+        with _locked(target, progress):
             if not target.exists():
                 _make(source, target, progress)
-    return model_folder.open_folder(target, model.name)
+    return open_folder(target, model.name)
 
 
 def catalogue_status(model: ModelConfig) -> list[ModelStatus]:
-    """Every model of the catalogue, then whatever else the cache has, with the place and size in the cache."""
+    """Every model of the catalogue, then the others in the cache, each with its folder and size there."""
     cache = cache_folder(model)
     rows = {}
     for entry in CATALOGUE:
         folder = cache / _folder_name(entry.source, entry.name)
         rows[folder] = _status(entry.name, str(entry.source), entry, folder)
-    for manifest in sorted(cache.glob(f"*/{model_folder.MANIFEST}")):
+    for manifest in sorted(cache.glob(f"*/{MANIFEST}")):
         if manifest.parent not in rows and ".partial-" not in manifest.parent.name:
             folder = manifest.parent
-            rows[folder] = _status(folder.name, model_folder.source_of(folder), None, folder)
+            rows[folder] = _status(folder.name, source_of(folder), None, folder)
     return list(rows.values())
 
 
 def cache_folder(model: ModelConfig) -> Path:
-    """Where converted folders of this format are: SPLITLEARN_CACHE, else `model.cache`, else the user's cache."""
+    """The folder of converted models of this format: SPLITLEARN_CACHE, else `model.cache`, else the user's cache."""
     try:
         chosen = os.environ.get("SPLITLEARN_CACHE") or model.cache or user_cache_path("splitlearn")
         folder = Path(chosen).expanduser()
-    except RuntimeError as error:  # of a user who has no home folder
+    except RuntimeError as error:  # the user has no home folder
         raise InputError("model.cache", None, f"a folder ({error}); SPLITLEARN_CACHE names one, too") from error
-    return folder.absolute() / f"v{model_folder.FORMAT}"
+    return folder.absolute() / f"v{FORMAT}"
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name` in the config; `auto` is cuda where there is one, else cpu.
+    """The device called `name` in the config; `auto` is cuda if there is one, else cpu.
 
-    Raises InputError for a device that this machine does not have.
+    Raises InputError if this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -158,7 +157,7 @@ def _source(name: str) -> PipSource | HubSource | Path:
 
 
 def _local(name: str) -> Path | None:
-    """The file or folder called `name`; None where there is none. Raises InputError for one that cannot be read."""
+    """The file or folder called `name`, or None. Raises InputError if it cannot be read."""
     path = Path(name)
     try:
         found = (path.expanduser() if name == "~" or name.startswith("~/") else path).resolve(strict=True)
@@ -177,12 +176,12 @@ def _local(name: str) -> Path | None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether this is more than a folder that happens to have the name of a hub's repository."""
+    """False for a folder without model files, which only happens to be named like a hub repository."""
     return path.is_file() or any(inspection.files(path)) or any(path.glob("*.gguf")) or any(path.glob("*.safetensors"))
 
 
 def _folder_name(source: PipSource | HubSource | Path, name: str) -> str:
-    """The name of the converted folder in the cache; a local folder's changes when its files do."""
+    """The name of the converted folder in the cache. A local folder's name changes when its files do."""
     if isinstance(source, PipSource):
         return name
     if isinstance(source, HubSource):
@@ -192,17 +191,17 @@ def _folder_name(source: PipSource | HubSource | Path, name: str) -> str:
     adapters = inspection.adapter_files(folder)
     beside = [*sorted(source.iterdir()), *inspection.chat_templates(source)] if source.is_dir() else [source, *adapters]
     for path in beside:
-        with suppress(OSError):  # a link to nothing: if it matters, it is named when the folder is checked
+        with suppress(OSError):  # a link to nothing; the check of the folder names it if it matters
             status = path.stat()
             state.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
-    state += ["with its adapter"] if adapters else []  # an earlier version converted the model without it
+    state += ["with its adapter"] if adapters else []  # an earlier version of this program left the adapter out
     plain = re.sub(r"[^\w.-]", "_", source.name, flags=re.ASCII)[:_NAME_LENGTH]
     return f"{plain}-{hashlib.sha256(chr(10).join(state).encode(errors='surrogateescape')).hexdigest()[:12]}"
 
 
 @contextmanager
-def _alone(target: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of `target`, waiting for whoever has it."""
+def _locked(target: Path, progress: Progress) -> Iterator[None]:
+    """Hold the lock of `target`; wait while another process has it."""
     lock = FileLock(f"{target}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -219,16 +218,16 @@ def _alone(target: Path, progress: Progress) -> Iterator[None]:
 
 
 def _make(source: PipSource | HubSource | Path, target: Path, progress: Progress) -> None:
-    """Fetch, convert and seal in a folder beside `target`, then rename it; nothing else is ever taken for whole."""
+    """Fetch, convert and seal in a folder beside `target`, then rename it, so that `target` is always complete."""
     for left_over in target.parent.glob(f"{target.name}.partial-*"):
-        shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed: the lock is ours
+        shutil.rmtree(left_over, ignore_errors=True)  # left by a killed process, since we hold the lock
     try:
         with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=target.parent) as work:
             folder = Path(work) / "converted"
             folder.mkdir()
             checkpoint = download.fetch(source, Path(work), progress)
-            facts = convert.convert_apart(checkpoint.folder, folder, checkpoint.gguf, progress)
-            model_folder.seal(folder, checkpoint.origin, facts, progress)
+            facts = convert.convert_in_subprocess(checkpoint.folder, folder, checkpoint.gguf, progress)
+            seal(folder, checkpoint.origin, facts, progress)
             folder.rename(target)
     except OSError as error:
         said = f"{target} could not be made: {error}. SPLITLEARN_CACHE or model.cache names another folder for it."
@@ -236,9 +235,9 @@ def _make(source: PipSource | HubSource | Path, target: Path, progress: Progress
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether there is a converted folder. Raises ModelError where this user may not look."""
+    """Whether `folder` is a complete converted folder. Raises ModelError if this user may not look."""
     try:
-        return (folder / model_folder.MANIFEST).exists()
+        return (folder / MANIFEST).exists()
     except OSError as error:
         raise _unusable(folder.parent, "read", error) from error
 

@@ -1,7 +1,7 @@
-"""A model's chat templates: which there are, and the text that one of them makes of a prompt.
+"""Lists a model's chat templates and renders a prompt with one of them.
 
-A template is a program from the model's folder. transformers runs it in jinja's sandbox; `render` also bounds its
-memory and the text that it makes, and in the main thread of a process, where a timer can interrupt it, its CPU time.
+A template is a program from the model's folder. transformers runs it in jinja's sandbox. `render` also bounds its
+memory and its output, and in the main thread of a process, where a timer can interrupt it, its CPU time.
 """
 
 import signal
@@ -20,32 +20,32 @@ DEFAULT = "default"
 INSTEAD = "Without a chat template: generation.chat false, --raw, or Raw prompt on the page"
 CPU_S = 5.0
 MEMORY_BYTES = 256 << 20
-# What a template may add to the prompt, and how often it may repeat it.
+# The most characters that a template may add to the prompt, and how often it may repeat it.
 _MOST_CHARACTERS, _MOST_COPIES = 1_000_000, 4
-_SHOWN = 60
+_EXCERPT = 60
 
 
 class TemplateFailed(Exception):
-    """A chat template made no text; the message says why, as the end of a sentence."""
+    """A chat template gave no usable text. The message is the end of a sentence that says why."""
 
 
 def templates(given: object) -> Mapping[str, str]:
-    """The templates of a tokenizer by name, from its `chat_template`; that without a name is called default.
+    """The templates of a tokenizer by name, from its `chat_template`. One without a name is called default.
 
-    Raises ModelError for what is neither a template nor several.
+    Raises ModelError if `given` is neither a template nor several.
     """
     if given is None:
         return {}
     named = {DEFAULT: given} if isinstance(given, str) else given
     if not isinstance(named, dict) or not all(isinstance(each, str) for pair in named.items() for each in pair):
-        raise ModelError(f"The model's chat_template is neither a text nor named texts, but {repr(named)[:_SHOWN]}.")
+        raise ModelError(f"The model's chat_template is neither a text nor named texts, but {repr(named)[:_EXCERPT]}.")
     return named
 
 
 def choose(known: Mapping[str, str], wanted: bool | str) -> tuple[str, str] | None:
-    """The name and text of the `wanted` template: True is the default one; None where none is to be applied.
+    """The name and text of the `wanted` template (True: the default one), or None if none is to be applied.
 
-    Raises InputError for a name that is not known, and for True where several have names and none is the default.
+    Raises InputError for an unknown name, and for True if there are named templates and no default.
     """
     if wanted is False or (wanted is True and not known):
         return None
@@ -57,17 +57,19 @@ def choose(known: Mapping[str, str], wanted: bool | str) -> tuple[str, str] | No
 
 
 def check(tokenizer: Any, template: str) -> None:
-    """Render two short prompts. Raises TemplateFailed, also for a template that leaves the prompt out: one made for
-    messages in parts, as of text and images, most often."""
+    """Render two short prompts. Raises TemplateFailed, also if the template leaves the prompt out.
+
+    Templates for messages in parts, such as text and images, often do.
+    """
     one, other = (render(tokenizer, template, prompt) for prompt in ("Hello", "World"))
     if one == other:
         raise TemplateFailed("leaves the prompt's text out")
 
 
 def render(tokenizer: Any, template: str, prompt: str) -> str:
-    """The text that `template` makes of a conversation with the one message `prompt`, with the header of an answer.
+    """Render a conversation with the one message `prompt`, followed by the header of an answer.
 
-    The prompt's text goes in as it is, as in transformers: control tokens in it count as such. Raises TemplateFailed.
+    As in transformers, control tokens in the prompt count as control tokens. Raises TemplateFailed.
     """
     from jinja2 import TemplateSyntaxError
 
@@ -84,11 +86,11 @@ def render(tokenizer: Any, template: str, prompt: str) -> str:
         raise TemplateFailed(f"has a syntax error in line {error.lineno}: {error.message}") from error
     except MemoryError as error:
         raise TemplateFailed(f"takes more than {MEMORY_BYTES >> 20} MiB of memory") from error
-    except _Late as error:
+    except _TimeLimit as error:
         raise TemplateFailed(f"takes more than {CPU_S:g} s of CPU time") from error
     except TemplateFailed:
         raise
-    except Exception as error:  # what jinja raises, and what Python raises for the template's values
+    except Exception as error:  # from jinja, or from Python for the template's values
         raise TemplateFailed(f"says {' '.join(str(error).split()) or type(error).__name__!r}") from error
     most = _MOST_CHARACTERS + _MOST_COPIES * len(prompt)
     if len(text) > most:
@@ -102,34 +104,34 @@ def render(tokenizer: Any, template: str, prompt: str) -> str:
 
 @lru_cache(maxsize=64)
 def _refuse_powers(template: str) -> None:
-    """Raise TemplateFailed for the operator **: one power can take hours, in which no timer interrupts Python."""
+    """Raise TemplateFailed for the operator **. One power can take hours, and no timer interrupts Python in it."""
     from jinja2 import Environment
 
     before = ""
     for _, kind, value in Environment().lex(template):
-        if (kind, value) == ("operator", "**") and before not in ("(", ","):  # there it hands arguments on
+        if (kind, value) == ("operator", "**") and before not in ("(", ","):  # there ** unpacks arguments
             raise TemplateFailed("uses the operator **, which is not allowed in it")
         before = before if kind == "whitespace" else value
 
 
-def shown(prompt: str) -> str:
-    """The beginning of a prompt, for an error's one line."""
-    return prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}..."
+def excerpt(prompt: str) -> str:
+    """The beginning of a prompt, for a one-line error."""
+    return prompt if len(prompt) <= _EXCERPT else f"{prompt[:_EXCERPT]}..."
 
 
-class _Late(Exception):
-    """The CPU time is over."""
+class _TimeLimit(Exception):
+    """The CPU time is used up."""
 
 
 @contextmanager
 def _bounded_time() -> Iterator[None]:
-    """Raise _Late after CPU_S of this process; a template that loops takes all of one core."""
+    """Raise _TimeLimit after CPU_S of this process's CPU time."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def late(*_: Any) -> None:
-        raise _Late
+        raise _TimeLimit
 
     before = signal.signal(signal.SIGVTALRM, late)
     signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
@@ -142,7 +144,7 @@ def _bounded_time() -> Iterator[None]:
 
 @contextmanager
 def _bounded_memory() -> Iterator[None]:
-    """Let this process have at most MEMORY_BYTES more than it has."""
+    """Limit this process to MEMORY_BYTES more than it has now."""
     if sys.platform != "linux":
         yield
         return

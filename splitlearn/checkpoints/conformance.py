@@ -1,4 +1,4 @@
-"""Whether a model as transformers loaded it is what its folder says: transformers fills gaps and drops the rest."""
+"""Checks that a loaded model is what its folder says: transformers fills gaps and drops the rest."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,25 +9,27 @@ from splitlearn.checkpoints.folder import CONFIG
 from splitlearn.checkpoints.inspection import ADAPTER_CONFIG, unused_weights
 from splitlearn.errors import ModelError
 
-# What of generation_config.json changes also the greedy tokens of transformers' generate().
+# Settings of generation_config.json that change even the greedy tokens of transformers' generate().
 _CHOOSING = (
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
     *("sequence_bias", "min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "num_beams"),
 )
 
 
-def some(names: Sequence[str]) -> str:
-    """The first of them, and how many there are more."""
+def first_few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def refuse_missing(source: Path, report: Mapping[str, Any]) -> None:
-    """Raise ModelError when weights are missing or have another shape: transformers makes up random ones."""
+    """Raise ModelError if weights are missing or have another shape; transformers would use random ones."""
     missing = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if missing:
         others = sorted(report["unexpected_keys"])
-        instead = f"; it has {some(others)}, which the model has no place for" if others else ""
-        raise ModelError(f"{source} lacks {len(missing)} of its model's tensors, among them {some(missing)}{instead}.")
+        instead = f"; it has {first_few(others)}, which the model has no place for" if others else ""
+        raise ModelError(
+            f"{source} lacks {len(missing)} of its model's tensors, among them {first_few(missing)}{instead}."
+        )
 
 
 def other_shapes(folder: Path) -> list[str]:
@@ -47,27 +49,30 @@ def other_shapes(folder: Path) -> list[str]:
 
 
 def refuse_unused(source: Path, model: Any, report: Mapping[str, Any]) -> None:
-    """Raise ModelError for tensors that belong into the model and have no place in it."""
+    """Raise ModelError for tensors that belong to the model and have no place in it."""
     prefix = f"{model.base_model_prefix}."
     inside = {name for name, _ in (*model.named_children(), *model.base_model.named_children())}
     unused = sorted(report["unexpected_keys"])
     wrong = [name for name in unused if name.removeprefix(prefix).split(".")[0] in inside or "lora_" in name]
     if wrong:
         raise ModelError(
-            f"{source} has {len(wrong)} tensors that {CONFIG} has no place for, among them {some(wrong)}: what is "
+            f"{source} has {len(wrong)} tensors that {CONFIG} has no place for, among them {first_few(wrong)}: what is "
             "computed without them is not this model."
         )
 
 
 def not_applied(source: Path, model: Any, report: Mapping[str, Any]) -> Iterator[str]:
-    """What of the folder has no effect here, a line each: tensors of a second head or a part for images, other weights
-    and adapters in folders of their own, code, and rules for choosing tokens, which are a request's here."""
+    """A line for each thing in the folder that has no effect here.
+
+    These are tensors of a second head or of a part for images, other weights, adapters in folders of their own, code,
+    and rules for choosing tokens (here a request sets those).
+    """
     if unused := sorted(report["unexpected_keys"]):
-        yield f"Not used, since they are no part of the language model: {some(unused)}"
+        yield f"Not used, since they are no part of the language model: {first_few(unused)}"
     if others := [path.name for path in unused_weights(source)]:
-        yield f"Not used, beside the weights that are: {some(others)}"
+        yield f"Not used, beside the weights that are: {first_few(others)}"
     if adapters := sorted(path.parent.name for path in source.glob(f"*/{ADAPTER_CONFIG}")):
-        yield f"Not applied, since they are in folders of their own: the adapters {some(adapters)}"
+        yield f"Not applied, since they are in folders of their own: the adapters {first_few(adapters)}"
     if getattr(model.config, "auto_map", None):
         yield f"The model's own Python code is not run; {type(model).__name__} of transformers takes its place"
     asked = {name: getattr(model.generation_config, name, None) for name in _CHOOSING}
@@ -76,9 +81,9 @@ def not_applied(source: Path, model: Any, report: Mapping[str, Any]) -> Iterator
 
 
 def untie(model: Any) -> None:
-    """Say in the configuration that the LM head is not the embedding, where it says otherwise and the weights differ.
+    """Correct `tie_word_embeddings` in the configuration if the LM head and the embedding are different weights.
 
-    transformers goes by the weights then; what is built from the configuration alone would lose one of the two.
+    transformers goes by the weights. A model built from the configuration alone would lose one of the two.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and embedding is not None and head.weight.data_ptr() != embedding.weight.data_ptr():
@@ -88,15 +93,17 @@ def untie(model: Any) -> None:
 
 
 def refuse_other_tensors(source: Path, model: Any) -> None:
-    """Raise ModelError unless the model has the tensors of its architecture, in floating point: weights that stay
-    quantized, or have an adapter's parts between them, would be read later as something else."""
+    """Raise ModelError unless the model has the tensors of its architecture, in floating point.
+
+    Weights that stay quantized, or have an adapter's parts between them, would later be read as something else.
+    """
     have, wanted = model.state_dict(), _plain(copy.deepcopy(model.config)).state_dict()
     wrong = [name for name in sorted({*have, *wanted}) if not _alike(have.get(name), wanted.get(name))]
     if wrong:
         how = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
         method = f" ({getattr(how, 'quant_method', how)})" if how is not None else ""
         raise ModelError(
-            f"{source}: its quantized weights{method} are not supported; {some(wrong)} are not what {CONFIG} says."
+            f"{source}: its quantized weights{method} are not supported; {first_few(wrong)} are not what {CONFIG} says."
         )
 
 

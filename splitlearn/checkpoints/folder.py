@@ -1,13 +1,13 @@
-"""A converted model folder: what is in it, whether it is still what was written, and the digest that names it.
+"""A converted model folder: its files, the check that they are unchanged, and its digest.
 
     config.json               the architecture, without any quantization
-    generation_config.json    where the model has one
-    tokenizer files           with the chat templates, where there are any; several have a folder
+    generation_config.json    if the model has one
+    tokenizer files           with the chat templates, if any; several have a folder
     model.safetensors         every tensor of the full model's state_dict() under its own name; tied ones stored once
     manifest.json             format, source, facts of the model, and size, SHA-256 and mtime of each other file
 
-`seal` writes the manifest of a folder that is complete, `open_folder` checks a folder against it. The digest is the
-SHA-256 over the weights file's hash and what of config.json changes the computation: two machines that converted the
+`seal` writes the manifest of a complete folder; `open_folder` checks a folder against it. The digest is the SHA-256
+over the weights file's hash and the keys of config.json that change the computation. Two machines that converted the
 same model have the same digest, wherever the folder is.
 """
 
@@ -29,27 +29,27 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 # Bytes. Tensors in the weights file begin at multiples of it, as torch's own allocations do.
 ALIGNMENT = 64
-# Types of rotary embeddings whose `factor` says how much further they reach.
+# Types of rotary embeddings whose `factor` extends the context.
 SCALING = ("dynamic", "yarn")
-# A larger factor is a mistake (infinity, which JSON files may hold, is one).
+# A larger factor is a mistake; JSON files may hold infinity.
 MOST_SCALED = 1e6
-# What BertTokenizer's Python class reads; kept beside tokenizer.json where a model has it.
+# BertTokenizer's Python class reads it; it is kept beside tokenizer.json if the model has it.
 PYTHON_VOCABULARY = "vocab.txt"
 
-# Keys of config.json that say with what to compute. They may name code of the hub.
+# Keys of config.json that choose kernels. They may name code of the hub.
 KERNELS = {"_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation"}
-# Keys of config.json that name where the model comes from or who wrote the file, not what it computes. The dtype of the
-# stored tensors is in the weights file itself.
+# Keys of config.json that name the model's origin or the file's writer, not the computation. The stored tensors' dtype
+# is in the weights file itself.
 _NAMES_ONLY = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model once it has been loaded whole, and what no part of it can tell alone.
+    """Facts of the whole model, which no part of it knows alone.
 
-    `context_length` is the number of positions that it was made for, with what the scaling of its rotary embeddings
-    adds, or None where it has no limit. `tied` maps each
-    name of the state dict that is stored under another one to that one (`lm_head.weight` to the embedding).
+    `context_length` is the number of positions that it was made for, with the scaling of its rotary embeddings, or None
+    without a limit. `tied` maps names of the state dict to the name under which their tensor is stored
+    (`lm_head.weight` to the embedding).
     """
 
     model_type: str
@@ -62,7 +62,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checked converted folder. `name` is what a person calls the model, `source` where it came from."""
+    """A checked converted folder. `name` is the model's name for people, `source` its origin."""
 
     name: str
     source: str
@@ -100,10 +100,10 @@ def seal(folder: Path, source: str, facts: ModelFacts, progress: Progress) -> No
 
 
 def open_folder(folder: Path, name: str) -> ModelFiles:
-    """Check `folder` against its manifest and give its facts.
+    """Check `folder` against its manifest and return its files and facts.
 
-    A file is hashed again only when its size or mtime differ from the manifest's. Raises WeightsDamaged that names the
-    file, what is wrong with it, and what to do.
+    A file is hashed again only if its mtime differs from the manifest's. Raises WeightsDamaged that names the file,
+    what is wrong with it, and what to do.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def open_folder(folder: Path, name: str) -> ModelFiles:
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers configuration in a converted folder. No code that it may name is run."""
+    """The transformers configuration of a converted folder. Code that it names is not run."""
     from transformers import AutoConfig
 
     try:
@@ -140,7 +140,7 @@ def read_config(folder: Path) -> Any:
 
 
 def source_of(folder: Path) -> str:
-    """Where the model in `folder` came from, without a check of its files."""
+    """The origin of the model in `folder`, without checking its files."""
     try:
         return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -159,7 +159,7 @@ def _plausible(facts: ModelFacts) -> bool:
 
 
 def _moved(folder: Path, file: str, written: Mapping[str, object]) -> bool:
-    """Whether only the file's mtime differs from what was written; raises WeightsDamaged for anything more."""
+    """Whether the file's mtime differs from the manifest's. Raises WeightsDamaged if its content does."""
     try:
         status = (folder / file).stat()
     except FileNotFoundError as error:
@@ -174,17 +174,17 @@ def _moved(folder: Path, file: str, written: Mapping[str, object]) -> bool:
 
 
 def _note_times(folder: Path, manifest: dict[str, dict[str, dict[str, object]]], moved: list[str]) -> None:
-    """Write the new mtimes of unchanged files (a copied folder), so that the next start need not hash them again."""
+    """Write new mtimes of unchanged files (a copied folder) into the manifest, so that no start hashes them again."""
     for file in moved:
         manifest["files"][file]["mtime_ns"] = (folder / file).stat().st_mtime_ns
     try:
         _write(folder, manifest)
     except OSError:
-        return  # a read-only volume: each start hashes again, and nothing else is lost
+        return  # a read-only volume: each start hashes again
 
 
 def _write(folder: Path, manifest: Mapping[str, object]) -> None:
-    """Put the manifest in place in one step, so that a reader never sees half of it."""
+    """Replace the manifest in one step, so that a reader never sees half of it."""
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{MANIFEST}", delete=False, encoding="utf-8") as draft:
         json.dump(manifest, draft, indent=2)
     Path(draft.name).chmod(0o644)  # a temporary file is the owner's alone; containers share this folder between users
@@ -192,11 +192,11 @@ def _write(folder: Path, manifest: Mapping[str, object]) -> None:
 
 
 def _scaled(length: int | None, config: Mapping[str, Any]) -> int | None:
-    """A context of `length` positions (max_position_embeddings) after the scaling that the configuration names.
+    """The context length after the scaling that the configuration names; `length` is max_position_embeddings.
 
-    `dynamic` and `yarn` rotary embeddings reach `factor` times as far as they were trained: that is
-    original_max_position_embeddings where the configuration has it, and max_position_embeddings elsewhere. Other types
-    say their reach in max_position_embeddings (longrope, llama3) or not at all (linear).
+    `dynamic` and `yarn` rotary embeddings reach `factor` times as far as they were trained:
+    original_max_position_embeddings if the configuration has it, else max_position_embeddings. Other types give their
+    reach in max_position_embeddings (longrope, llama3) or not at all (linear).
     """
     rope = (config.get("text_config") or config).get("rope_parameters") or {}
     entries = [each for each in (rope, *rope.values()) if isinstance(each, Mapping)]  # one for each type of layer
@@ -211,7 +211,7 @@ def _scaled(length: int | None, config: Mapping[str, Any]) -> int | None:
 
 
 def _digest(config: Mapping[str, Any], weights_hash: str) -> str:
-    """SHA-256 in hex over the weights' hash and the canonical JSON of what of the config matters."""
+    """SHA-256 in hex over the weights' hash and the canonical JSON of the config's keys that matter."""
     matters = {key: value for key, value in config.items() if key not in _NAMES_ONLY}
     return hashlib.sha256((weights_hash + json.dumps(matters, sort_keys=True)).encode()).hexdigest()
 

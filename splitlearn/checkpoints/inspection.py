@@ -1,8 +1,7 @@
-"""What a checkpoint's folder holds, looked at before anything of it is loaded.
+"""Checks a checkpoint's folder before anything of it is loaded.
 
-The folder is hostile until it is checked: `check_files` and `check_whole` open only regular files of a model's, read
-JSON of bounded size, and take no file outside the folder that an index names. They raise ModelError that names every
-file at fault.
+The folder is hostile until it is checked. `check_files` and `check_whole` open only regular files with a model's names,
+read JSON of bounded size, and follow no index out of the folder. They raise ModelError that names every file at fault.
 """
 
 import json
@@ -41,13 +40,13 @@ FILES = (
     "adapters.npz",
     "modules.json",
 )
-"""What belongs to a model and to an adapter; the hub is asked for no other file."""
+"""The files of a model and of an adapter. No other file is downloaded from the hub."""
 _OF_ADAPTERS = (ADAPTER_CONFIG, "adapter_model*", "adapters.safetensors", "adapters.npz")
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "tekken.json")
-# Where a folder may have models: one each in a folder of its own, or as the hub's cache keeps a repository.
+# Where a folder may hold models: each in a folder of its own, or as in the hub's cache.
 _MODELS_INSIDE = ("*", "snapshots/*")
 _POINTER = b"version https://git-lfs.github.com/spec/"
-# The largest tokenizer.json of a known model has 35 MB.
+# The largest known tokenizer.json has 35 MB.
 _JSON_BYTES = 64 << 20
 _MOST_NAMES = 40
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -55,7 +54,7 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def find(path: Path) -> Path:
-    """The folder of a model, or the GGUF file that `path` is or that the folder has in the place of other weights.
+    """The folder of a model, or the GGUF file: `path` itself, or the one in the folder if it has no other weights.
 
     Raises InputError for a file of another kind, and for a folder with several GGUF files.
     """
@@ -76,9 +75,9 @@ def find(path: Path) -> Path:
 
 
 def check_files(source: Path) -> None:
-    """Return for a GGUF file, or a model's folder, whose files can be read; what is in the weights is not looked at.
+    """Raise ModelError unless `source` is a GGUF file or a model's folder whose files can be read.
 
-    Raises ModelError.
+    The content of the weights is not checked.
     """
     if source.is_file():
         _check_readable([source])
@@ -98,7 +97,7 @@ def check_files(source: Path) -> None:
 
 
 def check_whole(folder: Path) -> None:
-    """Return for a model's folder with all of its weights and a tokenizer. Raises ModelError."""
+    """Raise ModelError unless `folder` has all of the model's weights and a tokenizer."""
     tensors = _check_weights(folder)
     _check_layers(folder, len(tensors))
     _check_dtypes(folder, tensors)
@@ -107,7 +106,7 @@ def check_whole(folder: Path) -> None:
 
 
 def files(folder: Path, patterns: Iterable[str] = FILES) -> Iterator[Path]:
-    """The files of `folder` that match, by name; of its folders only the one with chat templates is looked at."""
+    """The files of `folder` that match, by name. Of its subfolders only the one with chat templates is searched."""
     inside = (each for each in sorted(folder.iterdir()) if not each.is_dir())
     for path in (*inside, *chat_templates(folder)):
         if any(fnmatch(path.relative_to(folder).as_posix(), pattern) for pattern in patterns):
@@ -115,12 +114,12 @@ def files(folder: Path, patterns: Iterable[str] = FILES) -> Iterator[Path]:
 
 
 def chat_templates(folder: Path) -> list[Path]:
-    """The chat templates with a name of their own."""
+    """The files of named chat templates."""
     return sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """The files of an adapter that are in `folder`."""
+    """The files of an adapter in `folder`."""
     return list(files(folder, _OF_ADAPTERS))
 
 
@@ -138,12 +137,12 @@ def unused_weights(folder: Path) -> list[Path]:
 
 
 def unnamed_adapters(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder that an adapter's tensors are in, and not an adapter's name."""
+    """The safetensors files with an adapter's tensors that do not have an adapter's name."""
     return [path for path in unused_weights(folder) if any("lora_" in name for name, _ in _readable_tensors(path))]
 
 
 def missing(folder: Path) -> list[str]:
-    """The names of files that a snapshot of the hub lacks to be whole, as far as its own files tell."""
+    """The names of files that a snapshot of the hub lacks, as far as its own files imply them."""
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         needed = [CONFIG, *_shards(folder)]
     else:
@@ -176,7 +175,7 @@ def _text(path: Path) -> str:
 
 
 def _check_readable(paths: Iterable[Path]) -> None:
-    """Raise ModelError for git-lfs pointers and for files that cannot be read, all of them by name."""
+    """Raise ModelError that names all git-lfs pointers and unreadable files."""
     faults = {path: fault for path in paths if (fault := _fault(path))}
     if not faults:
         return
@@ -191,9 +190,9 @@ _IS_POINTER = "is a git-lfs pointer and not the file itself"
 
 
 def _fault(path: Path) -> str:
-    """What is wrong with a file, as the end of a sentence; empty for one that can be read."""
+    """What is wrong with a file, as the end of a sentence; empty if it can be read."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for its other end
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
             return "is no regular file"
         with path.open("rb") as file:
             if file.read(len(_POINTER)) == _POINTER:
@@ -210,21 +209,20 @@ def _fault(path: Path) -> str:
 
 
 def _tensors_in(path: Path) -> list[tuple[str, str]]:
-    """The tensors of a safetensors file, each with its dtype; the header is checked against the file's size. Raises
-    ModelError."""
+    """The tensors of a safetensors file, each with its dtype. Raises ModelError, also if the file is cut short."""
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="np") as weights:
             return [(name, weights.get_slice(name).get_dtype()) for name in weights.keys()]  # noqa: SIM118
-    except Exception as error:  # safetensors raises errors of its own that it does not export
+    except Exception as error:  # safetensors does not export its exceptions
         raise ModelError(
             f"{path} cannot be read as safetensors, it may be cut short ({_first_line(error)})."
         ) from error
 
 
 def _readable_tensors(path: Path) -> list[tuple[str, str]]:
-    """As `_tensors_in`; none for a file that cannot be read, as it is not loaded."""
+    """`_tensors_in`, or nothing for a file that cannot be read: it is not loaded."""
     try:
         return [] if _fault(path) else _tensors_in(path)
     except ModelError:
@@ -255,7 +253,7 @@ def _check_weights(folder: Path) -> list[tuple[str, str]]:
 
 
 def _shards(folder: Path) -> list[str]:
-    """The files that the index names. Raises ModelError for an index that names anything else than files beside it."""
+    """The files that the index names. Raises ModelError if it names anything but files beside it."""
     index = folder / INDEX
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -267,7 +265,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _absent_shards(folder: Path) -> list[Path]:
-    """The files that a readable index names and that are not there."""
+    """The missing files that a readable index names."""
     index = folder / INDEX
     if (folder / WEIGHTS).exists() or not index.is_file() or _fault(index):
         return []
@@ -279,7 +277,7 @@ def _is_plain(name: object) -> bool:
 
 
 def _without_weights(folder: Path) -> str:
-    """What to say of a folder without weights that can be loaded."""
+    """The error text for a folder without loadable weights."""
     others = [path.name for path in sorted(folder.iterdir()) if path.suffix == ".safetensors"]
     if others:
         return f"{folder} has neither {WEIGHTS} nor {INDEX}, and {_listed(others)} alone cannot be loaded."
@@ -289,7 +287,7 @@ def _without_weights(folder: Path) -> str:
 
 
 def _check_layers(folder: Path, tensors: int) -> None:
-    """Raise ModelError for more layers than tensors: they would be built, one by one, before they are missed."""
+    """Raise ModelError for more layers than tensors; they would all be built before the weights were missed."""
     config = read_json(folder / CONFIG)
     text = config.get("text_config")
     for settings in (config, text if isinstance(text, dict) else {}):
@@ -314,7 +312,7 @@ def _check_dtypes(folder: Path, tensors: Sequence[tuple[str, str]]) -> None:
 
 
 def _is_known(quantization: object) -> bool:
-    """Whether transformers knows this quantization: it passes over others, and takes the weights for plain numbers."""
+    """Whether transformers knows this quantization; it ignores others, and reads the weights as plain numbers."""
     from transformers.quantizers import AutoHfQuantizer
 
     try:
@@ -324,16 +322,15 @@ def _is_known(quantization: object) -> bool:
 
 
 def _adapter_alone(folder: Path) -> str:
-    what = described_adapter(folder)
+    what = describe_adapter(folder)
     return (
         f"{folder} is {what}, without that model. What works: put its files into the folder of that model, where peft "
         "applies them; or merge the two (merge_and_unload of peft), save the result, and set model.name to that folder."
     )
 
 
-def described_adapter(folder: Path) -> str:
-    """The adapter in `folder` in words, with the model that it is for. Raises ModelError for one that peft cannot
-    read."""
+def describe_adapter(folder: Path) -> str:
+    """A phrase for the adapter in `folder` and the model it is for. Raises ModelError for an unreadable config."""
     if not (folder / ADAPTER_CONFIG).exists():
         return f"an adapter without its {ADAPTER_CONFIG}, for a model that it does not name"
     config = read_json(folder / ADAPTER_CONFIG)

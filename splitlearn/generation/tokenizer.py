@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from splitlearn.checkpoints import chat_template as templates
+from splitlearn.checkpoints import chat_template
 from splitlearn.checkpoints.chat_template import TemplateFailed
 from splitlearn.checkpoints.folder import CONFIG, PYTHON_VOCABULARY
 from splitlearn.errors import InputError, ModelError
@@ -28,7 +28,7 @@ class Tokens:
         # transformers' own decode() does nothing more for text that is not cleaned up, and takes twice as long.
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._embeddings = embeddings  # of the model, which may have fewer than the tokenizer has tokens
-        self._templates = templates.templates(tokenizer.chat_template)
+        self._templates = chat_template.templates(tokenizer.chat_template)
         self.eos_ids = eos_ids
         """The ids that end an answer."""
 
@@ -73,17 +73,17 @@ class Tokens:
         Raises InputError for a template that the model does not have, ModelError for one that makes no text or leaves
         the prompt out.
         """
-        chosen = templates.choose(self._templates, chat)
+        chosen = chat_template.choose(self._templates, chat)
         if chosen is None:
             return
         name, template = chosen
         try:
-            templates.check(self._tokenizer, template)
+            chat_template.check(self._tokenizer, template)
         except TemplateFailed as error:
             others = [other for other in self.chat_templates if other != name]
             also = f", or one of the others: {', '.join(others)}" if others else ""
             said = f"The chat template {name!r} of {model} cannot be used: it {error}."
-            raise ModelError(f"{said} {templates.INSTEAD}{also}.") from error
+            raise ModelError(f"{said} {chat_template.INSTEAD}{also}.") from error
 
     def encode(self, prompt: str, chat: bool | str) -> list[int]:
         """The ids of `prompt`; with `chat` as the one message of a conversation, where the model has a template for it.
@@ -95,27 +95,29 @@ class Tokens:
         if not prompt.strip():
             raise InputError("prompt", prompt, "some text")
         if any("\ud800" <= each <= "\udfff" for each in prompt):  # of bytes on a command line that are no UTF-8
-            raise InputError("prompt", templates.shown(prompt), "text that UTF-8 can hold")
-        chosen = templates.choose(self._templates, chat)
+            raise InputError("prompt", chat_template.excerpt(prompt), "text that UTF-8 can hold")
+        chosen = chat_template.choose(self._templates, chat)
         if chosen is None:
             ids = self._tokenizer.encode(prompt)
         else:
             ids = self._tokenizer.encode(self._render(*chosen, prompt), add_special_tokens=False)
         if not ids:
-            raise InputError("prompt", templates.shown(prompt), "text of which the tokenizer makes a token or more")
+            raise InputError(
+                "prompt", chat_template.excerpt(prompt), "text of which the tokenizer makes a token or more"
+            )
         unknown = max(ids)
         if self._embeddings is not None and unknown >= self._embeddings:
             token = self._tokenizer.convert_ids_to_tokens(unknown)
             wanted = f"text without the token {token!r}: its id is {unknown}, and the model has {self._embeddings}"
-            raise InputError("prompt", templates.shown(prompt), wanted)
+            raise InputError("prompt", chat_template.excerpt(prompt), wanted)
         return list(ids)
 
     def _render(self, name: str, template: str, prompt: str) -> str:
         try:
-            return templates.render(self._tokenizer, template, prompt)
+            return chat_template.render(self._tokenizer, template, prompt)
         except TemplateFailed as error:
-            wanted = f"a prompt that the chat template {name!r} takes; it {error}. {templates.INSTEAD}"
-            raise InputError("prompt", templates.shown(prompt), wanted) from error
+            wanted = f"a prompt that the chat template {name!r} takes; it {error}. {chat_template.INSTEAD}"
+            raise InputError("prompt", chat_template.excerpt(prompt), wanted) from error
 
     def pieces(self, ids: Sequence[int]) -> list[tuple[str, bool]]:
         """The text of `ids` as the model sees it, in pieces: each control token alone (True), and what is between."""

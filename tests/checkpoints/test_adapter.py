@@ -40,7 +40,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(convert, "convert_apart", convert.convert)
+    monkeypatch.setattr(convert, "convert_in_subprocess", convert.convert)
     return Path(shutil.copytree(original, tmp_path / "model"))
 
 

@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 from splitlearn import config
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints import chat_template, convert
-from splitlearn.checkpoints import folder as model_folder
-from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.checkpoints.folder import ModelFiles, open_folder, seal
 from splitlearn.cli import main as command_line
 from splitlearn.errors import InputError, ModelError
 from splitlearn.generation.tokenizer import Tokens
@@ -56,8 +55,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def converted(checkpoint: Path, folder: Path) -> ModelFiles:
     folder.mkdir()
-    model_folder.seal(folder, "test", convert.convert(checkpoint, folder, None, silent), silent)
-    return model_folder.open_folder(folder, str(folder))
+    seal(folder, "test", convert.convert(checkpoint, folder, None, silent), silent)
+    return open_folder(folder, str(folder))
 
 
 def name_templates(checkpoint: Path, as_folder: bool) -> None:
@@ -88,7 +87,7 @@ def test_several_templates_load_and_each_can_be_chosen(tmp_path: Path, as_folder
     changed = next(files.folder.glob("additional_chat_templates/*"))
     changed.write_text("changed")
     with pytest.raises(ModelError, match=r"additional_chat_templates/tool_use\.jinja has"):
-        model_folder.open_folder(files.folder, "again")
+        open_folder(files.folder, "again")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +222,7 @@ def test_runs_do_not_begin_with_a_template_that_makes_no_text(
 ) -> None:
     files = converted(checkpoint, tmp_path / "converted")
     (files.folder / "chat_template.jinja").write_text(BROKEN[name][0])
-    model_folder.seal(files.folder, "test", files.facts, silent)
+    seal(files.folder, "test", files.facts, silent)
     model = {"name": str(files.folder)}
     with pytest.raises(ModelError, match="The chat template 'default' of"):
         Runs(config.parse({"model": model}), silent)

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from splitlearn.checkpoints import catalogue, convert
-from splitlearn.checkpoints import folder as model_folder
-from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.checkpoints.folder import MANIFEST, ModelFiles, read_config
 from splitlearn.config import ModelConfig
 from splitlearn.errors import InputError, ModelError, WeightsDamaged
 from splitlearn.generation.tokenizer import Tokens
@@ -36,7 +35,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(original: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the model to be changed; conversions happen in this process."""
-    monkeypatch.setattr(convert, "convert_apart", convert.convert)
+    monkeypatch.setattr(convert, "convert_in_subprocess", convert.convert)
     return Path(shutil.copytree(original, tmp_path / "model"))
 
 
@@ -271,7 +270,7 @@ def test_a_config_names_no_way_to_compute(folder: Path) -> None:
     files = prepare(folder)
     assert "somebody" not in files.config.read_text()
     change(files.config, _attn_implementation="somebody/kernels")
-    assert model_folder.read_config(files.folder)._attn_implementation is None
+    assert read_config(files.folder)._attn_implementation is None
 
 
 def test_a_gguf_file_gives_the_model_that_it_was_made_of(folder: Path, tmp_path: Path) -> None:
@@ -357,7 +356,7 @@ def test_a_folder_of_this_hub_id_is_the_model_only_if_it_has_one(
 
 def test_a_manifest_names_no_file_outside_its_folder(folder: Path) -> None:
     files = prepare(folder)
-    manifest = json.loads((files.folder / model_folder.MANIFEST).read_text())
+    manifest = json.loads((files.folder / MANIFEST).read_text())
     manifest["files"]["../../outside"] = {"size": 1, "mtime_ns": 1, "sha256": "0"}
-    (files.folder / model_folder.MANIFEST).write_text(json.dumps(manifest))
+    (files.folder / MANIFEST).write_text(json.dumps(manifest))
     assert "'../../outside', which is not in the folder" in refused(files.folder, WeightsDamaged)

@@ -54,7 +54,7 @@ def test_a_conversion_that_is_killed_says_so(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
         with pytest.raises(ModelError, match="killed by signal 9"):
-            convert.convert_apart(tmp_path, tmp_path, None, silent)
+            convert.convert_in_subprocess(tmp_path, tmp_path, None, silent)
 
 
 def test_the_tensors_begin_where_torch_would_put_them(tiny_model: TinyFactory) -> None:

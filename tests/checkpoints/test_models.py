@@ -20,7 +20,7 @@ from tests.support.tiny import make_checkpoint
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Converts without the process of its own, whose imports take seconds."""
-    monkeypatch.setattr(convert, "convert_apart", convert.convert)
+    monkeypatch.setattr(convert, "convert_in_subprocess", convert.convert)
 
 
 def prepare(name: str | Path) -> ModelFiles:

@@ -11,8 +11,7 @@ import pytest
 
 from splitlearn.arms.draft_model import check_vocabulary
 from splitlearn.checkpoints import convert
-from splitlearn.checkpoints import folder as model_folder
-from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.checkpoints.folder import ModelFiles, open_folder, read_config, seal
 from splitlearn.errors import ModelError
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.models.plan import SplitPlan
@@ -82,8 +81,8 @@ def converted(tmp_path: Path, yes: None) -> ModelFiles:
     """A converted folder, sealed with such code in it."""
     files = make_converted(tmp_path / "converted", n_layers=3)
     _make_evil(files.folder, tmp_path / "proof")
-    model_folder.seal(files.folder, files.source, files.facts, silent)
-    return model_folder.open_folder(files.folder, "evil")
+    seal(files.folder, files.source, files.facts, silent)
+    return open_folder(files.folder, "evil")
 
 
 def test_a_converted_folder_runs_no_code(converted: ModelFiles, tmp_path: Path) -> None:
@@ -92,7 +91,7 @@ def test_a_converted_folder_runs_no_code(converted: ModelFiles, tmp_path: Path) 
             ModelError, match=r"needs Python code of its own \(auto_map\), and no code of a model is run"
         ):
             read()
-    assert not hasattr(model_folder.read_config(converted.folder), "auto_map")
+    assert not hasattr(read_config(converted.folder), "auto_map")
     assert parts(converted, SplitPlan(1, 2, 3), DTYPES["float32"])
     assert not (tmp_path / "proof").exists()
 
@@ -110,7 +109,7 @@ def test_a_conversion_runs_no_code_and_reads_no_answer(tmp_path: Path, monkeypat
     os.dup2(answer, 0)
     try:
         with pytest.raises(ModelError, match=r"needs Python code of its own \(auto_map\)"):
-            convert.convert_apart(checkpoint, tmp_path, None, silent)
+            convert.convert_in_subprocess(checkpoint, tmp_path, None, silent)
         assert len(os.read(0, 1000)) == 198  # nobody read of it
     finally:
         os.dup2(before, 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from splitlearn.checkpoints import folder as model_folder
+from splitlearn.checkpoints.folder import open_folder, seal, sha256
 from splitlearn.errors import WeightsDamaged
 from splitlearn.runtime.progress import silent
 from tests.conftest import TinyFactory
@@ -35,24 +35,24 @@ def test_the_digest_is_of_the_content_not_of_the_place(tmp_path: Path, tiny_mode
 def test_the_digest_changes_with_the_config(copy: Path, tiny_model: TinyFactory) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    model_folder.seal(copy, "test", tiny_model().facts, silent)
-    assert model_folder.open_folder(copy, "copy").digest != tiny_model().digest
+    seal(copy, "test", tiny_model().facts, silent)
+    assert open_folder(copy, "copy").digest != tiny_model().digest
 
 
 def test_a_touched_file_is_hashed_once_more_and_taken(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    real = model_folder.sha256
+    real = sha256
 
     def noted(path: Path) -> str:
         hashed.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(model_folder, "sha256", noted)
-    model_folder.open_folder(copy, "copy")
+    monkeypatch.setattr("splitlearn.checkpoints.folder.sha256", noted)
+    open_folder(copy, "copy")
     assert hashed == []
     (copy / "model.safetensors").touch()
-    model_folder.open_folder(copy, "copy")
-    model_folder.open_folder(copy, "copy")
+    open_folder(copy, "copy")
+    open_folder(copy, "copy")
     assert hashed == ["model.safetensors"]
 
 
@@ -69,11 +69,11 @@ def test_a_damaged_file_is_named_with_what_to_do(copy: Path, spoil: object, says
     assert callable(spoil)
     spoil(copy / "model.safetensors")
     with pytest.raises(WeightsDamaged, match=rf"model\.safetensors .*{says}.*Delete the folder"):
-        model_folder.open_folder(copy, "copy")
+        open_folder(copy, "copy")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 99}'])
 def test_a_damaged_manifest_is_named(copy: Path, text: str) -> None:
     (copy / "manifest.json").write_text(text)
     with pytest.raises(WeightsDamaged, match=r"manifest\.json cannot be read"):
-        model_folder.open_folder(copy, "copy")
+        open_folder(copy, "copy")

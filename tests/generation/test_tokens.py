@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer
 
 from splitlearn.checkpoints import convert
-from splitlearn.checkpoints import folder as model_folder
-from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.checkpoints.folder import ModelFiles, seal
 from splitlearn.errors import InputError, ModelError
 from splitlearn.generation.tokenizer import Tokens, python_tokenizer_available
 from splitlearn.runtime.progress import silent
@@ -129,7 +128,7 @@ def test_a_model_with_both_tokenizers_gives_the_same_ids_with_each(tmp_path: Pat
     BertTokenizer.from_pretrained(checkpoint).save_pretrained(checkpoint)
     folder = tmp_path / "model"
     folder.mkdir()
-    model_folder.seal(folder, "test", convert.convert(checkpoint, folder, None, silent), silent)
+    seal(folder, "test", convert.convert(checkpoint, folder, None, silent), silent)
     assert python_tokenizer_available(folder) is None
     rust, python = Tokens.load(folder, use_fast=True), Tokens.load(folder, use_fast=False)
     assert type(rust._tokenizer) is not type(python._tokenizer)

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from splitlearn.checkpoints import convert
-from splitlearn.checkpoints import folder as model_folder
-from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.checkpoints.folder import ModelFiles, open_folder, seal
 from splitlearn.runtime.progress import silent
 
 CHAT_TEMPLATE = (
@@ -98,8 +97,8 @@ def make_converted(
     checkpoint = make_checkpoint(folder.with_name(f"{folder.name}-checkpoint"), model_type, n_layers, chat, **own)
     folder.mkdir()
     facts = convert.convert(checkpoint, folder, None, silent)
-    model_folder.seal(folder, str(checkpoint), facts, silent)
-    return model_folder.open_folder(folder, str(folder))
+    seal(folder, str(checkpoint), facts, silent)
+    return open_folder(folder, str(folder))
 
 
 def make_gguf(path: Path, checkpoint: Path) -> Path:
