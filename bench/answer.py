@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.tokenizer import Tokens

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from transformers.cache_utils import DynamicCache
 
-from splitlearn.arms.arm import ArmSpec
+from splitlearn.arms.spec import ArmSpec
 from splitlearn.flags.registry import settings
 from splitlearn.models.cut import forward
 from splitlearn.runtime import process
@@ -70,9 +70,9 @@ class Batched:
 def _main(connection: Connection, spec: ArmSpec, contexts: Contexts) -> None:
     own = settings(spec.flags.trunk)
     loading.prepare_process(own.process, spec.threads)
-    placement = loading.Placement(spec.device, spec.dtype)
+    placement = loading.Placement.of(spec.device, spec.dtype)
     stage = loading.load(spec.files, loading.trunk_specs(spec.plan), own.load, placement).stages[0]
-    states = Plain(spec.dtype).from_bytes(contexts.data, spec.files.facts.hidden_size)
+    states = Plain(placement.dtype).from_bytes(contexts.data, spec.files.facts.hidden_size)
     with torch.inference_mode():
         arms: dict[int, _Sequences] = {n: _Plain(stage, states, contexts.length, n) for n in contexts.sizes}
         arms[0] = _Unbatched(stage, states, contexts.length, own.session)

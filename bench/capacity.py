@@ -30,6 +30,7 @@ from splitlearn.loadtest.clients import client_threads
 from splitlearn.loadtest.plan import PROMPTS, Asked
 from splitlearn.loadtest.recording import record
 from splitlearn.runtime.progress import silent
+from splitlearn.wire.codec import DTYPES
 from splitlearn.wire.hidden_states import Plain
 
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
@@ -96,7 +97,7 @@ def recorded(runs: Runs) -> Trunk:
 
 def _steps(runs: Runs, trunk: Trunk) -> dict[str, list[Run]]:
     """What each block found: the trunk and the plain forward at each size, and one sequence unbatched."""
-    data = Plain(trunk.spec.dtype).to_bytes(trunk.states[:, : LENGTH + STEPS + WARM_UP])
+    data = Plain(DTYPES[trunk.spec.dtype]).to_bytes(trunk.states[:, : LENGTH + STEPS + WARM_UP])
     plain, direct = Batched(trunk.spec, Contexts(data, LENGTH, SIZES)), Unbatched(runs.config)
     there = replace(trunk, spec=replace(trunk.spec, addresses=(direct.address,)))
     arms = {ALONE: partial(plain.run, 0, STEPS), DIRECT: partial(side_by_side, there, mixed(1, LENGTH), STEPS)}

@@ -16,14 +16,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import psutil
-import torch
 
 from bench.report import write
-from splitlearn.arms import arm
-from splitlearn.arms.arm import ArmEnd
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import ArmEnd
+from splitlearn.arms.worker import start
 from splitlearn.errors import SplitlearnError, TrunkUnavailable
 from splitlearn.events import Event, GenerationRequest, Recovery, TokenEvent
 from splitlearn.flags.selection import FlagSet
@@ -98,7 +98,7 @@ def chaos(
 ) -> tuple[Found, dict[str, tuple[int, ...]]]:
     """`kill` the trunk of `runs` so many times while CLIENTS ask; what was found, and each prompt's undisturbed ids."""
     spec = runs.ready_spec("split", flags)
-    children = [arm.start(replace(spec, copy=number)) for number in range(CLIENTS)]
+    children = [start(replace(spec, copy=number)) for number in range(CLIENTS)]
     try:
         for child in children:
             if isinstance(ready := child.receive(), SplitlearnError):
@@ -193,6 +193,6 @@ def _judge(runs: Runs, prompt: str, wanted: tuple[int, ...], ids: tuple[int, ...
     fed = Fed(runs.files, runs.plan, "split", runs.flags("default"), (*start, *wanted[:at]), len(start), threads)
     singly = logits_apart(fed)[-1]
     at_once = logits_apart(replace(fed, prompt_tokens=len(fed.ids)))[-1]
-    best, second = torch.topk(singly, 2).values.tolist()
-    largest = (singly - at_once).abs().max().item()
+    second, best = np.sort(singly)[-2:].tolist()
+    largest = float(np.abs(singly - at_once).max())
     return best - second <= 2 * largest, f"{best - second:.2g}, {largest:.2g}"

@@ -12,9 +12,9 @@ from statistics import median
 from bench.answer import FAST, answer, text_of
 from bench.pairs import warm_blocks
 from bench.report import write
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Restarted, Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.arms.worker import WARM_UP_TOKENS
 from splitlearn.events import GenerationRequest
 from splitlearn.generation.tokenizer import Tokens

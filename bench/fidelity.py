@@ -8,19 +8,17 @@ seeded sampling.
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.answer import answer
 from bench.report import write
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import KINDS, environment
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.registry import FLAGS
 from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.design import SAMPLED
-from splitlearn.lab.logit_fidelity import Difference, Fed, difference, logits_apart
+from splitlearn.lab.logit_fidelity import Difference, Fed, Logits, difference, logits_apart
 from splitlearn.metrics import first_divergence
 from splitlearn.sampling import SamplingParams
 
@@ -69,7 +67,7 @@ def _rows(runs: Runs) -> list[dict[str, Any]]:
     everything = runs.flags("all").without("torch_compile")
     sequences = [_sequence(runs, prompt) for prompt in PROMPTS[:SEQUENCES]]
 
-    def measure(kind: Kind, flags: FlagSet) -> list[torch.Tensor]:
+    def measure(kind: Kind, flags: FlagSet) -> list[Logits]:
         threads = runs.config.runs.threads
         print(f"logits: {kind}, {' '.join(flags.names()) or 'none'}", flush=True)
         return [
@@ -100,14 +98,14 @@ def _sequence(runs: Runs, prompt: str) -> tuple[list[int], int]:
     return [*ids, *_ids(runs, "full", FlagSet(), request)], len(ids)
 
 
-Pair = tuple[list[torch.Tensor], list[torch.Tensor]]
+Pair = tuple[list[Logits], list[Logits]]
 
 
 def _row(what: str, fidelity: str, arms: dict[Kind, Pair]) -> dict[str, Any]:
     return {"what": what, "fidelity": fidelity, **{kind: _worst(*arms[kind]) for kind in KINDS}}
 
 
-def _worst(variant: list[torch.Tensor], baseline: list[torch.Tensor]) -> str:
+def _worst(variant: list[Logits], baseline: list[Logits]) -> str:
     found: list[Difference] = [difference(a, b) for a, b in zip(variant, baseline, strict=True)]
     steps = [each.first_divergence for each in found if each.first_divergence is not None]
     return f"{max(each.largest for each in found):.2g}, {min(steps) if steps else 'none'}"

@@ -31,7 +31,7 @@ from splitlearn import config
 from splitlearn.arms.compare import environment
 from splitlearn.arms.embedded_server import EmbeddedTrunk
 from splitlearn.arms.runs import Runs
-from splitlearn.client.remote_stage import describe
+from splitlearn.client.served import describe
 from splitlearn.config import Config
 from splitlearn.errors import SplitlearnError
 from splitlearn.events import GenerationRequest, TokenEvent

@@ -21,9 +21,9 @@ from bench.ratios import both, difference_s, ratio
 from bench.ratios import tokens as same
 from bench.reference import Generated, Reference
 from bench.report import write
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints import convert
 from splitlearn.checkpoints.folder import seal
 from splitlearn.config import Config
@@ -31,6 +31,7 @@ from splitlearn.events import GenerationRequest
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.models.sizes import parts
 from splitlearn.runtime.progress import silent
+from splitlearn.wire.codec import DTYPES
 
 PAIRS = 12
 TOKENS = 64
@@ -141,7 +142,7 @@ def rows_of(config: Config, dtype: str, ratios: Sequence[tuple[str, str]], rate:
         decode, prefill = (
             _measure(runs, ratios, text_of(tokens, length), count) for length, count in ((SHORT, TOKENS), (LONG, 1))
         )
-        limit_s = parts(runs.files, runs.plan, runs.dtype)[-1].weight_bytes / rate
+        limit_s = parts(runs.files, runs.plan, DTYPES[runs.dtype])[-1].weight_bytes / rate
         echo_s = median(run.tpot_s for run in decode["echo"])
     return [
         {
@@ -166,7 +167,7 @@ def _measure(runs: Runs, ratios: Sequence[tuple[str, str]], prompt: str, count: 
     request = GenerationRequest(prompt, max_new_tokens=count, chat=False, ignore_eos=True)
     flags = runs.flags(FLAGS)
     reference, echo = Reference(runs.spec("full", flags)), Echo(SLEEPS)
-    message = bytes(runs.files.facts.hidden_size * runs.dtype.itemsize + MORE_BYTES)
+    message = bytes(runs.files.facts.hidden_size * DTYPES[runs.dtype].itemsize + MORE_BYTES)
 
     def run(kind: Kind, left_out: Sequence[str]) -> Generated:
         metrics = answer(runs, kind, flags.without(*left_out), request)

@@ -13,9 +13,9 @@ from bench.overhead import SETS, round_trips
 from bench.pairs import blocks
 from bench.reference import Generated, Reference
 from bench.report import write
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.config import Config, RunsConfig, TrunkConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from bench import planted
 from bench.report import write
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import KINDS, environment
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.lab.analysis import findings as analysis_findings
 from splitlearn.lab.design import AA, plan
 from splitlearn.lab.experiment import Experiment, alone

@@ -20,9 +20,9 @@ from bench.ratios import both, ratio
 from bench.ratios import tokens as same
 from bench.reference import Generated, Reference
 from bench.report import write
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints import download
 from splitlearn.checkpoints.catalogue import CATALOGUE
 from splitlearn.config import Config, RunsConfig

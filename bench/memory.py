@@ -8,11 +8,12 @@ from typing import Any
 import psutil
 
 from bench.report import write
-from splitlearn.arms import arm
-from splitlearn.arms.arm import ArmEnd, ArmSpec
+from splitlearn.arms import worker_main
 from splitlearn.arms.compare import KINDS, environment
 from splitlearn.arms.runs import Runs
-from splitlearn.client.remote_stage import TrunkFacts
+from splitlearn.arms.spec import ArmEnd, ArmSpec
+from splitlearn.arms.worker import raised
+from splitlearn.client.served import TrunkFacts
 from splitlearn.config import Config
 from splitlearn.events import GenerationRequest
 from splitlearn.models.sizes import parts
@@ -73,9 +74,9 @@ def _added(spec: ArmSpec) -> tuple[int, TrunkFacts | None]:
     worker = context.Process(target=_work, args=(theirs, spec), daemon=True)
     worker.start()
     try:
-        ready = arm.raised(ours.recv())
+        ready = raised(ours.recv())
         ours.send(REQUEST)
-        while not isinstance(end := arm.raised(ours.recv()), ArmEnd):
+        while not isinstance(end := raised(ours.recv()), ArmEnd):
             pass
     finally:
         worker.kill()
@@ -85,7 +86,7 @@ def _added(spec: ArmSpec) -> tuple[int, TrunkFacts | None]:
 def _work(connection: Connection, spec: ArmSpec) -> None:
     for name in runtime_process.PRELOAD:
         import_module(name)
-    arm.work(connection, spec)
+    worker_main.work(connection, spec)
 
 
 def _sessions(runs: Runs) -> tuple[int, int]:

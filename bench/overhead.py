@@ -14,9 +14,9 @@ from bench.pairs import warm_blocks
 from bench.ratios import both, difference_s, ratio
 from bench.reference import Generated, Reference
 from bench.report import write
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.config import Config, RunsConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.selection import FlagSet

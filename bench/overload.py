@@ -12,9 +12,9 @@ from statistics import fmean
 
 from bench.capacity import with_room
 from bench.report import table, write
-from splitlearn.arms.arm import ArmSpec
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import ArmSpec
 from splitlearn.config import ServerConfig
 from splitlearn.loadtest.clients import replay_clients
 from splitlearn.loadtest.driver import Measured, drive

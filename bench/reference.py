@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from splitlearn.arms.arm import ArmSpec
+from splitlearn.arms.spec import ArmSpec
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.runtime import process
 from splitlearn.stages import loading

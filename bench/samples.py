@@ -10,9 +10,9 @@ from bench.link import Shape, link
 from bench.lookup import OPEN
 from bench.pairs import blocks
 from bench.report import write
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.config import TrunkConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect

@@ -15,9 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.capacity import with_room
 from bench.report import write
-from splitlearn.arms.arm import ArmSpec
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import ArmSpec
 from splitlearn.client.probe import Watch
 from splitlearn.config import ServerConfig
 from splitlearn.errors import TrunkError

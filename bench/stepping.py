@@ -13,7 +13,7 @@ from statistics import fmean, median
 import torch
 
 from bench.batched import WARM_UP, Run
-from splitlearn.arms.arm import ArmSpec
+from splitlearn.arms.spec import ArmSpec
 from splitlearn.loadtest.replay import Sender
 
 POLL_S = 0.05

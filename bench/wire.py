@@ -55,7 +55,7 @@ def _round(runs: Runs, echoes: Mapping[str, Echo], order: random.Random) -> dict
     spec = runs.ready_spec("split", flags)
     client, at_trunk = settings(flags.client), settings(flags.trunk)
     loading.prepare_process(client.process, spec.threads)
-    placement = loading.Placement(spec.device, spec.dtype)
+    placement = loading.Placement.of(spec.device, spec.dtype)
     stages = loading.load(spec.files, loading.client_specs(spec.plan), client.load, placement).stages
     trunk = RemoteStage(spec.addresses, spec.served(), spec.timeout_s)
     feeds = [Feed(stage, stage.open(client.session, 256)) for stage in (stages[0], stages[1])]

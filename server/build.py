@@ -14,7 +14,8 @@ from splitlearn.checkpoints import catalogue
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import InputError
-from splitlearn.flags.registry import SIDES, Place, of_scope
+from splitlearn.flags.here import here
+from splitlearn.flags.registry import SIDES, of_scope
 from splitlearn.flags.registry import settings as settings_of
 from splitlearn.flags.selection import availability, parse
 from splitlearn.kvcache.pool import KVPool, bytes_per_token
@@ -26,7 +27,6 @@ from splitlearn.stages import loading
 from splitlearn.stages.cuda_graph import LEAST_WINDOW
 from splitlearn.stages.loading import Placement
 from splitlearn.stages.local import LocalStage
-from splitlearn.wire.codec import DTYPES
 
 # Without a budget given: this share of the memory that is free once the weights are loaded.
 KV_SHARE = 0.25
@@ -63,9 +63,9 @@ def build(settings: Config, progress: Progress) -> Served:
 def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> Served:
     files = catalogue.prepare(settings.model, progress)
     plan = SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
-    placement = Placement(catalogue.resolve_device(settings.model.device), DTYPES[settings.model.dtype])
-    here = Place(device=str(placement.device), dtype=settings.model.dtype)
-    applied = parse(settings.flags, availability(dict.fromkeys(SIDES, here))).trunk
+    placement = Placement.of(settings.model.device, settings.model.dtype)
+    place = here(str(placement.device), settings.model.dtype)
+    applied = parse(settings.flags, availability(dict.fromkeys(SIDES, place))).trunk
     own = of_scope(applied, "load", "process")
     progress(Step("Loading the trunk"))
     keep_heap_small()

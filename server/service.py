@@ -17,7 +17,8 @@ from server.session_handler import Stay, parse
 from server.variants import Others
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError, SplitlearnError, TrunkRefused
-from splitlearn.flags.registry import FLAGS, Place, of_scope
+from splitlearn.flags.here import here
+from splitlearn.flags.registry import FLAGS, of_scope
 from splitlearn.flags.selection import applied_of, chosen_in, why_not
 from splitlearn.runtime import hardware
 from splitlearn.runtime.process import peak_resident_bytes
@@ -45,7 +46,7 @@ class TrunkService:
         if self._part_bytes < row:
             least = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
             raise InputError("server.max_message_bytes", limits.max_message_bytes, least)
-        self._place = Place(device=str(served.placement.device), dtype=_name(served.placement.dtype))
+        self._place = here(str(served.placement.device), _name(served.placement.dtype))
         self._machine = {name: str(value) for name, value in hardware.describe().items() if value is not None}
         gauges.connect(served, others, limits)
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.runs import ArmReport, Item, Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.selection import FlagSet
 from splitlearn.metrics import UNATTRIBUTED, RunMetrics, first_difference, tps_of_all
@@ -31,8 +31,6 @@ class Comparison:
     full: ArmReport
     split: ArmReport
     environment: dict[str, Any]
-    prompt: tuple[tuple[str, bool], ...]
-    """What the model saw of the prompt: its text in pieces, each with whether it is a control token."""
 
     @property
     def first_difference(self) -> tuple[int, int] | None:
@@ -41,14 +39,14 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `compare --json` prints; docs/command-line.md describes it."""
-        differ = self.first_difference
+        differ, prompt = self.first_difference, self.full.texts.prompt
         return {
             "model": self.model,
             "split": {"start": self.plan.start, "end": self.plan.end, "n_layers": self.plan.n_layers},
             "prompt": {
-                "text": "".join(text for text, _ in self.prompt),
+                "text": "".join(text for text, _ in prompt),
                 "token_ids": list(self.full.metrics.prompt_ids),
-                "control_tokens": [text for text, is_control in self.prompt if is_control],
+                "control_tokens": [text for text, is_control in prompt if is_control],
             },
             "flags": self.flags.names(),
             "flags_by_side": {
@@ -85,8 +83,7 @@ def compare(
     if len(reports) < len(KINDS):
         return None
     name = runs.files.name
-    prompt = tuple(runs.tokens.pieces(reports["full"].metrics.prompt_ids))
-    return Comparison(name, runs.plan, flags, reports["full"], reports["split"], environment(runs), prompt)
+    return Comparison(name, runs.plan, flags, reports["full"], reports["split"], environment(runs))
 
 
 def environment(runs: Runs) -> dict[str, Any]:
@@ -94,7 +91,7 @@ def environment(runs: Runs) -> dict[str, Any]:
     trunk = runs.describe_trunk()
     return {
         **hardware.describe(),
-        "device": str(runs.device),
+        "device": runs.device,
         "digest": runs.files.digest,
         "trunk": {"device": trunk.device, "threads": trunk.threads, **dict(sorted(trunk.machine.items()))},
     }

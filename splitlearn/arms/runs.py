@@ -13,41 +13,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from transformers import PretrainedConfig
-
-from splitlearn.arms import draft_model
-from splitlearn.arms.arm import ArmEnd, ArmSpec, Kind
+from splitlearn.arms import capabilities
 from splitlearn.arms.embedded_server import Server
+from splitlearn.arms.spec import ArmEnd, ArmSpec, Kind, Texts
 from splitlearn.arms.trunk_pool import TrunkPool
 from splitlearn.arms.worker import Worker, compile_seconds
 from splitlearn.checkpoints import catalogue
-from splitlearn.checkpoints.folder import ModelFiles, read_config
-from splitlearn.client.remote_stage import TrunkFacts, check_served, describe, first_that_works
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.served import TrunkFacts, check_served, describe, first_that_works
 from splitlearn.config import Config
 from splitlearn.errors import InputError, WorkFailed
 from splitlearn.events import Event, GenerationRequest
-from splitlearn.flags.registry import SIDES, Place
-from splitlearn.flags.registry import settings as settings_of
+from splitlearn.flags.registry import SIDES
 from splitlearn.flags.selection import Availability, FlagSet, availability
 from splitlearn.flags.selection import check as check_flags
 from splitlearn.flags.selection import parse as parse_flags
-from splitlearn.generation.tokenizer import Tokens, python_tokenizer_available
 from splitlearn.metrics import RunMetrics, of_samples
 from splitlearn.models.plan import SplitPlan
-from splitlearn.models.sizes import kv_bytes_per_token
-from splitlearn.models.structure import no_roll_back
 from splitlearn.runtime import cgroups
 from splitlearn.runtime.process_pool import ProcessPool
-from splitlearn.runtime.progress import Progress
+from splitlearn.runtime.progress import Progress, Step
 from splitlearn.wire import channel
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials
-from splitlearn.wire.codec import DTYPES
 
 CLOSE_TIMEOUT_S = 3.0
-# How long a trunk that compiles is waited for, where trunk.timeout_s is less: its first steps say nothing until all its
-# layers are compiled, which took 26 of them more than two minutes on two cores.
-COMPILE_TIMEOUT_S = 1800.0
 MOST_RESTARTS = 20
 ASIDE = "A trunk that others use may go on recording for them: leave cuda_graph out there (trunk: in --flags)."
 # Memory that must be left, in sizes of the model's weights, before one more worker is kept: it may load a second copy.
@@ -71,6 +61,7 @@ class ArmReport:
     trunk_address: str | None
     trunk: TrunkFacts | None
     kv_bytes_per_token: int = 0
+    texts: Texts = Texts()
     others: tuple[RunMetrics, ...] = ()
     """Of the samples after the first."""
 
@@ -109,11 +100,14 @@ class Runs:
     def __init__(self, config: Config, progress: Progress, server: Server | None = None) -> None:
         self.config = config
         self.files = catalogue.prepare(config.model, progress)
-        self.tokens.check_chat(config.generation.chat, self.files.name)
         self.draft = self._prepare_draft(progress)
         self.plan = SplitPlan.of(config.split.start, config.split.end, self.files.n_layers)
-        self.device = catalogue.resolve_device(config.model.device)
-        self.dtype = DTYPES[config.model.dtype]
+        progress(Step("Reading the model's tokenizer and settings"))
+        model = config.model
+        question = capabilities.Question(self.files, self.draft, model.device, model.dtype, config.generation.chat)
+        self.capabilities = capabilities.find(question)
+        self.here = self.capabilities.place
+        self.device, self.dtype = self.here.device, model.dtype
         self._lock = threading.Lock()
         self._workers = ProcessPool[ArmSpec, Worker](self._has_room)
         self._trunks = TrunkPool(config, self._has_memory, server)
@@ -179,13 +173,6 @@ class Runs:
         """What is shown to the trunk; the embedded one is on loopback and asks for nothing. Raises InputError."""
         return NONE if self.config.trunk.embedded else channel.credentials(self.config.trunk)
 
-    @cached_property
-    def here(self) -> Place:
-        """What decides which flags can be applied in this machine's arms."""
-        tokenizer, fixed = python_tokenizer_available(self.files.folder), no_roll_back(self._model_config)
-        place = Place(str(self.device), tokenizer, fixed, dtype=self.config.model.dtype)
-        return place if self.draft is None else replace(place, no_draft=no_roll_back(_config_of(self.draft)))
-
     def _prepare_draft(self, progress: Progress) -> ModelFiles | None:
         """The files of the draft model, if one is named."""
         name = self.config.model.draft
@@ -195,22 +182,12 @@ class Runs:
             files = catalogue.prepare(self.config.model.model_copy(update={"name": name}), progress)
         except InputError as error:
             raise InputError("model.draft", error.value, error.expected) from error
-        draft_model.check_vocabulary(files, self.files)
         return files
 
-    @cached_property
-    def tokens(self) -> Tokens:
-        """The model's tokenizer, to show what goes in and comes out; each arm reads its own."""
-        return Tokens.load(self.files.folder, use_fast=True)
-
-    @cached_property
+    @property
     def _trunk_kv_bytes(self) -> int:
         """What a token takes in the trunk's KV cache."""
-        return kv_bytes_per_token(self._model_config, self.plan.end - self.plan.start, self.dtype)
-
-    @cached_property
-    def _model_config(self) -> PretrainedConfig:
-        return _config_of(self.files)
+        return (self.plan.end - self.plan.start) * self.capabilities.kv_bytes
 
     def flags(self, text: str) -> FlagSet:
         """The flags that a person asked for in words. Raises InputError."""
@@ -260,8 +237,6 @@ class Runs:
         split = kind == "split"
         own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
         threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
-        if settings_of(own.trunk).load.compile_stage is not None:
-            timeout_s = max(timeout_s, COMPILE_TIMEOUT_S)
         return ArmSpec(
             kind,
             self.files,
@@ -317,14 +292,11 @@ class Runs:
             import_rss_bytes=worker.ready.import_rss_bytes,
             peak_rss_bytes=end.peak_rss_bytes,
             dtype=self.config.model.dtype,
-            device=str(spec.device),
+            device=spec.device,
             threads=worker.ready.threads,
             trunk_address=end.trunk.address if end.trunk else None,
             trunk=end.trunk,
             kv_bytes_per_token=self._trunk_kv_bytes if spec.kind == "split" else 0,
+            texts=end.texts,
             others=found[1:],
         )
-
-
-def _config_of(files: ModelFiles) -> PretrainedConfig:
-    return read_config(files.folder)

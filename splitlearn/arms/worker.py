@@ -4,16 +4,29 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from splitlearn.arms import arm
-from splitlearn.arms.arm import CANCEL, ArmEnd, ArmReady, ArmSpec
+from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec
 from splitlearn.errors import SplitlearnError, WorkerDied
 from splitlearn.events import Event, GenerationRequest, TokenEvent
+from splitlearn.runtime import process
 from splitlearn.runtime.process import Child
 
 WARM_UP_TOKENS = 8
 CANCEL_TIMEOUT_S = 2.0
 POLL_S = 0.05
+
+
+def start(spec: ArmSpec) -> Child:
+    """Start a worker for `spec`; its first message is an ArmReady or an error."""
+    return process.start(f"The {spec.kind} arm's worker process", "splitlearn.arms.worker_main:work", spec)
+
+
+def raised(item: Any) -> Any:
+    """What a worker sent, raised if it is an error."""
+    if isinstance(item, SplitlearnError):
+        raise item
+    return item
 
 
 @dataclass
@@ -29,13 +42,13 @@ class Worker:
     @classmethod
     def start(cls, spec: ArmSpec, stop: threading.Event) -> "Worker | None":
         """A worker that has loaded its stages; None when `stop` was set before it had. Raises what loading raised."""
-        child = arm.start(spec)
+        child = start(spec)
         try:
             while not child.connection.poll(POLL_S):
                 if stop.is_set():
                     child.stop()
                     return None
-            return cls(child, arm.raised(child.receive()))
+            return cls(child, raised(child.receive()))
         except SplitlearnError:
             child.stop()
             raise
@@ -71,7 +84,7 @@ class Worker:
                     continue
                 item = self.child.receive()
                 ended = isinstance(item, ArmEnd | SplitlearnError)
-                yield arm.raised(item)
+                yield raised(item)
         finally:
             if not ended:
                 self._cancel()

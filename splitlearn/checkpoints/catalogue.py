@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
@@ -123,22 +122,6 @@ def cache_folder(model: ModelConfig) -> Path:
     except RuntimeError as error:  # the user has no home folder
         raise InputError("model.cache", None, f"a folder ({error}); SPLITLEARN_CACHE names one, too") from error
     return folder.absolute() / f"v{FORMAT}"
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called `name` in the config; `auto` is cuda if there is one, else cpu.
-
-    Raises InputError if this machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise InputError("model.device", name, f"a device of this machine, which has {count} for CUDA")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("model.device", name, "a device of this machine, which has none for Metal")
-    return device
 
 
 def _source(name: str) -> PipSource | HubSource | Path:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from splitlearn.arms.arm import ArmSpec
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import ArmSpec
 from splitlearn.config import Config
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.loadtest import report

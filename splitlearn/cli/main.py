@@ -230,12 +230,13 @@ def _compare(options: argparse.Namespace, config: Config) -> None:
 
 
 def _bench(options: argparse.Namespace, config: Config) -> None:
-    from splitlearn.cli import lab as lab_command
     from splitlearn.lab.request import Asked, read_prompts
 
     if options.trunk is not None:
         config = configuration.with_trunk(config, options.trunk)
     if options.resume is not None:
+        from splitlearn.cli import lab as lab_command
+
         lab_command.resume(options.resume, config, as_json=options.json)
         return
     given = {
@@ -249,11 +250,12 @@ def _bench(options: argparse.Namespace, config: Config) -> None:
     }
     flags = " ".join(options.flags) if options.flags else config.flags
     asked = Asked(flags, **_given(given))
+    from splitlearn.cli import lab as lab_command  # after what may be refused at once
+
     lab_command.run(asked, config, options.out, as_json=options.json)
 
 
 def _load(options: argparse.Namespace, config: Config) -> None:
-    from splitlearn.cli import loadtest as loadtest_command
     from splitlearn.lab.request import read_prompts
     from splitlearn.loadtest.plan import PROMPTS, Asked, Levels
 
@@ -273,6 +275,8 @@ def _load(options: argparse.Namespace, config: Config) -> None:
         levels=Levels(**_given(levels)),
         **_given(given),
     )
+    from splitlearn.cli import loadtest as loadtest_command  # after what may be refused at once
+
     loadtest_command.run(asked, config, options.out, as_json=options.json)
 
 

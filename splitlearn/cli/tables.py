@@ -5,20 +5,23 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import Comparison, Watch
 from splitlearn.arms.runs import ArmReport, Item, Restarted
+from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.catalogue import ModelStatus
 from splitlearn.events import TokenEvent
 from splitlearn.flags.registry import FLAGS, SIDES
 from splitlearn.flags.selection import Availability, FlagSet
 from splitlearn.metrics import LEDGER_ORDER, RunMetrics, recovery_sentence, tps_of_all
-from splitlearn.models.sizes import Part
 from splitlearn.runtime.progress import Progress, Step
 from splitlearn.runtime.terminal import PlainTable, console, say
+
+if TYPE_CHECKING:
+    from splitlearn.models.sizes import Part
 
 
 def watch(progress: Progress, limit: int) -> Watch:
@@ -68,7 +71,7 @@ def print_models(rows: Sequence[ModelStatus], cache: Path) -> None:
     console().print(table)
 
 
-def print_parts(found: Sequence[Part], as_json: bool) -> None:
+def print_parts(found: "Sequence[Part]", as_json: bool) -> None:
     """What each part holds."""
     if as_json:
         say(json.dumps([asdict(part) for part in found], indent=2))

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import grpc
 
 from splitlearn.client.circuit_breaker import Breaker
-from splitlearn.client.session_stream import Opening, Served, Stream
+from splitlearn.client.served import Served
+from splitlearn.client.session_stream import Opening, Stream
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import Credentials, open_channel

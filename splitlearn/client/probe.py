@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from splitlearn.client.remote_stage import first_that_works
+from splitlearn.client.served import first_that_works
 from splitlearn.wire import SERVICE
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials, open_channel

@@ -10,39 +10,23 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
-import grpc
 import torch
 
 from splitlearn.client.failover import Effort, Trunks
-from splitlearn.client.session_stream import Opening, Sent, Served, Stream
-from splitlearn.errors import TrunkError, TrunkRefused, TrunkUnavailable
+from splitlearn.client.served import Served, TrunkFacts
+from splitlearn.client.session_stream import Opening, Sent, Stream, opening_of
+from splitlearn.errors import TrunkUnavailable
 from splitlearn.events import Recovery, StageTiming
 from splitlearn.stages.base import StageInput, StageOutput, UnderWay
 from splitlearn.stages.settings import SessionSettings
-from splitlearn.wire import PROTOCOL
 from splitlearn.wire import trunk_pb2 as pb
-from splitlearn.wire.channel import NONE, Credentials, open_channel
-from splitlearn.wire.status import error_of
-from splitlearn.wire.stub import TrunkStub
+from splitlearn.wire.channel import NONE, Credentials
 
-Found = TypeVar("Found")
 # The trunk is told this share of the time that is waited for it: what it says when the time is over still arrives.
 TOLD = 0.9
-
-
-@dataclass(frozen=True)
-class TrunkFacts:
-    """What a trunk said of the process that serves a session; `address` is where the last session was in the end."""
-
-    threads: int = 0
-    load_s: float = 0.0
-    import_rss_bytes: int = 0
-    peak_rss_bytes: int = 0
-    address: str = ""
 
 
 class RemoteStage:
@@ -56,7 +40,7 @@ class RemoteStage:
 
     def open(self, settings: SessionSettings, max_length: int) -> "RemoteSession":
         """Open a session; refused unless the trunk serves exactly what is asked for."""
-        opening = self.served.opening(settings, max_length, TOLD * self._trunks.effort().wait_s())
+        opening = opening_of(self.served, settings, max_length, TOLD * self._trunks.effort().wait_s())
         return RemoteSession(self, self._trunks, opening, recomputes=settings.new_cache is None)
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> "list[RemoteSession]":
@@ -209,41 +193,3 @@ def _with(sent: StageTiming, output: StageOutput) -> StageOutput:
     timing = output.timing
     ledger = dict(Counter(sent.ledger) + Counter(timing.ledger))
     return StageOutput(output.x, replace(timing, ledger=ledger, bytes_up=sent.bytes_up + timing.bytes_up))
-
-
-def first_that_works(addresses: Sequence[str], ask: Callable[[str], Found]) -> Found:
-    """What `ask` gives for the first address at which it raises no TrunkError; what it raised for the first if none."""
-    first: TrunkError | None = None
-    for address in addresses:
-        try:
-            return ask(address)
-        except TrunkError as error:
-            first = first or error
-    raise first or TrunkUnavailable("No trunk server is known.")
-
-
-def describe(address: str, shown: Credentials = NONE, timeout_s: float = 10.0) -> pb.Description:
-    """What the trunk at `address` serves. Raises TrunkUnavailable when nobody answers there."""
-    with open_channel(address, shown) as opened:
-        try:
-            return TrunkStub(opened).describe(pb.DescribeRequest(), timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise error_of(error, address) from error
-
-
-def check_served(description: pb.Description, served: Served, address: str) -> None:
-    """Raise TrunkRefused that names each thing in which the trunk differs from what is wanted."""
-    plan, wanted_dtype = served.plan, str(served.dtype).removeprefix("torch.")
-    differing = [
-        f"{what}: it serves {theirs}, this client has {ours}"
-        for what, theirs, ours in (
-            ("protocol", description.protocol, PROTOCOL),
-            ("model", description.model, served.model),
-            ("weights digest", description.digest[:12], served.digest[:12]),
-            ("layers", f"[{description.start}, {description.end})", f"[{plan.start}, {plan.end})"),
-            ("dtype", description.dtype, wanted_dtype),
-        )
-        if theirs != ours
-    ]
-    if differing:
-        raise TrunkRefused(f"The trunk server at {address} cannot be used. {'; '.join(differing)}.")

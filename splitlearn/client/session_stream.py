@@ -14,9 +14,9 @@ import grpc
 import torch
 from google.protobuf.message import DecodeError
 
+from splitlearn.client.served import Served
 from splitlearn.errors import InputError, TrunkFailed, TrunkUnavailable
 from splitlearn.events import StageTiming
-from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.watchdog import Watchdog
 from splitlearn.stages.base import StageOutput
 from splitlearn.stages.settings import SessionSettings
@@ -39,32 +39,23 @@ class Opening:
     rows: Rows
 
 
-@dataclass(frozen=True)
-class Served:
-    """What a trunk must serve to be of use: a model by name and digest, the layers of a plan, a dtype."""
-
-    model: str
-    digest: str
-    plan: SplitPlan
-    dtype: torch.dtype
-    hidden_size: int
-
-    def opening(self, settings: SessionSettings, max_length: int, timeout_s: float) -> Opening:
-        """What opens a session. `timeout_s` is what the trunk is told that its client waits: for
-        a place, and then for each step."""
-        opening = pb.Open(
-            protocol=PROTOCOL,
-            model=self.model,
-            digest=self.digest,
-            start=self.plan.start,
-            end=self.plan.end,
-            n_layers=self.plan.n_layers,
-            dtype=str(self.dtype).removeprefix("torch."),
-            max_length=max_length,
-            flags=sorted(settings.words),
-            timeout_s=timeout_s,
-        )
-        return Opening(pb.ClientMessage(open=opening).SerializeToString(), settings.rows(self.dtype))
+def opening_of(served: Served, settings: SessionSettings, max_length: int, timeout_s: float) -> Opening:
+    """What opens a session at a trunk that serves what is wanted. `timeout_s` is what the trunk is told that its client
+    waits: for a place, and then for each step."""
+    opening = pb.Open(
+        protocol=PROTOCOL,
+        model=served.model,
+        digest=served.digest,
+        start=served.plan.start,
+        end=served.plan.end,
+        n_layers=served.plan.n_layers,
+        dtype=served.dtype,
+        max_length=max_length,
+        flags=sorted(settings.words),
+        timeout_s=timeout_s,
+    )
+    rows = settings.rows(codec.DTYPES[served.dtype])
+    return Opening(pb.ClientMessage(open=opening).SerializeToString(), rows)
 
 
 @dataclass(frozen=True)
@@ -89,6 +80,7 @@ class Stream:
         self.channel = channel
         self.address = address
         self._served, self._opening, self._rows = served, opening.message, opening.rows
+        self._dtype = codec.DTYPES[served.dtype]
         self._row_bytes = self._rows.row_bytes(served.hidden_size)
         self._read = self._rows.reader(served.hidden_size)
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
@@ -279,9 +271,9 @@ class Stream:
         if tokens != wanted:
             raise TrunkFailed(f"The trunk answered {tokens} positions instead of {wanted}.")
         if not wanted:
-            return torch.empty(1, 0, hidden_size, dtype=self._served.dtype)
+            return torch.empty(1, 0, hidden_size, dtype=self._dtype)
         data = b"".join(result.hidden.data for result in results)
-        return self._finite(converted(self._read(data), self._served.dtype))
+        return self._finite(converted(self._read(data), self._dtype))
 
     def _finite(self, x: torch.Tensor) -> torch.Tensor:
         """`x`; raises TrunkFailed where the trunk sent NaN or Inf."""

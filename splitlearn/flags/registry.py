@@ -41,12 +41,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Place:
-    """What decides whether a flag can be applied: device, the model's tokenizer, layers and dtype, a draft model,
-    installed tools."""
+    """What decides whether a flag can be applied: device, the model's tokenizer, layers and dtype, oneDNN's products of
+    it, a draft model, installed tools."""
 
     device: str
     no_python_tokenizer: str | None = None
     no_roll_back: str | None = None
+    no_onednn: str | None = None
     no_draft: str | None = "no draft model is named (model.draft)"
     dtype: str = "float32"
     has_compiler: bool = field(default_factory=lambda: any(map(shutil.which, ("c++", "g++", "clang++"))))
@@ -205,14 +206,12 @@ def _needs_draft_model(place: Place) -> str | None:
     return place.no_draft or place.no_roll_back
 
 
-def _needs_onednn(place: Place) -> str | None:
-    from splitlearn.layers.onednn_linear import why_not
-
-    return why_not(place.device, place.dtype)
-
-
 def _needs_cpu(place: Place) -> str | None:
     return None if place.device == "cpu" else f"is for weights on the CPU; this is {place.device}"
+
+
+def _needs_onednn(place: Place) -> str | None:
+    return _needs_cpu(place) or place.no_onednn
 
 
 def _needs_cpu_and_roll_back(place: Place) -> str | None:

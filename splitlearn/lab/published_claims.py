@@ -7,7 +7,7 @@ sooner" is read as a ratio of 0.85, "500% faster" as six times the speed, a rati
 from dataclasses import dataclass
 from typing import Literal
 
-from splitlearn.arms.arm import Kind
+from splitlearn.arms.spec import Kind
 from splitlearn.lab.analysis.findings import Findings, Metric, Row
 from splitlearn.lab.design import ALL, CACHE, Question
 

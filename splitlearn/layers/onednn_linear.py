@@ -35,10 +35,8 @@ for _backend in ("CPU", "MkldnnCPU"):
 torch.library.register_fake(f"splitlearn::{OP}", _shape_of_product, lib=_library)
 
 
-def why_not(device: str, dtype: str) -> str | None:
-    """Why weights of `dtype` on `device` cannot be packed, or None."""
-    if device != "cpu":
-        return f"is for weights on the CPU; this is {device}"
+def why_not(dtype: str) -> str | None:
+    """Why weights of `dtype` cannot be packed on this machine, or None."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "needs a torch that was built with oneDNN"
     return None if private_apis.mkldnn_supports(dtype) else f"this processor has no products of {dtype}"

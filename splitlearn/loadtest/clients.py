@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol
 
-from splitlearn.arms import arm
-from splitlearn.arms.arm import ArmEnd, ArmReady, ArmSpec
+from splitlearn.arms.spec import ArmEnd, ArmReady, ArmSpec
+from splitlearn.arms.worker import raised, start
 from splitlearn.errors import SplitlearnError, TrunkFull
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.loadtest.plan import Asked, Job
@@ -42,11 +42,11 @@ class RealClient:
 
     def __init__(self, spec: ArmSpec, prompts: Sequence[str], chat: bool | str) -> None:
         self._prompts, self._chat = prompts, chat
-        self._child = arm.start(spec)
+        self._child = start(spec)
 
     def warm(self) -> None:
         """Wait until the model is loaded, then run a short request."""
-        ready = arm.raised(self._child.receive())
+        ready = raised(self._child.receive())
         if not isinstance(ready, ArmReady):
             raise SplitlearnError("A client's worker process did not say that it is ready.")
         for _ in self.answer(WARM_UP):
@@ -58,7 +58,7 @@ class RealClient:
         chosen = GenerationRequest(self._prompts[job.prompt], job.new_tokens, chat=self._chat, ignore_eos=True)
         self._child.send(chosen)
         offset: float | None = None
-        while not isinstance(item := arm.raised(self._child.receive()), ArmEnd):
+        while not isinstance(item := raised(self._child.receive()), ArmEnd):
             if isinstance(item, TokenEvent):
                 offset = time.perf_counter() - item.time_s if offset is None else offset
                 yield from [offset + item.time_s] * len(item.token_ids)

@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from splitlearn.arms import arm
-from splitlearn.arms.arm import ArmSpec
+from splitlearn.arms import worker_main
+from splitlearn.arms.spec import ArmSpec
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.registry import settings
@@ -22,6 +22,7 @@ from splitlearn.stages import loading
 from splitlearn.stages.base import StageInput, StageOutput
 from splitlearn.stages.local import LocalSession, LocalStage
 from splitlearn.stages.settings import SessionSettings
+from splitlearn.wire.codec import DTYPES
 from splitlearn.wire.hidden_states import Plain
 
 
@@ -56,7 +57,7 @@ def record(spec: ArmSpec, requests: Sequence[GenerationRequest], progress: Progr
             if isinstance(item, SplitlearnError):
                 raise item
             prompt_tokens, data = item
-            states = Plain(spec.dtype).from_bytes(data, spec.files.facts.hidden_size)
+            states = Plain(DTYPES[spec.dtype]).from_bytes(data, spec.files.facts.hidden_size)
             made.append(Recording(prompt_tokens, states))
         return made
     finally:
@@ -96,13 +97,15 @@ def _main(connection: Connection, spec: ArmSpec, requests: Sequence[GenerationRe
     try:
         own = settings(spec.flags.client)
         loading.prepare_process(own.process, spec.threads)
-        placement = loading.Placement(spec.device, spec.dtype)
+        placement = loading.Placement.of(spec.device, spec.dtype)
         bottom, top = loading.load(spec.files, loading.client_specs(spec.plan), own.load, placement).stages
         recorder = _Recorder(bottom)
-        generator = arm.generator(spec, (recorder, top), arm.open_trunk(spec), arm.read_tokens(spec))
+        generator = worker_main.generator(
+            spec, (recorder, top), worker_main.open_trunk(spec), worker_main.read_tokens(spec)
+        )
         for request in requests:
             for _ in generator.stream(request):
                 pass
-            connection.send((recorder.prompt_tokens, Plain(spec.dtype).to_bytes(recorder.states)))
+            connection.send((recorder.prompt_tokens, Plain(DTYPES[spec.dtype]).to_bytes(recorder.states)))
     except Exception as error:
         connection.send(as_error(error, "recording hidden states"))

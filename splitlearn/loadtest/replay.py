@@ -8,8 +8,9 @@ from contextlib import suppress
 
 import grpc
 
-from splitlearn.arms.arm import ArmSpec
-from splitlearn.client.session_stream import Stream
+from splitlearn.arms.spec import ArmSpec
+from splitlearn.arms.worker_main import patience_s
+from splitlearn.client.session_stream import Stream, opening_of
 from splitlearn.errors import TrunkFull
 from splitlearn.flags.registry import settings
 from splitlearn.loadtest.plan import Job
@@ -29,13 +30,14 @@ class Sender:
         self._stream: Stream | None = None
         self._settings = settings(spec.flags.trunk).session
         self.recomputes = self._settings.new_cache is None
-        self.wait_s = spec.timeout_s + ANSWER_S
+        self._patience_s = patience_s(spec)
+        self.wait_s = self._patience_s + ANSWER_S
 
     def open(self, max_length: int) -> Stream:
         """A session, at once or when the trunk has room within the time that its client waits."""
         spec, address = self._spec, self._spec.addresses[0]
         channel, self._channel = self._channel or open_channel(address, spec.credentials), None
-        opening = self._served.opening(self._settings, max_length, spec.timeout_s)
+        opening = opening_of(self._served, self._settings, max_length, self._patience_s)
         stream = self._stream = Stream(channel, address, self._served, opening)
         try:
             stream.open(self.wait_s)

@@ -17,6 +17,7 @@ from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import psutil
@@ -32,7 +33,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _MMAPPED_BYTES, _SPARE_BYTES = 8 << 20, 16 << 20
 # What every child needs, imported once; transformers would otherwise import its larger half on first use.
 PRELOAD = [
-    "splitlearn.arms.arm",
+    "splitlearn.arms.worker_main",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.modeling_utils",
@@ -104,10 +105,11 @@ def _check_room() -> None:
         )
 
 
-def start(what: str, target: Callable[..., None], *arguments: object) -> Child:
+def start(what: str, target: Callable[..., None] | str, *arguments: object) -> Child:
     """Start `target(connection, *arguments)` in a child process. `what` names it in error messages.
 
-    Raises SetupError if there is too little memory.
+    A target that only the child should import is given by its name, `module:function`. Raises SetupError if there is
+    too little memory.
     """
     _check_room()
     context = _context()
@@ -130,12 +132,13 @@ def runs(pid: int) -> bool:
         return False
 
 
-def _main(target: Callable[..., None], connection: Connection, *arguments: object) -> None:
+def _main(target: Callable[..., None] | str, connection: Connection, *arguments: object) -> None:
     """Run `target` in the child; end early if the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        target(connection, *arguments)
+        work = resolve_name(target) if isinstance(target, str) else target
+        work(connection, *arguments)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         # The other end is gone: there is nobody to report to.
         return

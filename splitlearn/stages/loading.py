@@ -25,11 +25,13 @@ from splitlearn.models.cut import CutModel, carve
 from splitlearn.models.plan import SplitPlan
 from splitlearn.models.structure import join
 from splitlearn.runtime import cgroups, private_apis
+from splitlearn.runtime.device import resolve
 from splitlearn.runtime.process import default_threads, resident_bytes, trim_heap
 from splitlearn.stages import equivalence
 from splitlearn.stages.head import parted
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.settings import LoadSettings
+from splitlearn.wire.codec import DTYPES
 
 # Layers that are linear and nothing else; what a family makes of them has a class of its own.
 LINEAR = (nn.Linear, Conv1D)
@@ -57,6 +59,11 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: str, dtype: str) -> "Placement":
+        """By the names that the config has for them. Raises InputError for a device that this machine does not have."""
+        return cls(resolve(device), DTYPES[dtype])
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 
 from splitlearn import config
 from splitlearn.arms import draft_model
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import KINDS
 from splitlearn.arms.draft_model import DraftModel
 from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest

@@ -13,7 +13,7 @@ from splitlearn.arms import embedded_server
 from splitlearn.arms.embedded_server import EmbeddedTrunk, Server
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.remote_stage import check_served, describe
+from splitlearn.client.served import check_served, describe
 from splitlearn.errors import SetupError
 from splitlearn.runtime.progress import silent
 from tests.conftest import TinyFactory

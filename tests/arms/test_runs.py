@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from splitlearn import config
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.runs import ArmReport, Item, Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError, TrunkUnavailable, WorkerDied, WorkFailed
 from splitlearn.events import Done, GenerationRequest, TokenEvent

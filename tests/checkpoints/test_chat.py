@@ -227,7 +227,7 @@ def test_runs_do_not_begin_with_a_template_that_makes_no_text(
     with pytest.raises(ModelError, match="The chat template 'default' of"):
         Runs(config.parse({"model": model}), silent)
     with Runs(config.parse({"model": model, "generation": {"chat": False}}), silent) as runs:
-        assert runs.tokens.chat_templates == ("default",)
+        assert runs.capabilities.chat_templates == ("default",)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(json.dumps({"model": model}))
     assert command_line.main(["compare"]) == 2

@@ -12,6 +12,7 @@ from splitlearn.checkpoints import catalogue, convert
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.config import ModelConfig
 from splitlearn.errors import InputError, ModelError
+from splitlearn.runtime import device
 from splitlearn.runtime.progress import Step, silent
 from tests.conftest import TinyFactory, start_prepare
 from tests.support.tiny import make_checkpoint
@@ -112,10 +113,10 @@ def test_the_cache_folder_is_the_environments_then_the_configs(tmp_path: Path, m
 
 
 def test_a_device_that_is_not_here_is_refused() -> None:
-    assert catalogue.resolve_device("cpu") == torch.device("cpu")
-    assert catalogue.resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert device.resolve("cpu") == torch.device("cpu")
+    assert device.resolve("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(InputError, match=r"model\.device"):
-        catalogue.resolve_device("cuda:99")
+        device.resolve("cuda:99")
 
 
 @pytest.mark.weights

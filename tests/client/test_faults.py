@@ -20,7 +20,8 @@ from splitlearn import config
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.circuit_breaker import COOL_DOWN_S, FAILURES, LONGEST_S, Breaker
-from splitlearn.client.remote_stage import RemoteStage, describe, first_that_works
+from splitlearn.client.remote_stage import RemoteStage
+from splitlearn.client.served import describe, first_that_works
 from splitlearn.errors import TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.events import GenerationRequest, Recovery
 from splitlearn.flags.selection import FlagSet

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.remote_stage import RemoteSession, RemoteStage, check_served, describe
+from splitlearn.client.remote_stage import RemoteSession, RemoteStage
+from splitlearn.client.served import check_served, describe
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.models.plan import SplitPlan
 from splitlearn.stages import loading
@@ -154,7 +155,7 @@ def test_a_closed_session_is_free_at_the_trunk_and_has_told_its_memory(
         ({"model": "other"}, "model is .*, not 'other'"),
         ({"digest": "0" * 64}, "digest is"),
         ({"plan": SplitPlan(1, 4, 6)}, r"layer range is \(2, 4, 6\), not \(1, 4, 6\)"),
-        ({"dtype": torch.bfloat16}, "dtype is float32, not 'bfloat16'"),
+        ({"dtype": "bfloat16"}, "dtype is float32, not 'bfloat16'"),
     ],
 )
 def test_a_trunk_that_serves_something_else_refuses(
@@ -168,7 +169,7 @@ def test_a_trunk_that_serves_something_else_refuses(
 def test_what_a_trunk_serves_is_compared_before_anything_is_run(here: TrunkHere, files: ModelFiles) -> None:
     said = describe(here.address)
     check_served(said, served(files), here.address)
-    other = replace(served(files), model="other", plan=SplitPlan(0, 6, 6), dtype=torch.float16)
+    other = replace(served(files), model="other", plan=SplitPlan(0, 6, 6), dtype="float16")
     with pytest.raises(TrunkRefused) as caught:
         check_served(said, other, here.address)
     for word in (here.address, "has other", "[2, 4)", "[0, 6)", "float32", "float16"):

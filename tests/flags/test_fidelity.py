@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import KINDS
+from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.flags.registry import FLAGS, SIDES, Place, settings
 from splitlearn.flags.selection import FlagSet, availability, parse
-from splitlearn.lab.logit_fidelity import Fed, logits
+from splitlearn.lab.logit_fidelity import Fed
+from splitlearn.lab.logits import logits
 from splitlearn.models.cut import layers_of
 from splitlearn.models.plan import SplitPlan
 from splitlearn.stages import loading

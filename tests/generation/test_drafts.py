@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import KINDS
+from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags.registry import Place

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from splitlearn import config
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.runs import ArmReport, Item, Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.errors import InputError, SetupError, TrunkRefused
 from splitlearn.events import Recovery
 from splitlearn.lab import experiment

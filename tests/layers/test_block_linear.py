@@ -12,7 +12,8 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.flags.selection import FlagSet
 from splitlearn.kernels.block_format import BITS, GROUP, LANES, block_bytes, from_blocks, to_blocks
 from splitlearn.kernels.block_matmul import multiply
-from splitlearn.lab.logit_fidelity import Fed, logits
+from splitlearn.lab.logit_fidelity import Fed
+from splitlearn.lab.logits import logits
 from splitlearn.layers.block_linear import MANY, BlockLinear
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.torch_threads import computing_on

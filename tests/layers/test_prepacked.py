@@ -7,7 +7,8 @@ from torch.nn.functional import linear
 from splitlearn.arms.compare import KINDS
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.flags.selection import FlagSet
-from splitlearn.lab.logit_fidelity import Fed, logits
+from splitlearn.lab.logit_fidelity import Fed
+from splitlearn.lab.logits import logits
 from splitlearn.layers.onednn_linear import PrepackedLinear
 from splitlearn.models.plan import SplitPlan
 from splitlearn.stages import loading

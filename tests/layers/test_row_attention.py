@@ -12,7 +12,8 @@ from splitlearn.flags.selection import FlagSet
 from splitlearn.kernels import decode_attention
 from splitlearn.kvcache import layers as kv_layers
 from splitlearn.kvcache.pool import KVPool, KVShape
-from splitlearn.lab.logit_fidelity import Fed, logits
+from splitlearn.lab.logit_fidelity import Fed
+from splitlearn.lab.logits import logits
 from splitlearn.layers import kernel_attention
 from splitlearn.layers.kernel_attention import _attend
 from splitlearn.models.plan import SplitPlan

@@ -10,8 +10,8 @@ from bench.overload import WAIT_S, WAITED
 from bench.soak import soak
 from bench.stepping import Seen, Trunk, admission, mixed, run_of, side_by_side, split
 from splitlearn import config
-from splitlearn.arms.arm import ArmSpec
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import ArmSpec
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.flags.selection import FlagSet
 from splitlearn.loadtest.driver import Measured, Outcome

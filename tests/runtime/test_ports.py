@@ -8,7 +8,7 @@ import pytest
 
 from server.monitoring import gauges
 from splitlearn import address, config
-from splitlearn.client.remote_stage import describe
+from splitlearn.client.served import describe
 from splitlearn.errors import SetupError
 from splitlearn.runtime import ports
 from tests.conftest import TinyFactory

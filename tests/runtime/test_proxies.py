@@ -11,7 +11,7 @@ import httpx
 import pytest
 import yaml
 
-from splitlearn.client.remote_stage import describe
+from splitlearn.client.served import describe
 from splitlearn.runtime import proxies
 from tests.conftest import ROOT, TinyFactory
 from tests.support.page import running, write_config

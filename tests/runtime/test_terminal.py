@@ -31,7 +31,7 @@ LONG = "word " * 100 + "x" * 300
 
 def comparison(text: str, model: str) -> Comparison:
     plan, arms = SplitPlan(2, 4, 6), (report("full", [1, 2, 3], text), report("split", [1, 2, 3], text))
-    return Comparison(model, plan, parse("none", KNOWN), *arms, {}, ())
+    return Comparison(model, plan, parse("none", KNOWN), *arms, {})
 
 
 class Stream(io.TextIOWrapper):

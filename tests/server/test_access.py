@@ -18,7 +18,8 @@ from server.auth.gate import DENIED, Access, Bucket
 from server.auth.tls import Door
 from splitlearn import config
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.remote_stage import RemoteStage, describe
+from splitlearn.client.remote_stage import RemoteStage
+from splitlearn.client.served import describe
 from splitlearn.errors import InputError, SetupError, TrunkDenied, TrunkFull
 from splitlearn.wire import SERVICE, channel
 from splitlearn.wire import trunk_pb2 as pb

@@ -20,7 +20,7 @@ from server.auth import gate
 from server.auth import tokens as token_file
 from server.monitoring import logs
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.remote_stage import describe
+from splitlearn.client.served import describe
 from splitlearn.wire import SERVICE
 from splitlearn.wire.channel import NONE, Credentials, open_channel
 from tests.conftest import TinyFactory

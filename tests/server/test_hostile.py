@@ -17,7 +17,8 @@ from bench.fuzz import STRANGER, Tally, attack, knock
 from bench.hostile import Attacker, Script, Target, oversized, scripts, silent, target
 from server.auth import tokens as token_file
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.remote_stage import RemoteStage, describe
+from splitlearn.client.remote_stage import RemoteStage
+from splitlearn.client.served import describe
 from splitlearn.errors import InputError, TrunkDenied
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.generation.chain import Link

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.remote_stage import RemoteStage, describe
+from splitlearn.client.remote_stage import RemoteStage
+from splitlearn.client.served import describe
 from splitlearn.errors import InputError
 from splitlearn.models.cut import layers_of
 from splitlearn.wire import SERVICE

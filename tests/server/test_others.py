@@ -13,7 +13,7 @@ import pytest
 from server import memory
 from server.memory import KV_SHARE, Memory
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.remote_stage import describe
+from splitlearn.client.served import describe
 from splitlearn.errors import InputError, TrunkFull
 from tests.conftest import TinyFactory
 from tests.support.trunk import Raw, eventually, gone, hidden, opening, serve, serve_here, settings, step

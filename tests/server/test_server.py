@@ -23,7 +23,7 @@ from server import endpoint
 from server.endpoint import SPARE_THREADS
 from server.scheduling.admission import DRAINING
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.remote_stage import describe
+from splitlearn.client.served import describe
 from splitlearn.wire import PROTOCOL, SERVICE
 from splitlearn.wire import trunk_pb2 as pb
 from tests.conftest import TinyFactory

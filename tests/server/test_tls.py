@@ -12,7 +12,8 @@ from server.auth.tls import Door
 from splitlearn import config
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.remote_stage import RemoteStage, describe
+from splitlearn.client.remote_stage import RemoteStage
+from splitlearn.client.served import describe
 from splitlearn.errors import InputError, TrunkUnavailable
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags.selection import FlagSet

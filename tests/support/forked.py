@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from server.__main__ import main
-from splitlearn.client.remote_stage import describe
+from splitlearn.client.served import describe
 from splitlearn.errors import TrunkError
 from splitlearn.runtime import process
 from tests.client.test_remote import free_port

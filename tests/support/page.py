@@ -16,6 +16,7 @@ import yaml
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_TORCH = Path(__file__).with_name("without_torch.py")
 CHROMIUM = Path("/usr/bin/chromium")
 START_S = 90.0
 # How long a page may take for what has no bound of its own: the machine may be busy with other tests.
@@ -27,7 +28,7 @@ LOCAL = re.compile(r"The page is on (http://\S+)")
 
 
 class App:
-    """`python app.py` with a configuration, run in `folder`; what it prints, and how to end it."""
+    """`python app.py` with a configuration, run in `folder` without torch; what it prints, and how to end it."""
 
     def __init__(
         self, config: Path, *options: str, environment: Mapping[str, str] | None = None, folder: Path = ROOT
@@ -35,7 +36,7 @@ class App:
         self.lines: list[str] = []
         self._new: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py"), "--config", str(config), *options],
+            [sys.executable, str(WITHOUT_TORCH), "--config", str(config), *options],
             cwd=folder,
             env={**os.environ, "SPLITLEARN_AUTH": "", **(environment or {})},
             stdout=subprocess.PIPE,

@@ -30,7 +30,7 @@ from server.service import TrunkService
 from server.variants import Others
 from splitlearn import config
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.session_stream import Served
+from splitlearn.client.served import Served
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.progress import silent
 from splitlearn.wire import PROTOCOL, READY, SERVICE, codec
@@ -130,7 +130,7 @@ def eventually(holds: Callable[[], object], within_s: float = 8.0) -> bool:
 
 def served(files: ModelFiles, plan: SplitPlan = PLAN) -> Served:
     """What a client of a trunk for `files` asks for."""
-    return Served(files.name, files.digest, plan, torch.float32, files.facts.hidden_size)
+    return Served(files.name, files.digest, plan, "float32", files.facts.hidden_size)
 
 
 def opening(files: ModelFiles, plan: SplitPlan = PLAN, **changes: Any) -> bytes:

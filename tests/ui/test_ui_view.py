@@ -8,9 +8,9 @@ from typing import cast
 
 import pytest
 
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.runs import ArmReport, Item, Restarted, Runs
-from splitlearn.client.remote_stage import TrunkFacts
+from splitlearn.arms.spec import Kind, Texts
+from splitlearn.client.served import TrunkFacts
 from splitlearn.errors import InputError, SplitlearnError, TrunkUnavailable
 from splitlearn.events import Done, GenerationRequest, Recovery, TokenEvent
 from splitlearn.flags.registry import SIDES, Place
@@ -35,7 +35,10 @@ def report(kind: Kind, ids: Sequence[int], text: str = "Because.") -> ArmReport:
     assert metrics is not None
     trunk = TrunkFacts(1, 0.5, 10_000_000, 30_000_000) if kind == "split" else None
     address = "127.0.0.1:1" if trunk else None
-    return ArmReport(kind, metrics, 0.5, 0.0, 100_000_000, 150_000_000, "float32", "cpu", 1, address, trunk)
+    texts = Texts(tokens=(tuple(map(str, ids)),))
+    return ArmReport(
+        kind, metrics, 0.5, 0.0, 100_000_000, 150_000_000, "float32", "cpu", 1, address, trunk, texts=texts
+    )
 
 
 def both(full: Sequence[int], split: Sequence[int], text: str = "Because.") -> Shown:
@@ -107,7 +110,7 @@ def test_tokens_are_drawn_about_ten_times_a_second_however_fast_they_come() -> N
 
 def test_what_a_model_writes_cannot_become_part_of_the_page() -> None:
     shown = both([1], [1], "<script>alert(1)</script>")
-    assert "<script>" not in view.card(shown.full) + view.result(shown, str, "<b>")
+    assert "<script>" not in view.card(shown.full) + view.result(shown, "<b>")
 
 
 def test_a_trunk_that_was_lost_and_found_is_told_on_its_card() -> None:
@@ -120,17 +123,19 @@ def test_a_trunk_that_was_lost_and_found_is_told_on_its_card() -> None:
 
 def test_each_sample_has_its_text_and_a_difference_in_any_is_named() -> None:
     full, split, other = (report(kind, ids, text) for kind, ids, text in SAMPLED)
-    one, two = replace(full, others=(split.metrics,)), replace(split, others=(other.metrics,))
+    both_texts = Texts(tokens=(*full.texts.tokens, *split.texts.tokens))
+    one = replace(full, others=(split.metrics,), texts=both_texts)
+    two = replace(split, others=(other.metrics,), texts=Texts(tokens=(*split.texts.tokens, *other.texts.tokens)))
     arms = [ArmView(each.kind, "done", each.metrics, each, others=each.others) for each in (one, two)]
     card = view.card(arms[1])
     assert "Sample 1" in card and "Because." in card and "Sample 2" in card and "Why not?" in card
     assert "TPS (all 2)" in card and "200.0 /s" in card
-    assert "from token 3 of sample 2 on" in view.result(Shown(arms[0], arms[1]), str, "default")
+    assert "from token 3 of sample 2 on" in view.result(Shown(arms[0], arms[1]), "default")
     assert "Sample 1" not in view.card(replace(arms[0], others=()))
 
 
 def test_identical_tokens_are_called_so() -> None:
-    said = view.result(both([1, 2, 3], [1, 2, 3]), str, "default")
+    said = view.result(both([1, 2, 3], [1, 2, 3]), "default")
     assert "Identical: all 3 tokens are the same." in said
     assert "100 B" in said  # bytes up per token
     assert "50 MB" in said  # beyond the imports
@@ -144,7 +149,7 @@ def test_identical_tokens_are_called_so() -> None:
     ],
 )
 def test_the_first_difference_is_named_with_both_tokens(full: list[int], split: list[int], said: str) -> None:
-    assert said in view.result(both(full, split), str, "default")
+    assert said in view.result(both(full, split), "default")
 
 
 def test_the_ledger_bars_add_up_to_the_time_per_token() -> None:
@@ -177,9 +182,10 @@ def test_one_flag_changes_on_every_side_that_can_have_it() -> None:
 
 def test_a_prompt_is_shown_as_the_model_sees_it_with_control_tokens_marked() -> None:
     shown = both([1, 2, 3], [1, 2, 3])
-    said = view.prompt(shown, lambda ids: [("<|user|>", True), ("<b>Hi", False)])
+    texts = Texts(prompt=(("<|user|>", True), ("<b>Hi", False)))
+    said = view.prompt(shown.with_arm(replace(shown.full, report=replace(report("full", [1, 2, 3]), texts=texts))))
     assert "<mark>&lt;|user|&gt;</mark>&lt;b&gt;Hi" in said
-    assert view.prompt(Shown(), lambda ids: []) == ""
+    assert view.prompt(Shown()) == ""
 
 
 def test_each_chat_template_has_a_form_of_its_own() -> None:

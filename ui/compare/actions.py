@@ -54,10 +54,6 @@ class Handlers:
         self.stops.stop(visitor)
         self.downloads.forget(visitor)
 
-    def text_of(self, token: int) -> str:
-        """The text of one token id."""
-        return self.runs.tokens.decode([token])
-
     def compare(self, typed: Mapping[str, object], words: str, visitor: str) -> Iterator[Shown]:
         """Run what was typed through both arms, unless an experiment is being measured."""
         if self.lab.job.running:

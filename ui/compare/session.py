@@ -8,9 +8,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import KINDS
 from splitlearn.arms.runs import ArmReport, Restarted, Runs
+from splitlearn.arms.spec import Kind
 from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import Event, GenerationRequest
 from splitlearn.flags.selection import FlagSet

@@ -72,7 +72,7 @@ class Page:
         with gr.Row():
             for name, label in NUMBERS.items():
                 self.fields[name] = gr.Textbox(first[name], label=label, min_width=240, elem_id=name)
-        forms = inputs.forms(self.runs.tokens.chat_templates)
+        forms = inputs.forms(self.runs.capabilities.chat_templates)
         self.fields["form"] = gr.Radio(forms, value=inputs.form(generation.chat), label="Prompt as")
         self.fields["ignore_eos"] = gr.Checkbox(label="Ignore the end token: always generate to the limit")
         self.fields["stop"] = gr.Textbox(label="Stop strings, one on each line", lines=2)
@@ -175,8 +175,8 @@ class Page:
         if shown.split != before.split or shown.error:
             updates[self.split] = view.card(shown.split)
         if shown.both is not None:
-            said = view.result(shown, self.handlers.text_of, words)
-            updates[self.result] = said + view.prompt(shown, self.runs.tokens.pieces)
+            said = view.result(shown, words)
+            updates[self.result] = said + view.prompt(shown)
             updates[self.plot] = gr.Plot(charts.ledger(*shown.both), visible=True)
             updates[self.ledger] = charts.legend(*shown.both)
         return updates

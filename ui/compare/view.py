@@ -1,7 +1,7 @@
 """What the page shows of one comparison, as HTML: a card for each side, and what follows from both."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from html import escape
 
 from splitlearn.arms.runs import ArmReport, Runs
@@ -9,9 +9,6 @@ from splitlearn.metrics import RunMetrics, first_difference, recovery_sentence, 
 from splitlearn.runtime import cgroups
 from ui.compare.session import ArmView, Shown, State
 from ui.format import MISSING, rate, ratio, seconds, size
-
-Decode = Callable[[int], str]
-Pieces = Callable[[Sequence[int]], Sequence[tuple[str, bool]]]
 
 TITLES = {"full": ("Full", "whole model, one local process"), "split": ("Split", "client here, trunk behind gRPC")}
 STATES: dict[State, str] = {
@@ -73,7 +70,7 @@ def errors(shown: Shown) -> str:
     return error(" ".join(filter(None, (shown.error, *said))))
 
 
-def result(shown: Shown, decode: Decode, flags: str) -> str:
+def result(shown: Shown, flags: str) -> str:
     """What follows from both reports: are the tokens the same, what does splitting cost; empty before that."""
     if shown.both is None:
         return ""
@@ -88,19 +85,19 @@ def result(shown: Shown, decode: Decode, flags: str) -> str:
         _tile("KV cache, were it shipped", size(split.kv_shipped_bytes), SHIPPED),
     )
     return (
-        f'<section class="sl-result" aria-label="Comparison">{_verdict(full, split, decode)}'
+        f'<section class="sl-result" aria-label="Comparison">{_verdict(full, split)}'
         f'<dl class="sl-tiles">{"".join(tiles)}</dl>{_memory(full, split)}'
         f'<p class="sl-small">Flags: {escape(flags)}. {_how(full, split)}</p></section>'
     )
 
 
-def prompt(shown: Shown, pieces: Pieces) -> str:
+def prompt(shown: Shown) -> str:
     """What the model saw of the prompt, folded away, with its control tokens marked; empty before both reports."""
     if shown.both is None:
         return ""
-    ids = shown.both[0].metrics.prompt_ids
-    text = "".join(f"<mark>{escape(text)}</mark>" if control else escape(text) for text, control in pieces(ids))
-    summary = f"The prompt as the model sees it: {len(ids)} tokens, control tokens marked"
+    full = shown.both[0]
+    text = "".join(f"<mark>{escape(text)}</mark>" if control else escape(text) for text, control in full.texts.prompt)
+    summary = f"The prompt as the model sees it: {full.metrics.prompt_tokens} tokens, control tokens marked"
     return f'<details class="sl-prompt"><summary>{summary}</summary><div class="sl-seen">{text}</div></details>'
 
 
@@ -109,7 +106,7 @@ def facts(runs: Runs) -> str:
     plan, trunk = runs.plan, ", ".join(runs.config.trunk.address)
     parts = (
         f"<b>{escape(runs.files.name)}</b>",
-        f"{runs.config.model.dtype} on {escape(str(runs.device))}",
+        f"{runs.config.model.dtype} on {escape(runs.device)}",
         f"trunk layers [{plan.start}, {plan.end}) of {plan.n_layers}",
         f"trunk: {escape(trunk)}",
     )
@@ -168,14 +165,14 @@ def _recoveries(arm: ArmView) -> str:
     return f'<p class="sl-small" role="status">{escape(said)}</p>' if said else ""
 
 
-def _verdict(full: ArmReport, split: ArmReport, decode: Decode) -> str:
+def _verdict(full: ArmReport, split: ArmReport) -> str:
     differ = first_difference(full.samples, split.samples)
     if differ is None:
         tokens = sum(each.n_tokens for each in full.samples)
         return f'<p class="sl-verdict sl-same">Identical: all {tokens} tokens are the same.</p>'
     sample, at = differ
-    both = [report.samples[sample].token_ids for report in (full, split)]
-    pairs = [repr(decode(ids[at])) if at < len(ids) else "nothing" for ids in both]
+    both = [report.texts.tokens[sample] for report in (full, split)]
+    pairs = [repr(texts[at]) if at < len(texts) else "nothing" for texts in both]
     where = f" of sample {sample + 1}" if full.others else ""
     return (
         f'<p class="sl-verdict sl-differ">The tokens differ from token {at + 1}{where} on: '

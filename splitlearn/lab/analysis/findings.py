@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from splitlearn.arms.arm import Kind
 from splitlearn.arms.compare import KINDS
+from splitlearn.arms.spec import Kind
 from splitlearn.lab import stats
 from splitlearn.lab.analysis.pairing import (
     ArmFigures,

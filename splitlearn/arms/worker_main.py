@@ -6,82 +6,29 @@ looks for a cancellation between two steps.
 
 import pickle
 from collections import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Any, Literal
-
-import torch
 
 from splitlearn.arms import draft_model
-from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.remote_stage import RemoteStage, TrunkFacts
-from splitlearn.client.session_stream import Served
-from splitlearn.errors import SplitlearnError, as_error
-from splitlearn.events import Event
+from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec, Texts
+from splitlearn.client.remote_stage import RemoteStage
+from splitlearn.errors import as_error
+from splitlearn.events import Event, GenerationRequest
 from splitlearn.flags.registry import Settings, settings
-from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.chain import Link
 from splitlearn.generation.generator import Generator
 from splitlearn.generation.speculation import Proposer
 from splitlearn.generation.tokenizer import Tokens
-from splitlearn.models.plan import SplitPlan
+from splitlearn.metrics import of_samples
 from splitlearn.runtime import process
 from splitlearn.stages import loading
 from splitlearn.stages.base import Stage
-from splitlearn.wire.channel import NONE, Credentials
 
-Kind = Literal["full", "split"]
-CANCEL = "cancel"
-
-
-@dataclass(frozen=True)
-class ArmSpec:
-    """All that a worker needs to know. `addresses` are the trunk's, none for the full arm; `draft` is the model that
-    drafts, where the flags ask for one; `copy` tells apart workers that are otherwise the same."""
-
-    kind: Kind
-    files: ModelFiles
-    plan: SplitPlan
-    device: torch.device
-    dtype: torch.dtype
-    threads: int | None
-    flags: FlagSet
-    addresses: tuple[str, ...]
-    timeout_s: float
-    credentials: Credentials = NONE
-    draft: ModelFiles | None = None
-    copy: int = 0
-
-    def __hash__(self) -> int:
-        return hash((self.kind, self.files.digest, self.flags, self.addresses, self.copy))
-
-    def served(self) -> Served:
-        """What the trunk must serve."""
-        return Served(self.files.name, self.files.digest, self.plan, self.dtype, self.files.facts.hidden_size)
-
-
-@dataclass(frozen=True)
-class ArmReady:
-    """A worker has loaded its stages: seconds that it took, and what its imports alone hold in memory."""
-
-    load_s: float
-    import_rss_bytes: int
-    threads: int
-
-
-@dataclass(frozen=True)
-class ArmEnd:
-    """A generation is over: the worker's peak memory so far, and what the trunk said of itself (None for full)."""
-
-    peak_rss_bytes: int
-    trunk: TrunkFacts | None
-
-
-def start(spec: ArmSpec) -> process.Child:
-    """Start a worker for `spec`; its first message is an ArmReady or an error."""
-    return process.start(f"The {spec.kind} arm's worker process", work, spec)
+# How long a trunk that compiles is waited for, where trunk.timeout_s is less: its first steps say nothing until all its
+# layers are compiled, which took 26 of them more than two minutes on two cores.
+COMPILE_TIMEOUT_S = 1800.0
 
 
 def work(connection: Connection, spec: ArmSpec) -> None:
@@ -92,7 +39,7 @@ def work(connection: Connection, spec: ArmSpec) -> None:
         before = process.resident_bytes()
         tokens = read_tokens(spec)
         tokenizer_bytes = process.resident_bytes() - before
-        loaded = loading.load(spec.files, _specs(spec), local.load, loading.Placement(spec.device, spec.dtype))
+        loaded = loading.load(spec.files, _specs(spec), local.load, loading.Placement.of(spec.device, spec.dtype))
         trunk = open_trunk(spec)
         drafting, draft_load_s = _load_draft(spec)
         answers = generator(spec, loaded.stages, trunk, tokens, drafting)
@@ -105,19 +52,15 @@ def work(connection: Connection, spec: ArmSpec) -> None:
         if request == CANCEL:  # of a generation that had ended by itself
             continue
         try:
+            events: list[Event] = []
             for event in _until_cancelled(answers.stream(request), connection):
                 # What send() does, with a pickler that is written in C from end to end: a third less time.
                 connection.send_bytes(pickle.dumps(event, pickle.HIGHEST_PROTOCOL))
-            connection.send(ArmEnd(process.peak_resident_bytes(), trunk.facts if trunk else None))
+                events.append(event)
+            peak = process.peak_resident_bytes()
+            connection.send(ArmEnd(peak, trunk.facts if trunk else None, _texts(tokens, events, request)))
         except Exception as error:  # the run fails with its cause; the worker goes on
             connection.send(as_error(error, "generating"))
-
-
-def raised(item: Any) -> Any:
-    """What a worker sent, raised if it is an error."""
-    if isinstance(item, SplitlearnError):
-        raise item
-    return item
 
 
 def _until_cancelled(events: abc.Generator[Event, None, None], connection: Connection) -> Iterator[Event]:
@@ -128,6 +71,15 @@ def _until_cancelled(events: abc.Generator[Event, None, None], connection: Conne
             if connection.poll():
                 connection.recv()
                 return
+
+
+def _texts(tokens: Tokens, events: Iterable[Event], request: GenerationRequest) -> Texts:
+    """What the ids of a generation stand for: this process has the tokenizer, the one that shows them has none."""
+    samples = of_samples(events, request.samples)
+    if not samples:
+        return Texts()
+    answers = tuple(tuple(tokens.decode([token]) for token in sample.token_ids) for sample in samples)
+    return Texts(tuple(tokens.pieces(samples[0].prompt_ids)), answers)
 
 
 def _local_settings(spec: ArmSpec) -> Settings:
@@ -142,9 +94,15 @@ def open_trunk(spec: ArmSpec) -> RemoteStage | None:
     """The trunk's stage with its channel warm and the engine for the trunk's flags loaded."""
     if not spec.addresses:
         return None
-    trunk = RemoteStage(spec.addresses, spec.served(), spec.timeout_s, spec.credentials)
+    trunk = RemoteStage(spec.addresses, spec.served(), patience_s(spec), spec.credentials)
     trunk.open(settings(spec.flags.trunk).session, max_length=1).close()
     return trunk
+
+
+def patience_s(spec: ArmSpec) -> float:
+    """How long the trunk is waited for, in seconds: longer where it compiles."""
+    compiles = settings(spec.flags.trunk).load.compile_stage is not None
+    return max(spec.timeout_s, COMPILE_TIMEOUT_S) if compiles else spec.timeout_s
 
 
 def read_tokens(spec: ArmSpec) -> Tokens:
@@ -159,7 +117,7 @@ def _load_draft(spec: ArmSpec) -> tuple[list[Callable[[], Proposer]], float]:
     """What makes the draft model's proposers, if the flags ask for one, and the seconds that loading it took."""
     if spec.draft is None or not _local_settings(spec).generation.draft_model:
         return [], 0.0
-    make, load_s = draft_model.load(spec.draft, loading.Placement(spec.device, spec.dtype))
+    make, load_s = draft_model.load(spec.draft, loading.Placement.of(spec.device, spec.dtype))
     return [make], load_s
 
 

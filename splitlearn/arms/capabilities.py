@@ -1,0 +1,43 @@
+"""What a model, its tokenizer and this machine allow: found by a child process, so that this one needs no torch."""
+
+from dataclasses import dataclass
+
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.errors import SplitlearnError
+from splitlearn.flags.registry import Place
+from splitlearn.runtime import process
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about. `device` and `dtype` are the config's names, `chat` what prompts are given as."""
+
+    files: ModelFiles
+    draft: ModelFiles | None
+    device: str
+    dtype: str
+    chat: bool | str
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """`place` decides which flags can be applied; its device is one that this machine has. `chat_templates` are names.
+    `kv_bytes` is what a token takes in the KV cache of one layer, by formula."""
+
+    place: Place
+    chat_templates: tuple[str, ...]
+    kv_bytes: int
+
+
+def find(question: Question) -> Capabilities:
+    """The answer. Raises InputError for a device that is not there, a chat template that the model does not have and a
+    draft model with another vocabulary, ModelError for a tokenizer or a template that cannot be used."""
+    child = process.start("The process that reads the model", "splitlearn.arms.capabilities_main:answer", question)
+    try:
+        found = child.receive()
+    finally:
+        child.stop()
+    if isinstance(found, SplitlearnError):
+        raise found
+    capabilities: Capabilities = found
+    return capabilities

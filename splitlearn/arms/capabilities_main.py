@@ -1,0 +1,46 @@
+"""The child process behind `capabilities.find`: it has torch and transformers."""
+
+from dataclasses import replace
+from multiprocessing.connection import Connection
+
+from splitlearn.arms import draft_model
+from splitlearn.arms.capabilities import Capabilities, Question
+from splitlearn.checkpoints.folder import read_config
+from splitlearn.errors import as_error
+from splitlearn.flags.here import here
+from splitlearn.flags.registry import Place
+from splitlearn.generation.tokenizer import Tokens, python_tokenizer_available
+from splitlearn.models.sizes import kv_bytes_per_token
+from splitlearn.models.structure import no_roll_back
+from splitlearn.runtime.device import resolve
+from splitlearn.wire.codec import DTYPES
+
+
+def answer(connection: Connection, question: Question) -> None:
+    """Send the capabilities, or the error."""
+    try:
+        connection.send(_found(question))
+    except Exception as error:
+        connection.send(as_error(error, "reading the model"))
+
+
+def _found(question: Question) -> Capabilities:
+    files = question.files
+    tokens = Tokens.load(files.folder, use_fast=True)
+    tokens.check_chat(question.chat, files.name)
+    if question.draft is not None:
+        draft_model.check_vocabulary(question.draft, files)
+    kv_bytes = kv_bytes_per_token(read_config(files.folder), 1, DTYPES[question.dtype])
+    return Capabilities(_place(question), tokens.chat_templates, kv_bytes)
+
+
+def _place(question: Question) -> Place:
+    folder = question.files.folder
+    place = replace(
+        here(str(resolve(question.device)), question.dtype),
+        no_python_tokenizer=python_tokenizer_available(folder),
+        no_roll_back=no_roll_back(read_config(folder)),
+    )
+    if question.draft is None:
+        return place
+    return replace(place, no_draft=no_roll_back(read_config(question.draft.folder)))

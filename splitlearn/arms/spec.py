@@ -1,0 +1,69 @@
+"""What a worker process is told and what it sends back: records alone, so that the page's process can read them
+without torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.served import Served, TrunkFacts
+from splitlearn.flags.selection import FlagSet
+from splitlearn.models.plan import SplitPlan
+from splitlearn.wire.channel import NONE, Credentials
+
+Kind = Literal["full", "split"]
+CANCEL = "cancel"
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """All that a worker needs to know. `device` and `dtype` are torch's names. `addresses` are the trunk's, none for
+    the full arm; `draft` is the model that drafts, where the flags ask for one; `copy` tells apart workers that are
+    otherwise the same."""
+
+    kind: Kind
+    files: ModelFiles
+    plan: SplitPlan
+    device: str
+    dtype: str
+    threads: int | None
+    flags: FlagSet
+    addresses: tuple[str, ...]
+    timeout_s: float
+    credentials: Credentials = NONE
+    draft: ModelFiles | None = None
+    copy: int = 0
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.files.digest, self.flags, self.addresses, self.copy))
+
+    def served(self) -> Served:
+        """What the trunk must serve."""
+        return Served(self.files.name, self.files.digest, self.plan, self.dtype, self.files.facts.hidden_size)
+
+
+@dataclass(frozen=True)
+class ArmReady:
+    """A worker has loaded its stages: seconds that it took, and what its imports alone hold in memory."""
+
+    load_s: float
+    import_rss_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a generation's token ids stand for. `prompt` is what the model saw, in pieces, each with whether it is a
+    control token; `tokens` has the text of each token alone, for each sample."""
+
+    prompt: tuple[tuple[str, bool], ...] = ()
+    tokens: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class ArmEnd:
+    """A generation is over: the worker's peak memory so far, what the trunk said of itself (None for full), and the
+    texts of its tokens."""
+
+    peak_rss_bytes: int
+    trunk: TrunkFacts | None
+    texts: Texts = Texts()
