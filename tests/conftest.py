@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -54,6 +55,14 @@ class _ByFile(LoadScopeScheduling):  # type: ignore[misc]
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
     """Which process gets which tests."""
     return _ByFile(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Each test begins with one thread for torch. Tiny models gain nothing by a second one, and two test processes that
+    share two cores then wait for each other at every product: tests/stages/test_boundaries.py took four times as long.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,12 @@ against another's step by step. The split arm's trunk is the stage that the serv
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from splitlearn.arms.compare import KINDS
 from splitlearn.arms.spec import Kind
@@ -95,13 +97,18 @@ def test_a_reserved_cache_gives_the_logits_of_a_dynamic_one_to_the_bit(files: Mo
     assert torch.equal(_logits(files, "full", reserved), _logits(files, "full", dynamic))
 
 
-def test_compiled_stages_give_logits_within_rounding(tiny_model: TinyFactory) -> None:
-    small = tiny_model("llama", n_layers=3)
+# To make inductor's code takes most of a minute, for one layer. The split arm runs what was traced as it is.
+@pytest.mark.parametrize(("kind", "n_layers", "backend"), [("full", 1, "inductor"), ("split", 3, "aot_eager")])
+def test_compiled_stages_give_logits_within_rounding(
+    tiny_model: TinyFactory, monkeypatch: pytest.MonkeyPatch, kind: Kind, n_layers: int, backend: str
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    counters.clear()
+    small = tiny_model("llama", n_layers=n_layers)
     cached, compiled = parse("use_cache", HERE), parse("use_cache,torch_compile", HERE)
-    assert torch.equal(_logits(small, "full", cached), _logits(small, "split", cached))
-    for kind in KINDS:
-        difference = (_logits(small, kind, compiled) - _logits(small, kind, cached)).abs().max().item()
-        assert difference <= ROUNDING
+    difference = (_logits(small, kind, compiled) - _logits(small, kind, cached)).abs().max().item()
+    assert counters["stats"]["unique_graphs"] > 0
+    assert difference <= ROUNDING
 
 
 def test_a_load_without_a_second_copy_maps_the_file_and_the_other_does_not(files: ModelFiles) -> None:

@@ -1,6 +1,11 @@
-"""A compiled stage gives what it gave, and layers that are alike are compiled once."""
+"""A compiled stage gives what it gave, and layers that are alike are compiled once.
+
+What is proven here is what gets traced and how often, so nothing is turned into machine code: the traced graph runs
+as it is. tests/flags/test_fidelity.py runs code that inductor made.
+"""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +27,10 @@ ENDS = (5, 6, 7, 9, 10, 11, 12)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled() -> Iterator[None]:
+def _traced_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test traces from nothing. `aot_eager` does all that inductor does before it writes code: it turns what a
+    graph changes in place, such as a KV cache, into inputs and outputs."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
