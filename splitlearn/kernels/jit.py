@@ -13,7 +13,7 @@ import numba
 from llvmlite import ir
 from numba.core import caching, ccallback, dispatcher
 
-from splitlearn.kernels.sources import digest
+from splitlearn.kernels import digest
 
 CACHE_LINE = 64
 log = logging.getLogger(__name__)

@@ -5,14 +5,15 @@ torch's way in and out of each.
 Only what calls this module should import it, since that loads LLVM.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 from splitlearn.kernels.decode_attention import ANY_ORDER, power_of_two
 from splitlearn.kernels.jit import compiled
-from splitlearn.kernels.team_phases import attention, floats, product
+from splitlearn.kernels.thread_team import attention, floats, product
 
 # The products of a layer in the order in which their blocks lie.
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN, PRODUCTS = range(8)
@@ -51,62 +52,78 @@ def _gate(gate: Any, up: Any) -> None:
         up[at] *= gate[at] * (np.float32(1) if gate[at] >= 0 else power) / (np.float32(1) + power)
 
 
-@compiled
-def step(
-    x: Any,
-    blocks: Any,
-    ends: Any,
-    bits: Any,
-    norms: Any,
-    eps: Any,
-    n_heads: Any,
-    inner: Any,
-    scale: Any,
-    turn: Any,
-    kept: Any,
-    shape: Any,
-    start: Any,
-    length: Any,
-    memory: Any,
-    shares: Any,
-) -> None:
-    """`x` [1, H] is changed to what the layers make of it; each layer's key and value are written where they belong.
+class Layers(NamedTuple):
+    """The decoder layers of a stage, all of one shape."""
 
-    `blocks` are those of all products of all layers, of which the first end at `ends` [1 + layers * PRODUCTS], from 0
-    on. `norms` [layers, 2, H]. `inner` is the width between gate and down. `turn` [2, size] are cos and sin. `kept`
-    [layers, 2] are the addresses of keys and values, each of `shape` (groups, capacity, size), of which this session's
-    begin at `start` and are `length`. `memory` and `shares` are those of a Lead (kernels/thread_team.py).
-    """
-    width, groups, size = x.shape[1], shape[0], shape[2]
-    heads, rows = n_heads * size, groups * size
-    normed, result = np.empty((1, width), np.float32), np.empty((1, width), np.float32)
+    blocks: NDArray[np.uint8]
+    """Those of all products of all layers, one after the other."""
+    ends: NDArray[np.int64]
+    """Where in `blocks` each product ends, [1 + layers * PRODUCTS], from 0 on."""
+    bits: int
+    norms: NDArray[np.float32]
+    """Weights [layers, 2, H] of the norms before attention and before the MLP."""
+    eps: float
+    n_heads: int
+    inner: int
+    """The width between gate and down."""
+    scale: float
+    """Of the products of queries and keys."""
+
+
+class KVPlace(NamedTuple):
+    """Where a session's keys and values lie."""
+
+    addresses: NDArray[np.int64]
+    """Of each layer's keys and values [layers, 2], which are float32 of `shape`."""
+    shape: tuple[int, ...]
+    """(groups, capacity, head size)"""
+    start: int
+    """The session's first token in `capacity`."""
+    length: int
+    """Its tokens so far."""
+
+
+@compiled
+def step(x: Any, layers: Any, first: Any, last: Any, kv: Any, turn: Any, record: Any) -> None:
+    """Take `x` [1, H], in place, through the layers `[first, last)` of a Layers; each layer's key and value are written
+    behind those in `kv`, a KVPlace. `turn` [2, size] are cos and sin. `record` is that of a team
+    (kernels/thread_team.py)."""
+    team, (groups, _, size), position = record[0], kv.shape, kv.start + kv.length
+    heads, rows = layers.n_heads * size, groups * size
+    normed, result = np.empty_like(x), np.empty_like(x)
     projected, attended = np.empty((1, heads + 2 * rows), np.float32), np.empty((1, heads), np.float32)
-    wide = np.empty((2, inner), np.float32)
-    gate_and_up, up = wide.reshape(1, 2 * inner), wide[1:]
-    query, key = projected[0][:heads].reshape(n_heads, size), projected[0][heads : heads + rows].reshape(groups, size)
-    value = projected[0][heads + rows :].reshape(groups, size)
-    for layer in range(len(kept)):
-        ends_here = ends[layer * PRODUCTS :]
-        keys, values = floats(kept[layer, 0], shape), floats(kept[layer, 1], shape)
-        _norm(x[0], norms[layer, 0], eps, normed[0])
-        product(memory, shares, blocks, ends_here[QUERY], ends_here[VALUE + 1], bits, normed, projected)
+    wide = np.empty((2, layers.inner), np.float32)
+    gate_and_up, up = wide.reshape(1, 2 * layers.inner), wide[1:]
+    query, key = projected[0, :heads].reshape(-1, size), projected[0, heads : heads + rows].reshape(groups, size)
+    value = projected[0, heads + rows :].reshape(groups, size)
+    for layer in range(first, last):
+        norms, addresses = layers.norms[layer], kv.addresses[layer]
+        _norm(x[0], norms[0], layers.eps, normed[0])
+        _products(team, layers, layer, QUERY, VALUE, normed, projected)
         _rotate(query, turn[0], turn[1])
         _rotate(key, turn[0], turn[1])
-        keys[:, start + length] = key
-        values[:, start + length] = value
-        attention(memory, shares, projected, kept[layer, 0], kept[layer, 1], shape, start, length + 1, scale, attended)
-        product(memory, shares, blocks, ends_here[OUT], ends_here[OUT + 1], bits, attended, result)
+        floats(addresses[0], kv.shape)[:, position] = key
+        floats(addresses[1], kv.shape)[:, position] = value
+        attention(team, projected, addresses, kv.shape, kv.start, kv.length + 1, layers.scale, attended)
+        _products(team, layers, layer, OUT, OUT, attended, result)
         x += result
-        _norm(x[0], norms[layer, 1], eps, normed[0])
-        product(memory, shares, blocks, ends_here[GATE], ends_here[UP + 1], bits, normed, gate_and_up)
+        _norm(x[0], norms[1], layers.eps, normed[0])
+        _products(team, layers, layer, GATE, UP, normed, gate_and_up)
         _gate(wide[0], wide[1])
-        product(memory, shares, blocks, ends_here[DOWN], ends_here[DOWN + 1], bits, up, result)
+        _products(team, layers, layer, DOWN, DOWN, up, result)
         x += result
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _products(team: Any, layers: Any, layer: Any, first: Any, last: Any, x: Any, out: Any) -> None:
+    """`out` [1, N] is set to the products of `x` [1, K] with the neighbouring matrices `first` to `last` of a layer."""
+    begin, end = layers.ends[layer * PRODUCTS + first], layers.ends[layer * PRODUCTS + last + 1]
+    product(team, layers.blocks, begin, end, layers.bits, x, out)
 
 
 @compiled
-def head(x: Any, norm: Any, eps: Any, blocks: Any, bits: Any, logits: Any, memory: Any, shares: Any) -> None:
+def head(x: Any, norm: Any, eps: Any, blocks: Any, bits: Any, logits: Any, record: Any) -> None:
     """`logits` [1, V] are set to the LM head's products with the norm of `x` [1, H]."""
     normed = np.empty_like(x)
     _norm(x[0], norm, eps, normed[0])
-    product(memory, shares, blocks, 0, len(blocks), bits, normed, logits)
+    product(record[0], blocks, 0, len(blocks), bits, normed, logits)

@@ -1,97 +1,255 @@
-"""Two threads that do one step together: its work comes in phases, a phase in shares, and whoever has nothing to do
-takes the next share (kernels/team_phases.py).
+"""A team of threads that computes one token together.
 
-One leads: it opens a phase, takes shares of it as the other does, and goes on when all are done. The other helps, and
-looks for work without sleeping as long as the step lasts: a phase is over in less time than it takes to wake a thread
-up. It is not waited for while it has no share, so that the leader is as fast alone as with a helper that comes late.
+The leader runs the kernel (kernels/llama_decode.py). Each product and each attention in it is a phase, cut into shares
+of whole columns. The leader describes the phase in a record and sets `left` to the number of its shares. Leader and
+helpers take shares, each by one atomic decrement of `left`, and count `done` up after each. The leader goes on when all
+are done. So a phase waits only for shares that somebody took: a helper without a core takes none, and the leader does
+them all. One thread sums a column, in one order, so that results do not depend on the number of threads.
+
+To wake a thread takes 50 us, a phase takes less. So helpers are woken once for a token, and poll `left` until `over` is
+set. After SPINS polls in vain a thread offers its core to others at each poll, so that there may be more threads than
+cores. Why not numba's prange: docs/notes/tried.md.
 """
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
-from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any
 
+import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from splitlearn.kernels.sources import digest
+from splitlearn.kernels.atomics import atomic_add, atomic_load, atomic_store, field_pointer
+from splitlearn.kernels.block_format import LANES
+from splitlearn.kernels.block_matmul import multiply
+from splitlearn.kernels.decode_attention import attend_arrays
+from splitlearn.kernels.jit import called, compiled
 
-# Of a phase: with one for each thread both wait for the slower, more cost more than they even out.
-SHARES = 4
-# Where in a team's memory, in cache lines of their own: the number of the phase that is open and how many of its shares
-# are taken (CLOSED outside a step), in one number; how many are done, and how many in vain; the address of what does a
-# share; what the phase is.
-OPEN, DONE, FAILED, WORK, ARGUMENTS, SIZE = 8, 24, 25, 40, 41, 56
-NUMBER_AT = 16
-CLOSED = (1 << NUMBER_AT) - 1
-# These numbers go into machine code that is kept (kernels/jit.py): for the modules that they came from, not for later
-# ones.
-digest(Path(__file__).parent)
-
-
-class Lead(NamedTuple):
-    """What the leader of a step goes by: a team's memory, and how many shares its phases have."""
-
-    memory: NDArray[np.int64]
-    shares: int
+# With one share for each thread all wait for the slowest. More than two cost more than they even out.
+SHARES_PER_THREAD = 2
+# Polls in vain before a thread offers its core to others: about 20 us, where the parts between two phases take 1 us.
+SPINS = 20_000
+# Polls in vain before a helper leaves the token: its leader has no core, or waits for Python's lock.
+PATIENCE = SPINS + 1_000
+# A thread is started when no other is idle. Without a number the pool has four more than there are cores.
+MOST_HELPERS = 1024
+MULTIPLY, ATTEND = range(2)
+# The arguments of a phase. Arrays are given by their addresses.
+PRODUCT = np.dtype([(name, np.int64) for name in ("blocks", "size", "bits", "x", "width", "out", "n")])
+ATTENTION = np.dtype(
+    [(name, np.int64) for name in ("query", "keys", "values", "groups", "capacity", "head_size", "start", "length")]
+    + [("scale", np.float64), ("out", np.int64), ("n", np.int64)]
+)
+# A team's record. 128 bytes lie between what different threads write: processors fetch two cache lines at once.
+_GAP = (np.int64, 16)
+TEAM = np.dtype(
+    [
+        ("before", *_GAP),
+        ("left", np.int64),
+        ("over", np.int64),
+        ("behind_left", *_GAP),
+        ("done", np.int64),
+        ("failed", np.int64),
+        ("behind_done", *_GAP),
+        ("work", np.int64),  # the address of what does a share
+        ("most_shares", np.int64),
+        ("shares", np.int64),
+        ("kind", np.int64),
+        ("product", PRODUCT),
+        ("attention", ATTENTION),
+        ("after", *_GAP),
+    ]
+)
+FLOAT, BYTE, NUMBER = numba.types.float32, numba.types.uint8, numba.types.int64
+RECORD = numba.from_dtype(TEAM)
+KIND_OF_WORK, WORKED = NUMBER(numba.types.CPointer(RECORD), NUMBER), 1
+_offer_core = numba.types.ExternalFunction("sched_yield", numba.types.int32())
 
 
 class Team:
-    """A leader and, where there is one, a helper, who helps by `help_out(*lead)`; `work` is the address of what does a
-    share."""
+    """The threads of one stage: whoever is `leading`, and `threads - 1` helpers out of `pool`.
 
-    def __init__(self, help_out: Callable[..., None], work: int, *, helped: bool) -> None:
-        self._help_out, self._work, self._helped = help_out, work, helped
-        self._lead = Lead(_memory(work), SHARES)
-        self._helping: Future[None] | None = None
-        self._leading = Lock()
-        self._close()
+    `work` is the address of a compiled function of (record, share) that does a share.
+    """
+
+    def __init__(self, threads: int, pool: Executor | None = None, work: int | None = None) -> None:
+        self._work = work_on_share.address if work is None else work
+        self._pool, self._record = pool, self._new_record(threads)
+        self._helpers: list[Future[None] | None] = [None] * (threads - 1)
+        self._busy = Lock()
+        help_out(self._record)  # compiles it: no step is open, so it returns at once
 
     @contextmanager
-    def leading(self) -> Iterator[Lead]:
-        """Inside, one who opens phases is helped; not where the helper has a leader already."""
-        if not self._helped or not self._leading.acquire(blocking=False):
+    def leading(self) -> Iterator[NDArray[Any]]:
+        """The record of a team whose helpers are awake; of one without helpers while another thread leads them."""
+        if not self._helpers or not self._busy.acquire(blocking=False):
             yield self.alone()
             return
         try:
-            self._lead.memory[OPEN] -= CLOSED - SHARES  # nothing is left of the phase before the first
-            self._call()
-            yield self._lead
+            self._record["over"] = 0
+            self._wake()
+            yield self._record
         finally:
-            self._close()
-            self._leading.release()
+            self._record["over"] = 1
+            self._busy.release()
 
-    def alone(self) -> Lead:
-        """Of one who is not helped."""
-        return Lead(_memory(self._work), 1)
+    def alone(self) -> NDArray[Any]:
+        """The record of a team without helpers."""
+        return self._new_record(1)
 
-    def wait(self) -> None:
-        """Until the helper is not at work. Raises what it raised."""
-        helping, self._helping = self._helping, None
-        if helping is not None:
-            helping.result()
+    def _wake(self) -> None:
+        pool = helpers() if self._pool is None else self._pool
+        for at, helper in enumerate(self._helpers):
+            if helper is None or helper.done():  # else it has had no core since the last token
+                with suppress(RuntimeError):  # no thread can be started
+                    self._helpers[at] = pool.submit(help_out, self._record)
 
-    def _close(self) -> None:
-        self._lead.memory[OPEN] |= CLOSED
-
-    def _call(self) -> None:
-        if self._helping is not None and not self._helping.done():
-            return  # it had no core until now
-        self.wait()
-        with suppress(RuntimeError):  # no thread can be started: without, then
-            self._helping = helpers().submit(self._help_out, *self._lead)
+    def _new_record(self, threads: int) -> NDArray[Any]:
+        record = np.zeros(1, TEAM)
+        record["work"], record["most_shares"], record["over"] = self._work, 1, 1
+        if threads > 1:
+            record["most_shares"] = SHARES_PER_THREAD * threads
+        return record
 
 
 @cache
 def helpers() -> ThreadPoolExecutor:
     """Threads for what is computed without torch's own."""
-    return ThreadPoolExecutor(thread_name_prefix="helper")
+    return ThreadPoolExecutor(MOST_HELPERS, thread_name_prefix="helper")
 
 
-def _memory(work: int) -> NDArray[np.int64]:
-    memory = np.zeros(SIZE, np.int64)
-    memory[WORK] = work
-    return memory
+@compiled
+def help_out(record: Any) -> None:
+    """Take shares of the phases that the leader opens, until the token is over."""
+    team, looked = record[0], 0
+    while looked < PATIENCE and not atomic_load(team, "over"):
+        took = atomic_load(team, "left") > 0 and _take(team)
+        looked = 0 if took else _pause(looked)
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def floats(address: Any, shape: Any) -> Any:
+    """The array of float32 of that shape at an address."""
+    return numba.carray(_at(address, FLOAT), shape)
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def product(team: Any, blocks: Any, begin: Any, end: Any, bits: Any, x: Any, out: Any) -> None:
+    """As `multiply` for one row, of the bytes `blocks[begin:end]`, to all columns of `out`."""
+    given, team.kind = team.product, MULTIPLY
+    given.blocks, given.size, given.bits = np.int64(blocks.ctypes.data) + begin, end - begin, bits
+    given.x, given.width, given.out, given.n = x.ctypes.data, x.shape[1], out.ctypes.data, out.shape[1]
+    _do_phase(team, out.shape[1] // LANES)
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def attention(team: Any, query: Any, addresses: Any, shape: Any, start: Any, length: Any, scale: Any, out: Any) -> None:
+    """As `attend_arrays` for one token: of `query`, whose first columns are [1, heads * size], to `out` of that shape.
+    `addresses` are those of keys and values, arrays of `shape` (groups, capacity, size)."""
+    given, team.kind = team.attention, ATTEND
+    given.query, given.keys, given.values = query.ctypes.data, addresses[0], addresses[1]
+    given.groups, given.capacity, given.head_size = shape
+    given.start, given.length, given.scale = start, length, scale
+    given.out, given.n = out.ctypes.data, out.shape[1]
+    _do_phase(team, shape[0])
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _do_phase(team: Any, pieces: Any) -> None:
+    """Compute the phase that the record describes, of so many pieces, together with the helpers. Raises MemoryError."""
+    team.shares = min(team.most_shares, pieces)
+    team.done, team.failed = 0, 0
+    atomic_store(team, "left", team.shares)
+    while _take(team):
+        pass
+    looked = 0
+    while atomic_load(team, "done") < team.shares:
+        looked = _pause(looked)
+    if atomic_load(team, "failed"):
+        raise MemoryError
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _take(team: Any) -> Any:
+    """Take a share and do it; False where none was left."""
+    share = atomic_add(team, "left", -1) - 1
+    if share < 0:
+        return False
+    if _call_work(team, share) != WORKED:
+        atomic_add(team, "failed", 1)
+    atomic_add(team, "done", 1)
+    return True
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _pause(looked: Any) -> Any:
+    """After a poll in vain; one more than `looked`, the number of those before."""
+    if looked >= SPINS:
+        _offer_core()
+    return looked + 1
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _columns(n: Any, pieces: Any, share: Any, shares: Any) -> Any:
+    """Where the columns of a share begin and end, of `n` that lie in `pieces`."""
+    return pieces * share // shares * (n // pieces), pieces * (share + 1) // shares * (n // pieces)
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _multiply(given: Any, share: Any, shares: Any) -> None:
+    begin, end = _columns(given.n, given.n // LANES, share, shares)
+    blocks = numba.carray(_at(given.blocks, BYTE), (given.size,))
+    multiply(blocks, given.bits, floats(given.x, (1, given.width)), floats(given.out, (1, given.n)), begin, end)
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _attend(given: Any, share: Any, shares: Any) -> None:
+    begin, end = _columns(given.n, given.groups, share, shares)
+    size, capacity, width = given.head_size, given.capacity, given.n // given.groups
+    shape, kept = (1, (end - begin) // size, size), ((end - begin) // width, capacity, size)
+    query, out = floats(given.query + 4 * begin, shape), floats(given.out + 4 * begin, shape)
+    before = 4 * (begin // width) * capacity * size
+    keys, values = floats(given.keys + before, kept), floats(given.values + before, kept)
+    attend_arrays(query, keys, values, np.array([given.start]), np.array([given.length]), given.scale, out)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _at(typing: Any, address: Any, kind: Any) -> Any:
+    """An address as a pointer to a number of that kind."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        return builder.inttoptr(given[0], context.get_value_type(signature.return_type))
+
+    return numba.types.CPointer(kind.instance_type)(address, kind), generate
+
+
+@called(KIND_OF_WORK)
+def work_on_share(record: Any, share: Any) -> Any:
+    """Do a share of the open phase. WORKED; numba gives 0 where something is raised, which is MemoryError.
+
+    Leader and helpers call it by its address, which is in the record: so it is compiled once, not into each of them.
+    """
+    team = numba.carray(record, (1,))[0]
+    if team.kind == MULTIPLY:
+        _multiply(team.product, share, team.shares)
+    else:
+        _attend(team.attention, share, team.shares)
+    return WORKED
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _call_work(typing: Any, team: Any, share: Any) -> Any:
+    """What the team's `work` returns for that share."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        number, record = ir.IntType(64), given[0].type
+        address = builder.load(field_pointer(builder, given[0], team, "work"))
+        kind = ir.FunctionType(number, [record, number])
+        return builder.call(builder.inttoptr(address, kind.as_pointer()), given)
+
+    return NUMBER(team, NUMBER), generate

@@ -16,7 +16,6 @@ from torch import nn
 
 from splitlearn.errors import NotFinite
 from splitlearn.kernels.block_format import GROUP, LANES, SCALES_BYTES, bits_of, from_blocks, memory, to_blocks
-from splitlearn.kernels.thread_team import helpers
 
 OP = "block_linear"
 # Products of numbers from which on they are shared among threads, of which each has to be woken: 10 million take 1.0
@@ -46,6 +45,7 @@ def _multiplied(x: torch.Tensor, blocks: NDArray[np.uint8], bits: int, n: int) -
 def _fill(blocks: NDArray[np.uint8], bits: int, rows: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """`out` is set to the product; where that is much work, by as many threads as torch has."""
     from splitlearn.kernels.block_matmul import multiply  # loads a compiler, for which only these layers have a use
+    from splitlearn.kernels.thread_team import helpers
 
     n, threads = out.shape[1], torch.get_num_threads() if out.size * rows.shape[1] >= MANY else 1
     each = LANES * -(-n // (LANES * threads))

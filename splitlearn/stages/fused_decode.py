@@ -17,9 +17,8 @@ from transformers.cache_utils import Cache
 
 from splitlearn.errors import StepUnwanted
 from splitlearn.kernels.block_format import memory
-from splitlearn.kernels.thread_team import Lead, Team
 from splitlearn.kvcache import layers as kv_layers
-from splitlearn.kvcache.layers import Kept, ReservedCache
+from splitlearn.kvcache.layers import ReservedCache
 from splitlearn.layers import kernel_attention
 from splitlearn.layers.block_linear import BlockLinear
 from splitlearn.models.cut import CutModel, agree, body_of, example, forward, layers_of
@@ -64,10 +63,16 @@ TURNS = 256
 NEAR = 1e-3
 # Of a step that may be dropped: between two calls of the kernel, which take 10 us more, somebody looks.
 LAYERS_AT_ONCE = 4
-# A token is computed by two threads where there are so many, and so many bytes of weights. Client and trunk are at work
-# at the same time (generation/head_overlap.py), and with two threads each on two cores take them from each other; and a
-# helper comes 0.1 to 0.4 ms late. docs/notes/token-time.md has the figures.
-HELPED_FROM, HELPED_BYTES = 4, 8 << 20
+# A token is computed by half of the threads that are set. Client and trunk compute at the same time
+# (generation/head_overlap.py): on one machine they would otherwise take each other's cores.
+CORES_EACH = 2
+# Helpers come 0.1 to 0.4 ms late. A thread reads fewer bytes of weights than these in that time.
+HELPED_BYTES = 8 << 20
+
+
+def threads_for(size: int) -> int:
+    """How many threads compute a token that reads weights of `size` bytes, with torch's number of threads."""
+    return max(1, torch.get_num_threads() // CORES_EACH) if size >= HELPED_BYTES else 1
 
 
 def of(cut: CutModel) -> Row | None:
@@ -80,9 +85,7 @@ def of(cut: CutModel) -> Row | None:
     if len({tuple((linear.out_features, linear.in_features) for linear in _linears(layer)) for layer in layers}) > 1:
         return None
     row = _OneRow(cut, layers)
-    same = _same(cut, row)
-    row.wait()  # what a helper does is compiled by now, not in the first answer
-    return row if same else None
+    return row if _same(cut, row) else None
 
 
 class _OneRow:
@@ -98,28 +101,30 @@ class _OneRow:
         """It knows no places."""
 
     def __init__(self, cut: CutModel, layers: Sequence[Any]) -> None:
-        from splitlearn.kernels import (
-            llama_decode,  # loads a compiler
-            team_phases,
-        )
+        from splitlearn.kernels import llama_decode, thread_team  # they load a compiler
 
         self._kernel = llama_decode
         body, first = body_of(cut), layers[0]
         linears = [linear for layer in layers for linear in _linears(layer)]
-        self._blocks, self._ends = _gathered(linears)
-        self._bits, self._inner = linears[0].bits, first.mlp.up_proj.out_features
-        self._norms = torch.stack([getattr(layer, name).weight.detach() for layer in layers for name in NORMS])
-        self._norms_array = self._norms.view(len(layers), 2, -1).numpy()
-        self._eps, self._scale = first.input_layernorm.variance_epsilon, float(first.self_attn.scaling)
-        self._n_heads = first.self_attn.q_proj.out_features // first.self_attn.head_dim
+        blocks, ends = _gathered(linears)
+        norms = [getattr(layer, name).weight.detach() for layer in layers for name in NORMS]
+        self._layers = llama_decode.Layers(
+            blocks=blocks,
+            ends=ends,
+            bits=linears[0].bits,
+            norms=torch.stack(norms).view(len(layers), 2, -1).numpy(),
+            eps=first.input_layernorm.variance_epsilon,
+            n_heads=first.self_attn.q_proj.out_features // first.self_attn.head_dim,
+            inner=first.mlp.up_proj.out_features,
+            scale=float(first.self_attn.scaling),
+        )
         self._rotary, self._turns = body.rotary_emb, np.empty((0, 2, first.self_attn.head_dim), np.float32)
         self._embedding = body.embed_tokens.weight.detach().numpy() if cut.first else None
         module: Any = cut.module
         self._head: BlockLinear | None = module.get_output_embeddings() if cut.last else None
         self._norm = body.norm.weight.detach().numpy() if cut.last else None
-        size = len(self._blocks) + (0 if self._head is None else len(self._head.array))
-        helped = torch.get_num_threads() >= HELPED_FROM and size >= HELPED_BYTES
-        self._team = Team(team_phases.help_out, team_phases.work.address, helped=helped)
+        size = len(blocks) + (0 if self._head is None else len(self._head.array))
+        self._team = thread_team.Team(threads_for(size))
 
     def __call__(
         self,
@@ -133,61 +138,37 @@ class _OneRow:
         if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or (kept := cache.kept) is None:
             return None
         hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
-        layers = len(self._norms_array)
-        at_once = layers if unwanted is None else LAYERS_AT_ONCE
-        with self._team.leading() as lead:
+        layers, place = len(self._layers.norms), self._kernel.KVPlace(kept.addresses, kept.shape, kept.start, position)
+        turn, at_once = self._turn(position), layers if unwanted is None else LAYERS_AT_ONCE
+        with self._team.leading() as record:
             for begin in range(0, layers, at_once):
                 if begin and unwanted is not None and unwanted():
                     raise StepUnwanted
-                self._through(hidden, slice(begin, min(begin + at_once, layers)), kept, position, lead)
+                self._kernel.step(hidden, self._layers, begin, min(begin + at_once, layers), place, turn, record)
             cache.grown(1)
             if self._head is None:
                 return torch.from_numpy(hidden[None])
             logits = np.empty((1, self._head.out_features), np.float32)
             at, *heads = (len(logits[0]), self._head.array) if early is None else self._head.cut(FIRST)
-            self._through_head(hidden, heads[0], logits[:, :at], lead)
+            self._through_head(hidden, heads[0], logits[:, :at], record)
         if early is not None:
             early(torch.from_numpy(logits[None, :, :at]))
             self._through_head(hidden, heads[1], logits[:, at:], self._team.alone())  # others are at work meanwhile
         return torch.from_numpy(logits[None])
 
-    def wait(self) -> None:
-        """Until nobody is at work here. Raises what a helper raised."""
-        self._team.wait()
-
-    def _through(self, hidden: NDArray[np.float32], layers: slice, kept: Kept, position: int, lead: Lead) -> None:
-        """`hidden` [1, H] is changed to what the layers make of it."""
-        self._kernel.step(
-            hidden,
-            self._blocks,
-            self._ends[layers.start * self._kernel.PRODUCTS : layers.stop * self._kernel.PRODUCTS + 1],
-            self._bits,
-            self._norms_array[layers],
-            self._eps,
-            self._n_heads,
-            self._inner,
-            self._scale,
-            self._turn(position),
-            kept.addresses[layers],
-            kept.shape,
-            kept.start,
-            position,
-            *lead,
-        )
-
     def _through_head(
-        self, hidden: NDArray[np.float32], blocks: NDArray[np.uint8], logits: NDArray[np.float32], lead: Lead
+        self, hidden: NDArray[np.float32], blocks: NDArray[np.uint8], logits: NDArray[np.float32], record: NDArray[Any]
     ) -> None:
         """`logits` [1, V] are set to those of the head's outputs that have `blocks`."""
         bits = cast(BlockLinear, self._head).bits
-        self._kernel.head(hidden, self._norm, self._eps, blocks, bits, logits, *lead)
+        self._kernel.head(hidden, self._norm, self._layers.eps, blocks, bits, logits, record)
 
     def _turn(self, position: int) -> NDArray[np.float32]:
         """cos and sin [2, size] of a position; computed for TURNS of them at once."""
         turns = self._turns
         while position >= len(turns):
             more = torch.arange(len(turns), len(turns) + TURNS)[None]
-            found = torch.stack(self._rotary(self._norms, more), dim=2)[0].numpy()
+            found = torch.stack(self._rotary(torch.from_numpy(self._layers.norms), more), dim=2)[0].numpy()
             self._turns = turns = np.concatenate([turns, found])
         turn: NDArray[np.float32] = turns[position]
         return turn

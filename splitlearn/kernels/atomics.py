@@ -1,0 +1,52 @@
+"""Atomic access to fields of a record (a numpy record dtype) that several threads share, for compiled code. The fields
+are of int64, at offsets of whole numbers of 8 bytes.
+
+    before = atomic_add(record, "left", -1)
+"""
+
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba.extending import intrinsic
+
+NUMBER = numba.types.int64
+
+
+def field_pointer(builder: Any, record: Any, kind: Any, name: str) -> Any:
+    """The address of a field."""
+    start = builder.bitcast(record, ir.IntType(8).as_pointer())
+    return builder.bitcast(builder.gep(start, [ir.IntType(64)(kind.offset(name))]), ir.IntType(64).as_pointer())
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def atomic_load(typing: Any, team: Any, name: Any) -> Any:
+    """A field's value. What its writer wrote before it can be read from then on."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        return builder.load_atomic(field_pointer(builder, given[0], team, name.literal_value), "acquire", 8)
+
+    return NUMBER(team, name), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def atomic_store(typing: Any, team: Any, name: Any, value: Any) -> Any:
+    """Set a field. Who reads the value also sees what was written before it."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        builder.store_atomic(given[2], field_pointer(builder, given[0], team, name.literal_value), "release", 8)
+        return context.get_dummy_value()
+
+    return numba.types.void(team, name, NUMBER), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def atomic_add(typing: Any, team: Any, name: Any, by: Any) -> Any:
+    """Add to a field; its value before."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        return builder.atomic_rmw(
+            "add", field_pointer(builder, given[0], team, name.literal_value), given[2], "acq_rel"
+        )
+
+    return NUMBER(team, name, NUMBER), generate
