@@ -197,7 +197,7 @@ class Config(_Section):
     trunk: TrunkConfig = TrunkConfig()
     server: ServerConfig = ServerConfig()
     generation: GenerationConfig = GenerationConfig()
-    flags: str = "default"
+    flags: str = "auto"
     runs: RunsConfig = RunsConfig()
     ui: UiConfig = UiConfig()
 

@@ -24,6 +24,7 @@ from splitlearn.client.served import TrunkFacts, check_served, describe, first_t
 from splitlearn.config import Config
 from splitlearn.errors import InputError, WorkFailed
 from splitlearn.events import Event, GenerationRequest
+from splitlearn.flags import auto
 from splitlearn.flags.registry import SIDES
 from splitlearn.flags.selection import Availability, FlagSet, availability
 from splitlearn.flags.selection import check as check_flags
@@ -138,7 +139,7 @@ class Runs:
     @cached_property
     def _first_flags(self) -> frozenset[str]:
         """The trunk's flags of the configuration."""
-        return parse_flags(self.config.flags, availability(dict.fromkeys(SIDES, self.here))).trunk
+        return parse_flags(self.config.flags, self.availability_here).trunk
 
     def trunk_address(self) -> str:
         """Where a trunk answers: the first address that there is, or the first of several that works."""
@@ -158,11 +159,18 @@ class Runs:
         )
 
     def availability(self) -> Availability:
-        """Which flags can be applied where: here for full and client; for the trunk, what it says itself."""
-        known = dict(availability({"full": self.here, "client": self.here}))
-        said = {flag.name: flag.unavailable or None for flag in self.describe_trunk().flags}
-        absent = "unknown to this trunk server"
-        return {**known, "trunk": {name: said.get(name, absent) for name in known["client"]}}
+        """Which flags can be applied where: here for full and client; for the trunk, what its server says."""
+        said, here = self.describe_trunk(), self.availability_here
+        reasons = {flag.name: flag.unavailable or None for flag in said.flags}
+        known = {name: reasons.get(name, "unknown to this trunk server") for name in here["trunk"]}
+        return here.with_side(
+            "trunk", known, auto.choose(said.machine.get("vector_instructions"), said.device, said.dtype)
+        )
+
+    @cached_property
+    def availability_here(self) -> Availability:
+        """Which flags can be applied in processes of this machine; without a look at the trunk server."""
+        return availability(dict.fromkeys(SIDES, self.here))
 
     def describe_trunk(self) -> pb.Description:
         """What the trunk says that it serves. Raises TrunkError."""

@@ -129,7 +129,7 @@ def _add_flags_option(parser: argparse.ArgumentParser) -> None:
         "--flags",
         nargs="+",
         metavar="FLAGS",
-        help="default, all, none, a preset or a list a,b=choice; or one for each side: full:a client:b trunk:none",
+        help="auto, default, all, none, a preset, a list a,b=choice, or one for each side: full:a client:b trunk:none",
     )
 
 

@@ -1,5 +1,6 @@
 """docs/flags.md, generated from the registry: `python -m splitlearn flags --markdown`."""
 
+from splitlearn.flags.auto import RULES
 from splitlearn.flags.registry import FLAGS, SIDES, Flag, Place
 from splitlearn.flags.selection import PRESETS
 
@@ -33,6 +34,8 @@ _SELECT = """
 
 In `config.yaml` (`flags:`), on the command line (`--flags`) and on the page the words are the same:
 
+- `auto`, which is applied at first: the fastest set that leaves the tokens as they are, on each side by this rule:
+{rules};
 - `default`: every available exact or rounding flag but {left_out};
 - `all`; `none`;
 - a list: `use_cache,inference_mode`; another choice of a flag: `float32_matmul_precision=high`;
@@ -47,7 +50,8 @@ def markdown() -> str:
     table += [_row(flag) for flag in FLAGS.values()]
     details = [_section(flag) for flag in FLAGS.values()]
     presets = [f"  - `{name}`: {words}" for name, (words, _) in PRESETS.items()]
-    select = _SELECT.format(left_out=_left_out())
+    rules = "\n".join(f"  - {rule.when}: `{rule.preset}`" for rule in RULES)
+    select = _SELECT.format(rules=rules, left_out=_left_out())
     return "\n".join([_HEAD, *table, "", *details]) + select + "\n".join(presets) + "\n"
 
 
@@ -58,7 +62,7 @@ def _left_out() -> str:
 
 
 def _row(flag: Flag) -> str:
-    state = "applied at first" if flag.on_by_default else "available"
+    state = "in `default`" if flag.on_by_default else "available"
     sides = [state if side in flag.sides else "does not act" for side in SIDES]
     reason = flag.unavailable(_POOREST) or ""
     return f"| `{flag.name}` | {flag.fidelity} | {flag.scope} | {' | '.join(sides)} | {reason} |"

@@ -18,6 +18,8 @@ from functools import partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Literal
 
+from splitlearn.runtime import hardware
+
 if TYPE_CHECKING:
     from splitlearn.generation.settings import GenerationSettings
     from splitlearn.stages.settings import LoadSettings, SessionSettings
@@ -42,7 +44,7 @@ class Settings:
 @dataclass(frozen=True)
 class Place:
     """What decides whether a flag can be applied: device, the model's tokenizer, layers and dtype, oneDNN's products of
-    it, a draft model, installed tools."""
+    it, a draft model, installed tools. `vector` names the processor's vector instructions (runtime/hardware.py)."""
 
     device: str
     no_python_tokenizer: str | None = None
@@ -50,6 +52,7 @@ class Place:
     no_onednn: str | None = None
     no_draft: str | None = "no draft model is named (model.draft)"
     dtype: str = "float32"
+    vector: str | None = field(default_factory=hardware.vector_instructions)
     has_compiler: bool = field(default_factory=lambda: any(map(shutil.which, ("c++", "g++", "clang++"))))
 
 

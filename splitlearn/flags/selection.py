@@ -1,16 +1,20 @@
 """Which flags are applied on which side: parsing what a person wrote, presets, and what can be applied where.
 
-The words of the command line, the page and config.yaml are the same: `default`, `all`, `none`, a preset, a list
+The words of the command line, the page and config.yaml are the same: `auto`, `default`, `all`, `none`, a preset, a list
 `use_cache,float32_matmul_precision=high`, or groups for sides, `full:all client:use_cache trunk:none`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from splitlearn.errors import InputError
+from splitlearn.flags import auto
+from splitlearn.flags.auto import Rule
 from splitlearn.flags.registry import FLAGS, SIDES, Flag, Place, Side
 
 DOES_NOT_ACT = "does not act on this side"
+SETS = ("auto", "default", "all", "none")
+"""Words that stand for a whole set, beside the presets."""
 
 NINE = (
     "low_cpu_mem_usage,use_fast,inference_mode,float32_matmul_precision,cudnn_benchmark,torch_compile,use_cache,"
@@ -62,7 +66,26 @@ PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
     ),
 }
 
-Availability = Mapping[Side, Mapping[str, str | None]]
+
+@dataclass(frozen=True)
+class Availability(Mapping[Side, Mapping[str, str | None]]):
+    """For each side and flag, why it cannot be applied there, or None. `auto` is what the word `auto` means there."""
+
+    reasons: Mapping[Side, Mapping[str, str | None]]
+    auto: Mapping[Side, Rule]
+
+    def __getitem__(self, side: Side) -> Mapping[str, str | None]:
+        return self.reasons[side]
+
+    def __iter__(self) -> Iterator[Side]:
+        return iter(self.reasons)
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def with_side(self, side: Side, reasons: Mapping[str, str | None], rule: Rule) -> "Availability":
+        """The same with another `side`."""
+        return Availability({**self.reasons, side: reasons}, {**self.auto, side: rule})
 
 
 @dataclass(frozen=True)
@@ -98,8 +121,14 @@ class FlagSet:
 
 
 def availability(places: Mapping[Side, Place]) -> Availability:
-    """For each side and flag, why it cannot be applied there, or None."""
-    return {side: {name: why_not(name, side, place) for name in FLAGS} for side, place in places.items()}
+    """What can be applied at these places."""
+    reasons = {side: {name: why_not(name, side, place) for name in FLAGS} for side, place in places.items()}
+    return Availability(reasons, {side: automatic(place) for side, place in places.items()})
+
+
+def automatic(place: Place) -> Rule:
+    """What `auto` means at `place`."""
+    return auto.choose(place.vector, place.device, place.dtype)
 
 
 def why_not(name: str, side: Side, place: Place) -> str | None:
@@ -110,8 +139,8 @@ def why_not(name: str, side: Side, place: Place) -> str | None:
 def parse(text: str, available: Availability) -> FlagSet:
     """Read the words of a person. Raises InputError for an unknown flag, side or choice, and for a conflict.
 
-    A flag asked for by name must be available on some side, or on the side that is named; what `default`, `all` and
-    the presets ask for is applied where it can be.
+    A flag asked for by name must be available on some side, or on the side that is named; what `auto`, `default`, `all`
+    and the presets ask for is applied where it can be.
     """
     groups = text.split()
     if not any(":" in group for group in groups):
@@ -130,7 +159,8 @@ def parse(text: str, available: Availability) -> FlagSet:
 
 def check(text: str) -> None:
     """Raise InputError for words that could be meant nowhere, before anything is known of what is available."""
-    parse(text, {side: {name: _never(flag, side) for name, flag in FLAGS.items()} for side in SIDES})
+    reasons = {side: {name: _never(flag, side) for name, flag in FLAGS.items()} for side in SIDES}
+    parse(text, Availability(reasons, dict.fromkeys(SIDES, auto.RULES[-1])))
 
 
 def _never(flag: Flag, side: Side) -> str | None:
@@ -147,11 +177,12 @@ def _side(name: str, group: str) -> Side:
 def _group(words: str, side: Side, available: Availability, asked: Side | None) -> frozenset[str]:
     """The applied flags of one side. `asked` is the side that the person named, if one was."""
     names = [word for word in words.split(",") if word]
-    sets = [word for word in names if word in {"default", "all", "none", *PRESETS}]
+    sets = [word for word in names if word in {*SETS, *PRESETS}]
     if sets and len(names) > 1:
         raise InputError("flags", words, f"{sets[0]!r} to stand alone: it is a whole set of flags")
     if sets:
-        return frozenset(text for text in _set(sets[0], side) if available[side][_name(text)] is None)
+        word = available.auto[side].preset if sets[0] == "auto" else sets[0]
+        return frozenset(text for text in _set(word, side) if available[side][_name(text)] is None)
     chosen = chosen_in(names)
     for name in chosen:
         _check_available(name, side, available, asked)
@@ -187,7 +218,7 @@ def _entry(word: str) -> tuple[str, str]:
     """One word as (flag name, its canonical text). Raises InputError for an unknown flag or choice."""
     name, equals, choice = word.partition("=")
     if name not in FLAGS:
-        known = ", ".join(["default", "all", "none", *PRESETS, *FLAGS])
+        known = ", ".join([*SETS, *PRESETS, *FLAGS])
         raise InputError("flags", name, f"one of: {known}")
     flag = FLAGS[name]
     if equals and choice not in flag.choices:

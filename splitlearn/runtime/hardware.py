@@ -13,6 +13,7 @@ import psutil
 
 from splitlearn.runtime import cgroups, environment
 
+CPUINFO = Path("/proc/cpuinfo")
 CPU_FOLDER = Path("/sys/devices/system/cpu")
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +28,7 @@ def describe() -> dict[str, Any]:
     return {
         "machine": platform.machine(),
         "processor": _processor(),
+        "vector_instructions": vector_instructions(),
         "physical_cores": psutil.cpu_count(logical=False),
         "logical_cores": found.cores,
         "cpu_quota": found.quota,
@@ -41,6 +43,13 @@ def describe() -> dict[str, Any]:
         "commit": commit(CHECKOUT),
         "omp_wait_policy": wait_policy(),
     }
+
+
+def vector_instructions(cpuinfo: Path = CPUINFO) -> str | None:
+    """The widest vector instructions of this processor: avx512 or avx2; None for another one, or where Linux's
+    /proc/cpuinfo does not say."""
+    flags = set(_line_of(cpuinfo, "flags").split())
+    return "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else None
 
 
 def usable(found: Mapping[str, Any]) -> str:
@@ -90,11 +99,16 @@ def commit(checkout: Path) -> str | None:
 
 def _processor() -> str:
     """The processor's name; platform.processor() is empty on most Linux machines."""
+    return _line_of(CPUINFO, "model name") or platform.processor()
+
+
+def _line_of(cpuinfo: Path, name: str) -> str:
+    """The value of the first line called `name`; empty where there is none."""
     try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        with cpuinfo.open(encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith(name))
     except (OSError, StopIteration):
-        return platform.processor()
+        return ""
 
 
 def _texts(pattern: str) -> Iterator[str]:

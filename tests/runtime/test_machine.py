@@ -76,3 +76,20 @@ def test_a_clock_that_cannot_be_read_is_none(monkeypatch: pytest.MonkeyPatch, sa
 
     monkeypatch.setattr(psutil, "cpu_freq", cpu_freq)
     assert hardware.clock_mhz("current") is None and hardware.describe()["cpu_max_mhz"] is None
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        ("model name\t: Some CPU\nflags\t\t: fpu sse2 avx2 avx512f avx512vl\n", "avx512"),
+        ("flags\t\t: fpu sse2 avx avx2\n", "avx2"),
+        ("flags\t\t: fpu sse2 avx\n", None),
+        ("Features\t: fp asimd\n", None),
+        ("", None),
+    ],
+)
+def test_the_widest_vector_instructions_are_named(cpuinfo: str, found: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(cpuinfo, encoding="utf-8")
+    assert hardware.vector_instructions(path) == found
+    assert hardware.vector_instructions(tmp_path / "missing") is None

@@ -130,7 +130,7 @@ class Page:
         try:
             flags = parse(self.runs.config.flags, known)
         except InputError as error:  # a flag that config.yaml names and that cannot be applied here now
-            flags, said = parse("default", known), {self.picker.words: "default", self.error: view.error(str(error))}
+            flags, said = parse("auto", known), {self.picker.words: "auto", self.error: view.error(str(error))}
         return {**self.picker.show(flags, known), **self._link(), **said}
 
     def _leave(self, request: gr.Request) -> None:

@@ -1,6 +1,7 @@
 """The flag picker: controls made from the registry. What is chosen is the text in `words`; all others follow it."""
 
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -15,8 +16,8 @@ from ui.flags import words as flag_words
 
 Updates = dict[Any, Any]
 PRESETS_HELP = (
-    "fast: weights in 4 bits. The earlier-* presets repeat an earlier system's comparison. They and 'all' compile: "
-    "minutes at first. fast and 'all' are lossy."
+    "auto: the fastest set that leaves the tokens as they are. fast: weights in 4 bits. The earlier-* presets repeat "
+    "an earlier system's comparison. They and 'all' compile: minutes at first. fast and 'all' are lossy."
 )
 WORDS_HELP = (
     "As on the command line: a set as above, a list such as use_cache,inference_mode, or one for each side, such as "
@@ -29,7 +30,8 @@ class Picker:
 
     def __init__(self, matrix: Any, at_first: str) -> None:
         self.matrix = matrix
-        self.preset = gr.Radio(list(flag_words.SETS), label="Set of flags", info=PRESETS_HELP)
+        self.preset = gr.Radio(list(flag_words.NAMES), label="Set of flags", info=PRESETS_HELP)
+        self.auto = gr.HTML("", elem_id="auto")
         gr.Markdown("The same on every side where a flag acts:", elem_classes="sl-small")
         self.flags: dict[str, Any] = {}
         self.about: dict[str, Any] = {}
@@ -51,27 +53,27 @@ class Picker:
     def outputs(self) -> list[Any]:
         """All that a choice of flags is shown in."""
         controls = [*self.flags.values(), *self.about.values(), *self.sides.values()]
-        return [self.preset, *controls, self.words, self.matrix]
+        return [self.preset, self.auto, *controls, self.words, self.matrix]
 
     def connect(self, runs: Runs) -> None:
         """Let each control change the words, and the others with them; what cannot be used is said below the words."""
         outputs = [*self.outputs, self.error]
 
-        def at(flags_of: Callable[[Availability], FlagSet], *, typed: bool = False) -> Updates:
+        def at(flags_of: Callable[[Availability], FlagSet], *, typed: str | None = None) -> Updates:
             try:
                 known = flag_words.available(runs)
                 flags = flags_of(known)
             except SplitlearnError as problem:
                 return {self.error: view.error(str(problem))}
             # What was typed stays as it is: the ladder of the lab adds flags in the order of these words.
-            words = {} if typed else {self.words: flag_words.words(flags, known)}
-            return {**self.show(flags, known), **words, self.error: ""}
-
-        def on_words(text: str) -> Updates:
-            return at(lambda known: parse(text or "", known))  # a program may send nothing at all
+            words = {} if typed is not None else {self.words: flag_words.words(flags, known)}
+            return {**self.show(flags, known, typed), **words, self.error: ""}
 
         def on_typed(text: str) -> Updates:
-            return at(lambda known: parse(text or "", known), typed=True)
+            return at(lambda known: parse(text or "", known), typed=text or "")  # a program may send nothing at all
+
+        def on_preset(name: str) -> Updates:
+            return {**on_typed(name), self.words: name}
 
         def on_flag(name: str) -> Callable[[Any, str], Updates]:
             def change(value: Any, text: str) -> Updates:
@@ -81,17 +83,18 @@ class Picker:
             return change
 
         def on_sides(*lists: list[str]) -> Updates:
-            return on_words(flag_words.on_sides(dict(zip(SIDES, lists, strict=True))))
+            words = flag_words.on_sides(dict(zip(SIDES, lists, strict=True)))
+            return at(lambda known: parse(words, known))
 
-        self.preset.input(on_words, self.preset, outputs, show_progress="hidden")
+        self.preset.input(on_preset, self.preset, outputs, show_progress="hidden")
         for name, control in self.flags.items():
             control.input(on_flag(name), [control, self.words], outputs, show_progress="hidden")
         for group in self.sides.values():
             group.input(on_sides, list(self.sides.values()), outputs, show_progress="hidden")
         gr.on([self.words.submit, self.words.blur], on_typed, self.words, outputs, show_progress="hidden")
 
-    def show(self, flags: FlagSet, known: Availability) -> Updates:
-        """Every control but the words as `flags` has it."""
+    def show(self, flags: FlagSet, known: Availability, typed: str | None = None) -> Updates:
+        """Every control but the words as `flags` has it. Two sets may be the same here: `typed` names the one meant."""
         why_not = {name: flag_words.why_nowhere(name, known) for name in FLAGS}
         controls = {
             control: _update(FLAGS[name], flag_words.choice_of(flags, name, known), why_not[name])
@@ -106,7 +109,8 @@ class Picker:
             **controls,
             **about,
             **sides,
-            self.preset: flag_words.set_of(flags, known),
+            self.preset: typed if typed in flag_words.NAMES else flag_words.set_of(flags, known),
+            self.auto: f'<p class="sl-small">{escape(flag_words.about_auto(known))}</p>',
             self.matrix: badges.matrix(known, flags),
         }
 

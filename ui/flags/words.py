@@ -3,9 +3,9 @@
 from splitlearn.arms.runs import Runs
 from splitlearn.errors import SetupError, TrunkError
 from splitlearn.flags.registry import FLAGS, SIDES, Side
-from splitlearn.flags.selection import PRESETS, Availability, FlagSet, availability, parse
+from splitlearn.flags.selection import PRESETS, SETS, Availability, FlagSet, parse
 
-SETS = ("default", "all", "none", *PRESETS)
+NAMES = (*SETS, *PRESETS)
 
 
 def available(runs: Runs) -> Availability:
@@ -13,22 +13,29 @@ def available(runs: Runs) -> Availability:
     try:
         return runs.availability()
     except (TrunkError, SetupError):
-        known = availability({"full": runs.here, "client": runs.here})
-        return {**known, "trunk": dict.fromkeys(FLAGS, "the trunk does not answer")}
+        here = runs.availability_here
+        return here.with_side("trunk", dict.fromkeys(FLAGS, "the trunk does not answer"), here.auto["trunk"])
 
 
 def words(flags: FlagSet, known: Availability) -> str:
-    """The shortest words that mean `flags` here: `default`, a list for all sides, or a list for each side."""
+    """The shortest words that mean `flags` here: the name of a set, a list for all sides, or a list for each side."""
     listed = ",".join(_in_order(flags.full | flags.client | flags.trunk)) or "none"
     by_side = " ".join(f"{side}:{','.join(_in_order(flags.of(side))) or 'none'}" for side in SIDES)
     same_choices = len({text.partition("=")[0] for text in listed.split(",")}) == len(listed.split(","))
-    candidates = ["default", listed] if same_choices else ["default"]
+    candidates = [*NAMES, listed] if same_choices else NAMES
     return next((text for text in candidates if parse(text, known) == flags), by_side)
 
 
 def set_of(flags: FlagSet, known: Availability) -> str | None:
     """The name of the set of flags that is chosen, if it is one."""
-    return next((name for name in SETS if parse(name, known) == flags), None)
+    return next((name for name in NAMES if parse(name, known) == flags), None)
+
+
+def about_auto(known: Availability) -> str:
+    """What `auto` means here, and why: one line."""
+    local, trunk = known.auto["full"], known.auto["trunk"]
+    said = f"auto is {local.preset} here ({local.when})"
+    return f"{said}." if trunk == local else f"{said}; at the trunk it is {trunk.preset} ({trunk.when})."
 
 
 def with_choice(flags: FlagSet, name: str, choice: str, known: Availability) -> FlagSet:
