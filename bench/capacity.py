@@ -27,7 +27,7 @@ from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.request import read_prompts
 from splitlearn.lab.stats import MIN_PAIRS, effect
 from splitlearn.loadtest.clients import client_threads
-from splitlearn.loadtest.plan import PROMPTS, Asked
+from splitlearn.loadtest.plan import PROMPTS, LoadTest
 from splitlearn.loadtest.recording import record
 from splitlearn.runtime.progress import silent
 from splitlearn.wire.codec import DTYPES
@@ -162,7 +162,7 @@ def _prompts(found: Sequence[Admission]) -> list[dict[str, str]]:
 
 
 def _real(runs: Runs, clients: int) -> dict[str, str]:
-    asked = Asked(read_prompts(PROMPTS), clients=clients, duration_s=REAL_S)
+    asked = LoadTest(read_prompts(PROMPTS), clients=clients, duration_s=REAL_S)
     found = measure(runs, asked, silent, threading.Event()).summary
     print(f"{clients} real clients: {found.tps_system:.1f} tokens/s", flush=True)
     return {

@@ -17,8 +17,8 @@ from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import ArmSpec
 from splitlearn.config import ServerConfig
 from splitlearn.loadtest.clients import replay_clients
-from splitlearn.loadtest.driver import Measured, drive
-from splitlearn.loadtest.plan import SHORTEST, Asked, Levels
+from splitlearn.loadtest.driver import Measurement, drive
+from splitlearn.loadtest.plan import SHORTEST, Levels, LoadTest
 from splitlearn.loadtest.recording import Recording, recordings_of
 from splitlearn.loadtest.summary import Spread, Summary
 from splitlearn.reporting.percentile import percentile
@@ -47,7 +47,7 @@ class Phase:
     """One load of the trunk, and its name."""
 
     name: str
-    measured: Measured
+    measured: Measurement
 
     @property
     def summary(self) -> Summary:
@@ -57,7 +57,7 @@ class Phase:
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/overload.md."""
-    asked = Asked(tuple(PROMPTS), levels=LEVELS, duration_s=LADDER_S, replay=True)
+    asked = LoadTest(tuple(PROMPTS), levels=LEVELS, duration_s=LADDER_S, replay=True)
     with Runs(with_room(runs.config, ServerConfig(max_sessions=2 * max(LADDER))), silent) as roomy:
         spec = _spec(roomy)
         recorded = recordings_of(asked, spec, roomy.config.generation.chat, silent)
@@ -94,7 +94,7 @@ def _spec(runs: Runs) -> ArmSpec:
     return replace(runs.ready_spec("split", runs.flags(runs.config.flags)), timeout_s=WAIT_S)
 
 
-def _load(name: str, spec: ArmSpec, asked: Asked, recorded: Sequence[Recording]) -> Phase:
+def _load(name: str, spec: ArmSpec, asked: LoadTest, recorded: Sequence[Recording]) -> Phase:
     with replay_clients(spec, asked, recorded, silent) as clients:
         found = Phase(name, drive(clients, asked, silent, threading.Event()))
     print(f"{name}: goodput {found.summary.goodput_per_s:.2f} requests/s", flush=True)
@@ -121,7 +121,7 @@ def _percentiles(spread: Spread) -> str:
     return ", ".join("" if value is None else f"{value * 1e3:.0f} ms" for value in (spread.p50_s, spread.p95_s))
 
 
-def told(measured: Measured) -> list[dict[str, str]]:
+def told(measured: Measurement) -> list[dict[str, str]]:
     """From asking to the refusal by a full line; and from the end of the wait to being told of it."""
     refused = [each for each in measured.outcomes if each.state == "rejected" and each.begun_s is not None]
     took = [(each.ended_s - (each.begun_s or 0.0), WAITED in each.reason) for each in refused]

@@ -23,7 +23,7 @@ from splitlearn.config import ServerConfig
 from splitlearn.errors import TrunkError
 from splitlearn.lab.environment import trunk_pid
 from splitlearn.lab.request import read_prompts
-from splitlearn.loadtest.plan import PROMPTS, Asked
+from splitlearn.loadtest.plan import PROMPTS, LoadTest
 from splitlearn.loadtest.recording import Recording, recordings_of
 from splitlearn.loadtest.replay import Sender
 from splitlearn.runtime.progress import silent
@@ -65,7 +65,7 @@ class Soaked:
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/soak.md."""
-    asked = Asked(read_prompts(PROMPTS), max_new_tokens=TOKENS)
+    asked = LoadTest(read_prompts(PROMPTS), max_new_tokens=TOKENS)
     with Runs(with_room(runs.config, ServerConfig(max_sessions=PLACES)), silent) as own:
         spec = replace(own.ready_spec("split", own.flags(own.config.flags)), timeout_s=30.0)
         recorded = recordings_of(asked, spec, own.config.generation.chat, silent)
@@ -117,7 +117,7 @@ def _session(spec: ArmSpec, recorded: Sequence[Recording], way: str, dice: rando
     timer.start()
     try:
         stream = sender.open(recording.prompt_tokens + tokens)
-        for position, x in islice(recording.steps(tokens, sender.recomputes), steps):
+        for position, x in islice(recording.steps(tokens, sender.use_cache), steps):
             stream.step(position, x, sender.wait_s)
         if way != "breaks off":
             sender.end(stream)

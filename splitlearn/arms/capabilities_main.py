@@ -11,7 +11,7 @@ from splitlearn.flags.here import here
 from splitlearn.flags.registry import Place
 from splitlearn.generation.tokenizer import Tokens, python_tokenizer_available
 from splitlearn.models.sizes import kv_bytes_per_token
-from splitlearn.models.structure import no_roll_back
+from splitlearn.models.structure import no_truncation
 from splitlearn.runtime.device import resolve
 from splitlearn.wire.codec import DTYPES
 
@@ -39,8 +39,8 @@ def _place(question: Question) -> Place:
     place = replace(
         here(str(resolve(question.device)), question.dtype),
         no_python_tokenizer=python_tokenizer_available(folder),
-        no_roll_back=no_roll_back(read_config(folder)),
+        no_truncation=no_truncation(read_config(folder)),
     )
     if question.draft is None:
         return place
-    return replace(place, no_draft=no_roll_back(read_config(question.draft.folder)))
+    return replace(place, no_draft=no_truncation(read_config(question.draft.folder)))

@@ -18,7 +18,7 @@ from splitlearn.generation.tokenizer import Tokens
 from splitlearn.loadtest import report
 from splitlearn.loadtest.clients import Client, real_clients, replay_clients
 from splitlearn.loadtest.driver import drive
-from splitlearn.loadtest.plan import Asked, check_lengths
+from splitlearn.loadtest.plan import LoadTest, check_lengths
 from splitlearn.loadtest.recording import recordings_of
 from splitlearn.loadtest.report import Findings
 from splitlearn.loadtest.summary import Summary
@@ -29,7 +29,7 @@ from splitlearn.runtime.terminal import PlainTable, console, say
 FOLDER = "load"
 
 
-def run(asked: Asked, config: Config, out: Path | None, *, as_json: bool) -> None:
+def run(asked: LoadTest, config: Config, out: Path | None, *, as_json: bool) -> None:
     """Load the trunk as asked; the exports lie in `out` when it is over. Ctrl-C ends it early, with what there is."""
     folder = out or Path(FOLDER) / time.strftime("%Y-%m-%d-%H%M%S")
     make_folder(folder)
@@ -44,7 +44,7 @@ def run(asked: Asked, config: Config, out: Path | None, *, as_json: bool) -> Non
         say(f"Report: {folder / 'report.html'}")
 
 
-def measure(runs: Runs, asked: Asked, progress: Progress, stop: threading.Event) -> Findings:
+def measure(runs: Runs, asked: LoadTest, progress: Progress, stop: threading.Event) -> Findings:
     """Check what is asked, start the clients, load the trunk. Raises InputError and TrunkError."""
     chat, facts = runs.config.generation.chat, runs.files.facts
     tokens = Tokens.load(runs.files.folder, use_fast=True)
@@ -55,9 +55,9 @@ def measure(runs: Runs, asked: Asked, progress: Progress, stop: threading.Event)
     with clients_for(spec, asked, chat, progress) as clients:
         measured = drive(clients, asked, progress, stop)
     return Findings(
-        asked=asked,
+        load=asked,
         prompt_tokens=lengths,
-        measured=measured,
+        measurement=measured,
         summary=Summary.of(measured, asked.levels),
         model=runs.files.name,
         command=shlex.join(["python", "-m", "splitlearn", *sys.argv[1:]]),
@@ -66,7 +66,7 @@ def measure(runs: Runs, asked: Asked, progress: Progress, stop: threading.Event)
 
 
 def clients_for(
-    spec: ArmSpec, asked: Asked, chat: bool | str, progress: Progress
+    spec: ArmSpec, asked: LoadTest, chat: bool | str, progress: Progress
 ) -> AbstractContextManager[list[Client]]:
     """The clients that are asked for; those that replay are given a fresh recording."""
     if not asked.replay:

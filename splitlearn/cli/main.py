@@ -257,7 +257,7 @@ def _bench(options: argparse.Namespace, config: Config) -> None:
 
 def _load(options: argparse.Namespace, config: Config) -> None:
     from splitlearn.lab.request import read_prompts
-    from splitlearn.loadtest.plan import PROMPTS, Asked, Levels
+    from splitlearn.loadtest.plan import PROMPTS, Levels, LoadTest
 
     if options.trunk is not None:
         config = configuration.with_trunk(config, options.trunk)
@@ -269,7 +269,7 @@ def _load(options: argparse.Namespace, config: Config) -> None:
         "max_new_tokens": options.max_new_tokens,
         "seed": options.seed,
     }
-    asked = Asked(
+    asked = LoadTest(
         read_prompts(options.prompts or PROMPTS),
         replay=options.replay,
         levels=Levels(**_given(levels)),

@@ -25,7 +25,7 @@ trunk server: applied, available, or unavailable and why.
 _POOREST = Place(
     "cpu",
     no_python_tokenizer="the model has only one tokenizer, Rust or Python",
-    no_roll_back="the model has layers that keep something else than keys and values",
+    no_truncation="the model has layers that keep something else than keys and values",
     has_compiler=False,
 )
 

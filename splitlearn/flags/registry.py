@@ -48,7 +48,7 @@ class Place:
 
     device: str
     no_python_tokenizer: str | None = None
-    no_roll_back: str | None = None
+    no_truncation: str | None = None
     no_onednn: str | None = None
     no_draft: str | None = "no draft model is named (model.draft)"
     dtype: str = "float32"
@@ -202,11 +202,11 @@ def _needs_python_tokenizer(place: Place) -> str | None:
 
 
 def _needs_roll_back(place: Place) -> str | None:
-    return place.no_roll_back
+    return place.no_truncation
 
 
 def _needs_draft_model(place: Place) -> str | None:
-    return place.no_draft or place.no_roll_back
+    return place.no_draft or place.no_truncation
 
 
 def _needs_cpu(place: Place) -> str | None:
@@ -218,7 +218,7 @@ def _needs_onednn(place: Place) -> str | None:
 
 
 def _needs_cpu_and_roll_back(place: Place) -> str | None:
-    return _needs_cpu(place) or place.no_roll_back
+    return _needs_cpu(place) or place.no_truncation
 
 
 def _needs_float32_on_cpu(place: Place) -> str | None:

@@ -1,5 +1,4 @@
-"""When each request begins: closed-loop, when the client's last one ended; open-loop, when it arrives, whatever the
-server does."""
+"""When each request begins: in a closed loop when the client's last one ended, in an open loop at its arrival time."""
 
 import threading
 import time
@@ -7,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from splitlearn.loadtest.plan import Asked, Job, arrivals, jobs
+from splitlearn.loadtest.plan import Job, LoadTest, arrivals, jobs
 
 
 class Clock:
@@ -23,31 +22,31 @@ class Clock:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, and when it came, in seconds after the start."""
+    """A request and its arrival time, in seconds after the start."""
 
     job: Job
     at: float
 
 
 class Loop(Protocol):
-    """Where clients get their requests."""
+    """Gives clients their requests."""
 
     def take(self, client: int) -> Arrival | None:
-        """The next request for a free client, waiting until it is due; None when there are no more."""
+        """Return the next request for a free client, once it is due; None if there are no more."""
 
     def end(self, at: float) -> None:
-        """Nothing arrives after `at`, which is now or before."""
+        """Stop arrivals after `at`, which is now or before."""
 
     def rest(self) -> list[Arrival]:
-        """What has arrived and was taken by nobody."""
+        """Arrivals that no client took."""
 
 
 class ClosedLoop:
-    """A free client's request is due at once, for as long as the load lasts."""
+    """A free client's next request is due at once, until the load ends."""
 
-    def __init__(self, asked: Asked, clock: Clock) -> None:
-        self._clock, self._last = clock, asked.duration_s
-        self._jobs = [jobs(asked, client) for client in range(asked.clients)]
+    def __init__(self, load: LoadTest, clock: Clock) -> None:
+        self._clock, self._last = clock, load.duration_s
+        self._jobs = [jobs(load, client) for client in range(load.clients)]
 
     def take(self, client: int) -> Arrival | None:
         """The client's own next request."""
@@ -59,23 +58,25 @@ class ClosedLoop:
         self._last = at
 
     def rest(self) -> list[Arrival]:
-        """Nothing: a request comes into being when a client takes it."""
+        """Always empty: a request is made when a client takes it."""
         return []
 
 
 class OpenLoop:
-    """Poisson arrivals. One that finds every client busy waits for the first that is free, and `at` stays its time of
-    arrival: what it waits counts (no coordinated omission)."""
+    """Poisson arrivals. A request that finds every client busy waits for the first free one.
 
-    def __init__(self, asked: Asked, rate: float, clock: Clock) -> None:
-        self._clock, self._last = clock, asked.duration_s
-        times = arrivals(rate, asked.duration_s, asked.seed)
-        self._rest = deque(Arrival(job, at) for at, job in zip(times, jobs(asked, 0), strict=False))
+    `at` stays its arrival time, so the wait counts (no coordinated omission).
+    """
+
+    def __init__(self, load: LoadTest, rate: float, clock: Clock) -> None:
+        self._clock, self._last = clock, load.duration_s
+        times = arrivals(rate, load.duration_s, load.seed)
+        self._rest = deque(Arrival(job, at) for at, job in zip(times, jobs(load, 0), strict=False))
         self._lock = threading.Lock()
         self._ended = threading.Event()
 
     def take(self, client: int) -> Arrival | None:
-        """The oldest arrival, for whichever client asks first; the others wait behind it for the next."""
+        """The oldest arrival, for the client that asks first; other clients wait for the next."""
         with self._lock:
             if not self._rest:
                 return None
@@ -83,10 +84,10 @@ class OpenLoop:
             return self._rest.popleft() if self._rest[0].at <= self._last else None
 
     def end(self, at: float) -> None:
-        """What would have come after `at` does not; what came before is still there to be taken."""
+        """Stop arrivals after `at`. Earlier ones can still be taken."""
         self._last = at
         self._ended.set()
 
     def rest(self) -> list[Arrival]:
-        """Arrivals that no client was free for. Clients may take them still."""
+        """Arrivals that no client was free for. Clients may still take them."""
         return [arrival for arrival in list(self._rest) if arrival.at <= self._last]

@@ -1,13 +1,13 @@
-"""The charts of a load test, as plotly figures: how TTFT and TPOT are distributed, each request, tokens over time."""
+"""Charts of a load test, as plotly figures: distributions of TTFT and TPOT, each request, tokens over time."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from splitlearn.loadtest.driver import Measured, Outcome, State
+from splitlearn.loadtest.driver import Measurement, Outcome, State
 from splitlearn.loadtest.plan import Levels
 from splitlearn.reporting.charts import new_figure
 
-# Okabe and Ito's palette; the symbol tells them apart, too.
+# Okabe and Ito's palette. Each state has its own symbol, too.
 COLOURS: Mapping[State, str] = {
     **{"done": "#0072b2", "rejected": "#d55e00", "failed": "#cc3311", "incomplete": "#808890"}
 }
@@ -15,27 +15,27 @@ SYMBOLS: Mapping[State, str] = {**{"done": "circle", "rejected": "x", "failed": 
 BINS = 60
 HEIGHT = 320
 UNDER: Mapping[str, Any] = {"orientation": "h", "y": -0.25}
-"""Where a legend lies: under its chart."""
+"""Puts a legend under its chart."""
 
 
-def distributions(measured: Measured, levels: Levels) -> list[Any]:
-    """For TTFT and TPOT: the share of requests at or below each time, with the service level as a dashed line."""
+def distributions(measurement: Measurement, levels: Levels) -> list[Any]:
+    """The share of requests at or below each TTFT and each TPOT; a dashed line is the service level."""
     found = (
-        ("TTFT", [outcome.ttft_s for outcome in measured.outcomes], levels.ttft_s),
-        ("TPOT", [outcome.tpot_s for outcome in measured.outcomes], levels.tpot_s),
+        ("TTFT", [outcome.ttft_s for outcome in measurement.outcomes], levels.ttft_s),
+        ("TPOT", [outcome.tpot_s for outcome in measurement.outcomes], levels.tpot_s),
     )
     return [_share(name, [value for value in values if value is not None], level) for name, values, level in found]
 
 
-def requests(measured: Measured) -> Any:
-    """Each request at its arrival: its TTFT if it was begun to be answered, otherwise when it was given up."""
+def requests(measurement: Measurement) -> Any:
+    """Each request at its arrival: its TTFT, or the time until it ended without a token."""
     figure = _figure("each request: ms to the first token, or to the refusal", "arrival, s", UNDER)
     for state, colour in COLOURS.items():
-        chosen = [outcome for outcome in measured.outcomes if outcome.state == state]
+        chosen = [outcome for outcome in measurement.outcomes if outcome.state == state]
         if chosen:
             figure.add_scatter(
                 x=[outcome.arrived_s for outcome in chosen],
-                y=[_shown(outcome) * 1e3 for outcome in chosen],
+                y=[_time_s(outcome) * 1e3 for outcome in chosen],
                 mode="markers",
                 name=f"{state} ({len(chosen)})",
                 marker={"color": colour, "symbol": SYMBOLS[state], "size": 7, "opacity": 0.7},
@@ -44,11 +44,11 @@ def requests(measured: Measured) -> Any:
     return figure
 
 
-def throughput(measured: Measured) -> Any:
+def throughput(measurement: Measurement) -> Any:
     """Tokens per second of all clients together, over time."""
-    width = measured.duration_s / BINS
+    width = measurement.duration_s / BINS
     counts = [0] * BINS
-    for at in (at for outcome in measured.outcomes for at in outcome.token_s if at < measured.duration_s):
+    for at in (at for outcome in measurement.outcomes for at in outcome.token_s if at < measurement.duration_s):
         counts[min(BINS - 1, int(at / width))] += 1
     middles = [(index + 0.5) * width for index in range(BINS)]
     figure = _figure("TPS (system) over time", "s")
@@ -73,7 +73,7 @@ def _share(name: str, values: Sequence[float], level: float) -> Any:
     return figure
 
 
-def _shown(outcome: Outcome) -> float:
+def _time_s(outcome: Outcome) -> float:
     return outcome.ttft_s if outcome.ttft_s is not None else outcome.ended_s - outcome.arrived_s
 
 

@@ -1,6 +1,6 @@
-"""What answers requests: a real split client in a process of its own, or a replay of recorded hidden states.
+"""Clients that answer requests: a real split client in a process of its own, or a replay of recorded hidden states.
 
-`answer(job)` yields, for each token of the answer, when it was there (`time.perf_counter` of this process).
+`answer(job)` yields the time of each token of the answer (`time.perf_counter` of this process).
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from splitlearn.arms.spec import ArmEnd, ArmReady, ArmSpec
 from splitlearn.arms.worker import raised, start
 from splitlearn.errors import SplitlearnError, TrunkFull
 from splitlearn.events import GenerationRequest, TokenEvent
-from splitlearn.loadtest.plan import Asked, Job
+from splitlearn.loadtest.plan import Job, LoadTest
 from splitlearn.loadtest.recording import Recording
 from splitlearn.loadtest.replay import ReplayClient
 from splitlearn.runtime.process import default_threads
@@ -28,17 +28,17 @@ class Client(Protocol):
     """One request at a time; used by one thread, closed by any."""
 
     def answer(self, job: Job) -> Generator[float, None, None]:
-        """The time of each token of the answer. Raises SplitlearnError for an answer that was refused or broke."""
+        """Yield the time of each token of the answer. Raises SplitlearnError if it is refused or fails."""
 
     def warm(self) -> None:
-        """Do once what takes longer the first time."""
+        """Warm up: do once what is slow the first time."""
 
     def close(self) -> None:
-        """End, with the request that is under way."""
+        """End, together with the current request."""
 
 
 class RealClient:
-    """A split arm's worker process: bottom and top of its own, its own connection."""
+    """A split arm's worker process, with its own bottom, top and connection."""
 
     def __init__(self, spec: ArmSpec, prompts: Sequence[str], chat: bool | str) -> None:
         self._prompts, self._chat = prompts, chat
@@ -53,8 +53,7 @@ class RealClient:
             pass
 
     def answer(self, job: Job) -> Generator[float, None, None]:
-        """The first token's time is when it was heard of here, so that handing over to the other process counts; the
-        later ones follow by the worker's clock."""
+        """Yield token times: the first by this process's clock, pipe included, the others by the worker's."""
         chosen = GenerationRequest(self._prompts[job.prompt], job.new_tokens, chat=self._chat, ignore_eos=True)
         self._child.send(chosen)
         offset: float | None = None
@@ -69,19 +68,18 @@ class RealClient:
 
 
 def client_threads(clients: int) -> int:
-    """Threads of each of so many real clients on this machine: together no more than it has cores, if that is
-    possible."""
+    """Threads of each of `clients` real clients: together no more than the machine's cores, if possible."""
     return max(1, default_threads() // clients)
 
 
 @contextmanager
-def real_clients(spec: ArmSpec, asked: Asked, chat: bool | str, progress: Progress) -> Iterator[list[Client]]:
-    """Loaded and warm; ended when the context is left."""
+def real_clients(spec: ArmSpec, load: LoadTest, chat: bool | str, progress: Progress) -> Iterator[list[Client]]:
+    """Real clients, loaded and warm. They end when the context is left."""
     with contextlib.ExitStack() as stack:
         made: list[Client] = []
-        for number in range(asked.clients):
-            own = replace(spec, threads=client_threads(asked.clients), copy=number)
-            made.append(RealClient(own, asked.prompts, chat))
+        for number in range(load.clients):
+            own = replace(spec, threads=client_threads(load.clients), copy=number)
+            made.append(RealClient(own, load.prompts, chat))
             stack.callback(made[-1].close)
         _warm(made, progress)
         yield made
@@ -89,10 +87,10 @@ def real_clients(spec: ArmSpec, asked: Asked, chat: bool | str, progress: Progre
 
 @contextmanager
 def replay_clients(
-    spec: ArmSpec, asked: Asked, recordings: Sequence[Recording], progress: Progress
+    spec: ArmSpec, load: LoadTest, recordings: Sequence[Recording], progress: Progress
 ) -> Iterator[list[Client]]:
-    """Connected; closed when the context is left."""
-    made: list[Client] = [ReplayClient(spec, recordings) for _ in range(asked.clients)]
+    """Replaying clients, connected. They are closed when the context is left."""
+    made: list[Client] = [ReplayClient(spec, recordings) for _ in range(load.clients)]
     try:
         _warm(made, progress)
         yield made
@@ -102,7 +100,7 @@ def replay_clients(
 
 
 def _warm(clients: Sequence[Client], progress: Progress) -> None:
-    """All at once, as far as the server has room. Raises the first error that is not for want of room."""
+    """Warm all clients up at once, as far as the server has room. Raises the first error that is not TrunkFull."""
 
     def warm(client: Client) -> None:
         with suppress(TrunkFull):

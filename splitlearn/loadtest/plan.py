@@ -1,4 +1,4 @@
-"""What a person asks for, and the requests that follow from it: the same ones for the same seed."""
+"""A load test's settings, and its requests: the same ones for the same seed."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,12 @@ MAX_CLIENTS = 1024
 MAX_RATE = 10_000.0
 MAX_DURATION_S = 86_400.0
 SHORTEST = 4
-"""An answer is at least one part in so many of the longest."""
+"""An answer has at least 1 / SHORTEST of the longest answer's tokens."""
 
 
 @dataclass(frozen=True)
 class Levels:
-    """The service levels: a request counts as good when it met both, in seconds."""
+    """The service levels in seconds; goodput counts requests that meet both."""
 
     ttft_s: float = 2.0
     tpot_s: float = 0.2
@@ -30,8 +30,8 @@ class Levels:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A load in a person's words. `rate` None is closed-loop, otherwise arrivals per second.
+class LoadTest:
+    """The settings of a load test. `rate` is arrivals per second, None for a closed loop.
 
     Raises InputError for a number out of range and an empty prompt.
     """
@@ -60,21 +60,21 @@ class Asked:
 
 @dataclass(frozen=True)
 class Job:
-    """One request: which prompt, and how many tokens the answer has (the end token is ignored)."""
+    """One request: the index of its prompt, and the tokens of its answer (the end token is ignored)."""
 
     prompt: int
     new_tokens: int
 
 
-def jobs(asked: Asked, stream: int) -> Iterator[Job]:
-    """Requests without end, each prompt as likely as any other, answers from a quarter of the longest to the longest.
+def jobs(load: LoadTest, stream: int) -> Iterator[Job]:
+    """Requests without end. Every prompt is equally likely; answers have 1 / SHORTEST to all of max_new_tokens.
 
-    Each `stream` of a seed is another sequence; it does not depend on when its requests are taken.
+    Each `stream` of a seed is another sequence, whatever the times at which requests are taken.
     """
-    dice = random.Random(f"{asked.seed}/{stream}")
-    shortest = max(2, asked.max_new_tokens // SHORTEST)
+    dice = random.Random(f"{load.seed}/{stream}")
+    shortest = max(2, load.max_new_tokens // SHORTEST)
     while True:
-        yield Job(dice.randrange(len(asked.prompts)), dice.randint(shortest, asked.max_new_tokens))
+        yield Job(dice.randrange(len(load.prompts)), dice.randint(shortest, load.max_new_tokens))
 
 
 def arrivals(rate: float, duration_s: float, seed: int) -> list[float]:
@@ -85,10 +85,10 @@ def arrivals(rate: float, duration_s: float, seed: int) -> list[float]:
     return times
 
 
-def check_lengths(prompt_tokens: Sequence[int], asked: Asked, context_length: int | None) -> None:
-    """Raise InputError for a prompt that, with the longest answer, does not fit into the context."""
+def check_lengths(prompt_tokens: Sequence[int], load: LoadTest, context_length: int | None) -> None:
+    """Raise InputError if the longest prompt and answer do not fit into the context."""
     longest = max(prompt_tokens)
-    if context_length is None or longest + asked.max_new_tokens <= context_length:
+    if context_length is None or longest + load.max_new_tokens <= context_length:
         return
-    fitting = f"prompts of at most {context_length - asked.max_new_tokens} tokens: the context holds {context_length}"
-    raise InputError("prompts", f"one of {longest} tokens with {asked.max_new_tokens} new ones", fitting)
+    fitting = f"prompts of at most {context_length - load.max_new_tokens} tokens: the context holds {context_length}"
+    raise InputError("prompts", f"one of {longest} tokens with {load.max_new_tokens} new ones", fitting)

@@ -1,7 +1,6 @@
-"""What a client sends to its trunk, kept: the hidden states of a prompt and of the tokens of its answer.
+"""Records what a client sends to its trunk: the hidden states of a prompt and of the tokens of its answer.
 
-The trunk's work does not depend on the values, so that a replay of them loads it as the client would, without the
-client's own layers.
+The trunk's work does not depend on the values. So a replay loads it as the client would, without the client's layers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from splitlearn.arms.spec import ArmSpec
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.registry import settings
-from splitlearn.loadtest.plan import Asked
+from splitlearn.loadtest.plan import LoadTest
 from splitlearn.runtime import process
 from splitlearn.runtime.progress import Progress, Step
 from splitlearn.stages import loading
@@ -28,25 +27,26 @@ from splitlearn.wire.hidden_states import Plain
 
 @dataclass(frozen=True)
 class Recording:
-    """`states` [1, T, H]: those of the prompt's `prompt_tokens`, then one for each token of the answer but the last,
-    which nothing follows."""
+    """`states` [1, T, H]: `prompt_tokens` rows of the prompt, then one for each token of the answer except the last."""
 
     prompt_tokens: int
     states: torch.Tensor
 
-    def steps(self, new_tokens: int, recomputes: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
-        """The steps of an answer of `new_tokens` tokens: the position and the hidden state [1, T, H] of each; for a
-        trunk that `recomputes`, the whole prefix each time."""
+    def steps(self, new_tokens: int, use_cache: bool = True) -> Iterator[tuple[int, torch.Tensor]]:
+        """The steps of an answer of `new_tokens` tokens: the position and the hidden state [1, T, H] of each.
+
+        Without `use_cache` each step has the whole prefix.
+        """
         yield 0, self.states[:, : self.prompt_tokens]
         for position in range(self.prompt_tokens, self.prompt_tokens + new_tokens - 1):
-            first = 0 if recomputes else position
+            first = position if use_cache else 0
             yield first, self.states[:, first : position + 1]
 
 
 def record(spec: ArmSpec, requests: Sequence[GenerationRequest], progress: Progress) -> list[Recording]:
-    """Run each request once through a split client in a process of its own, with the trunk of `spec`.
+    """Run each request once through a split client in a child process, with the trunk of `spec`.
 
-    Raises what the client raises.
+    Raises the client's errors.
     """
     child = process.start("The recording client's worker process", _main, spec, tuple(requests))
     try:
@@ -64,14 +64,14 @@ def record(spec: ArmSpec, requests: Sequence[GenerationRequest], progress: Progr
         child.stop()
 
 
-def recordings_of(asked: Asked, spec: ArmSpec, chat: bool | str, progress: Progress) -> list[Recording]:
-    """A recording of each prompt with the longest answer that is asked for."""
-    requests = [GenerationRequest(prompt, asked.max_new_tokens, chat=chat, ignore_eos=True) for prompt in asked.prompts]
+def recordings_of(load: LoadTest, spec: ArmSpec, chat: bool | str, progress: Progress) -> list[Recording]:
+    """A recording of each prompt with the longest answer of `load`."""
+    requests = [GenerationRequest(prompt, load.max_new_tokens, chat=chat, ignore_eos=True) for prompt in load.prompts]
     return record(spec, requests, progress)
 
 
 class _Recorder:
-    """The bottom, and the last hidden state that it gave for each position."""
+    """The bottom stage, which also keeps its hidden state for each position."""
 
     def __init__(self, stage: LocalStage) -> None:
         self._stage = stage
@@ -79,12 +79,12 @@ class _Recorder:
         self.prompt_tokens = 0
 
     def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
-        """Begin a recording with the session."""
+        """Open a session and begin a recording."""
         self.states, self.prompt_tokens = torch.empty(0), 0
         return self._stage.open(settings, max_length)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """The stage's own step; the first one of a session is its prompt."""
+        """The stage's step. The first one of a session is its prompt."""
         outputs = self._stage.step(batch)
         for item, output in zip(batch, outputs, strict=True):
             self.states = torch.cat([self.states[:, : item.position], output.x], dim=1) if item.position else output.x

@@ -1,4 +1,4 @@
-"""What is handed on of a load: JSON, a CSV of its requests, and one HTML file that needs nothing beside it."""
+"""Exports of a load test: JSON, a CSV of its requests, and one self-contained HTML file."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,24 +8,24 @@ from typing import Any
 import pandas as pd
 
 from splitlearn.loadtest import charts
-from splitlearn.loadtest.driver import Measured
-from splitlearn.loadtest.plan import Asked
+from splitlearn.loadtest.driver import Measurement
+from splitlearn.loadtest.plan import LoadTest
 from splitlearn.loadtest.summary import Spread, Summary
 from splitlearn.reporting.files import csv, write_texts
 from splitlearn.reporting.page import chart_html, render
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 BUSY = 0.8
-"""From so much of a core on, this process may be what is slow."""
+"""Above this share of a core, this process itself may be the bottleneck."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """A load that is over. `command` is how a person repeats it."""
+    """The results of a load test. `command` repeats it."""
 
-    asked: Asked
+    load: LoadTest
     prompt_tokens: tuple[int, ...]
-    measured: Measured
+    measurement: Measurement
     summary: Summary
     model: str
     command: str
@@ -33,12 +33,12 @@ class Findings:
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
-    """All but the single requests. Times in seconds."""
-    asked = asdict(findings.asked)
+    """Everything but the single requests. Times are in seconds."""
+    load = asdict(findings.load)
     return {
         "model": findings.model,
-        "loop": _loop(findings.asked),
-        "asked": {**asked, "prompts": len(findings.asked.prompts), "prompt_tokens": list(findings.prompt_tokens)},
+        "loop": _loop(findings.load),
+        "asked": {**load, "prompts": len(findings.load.prompts), "prompt_tokens": list(findings.prompt_tokens)},
         "summary": asdict(findings.summary),
         "command": findings.command,
         "environment": findings.environment,
@@ -46,7 +46,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
 
 
 def write_exports(findings: Findings, folder: Path) -> None:
-    """Write load.json, requests.csv and report.html into `folder`, which is made if it is not there."""
+    """Write load.json, requests.csv and report.html into `folder`; create it if needed."""
     texts = {
         "load.json": json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n",
         "requests.csv": _requests(findings),
@@ -56,12 +56,12 @@ def write_exports(findings: Findings, folder: Path) -> None:
 
 
 def html(findings: Findings) -> str:
-    """The report as one page. All text from outside is escaped."""
-    asked, measured = findings.asked, findings.measured
+    """The report as one HTML page. Text from outside is escaped."""
+    load, measurement = findings.load, findings.measurement
     figures = [
-        *charts.distributions(measured, asked.levels),
-        charts.requests(measured),
-        charts.throughput(measured),
+        *charts.distributions(measurement, load.levels),
+        charts.requests(measurement),
+        charts.throughput(measurement),
     ]
     return render(
         TEMPLATE,
@@ -78,13 +78,13 @@ def html(findings: Findings) -> str:
 
 
 def about(findings: Findings) -> str:
-    """One sentence: what was done."""
-    asked, tokens = findings.asked, findings.prompt_tokens
-    kind = "replaying" if asked.replay else "real"
+    """One sentence about the test."""
+    load, tokens = findings.load, findings.prompt_tokens
+    kind = "replaying" if load.replay else "real"
     return (
-        f"{_loop(asked)}, {asked.clients} {kind} client{'s' * (asked.clients != 1)}, "
+        f"{_loop(load)}, {load.clients} {kind} client{'s' * (load.clients != 1)}, "
         f"{findings.summary.duration_s:.0f} s, {len(tokens)} prompts of {min(tokens)} to {max(tokens)} tokens, "
-        f"answers of up to {asked.max_new_tokens}, seed {asked.seed}."
+        f"answers of up to {load.max_new_tokens}, seed {load.seed}."
     )
 
 
@@ -101,7 +101,7 @@ def notes(summary: Summary) -> list[str]:
 
 
 def times(summary: Summary) -> list[tuple[str, ...]]:
-    """Rows of TTFT and TPOT, with their heads as the first; empty cells where there are too few values."""
+    """A row of heads, then rows of TTFT and TPOT. A cell is empty if there are too few values."""
 
     def row(name: str, spread: Spread) -> tuple[str, ...]:
         values = (spread.mean_s, spread.p50_s, spread.p90_s, spread.p95_s, spread.p99_s)
@@ -112,8 +112,8 @@ def times(summary: Summary) -> list[tuple[str, ...]]:
 
 
 def counts(findings: Findings) -> list[tuple[str, str]]:
-    """Names and figures of all that is no distribution."""
-    found, levels = findings.summary, findings.asked.levels
+    """Names and values of all figures that are not distributions."""
+    found, levels = findings.summary, findings.load.levels
     share = "" if found.goodput_share is None else f", {found.goodput_share:.1%} of all"
     goodput = f"{found.goodput_per_s:.2f} requests/s{share}"
     return [
@@ -128,12 +128,12 @@ def counts(findings: Findings) -> list[tuple[str, str]]:
     ]
 
 
-def _loop(asked: Asked) -> str:
-    return "closed-loop" if asked.rate is None else f"open-loop at {asked.rate:g} requests/s"
+def _loop(load: LoadTest) -> str:
+    return "closed-loop" if load.rate is None else f"open-loop at {load.rate:g} requests/s"
 
 
 def _requests(findings: Findings) -> str:
-    """One line for each request, in the order of arrival; times in seconds after the start."""
+    """A CSV line for each request, in the order of arrival. Times are seconds after the start."""
     rows = [
         {
             "client": outcome.client,
@@ -148,6 +148,6 @@ def _requests(findings: Findings) -> str:
             "tpot_s": outcome.tpot_s,
             "reason": outcome.reason,
         }
-        for outcome in findings.measured.outcomes
+        for outcome in findings.measurement.outcomes
     ]
     return csv(pd.DataFrame(rows))

@@ -1,4 +1,4 @@
-"""What came out of a load, in figures; docs/load.md defines each."""
+"""The figures of a load test; docs/load.md defines each."""
 
 import re
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from splitlearn.loadtest.driver import Measured, Outcome
+from splitlearn.loadtest.driver import Measurement, Outcome
 from splitlearn.loadtest.plan import Levels
 from splitlearn.reporting.percentile import percentile
 
@@ -15,7 +15,7 @@ PERCENTILES = {"p50_s": 0.5, "p90_s": 0.9, "p95_s": 0.95, "p99_s": 0.99}
 
 @dataclass(frozen=True)
 class Spread:
-    """A distribution of `n` times in seconds. A percentile is None where n values are too few to bound it."""
+    """A distribution of `n` times in seconds. A percentile is None if n values are too few to bound it."""
 
     n: int
     mean_s: float | None
@@ -26,7 +26,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of any number of values, also none."""
+        """The distribution of `values`, which may be empty."""
         found = {name: percentile(values, q) for name, q in PERCENTILES.items()}
         return cls(len(values), fmean(values) if values else None, **found)
 
@@ -35,8 +35,8 @@ class Spread:
 class Summary:
     """Counts of requests, and rates per second over `duration_s`, the time in which requests arrived.
 
-    Rates count what was there within that time: tokens, answers that ended, answers that met both levels. `share` is of
-    all that arrived. `reasons` counts what was said of those that were not answered, with numbers as `#`.
+    Rates count what came within that time: tokens, answers that ended, answers that met both levels. `goodput_share` is
+    the share of all requests. `reasons` counts the errors of unanswered requests, with numbers as `#`.
     """
 
     duration_s: float
@@ -55,9 +55,9 @@ class Summary:
     busy: float
 
     @classmethod
-    def of(cls, measured: Measured, levels: Levels) -> "Summary":
+    def of(cls, measurement: Measurement, levels: Levels) -> "Summary":
         """The figures of a load under service levels."""
-        outcomes, seconds = measured.outcomes, measured.duration_s
+        outcomes, seconds = measurement.outcomes, measurement.duration_s
         states = Counter(outcome.state for outcome in outcomes)
         good = [outcome for outcome in outcomes if met(outcome, levels)]
         tokens = sum(at <= seconds for outcome in outcomes for at in outcome.token_s)
@@ -75,12 +75,12 @@ class Summary:
             requests_per_s=sum(_within(outcome, seconds) for outcome in outcomes if outcome.state == "done") / seconds,
             goodput_per_s=sum(_within(outcome, seconds) for outcome in good) / seconds,
             goodput_share=len(good) / len(outcomes) if outcomes else None,
-            busy=measured.busy,
+            busy=measurement.busy,
         )
 
 
 def met(outcome: Outcome, levels: Levels) -> bool:
-    """Whether the answer is whole and met both levels."""
+    """Whether the answer is complete and met both levels."""
     if outcome.state != "done" or outcome.ttft_s is None:
         return False
     return outcome.ttft_s <= levels.ttft_s and (outcome.tpot_s or 0.0) <= levels.tpot_s
@@ -92,6 +92,6 @@ def _within(outcome: Outcome, seconds: float) -> bool:
 
 
 def _reasons(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    """What was said, the most frequent first: the same words with other numbers are one reason."""
+    """The errors, most frequent first. Errors that differ only in numbers are one reason."""
     said = Counter(re.sub(r"\d+(\.\d+)?", "#", outcome.reason) for outcome in outcomes if outcome.reason)
     return dict(said.most_common())

@@ -1,4 +1,4 @@
-"""Which layers of a model the trunk has."""
+"""The split plan: which layers of a model the trunk has."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SplitPlan:
 
     @classmethod
     def of(cls, start: int | None, end: int | None, n_layers: int) -> SplitPlan:
-        """The plan for what a person gave; None leaves two layers at that end, fewer if the trunk would have none."""
+        """The plan for the user's settings. None leaves two layers at that end, fewer if the trunk would have none."""
         margin = min(DEFAULT_MARGIN, max(0, n_layers - 1) // 2)
         if start is None:
             start = margin if end is None else max(0, min(margin, end - 1))

@@ -1,12 +1,13 @@
 """Rotary embeddings whose frequencies change with the length of the sequence: rope types `dynamic` and `longrope`.
 
 transformers' modules take that length from the largest position of a forward, and `dynamic` ones remember it for the
-next. So a piece of a prompt, or a step packed with another session's, would get frequencies of another sequence. Here
-they are a pure function: the token at position p has those of a sequence of max(rope_length, p + 1) tokens, where
-`rope_length` is one number that comes with each step. With the length of the prompt for it these are the frequencies
-of transformers' own generate(), which feeds the prompt in one forward and each later token in one of its own.
+next. So a chunk of a prompt, or a step in a ragged batch, would get frequencies of another sequence.
 
-    make_pure(model)                        # once, after which its modules keep nothing
+Here the frequencies are a pure function. The token at position p gets those of a sequence of max(rope_length, p + 1)
+tokens, where each step brings `rope_length`. If that is the length of the prompt, the frequencies are those of
+transformers' own generate(), which feeds the prompt in one forward and each later token in one of its own.
+
+    make_pure(model)                        # once; then its modules keep no state
     with computing([(rope_length, 5)]):     # a forward of 5 tokens
         model(...)
 """
@@ -23,13 +24,13 @@ GROWING = ("dynamic", "longrope")
 """Rope types whose frequencies change as the sequence grows."""
 
 Part = tuple[int, int]
-"""Neighbouring tokens of one sequence in a forward: their `rope_length`, 0 for the length that they end at, and their
+"""Neighbouring tokens of one sequence in a forward: their `rope_length` (0: the length that they end at) and their
 number."""
 _parts: ContextVar[Sequence[Part]] = ContextVar("parts of the forward under way", default=())
 
 
 def make_pure(model: nn.Module) -> None:
-    """Put a `PureRotary` in the place of each module of `model` whose frequencies change with the length."""
+    """Replace each module of `model` whose frequencies change with the length by a `PureRotary`."""
     made: dict[int, PureRotary] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if _grows(module):
@@ -37,13 +38,13 @@ def make_pure(model: nn.Module) -> None:
 
 
 def is_pure(model: nn.Module) -> bool:
-    """Whether `model` has a module of such frequencies, which `make_pure` has replaced."""
+    """Whether `make_pure` has replaced a module of `model`."""
     return any(isinstance(module, PureRotary) for module in model.modules())
 
 
 @contextmanager
 def computing(parts: Sequence[Part]) -> Iterator[None]:
-    """Inside, a forward has the tokens of `parts`, one part behind the other."""
+    """Inside, a forward computes the tokens of `parts`, one part after the other."""
     token = _parts.set(parts)
     try:
         yield
@@ -52,7 +53,7 @@ def computing(parts: Sequence[Part]) -> Iterator[None]:
 
 
 class PureRotary(nn.Module):
-    """Calls transformers' module once for each length that a forward's tokens have, always as if it were new."""
+    """Calls transformers' module once for each length among a forward's tokens, each time with fresh state."""
 
     def __init__(self, own: nn.Module) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class PureRotary(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        """What `own` gives for positions [..., T]: tensors [..., T, size], most often cos and sin."""
+        """The result of `own` for positions [..., T]: tensors [..., T, size], most often cos and sin."""
         call = {} if layer_type is None else {"layer_type": layer_type}
         rope_type = self.own.rope_type if layer_type is None else self.own.rope_type[layer_type]
         if rope_type not in GROWING:
@@ -79,7 +80,7 @@ class PureRotary(nn.Module):
         return tuple(torch.cat(each, dim=-2)[..., back, :] for each in zip(*found, strict=True))
 
     def _effective(self, lengths: Tensor, rope_type: str, layer_type: str | None) -> Tensor:
-        """The least lengths that have the same frequencies as `lengths`."""
+        """The smallest lengths with the same frequencies as `lengths`."""
         if rope_type == "dynamic":
             return lengths.clamp(min=self.own.original_max_seq_len)
         parameters = self.own.config.rope_parameters
@@ -90,11 +91,13 @@ class PureRotary(nn.Module):
     def _as_new(
         self, x: Tensor, position_ids: Tensor, length: int, layer_type: str | None, call: dict[str, str]
     ) -> Any:
-        """What `own` gives in a forward of a sequence of `length` tokens. It looks at the largest position, so that of
-        the last token goes in, too, and does not come out."""
+        """The result of `own` in a forward of a sequence of `length` tokens.
+
+        `own` looks at the largest position, so the last token's is added, and its result is dropped.
+        """
         prefix = "" if layer_type is None else f"{layer_type}_"
         setattr(self.own, f"{prefix}max_seq_len_cached", self.own.original_max_seq_len)
-        # Into the buffer's own memory: `longrope` writes into the buffer, and must not write into the original.
+        # A clone: `longrope` writes into the buffer, and must not write into the original.
         setattr(self.own, f"{prefix}inv_freq", getattr(self.own, f"{prefix}original_inv_freq").clone())
         last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
         found = self.own(x, torch.cat([position_ids, last], dim=-1), **call)
@@ -109,7 +112,7 @@ def _grows(module: nn.Module) -> bool:
 
 
 def _lengths(position_ids: Tensor) -> Tensor:
-    """For each token of the forward under way the length [T] of its sequence."""
+    """The length [T] of each token's sequence, in the current forward."""
     ends = position_ids.reshape(-1, position_ids.shape[-1]).amax(0) + 1
     parts = _parts.get() or [(0, len(ends))]
     split = torch.split(ends, [tokens for _, tokens in parts])

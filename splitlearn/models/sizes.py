@@ -1,7 +1,7 @@
-"""What each part of a split model has, worked out before any weight is read: for `python -m splitlearn parts`.
+"""Sizes of each part of a split model, computed without reading weights (the command `parts`).
 
-Parameters are counted on the architecture itself, built on the meta device and cut as it is when it runs. What a token
-adds to the KV cache and to the wire is predicted by formula (`kv_bytes_per_token`, `hidden_bytes`).
+Parameters are counted on the architecture, built on the meta device and cut as when it runs. Formulas predict what a
+token adds to the KV cache and to the wire (`kv_bytes_per_token`, `hidden_bytes`).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from splitlearn.models.plan import SplitPlan
 
 @dataclass(frozen=True)
 class Part:
-    """One part. Bytes are those of the weights, and of one more token in the KV cache and on the wire, both ways."""
+    """Sizes of one part: bytes of the weights, and of one more token in the KV cache and on the wire, both ways."""
 
     name: str
     layers: str
@@ -30,10 +30,10 @@ class Part:
 
 
 def parts(files: ModelFiles, plan: SplitPlan, dtype: torch.dtype) -> tuple[Part, ...]:
-    """The client's bottom and top, the client as one, the trunk, and the full model, all in `dtype`.
+    """The client's bottom and top, the whole client, the trunk, and the full model, all in `dtype`.
 
-    A tied embedding is in the bottom and in the top, and in the client and in the full model once. Raises FamilyRefused
-    for an architecture that cannot be cut.
+    A tied embedding counts in the bottom and in the top, but once in the client and in the full model. Raises
+    FamilyRefused for an architecture that cannot be cut.
     """
     config: Any = read_config(files.folder)
     n, start, end = plan.n_layers, plan.start, plan.end
@@ -62,9 +62,9 @@ def kv_bytes_per_token(config: Any, n_layers: int, dtype: torch.dtype) -> int:
     """Bytes that one token takes in the KV cache of `n_layers` layers of a model with this configuration.
 
     2 (a key and a value) * kv_heads * head_dim * layers * bytes per element: Pope et al. 2022, "Efficiently Scaling
-    Transformer Inference" (arXiv:2211.05102), with the key and value heads of grouped-query attention (Ainslie et al.
-    2023, arXiv:2305.13245) where a model has fewer of them than query heads. A sliding window bounds how many tokens
-    count, not what one takes. Latent attention (DeepSeek's) keeps something else, which this does not predict.
+    Transformer Inference" (arXiv:2211.05102). kv_heads are those of grouped-query attention (Ainslie et al. 2023,
+    arXiv:2305.13245). A sliding window bounds the number of tokens, not the bytes of one. Latent attention (DeepSeek's)
+    keeps something else, which this does not predict.
     """
     text = config.get_text_config()
     heads = text.num_attention_heads
@@ -78,7 +78,7 @@ def hidden_bytes(config: Any, dtype: torch.dtype) -> int:
 
 
 def _kv_heads(text: Any, heads: int) -> int:
-    """Heads of keys and values, by the names that configurations have for them; all heads where none is given."""
+    """Heads of keys and values, under any of their names; all heads if the configuration names none."""
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         return 1  # falcon and gpt_bigcode
     named = (getattr(text, name, None) for name in ("num_key_value_heads", "num_kv_heads"))
@@ -86,7 +86,7 @@ def _kv_heads(text: Any, heads: int) -> int:
 
 
 def _parameters(config: Any, start: int, end: int, *, first: bool, last: bool) -> dict[str, int]:
-    """Elements of each parameter of a stage, by its name in the whole model; tied ones have one name everywhere."""
+    """Elements of each parameter of a stage, by its name in the whole model. Tied parameters share one name."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
     stage = carve(model, start, end, first=first, last=last)

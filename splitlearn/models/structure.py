@@ -1,9 +1,9 @@
-"""Where the parts of a transformers causal LM are, read off its own structure.
+"""Finds the parts of a transformers causal LM from its module tree.
 
-`structure_of(model)` finds the embeddings, the layers, the final norm and what stands before the layers without being
-told the family: the configuration says how many layers there are, and the rest follows from where they are. A family
-whose structure does not say enough gets one line in `RECORDS`; that table is the only place to touch. Nothing here
-shows that a cut is exact: splitlearn/stages/equivalence/ does.
+`structure_of(model)` finds the embeddings, the layers, the final norm and the modules before the layers, without
+knowing the family. The configuration gives the number of layers; the rest follows from where they are. If that is not
+enough, a family gets one line in `RECORDS`, and nothing else changes. Nothing here shows that a cut is exact:
+splitlearn/stages/equivalence/ does.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ NORM_WORDS = ("norm", "ln_")
 
 @dataclass(frozen=True)
 class Record:
-    """What the structure of a family does not tell. Names are those of children of the module that owns the layers."""
+    """What a family's module tree does not show. Names are those of children of the module that owns the layers."""
 
     after: tuple[str, ...] = ()
-    """Modules that run after the final norm, so that only the last stage needs them."""
+    """Modules that run after the final norm; only the last stage needs them."""
     restarts: bool = False
-    """Whether generate() drops the cache where `longrope` changes its frequencies, and computes the sequence anew."""
+    """Whether generate() drops the cache and recomputes the sequence when `longrope` changes its frequencies."""
 
 
 RECORDS: dict[str, Record] = {
-    # opt-350m projects to the width of its embeddings at the end, by a module that is registered before the layers.
+    # opt-350m projects to the width of its embeddings at the end, with a module that is registered before the layers.
     "opt": Record(after=("project_out",)),
-    # Their prepare_inputs_for_generation does. In other families cached keys keep the frequencies that they have.
-    # (That of phi4_multimodal, in transformers 5.23, then feeds the last token alone: what is meant is what generate()
-    # says with use_cache=False, and that is what is said here.)
+    # Their prepare_inputs_for_generation does. In other families cached keys keep their frequencies.
+    # (phi4_multimodal's, in transformers 5.23, then feeds the last token alone. What is meant is the result of
+    # generate(use_cache=False), and that is computed here.)
     "phi3": Record(restarts=True),
     "phi4_multimodal": Record(restarts=True),
     "phimoe": Record(restarts=True),
@@ -49,23 +49,25 @@ class Structure:
     layers: str
     embedding: str
     before: tuple[str, ...]
-    """What has weights and runs between the embedding and the layers: only the first stage needs it."""
+    """Modules with weights that run between the embedding and the layers; only the first stage needs them."""
     norm: str | None
     after: tuple[str, ...]
-    """What has weights and runs after the norm within the body: only the last stage needs it."""
+    """Modules with weights that run after the norm within the body; only the last stage needs them."""
     n_layers: int
 
 
-def no_roll_back(config: Any) -> str | None:
-    """Why a session of a model with this configuration cannot go back to an earlier position, or None when it can."""
+def no_truncation(config: Any) -> str | None:
+    """Why a session of a model with this configuration cannot be truncated, or None if it can."""
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     other = sorted(kind for kind in kinds if not kind.endswith("attention") or kind.startswith("linear"))
     return f"needs layers that keep keys and values alone; this model has {', '.join(other)}" if other else None
 
 
 def rope_restart(config: Any) -> int | None:
-    """The most tokens of a sequence that keep their keys and values in a model with this configuration: where it grows
-    past them all are computed anew, with other rotary embeddings. None for a model that keeps them for ever."""
+    """The length past which a model with this configuration recomputes the whole sequence; None for no such length.
+
+    Past it the rotary embeddings change, so keys and values are not kept.
+    """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     if not RECORDS.get(text.model_type, Record()).restarts or rope.get("rope_type") != "longrope":
@@ -77,7 +79,7 @@ def rope_restart(config: Any) -> int | None:
 def structure_of(model: nn.Module) -> Structure:
     """The structure of a constructed causal LM (on any device, meta too), whole and not yet cut.
 
-    Raises FamilyRefused when no list of `num_hidden_layers` layers or no input embedding is found in it.
+    Raises FamilyRefused if it has no list of `num_hidden_layers` layers or no input embedding.
     """
     n_layers = _count_layers(model)
     layers = _find_layers(model, n_layers)
@@ -99,7 +101,7 @@ def structure_of(model: nn.Module) -> Structure:
 
 
 def join(*parts: str) -> str:
-    """A module path from its parts, of which any may be empty."""
+    """A module path from its parts, any of which may be empty."""
     return ".".join(part for part in parts if part)
 
 
@@ -117,9 +119,9 @@ def _count_layers(model: nn.Module) -> int:
 
 
 def _find_layers(model: nn.Module, n_layers: int) -> str:
-    """The path of the ModuleList of that many modules nearest to the root; of several, the one with most weights.
+    """The path of the ModuleList with `n_layers` modules that is nearest to the root, and then has most weights.
 
-    Depth comes first, since a list of as many experts stands inside each layer.
+    Depth comes first, since each layer may hold a list of as many experts.
     """
     found = {
         path: module
@@ -140,9 +142,9 @@ def _find_embedding(model: Any) -> str:
 
 
 def _find_norm(children: dict[str, nn.Module], layers: str) -> str | None:
-    """The last norm registered after the layers, or one called final. None for a model without a final norm.
+    """The last norm registered after the layers, or one called final, or None.
 
-    A norm before the layers that is not called final is one of the embeddings (trocr, bloom).
+    A norm before the layers that is not called final belongs to the embeddings (trocr, bloom).
     """
     names = list(children)
     after = names[names.index(layers.rpartition(".")[2]) + 1 :]

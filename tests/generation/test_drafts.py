@@ -19,7 +19,7 @@ from splitlearn.generation.speculation import COUNTS, PromptLookup, Proposer, Sp
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.metrics import RunMetrics
 from splitlearn.models.plan import SplitPlan
-from splitlearn.models.structure import no_roll_back
+from splitlearn.models.structure import no_truncation
 from splitlearn.sampling import SamplingParams
 from splitlearn.stages import loading
 from tests.conftest import TinyFactory
@@ -187,7 +187,7 @@ def test_an_answer_with_drafts_ends_at_the_same_stop_string(files: ModelFiles) -
 def test_a_model_that_cannot_go_back_says_so() -> None:
     from transformers import Lfm2Config, LlamaConfig
 
-    assert no_roll_back(LlamaConfig()) is None
-    reason = no_roll_back(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]))
+    assert no_truncation(LlamaConfig()) is None
+    reason = no_truncation(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]))
     assert reason is not None and "conv" in reason
-    assert why_not("prompt_lookup", "client", Place("cpu", no_roll_back=reason)) == reason
+    assert why_not("prompt_lookup", "client", Place("cpu", no_truncation=reason)) == reason

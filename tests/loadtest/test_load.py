@@ -25,8 +25,8 @@ from splitlearn.events import GenerationRequest
 from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.loadtest.clients import Client
-from splitlearn.loadtest.driver import NOT_BEGUN, NOT_ENDED, Measured, Outcome, State, drive
-from splitlearn.loadtest.plan import Asked, Job, Levels, arrivals, jobs
+from splitlearn.loadtest.driver import NOT_BEGUN, NOT_ENDED, Measurement, Outcome, State, drive
+from splitlearn.loadtest.plan import Job, Levels, LoadTest, arrivals, jobs
 from splitlearn.loadtest.recording import Recording, record
 from splitlearn.loadtest.summary import Summary
 from splitlearn.runtime.progress import silent
@@ -40,7 +40,7 @@ from tests.support.words import load_of, session_of
 __all__ = ["refusal"]
 
 PROMPTS = ("Why is the sky blue?", "The sky is blue because air scatters short waves of light more.", "How?")
-ASKED = Asked(PROMPTS, clients=2, duration_s=0.5, max_new_tokens=8)
+ASKED = LoadTest(PROMPTS, clients=2, duration_s=0.5, max_new_tokens=8)
 CACHED = frozenset({"use_cache", "inference_mode"})
 SESSIONS = 2
 
@@ -108,7 +108,7 @@ class Refused(Paced):
         yield 0.0
 
 
-def driven(clients: Sequence[Client], asked: Asked, grace_s: float = 30.0) -> Measured:
+def driven(clients: Sequence[Client], asked: LoadTest, grace_s: float = 30.0) -> Measurement:
     return drive(clients, replace(asked, clients=len(clients)), silent, threading.Event(), grace_s)
 
 
@@ -197,7 +197,7 @@ def test_goodput_counts_whole_answers_within_both_levels() -> None:
         outcome("failed", 1.0, 1.5, 1.6),
         outcome("rejected", 1.0),
     )
-    found = Summary.of(Measured(outcomes, 10.0, 0.1), Levels(ttft_s=2.0, tpot_s=0.3))
+    found = Summary.of(Measurement(outcomes, 10.0, 0.1), Levels(ttft_s=2.0, tpot_s=0.3))
     assert (found.offered, found.done, found.failed, found.rejected, found.incomplete) == (6, 4, 1, 1, 0)
     assert found.goodput_per_s == pytest.approx(1 / 10)
     assert found.goodput_share == pytest.approx(1 / 6)
@@ -210,7 +210,7 @@ def test_goodput_counts_whole_answers_within_both_levels() -> None:
 
 def test_percentiles_are_given_where_the_number_of_requests_bounds_them() -> None:
     def spread(n: int) -> Summary:
-        return Summary.of(Measured(tuple(outcome("done", 0.0, 1.0, 1.1) for _ in range(n)), 10.0, 0.0), Levels())
+        return Summary.of(Measurement(tuple(outcome("done", 0.0, 1.0, 1.1) for _ in range(n)), 10.0, 0.0), Levels())
 
     assert spread(71).ttft.p95_s is None
     assert spread(72).ttft.p95_s == pytest.approx(1.0)
