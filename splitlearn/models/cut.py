@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -142,7 +141,7 @@ def eagerly(cut: CutModel) -> Iterator[None]:
 
 def example(cut: CutModel, tokens: int) -> Tensor:
     """Something to try a stage with: token ids [1, tokens] or a hidden state [1, tokens, H], always the same."""
-    weight = next(parameter for parameter in cut.module.parameters() if parameter.is_floating_point())
+    weight = _floating(cut)
     made = torch.Generator().manual_seed(0)
     if cut.first:
         return torch.randint(8, (1, tokens), generator=made).to(weight.device)
@@ -150,11 +149,13 @@ def example(cut: CutModel, tokens: int) -> Tensor:
     return (0.1 * torch.randn(1, tokens, hidden, generator=made)).to(weight.device, weight.dtype)
 
 
-def agree(own: Tensor, found: Tensor, near: float) -> bool:
-    """Whether `found` is `own` but for rounding: within `near` of each value, or of the largest of them. What is not
-    finite agrees with nothing, as nothing can be told of it."""
-    most = float(own.abs().max())
-    return math.isfinite(most) and torch.allclose(own, found, rtol=near, atol=near * most)
+def dtype_of(cut: CutModel) -> torch.dtype:
+    """The dtype in which the stage computes."""
+    return _floating(cut).dtype
+
+
+def _floating(cut: CutModel) -> nn.Parameter:
+    return next(parameter for parameter in cut.module.parameters() if parameter.is_floating_point())
 
 
 def layers_of(cut: CutModel) -> nn.ModuleList:

@@ -6,20 +6,20 @@ every layer has the number 0, and is handed a cache of one layer, its own. Layer
 that in the stage's output, and such a stage is compiled whole.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-from splitlearn.models.cut import COMPILED, LAYER_NUMBERS, CutModel, example, forward, layers_of
+from splitlearn.models.cut import COMPILED, LAYER_NUMBERS, CutModel, layers_of
 from splitlearn.runtime import private_apis
+from splitlearn.stages.verify import SessionStep, own_forward, reason_against
 
-TRIED = (3, 1)
-"""Tokens of the steps that a stage is tried with."""
 # Of one piece of code: first and later pieces of a prompt, a single token, each in every kind of cache and of layer.
 MOST_VARIANTS = 64
 
@@ -57,26 +57,26 @@ def _compile(cut: CutModel, modules: Sequence[nn.Module]) -> None:
 
 
 def _become_alike(cut: CutModel, layers: Sequence[nn.Module]) -> bool:
-    """Give all layers the number 0 and a cache of their own; undone where the outputs are not the same then."""
-    try:
-        before = _tried(cut)
-    except Exception:  # layers that keep something else than keys and values
+    """Give all layers the number 0 and a cache of their own, if their outputs stay the same."""
+
+    def alike(steps: Sequence[SessionStep]) -> list[torch.Tensor]:
+        with ExitStack() as undo:
+            _renumber(layers, undo)
+            return own_forward(cut, steps)
+
+    if reason_against(cut, alike) is not None:
         return False
-    undo: list[Callable[[], object]] = []
+    _renumber(layers, ExitStack())
+    return True
+
+
+def _renumber(layers: Sequence[nn.Module], undo: ExitStack) -> None:
     for number, layer in enumerate(layers):
-        undo.append(layer.register_forward_pre_hook(partial(_hand_own, number), with_kwargs=True).remove)
+        undo.callback(layer.register_forward_pre_hook(partial(_hand_own, number), with_kwargs=True).remove)
         for module, name in product(layer.modules(), LAYER_NUMBERS):
             if isinstance(own := getattr(module, name, None), int):
+                undo.callback(setattr, module, name, own)
                 setattr(module, name, 0)
-                undo.append(partial(setattr, module, name, own))
-    try:
-        alike = all(map(torch.equal, before, _tried(cut)))
-    except Exception:  # whatever the layers raise, they cannot
-        alike = False
-    if not alike:
-        for each in undo:
-            each()
-    return alike
 
 
 def _hand_own(
@@ -92,16 +92,3 @@ def _hand_own(
         return Cache(layers=[value.layers[number]])
 
     return tuple(map(own, positional)), {name: own(value) for name, value in named.items()}
-
-
-def _tried(cut: CutModel) -> list[torch.Tensor]:
-    """The outputs of some steps of one session."""
-
-    def steps() -> Iterator[torch.Tensor]:
-        x, cache, position = example(cut, sum(TRIED)), DynamicCache(), 0
-        for tokens in TRIED:
-            yield forward(cut, x[:, position : position + tokens], position, cache)
-            position += tokens
-
-    with torch.inference_mode():
-        return list(steps())

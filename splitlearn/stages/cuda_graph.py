@@ -9,25 +9,26 @@ recording of its own.
 What goes in and out crosses in pinned memory, within the recording: a hidden state is on the host after a replay, while
 logits stay on the device, where the sampler looks for the largest.
 
-Whether a stage can be recorded it shows itself: two tokens are replayed at its loading, and where the second does not
-come out as from the stage's own forward, or where the forward asks the device for a value, the stage is left as it is.
+At loading, replays are compared with the stage's own forward (stages/verify.py). If they differ, or if the forward asks
+the device for a value, the stage keeps its forward.
 """
 
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import cast
 from weakref import WeakSet
 
 import torch
 from transformers.cache_utils import Cache, StaticLayer
 
 from splitlearn.kvcache.layers import ReservedCache, ReservedLayer
-from splitlearn.kvcache.pool import KVPool, Run, shapes_of
-from splitlearn.models.cut import CutModel, agree, body_of, eagerly, example, forward
+from splitlearn.models.cut import CutModel, body_of, example, forward
 from splitlearn.models.rope import is_pure
 from splitlearn.stages.fused_decode import Row
 from splitlearn.stages.head import Early
+from splitlearn.stages.verify import reason_against, with_tokens_by
 
 log = logging.getLogger(__name__)
 Body = Callable[[], torch.Tensor]
@@ -36,17 +37,22 @@ Record = Callable[[Body], Body]
 LEAST_WINDOW = 256
 """Tokens; memory that is given to sessions one after the other is in blocks of as many."""
 MOST_RECORDINGS = 64
-TRIED_TOKENS = 8
 
 
 def of(cut: CutModel, record: Record | None = None) -> Row | None:
     """What replays one token through the stage; None, and a warning, where it cannot be recorded."""
+    reason, row = None, None
     if is_pure(cut.module):
-        why = "the frequencies of its rotary embeddings change as the sequence grows"
-        log.warning("The layers [%d, %d) are not recorded: %s", cut.start, cut.end, why)
-        return None
-    row = GraphRow(cut, record or on_cuda(example(cut, 1).device))
-    return row if row.agrees() else None
+        reason = "the frequencies of its rotary embeddings change as the sequence grows"
+    else:
+        row = GraphRow(cut, record or on_cuda(example(cut, 1).device))
+        by_row = with_tokens_by(cut, lambda step: cast(torch.Tensor, row(step.x, step.position, step.cache)))
+        reason = reason_against(cut, by_row)
+    if reason is None and row is not None:
+        row.end_trial()
+        return row
+    log.warning("The layers [%d, %d) are not recorded: %s", cut.start, cut.end, reason)
+    return None
 
 
 def on_cuda(device: torch.device) -> Record:
@@ -79,6 +85,8 @@ class GraphRow:
 
     def __init__(self, cut: CutModel, record: Record) -> None:
         self.compile_s = 0.0
+        self._first: dict[tuple[int, int], tuple[Cache, Body]] = {}
+        """Those of the trial. The memory that all recordings share is there while one of them is."""
         self._cut, self._record = cut, record
         # The windows stay with what was recorded for them: no other memory can come to lie where they do.
         self._recordings: OrderedDict[tuple[int, int], tuple[Cache, Body]] = OrderedDict()
@@ -113,29 +121,10 @@ class GraphRow:
             torch.cuda.current_stream(out.device).synchronize()
         return self._out.host.clone()
 
-    def agrees(self) -> bool:
-        """Whether a second replay gives what the stage's own forward gives at its position, but for rounding."""
-        x, dtype = example(self._cut, TRIED_TOKENS), self._dtype
-        begun, near = TRIED_TOKENS - 2, float(torch.finfo(dtype).eps ** 0.5)
-        try:
-            with torch.inference_mode(), eagerly(self._cut):
-                pool = KVPool(shapes_of(self._cut, x[:, :1]), 2, TRIED_TOKENS, dtype, x.device)
-                one, other = (pool.cache(Run(at * TRIED_TOKENS, TRIED_TOKENS)) for at in range(2))
-                for cache in (one, other):
-                    forward(self._cut, x[:, :begun], 0, cache)
-                for at in range(begun, TRIED_TOKENS):
-                    token = x[:, at : at + 1]
-                    own, found = forward(self._cut, token, at, one), self(token, at, other)
-        except Exception as error:  # whatever the layers raise, they cannot
-            log.warning("The layers [%d, %d) are not recorded: %s", self._cut.start, self._cut.end, error)
-            return False
-        # While one recording is there the memory that all share is, too.
+    def end_trial(self) -> None:
+        """Begin anew, as if no session had come yet."""
         self._first, self.compile_s = dict(self._recordings), 0.0
         self.forget()
-        same = found is not None and agree(own.cpu(), found.cpu(), near)
-        if not same:
-            log.warning("The layers [%d, %d) are not recorded: a replay differs", self._cut.start, self._cut.end)
-        return same
 
     def forget(self) -> None:
         """Drop all recordings, and with them the memory for which they were made."""

@@ -1,8 +1,8 @@
 """Stages through which one token goes in one call (kernels/llama_decode.py), where their layers are such as Llama's.
 
-Whether they are, their parts tell, and then the stage's own output: a token goes through both, after a few others, and
-where the two differ by more than rounding the stage is left as it is. So is every step of more than one token, and one
-whose keys and values do not lie where the kernel reads them.
+`of(cut)` checks the structure of the layers, then compares the kernel with the model's own forward (stages/verify.py).
+A stage that fails either keeps its forward. So does a step of more than one token, and one whose keys and values do not
+lie where the kernel reads them.
 """
 
 import inspect
@@ -17,14 +17,14 @@ from transformers.cache_utils import Cache
 
 from splitlearn.errors import StepUnwanted
 from splitlearn.kernels.block_format import memory
-from splitlearn.kvcache import layers as kv_layers
 from splitlearn.kvcache.layers import ReservedCache
 from splitlearn.layers import kernel_attention
 from splitlearn.layers.block_linear import BlockLinear
-from splitlearn.models.cut import CutModel, agree, body_of, example, forward, layers_of
+from splitlearn.models.cut import CutModel, body_of, layers_of
 from splitlearn.models.rope import GROWING
 from splitlearn.runtime import private_apis
 from splitlearn.stages.head import FIRST, Early
+from splitlearn.stages.verify import reason_against, with_tokens_by
 
 
 class Row(Protocol):
@@ -60,7 +60,6 @@ FULL = "full_attention"
 # may depend on the position and show itself after thousands of tokens: Ministral 3 scales queries from the 16,384th on.
 ALLOWED = {"getattr", "sliding_window"}
 TURNS = 256
-NEAR = 1e-3
 # Of a step that may be dropped: between two calls of the kernel, which take 10 us more, somebody looks.
 LAYERS_AT_ONCE = 4
 # A token is computed by half of the threads that are set. Client and trunk compute at the same time
@@ -85,7 +84,8 @@ def of(cut: CutModel) -> Row | None:
     if len({tuple((linear.out_features, linear.in_features) for linear in _linears(layer)) for layer in layers}) > 1:
         return None
     row = _OneRow(cut, layers)
-    return row if _same(cut, row) else None
+    by_row = with_tokens_by(cut, lambda step: cast(torch.Tensor, row(step.x, step.position, step.cache)))
+    return row if reason_against(cut, by_row) is None else None
 
 
 class _OneRow:
@@ -232,13 +232,3 @@ def _is_whole(linear: Any) -> bool:
 
 def _is_norm(norm: Any) -> bool:
     return hasattr(norm, "variance_epsilon") and norm.weight.dtype == torch.float32
-
-
-def _same(cut: CutModel, row: Row) -> bool:
-    """Whether a fifth token comes out of both alike."""
-    x, (one, other) = example(cut, 5), (kv_layers.reserved(cut.end - cut.start, 8) for _ in range(2))
-    with torch.inference_mode():
-        for cache in (one, other):
-            forward(cut, x[:, :4], 0, cache)
-        own, found = forward(cut, x[:, 4:], 4, one), row(x[:, 4:], 4, other)
-    return found is not None and agree(own, found, NEAR)

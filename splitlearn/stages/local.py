@@ -153,11 +153,7 @@ class LocalStage:
         """
         words = settings.words
         if words not in self._tried:
-            self._tried[words] = (
-                self._pools()
-                and agrees(self.cut, self.pool(4, 4), self._example, settings)
-                and SHARED_FORWARD in self._allowed
-            )
+            self._tried[words] = self._pools() and agrees(self.cut, settings) and SHARED_FORWARD in self._allowed
         return self._tried[words]
 
     def _pools(self) -> bool:

@@ -14,11 +14,11 @@ from torch import nn
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import NotFinite
-from splitlearn.models.cut import agree
 from splitlearn.stages import loading
 from splitlearn.stages.base import StageInput
 from splitlearn.stages.local import LocalSession, LocalStage
 from splitlearn.stages.nonfinite import first_not_finite
+from splitlearn.stages.verify import agree
 from tests.conftest import TinyFactory
 from tests.support.trunk import PLAN
 from tests.support.words import load_of, session_of

@@ -16,12 +16,13 @@ from transformers.utils import logging
 
 from splitlearn.errors import FamilyRefused
 from splitlearn.stages.equivalence.tiny import CONTEXT, VOCABULARY
+from splitlearn.stages.verify import rounding
 
 TOTAL = CONTEXT + 6
 """Tokens of a text: more than any boundary."""
 PENALTY = 1.5
 """Of the tokens that were said. A random model with a tied head says its last token again and again otherwise."""
-TOLERANCE = 1e-3
+TOLERANCE = rounding(torch.float32)
 """Between one pass and steps of the same model, which add in another order; relative to the largest logit."""
 
 

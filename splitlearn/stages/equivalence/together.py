@@ -17,6 +17,7 @@ from splitlearn.models.cut import CutModel
 from splitlearn.stages.equivalence.judge import TOLERANCE, TOTAL, Text
 from splitlearn.stages.equivalence.steps import LONG, SHORT, Script, cut_whole, run_steps, steps_of
 from splitlearn.stages.ragged_batch import Packed, forward_packed
+from splitlearn.stages.verify import agree
 
 SHARED_FORWARD, STATIC_CACHE = "shared forward", "static cache"
 ENDS = ((SHORT, LONG), (SHORT + 3, LONG + 1), (SHORT + 6, LONG + 2), (TOTAL - 1, TOTAL - 1))
@@ -37,10 +38,7 @@ def _agrees(way: Way, model: nn.Module, texts: Sequence[Text]) -> bool:
         found = way(cut_whole(model)[0], texts)
     except Exception:  # whatever the layers raise, they cannot
         return False
-    return all(
-        torch.allclose(own, text.logits, rtol=0.0, atol=TOLERANCE * float(text.logits.abs().max()))
-        for own, text in zip(found, texts, strict=True)
-    )
+    return all(agree(text.logits, own, TOLERANCE) for own, text in zip(found, texts, strict=True))
 
 
 def _static(stage: CutModel, texts: Sequence[Text]) -> list[Tensor]:

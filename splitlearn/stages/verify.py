@@ -1,0 +1,97 @@
+"""Checks a candidate, a faster way through a stage, against the model's own forward before it is used.
+
+    reason = reason_against(cut, candidate)     # None: it gives what the model gives, but for rounding
+
+Two sessions take the same steps both ways: prompts, single tokens and a piece of a prompt, over caches in one pool.
+This is the only such check, and `agree` the only rule for what counts as rounding.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitlearn.kvcache.pool import KVPool, PooledCache, Run, shapes_of
+from splitlearn.models.cut import CutModel, dtype_of, eagerly, example, forward
+
+ROUNDS = ((3, 2), (1, 2), (1,))
+"""In each round, how many tokens come to the first session and to the second."""
+SESSION_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class SessionStep:
+    """A step of one session: token ids [1, T] or a hidden state [1, T, H], `cache` holds the `position` tokens before
+    it."""
+
+    cache: PooledCache
+    position: int
+    x: Tensor
+
+
+Candidate = Callable[[Sequence[SessionStep]], Sequence[Tensor]]
+"""Gives the outputs of the steps of a round, all positions of each, and extends their caches."""
+
+
+def reason_against(cut: CutModel, candidate: Candidate, *, arguments: Mapping[str, Any] | None = None) -> str | None:
+    """Why `candidate` cannot take the place of the stage's own forward with `arguments`, or None when it can.
+
+    A compiled stage runs eagerly meanwhile.
+    """
+    try:
+        with torch.inference_mode(), eagerly(cut):
+            own = _outputs(cut, partial(own_forward, cut, arguments=arguments))
+            found = _outputs(cut, candidate)
+            near = rounding(dtype_of(cut))
+            same = all(agree(one, other.to(one.device), near) for one, other in zip(own, found, strict=True))
+    except Exception as error:  # each family's layers fail in their own way
+        return f"{type(error).__name__}: {error}"
+    return None if same else "its output differs from that of the model's own forward"
+
+
+def own_forward(
+    cut: CutModel, steps: Sequence[SessionStep], *, arguments: Mapping[str, Any] | None = None
+) -> list[Tensor]:
+    """The candidate that every other one is compared with: the model's own forward, one session after the other."""
+    return [forward(cut, step.x, step.position, step.cache, arguments=arguments) for step in steps]
+
+
+def with_tokens_by(cut: CutModel, one_token: Callable[[SessionStep], Tensor]) -> Candidate:
+    """The candidate that computes steps of one token by `one_token`, and longer ones by the model's own forward."""
+
+    def candidate(steps: Sequence[SessionStep]) -> list[Tensor]:
+        return [one_token(step) if step.x.shape[1] == 1 else own_forward(cut, [step])[0] for step in steps]
+
+    return candidate
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far two orders of the same operations may lie apart in `dtype`, relative to the values: 1e-3, or the square
+    root of its epsilon where that is more."""
+    return max(1e-3, float(torch.finfo(dtype).eps ** 0.5))
+
+
+def agree(own: Tensor, found: Tensor, near: float) -> bool:
+    """Whether `found` lies within `near` of each value of `own`, or of the largest one. What is not finite agrees with
+    nothing."""
+    most = float(own.abs().max())
+    return math.isfinite(most) and torch.allclose(own, found, rtol=near, atol=near * most)
+
+
+def _outputs(cut: CutModel, candidate: Candidate) -> list[Tensor]:
+    x = example(cut, 2 * SESSION_TOKENS)
+    pool = KVPool(shapes_of(cut, x[:, :1]), 2, SESSION_TOKENS, dtype_of(cut), x.device)
+    caches = [pool.cache(Run(at * SESSION_TOKENS, SESSION_TOKENS)) for at in range(2)]
+    found, ends = list[Tensor](), [0, 0]
+    for tokens in ROUNDS:
+        steps = [
+            SessionStep(cache, end, x[:, at * SESSION_TOKENS + end :][:, :count])
+            for at, (cache, end, count) in enumerate(zip(caches, ends, tokens, strict=False))
+        ]
+        found += candidate(steps)
+        ends = [end + count for end, count in zip(ends, (*tokens, 0), strict=False)]
+    return found
