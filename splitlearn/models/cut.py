@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,6 @@ from splitlearn.errors import InputError
 from splitlearn.models import rope
 from splitlearn.models.structure import Structure, join, structure_of
 
-COMPILED = "_stage_is_compiled"
-"""The attribute by which a module says so (stages/compile.py)."""
 LAYER_NUMBERS = ("layer_idx", "layer_id")
 """Attributes by which a layer knows its place in the cache."""
 
@@ -53,11 +51,8 @@ class CutModel:
     """Those of position_ids and logits_to_keep that the module's forward takes."""
     tied: Mapping[str, str]
     """Full names of parameters that are another one's values: tied name -> the name of the one that is stored."""
-
-    @property
-    def compiled(self) -> bool:
-        """Whether its module, or its layers, go through torch.compile when it is called."""
-        return COMPILED in vars(self.module)
+    compiled: Literal["", "whole", "by layers"] = ""
+    """What of it goes through torch.compile when it is called (stages/compile.py)."""
 
     @cached_property
     def configs(self) -> tuple[Any, ...]:

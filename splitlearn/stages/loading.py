@@ -266,7 +266,7 @@ def _finish(
     if head is not None:
         head.register_forward_pre_hook(_with_own_row)
     if wanted.compile_stage is not None:
-        wanted.compile_stage(cut)
+        cut = wanted.compile_stage(cut)
     allows = partial(equivalence.allows, config)
     row = None if wanted.one_row is None else wanted.one_row(cut)
     if row is not None and row.recorded and equivalence.STATIC_CACHE not in allows():

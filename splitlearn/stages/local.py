@@ -30,9 +30,9 @@ from splitlearn.stages.cuda_graph import LEAST_WINDOW
 from splitlearn.stages.equivalence import SHARED_FORWARD, STATIC_CACHE
 from splitlearn.stages.fused_decode import Row
 from splitlearn.stages.head import Early, PartedHead
-from splitlearn.stages.ragged_batch import Packed, forward_packed
-from splitlearn.stages.ragged_check import agrees
+from splitlearn.stages.ragged_batch import RaggedStage
 from splitlearn.stages.settings import SessionSettings
+from splitlearn.stages.verify import SessionStep
 
 # On an H200 8 recorded steps of SmolLM2's trunk took 22 ms one after the other, in one forward that is launched kernel
 # by kernel 25; 12 of them 32 and 31 (docs/results/gpu.md).
@@ -153,7 +153,9 @@ class LocalStage:
         """
         words = settings.words
         if words not in self._tried:
-            self._tried[words] = self._pools() and agrees(self.cut, settings) and SHARED_FORWARD in self._allowed
+            self._tried[words] = (
+                self._pools() and self._ragged.agrees(settings.forward_arguments) and SHARED_FORWARD in self._allowed
+            )
         return self._tried[words]
 
     def _pools(self) -> bool:
@@ -181,6 +183,10 @@ class LocalStage:
     def _example(self) -> torch.Tensor:
         """Something to try the stage with: 8 token ids, or as many rows of a hidden state."""
         return example(self.cut, 8)
+
+    @cached_property
+    def _ragged(self) -> RaggedStage:
+        return RaggedStage(self.cut)
 
     @cached_property
     def _allowed(self) -> frozenset[str]:
@@ -259,13 +265,12 @@ class LocalStage:
         started, compiled = time.perf_counter(), self._compile_seconds()
         for item in batch:
             _make_room(item.session, item.position, item.x.shape[1])
-        parts = [
-            Packed(item.session.cache, item.position, item.x.shape[1], item.logits, item.rope_length) for item in batch
+        steps = [
+            SessionStep(item.session.cache, item.position, item.x, item.logits, item.rope_length) for item in batch
         ]
         settings = batch[0].session.settings
         with settings.gradient_guard():
-            x = torch.cat([item.x for item in batch], dim=1).to(self.device)
-            out = forward_packed(self.cut, x, parts, settings.forward_arguments)
+            out = self._ragged.forward(steps, settings.forward_arguments)
         for item in batch:
             item.session.length = item.position + item.x.shape[1]
         timings = chain([self._timing(out[0], started, compiled)], repeat(StageTiming({})))

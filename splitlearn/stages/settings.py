@@ -38,7 +38,7 @@ class LoadSettings:
     head: MakeLinear | None = None
     weight_bits: int | None = None
     one_row: Callable[[CutModel], Row | None] | None = None
-    compile_stage: Callable[[CutModel], None] | None = None
+    compile_stage: Callable[[CutModel], CutModel] | None = None
 
 
 @dataclass(frozen=True)

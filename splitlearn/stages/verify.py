@@ -25,12 +25,16 @@ SESSION_TOKENS = 5
 
 @dataclass(frozen=True)
 class SessionStep:
-    """A step of one session: token ids [1, T] or a hidden state [1, T, H], `cache` holds the `position` tokens before
-    it."""
+    """A step of one session: token ids [1, T] or a hidden state [1, T, H], after the `position` tokens in `cache`.
+
+    A last stage gives the logits of the last `logits` tokens, 0 for all. `rope_length` is that of `forward`.
+    """
 
     cache: PooledCache
     position: int
     x: Tensor
+    logits: int = 0
+    rope_length: int = 0
 
 
 Candidate = Callable[[Sequence[SessionStep]], Sequence[Tensor]]

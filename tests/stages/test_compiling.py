@@ -5,6 +5,7 @@ as it is. tests/flags/test_fidelity.py runs code that inductor made.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.models.cut import CutModel, eagerly, example, layers_of
+from splitlearn.kvcache import layers as kv_layers
+from splitlearn.models.cut import eagerly, example, forward, layers_of
 from splitlearn.stages import compile, loading
 from splitlearn.stages.base import StageInput
 from splitlearn.stages.local import LocalStage
@@ -42,8 +44,7 @@ def _stage(files: ModelFiles, spec: loading.StageSpec, flags: frozenset[str] = F
 
 def _by_layers(files: ModelFiles, spec: loading.StageSpec, flags: frozenset[str] = FLAGS) -> LocalStage:
     stage = _stage(files, spec, flags)
-    compile.compile_by_layers(stage.cut)
-    return stage
+    return replace(stage, cut=compile.compile_by_layers(stage.cut))
 
 
 def _outputs(stage: LocalStage, flags: frozenset[str]) -> list[torch.Tensor]:
@@ -52,11 +53,6 @@ def _outputs(stage: LocalStage, flags: frozenset[str]) -> list[torch.Tensor]:
         outs.append(stage.step([StageInput(session, at, x[:, at:end], end - at)])[0].x)
         at = end
     return outs
-
-
-def _alone(cut: CutModel) -> bool:
-    """Whether its layers were compiled each by itself."""
-    return hasattr(layers_of(cut)[0].forward, "_torchdynamo_orig_callable")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +69,7 @@ def test_a_stage_compiled_by_layers_gives_what_it_gave(
 ) -> None:
     flags = FLAGS | {cache}
     compiled = _by_layers(tiny_model(family), spec, flags)
-    assert compiled.cut.compiled and _alone(compiled.cut)
+    assert compiled.cut.compiled == "by layers"
     expected = _outputs(_stage(tiny_model(family), spec, flags), flags)
     for found, own in zip(_outputs(compiled, flags), expected, strict=True):
         torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
@@ -108,10 +104,16 @@ def test_layers_that_compute_with_their_number_are_compiled_in_a_row(tiny_model:
     for layer in layers:
         layer.register_forward_hook(lambda module, given, out: out * (1 + module.self_attn.layer_idx))
     before = [layer.self_attn.layer_idx for layer in layers]
-    compile.compile_by_layers(cut)
-    assert cut.compiled and not _alone(cut)
+    seen = list[int]()
+    layers[1].register_forward_pre_hook(
+        lambda module, given, named: seen.append(len(named["past_key_values"].layers)), with_kwargs=True
+    )
+    compiled = compile.compile_by_layers(cut)
+    assert compiled.compiled == "whole"
     assert [layer.self_attn.layer_idx for layer in layers] == before
-    assert not any(layer._forward_pre_hooks for layer in layers[1:])
+    with eagerly(compiled), torch.inference_mode():
+        forward(compiled, example(cut, 2), 0, kv_layers.reserved(len(layers), 4))
+    assert seen[-1] == len(layers), "each layer is given the whole cache again"
 
 
 def test_a_compiled_stage_can_run_as_it_was(tiny_model: TinyFactory) -> None:

@@ -16,8 +16,8 @@ from splitlearn.kvcache.pool import KVPool, PooledCache, shapes_of
 from splitlearn.models.cut import CutModel
 from splitlearn.stages.equivalence.judge import TOLERANCE, TOTAL, Text
 from splitlearn.stages.equivalence.steps import LONG, SHORT, Script, cut_whole, run_steps, steps_of
-from splitlearn.stages.ragged_batch import Packed, forward_packed
-from splitlearn.stages.verify import agree
+from splitlearn.stages.ragged_batch import RaggedStage
+from splitlearn.stages.verify import SessionStep, agree
 
 SHARED_FORWARD, STATIC_CACHE = "shared forward", "static cache"
 ENDS = ((SHORT, LONG), (SHORT + 3, LONG + 1), (SHORT + 6, LONG + 2), (TOTAL - 1, TOTAL - 1))
@@ -28,7 +28,7 @@ Way = Callable[[CutModel, Sequence[Text]], list[Tensor]]
 
 def allowed(model: nn.Module, short: Text, long: Text) -> tuple[str, ...]:
     """Which of SHARED_FORWARD and STATIC_CACHE gives both texts as `generate()` does."""
-    ways: dict[str, Way] = {SHARED_FORWARD: _packed, STATIC_CACHE: _static}
+    ways: dict[str, Way] = {SHARED_FORWARD: _ragged, STATIC_CACHE: _static}
     return tuple(name for name, way in ways.items() if _agrees(way, model, (short, long)))
 
 
@@ -49,21 +49,26 @@ def _static(stage: CutModel, texts: Sequence[Text]) -> list[Tensor]:
     ]
 
 
-def _packed(stage: CutModel, texts: Sequence[Text]) -> list[Tensor]:
+def _ragged(stage: CutModel, texts: Sequence[Text]) -> list[Tensor]:
     pool = KVPool(shapes_of(stage, texts[0].ids[:, :1]), len(texts), TOTAL, torch.float32, torch.device("cpu"))
     runs = [pool.reserve(TOTAL) for _ in texts]
     caches = [PooledCache(pool, run) for run in runs if run is not None]
-    logits: list[list[Tensor]] = [[] for _ in texts]
+    logits, ragged = [list[Tensor]() for _ in texts], RaggedStage(stage)
     ways = [steps_of(stage, text.prompt, [end[at] for end in ENDS]) for at, text in enumerate(texts)]
     for steps in zip_longest(*ways):
         taking = [(at, step) for at, step in enumerate(steps) if step is not None]
         for at, step in taking:
             caches[at].crop(step.begin - caches[at].get_seq_length())
         parts = [
-            Packed(caches[at], step.begin, step.end - step.begin, step.end - step.start, step.rope_length)
+            SessionStep(
+                caches[at],
+                step.begin,
+                texts[at].ids[:, step.begin : step.end],
+                step.end - step.start,
+                step.rope_length,
+            )
             for at, step in taking
         ]
-        x = torch.cat([texts[at].ids[:, step.begin : step.end] for at, step in taking], dim=1)
-        for (at, _), out in zip(taking, forward_packed(stage, x, parts), strict=True):
+        for (at, _), out in zip(taking, ragged.forward(parts), strict=True):
             logits[at].append(out[0])
     return [torch.cat(own) for own in logits]
