@@ -3,7 +3,9 @@
 Each has no public counterpart that does the same. Libraries are imported when they are needed.
 """
 
+import copy
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -81,6 +83,14 @@ def allow_variants(count: int) -> None:
     import torch
 
     torch._dynamo.config.recompile_limit = max(count, torch._dynamo.config.recompile_limit)
+
+
+def with_children(module: Any, change: Callable[[Any], Any]) -> Any:
+    """torch: a copy of `module` whose children are what `change` makes of them. It shares all else: parameters, buffers
+    and hooks. A deep copy would hold the weights twice."""
+    own = copy.copy(module)
+    own._modules = {name: child if child is None else change(child) for name, child in module._modules.items()}
+    return own
 
 
 def end_call(context: Any, code: Any, reason: str) -> None:

@@ -90,10 +90,7 @@ def _attending(module: nn.Module, made: dict[int, Any]) -> nn.Module:
     if id(module) not in made:
         own = module
         if any(hasattr(each, "config") for each in module.modules()):
-            own = copy.copy(module)
-            own._modules = {
-                name: None if child is None else _attending(child, made) for name, child in module._modules.items()
-            }
+            own = private_apis.with_children(module, lambda child: _attending(child, made))
             config: Any = getattr(module, "config", None)
             if config is not None:
                 own.config = made.setdefault(id(config), _naming(config))

@@ -100,3 +100,14 @@ def test_the_queue_of_a_page_says_what_waits_to_be_read() -> None:
         gradio.Markdown("x")
     queue = private_apis.page_queue(blocks.queue())
     assert queue.pending_messages_per_session is not None and queue.pending_event_ids_session is not None
+
+
+def test_a_module_with_other_children_shares_all_else() -> None:
+    own = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU())
+    changed = private_apis.with_children(
+        own, lambda child: torch.nn.Identity() if len(list(child.parameters())) else child
+    )
+    x = torch.tensor([[-1.0, 2.0]])
+    assert torch.equal(changed(x), x.relu())
+    assert torch.equal(own(x), own[0](x).relu())
+    assert changed[1] is own[1]
