@@ -22,10 +22,10 @@ def _waiting(share: float) -> Apply:
     def change(settings: Settings) -> Settings:
         before = settings.load.compile_stage
 
-        def prepare(cut: CutModel) -> None:
-            if before is not None:
-                before(cut)
+        def prepare(cut: CutModel) -> CutModel:
+            cut = cut if before is None else before(cut)
             _wait_after(cut.module, share)
+            return cut
 
         return replace(settings, load=replace(settings.load, compile_stage=prepare))
 

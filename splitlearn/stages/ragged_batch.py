@@ -107,7 +107,8 @@ def _naming(config: Any) -> Any:
 def _cache(batch: RaggedBatch, places: Tensor) -> Cache:
     pool = batch.caches[0].pool
     whole = pool.views(0, pool.capacity)
-    return Cache(layers=[_RaggedLayer(batch, *whole[at : at + 2], places) for at in range(0, len(whole), 2)])
+    pairs = zip(whole[::2], whole[1::2], strict=True)
+    return Cache(layers=[_RaggedLayer(batch, keys, values, places) for keys, values in pairs])
 
 
 class _RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
