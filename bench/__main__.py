@@ -30,6 +30,7 @@ BENCHES = (
     "overlap",
     "flips",
     "llama",
+    "threads",
     "context",
     "gpu",
 )

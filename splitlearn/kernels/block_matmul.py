@@ -3,19 +3,24 @@
     multiply(blocks, bits, x, out, 0, N)    # x [T, K], out [T, N], both float32 and contiguous
 
 The matrix [N, K] is read once, as one stream, for up to SUMS rows at a time. A block is GROUP columns of LANES rows of
-the matrix: a float16 scale for each of the LANES, a float16 offset for each, then the whole numbers q, of which each
-value is scale * q + offset. x's products with q are summed and scaled once in a block, and so is the sum of x with the
-offset (without AVX-512 a row of 1536x576 takes 56 us, 68 if each value is made). A column's LANES numbers stand side by
-side, of 8 bits each; of 4 bits, with those of the column GROUP / 2 further on in the upper halves of the same bytes. A
-block of 32 bits has the float32 values themselves.
+the matrix. A block of 32 bits has their float32 values, column by column. One of fewer bits begins with a float16 scale
+and a float16 offset for each of the LANES; then come whole numbers q, and each value is scale * q + offset. A column's
+LANES numbers stand side by side, of 8 bits each. Of 4 bits, those of the column GROUP / 2 further on are in the upper
+halves of the same bytes. x's products with q are summed and scaled once in a block, and so is the sum of x with the
+offset: without AVX-512, a row of 1536x576 takes 56 us; with each value made first, 68.
 
-On one core (AMD EPYC with AVX-512) a row is multiplied as fast as memory gives the matrix, 40 GB/s of float32, 26 to 30
-of 4-bit blocks (oneDNN: 32 of float32), and 20 rows and more with 200 GFLOP/s. It is written in vectors of LLVM's own,
-which any processor has in some form. Only what calls this module should import it, since that loads LLVM, and the first
-call compiles: 2 s, or 0.2 s where an earlier process could keep what was compiled.
+On one core (AMD EPYC with AVX-512), a row is multiplied as fast as memory gives the matrix: 40 GB/s of float32, 26 to
+30 of 4-bit blocks (oneDNN: 32 of float32). 20 rows and more take 200 GFLOP/s. The code uses LLVM's vectors, which every
+processor has in some form. It takes 2 s to compile at the first call, or 0.2 s where an earlier process could keep it.
+To import this module loads LLVM, so import it only where it is called.
+
+Why not torch's `_weight_int4pack_mm_for_cpu`, which torchao calls, too: it reads 14 to 18 GB/s of 4-bit weights where
+this reads 26 to 30; it needs x in bfloat16, which changes the tokens (with float32 a row takes 100 times as long); and
+compiled code, such as that of kernels/llama_decode.py, cannot call it.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -42,83 +47,83 @@ FLOATS, INTS, BYTES, HALVES = (
 )
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """Pointers for rows of x times LANES rows of the matrix, and how many groups of columns both have."""
+
+    block: Any
+    x: list[Any]
+    sums: list[Any]
+    out: list[Any]
+    n_groups: Any
+
+
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def _product(
-    typing: Any,
-    rows: Any,
-    bits: Any,
-    blocks: Any,
-    block: Any,
-    x: Any,
-    at: Any,
-    sums: Any,
-    width: Any,
-    out: Any,
-    to: Any,
-    n: Any,
-) -> Any:
-    """The product of `rows` rows of x, a constant, with LANES rows of the matrix, of one of BITS each, for
-    compiled code. The arrays are flat, each but `sums` followed by the index at which to begin; `sums` are those of
-    x's GROUPs from its beginning on, `width` is K and `n` is N."""
+def _product(typing: Any, rows: Any, bits: Any, blocks: Any, x: Any, sums: Any, out: Any, row: Any, first: Any) -> Any:
+    """As `multiply`, for `rows` rows, a literal, from `row` on, and the LANES columns from `first` on. `sums` are those
+    of `x` [T, K / GROUP]; for 32 bits they are not read."""
+    kinds, n_rows = (blocks, x, sums, out), rows.literal_value
+    if any(kind.layout != "C" for kind in kinds):
+        raise numba.TypingError("multiply takes contiguous arrays")
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        flat = {
-            number: builder.gep(
-                context.make_array(signature.args[number])(context, builder, given[number]).data, [given[number + 1]]
-            )
-            for number in (2, 4, 8)
-        }
-        groups = context.make_array(signature.args[6])(context, builder, given[6]).data
-        groups = builder.gep(groups, [builder.sdiv(given[5], _index(GROUP))])
+        _, bits, *arrays, row, first = given
+        blocks, x, sums, out = (
+            context.make_array(kind)(context, builder, array) for kind, array in zip(kinds, arrays, strict=True)
+        )
+        (size,), (_, width), (_, n) = (cgutils.unpack_tuple(builder, each.shape) for each in (blocks, x, out))
+        n_groups, in_rows = (
+            builder.sdiv(width, _index(GROUP)),
+            [builder.add(row, _index(each)) for each in range(n_rows)],
+        )
+
+        def pointers(array: Any, width: Any, column: Any) -> list[Any]:
+            return [builder.gep(array.data, [builder.add(builder.mul(each, width), column)]) for each in in_rows]
+
+        tile = _Tile(
+            block=builder.gep(blocks.data, [builder.mul(first, builder.sdiv(size, n))]),
+            x=pointers(x, width, _index(0)),
+            sums=pointers(sums, n_groups, _index(0)),
+            out=pointers(out, n, first),
+            n_groups=n_groups,
+        )
         for each in BITS:
-            with builder.if_then(builder.icmp_signed("==", given[1], _index(each))):
-                _emit(builder, each, rows.literal_value, flat[2], flat[4], groups, given[7], flat[8], given[10])
+            with builder.if_then(builder.icmp_signed("==", bits, _index(each))):
+                _emit(builder, each, tile)
         return context.get_dummy_value()
 
     index = numba.types.intp
-    return numba.types.void(rows, index, blocks, index, x, index, sums, index, out, index, index), generate
+    return numba.types.void(rows, index, blocks, x, sums, out, index, index), generate
 
 
-def _emit(builder: Any, bits: int, rows: int, block: Any, x: Any, groups: Any, width: Any, out: Any, n: Any) -> None:
-    """The instructions of `_product`; addresses in place of arrays."""
-    zero, each, at_once = ir.Constant(FLOATS, None), range(rows), max(1, SUMS // rows)
-    totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(at_once if bits == 32 else 1)] for _ in each]
-    n_groups = builder.sdiv(width, _index(GROUP))
-    x_rows = [builder.gep(x, [builder.mul(width, _index(row))]) for row in each]
-    group_rows = [builder.gep(groups, [builder.mul(n_groups, _index(row))]) for row in each]
-    out_rows = [builder.gep(out, [builder.mul(n, _index(row))]) for row in each]
-    with cgutils.for_range(builder, n_groups) as loop:
-        here = builder.gep(block, [builder.mul(loop.index, _index(block_bytes(bits)))])
+def _emit(builder: Any, bits: int, tile: _Tile) -> None:
+    """The instructions of `_product` for one format."""
+    zero, at_once, size = ir.Constant(FLOATS, None), max(1, SUMS // len(tile.x)), block_bytes(bits)
+    totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(at_once if bits == 32 else 1)] for _ in tile.x]
+    with cgutils.for_range(builder, tile.n_groups) as loop:
+        block = builder.gep(tile.block, [builder.mul(loop.index, _index(size))])
         begin = builder.mul(loop.index, _index(GROUP))
-        if rows > 1 or bits < 32:
-            for line in range(0, block_bytes(bits), CACHE_LINE):
-                prefetch(builder, builder.gep(here, [_index(AHEAD_BYTES + line)]))
-        sums = [[builder.load(total) for total in of_row] if bits == 32 else [zero] * at_once for of_row in totals]
-        for column, values in _columns(builder, here, bits):
-            for row in each:
-                of_row = builder.load(builder.gep(x_rows[row], [builder.add(begin, _index(column))]))
-                spread, place = _in_all_lanes(builder, of_row), column % at_once
-                sums[row][place] = _multiply_add(builder, spread, values, sums[row][place])
-        for row in each:
+        for line in range(0, size if len(tile.x) > 1 or bits < 32 else 0, CACHE_LINE):
+            prefetch(builder, builder.gep(block, [_index(AHEAD_BYTES + line)]))
+        sums = [list(map(builder.load, of_row)) if bits == 32 else [zero] * at_once for of_row in totals]
+        for column, values in _columns(builder, block, bits):
+            at, place = builder.add(begin, _index(column)), column % at_once
+            for x, of_row in zip(tile.x, sums, strict=True):
+                spread = _in_all_lanes(builder, builder.load(builder.gep(x, [at])))
+                of_row[place] = _multiply_add(builder, spread, values, of_row[place])
+        for x_sums, of_row, kept in zip(tile.sums, sums, totals, strict=True):
             if bits < 32:
-                of_group = _in_all_lanes(builder, builder.load(builder.gep(group_rows[row], [loop.index])))
-                sums[row] = [_scaled(builder, here, reduce(builder.fadd, sums[row]), of_group, totals[row][0])]
-            for value, total in zip(sums[row], totals[row], strict=True):
-                builder.store(value, total)
-    for row in each:
-        total = reduce(builder.fadd, map(builder.load, totals[row]))
-        builder.store(total, builder.bitcast(out_rows[row], FLOATS.as_pointer()), align=4)
-
-
-def _scaled(builder: Any, block: Any, found: Any, of_group: Any, total: Any) -> Any:
-    """`total` and what a block adds to it: of x's products with its whole numbers, `found`, and of x's sum."""
-    scale = builder.fpext(_load(builder, block, 0, HALVES), FLOATS)
-    offset = builder.fpext(_load(builder, block, SCALES_BYTES // 2, HALVES), FLOATS)
-    return _multiply_add(builder, of_group, offset, _multiply_add(builder, found, scale, builder.load(total)))
+                x_sum = _in_all_lanes(builder, builder.load(builder.gep(x_sums, [loop.index])))
+                of_row = [_scaled(builder, block, reduce(builder.fadd, of_row), x_sum, builder.load(kept[0]))]
+            for value, to in zip(of_row, kept, strict=True):
+                builder.store(value, to)
+    for of_row, out in zip(totals, tile.out, strict=True):
+        total = reduce(builder.fadd, map(builder.load, of_row))
+        builder.store(total, builder.bitcast(out, FLOATS.as_pointer()), align=4)
 
 
 def _columns(builder: Any, block: Any, bits: int) -> Iterator[tuple[int, Any]]:
-    """Each column of a block, and its values, or of 4 and 8 bits the whole numbers."""
+    """Each column of a block, and its values; of 4 and 8 bits, its whole numbers."""
     if bits == 32:
         for column in range(GROUP):
             yield column, _load(builder, block, 4 * LANES * column, FLOATS)
@@ -130,6 +135,14 @@ def _columns(builder: Any, block: Any, bits: int) -> Iterator[tuple[int, Any]]:
         else:
             yield column, builder.sitofp(builder.and_(stored, ir.Constant(INTS, [15] * LANES)), FLOATS)
             yield column + GROUP // 2, builder.sitofp(builder.lshr(stored, ir.Constant(INTS, [4] * LANES)), FLOATS)
+
+
+def _scaled(builder: Any, block: Any, found: Any, x_sum: Any, total: Any) -> Any:
+    """`total` plus what a block of whole numbers adds: x's products with them, `found`, by the scale, and the sum of x
+    by the offset."""
+    scale = builder.fpext(_load(builder, block, 0, HALVES), FLOATS)
+    offset = builder.fpext(_load(builder, block, SCALES_BYTES // 2, HALVES), FLOATS)
+    return _multiply_add(builder, x_sum, offset, _multiply_add(builder, found, scale, total))
 
 
 def _index(number: int) -> Any:
@@ -152,13 +165,14 @@ def _in_all_lanes(builder: Any, value: Any) -> Any:
 
 
 @numba.njit(fastmath={"reassoc"})  # type: ignore[untyped-decorator]
-def _sums(x: Any, sums: Any) -> None:
-    """`sums` are set to those of `x`, GROUP by GROUP."""
-    for group in range(len(sums)):
-        total = np.float32(0)
-        for value in x[group * GROUP : (group + 1) * GROUP]:
-            total += value
-        sums[group] = total
+def _sum_groups(x: Any, sums: Any) -> None:
+    """`sums` [T, K / GROUP] are set to those of `x` [T, K], GROUP by GROUP."""
+    for row in range(len(x)):
+        for group in range(sums.shape[1]):
+            total = np.float32(0)
+            for value in x[row, group * GROUP : (group + 1) * GROUP]:
+                total += value
+            sums[row, group] = total
 
 
 @compiled
@@ -166,23 +180,22 @@ def multiply(blocks: Any, bits: Any, x: Any, out: Any, begin: Any, end: Any) -> 
     """The columns from `begin` to `end`, multiples of LANES, of `out` [T, N] are set to those of `x` [T, K] times the
     transposed matrix [N, K], where `blocks` are contiguous, all bytes of [N / LANES, K / GROUP, bytes of a block] one
     after the other."""
-    n_rows, width, n = len(x), x.shape[1], out.shape[1]
-    flat, results = x.reshape(-1), out.reshape(-1)
-    sums = np.empty(0 if bits == 32 else len(flat) // GROUP, np.float32)
-    _sums(flat, sums)
+    n_rows = len(x)
+    sums = np.empty((n_rows, 0 if bits == 32 else x.shape[1] // GROUP), np.float32)
+    _sum_groups(x, sums)
     for first in range(begin, end, LANES):
-        block, row = first * (len(blocks) // n), 0
+        row = 0
         while row < n_rows:
-            at, to, left = row * width, row * n + first, n_rows - row
+            left = n_rows - row
             if SUMS == 8 and left >= 8:
-                _product(8, bits, blocks, block, flat, at, sums, width, results, to, n)
+                _product(8, bits, blocks, x, sums, out, row, first)
                 row += 8
             elif left >= 4:
-                _product(4, bits, blocks, block, flat, at, sums, width, results, to, n)
+                _product(4, bits, blocks, x, sums, out, row, first)
                 row += 4
             elif left >= 2:
-                _product(2, bits, blocks, block, flat, at, sums, width, results, to, n)
+                _product(2, bits, blocks, x, sums, out, row, first)
                 row += 2
             else:
-                _product(1, bits, blocks, block, flat, at, sums, width, results, to, n)
+                _product(1, bits, blocks, x, sums, out, row, first)
                 row += 1
