@@ -53,8 +53,8 @@ def main(runs: Runs) -> None:
     ]
     text = (
         f"Geometric mean ratios with 95% intervals over {PAIRS} blocks of {TOKENS} tokens, greedy, flags `fast`, all "
-        f"arms in random order within each block. `runs.threads` is {CORES_EACH} times the threads for a token: client and "
-        f"trunk compute at the same time. The machine has {default_threads()} cores for this process."
+        f"arms in random order within each block. `runs.threads` is {CORES_EACH} times the threads for a token, since "
+        f"client and trunk compute at the same time. This process may use {default_threads()} cores."
     )
     write("threads", "What more threads bring to a token", text, rows, environment(runs))
 
