@@ -29,7 +29,7 @@ from splitlearn.events import Event, GenerationRequest, Recovery, TokenEvent
 from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.environment import trunk_pid
-from splitlearn.lab.logit_fidelity import Fed, logits_apart
+from splitlearn.lab.logit_fidelity import FixedInput, logits_in_subprocess
 from splitlearn.metrics import RunMetrics, first_divergence
 from splitlearn.runtime.process import Child
 
@@ -190,9 +190,9 @@ def _judge(runs: Runs, prompt: str, wanted: tuple[int, ...], ids: tuple[int, ...
     at = first_divergence(wanted, ids) or 0
     start = Tokens.load(runs.files.folder, use_fast=True).encode(prompt, chat=True)
     threads = runs.config.runs.threads
-    fed = Fed(runs.files, runs.plan, "split", runs.flags("default"), (*start, *wanted[:at]), len(start), threads)
-    singly = logits_apart(fed)[-1]
-    at_once = logits_apart(replace(fed, prompt_tokens=len(fed.ids)))[-1]
+    fed = FixedInput(runs.files, runs.plan, "split", runs.flags("default"), (*start, *wanted[:at]), len(start), threads)
+    singly = logits_in_subprocess(fed)[-1]
+    at_once = logits_in_subprocess(replace(fed, prompt_tokens=len(fed.ids)))[-1]
     second, best = np.sort(singly)[-2:].tolist()
     largest = float(np.abs(singly - at_once).max())
     return best - second <= 2 * largest, f"{best - second:.2g}, {largest:.2g}"

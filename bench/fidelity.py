@@ -18,7 +18,7 @@ from splitlearn.flags.registry import FLAGS
 from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.design import SAMPLED
-from splitlearn.lab.logit_fidelity import Difference, Fed, Logits, difference, logits_apart
+from splitlearn.lab.logit_fidelity import Difference, FixedInput, Logits, difference, logits_in_subprocess
 from splitlearn.metrics import first_divergence
 from splitlearn.sampling import SamplingParams
 
@@ -71,7 +71,7 @@ def _rows(runs: Runs) -> list[dict[str, Any]]:
         threads = runs.config.runs.threads
         print(f"logits: {kind}, {' '.join(flags.names()) or 'none'}", flush=True)
         return [
-            logits_apart(Fed(runs.files, runs.plan, kind, flags, tuple(ids), prompt, threads))
+            logits_in_subprocess(FixedInput(runs.files, runs.plan, kind, flags, tuple(ids), prompt, threads))
             for ids, prompt in sequences
         ]
 

@@ -16,10 +16,10 @@ from bench.report import write
 from splitlearn.arms.compare import KINDS, environment
 from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import Kind
-from splitlearn.lab.analysis import findings as analysis_findings
+from splitlearn.lab.analysis.findings import Findings, findings_of
 from splitlearn.lab.design import AA, plan
-from splitlearn.lab.experiment import Experiment, alone
-from splitlearn.lab.request import Asked, setup
+from splitlearn.lab.experiment import Experiment, exclusive
+from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import Store
 from splitlearn.runtime import process
 
@@ -35,7 +35,7 @@ process.PRELOAD.append(planted.__name__)
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/lab.md."""
-    with alone(runs.config), tempfile.TemporaryDirectory() as kept:
+    with exclusive(runs.config), tempfile.TemporaryDirectory() as kept:
         folder = Path(kept)
         same = [_experiment(runs, folder, seed, KINDS[seed % 2], [NOTHING], PAIRS) for seed in range(EXPERIMENTS)]
         apart = _experiment(runs, folder, EXPERIMENTS, "full", WAITING, PLANTED_PAIRS)
@@ -49,14 +49,12 @@ def main(runs: Runs) -> None:
     write("lab", "What the lab says of flags whose effect is known", text, verdicts, environment(runs))
 
 
-def _experiment(
-    runs: Runs, folder: Path, seed: int, kind: Kind, about: Sequence[str], pairs: int
-) -> analysis_findings.Findings:
+def _experiment(runs: Runs, folder: Path, seed: int, kind: Kind, about: Sequence[str], pairs: int) -> Findings:
     sides = {"full": "none", "client": "none", "trunk": "none"}
     applied = f"{APPLIED},{','.join(about)}"
     sides |= {"full": applied} if kind == "full" else {"client": applied, "trunk": APPLIED}
     words = " ".join(f"{side}:{flags}" for side, flags in sides.items())
-    made = setup(runs, Asked(words, pairs=pairs, max_new_tokens=TOKENS, seed=seed), COMMAND)
+    made = setup(runs, ExperimentRequest(words, pairs=pairs, max_new_tokens=TOKENS, seed=seed), COMMAND)
     asked = plan("without", made.flags, list(about))
     # Without the question about all flags together: its arm has no KV cache, and would take half of the time.
     questions = tuple(each for each in asked.questions if each.flag in (AA, *about))
@@ -65,10 +63,10 @@ def _experiment(
     with Store.create(folder / f"{seed}.sqlite", replace(made, plan=asked)) as store:
         for state in Experiment(runs, store).go():
             print(f"experiment {seed + 1}, {kind}: {state.phase}", flush=True)
-        return analysis_findings.of(store)
+        return findings_of(store)
 
 
-def _row(found: list[analysis_findings.Findings], flag: str, kind: Kind) -> dict[str, str]:
+def _row(found: list[Findings], flag: str, kind: Kind) -> dict[str, str]:
     rows = [row for findings in found for row in findings.rows if row.metric == "tpot_s" and row.question.kind == kind]
     own = [row for row in rows if row.question.flag == flag]
     noise = [row.effect for row in rows if row.question.flag == AA and row.effect]

@@ -9,7 +9,7 @@ from splitlearn.config import GenerationConfig
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.analysis.pairing import ServiceLevel
-from splitlearn.lab.request import DELTA, MINUTES, PROMPTS_LIMIT, Asked
+from splitlearn.lab.request import DELTA, MINUTES, PROMPTS_LIMIT, ExperimentRequest
 from splitlearn.sampling import SamplingParams
 
 PAIRS = 20
@@ -85,14 +85,14 @@ def decimal(field: str, typed: object) -> float:
         raise InputError(field, typed, "a number") from None
 
 
-def asked(typed: Mapping[str, Any], flags: str, prompt: str) -> Asked:
+def asked(typed: Mapping[str, Any], flags: str, prompt: str) -> ExperimentRequest:
     """The experiment for the fields of the Lab tab; without prompts of its own it takes the page's `prompt`."""
     lines = (typed["prompts"] or "").strip() or prompt
     prompts = tuple(line.strip() for line in lines.splitlines() if line.strip())
     if not 1 <= len(prompts) <= PROMPTS_LIMIT:
         raise InputError("prompts", lines.strip(), f"1 to {PROMPTS_LIMIT} prompts, one on each line")
     fixed = typed["limit"] == "pairs"
-    return Asked(
+    return ExperimentRequest(
         flags=flags,
         design=typed["design"],
         pairs=whole("pairs", typed["pairs"]) if fixed else None,

@@ -230,7 +230,7 @@ def _compare(options: argparse.Namespace, config: Config) -> None:
 
 
 def _bench(options: argparse.Namespace, config: Config) -> None:
-    from splitlearn.lab.request import Asked, read_prompts
+    from splitlearn.lab.request import ExperimentRequest, read_prompts
 
     if options.trunk is not None:
         config = configuration.with_trunk(config, options.trunk)
@@ -249,7 +249,7 @@ def _bench(options: argparse.Namespace, config: Config) -> None:
         "prompts": read_prompts(options.prompts) if options.prompts else None,
     }
     flags = " ".join(options.flags) if options.flags else config.flags
-    asked = Asked(flags, **_given(given))
+    asked = ExperimentRequest(flags, **_given(given))
     from splitlearn.cli import lab as lab_command  # after what may be refused at once
 
     lab_command.run(asked, config, options.out, as_json=options.json)

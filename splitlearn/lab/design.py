@@ -1,17 +1,16 @@
-"""What an experiment asks, and which arms answer it.
+"""The questions of an experiment, and the arms that answer them.
 
-An `Arm` is run once in every block. A `Question` holds two arms of one block against each other that differ in one
-flag: its ratio is `treated` / `control`, with the flag applied in `treated`. Three designs:
+An `Arm` runs once in every block. A `Question` compares two arms of one block that differ in one flag: its ratio is
+`treated` / `control`, with the flag applied in `treated`. Three designs:
 
 * without: every flag but one; treated is the baseline with all flags, control is the baseline without the flag; and one
   question about all of them together, whose control has none;
 * alone: each flag by itself; control is the baseline that keeps the KV cache and has no flag (for the cache itself:
   none at all), treated is the same with the flag;
-* ladder: flags added one after another in the order they were asked for; each step is held against the one before.
+* ladder: flags added one after another, in the order of the request; each step is compared with the one before.
 
-The baseline runs once more in each block, in a second worker: the A/A question, whose ratio should be 1 and shows what
-cannot be told from nothing. Flags that act only when sampling are asked about under seeded sampling, against a baseline
-of theirs.
+The baseline runs once more in each block, in a second worker. This is the A/A question: its ratio should be 1, and its
+interval is the noise floor. Flags that act only when sampling run under seeded sampling, with a baseline of their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ Design = Literal["without", "alone", "ladder"]
 DESIGNS: tuple[Design, ...] = ("without", "alone", "ladder")
 FIDELITIES: tuple[Fidelity, ...] = ("lossy", "rounding")
 CACHE = "use_cache"
-# What sampler flags are tried under; a greedy request leaves them nothing to do.
+# For flags of the sampler, which do nothing in a greedy request.
 SAMPLED = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=7)
 BASELINE = "baseline"
 AGAIN = "baseline again"
@@ -50,9 +49,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Question:
-    """What flag `flag` does in arms of `kind`: the names of the arm that has it and of the one that has not.
+    """What `flag` does in arms of `kind`: the names of the arm with it and of the arm without.
 
-    The `flag` of the question about the method, not about a flag, is AA.
+    The A/A question, which is about the method, has AA for its `flag`.
     """
 
     flag: str
@@ -62,7 +61,7 @@ class Question:
 
     @property
     def key(self) -> str:
-        """Its name in an experiment."""
+        """The question's name in its experiment."""
         return f"{self.flag}, {self.kind}"
 
 
@@ -79,16 +78,16 @@ class Plan:
         return next(arm for arm in self.arms if arm.name == name)
 
     def fidelity(self, question: Question) -> Fidelity:
-        """What the flags in which the question's two arms differ say of themselves: the weakest of their words."""
+        """The weakest fidelity among the flags in which the question's two arms differ."""
         one, other = self.arm(question.treated).flags, self.arm(question.control).flags
         differing = {flag.fidelity for name, flag in FLAGS.items() if one.only(name) != other.only(name)}
         return next((word for word in FIDELITIES if word in differing), "exact")
 
 
 def plan(design: Design, flags: FlagSet, asked: Sequence[str]) -> Plan:
-    """The arms and questions for the applied `flags`, asking about each name in `asked`.
+    """The arms and questions about each flag in `asked`, where `flags` are applied.
 
-    Raises InputError where there is nothing to ask, and for a flag that is not applied on any side.
+    Raises InputError if there is nothing to ask, and for a flag that is not applied on any side.
     """
     applied = flags.names()
     if not asked:
@@ -100,7 +99,7 @@ def plan(design: Design, flags: FlagSet, asked: Sequence[str]) -> Plan:
     questions: list[Question] = []
     for kind in KINDS:
         pairs = list(_pairs(design, flags, asked, kind))
-        if all(flag in (AA, ALL) for flag, _, _ in pairs):  # no flag is asked about in this kind of arm
+        if all(flag in (AA, ALL) for flag, _, _ in pairs):  # no question about a flag in this kind of arm
             continue
         for flag, treated, control in pairs:
             for arm in (treated, control):
@@ -143,7 +142,7 @@ def _ladder(flags: FlagSet, asked: Sequence[str], kind: Kind) -> Iterator[tuple[
 
 
 def _acts(flags: FlagSet, name: str, kind: Kind) -> bool:
-    """Whether leaving the flag out changes an arm of this kind."""
+    """Whether arms of this kind differ with and without the flag."""
     return _own(flags, kind) != _own(flags.without(name), kind)
 
 

@@ -1,7 +1,7 @@
-"""Where an experiment ran, and how quiet the machine was meanwhile.
+"""The environment of an experiment, and how busy other programs kept the machine.
 
-`fingerprint` is what a reader needs to place the figures; `differences` names what is not the same in two of them.
-`reading` is the machine at one moment: its clock, its throttling, and what other programs took of it since the last.
+`fingerprint` describes the environment; `differences` names what differs between two of them. `reading` is the machine
+at one moment: its clock, its throttling, and the CPU time of other programs since the last reading.
 """
 
 import os
@@ -28,7 +28,7 @@ from splitlearn.wire.status import error_of
 
 ROUND_TRIPS, WARM_UP = 20, 5
 TIMEOUT_S = 10.0
-# What varies by itself from one moment to the next: shown, never compared.
+# These vary by themselves: shown, never compared.
 VARIES = frozenset({"rtt_s", "cpu_mhz"})
 
 
@@ -36,11 +36,12 @@ VARIES = frozenset({"rtt_s", "cpu_mhz"})
 class Reading:
     """The machine at one moment, and since the reading before.
 
-    `at_s` is the wall time (seconds since the epoch), `cpu_mhz` the mean clock of the cores now, `throttled` how often
-    they have been throttled for heat since the machine started: None where the machine does not tell. `others_cpu` is
-    what programs that are not ours used of it since the reading before, in cores (0.3: a third of one), `stolen_cpu`
-    what the host of a virtual machine withheld, in cores; both are 0 in a first reading. The `_s` fields below them
-    are the running counts, in seconds, from which the next reading's are taken.
+    `at_s` is the wall time (seconds since the epoch), `cpu_mhz` the mean clock of the cores now. `throttled` counts how
+    often they were throttled for heat since the machine started. Either is None if the machine does not report it.
+
+    `others_cpu` is what programs that are not ours used since the reading before, in cores (0.3: a third of one).
+    `stolen_cpu` is what the host of a virtual machine withheld, in cores. Both are 0 in a first reading. The `_s`
+    fields are running counts in seconds, for the next reading.
     """
 
     at_s: float
@@ -57,7 +58,7 @@ class Reading:
 def fingerprint(runs: Runs) -> dict[str, Any]:
     """The machine, the software and the trunk, as JSON; memory in bytes, clock in MHz, round trip in seconds.
 
-    None for what the machine does not tell. Starts the embedded trunk; raises TrunkError when the trunk is not there.
+    None for what the machine does not report. Starts the embedded trunk. Raises TrunkError if there is no trunk.
     """
     known, plan, config = environment(runs), runs.plan, runs.config
     return {
@@ -74,15 +75,17 @@ def fingerprint(runs: Runs) -> dict[str, Any]:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """One line for each thing in which two fingerprints differ, such as "trunk.threads: 2 and 4"."""
+    """A line for each difference between two fingerprints, such as "trunk.threads: 2 and 4"."""
     first, second = dict(_flat(one)), dict(_flat(other))
     names = [name for name in {**first, **second} if name not in VARIES and first.get(name) != second.get(name)]
-    return [f"{name}: {_said(first.get(name))} and {_said(second.get(name))}" for name in names]
+    return [f"{name}: {_text(first.get(name))} and {_text(second.get(name))}" for name in names]
 
 
 def round_trip_s(address: str, shown: Credentials = NONE) -> float:
-    """The time for asking the trunk at `address` the least there is to ask, in seconds: the median of 20 gRPC health
-    checks over one channel that is open. Raises TrunkError."""
+    """The round trip to the trunk at `address` in seconds: the median of 20 gRPC health checks over one open channel.
+
+    Raises TrunkError.
+    """
     request, spent = health_pb2.HealthCheckRequest(), []
     with open_channel(address, shown) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
@@ -97,7 +100,7 @@ def round_trip_s(address: str, shown: Credentials = NONE) -> float:
 
 
 def trunk_pid(address: str) -> int | None:
-    """The process of this machine that listens at `address`; None for another machine's and for one that is hidden."""
+    """The process that listens at `address`; None if it is on another machine or hidden from this user."""
     found = Address.parse(address)
     here = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     if found.host not in here and not is_loopback(found.host):
@@ -109,10 +112,12 @@ def trunk_pid(address: str) -> int | None:
 
 
 def reading(before: Reading | None, also: int | None = None) -> Reading:
-    """The machine now. Ours are this process and all that it started, and process `also` with what that started (a
-    trunk server on this machine that was started by hand: its work is no disturbance)."""
+    """The machine now. Ours are this process, process `also`, and the children of both.
+
+    `also` is a trunk server on this machine that was started by hand: its work is no disturbance.
+    """
     clock_s, cpu = time.monotonic(), psutil.cpu_times()
-    # Interrupts are left out: they are served for anybody, and those of the loopback network are our own.
+    # Without interrupts: they serve every program, and those of the loopback network are ours.
     busy_s, stolen_s = cpu.user + cpu.system + getattr(cpu, "nice", 0.0), getattr(cpu, "steal", 0.0)
     ours_s = _tree_s(os.getpid()) + (_tree_s(also) if also is not None else 0.0)
     others_cpu = stolen_cpu = 0.0
@@ -134,9 +139,9 @@ def reading(before: Reading | None, also: int | None = None) -> Reading:
 
 
 def _tree_s(pid: int) -> float:
-    """CPU time of a process and all below it, in seconds; that of those that ended is in their parents' counts."""
+    """CPU time of a process and all its descendants, in seconds. Ended ones are in their parents' counts."""
     while True:
-        # A parent comes before its children. One that ends between is not lost: it is missing, and all are read again.
+        # If a child ends meanwhile, it is missing, and all are read again.
         try:
             process = psutil.Process(pid)
             return sum(sum(each.cpu_times()[:4]) for each in (process, *process.children(recursive=True)))
@@ -153,5 +158,5 @@ def _flat(found: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]
             yield f"{above}{name}", value
 
 
-def _said(value: object) -> str:
+def _text(value: object) -> str:
     return "unknown" if value is None else str(value)

@@ -1,11 +1,11 @@
-"""Runs an experiment: warm-up, blocks in random order, a look at the verdicts now and then, and when to stop.
+"""Runs an experiment: warm-up, blocks in random order, looks at the verdicts, and the decision to stop.
 
     with Store.create(path, setup) as store:
         for state in Experiment(runs, store).go(): ...
 
-Each block runs every arm once, in an order shuffled anew, on one prompt, to a fixed number of tokens. What ends in the
-middle of a block (a kill, a cancellation) leaves that block to be run again, since the two runs of a pair must lie
-close in time; whole blocks stay. Nothing is yielded while a run is timed, so a page that draws does not disturb it.
+Each block runs every arm once, in an order shuffled anew, on one prompt, to a fixed number of tokens. An interrupted
+block (a kill, a cancellation) runs again, since the two runs of a pair must lie close in time; whole blocks stay.
+Nothing is yielded while a run is timed, so a page that draws does not disturb it.
 """
 
 import os
@@ -35,11 +35,11 @@ from splitlearn.lab.stats import looks
 from splitlearn.lab.store import Store
 from splitlearn.sampling import SamplingParams
 
-# Warm-up: short runs until two in a row differ by less than this in TPOT, or that many were made.
+# Warm-up: short runs until two in a row differ in TPOT by less than STABLE, or there were MOST_WARM_UPS.
 STABLE = 0.05
 MOST_WARM_UPS = 4
 WARM_UP_TOKENS = 16
-# A block during which other programs took more than so many cores, or the clock fell by so much, is run again.
+# A block runs again if other programs took more cores than this, or the clock fell below this share.
 MOST_OTHERS_CPU = 0.25
 LEAST_CLOCK = 0.9
 MOST_ATTEMPTS = 3
@@ -47,7 +47,7 @@ MOST_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class State:
-    """How far an experiment is. `remaining_s` is None before the first block has shown how long one takes."""
+    """The progress of an experiment. `remaining_s` is None before the first block is done."""
 
     phase: str
     runs: int
@@ -58,7 +58,7 @@ class State:
 
 
 @contextmanager
-def alone(config: Config) -> Iterator[None]:
+def exclusive(config: Config) -> Iterator[None]:
     """Inside, no other experiment of this user runs on this machine: two would measure each other."""
     try:
         with FileLock(_lock_file(config), thread_local=False).acquire(blocking=False):
@@ -70,7 +70,7 @@ def alone(config: Config) -> Iterator[None]:
 
 
 def _lock_file(config: Config) -> Path:
-    """In the cache folder; where that cannot be written, among temporary files."""
+    """A file in the cache folder, or among temporary files if that cannot be written."""
     folder = cache_folder(config.model)
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def _lock_file(config: Config) -> Path:
 
 
 class Experiment:
-    """One experiment on `runs`, kept in `store`. Setting `stop` ends it after the run that is under way."""
+    """One experiment on `runs`, kept in `store`. Setting `stop` ends it after the current run."""
 
     def __init__(self, runs: Runs, store: Store, stop: threading.Event | None = None) -> None:
         self.runs, self.store, self.setup = runs, store, store.setup
@@ -92,7 +92,7 @@ class Experiment:
         self._failed: dict[str, str] = {}
 
     def go(self) -> Iterator[State]:
-        """Run until it is finished or stopped. Raises InputError for what no arm can run."""
+        """Run until finished or stopped. Raises InputError for settings that no arm can run."""
         if self.store.finished:
             raise InputError("--resume", str(self.store.path), "an experiment that has not finished")
         digest = self.setup.environment["digest"]
@@ -100,7 +100,7 @@ class Experiment:
             raise InputError(
                 "model.name", self.runs.files.name, f"the model of the experiment, with digest {digest[:12]}"
             )
-        self._put_aside_what_was_interrupted()
+        self._discard_interrupted()
         self.store.note(f"environment {time.time():.0f}", fingerprint(self.runs))
         yield from self._warm_up()
         self._measuring_since = time.monotonic()
@@ -112,14 +112,14 @@ class Experiment:
             self._look()
             yield self._state("finished")
 
-    def _put_aside_what_was_interrupted(self) -> None:
-        """A block that lacks runs was under way when the program ended."""
+    def _discard_interrupted(self) -> None:
+        """Discard blocks that lack runs: they were interrupted when the program ended."""
         whole = {(block, attempt) for block, attempt in good_blocks(self.store)}
         for block, attempt in {(trial.block, trial.attempt) for trial in self.store.trials() if not trial.bad} - whole:
             self.store.discard(block, attempt, "interrupted")
 
     def _warm_up(self) -> Iterator[State]:
-        """Every arm until its TPOT is stable; an arm that cannot be run is left out, and says why."""
+        """Run every arm until its TPOT is stable. An arm that fails is left out, with its error as the reason."""
         for arm in self.setup.plan.arms:
             if self.stop.is_set():
                 return
@@ -147,7 +147,7 @@ class Experiment:
         return found
 
     def _block(self) -> Iterator[State]:
-        """One block; stored run by run."""
+        """Run one block and store it run by run."""
         number, attempt = self._next()
         order = random.Random(f"{self.setup.seed} {number} {attempt}")
         prompt = self.setup.prompts[number % len(self.setup.prompts)]
@@ -164,7 +164,7 @@ class Experiment:
                 continue
             recovered = recovered or bool(report.metrics.recoveries)
             self.store.add(Trial.of(report, arm.name, number, attempt, place, time.time(), ""))
-        wrong = _what_disturbed(before, reading(before, trunk)) or ("the trunk was lost" if recovered else "")
+        wrong = _disturbance(before, reading(before, trunk)) or ("the trunk was lost" if recovered else "")
         if wrong and attempt < MOST_ATTEMPTS:
             self.store.discard(number, attempt, wrong)
         elif wrong:
@@ -174,13 +174,13 @@ class Experiment:
             self._look()
 
     def _next(self) -> tuple[int, int]:
-        """The block and attempt to run now: the first block that has not been run whole."""
+        """The block and attempt to run next: the first block without a whole attempt."""
         whole = {block for block, _ in good_blocks(self.store)}
         number = next(block for block in range(len(whole) + 1) if block not in whole)
         return number, 1 + max((t.attempt for t in self.store.trials() if t.block == number), default=0)
 
     def _run(self, arm: Arm, request: GenerationRequest) -> ArmReport | None:
-        """One run; the report is void if a compilation made it begin again before it was stopped."""
+        """One run. No report if it was stopped; after a compilation the run begins again."""
         found: ArmReport | None = None
         for item in self.runs.stream(arm.kind, arm.flags, request, self.stop, arm.copy):
             if isinstance(item, Restarted):
@@ -211,7 +211,7 @@ class Experiment:
         self._findings = analyse(self.setup, self.store.trials(), self.store.notes())
 
     def _fidelity(self) -> Iterator[State]:
-        """What flags that may change the numbers do to them."""
+        """Note what flags that may change the numbers do to the logits."""
         found: dict[str, dict[str, object]] = {}
         yield self._state("fidelity of the flags that may change the numbers")
         for question, changed in changes(self.runs, self.setup.plan):
@@ -228,7 +228,7 @@ class Experiment:
         return State(phase, len(stored), len(good_blocks(self.store)), elapsed, self._remaining_s(), self._findings)
 
     def _remaining_s(self) -> float | None:
-        """Blocks still to be run, as far as can be told now, times the median of what a block takes."""
+        """An estimate: the blocks still to run times a block's median duration."""
         if not self._block_s:
             return None
         blocks = len(good_blocks(self.store))
@@ -240,8 +240,8 @@ class Experiment:
         return min(seconds, max(0.0, 60 * self.setup.minutes - (time.monotonic() - self._measuring_since)))
 
 
-def _what_disturbed(before: Reading, after: Reading) -> str:
-    """What makes the block between two readings bad, or ""."""
+def _disturbance(before: Reading, after: Reading) -> str:
+    """What disturbed the block between two readings, or ""."""
     if after.others_cpu > MOST_OTHERS_CPU:
         return f"other programs used {after.others_cpu:.2f} cores"
     if after.stolen_cpu > MOST_OTHERS_CPU:

@@ -26,14 +26,16 @@ TEXT = (
     "one of the first points which strikes us, is, that they generally differ much more from each other, than do the "
     "individuals of any one species or variety in a state of nature."
 )
-"""What perplexity is taken of: the first sentence of Darwin's Origin of Species (1859), chapter I."""
+"""The text for the perplexity: the first sentence of Darwin's Origin of Species (1859), chapter I."""
 TEXT_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Fed:
-    """What is fed through an arm: the first `prompt_tokens` of `ids` in one step, then the others singly. `device` and
-    `dtype` are torch's names."""
+class FixedInput:
+    """The ids to run through an arm: the first `prompt_tokens` of `ids` in one step, then the others singly.
+
+    `device` and `dtype` are torch's names.
+    """
 
     files: ModelFiles
     plan: SplitPlan
@@ -48,22 +50,22 @@ class Fed:
 
 @dataclass(frozen=True)
 class Difference:
-    """How one set of logits differs from another: the largest difference, and the first step of another best token."""
+    """The difference of two sets of logits: the largest one, and the first step at which another token is best."""
 
     largest: float
     first_divergence: int | None
 
 
 def difference(logits: Logits, baseline: Logits) -> Difference:
-    """Of two sets of logits [steps, V]."""
+    """The difference of two sets of logits [steps, V]."""
     (other,) = np.nonzero(logits.argmax(-1) != baseline.argmax(-1))
     return Difference(float(np.abs(logits - baseline).max()), int(other[0]) if len(other) else None)
 
 
-def logits_apart(fed: Fed) -> Logits:
+def logits_in_subprocess(given: FixedInput) -> Logits:
     """The last position's logits after each step [len(ids) - prompt_tokens + 1, V], from a process of its own: flags of
     process scope stay for the process's life."""
-    found: Logits = _apart("send_logits", fed)
+    found: Logits = _apart("send_logits", given)
     return found
 
 
@@ -94,7 +96,7 @@ def perplexity(logits: Logits, ids: NDArray[np.int64]) -> float:
 def changes(runs: Runs, plan: Plan) -> Iterator[tuple[Question, dict[str, Any]]]:
     """What each flag that may change the numbers does to the logits of TEXT.
 
-    Gives the largest difference, the first step at which another token is best, and the ratio of the perplexities.
+    Yields the largest difference, the first step at which another token is best, and the ratio of the perplexities.
     """
     ids = ids_apart(runs.files, TEXT)[:TEXT_TOKENS]
     known: dict[tuple[Kind, FlagSet], Logits] = {}
@@ -104,8 +106,10 @@ def changes(runs: Runs, plan: Plan) -> Iterator[tuple[Question, dict[str, Any]]]
         for name in (question.treated, question.control):
             key = question.kind, plan.arm(name).flags
             if key not in known:
-                fed = Fed(runs.files, runs.plan, *key, ids, 1, runs.config.runs.threads, runs.device, runs.dtype)
-                known[key] = logits_apart(fed)
+                given = FixedInput(
+                    runs.files, runs.plan, *key, ids, 1, runs.config.runs.threads, runs.device, runs.dtype
+                )
+                known[key] = logits_in_subprocess(given)
         treated, control = (known[question.kind, plan.arm(name).flags] for name in (question.treated, question.control))
         found, targets = difference(treated, control), np.array(ids[1:])
         ratio = perplexity(treated[:-1], targets) / perplexity(control[:-1], targets)

@@ -15,20 +15,20 @@ from splitlearn.errors import as_error
 from splitlearn.flags.registry import settings
 from splitlearn.generation.chain import Feed
 from splitlearn.generation.tokenizer import Tokens
-from splitlearn.lab.logit_fidelity import Fed
+from splitlearn.lab.logit_fidelity import FixedInput
 from splitlearn.stages import loading
 from splitlearn.stages.base import Session, Stage, StageInput, StageOutput
 from splitlearn.stages.settings import SessionSettings
 from splitlearn.wire.hidden_states import Rows
 
 
-def logits(fed: Fed) -> torch.Tensor:
+def logits(given: FixedInput) -> torch.Tensor:
     """The last position's logits after each step, float32 [len(ids) - prompt_tokens + 1, V], on the CPU."""
-    feeds = _feeds(fed)
+    feeds = _feeds(given)
     rows: list[torch.Tensor] = []
     position = 0
-    for end in range(fed.prompt_tokens, len(fed.ids) + 1):
-        start, x = position, torch.tensor([fed.ids[position:end]])
+    for end in range(given.prompt_tokens, len(given.ids) + 1):
+        start, x = position, torch.tensor([given.ids[position:end]])
         for feed in feeds:
             start, output = feed.step(start, x)
             x = output.x
@@ -37,13 +37,13 @@ def logits(fed: Fed) -> torch.Tensor:
     return torch.stack(rows).clone()
 
 
-def send_logits(connection: Connection, fed: Fed) -> None:
-    """The worker of `logit_fidelity.logits_apart`: sends the logits as an array, or the error."""
+def send_logits(connection: Connection, given: FixedInput) -> None:
+    """The worker of `logit_fidelity.logits_in_subprocess`: sends the logits as an array, or the error."""
     try:
-        connection.send(logits(fed).numpy())
+        connection.send(logits(given).numpy())
     except Exception as error:
         connection.send(as_error(error, "computing logits"))
-    connection.recv()  # until the parent has it and closes
+    connection.recv()  # stay until the parent has it and closes
 
 
 def send_ids(connection: Connection, folder: Path, text: str) -> None:
@@ -55,37 +55,41 @@ def send_ids(connection: Connection, folder: Path, text: str) -> None:
     connection.recv()
 
 
-def _feeds(fed: Fed) -> list[Feed]:
-    bottom, top = loading.client_specs(fed.plan)
-    full = [(loading.full_specs(fed.plan.n_layers)[0], fed.flags.full)]
-    split = [(bottom, fed.flags.client), (loading.trunk_specs(fed.plan)[0], fed.flags.trunk), (top, fed.flags.client)]
+def _feeds(given: FixedInput) -> list[Feed]:
+    bottom, top = loading.client_specs(given.plan)
+    full = [(loading.full_specs(given.plan.n_layers)[0], given.flags.full)]
+    split = [
+        (bottom, given.flags.client),
+        (loading.trunk_specs(given.plan)[0], given.flags.trunk),
+        (top, given.flags.client),
+    ]
     feeds = []
-    placement = loading.Placement.of(fed.device, fed.dtype)
-    for spec, applied in full if fed.kind == "full" else split:
+    placement = loading.Placement.of(given.device, given.dtype)
+    for spec, applied in full if given.kind == "full" else split:
         own = settings(applied)
-        loading.prepare_process(own.process, fed.threads)
-        stage: Stage = loading.load(fed.files, [spec], own.load, placement).stages[0]
+        loading.prepare_process(own.process, given.threads)
+        stage: Stage = loading.load(given.files, [spec], own.load, placement).stages[0]
         if spec.word == "trunk":
-            stage = _OverTheWire(stage, own.session.rows(placement.dtype))
-        feeds.append(Feed(stage, stage.open(own.session, len(fed.ids)), rope_length=fed.prompt_tokens))
+            stage = _WireRoundTrip(stage, own.session.rows(placement.dtype))
+        feeds.append(Feed(stage, stage.open(own.session, len(given.ids)), rope_length=given.prompt_tokens))
     return feeds
 
 
 @dataclass(frozen=True)
-class _OverTheWire:
-    """A stage whose hidden states come and go in the form of `rows`."""
+class _WireRoundTrip:
+    """A stage whose inputs and outputs are encoded as `rows` and decoded again."""
 
     stage: Stage
     rows: Rows
 
     def open(self, settings: SessionSettings, max_length: int) -> Session:
-        """A session of the stage's own."""
+        """Open a session of the stage."""
         return self.stage.open(settings, max_length)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """The stage's own step."""
-        outputs = self.stage.step([replace(item, x=self._carried(item.x)) for item in batch])
-        return [replace(output, x=self._carried(output.x)) for output in outputs]
+        """The stage's step, with both hidden states encoded and decoded."""
+        outputs = self.stage.step([replace(item, x=self._round_trip(item.x)) for item in batch])
+        return [replace(output, x=self._round_trip(output.x)) for output in outputs]
 
-    def _carried(self, x: torch.Tensor) -> torch.Tensor:
+    def _round_trip(self, x: torch.Tensor) -> torch.Tensor:
         return self.rows.from_bytes(self.rows.to_bytes(x), x.shape[2]).to(x.dtype)

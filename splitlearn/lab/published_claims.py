@@ -1,7 +1,7 @@
-"""What was published of the earlier system, to stand beside what is measured here.
+"""Published claims about the earlier system, to compare with the measurements here.
 
-A claim about a set of flags stands beside what all flags do together, and beside the flag that it is put down to. "15%
-sooner" is read as a ratio of 0.85, "500% faster" as six times the speed, a ratio of 1/6.
+A claim about a set of flags is compared with all flags together, and with the flag that it is attributed to. "15%
+sooner" means a ratio of 0.85; "500% faster" means six times the speed, a ratio of 1/6.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ COMPILE = "torch_compile"
 
 @dataclass(frozen=True)
 class Claim:
-    """One published gain: `ratio` is what it says as (lowest, highest) treated / control, of the metric named, which is
-    "memory" for what no verdict is about. It stands in the rows of `flags`, if the arm with the flag also has `needs`.
+    """One published gain: `ratio` is (lowest, highest) treated / control of `metric`; no verdict is about "memory".
+
+    It belongs to the rows of `flags`, if the arm with the flag also has `needs`.
     """
 
     kinds: tuple[Kind, ...]
@@ -29,8 +30,8 @@ class Claim:
     needs: str = ""
 
     @property
-    def shown(self) -> str:
-        """The ratio in figures."""
+    def text(self) -> str:
+        """The ratio as text."""
         low, high = self.ratio
         return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
 
@@ -57,13 +58,13 @@ CLAIMS = (
 
 
 def claim(findings: Findings, row: Row) -> str:
-    """The claims that belong beside `row` as text, or ""."""
+    """The claims about `row` as text, or ""."""
     found = [one for one in CLAIMS if one.metric == row.metric and _is_about(one, findings, row.question)]
-    return "; ".join(f"{one.shown} ({one.words})" for one in found)
+    return "; ".join(f"{one.text} ({one.words})" for one in found)
 
 
 def measured(findings: Findings, one: Claim) -> str:
-    """What this experiment says of `one`, a ratio for each question that it is about; or ""."""
+    """The measured ratio for each question that `one` is about, as text, or ""."""
     if one.metric == "memory":
         added = {figures.arm: figures.added_bytes for figures in findings.arms}
         ratios = {

@@ -1,4 +1,4 @@
-"""What an experiment keeps: how it was set up, and one `Trial` for each run that ended. Plain facts, as JSON."""
+"""The records of an experiment, as JSON: its `Setup`, and a `Trial` for each run that ended."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,11 +10,11 @@ from splitlearn.lab.design import Arm, Design, Plan, Question
 
 @dataclass(frozen=True)
 class Setup:
-    """An experiment as it was asked for.
+    """The settings of an experiment.
 
-    `pairs` fixed makes the number of blocks; otherwise it goes on until every verdict is decided, or `max_pairs` or
-    `minutes` (of measuring; warm-up apart) is reached. `delta` is the ratio's distance from 1 that counts as nothing.
-    `environment` is where it began (`lab/environment.py`), `command` what repeats it.
+    `pairs` is a fixed number of blocks. With None it goes on until every verdict is decided, or `max_pairs` or
+    `minutes` (without warm-up) are reached. A ratio within `delta` of 1 counts as no effect. `environment` is where it
+    began (`lab/environment.py`); `command` repeats it.
     """
 
     design: Design
@@ -32,7 +32,7 @@ class Setup:
     environment: dict[str, Any] = field(hash=False)
 
     def as_json(self) -> dict[str, Any]:
-        """As plain lists, dicts, strings and numbers."""
+        """Plain lists, dicts, strings and numbers."""
         found = asdict(self)
         found["flags"] = _flags_as_json(self.flags)
         found["plan"]["arms"] = [{**asdict(arm), "flags": _flags_as_json(arm.flags)} for arm in self.plan.arms]
@@ -40,7 +40,7 @@ class Setup:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Setup":
-        """What `as_json` gave."""
+        """The inverse of `as_json`."""
         arms = tuple(Arm(**{**arm, "flags": _flags_from_json(arm["flags"])}) for arm in data["plan"]["arms"])
         questions = tuple(Question(**question) for question in data["plan"]["questions"])
         changed = {
@@ -55,9 +55,9 @@ class Setup:
 class Trial:
     """One run that ended. Times in seconds, memory and wire in bytes.
 
-    `block` and `attempt` say when: a block that was found bad is run again with the next attempt number. `order` is the
-    place in its block. `at_s` is the wall time (seconds since the epoch) of its end. `ledger` covers the whole run,
-    `decode_ledger` the steps after the first token. `bad` says why the run does not count, "" when it does.
+    A bad `block` runs again under the next `attempt`. `order` is the run's place in its block. `at_s` is the wall time
+    (seconds since the epoch) of its end. `ledger` covers the whole run, `decode_ledger` the steps after the first
+    token. `bad` is why the run does not count, or "".
     """
 
     block: int
@@ -81,17 +81,17 @@ class Trial:
     bad: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """As plain lists, dicts, strings and numbers."""
+        """Plain lists, dicts, strings and numbers."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Trial":
-        """What `as_json` gave."""
+        """The inverse of `as_json`."""
         return cls(**{**data, "itl_s": tuple(data["itl_s"]), "token_ids": tuple(data["token_ids"])})
 
     @classmethod
     def of(cls, report: ArmReport, arm: str, block: int, attempt: int, order: int, at_s: float, bad: str) -> "Trial":
-        """Of the report that a run gave."""
+        """The trial of a run's report."""
         metrics, trunk = report.metrics, report.trunk
         return cls(
             block=block,

@@ -1,4 +1,4 @@
-"""From what a person asks for to a checked `Setup`: the same for the command line and the page."""
+"""Turns a user's request into a checked `Setup`, for the command line and the page."""
 
 import re
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ PROMPTS_LIMIT = 1000
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An experiment in a person's words. `pairs` None goes on until all is decided, or `minutes` are over; a number of
-    pairs has no limit of time.
+class ExperimentRequest:
+    """A user's request for an experiment.
 
-    Raises InputError for words that can mean no flags, a number out of range and no prompt.
+    With `pairs` None it goes on until everything is decided or `minutes` are over; a number of pairs has no time limit.
+    Raises InputError for invalid flags, a number out of range or an empty prompt.
     """
 
     flags: str
@@ -52,20 +52,20 @@ class Asked:
             GenerationRequest(prompt, self.max_new_tokens)
 
 
-def setup(runs: Runs, asked: Asked, command: str) -> Setup:
-    """The checked experiment on `runs`. Raises InputError; TrunkError if the trunk cannot be asked what it serves."""
-    flags = runs.flags(asked.flags)
+def setup(runs: Runs, request: ExperimentRequest, command: str) -> Setup:
+    """The checked experiment on `runs`. Raises InputError, and TrunkError if the trunk does not answer."""
+    flags = runs.flags(request.flags)
     return Setup(
-        design=asked.design,
-        plan=plan(asked.design, flags, _about(flags.names(), asked.flags)),
+        design=request.design,
+        plan=plan(request.design, flags, _about(flags.names(), request.flags)),
         flags=flags,
-        prompts=asked.prompts or (runs.config.generation.prompt,),
-        max_new_tokens=asked.max_new_tokens,
-        delta=asked.delta,
-        pairs=asked.pairs,
-        max_pairs=asked.pairs or MAX_PAIRS,
-        minutes=None if asked.pairs else asked.minutes,
-        seed=asked.seed,
+        prompts=request.prompts or (runs.config.generation.prompt,),
+        max_new_tokens=request.max_new_tokens,
+        delta=request.delta,
+        pairs=request.pairs,
+        max_pairs=request.pairs or MAX_PAIRS,
+        minutes=None if request.pairs else request.minutes,
+        seed=request.seed,
         model=runs.files.name,
         command=command,
         environment=fingerprint(runs),
@@ -73,7 +73,7 @@ def setup(runs: Runs, asked: Asked, command: str) -> Setup:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt in each line that is not empty. Raises InputError for a file that cannot be read or has none."""
+    """The prompts of a file, one a line. Raises InputError for an unreadable file or one without prompts."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -85,6 +85,6 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def _about(applied: Sequence[str], words: str) -> list[str]:
-    """The flags that are asked about: all that are applied, in the order in which the words name them, if they do."""
+    """The flags to ask about: all applied ones, in the order in which the words name them."""
     written = [word.partition("=")[0] for word in re.split(r"[\s,:]+", words)]
     return sorted(applied, key=lambda name: written.index(name) if name in written else len(written))

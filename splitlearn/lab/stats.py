@@ -1,15 +1,15 @@
 """Statistics of paired timings: pure functions over numbers.
 
-All intervals are paired t intervals on log ratios: each block gives one ratio treated / control, and the logarithms of
-the ratios are taken as independent draws about the log of the true ratio. What a block's runs share (slow drift, the
-state of the machine) cancels in the ratio; the shuffled order within a block makes what is left of it as likely to
-favour one arm as the other.
+All intervals are paired t intervals on log ratios. Each block gives one ratio treated / control; the logarithms are
+taken as independent draws about the log of the true ratio. What a block's runs share (slow drift, the state of the
+machine) cancels in the ratio. The shuffled order within a block makes the rest as likely to favour one arm as the
+other.
 
-Sequential use: the data may be looked at after each number of pairs that `looks(max_pairs)` lists, and nowhere else.
-Each look spends alpha / (number of looks), so the intervals of all looks together cover at the stated level however the
-looks depend on each other (Bonferroni; the "repeated confidence intervals" of Jennison and Turnbull, Group Sequential
-Methods, 2000, chapter 9, with equal spending). An experiment that time ends early looks once more and has still used no
-more looks than were paid for. The number of looks is fixed before the first pair.
+Sequential use: look at the data only after the numbers of pairs that `looks(max_pairs)` lists. Each look spends alpha /
+(number of looks), so the intervals of all looks together cover at the stated level however the looks depend on each
+other (Bonferroni; the "repeated confidence intervals" of Jennison and Turnbull, Group Sequential Methods, 2000, chapter
+9, with equal spending). An experiment that runs out of time looks once more, and has still used no more looks than
+planned. The number of looks is fixed before the first pair.
 """
 
 import math
@@ -26,10 +26,10 @@ from splitlearn.errors import InputError
 Verdict = Literal["faster", "slower", "no measurable effect", "inconclusive"]
 Logs = NDArray[np.float64]
 MIN_PAIRS = 2
-# Pairs at which to look first. By chance the same arm comes first in all n blocks with probability 2 ** (1 - n), and
-# then an effect of the place in the block looks like one of the flag: this has to be rarer than what a look may spend.
+# Pairs at the first look. By chance the same arm comes first in all n blocks with probability 2 ** (1 - n); an effect
+# of the place in the block then looks like one of the flag. This must be rarer than what a look may spend.
 FIRST_LOOK = 8
-GROWTH = 1.5  # from one look to the next: closer looks cost more in alpha than they save in pairs
+GROWTH = 1.5  # the factor from look to look; closer looks cost more in alpha than they save in pairs
 POWER = 0.9
 
 
@@ -52,7 +52,7 @@ class Effect:
 
     @property
     def excludes_one(self) -> bool:
-        """Whether equal times are ruled out."""
+        """Whether the interval excludes equal times."""
         return self.low > 1 or self.high < 1
 
     def inside(self, delta: float) -> bool:
@@ -65,9 +65,9 @@ class Effect:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is said of one question, and the effect whose interval says it.
+    """The verdict on one question, and the effect that it rests on.
 
-    `more_pairs` is how many more it would probably take, for an inconclusive one; None for the others.
+    `more_pairs` is how many more pairs an inconclusive question probably needs; None for the others.
     """
 
     effect: Effect
@@ -135,13 +135,13 @@ def decide(
     for name in sorted(logs, key=lambda name: _p_value(logs[name])):
         estimate = _effect(logs[name], 1 - alpha / sharing, looks)
         found[name] = _decision(estimate, delta, looks)
-        # Where one does not exclude 1, no later one does at the same level, its p-value being larger.
+        # If one does not exclude 1, no later one does at the same level: their p-values are larger.
         sharing -= estimate.excludes_one
     return {name: found[name] for name in ratios}
 
 
 def withheld(noise: Effect, delta: float) -> str | None:
-    """Why no verdict may be given beside this A/A effect; None when verdicts may be given.
+    """Why this A/A effect allows no verdicts, or None if it does.
 
     Its interval must cover 1, and on the log scale half its width must be at most log(1 + delta).
     """
@@ -164,7 +164,7 @@ def drift(values: Sequence[float]) -> Drift:
     _check_count(len(logs))
     times = np.arange(len(logs))
     p_value = float(stats.kendalltau(times, logs).pvalue)
-    # Of equal values there is no rank correlation, and no drift either.
+    # Equal values have no rank correlation, and no drift.
     return Drift(_exp(float(stats.theilslopes(logs, times).slope)), 1.0 if math.isnan(p_value) else p_value)
 
 
@@ -201,7 +201,7 @@ def _quantile(level: float, looks: int, pairs: int) -> float:
 
 
 def _p_value(logs: Logs) -> float:
-    """Of one look by itself: that the mean is 0."""
+    """The p-value of "the mean is 0", for one look by itself."""
     mean, sd, pairs = float(np.mean(logs)), float(np.std(logs, ddof=1)), len(logs)
     if sd == 0:  # made-up values: every ratio is the same
         return float(mean == 0)

@@ -1,14 +1,13 @@
-"""An experiment in one SQLite file that survives a kill at any moment and can be gone on with.
+"""An experiment in one SQLite file, which survives a kill at any moment and can be resumed.
 
-    with Store.create(path, setup) as store:         # or Store.open(path, write=True) to go on with one
+    with Store.create(path, setup) as store:         # or Store.open(path, write=True) to resume one
         store.add(trial)                             # on the disk when it returns
 
-One program writes at a time; any number may read meanwhile (`Store.open(path)`). While it is written, three files lie
-beside it: `.lock`, whose lock dies with the process that holds it, and SQLite's own `-wal` and `-shm`, which belong to
-the data until the writer closes. A Store may be used by several threads.
+One program writes at a time; any number may read meanwhile (`Store.open(path)`). A writer keeps three files beside it:
+`.lock`, whose lock dies with its process, and SQLite's own `-wal` and `-shm`, which belong to the data until the writer
+closes. Several threads may use one Store.
 
-Raises InputError for a file that cannot be used, and SetupError where the disk or another program is in the way; what
-was stored before stays.
+Raises InputError for an unusable file, and SetupError if the disk or another program is in the way. Earlier data stays.
 """
 
 import contextlib
@@ -25,13 +24,12 @@ from filelock import BaseFileLock, FileLock, Timeout
 from splitlearn.errors import InputError, SetupError, SplitlearnError
 from splitlearn.lab.records import Setup, Trial
 
-# Where an experiment is kept: this file, in a folder of its own in this one.
+# An experiment is kept in FILE, in a folder of its own below FOLDER.
 FILE, FOLDER = "experiment.sqlite", "lab"
 VERSION = 2
-APPLICATION_ID = 0x53504C42  # "SPLB": tells an experiment from any other SQLite file
+APPLICATION_ID = 0x53504C42  # "SPLB": marks an experiment among SQLite files
 FIELD = "experiment file"
-# A run that was discarded keeps what was measured. An ending counts until another run is added: `trials` is the number
-# of runs that there were.
+# A discarded run keeps its figures. An ending counts until another run is added; `trials` is the number of runs then.
 _SCHEMA = """
 CREATE TABLE setup (json TEXT NOT NULL);
 CREATE TABLE trials (id INTEGER PRIMARY KEY, block INTEGER NOT NULL, attempt INTEGER NOT NULL, arm TEXT NOT NULL,
@@ -46,7 +44,7 @@ _DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
 
 
 class Store:
-    """The experiment at `path`; made by `create` and `open`. `setup` is what was asked for."""
+    """The experiment at `path`; use `create` or `open`. `setup` has its settings."""
 
     def __init__(self, path: Path, lock: BaseFileLock | None) -> None:
         self.path = path
@@ -55,7 +53,7 @@ class Store:
             self._connection = _connect(path, "rw")
         try:
             with _clear_errors(path):
-                # A reader, too, may have to put right what a kill left behind, where the disk can be written at all.
+                # A reader, too, may have to recover after a kill, if the disk is writable.
                 self._connection.execute(f"PRAGMA query_only = {lock is None}")
                 _check(path, self._connection)
                 self.setup = _setup(path, self._connection)
@@ -86,7 +84,7 @@ class Store:
 
     @classmethod
     def open(cls, path: Path, write: bool = False) -> "Store":
-        """Open an experiment that was begun: to read it, also while another program writes, or to go on with it."""
+        """Open an experiment to read it, even while another program writes, or to resume it."""
         if not path.is_file():
             raise InputError(FIELD, str(path), "the file of an experiment that was begun; there is no such file")
         if not write:
@@ -105,9 +103,9 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Close the file; a writer leaves it whole by itself, without the files beside it, unless somebody reads."""
+        """Close the file. A writer then removes the files beside it, unless another program reads."""
         if self._lock is not None and self._lock.is_locked:
-            # What cannot be done now (a reader is there, the disk is full) costs nothing: the -wal file is kept.
+            # If that fails (a reader, a full disk), the -wal file stays and nothing is lost.
             with contextlib.suppress(sqlite3.OperationalError):
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._connection.execute("PRAGMA journal_mode = DELETE")
@@ -116,7 +114,7 @@ class Store:
             self._lock.release()
 
     def add(self, trial: Trial) -> None:
-        """Keep a run; it is on the disk when this returns. InputError for one that is kept already."""
+        """Store a run; it is on the disk when this returns. Raises InputError if it is stored already."""
         place = (trial.block, trial.attempt, trial.arm)
         statement = "INSERT INTO trials (block, attempt, arm, json) VALUES (?, ?, ?, ?)"
         try:
@@ -126,7 +124,7 @@ class Store:
             raise InputError("trial", told, "a run that is not stored yet") from None
 
     def trials(self) -> list[Trial]:
-        """Every run, in the order in which they were added; `bad` says also why a block was discarded."""
+        """Every run, in the order of storing. `bad` also has why a block was discarded."""
         statement = "SELECT json, why FROM trials LEFT JOIN discarded USING (block, attempt) ORDER BY id"
         with _clear_errors(self.path), _readable(self.path):
             rows = self._connection.execute(statement).fetchall()
@@ -134,35 +132,35 @@ class Store:
         return [replace(trial, bad=trial.bad or why or "") for trial, why in found]
 
     def discard(self, block: int, attempt: int, why: str) -> None:
-        """Mark all runs of a block's attempt as bad, those that are still to come, too. The first reason stays."""
+        """Mark all runs of a block's attempt as bad, later ones too. The first reason stays."""
         if not why:
             raise InputError("why", why, "the reason why the block does not count")
         self._write("INSERT OR IGNORE INTO discarded VALUES (?, ?, ?)", block, attempt, why)
 
     def note(self, key: str, value: Any) -> None:
-        """Keep a fact (anything that JSON can hold); it replaces what was noted under the same key."""
+        """Store a JSON value under `key`, in place of an earlier one."""
         self._write("INSERT OR REPLACE INTO notes VALUES (?, ?)", key, json.dumps(value))
 
     def notes(self) -> dict[str, Any]:
-        """What was noted."""
+        """All notes."""
         with _clear_errors(self.path), _readable(self.path):
             rows = self._connection.execute("SELECT key, json FROM notes ORDER BY rowid").fetchall()
             return {key: json.loads(text) for key, text in rows}
 
     def finish(self, reason: str) -> None:
-        """Say that the experiment has ended, and why; a run that is added later makes it unfinished again."""
+        """Store that the experiment ended, and why. A later run makes it unfinished again."""
         self._write("INSERT OR REPLACE INTO endings SELECT count(*), ? FROM trials", reason)
 
     @property
     def finished(self) -> str | None:
-        """Why the experiment ended, or None while it has not."""
+        """Why the experiment ended, or None if it has not."""
         statement = "SELECT reason FROM endings WHERE trials = (SELECT count(*) FROM trials)"
         with _clear_errors(self.path):
             row = self._connection.execute(statement).fetchone()
         return None if row is None else str(row[0])
 
     def _write(self, statement: str, *values: object) -> None:
-        """One statement, which is one transaction: there is nothing between that a kill could leave half done."""
+        """Run one statement as one transaction, so that a kill leaves nothing half done."""
         with _clear_errors(self.path):
             self._connection.execute(statement, values)
 
@@ -173,7 +171,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _lock(path: Path) -> BaseFileLock:
-    """The right to write `path`, which ends with this process at the latest."""
+    """Take the lock for writing `path`; it ends with this process at the latest."""
     lock = FileLock(f"{path}.lock", thread_local=False)
     try:
         with _clear_errors(path):
@@ -187,7 +185,7 @@ def _lock(path: Path) -> BaseFileLock:
 
 
 def _write_new(path: Path, setup: Setup) -> None:
-    """The file with its tables, under another name until it is whole: a kill leaves an experiment or none."""
+    """Create the file under another name, then rename it: a kill leaves a whole experiment or none."""
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
     try:
@@ -203,7 +201,7 @@ def _write_new(path: Path, setup: Setup) -> None:
 
 
 def _check(path: Path, connection: sqlite3.Connection) -> None:
-    """Raise InputError unless this is an experiment's file, of this version, and whole."""
+    """Raise InputError unless this is a whole experiment's file of this version."""
     application, version = (
         connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
     )
@@ -234,7 +232,7 @@ def _damaged(path: Path) -> InputError:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """What is stored is no longer what was written: say so."""
+    """Turn errors of reading stored values into InputError: the file is damaged."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -243,16 +241,16 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _clear_errors(path: Path) -> Iterator[None]:
-    """The operating system's and SQLite's errors in the words of errors.py."""
+    """Turn errors of the operating system and SQLite into those of errors.py."""
     try:
         yield
     except (sqlite3.IntegrityError, sqlite3.ProgrammingError, Timeout):
         raise
     except (sqlite3.Error, OSError) as error:
-        raise _told(path, error) from error
+        raise _clear_error(path, error) from error
 
 
-def _told(path: Path, error: sqlite3.Error | OSError) -> SplitlearnError:
+def _clear_error(path: Path, error: sqlite3.Error | OSError) -> SplitlearnError:
     code = error.sqlite_errorcode & 0xFF if isinstance(error, sqlite3.Error) else None
     if code in _DAMAGED:
         return _damaged(path)

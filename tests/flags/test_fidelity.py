@@ -17,7 +17,7 @@ from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.flags.registry import FLAGS, SIDES, Place, settings
 from splitlearn.flags.selection import FlagSet, availability, parse
-from splitlearn.lab.logit_fidelity import Fed
+from splitlearn.lab.logit_fidelity import FixedInput
 from splitlearn.lab.logits import logits
 from splitlearn.models.cut import layers_of
 from splitlearn.models.plan import SplitPlan
@@ -127,7 +127,7 @@ def _logits(files: ModelFiles, kind: Kind, flags: FlagSet) -> torch.Tensor:
     at = (files.digest, kind, flags if kind == "split" else FlagSet(full=flags.full))
     if at not in _known:
         plan = SplitPlan.of(None, None, files.n_layers)
-        _known[at] = logits(Fed(files, plan, kind, flags, tuple(range(3, 15)), 7, threads=1))
+        _known[at] = logits(FixedInput(files, plan, kind, flags, tuple(range(3, 15)), 7, threads=1))
     return _known[at]
 
 

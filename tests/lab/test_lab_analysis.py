@@ -72,7 +72,7 @@ def test_an_exact_flag_with_other_tokens_fails_whatever_its_speed() -> None:
     for metric in ("ttft_s", "tpot_s"):
         found = row(findings, "inference_mode", "full", metric)
         assert found.verdict == FAILED
-        assert found.said == "FAILED: exact flag, tokens differ at token 5 of block 3"
+        assert found.text == "FAILED: exact flag, tokens differ at token 5 of block 3"
     work = findings.evidence["inference_mode, full"].work
     assert (work.first_divergence, work.in_block) == (4, 3)
     assert work.equal_share == pytest.approx(1 - 1 / (12 * len(TOKENS)))
@@ -107,7 +107,7 @@ def test_an_inconclusive_verdict_says_how_many_pairs_are_needed() -> None:
     findings = analyse(SETUP, trials(SETUP, noise=0.02), {})
     open_rows = [r for r in findings.asked if r.verdict == "inconclusive"]
     assert open_rows
-    assert all(r.more_pairs and f"({r.more_pairs} more pairs needed)" in r.said for r in open_rows)
+    assert all(r.more_pairs and f"({r.more_pairs} more pairs needed)" in r.text for r in open_rows)
     assert findings.more_pairs == max(r.more_pairs or 0 for r in open_rows)
     assert not findings.decided
 
@@ -145,7 +145,7 @@ def test_an_arm_that_cannot_run_makes_its_questions_unavailable_and_no_others() 
     assert findings.blocks == 12
     gone = [r for r in findings.rows if r.verdict == UNAVAILABLE]
     assert {r.question.key for r in gone} == {"use_cache, split"}
-    assert gone[0].said == "unavailable: the trunk refused it"
+    assert gone[0].text == "unavailable: the trunk refused it"
     assert findings.decided
 
 

@@ -15,17 +15,17 @@ from splitlearn.arms.spec import Kind
 from splitlearn.errors import InputError, SetupError, TrunkRefused
 from splitlearn.events import Recovery
 from splitlearn.lab import experiment
-from splitlearn.lab.analysis import findings
+from splitlearn.lab.analysis.findings import METRICS, findings_of
 from splitlearn.lab.design import AA
 from splitlearn.lab.environment import Reading, reading
-from splitlearn.lab.experiment import Experiment, State, alone
-from splitlearn.lab.request import Asked, setup
+from splitlearn.lab.experiment import Experiment, State, exclusive
+from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import Store
 from splitlearn.runtime.progress import silent
 from tests.conftest import TinyFactory
 from tests.support.trunk import settings
 
-ASKED = Asked("inference_mode", pairs=2, max_new_tokens=4, prompts=("The sky", "is blue"))
+ASKED = ExperimentRequest("inference_mode", pairs=2, max_new_tokens=4, prompts=("The sky", "is blue"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "MOST_WARM_UPS", 1)
 
 
-def _store(runs: Runs, folder: Path, asked: Asked = ASKED) -> Store:
+def _store(runs: Runs, folder: Path, asked: ExperimentRequest = ASKED) -> Store:
     return Store.create(folder / "experiment.sqlite", setup(runs, asked, "a command"))
 
 
@@ -61,9 +61,9 @@ def test_every_arm_runs_once_in_each_block_in_an_order_of_its_own(runs: Runs, tm
 def test_the_findings_answer_each_question_in_both_metrics(runs: Runs, tmp_path: Path) -> None:
     with _store(runs, tmp_path, replace(ASKED, flags="use_cache,inference_mode")) as store:
         list(Experiment(runs, store).go())
-        found = findings.of(store)
+        found = findings_of(store)
     asked = {(row.question.flag, row.question.kind, row.metric) for row in found.rows if row.question.flag != AA}
-    expected = itertools.product(("all flags", "use_cache", "inference_mode"), ("full", "split"), findings.METRICS)
+    expected = itertools.product(("all flags", "use_cache", "inference_mode"), ("full", "split"), METRICS)
     assert asked == set(expected)
     assert found.finished == "2 pairs, as asked"
     assert all(row.effect is not None and row.effect.pairs == 2 for row in found.rows)
@@ -142,8 +142,8 @@ def test_an_arm_that_cannot_be_run_is_left_out_and_says_why(
     monkeypatch.setattr(runs, "stream", refuse)
     with _store(runs, tmp_path) as store:
         list(Experiment(runs, store).go())
-        rows = findings.of(store).rows
-    said = {row.question.key: row.said for row in rows}
+        rows = findings_of(store).rows
+    said = {row.question.key: row.text for row in rows}
     assert said["inference_mode, split"] == "unavailable: this trunk will not"
     assert {row.effect.pairs for row in rows if row.effect} == {2}
 
@@ -161,9 +161,9 @@ def test_an_experiment_that_ended_or_is_of_another_model_is_not_gone_on_with(
 
 
 def test_two_experiments_at_once_are_refused(cache: Path) -> None:
-    with alone(config.Config()), pytest.raises(SetupError, match="Another experiment"), alone(config.Config()):
+    with exclusive(config.Config()), pytest.raises(SetupError, match="Another experiment"), exclusive(config.Config()):
         pass
-    with alone(config.Config()):
+    with exclusive(config.Config()):
         pass
 
 

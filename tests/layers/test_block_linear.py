@@ -12,7 +12,7 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.flags.selection import FlagSet
 from splitlearn.kernels.block_format import BITS, GROUP, LANES, block_bytes, from_blocks, to_blocks
 from splitlearn.kernels.block_matmul import multiply
-from splitlearn.lab.logit_fidelity import Fed
+from splitlearn.lab.logit_fidelity import FixedInput
 from splitlearn.lab.logits import logits
 from splitlearn.layers.block_linear import MANY, BlockLinear
 from splitlearn.models.plan import SplitPlan
@@ -110,8 +110,10 @@ def test_families_with_few_bits_split_to_the_bit_and_are_near_what_they_were(
 ) -> None:
     files = tiny_model(family, n_layers=3)
     plan, ids, flags = SplitPlan(1, 2, 3), tuple(range(3, 12)), APPLIED | {"weight_dtype=int8"}
-    few = {kind: logits(Fed(files, plan, kind, FlagSet(flags, flags, flags), ids, 5, threads=1)) for kind in KINDS}
-    plain = logits(Fed(files, plan, "full", FlagSet(APPLIED, APPLIED, APPLIED), ids, 5, threads=1))
+    few = {
+        kind: logits(FixedInput(files, plan, kind, FlagSet(flags, flags, flags), ids, 5, threads=1)) for kind in KINDS
+    }
+    plain = logits(FixedInput(files, plan, "full", FlagSet(APPLIED, APPLIED, APPLIED), ids, 5, threads=1))
     assert torch.equal(few["full"], few["split"])
     assert not torch.equal(few["full"], plain)
     assert torch.allclose(few["full"], plain, atol=0.1 * float(plain.abs().max()))

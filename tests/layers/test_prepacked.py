@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 from splitlearn.arms.compare import KINDS
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.flags.selection import FlagSet
-from splitlearn.lab.logit_fidelity import Fed
+from splitlearn.lab.logit_fidelity import FixedInput
 from splitlearn.lab.logits import logits
 from splitlearn.layers.onednn_linear import PrepackedLinear
 from splitlearn.models.plan import SplitPlan
@@ -66,7 +66,7 @@ def test_packed_families_split_to_the_bit_and_differ_from_plain_ones_by_rounding
     files = tiny_model(family, n_layers=3)
     plan, ids = SplitPlan(1, 2, 3), tuple(range(3, 12))
     plain, packed = (
-        {kind: logits(Fed(files, plan, kind, FlagSet(flags, flags, flags), ids, 5, threads=1)) for kind in KINDS}
+        {kind: logits(FixedInput(files, plan, kind, FlagSet(flags, flags, flags), ids, 5, threads=1)) for kind in KINDS}
         for flags in (APPLIED - {"weight_prepack"}, APPLIED | {"cache"})
     )
     assert torch.equal(packed["full"], packed["split"])

@@ -12,7 +12,7 @@ from splitlearn.flags.selection import FlagSet
 from splitlearn.kernels import decode_attention
 from splitlearn.kvcache import layers as kv_layers
 from splitlearn.kvcache.pool import KVPool, KVShape
-from splitlearn.lab.logit_fidelity import Fed
+from splitlearn.lab.logit_fidelity import FixedInput
 from splitlearn.lab.logits import logits
 from splitlearn.layers import kernel_attention
 from splitlearn.layers.kernel_attention import _attend
@@ -87,9 +87,9 @@ def test_families_split_to_the_bit_and_are_near_what_they_were(tiny_model: TinyF
     files = tiny_model(family, n_layers=3)
     plan, ids, flags = SplitPlan(1, 2, 3), tuple(range(3, 12)), APPLIED | {"row_attention"}
     by_kernel = {
-        kind: logits(Fed(files, plan, kind, FlagSet(flags, flags, flags), ids, 5, threads=1)) for kind in KINDS
+        kind: logits(FixedInput(files, plan, kind, FlagSet(flags, flags, flags), ids, 5, threads=1)) for kind in KINDS
     }
-    by_sdpa = logits(Fed(files, plan, "full", FlagSet(APPLIED, APPLIED, APPLIED), ids, 5, threads=1))
+    by_sdpa = logits(FixedInput(files, plan, "full", FlagSet(APPLIED, APPLIED, APPLIED), ids, 5, threads=1))
     assert torch.equal(by_kernel["full"], by_kernel["split"])
     torch.testing.assert_close(by_kernel["full"], by_sdpa, rtol=1e-4, atol=1e-4)
 

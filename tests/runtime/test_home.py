@@ -15,7 +15,7 @@ from splitlearn.checkpoints import catalogue
 from splitlearn.config import Config, ModelConfig
 from splitlearn.errors import ModelError
 from splitlearn.kernels import jit
-from splitlearn.lab.experiment import alone
+from splitlearn.lab.experiment import exclusive
 from splitlearn.runtime import home
 
 
@@ -139,5 +139,5 @@ def test_converted_weights_that_cannot_be_kept_are_one_line_that_names_the_setti
 
 def test_an_experiment_needs_no_cache_that_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with alone(Config(model=ModelConfig(cache=tmp_path / "file"))):
+    with exclusive(Config(model=ModelConfig(cache=tmp_path / "file"))):
         pass

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn.errors import InputError, SetupError
-from splitlearn.lab import job as lab_job
 from splitlearn.lab.analysis.findings import Findings
-from splitlearn.lab.job import Job, Kept
+from splitlearn.lab.job import Job, SavedExperiment, read_experiment, saved_experiments
 from splitlearn.lab.report import exports
 from ui import inputs
 from ui.visitors import Downloads
@@ -36,7 +35,7 @@ class Lab:
     def start(self, typed: Mapping[str, Any], flags: str, prompt: str) -> None:
         """Begin what was typed. Raises InputError for a field that cannot be used, SetupError while another runs, and
         where there are MOST_EXPERIMENTS: a visitor does not fill the disk."""
-        if len(self.kept()) >= MOST_EXPERIMENTS:
+        if len(self.saved()) >= MOST_EXPERIMENTS:
             folder = self.job.folder.resolve()
             raise SetupError(f"There are {MOST_EXPERIMENTS} experiments in {folder}. Remove some, then start again.")
         self.job.start(inputs.asked(typed, flags, prompt))
@@ -45,14 +44,14 @@ class Lab:
         """Go on with the experiment called `name`."""
         self.job.resume(self._folder(name))
 
-    def kept(self) -> list[Kept]:
+    def saved(self) -> list[SavedExperiment]:
         """The experiments that there are, newest first."""
-        return lab_job.kept(self.job.folder)
+        return saved_experiments(self.job.folder)
 
     def open(self, name: str | None, typed: Mapping[str, Any], visitor: str) -> Opened:
         """The experiment called `name` under the service level that was typed. Raises SetupError while one runs."""
         self._must_be_quiet()
-        findings = lab_job.read(self._folder(name), inputs.service_level(typed))
+        findings = read_experiment(self._folder(name), inputs.service_level(typed))
         # A folder for each visitor: two may look at one experiment under two service levels at the same time.
         files = exports.write_exports(findings, self._downloads.fresh(visitor))
         return Opened(str(name), findings, {path.name: path for path in files})
@@ -61,11 +60,11 @@ class Lab:
         """Two experiments held against each other, as Markdown."""
         self._must_be_quiet()
         service = inputs.service_level(typed)
-        return exports.compare_two(*(lab_job.read(self._folder(each), service) for each in (name, other)))
+        return exports.compare_two(*(read_experiment(self._folder(each), service) for each in (name, other)))
 
     def _folder(self, name: str | None) -> Path:
         """Only what is in the list: a name from the browser is no path."""
-        for experiment in self.kept():
+        for experiment in self.saved():
             if experiment.folder.name == name:
                 return experiment.folder
         raise InputError("experiment", name or "", "one of the list")

@@ -15,7 +15,7 @@ from splitlearn.arms.compare import KINDS
 from splitlearn.config import GenerationConfig
 from splitlearn.errors import SplitlearnError
 from splitlearn.lab.analysis.findings import METRICS
-from splitlearn.lab.job import Seen
+from splitlearn.lab.job import JobStatus
 from splitlearn.lab.report import charts
 from ui import inputs
 from ui.compare import view as compare_view
@@ -189,7 +189,7 @@ class LabTab:
                 yield self._running(before, seen)
             before = seen
 
-    async def _seen(self) -> AsyncIterator[Seen]:
+    async def _seen(self) -> AsyncIterator[JobStatus]:
         """The experiment as it is now, then each time that it has gone on, to its end; nothing if there is none."""
         loop, changed, shown = asyncio.get_running_loop(), asyncio.Event(), None
 
@@ -209,7 +209,7 @@ class LabTab:
                 shown = latest
                 yield shown
 
-    def _running(self, before: Seen | None, seen: Seen) -> Updates:
+    def _running(self, before: JobStatus | None, seen: JobStatus) -> Updates:
         """Little is drawn: the words each time, the verdicts with each block."""
         updates: Updates = {self.progress: lab_view.progress(seen)}
         if before is None or before.folder != seen.folder:
@@ -220,7 +220,7 @@ class LabTab:
             updates[self.report] = lab_view.so_far(seen.findings)
         return updates
 
-    def _ended(self, seen: Seen, given: dict[Any, Any], request: gr.Request) -> Updates:
+    def _ended(self, seen: JobStatus, given: dict[Any, Any], request: gr.Request) -> Updates:
         name = seen.folder.name
         broken = {self.error: compare_view.error(seen.error)} if seen.error else {}
         drawn = {**self._opened(name, given, request), **broken}
@@ -266,8 +266,8 @@ class LabTab:
 
     def _idle(self, name: str | None) -> Updates:
         """The controls while nothing is measured, with `name` chosen."""
-        kept = self.lab.kept()
-        choices = [(each.said, each.folder.name) for each in kept]
+        kept = self.lab.saved()
+        choices = [(each.label, each.folder.name) for each in kept]
         unfinished = any(each.folder.name == name and each.finished is None for each in kept)
         return {
             self.start: gr.Button(interactive=True),

@@ -7,7 +7,7 @@ from html import escape
 from splitlearn.arms.compare import KINDS
 from splitlearn.lab.analysis.findings import Findings
 from splitlearn.lab.analysis.pairing import ArmFigures
-from splitlearn.lab.job import Seen
+from splitlearn.lab.job import JobStatus
 from splitlearn.lab.report import charts, tables
 from splitlearn.reporting.charts import PART_COLOURS
 from ui.compare.view import head_row, table
@@ -24,7 +24,7 @@ BESIDE = (
 )
 
 
-def progress(seen: Seen) -> str:
+def progress(seen: JobStatus) -> str:
     """How far the experiment is, as a bar and in words."""
     state = seen.state
     total = state.elapsed_s + (state.remaining_s or 0.0) if state else 0.0
@@ -123,7 +123,7 @@ def _beside(findings: Findings) -> str:
     return f'<div class="sl-measured">{table(head, rows, "Full and split")}</div>'
 
 
-def _table(found: tables.Shown, name: str) -> str:
+def _table(found: tables.Table, name: str) -> str:
     head = head_row(*(escape(column) for column in found.head))
     return table(head, ([_cell(cell) for cell in row] for row in found.rows), name)
 

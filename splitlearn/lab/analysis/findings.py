@@ -1,10 +1,10 @@
-"""From the runs of an experiment to what can be said about each flag. Pure: no clock, no file, no model.
+"""Computes an experiment's findings about each flag from its runs. Pure: no clock, no file, no model.
 
-A ratio is treated / control of one block, so below 1 the flag makes it faster. Only whole blocks count. For each metric
-the questions of both kinds of arm are one family (Holm); the checks are not among them.
+A ratio is treated / control of one block; below 1 the flag makes it faster. Only whole blocks count. For each metric
+the questions of both kinds of arm are one family (Holm), without the checks.
 
-An arm that cannot be run is named in the note "failed" ({arm: reason}); blocks are whole without it, and its questions
-are "unavailable". The note "fidelity" ({flag: {kind: figures}}) has what the flag does to the logits.
+The note "failed" ({arm: reason}) names arms that cannot be run. Blocks are whole without them, and their questions are
+"unavailable". The note "fidelity" ({flag: {kind: figures}}) has what the flag does to the logits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from splitlearn.arms.spec import Kind
 from splitlearn.lab import stats
 from splitlearn.lab.analysis.pairing import (
     ArmFigures,
+    Exclusion,
     LedgerEffect,
-    LeftOut,
     Pair,
     SameWork,
     ServiceLevel,
@@ -44,8 +44,11 @@ SERVICE = ServiceLevel()
 
 @dataclass(frozen=True)
 class Row:
-    """One question asked of one metric. `treated_s` and `control_s` are medians in seconds over the pairs compared,
-    `noise` the A/A effect of the same kind and metric, `reason` why the verdict is no verdict on speed."""
+    """One question about one metric.
+
+    `treated_s` and `control_s` are medians in seconds over the compared pairs, `noise` the A/A effect of the same kind
+    and metric. `reason` is why there is no verdict on speed.
+    """
 
     question: Question
     metric: Metric
@@ -58,8 +61,8 @@ class Row:
     noise: stats.Effect | None
 
     @property
-    def said(self) -> str:
-        """The verdict as it stands in a table. The A/A row says why verdicts are withheld."""
+    def text(self) -> str:
+        """The verdict for a table. The A/A row has the reason for withheld ones."""
         if self.verdict == WITHHELD:
             return f"{WITHHELD} (see {AA})"
         if self.reason:
@@ -69,9 +72,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a question's pairs say beside the times.
+    """What a question's pairs show besides times.
 
-    `fidelity` is the flag's (a check's is exact: both sides have the same flags). `failure` is the broken promise of an
+    `fidelity` is the flag's (exact for a check, whose sides have the same flags). `failure` is the broken promise of an
     exact flag, or "". `numbers` is the note on logits: `largest`, `first_divergence`, `perplexity_ratio`.
     """
 
@@ -84,7 +87,7 @@ class Evidence:
     failure: str
 
     def compared(self, metric: Metric) -> list[tuple[int, float, float]]:
-        """(block, treated, control) in seconds, of the pairs that did the same amount of work in the same way."""
+        """(block, treated, control) in seconds, of the pairs that did the same work."""
         values = [
             (p.block, getattr(p.treated, metric), getattr(p.control, metric)) for p in self.pairs if not p.unequal
         ]
@@ -93,7 +96,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Noise:
-    """The A/A effect of one kind and metric, and why it forbids verdicts there, or None."""
+    """The A/A effect of one kind and metric. `withheld` is why it allows no verdicts, or None."""
 
     kind: Kind
     metric: Metric
@@ -103,9 +106,9 @@ class Noise:
 
 @dataclass(frozen=True)
 class Findings:
-    """An experiment as far as it is: how it was set up, every trial, and what follows. `blocks` are the whole ones.
+    """An experiment so far: its setup, every trial, and what follows from them. `blocks` counts whole blocks.
 
-    `drift` is that of the baseline's TPOT from block to block for each kind, None before there are two.
+    `drift` is that of the baseline's TPOT from block to block, for each kind; None before two blocks.
     """
 
     setup: Setup
@@ -114,7 +117,7 @@ class Findings:
     finished: str | None
     service: ServiceLevel
     blocks: int
-    left_out: tuple[LeftOut, ...]
+    left_out: tuple[Exclusion, ...]
     rows: tuple[Row, ...]
     evidence: Mapping[str, Evidence]
     noise: tuple[Noise, ...]
@@ -123,22 +126,22 @@ class Findings:
 
     @property
     def asked(self) -> list[Row]:
-        """The rows about flags that can be run."""
+        """The rows about flags whose arms can run."""
         return [row for row in self.rows if row.question.flag != AA and row.verdict != UNAVAILABLE]
 
     @property
     def decided(self) -> bool:
-        """Whether more pairs would change no verdict."""
+        """Whether every verdict is decided."""
         return all(row.verdict in ("faster", "slower", "no measurable effect", FAILED) for row in self.asked)
 
     @property
     def more_pairs(self) -> int | None:
-        """The most pairs that any verdict still needs; None when that cannot be told."""
+        """The most pairs that any verdict still needs; None if unknown."""
         return max((row.more_pairs for row in self.asked if row.more_pairs), default=None)
 
 
-def of(store: Store, service: ServiceLevel = SERVICE) -> Findings:
-    """What the experiment in `store` has found so far."""
+def findings_of(store: Store, service: ServiceLevel = SERVICE) -> Findings:
+    """The findings so far of the experiment in `store`."""
     return analyse(store.setup, store.trials(), store.notes(), store.finished, service)
 
 
@@ -155,7 +158,7 @@ def analyse(
     finished: str | None = None,
     service: ServiceLevel = SERVICE,
 ) -> Findings:
-    """All that follows from `trials`. `finished` is why the experiment ended, None while it goes on."""
+    """The findings from `trials`. `finished` is why the experiment ended, None while it runs."""
     runnable = _runnable(setup, notes)
     blocks, left_out = whole_blocks(trials, runnable)
     asked = [question for question in setup.plan.questions if {question.treated, question.control} <= set(runnable)]
@@ -260,8 +263,10 @@ def _row(found: Evidence, metric: Metric, decision: stats.Decision | None, floor
 def _verdict(
     found: Evidence, decision: stats.Decision | None, floor: Noise, effect: stats.Effect | None
 ) -> tuple[str, str]:
-    """What is said and why: a broken promise first, then a noise floor that allows no verdict, then the verdict. A
-    check has no decision."""
+    """The verdict and its reason: a broken promise first, then a high noise floor, then the decision.
+
+    A check has no decision.
+    """
     if found.failure:
         return FAILED, found.failure
     if effect is None:
@@ -272,7 +277,7 @@ def _verdict(
 
 
 def _drift(kind: Kind, evidence: Mapping[str, Evidence]) -> stats.Drift | None:
-    """Of the baseline's TPOT, in the order in which it ran."""
+    """The drift of the baseline's TPOT, in the order of its runs."""
     found = next((e for e in evidence.values() if e.question.flag == AA and e.question.kind == kind), None)
     runs = sorted((pair.control for pair in found.pairs), key=lambda trial: trial.at_s) if found else []
     values = [trial.tpot_s for trial in runs if trial.tpot_s]

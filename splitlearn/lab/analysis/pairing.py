@@ -1,5 +1,8 @@
-"""What the runs of an experiment did, apart from how long they took against each other: which blocks count, whether
-both sides of a pair did the same work, where the time of a token went, and the figures of each arm."""
+"""Pairs up the runs of an experiment.
+
+It says which blocks count, whether both sides of a pair did the same work, where a token's time went, and gives the
+figures of each arm.
+"""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -12,14 +15,14 @@ from splitlearn.lab.records import Trial
 from splitlearn.metrics import LEDGER_ORDER, UNATTRIBUTED, first_divergence
 from splitlearn.reporting.percentile import percentile
 
-# The ledger must explain all but this share of the wall time.
+# The time breakdown must explain all but this share of the wall time.
 UNATTRIBUTED_LIMIT = 0.005
 Block = Mapping[str, Trial]
 
 
 @dataclass(frozen=True)
 class ServiceLevel:
-    """What a user may expect: the first token under `ttft_s` seconds, then more than `decode_tps` tokens per second.
+    """A service level: the first token under `ttft_s` seconds, then more than `decode_tps` tokens per second.
 
     Raises InputError unless both are above 0.
     """
@@ -34,8 +37,8 @@ class ServiceLevel:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A turn of a block that does not count, and why."""
+class Exclusion:
+    """An attempt at a block that does not count, and why."""
 
     block: int
     attempt: int
@@ -44,7 +47,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Pair:
-    """The two runs of one block that a question holds against each other."""
+    """The two runs of one block that a question compares."""
 
     block: int
     treated: Trial
@@ -52,7 +55,7 @@ class Pair:
 
     @property
     def unequal(self) -> str:
-        """Why the two cannot be compared: they did not do the same amount of work in the same way; "" if they did."""
+        """Why the two cannot be compared: how their work differs; "" if it does not."""
         one, other = self.treated, self.control
         facts = {
             "tokens": (len(one.token_ids), len(other.token_ids)),
@@ -67,8 +70,8 @@ class Pair:
 class SameWork:
     """Whether the runs of a question's `pairs` pairs did the same work.
 
-    `unequal` names the pairs that are not compared. `first_divergence` is the lowest index of a token id that differs
-    in any pair, `in_block` that pair's block; both None when all are the same. `equal_share` is the share of equal ids,
+    `unequal` names the pairs that are not compared. `first_divergence` is the lowest index of a differing token id in
+    any pair, `in_block` that pair's block; both are None if all ids are equal. `equal_share` is the share of equal ids,
     position by position, over all pairs; None without pairs.
     """
 
@@ -80,15 +83,17 @@ class SameWork:
 
     @property
     def identical(self) -> bool:
-        """Whether every pair gave the same token ids."""
+        """Whether every pair has equal token ids."""
         return self.pairs > 0 and self.first_divergence is None
 
 
 @dataclass(frozen=True)
 class LedgerEffect:
-    """Mean seconds per token after the first, by ledger word, with and without the flag, over `pairs` pairs; `word` is
-    the part that changed most, by `change_s` seconds per token (negative: less with the flag); None where one side kept
-    no ledger."""
+    """Mean seconds per token after the first, by part of the time breakdown, with and without the flag.
+
+    `word` is the part that changed most, by `change_s` seconds per token (negative: less with the flag); None if one
+    side has no breakdown. `pairs` counts the pairs.
+    """
 
     treated: dict[str, float]
     control: dict[str, float]
@@ -99,11 +104,11 @@ class LedgerEffect:
 
 @dataclass(frozen=True)
 class ArmFigures:
-    """One arm over its `runs` runs that count: medians, times in seconds, memory in bytes.
+    """Medians of one arm over its `runs` runs that count: times in seconds, memory in bytes.
 
-    Percentiles are None where there are too few values (`reporting.percentile`); those of ITL are over all `intervals`
+    Percentiles are None if there are too few values (`reporting.percentile`); those of ITL are over all `intervals`
     between tokens. `ledger` is mean seconds per token after the first. `unattributed` is the share of the wall time
-    that no part of the ledger explains, None for an arm that runs without it.
+    that no part explains, None without a breakdown.
     """
 
     arm: str
@@ -128,32 +133,34 @@ class ArmFigures:
 
     @property
     def unexplained(self) -> bool:
-        """Whether more of the wall time is unattributed than may be."""
+        """Whether too much of the wall time is unattributed."""
         return self.unattributed is not None and self.unattributed > UNATTRIBUTED_LIMIT
 
 
 def whole_blocks(
     trials: Sequence[Trial], arms: Collection[str]
-) -> tuple[tuple[tuple[int, Block], ...], tuple[LeftOut, ...]]:
-    """The blocks that count, by number, and the turns that do not. A turn counts when each of `arms` has a good run in
-    it; if two turns of one block do, the last one stands for it."""
-    turns: dict[tuple[int, int], list[Trial]] = {}
+) -> tuple[tuple[tuple[int, Block], ...], tuple[Exclusion, ...]]:
+    """The blocks that count, by number, and the attempts that do not.
+
+    An attempt counts if each of `arms` has a good run in it. Of two such attempts at a block the last one counts.
+    """
+    attempts: dict[tuple[int, int], list[Trial]] = {}
     for trial in trials:
-        turns.setdefault((trial.block, trial.attempt), []).append(trial)
+        attempts.setdefault((trial.block, trial.attempt), []).append(trial)
     whole: dict[int, Block] = {}
     left_out = []
-    for (block, attempt), ran in sorted(turns.items()):
+    for (block, attempt), ran in sorted(attempts.items()):
         good = {trial.arm: trial for trial in ran if not trial.bad}
         missing = [arm for arm in arms if arm not in good]
         if missing:
-            left_out.append(LeftOut(block, attempt, _why_not(ran, len(missing), len(arms))))
+            left_out.append(Exclusion(block, attempt, _why_not(ran, len(missing), len(arms))))
         else:
             whole[block] = good
     return tuple(whole.items()), tuple(left_out)
 
 
 def _why_not(ran: Sequence[Trial], missing: int, of: int) -> str:
-    """Why a turn does not count."""
+    """Why an attempt does not count."""
     bad = "; ".join(dict.fromkeys(trial.bad for trial in ran if trial.bad))
     return bad or f"not finished: {missing} of {of} arms had not run"
 
@@ -164,7 +171,7 @@ def pairs_of(question: Question, blocks: Sequence[tuple[int, Block]]) -> list[Pa
 
 
 def same_work(pairs: Sequence[Pair]) -> SameWork:
-    """Whether both runs of each of `pairs` did the same work and gave the same tokens."""
+    """Whether both runs of each pair did the same work and gave the same tokens."""
     found = [(first_divergence(pair.treated.token_ids, pair.control.token_ids), pair.block) for pair in pairs]
     index, block = min(((at, number) for at, number in found if at is not None), default=(None, None))
     equal = longer = 0
@@ -177,7 +184,7 @@ def same_work(pairs: Sequence[Pair]) -> SameWork:
 
 
 def ledger_effect(pairs: Sequence[Pair]) -> LedgerEffect:
-    """Where the time of a decoded token went in both runs of `pairs`, and what changed most."""
+    """The time breakdown of a decoded token in both runs of `pairs`, and the part that changed most."""
     treated = ledger_per_token([pair.treated for pair in pairs])
     control = ledger_per_token([pair.control for pair in pairs])
     both = {**control, **treated} if control and treated else {}
@@ -187,7 +194,7 @@ def ledger_effect(pairs: Sequence[Pair]) -> LedgerEffect:
 
 
 def ledger_per_token(trials: Sequence[Trial]) -> dict[str, float]:
-    """Mean seconds per token after the first, by ledger word in the order of a step; {} without such tokens."""
+    """Mean seconds per token after the first, by part in the order of a step; {} without such tokens."""
     decoded = [trial for trial in trials if len(trial.token_ids) > 1]
     words = [word for word in LEDGER_ORDER if any(word in trial.decode_ledger for trial in decoded)]
     return {
@@ -197,7 +204,7 @@ def ledger_per_token(trials: Sequence[Trial]) -> dict[str, float]:
 
 
 def figures(arm: Arm, trials: Sequence[Trial], service: ServiceLevel) -> ArmFigures:
-    """The figures of `arm` from its runs that count, of which there is at least one."""
+    """The figures of `arm` from its runs that count, at least one."""
     ttft = [trial.ttft_s for trial in trials]
     tpot = [trial.tpot_s for trial in trials if trial.tpot_s is not None]
     itl = [interval for trial in trials for interval in trial.itl_s]

@@ -1,8 +1,8 @@
 """The charts of an experiment, as plotly figures: intervals, raw pairs, and where the time went.
 
-Backgrounds are transparent, so that a page may be light or dark. What lies beyond REACH is drawn at the edge of its
-picture as a triangle with the figure beside it: one flag that makes everything ten times faster would otherwise press
-all others, and the band that counts as nothing, into one line.
+Backgrounds are transparent, for light and dark pages. A ratio beyond REACH is drawn at the edge of its chart, as a
+triangle with the figure beside it. Otherwise one flag that makes everything ten times faster would press all others,
+and the band of no effect, into one line.
 """
 
 import math
@@ -20,19 +20,19 @@ REACH = 1.25
 LEAST_REACH = 1.05
 DELTA_BAND = "rgba(0,158,115,0.20)"
 NOISE_BAND = "rgba(213,94,0,0.55)"
-# Few enough for a phone; the widest that lie within the picture are shown.
+# Few enough for a phone; the widest ones within the chart are shown.
 TICKS = ((0.8, 0.9, 1, 1.1, 1.25), (0.9, 0.95, 1, 1.05, 1.1), (0.95, 0.98, 1, 1.02, 1.05))
-# A bar longer than so many times the median is cut off, with this mark and its length beside it.
+# A bar longer than LONGEST_BAR times the median is cut off, with CUT and its length beside it.
 LONGEST_BAR = 2.0
 CUT = "// "
 DOT = "#3d8fd1"
-# Okabe and Ito's palette, told apart by the colour-blind and in light and dark; the verdict is said in words, too.
+# Okabe and Ito's palette, for the colour-blind and for light and dark pages; the verdict is there in words, too.
 VERDICT_COLOURS: Mapping[str, str] = {"faster": "#009e73", "slower": "#d55e00", "FAILED": "#cc3311"}
 OTHER_COLOUR = "#808890"
 
 
 def forest(findings: Findings, kind: Kind, metric: Metric) -> Any:
-    """The interval of each question, with the band that counts as nothing (filled) and the noise floor (dashed)."""
+    """The interval of each question, with the band of no effect (filled) and the noise floor (dashed)."""
     rows = [row for row in findings.rows if row.question.kind == kind and row.metric == metric and row.effect]
     reach = _reach([end for row in rows if row.effect for end in (row.effect.low, row.effect.high)], findings)
     title = f"{METRIC_NAMES[metric]}, {kind}: ratio with / without, n = {findings.blocks} blocks"
@@ -44,7 +44,7 @@ def forest(findings: Findings, kind: Kind, metric: Metric) -> Any:
 
 
 def dots(findings: Findings, kind: Kind, metric: Metric) -> Any:
-    """The ratio of every single pair; hover for its block."""
+    """The ratio of each pair; hover for its block."""
     asked = [found for found in findings.evidence.values() if found.question.kind == kind and found.compared(metric)]
     ratios = [one / other for found in asked for _, one, other in found.compared(metric)]
     reach = _reach(ratios, findings)
@@ -57,7 +57,7 @@ def dots(findings: Findings, kind: Kind, metric: Metric) -> Any:
 
 
 def ledger(findings: Findings, kind: Kind) -> Any:
-    """Milliseconds per token after the first of each arm, by where they went; the sum is beside the bar."""
+    """The time breakdown of each arm in milliseconds per token after the first; the sum is beside the bar."""
     arms = [arm for arm in findings.arms if arm.kind == kind and arm.ledger]
     names = [_short(arm) for arm in arms]
     totals = [sum(arm.ledger.values()) * 1e3 for arm in arms]
@@ -85,7 +85,7 @@ def ledger(findings: Findings, kind: Kind) -> Any:
 
 
 def words(arms: Sequence[ArmFigures]) -> list[str]:
-    """The parts of the ledger that any of `arms` has, in the order of a step."""
+    """The parts of the time breakdown that any of `arms` has, in the order of a step."""
     return [word for word in LEDGER_ORDER if any(word in arm.ledger for arm in arms)]
 
 
@@ -141,7 +141,7 @@ def _symbol(ratio: float, reach: float) -> str:
 
 
 def _bands(figure: Any, findings: Findings, rows: Sequence[Row]) -> None:
-    """What counts as nothing; the A/A interval; and the line of no effect."""
+    """Draw the band of no effect, the A/A interval, and the line at 1."""
     delta = findings.setup.delta
     figure.add_vrect(x0=1 / (1 + delta), x1=1 + delta, fillcolor=DELTA_BAND, line_width=0, layer="below")
     noise = next((row.noise for row in rows if row.noise), None)
@@ -151,7 +151,7 @@ def _bands(figure: Any, findings: Findings, rows: Sequence[Row]) -> None:
 
 
 def _reach(values: Sequence[float], findings: Findings) -> float:
-    """How far the axis goes to both sides of 1, as a factor."""
+    """The axis's reach to both sides of 1, as a factor."""
     widest = max((max(value, 1 / value) for value in values), default=1.0) * 1.01
     return min(REACH, max(widest, LEAST_REACH, 1 + 2 * findings.setup.delta))
 

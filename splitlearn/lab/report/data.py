@@ -1,5 +1,8 @@
-"""Findings as tables for pandas and as plain JSON. Times in seconds, memory in bytes, ratios treated / control; units
-are in the names of the columns. Empty where there is no such figure."""
+"""Findings as tables for pandas and as plain JSON.
+
+Times are in seconds, memory in bytes, ratios treated / control; the columns' names have the units. A missing figure is
+empty.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,7 +21,7 @@ def verdicts(findings: Findings) -> pd.DataFrame:
 
 
 def pairs(findings: Findings) -> pd.DataFrame:
-    """One row for each pair that was compared, of each question and metric."""
+    """One row for each compared pair of each question and metric."""
     rows = [
         (found.question.flag, found.question.kind, block, metric, treated, control, treated / control)
         for found in findings.evidence.values()
@@ -29,13 +32,15 @@ def pairs(findings: Findings) -> pd.DataFrame:
 
 
 def trials(findings: Findings) -> pd.DataFrame:
-    """One row for each run, those that do not count, too (`bad` says why); the ledger's parts of the whole run and of
-    the steps after the first token in columns of their own."""
+    """One row for each run, also those that do not count (`bad` says why).
+
+    The time breakdown of the whole run and of the steps after the first token has columns of its own.
+    """
     return pd.DataFrame([_trial(trial.as_json()) for trial in findings.trials])
 
 
 def arms(findings: Findings) -> pd.DataFrame:
-    """One row for each arm; the ledger in seconds per token after the first."""
+    """One row for each arm; the time breakdown is in seconds per token after the first."""
     rows = [asdict(arm) for arm in findings.arms]
     for row in rows:
         row.update({f"{word}_s_per_token": value for word, value in row.pop("ledger").items()})
@@ -43,7 +48,7 @@ def arms(findings: Findings) -> pd.DataFrame:
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
-    """Everything: how the experiment was set up, what was found, and each run as it was measured."""
+    """Everything: the setup, the findings, and each run."""
     return {
         "setup": findings.setup.as_json(),
         "finished": findings.finished,

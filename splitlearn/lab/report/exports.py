@@ -1,5 +1,4 @@
-"""What is handed on of an experiment: JSON, CSV, one HTML file that needs nothing beside it, Markdown, and two
-experiments side by side."""
+"""Exports of an experiment: JSON, CSV, one self-contained HTML file, Markdown, and a comparison of two experiments."""
 
 import json
 import re
@@ -19,8 +18,10 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def write_exports(findings: Findings, folder: Path) -> list[Path]:
-    """Write results.json, verdicts.csv, pairs.csv, trials.csv, report.html and report.md into `folder`, which is made
-    if it is not there. Gives their paths."""
+    """Write results.json, verdicts.csv, pairs.csv, trials.csv, report.html and report.md into `folder`.
+
+    Creates the folder if needed. Returns the paths.
+    """
     texts = {
         "results.json": json.dumps(data.as_json(findings), indent=1, allow_nan=False) + "\n",
         "verdicts.csv": csv(data.verdicts(findings)),
@@ -33,7 +34,7 @@ def write_exports(findings: Findings, folder: Path) -> list[Path]:
 
 
 def html(findings: Findings) -> str:
-    """The report as one page without any file or address beside it. All text from outside is escaped."""
+    """The report as one self-contained HTML page. Text from outside is escaped."""
     setup = findings.setup
     return render(
         TEMPLATE,
@@ -83,8 +84,8 @@ def markdown(findings: Findings) -> str:
 
 
 def compare_two(one: Findings, other: Findings) -> str:
-    """Both verdict tables side by side, as Markdown, below a warning that names what differs between the two."""
-    differing = [*differences(one.setup.environment, other.setup.environment), *_asked_otherwise(one, other)]
+    """Both verdict tables side by side, as Markdown, below a warning that names other differences."""
+    differing = [*differences(one.setup.environment, other.setup.environment), *_other_settings(one, other)]
     named = "\n".join(f"- {tables.plain(difference)}" for difference in differing)
     warning = f"WARNING: the two experiments differ in more than chance; compare their figures with care.\n\n{named}"
     names = "\n".join(f"{letter}: {_code(found.setup.command)}" for letter, found in (("A", one), ("B", other)))
@@ -94,14 +95,14 @@ def compare_two(one: Findings, other: Findings) -> str:
 
 
 def _code(text: str) -> str:
-    """`text` as a code span of Markdown, in more backticks than it has in a row."""
+    """`text` as a code span of Markdown, between more backticks than it has in a row."""
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
     return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 
-def _asked_otherwise(one: Findings, other: Findings) -> Iterator[str]:
-    """What differs in what was asked for."""
+def _other_settings(one: Findings, other: Findings) -> Iterator[str]:
+    """The differences between two setups."""
     for name in ("model", "design", "flags", "prompts", "max_new_tokens", "delta"):
         values: tuple[Any, Any] = (getattr(one.setup, name), getattr(other.setup, name))
         if values[0] == values[1]:

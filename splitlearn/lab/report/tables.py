@@ -1,4 +1,4 @@
-"""Findings as tables for people: text cells with their units, the same ones for the HTML report and for Markdown."""
+"""Findings as tables for people: text cells with units, for the HTML report and for Markdown."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -15,25 +15,25 @@ SHOWN_FROM = 0.001
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell; `style` is the kind of text in it, for the report's style sheet."""
+    """One cell. `style` is a class of the report's style sheet."""
 
     text: str
     style: str = ""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A table: its column heads and its rows. The first cell of each row says what the row is about."""
+class Table:
+    """A table: column heads and rows. A row's first cell is its name."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
 
-def verdicts(findings: Findings) -> Shown:
-    """What is said of each question and metric, and what it rests on."""
+def verdicts(findings: Findings) -> Table:
+    """The verdict on each question and metric, and its evidence."""
     head = ("Flag", "Arm", "Metric", "Verdict", "Ratio with / without [interval]", "Pairs (n)", "With, ms (median)")
     more = ("Without, ms (median)", "Changed most, ms per token", "Published earlier")
-    return Shown(head + more, tuple(_verdict(findings, row) for row in findings.rows))
+    return Table(head + more, tuple(_verdict(findings, row) for row in findings.rows))
 
 
 def _verdict(findings: Findings, row: Row) -> tuple[Cell, ...]:
@@ -44,7 +44,7 @@ def _verdict(findings: Findings, row: Row) -> tuple[Cell, ...]:
         Cell(row.question.flag),
         Cell(row.question.kind),
         Cell(METRIC_NAMES[row.metric]),
-        Cell(row.said, f"long {row.verdict.partition(' ')[0]}"),
+        Cell(row.text, f"long {row.verdict.partition(' ')[0]}"),
         _number(effect(row.effect)),
         _number(str(row.effect.pairs) if row.effect else NOTHING),
         _number(milliseconds(row.treated_s)),
@@ -54,10 +54,10 @@ def _verdict(findings: Findings, row: Row) -> tuple[Cell, ...]:
     )
 
 
-def work(findings: Findings) -> Shown:
-    """Whether the two sides of each question did the same work."""
+def work(findings: Findings) -> Table:
+    """Whether both sides of each question did the same work."""
     head = ("Flag", "Arm", "Fidelity", "Token ids", "Equal tokens", "Largest logit difference", "Perplexity, ratio")
-    return Shown((*head, "Pairs (n)", "Pairs not compared"), tuple(_work(one) for one in findings.evidence.values()))
+    return Table((*head, "Pairs (n)", "Pairs not compared"), tuple(_work(one) for one in findings.evidence.values()))
 
 
 def _work(found: Evidence) -> tuple[Cell, ...]:
@@ -79,13 +79,13 @@ def _work(found: Evidence) -> tuple[Cell, ...]:
     )
 
 
-def arms(findings: Findings) -> Shown:
+def arms(findings: Findings) -> Table:
     """The figures of each arm, and whether it meets the service level."""
     service = findings.service
     head = ("Arm", "Runs (n)", "TTFT, ms", "TTFT p95, ms", "TTFT p99, ms", "TPOT, ms", "ITL p95, ms", "ITL p99, ms")
     levels = (f"TTFT under {service.ttft_s * 1e3:g} ms", f"More than {service.decode_tps:g} tokens/s (decode)")
     more = ("Load, s", "Compile, s", "Added memory, MB", "Unattributed", "dtype", "Threads")
-    return Shown(head + levels + more, tuple(_arm(arm) for arm in findings.arms))
+    return Table(head + levels + more, tuple(_arm(arm) for arm in findings.arms))
 
 
 def _arm(arm: ArmFigures) -> tuple[Cell, ...]:
@@ -106,30 +106,30 @@ def _arm(arm: ArmFigures) -> tuple[Cell, ...]:
     )
 
 
-def claims(findings: Findings) -> Shown:
-    """All that was published, beside what was measured of it."""
+def claims(findings: Findings) -> Table:
+    """The published claims beside what was measured."""
     of = {**{str(metric): name for metric, name in METRIC_NAMES.items()}, "memory": "memory"}
     rows = [
         (
             Cell(one.words),
             Cell(", ".join(one.kinds)),
             Cell(of[one.metric]),
-            _number(one.shown),
+            _number(one.text),
             Cell(measured(findings, one) or NOTHING),
         )
         for one in CLAIMS
     ]
-    return Shown(("Claim", "Arm", "Of", "As a ratio", "Measured here"), tuple(rows))
+    return Table(("Claim", "Arm", "Of", "As a ratio", "Measured here"), tuple(rows))
 
 
-def left_out(findings: Findings) -> Shown:
-    """The turns of blocks that do not count."""
+def left_out(findings: Findings) -> Table:
+    """The attempts that do not count."""
     rows = [(Cell(str(turn.block)), _number(str(turn.attempt)), Cell(turn.why)) for turn in findings.left_out]
-    return Shown(("Block", "Attempt", "Why"), tuple(rows))
+    return Table(("Block", "Attempt", "Why"), tuple(rows))
 
 
 def warnings(findings: Findings) -> list[str]:
-    """What a reader has to know before the verdicts: withheld ones, broken promises, time that nothing explains."""
+    """Warnings before the verdicts: withheld ones, broken promises, unattributed time."""
     found = [
         f"{METRIC_NAMES[floor.metric]}, {floor.kind}: verdicts are withheld: {floor.withheld}."
         for floor in findings.noise
@@ -144,8 +144,8 @@ def warnings(findings: Findings) -> list[str]:
     return found
 
 
-def markdown_table(table: Shown) -> str:
-    """As a Markdown table."""
+def markdown_table(table: Table) -> str:
+    """`table` in Markdown."""
     lines = [table.head, ["---"] * len(table.head), *([cell.text for cell in row] for row in table.rows)]
     return "\n".join(_line(line) for line in lines)
 
@@ -158,7 +158,7 @@ def effect(found: Effect | None) -> str:
 
 
 def interval(found: Effect | None) -> str:
-    """The interval of a ratio; an end that two pairs leave nearly open is not spelled out."""
+    """The interval of a ratio; extreme ends, from two pairs, are abbreviated."""
     if found is None:
         return NOTHING
     low = f"{found.low:.3f}" if found.low >= SHOWN_FROM else f"<{SHOWN_FROM:g}"
@@ -167,12 +167,12 @@ def interval(found: Effect | None) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Seconds as a number of milliseconds with four digits or so."""
+    """Seconds as text in milliseconds, with about four digits."""
     return NOTHING if value is None else f"{value * 1e3:.2f}" if value < 0.1 else f"{value * 1e3:.0f}"
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is, also inside a table: no column, tag or second line begins in it."""
+    """Text escaped for Markdown, also inside a table: it begins no column, tag or second line."""
     escaped = re.sub(r"[\\|`*~$]|(?<=\])\(", r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;"))
     return " ".join(escaped.splitlines())
 
@@ -189,8 +189,8 @@ def _yes(met: bool | None) -> str:
     return NOTHING if met is None else "yes" if met else "no"
 
 
-def side_by_side(one: Sequence[Row], other: Sequence[Row]) -> Shown:
-    """The verdicts of two experiments, question by question; a question that one did not ask is empty there."""
+def side_by_side(one: Sequence[Row], other: Sequence[Row]) -> Table:
+    """The verdicts of two experiments, question by question. Cells are empty for a question that one did not ask."""
     first, second = ({(row.question.key, row.metric): row for row in rows} for rows in (one, other))
     rows = []
     for key in dict.fromkeys([*first, *second]):
@@ -198,10 +198,10 @@ def side_by_side(one: Sequence[Row], other: Sequence[Row]) -> Shown:
         names = (Cell(row.question.flag), Cell(row.question.kind), Cell(METRIC_NAMES[row.metric]))
         rows.append((*names, *(cell for found in pair for cell in _side(found))))
     head = ("Flag", "Arm", "Metric", "A: verdict", "A: ratio with / without", "A: pairs (n)")
-    return Shown((*head, "B: verdict", "B: ratio with / without", "B: pairs (n)"), tuple(rows))
+    return Table((*head, "B: verdict", "B: ratio with / without", "B: pairs (n)"), tuple(rows))
 
 
 def _side(row: Row | None) -> tuple[Cell, ...]:
     if row is None:
         return Cell(NOTHING), Cell(NOTHING), Cell(NOTHING)
-    return Cell(row.said), _number(effect(row.effect)), _number(str(row.effect.pairs) if row.effect else NOTHING)
+    return Cell(row.text), _number(effect(row.effect)), _number(str(row.effect.pairs) if row.effect else NOTHING)
