@@ -9,16 +9,17 @@ _HEAD = """# Optimization flags
 Generated from splitlearn/flags/registry.py by `make docs`; do not edit.
 
 A flag is one optimization. It is *applied*, or it is at its *off arm*: what a person who does not know the flag would
-write. Each side chooses for itself: `full` is the whole model in one process, `client` the bottom and the top of a
+write. Each side chooses for itself. `full` is the whole model in one process, `client` the bottom and the top of a
 split model, `trunk` the layers between, at the server.
 
-Fidelity: **exact** flags give bit-equal logits; **rounding** flags add in another order, so logits differ by rounding;
-**lossy** flags change the numbers on purpose: full and split then may give other tokens, and only `all` or their name
-applies them.
-Scope: a **session** flag is chosen with each generation; **load** and **process** flags need a process of their own.
+- Fidelity: **exact** flags give bit-equal logits. **rounding** flags add in another order, so logits differ by
+rounding.
+  **lossy** flags change the numbers on purpose, so full and split may give other tokens; only `all` or their name
+  applies them.
+- Scope: a **session** flag is chosen with each generation. **load** and **process** flags need a process of their own.
 
-The matrix below is of flag by side. `python -m splitlearn flags` and the page show the same for your machine, model and
-trunk server: applied, available, or unavailable and why.
+This table has flags by side. `python -m splitlearn flags` and the page show the same for your machine, model and trunk
+server: applied, available, or unavailable and why.
 """
 
 # A place where everything that can be missing is missing, so that each flag says what it needs.

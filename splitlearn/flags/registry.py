@@ -201,7 +201,7 @@ def _needs_python_tokenizer(place: Place) -> str | None:
     return place.no_python_tokenizer
 
 
-def _needs_roll_back(place: Place) -> str | None:
+def _needs_truncation(place: Place) -> str | None:
     return place.no_truncation
 
 
@@ -217,7 +217,7 @@ def _needs_onednn(place: Place) -> str | None:
     return _needs_cpu(place) or place.no_onednn
 
 
-def _needs_cpu_and_roll_back(place: Place) -> str | None:
+def _needs_cpu_and_truncation(place: Place) -> str | None:
     return _needs_cpu(place) or place.no_truncation
 
 
@@ -237,7 +237,7 @@ FLAGS: Mapping[str, Flag] = {
             "low_cpu_mem_usage",
             "low_cpu_mem_usage",
             "Loads the weights without a second copy in memory.",
-            "Constructs the model with memory of its own, reads the state dict beside it and copies it over.",
+            "Builds the model with its own memory, reads the state dict beside it and copies it over.",
             _on(assign_weights=True),
             scope="load",
         ),
@@ -245,7 +245,7 @@ FLAGS: Mapping[str, Flag] = {
             "use_fast",
             "use_fast",
             "The Rust tokenizer.",
-            "The Python tokenizer, where the model has one.",
+            "The Python tokenizer, if the model has one.",
             _on(use_fast_tokenizer=True),
             sides=LOCAL,
             scope="load",
@@ -261,8 +261,8 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "float32_matmul_precision",
             "float32_matmul_precision",
-            'torch.set_float32_matmul_precision("medium"): float32 products may use bfloat16 units; on a CPU, those of '
-            "several tokens.",
+            'torch.set_float32_matmul_precision("medium"): float32 products may use bfloat16 units. On a CPU this '
+            "concerns steps of several tokens.",
             '"highest": float32 products in full float32.',
             {level: _matmul_precision(level) for level in ("highest", "high", "medium")},
             applied="medium",
@@ -273,7 +273,7 @@ FLAGS: Mapping[str, Flag] = {
             "cudnn_benchmark",
             "cudnn.benchmark",
             "cuDNN times its algorithms and keeps the fastest.",
-            "cuDNN takes its default algorithm.",
+            "cuDNN uses its default algorithm.",
             {"off": _same, "on": _in_process(_benchmark_cudnn)},
             fidelity="rounding",
             scope="process",
@@ -283,16 +283,16 @@ FLAGS: Mapping[str, Flag] = {
             "use_cache",
             "use_cache",
             "Keeps keys and values: at the client for its layers, at the trunk server for the trunk's.",
-            "Recomputes the whole prefix for each token; a trunk without it is sent the whole prefix each time.",
+            "Recomputes the whole prefix for each token. A trunk without it gets the whole prefix in each step.",
             _on(new_cache=Import("splitlearn.kvcache.layers:dynamic")),
             fidelity="rounding",
         ),
         Flag(
             "cache",
             "cache",
-            "Reserved: keys and values are written into memory set aside for the whole answer. Static: that, and "
-            "attention always sees all of it, masked, so that shapes never change (for torch_compile).",
-            "Dynamic: keys and values are copied to a longer tensor for each token. A trunk always has it reserved.",
+            "Reserved: writes keys and values into memory reserved for the whole answer. Static: also lets attention "
+            "see all of that memory, masked, so that shapes never change (for torch_compile).",
+            "Dynamic: copies keys and values to a longer tensor for each token. A trunk always has it reserved.",
             {
                 "dynamic": _same,
                 "reserved": _keep(Import("splitlearn.kvcache.layers:reserved")),
@@ -305,9 +305,9 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "row_attention",
             "row_attention",
-            "One token attends in a kernel that is compiled here, where torch's sdpa would do, on a CPU in float32. "
-            "The compiler takes 100 MB of memory in each process.",
-            "sdpa, whatever the number of tokens.",
+            "Computes the attention of a single token in a kernel compiled on this machine, not in torch's sdpa. On "
+            "a CPU in float32. The compiler takes 100 MB of memory in each process.",
+            "sdpa for any number of tokens.",
             _on(sdpa=Import("splitlearn.layers.kernel_attention:NAME")),
             fidelity="rounding",
             scope="load",
@@ -317,9 +317,9 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "weight_prepack",
             "weight_prepack",
-            "Linear layers' weights are kept in the order in which they are read, on a CPU. onednn: in the layout of "
-            "oneDNN's products. blocks: in float32, in that of a kernel which is compiled here and takes one token "
-            "through all layers of a stage in one call, if they are such as Llama's and the cache is reserved. The "
+            "Stores linear layers' weights in the order in which they are read, on a CPU. onednn: in the layout of "
+            "oneDNN's products. blocks: in the layout of a kernel compiled on this machine, in float32. It takes one "
+            "token through all layers of a stage in one call, if they are like Llama's and the cache is reserved. The "
             "compiler takes 100 MB of memory in each process.",
             "Linear layers' weights are plain matrices.",
             {
@@ -335,8 +335,8 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "weight_dtype",
             "weight_dtype",
-            "Linear layers' weights are rounded to 4 bits (the LM head's to 8), or all to 8, with a scale and an "
-            "offset for every 32 of them, on a CPU. In place of weight_prepack, and otherwise as its blocks.",
+            "Rounds linear layers' weights to 4 bits (the LM head's to 8), or all to 8, with a scale and an offset for "
+            "every 32 of them, on a CPU. Replaces weight_prepack and works like its blocks.",
             "Linear layers' weights have the model's dtype.",
             {"off": _same, "int8": _blocks(8), "int4": _blocks(4)},
             applied="int4",
@@ -348,8 +348,8 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "torch_compile",
             "torch.compile",
-            "Compiles each stage; the time that takes is shown apart. On a CPU it can take minutes; on a GPU a stage "
-            "is compiled layer by layer, in seconds where layers are alike.",
+            "Compiles each stage; the compile time is shown apart. On a CPU it can take minutes. On a GPU a stage is "
+            "compiled layer by layer, in seconds if layers are alike.",
             "Eager execution.",
             _on(compile_stage=Import("splitlearn.stages.compile:compile_stage")),
             fidelity="rounding",
@@ -360,10 +360,10 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "cuda_graph",
             "cuda_graph",
-            "The kernels of one token's step are recorded once for a place in memory, and replayed in one call, if the "
-            "layers permit it, which is tried. Keys and values lie in reserved memory (cache). The time that a "
-            "recording takes is shown as compile time.",
-            "Each kernel is launched by itself.",
+            "Captures the kernels of one token's step once for a place in memory, and replays them in one call, if a "
+            "trial shows that the layers permit it. Keys and values lie in reserved memory (cache). The time of a "
+            "capture is shown as compile time.",
+            "Launches each kernel by itself.",
             _on(one_row=Import("splitlearn.stages.cuda_graph:of")),
             fidelity="rounding",
             scope="load",
@@ -372,8 +372,8 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "output_attentions",
             "output_attentions=False",
-            "Attention weights are not asked for, so fused attention (sdpa) can be used.",
-            "Attention weights of every layer are asked for, which needs the eager attention implementation.",
+            "Does not ask for attention weights, so fused attention (sdpa) can be used.",
+            "Asks for the attention weights of every layer, which needs the eager attention implementation.",
             _asks_for("output_attentions", attention="eager"),
             fidelity="rounding",
             scope="load",
@@ -381,8 +381,8 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "output_hidden_states",
             "output_hidden_states=False",
-            "Hidden states between the layers are not asked for.",
-            "The hidden state after every layer is asked for and kept until the step ends.",
+            "Does not ask for hidden states between the layers.",
+            "Asks for the hidden state after every layer and keeps it until the step ends.",
             _asks_for("output_hidden_states"),
         ),
         Flag(
@@ -397,20 +397,20 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "prompt_lookup",
             "prompt_lookup",
-            "Tokens that followed the last few before, in the prompt or the answer, are drafts: one step verifies "
-            "several, as many as pay. Tokens are the same; TPOT falls where an answer quotes.",
+            "Drafts the tokens that followed the last few before, in the prompt or the answer. One step verifies "
+            "several, as many as pay. The output does not change; TPOT falls where an answer quotes.",
             "One token for each step.",
             {"off": _same, "on": _looking_up},
             sides=LOCAL,
             fidelity="rounding",
             on_by_default=False,
-            unavailable=_needs_roll_back,
+            unavailable=_needs_truncation,
         ),
         Flag(
             "draft_model",
             "draft_model",
-            "What a second, smaller model (model.draft) would say are drafts, where prompt_lookup has none. It is "
-            "loaded whole beside the arm's own layers, with weights in 4 bits on a CPU. Tokens are the same.",
+            "Drafts tokens with a second, smaller model (model.draft), where prompt_lookup has none. It is loaded "
+            "whole beside the arm's own layers, with weights in 4 bits on a CPU. The output does not change.",
             "No second model.",
             _on(draft_model=True),
             sides=LOCAL,
@@ -422,9 +422,9 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "prefill_overlap",
             "prefill_overlap",
-            "A prompt goes in pieces of 256 tokens: while the trunk works on one, the client's bottom works on the "
+            "Sends a prompt in chunks of 256 tokens. While the trunk works on one, the client's bottom works on the "
             "next and its top on the last.",
-            "A prompt goes whole: client and trunk wait for each other.",
+            "Sends a prompt whole: client and trunk wait for each other.",
             _on(piece_tokens=256),
             sides=frozenset({"client"}),
             fidelity="rounding",
@@ -433,22 +433,22 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "head_overlap",
             "head_overlap",
-            "The likeliest of the first quarter of the vocabulary, where most of what is said stands, is sent on while "
-            "the client computes the other logits, so that the trunk works meanwhile. Where another token is likelier, "
-            "the step is rolled back: tokens are the same. On a CPU, for greedy answers that are decoded one by one.",
-            "The next step begins when all logits are there.",
+            "Starts the next step early: after a quarter of the LM head, the likeliest token so far is sent to the "
+            "trunk while the client computes the rest. Wrong guesses (about 10%) are truncated; the output does not "
+            "change. On a CPU, for greedy answers that are decoded one token at a time.",
+            "Starts the next step when all logits are there.",
             _on(head_overlap=True),
             sides=frozenset({"client"}),
             fidelity="rounding",
             on_by_default=False,
-            unavailable=_needs_cpu_and_roll_back,
+            unavailable=_needs_cpu_and_truncation,
         ),
         Flag(
             "wire_dtype",
             "wire_dtype",
-            "Hidden states cross the wire as int8, with a bfloat16 scale for every 64 values of a row (0.26 of the "
-            "bytes), or as bfloat16 (half of them).",
-            "Hidden states cross the wire as they are computed: float32 where the model is.",
+            "Sends hidden states as int8 with a bfloat16 scale for every 64 values of a row (0.26 of the bytes), or as "
+            "bfloat16 (half of them).",
+            "Sends hidden states as they are computed: in float32 if the model is.",
             {
                 "float32": _same,
                 "bfloat16": _bfloat16_rows,

@@ -37,15 +37,15 @@ def _on_every_side(flags: str) -> Mapping[Side, str]:
 
 PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
     "fast": (
-        "The fastest on a CPU, on every side: weights in 4 bits, which other answers may come of.",
+        "The fastest on a CPU, on every side: weights in 4 bits; answers may differ.",
         _on_every_side(FAST),
     ),
     "fast-float32": (
-        "The fastest on a CPU with weights as they are, on every side.",
+        "The fastest on a CPU with unchanged weights, on every side.",
         _on_every_side(FAST_FLOAT32),
     ),
     "fast-gpu": (
-        "The fastest on a GPU, on every side: stages are compiled, and one token's step is a recording.",
+        "The fastest on a GPU, on every side: compiled stages, and a captured graph for one token's step.",
         _on_every_side(FAST_GPU),
     ),
     "earlier-full": (
