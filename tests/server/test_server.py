@@ -70,7 +70,7 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
 @pytest.fixture(scope="module")
 def shared(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trunk]:
     config = settings(files, server={"max_sessions": SESSIONS, "max_waiting": 0, "max_others": OTHERS})
-    with serve(config, tmp_path_factory.mktemp("server")) as running:
+    with serve(config, tmp_path_factory.mktemp("server"), fresh=True) as running:
         yield running
 
 

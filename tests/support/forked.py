@@ -1,11 +1,10 @@
-"""A trunk server process that is forked from one that has imported all that it needs, so that it starts quickly: for
-tests that kill it, stop it, and start it again at the same address."""
+"""A trunk server in a process that starts quickly: for tests that kill it, stop it, and start it again at the same
+address."""
 
 import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,28 @@ import yaml
 from server.__main__ import main
 from splitlearn.client.served import describe
 from splitlearn.errors import TrunkError
-from splitlearn.runtime import process
 from tests.client.test_remote import free_port
+from tests.support.forks import Fork
 from tests.support.trunk import eventually
 
 START_S = 60.0
 
 
 class Forked:
-    """The server of `config` at `address`; `pid` is that of the process that runs now."""
+    """The server of `config` at `address`, to be killed and started again there; `pid` is that of the process that runs
+    now."""
 
     def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
+        self._folder = folder
         self._config = folder / f"trunk-{self._port}.yaml"
         self.configure(config)
         self.start()
 
     @property
     def pid(self) -> int:
-        pid = self._child.process.pid
-        assert pid is not None
-        return pid
+        return self._server.pid
 
     def configure(self, config: Mapping[str, Any]) -> None:
         """What it serves from its next start on."""
@@ -43,13 +42,13 @@ class Forked:
 
     def start(self) -> None:
         """Start it, and wait until it serves."""
-        self._child = process.start("The trunk server", _serve, str(self._config))
+        arguments = ["--config", str(self._config)]
+        self._server = Fork(main, arguments, self._folder, self._config.with_suffix(".err"))
         assert eventually(self._serves, START_S)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it has gone."""
-        os.kill(self.pid, signal.SIGKILL)
-        self._child.process.join()
+        self._server.close()
 
     def hold(self) -> None:
         """SIGSTOP, and wait until none of its threads runs: a step takes less than that can."""
@@ -59,12 +58,10 @@ class Forked:
 
     def stop(self) -> None:
         """End it, also while it is stopped by a signal."""
-        self._child.connection.close()
-        self._child.process.kill()
-        self._child.process.join()
+        self._server.close()
 
     def _serves(self) -> bool:
-        assert self._child.process.is_alive()
+        assert self._server.poll() is None
         try:
             describe(self.address)
         except TrunkError:
@@ -75,10 +72,6 @@ class Forked:
 def _state(stat: Path) -> str:
     """The letter of a thread's state, which follows its name in brackets (man 5 proc)."""
     return stat.read_text().rpartition(")")[2].split()[0]
-
-
-def _serve(connection: Connection, config: str) -> None:
-    main(["--config", config])
 
 
 @contextmanager

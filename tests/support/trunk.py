@@ -1,7 +1,7 @@
-"""A real `python -m server` process for tests, and a client that can send it anything.
+"""A real trunk server process for tests, and a client that can send it anything.
 
-`serve(config, folder)` starts one on a free port, waits until it says that it is ready, and ends it. `Raw` is the
-stream of a session with nothing between the test and the wire.
+`serve(config, folder)` starts one on a free port, waits until it is ready, and ends it. `Raw` is the stream of a
+session with nothing between the test and the wire.
 """
 
 import io
@@ -22,7 +22,7 @@ import psutil
 import torch
 import yaml
 
-from server.__main__ import listen
+from server.__main__ import listen, main
 from server.auth.tls import Door
 from server.build import Served as ServedHere
 from server.build import build
@@ -38,6 +38,7 @@ from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.hidden_states import Plain, Rows
 from tests.conftest import ROOT
+from tests.support.forks import Fork
 
 PLAN = SplitPlan(2, 4, 6)
 ANSWER_TIMEOUT_S = 120.0
@@ -55,7 +56,7 @@ def settings(files: ModelFiles, **sections: Mapping[str, object]) -> dict[str, A
 class Trunk:
     """A running server. `errors` is where its stderr goes."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Fork
     address: str
     errors: Path
 
@@ -66,18 +67,31 @@ class Trunk:
 
 def start(config: Mapping[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """`python -m server` with `config` written to a file in `folder`; its stderr goes to server.err there."""
-    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
-    command = [sys.executable, "-m", "server", "--config", str(folder / "config.yaml"), *arguments]
+    command = [sys.executable, "-m", "server", "--config", str(_written(config, folder)), *arguments]
     with (folder / "server.err").open("w") as errors:
         return subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
         )
 
 
+def _written(config: Mapping[str, Any], folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(dict(config)))
+    return path
+
+
 @contextmanager
-def serve(config: Mapping[str, Any], folder: Path, port: int = 0) -> Iterator[Trunk]:
-    """A server that is ready; stopped, with its engines, at the end."""
-    process = start(config, folder, "--port", str(port))
+def serve(config: Mapping[str, Any], folder: Path, port: int = 0, fresh: bool = False) -> Iterator[Trunk]:
+    """A server that is ready; stopped at the end, with those that it has started.
+
+    It is forked from a process that has its imports. `fresh` starts `python -m server`, as a person does, and takes
+    seconds more.
+    """
+    if fresh:
+        process: subprocess.Popen[str] | Fork = start(config, folder, "--port", str(port))
+    else:
+        arguments = ["--config", str(_written(config, folder)), "--port", str(port)]
+        process = Fork(main, arguments, ROOT, folder / "server.err")
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

@@ -1,0 +1,95 @@
+"""Processes of this program for tests, forked from one that has imported all that they need.
+
+To start one takes 0.3 s; a fresh interpreter computes for five seconds to import torch and transformers. What runs is
+the command's own `main`, with real pipes, signals and an exit status. Tests of the command as a person types it, and of
+the processes below it, start a fresh interpreter instead.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from splitlearn.runtime import process
+
+IMPORTED = ["server.__main__", "splitlearn.cli.main"]
+process.PRELOAD += [name for name in IMPORTED if name not in process.PRELOAD]
+Main = Callable[[list[str]], int]
+
+
+class Fork:
+    """`command(arguments)` in a process of its own, run in `folder`: what of subprocess.Popen the tests use.
+
+    `stdout` is a pipe. What it writes to stderr goes to the file `errors`.
+    """
+
+    def __init__(self, command: Main, arguments: Sequence[str], folder: Path, errors: Path) -> None:
+        reader, writer = os.pipe()
+        out = Connection(writer, readable=False)
+        try:
+            self._child = process.start("The command", _run, command, list(arguments), str(folder), str(errors), out)
+        finally:
+            out.close()
+        self.stdout = os.fdopen(reader, encoding="utf-8")
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        pid = self._child.process.pid
+        assert pid is not None
+        return pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, or minus the signal's number; None while it runs."""
+        return self._child.process.exitcode
+
+    def poll(self) -> int | None:
+        """As `returncode`."""
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it has ended; its exit status. Raises subprocess.TimeoutExpired."""
+        self._child.process.join(timeout)
+        if (code := self.returncode) is None:
+            raise subprocess.TimeoutExpired("a forked command", timeout or 0.0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """End it, also while it is stopped by a signal, and let go of its pipes."""
+        self.kill()
+        self._child.connection.close()
+        self._child.process.join()
+        self.stdout.close()
+
+
+def _run(connection: Connection, command: Main, arguments: list[str], folder: str, log: str, out: Connection) -> None:
+    """The forked process: `command` with the test's pipe as stdout."""
+    multiprocessing.current_process().daemon = False  # a daemon may not start workers
+    os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(out.fileno(), 1)
+    out.close()
+    with Path(log).open("w") as file:
+        os.dup2(file.fileno(), 2)
+    # Those that came with the fork may hold that their file can be sought in.
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.stderr.reconfigure(line_buffering=True)
+    sys.exit(command(arguments))
