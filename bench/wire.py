@@ -17,7 +17,7 @@ from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.flags.registry import settings
-from splitlearn.generation.chain import Feed
+from splitlearn.generation.chain import Chain, Step
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.stats import effect
 from splitlearn.stages import loading
@@ -56,26 +56,30 @@ def _round(runs: Runs, echoes: Mapping[str, Echo], order: random.Random) -> dict
     client, at_trunk = settings(flags.client), settings(flags.trunk)
     loading.prepare_process(client.process, spec.threads)
     placement = loading.Placement.of(spec.device, spec.dtype)
-    stages = loading.load(spec.files, loading.client_specs(spec.plan), client.load, placement).stages
+    bottom, *rest = loading.load(spec.files, loading.client_specs(spec.plan), client.load, placement).chain
     trunk = RemoteStage(spec.addresses, spec.served(), spec.timeout_s)
-    feeds = [Feed(stage, stage.open(client.session, 256)) for stage in (stages[0], stages[1])]
-    remote = Feed(trunk, trunk.open(at_trunk.session, 256))
+    stages = [bottom, trunk, *rest]
+    sessions = [stage.open(at_trunk.session if stage is trunk else client.session, 256) for stage in stages]
+    chain = Chain(sessions, 0)
     ids = Tokens.load(spec.files.folder, use_fast=True).encode(PROMPT, chat=True)
     found: dict[str, list[float]] = {name: [] for name in (TRUNK, *ECHOES)}
     position, held = 0, 0.05
     for _ in range(STEPS):
-        start, bottom = feeds[0].step(position, torch.tensor([ids[position:]]))
+        step = Step(0, chain, position, torch.tensor([ids[position:]]))
+        x = bottom.step([step.item(0, step.ids)])[0].x
         position = len(ids)
         for name in order.sample(list(found), len(found)):
             if name == TRUNK:
-                start, output = remote.step(start, bottom.x)
+                output = trunk.step([step.item(1, x)])[0]
                 found[TRUNK].append(output.timing.ledger["wire"])
             else:
-                data = bottom.x[:, -1:].contiguous().numpy().tobytes()
+                data = x[:, -1:].contiguous().numpy().tobytes()
                 found[name].append(echoes[name].step(held, data))
         held = output.timing.ledger["trunk"]
-        _, top = feeds[1].step(start, output.x)
-        ids.append(int(top.x[0, -1].argmax()))
-    remote.session.close()
+        x = output.x
+        for at, stage in enumerate(rest, 2):
+            x = stage.step([step.item(at, x)])[0].x
+        ids.append(int(x[0, -1].argmax()))
+    sessions[1].close()
     trunk.close()
     return {name: median(times[1:]) for name, times in found.items()}

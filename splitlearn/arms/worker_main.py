@@ -42,7 +42,7 @@ def work(connection: Connection, spec: ArmSpec) -> None:
         loaded = loading.load(spec.files, _specs(spec), local.load, loading.Placement.of(spec.device, spec.dtype))
         trunk = open_trunk(spec)
         drafting, draft_load_s = _load_draft(spec)
-        answers = generator(spec, loaded.stages, trunk, tokens, drafting)
+        answers = generator(spec, loaded.chain, trunk, tokens, drafting)
     except Exception as error:
         connection.send(as_error(error, "loading the model"))
         return

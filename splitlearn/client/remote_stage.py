@@ -20,7 +20,7 @@ from splitlearn.client.served import Served, TrunkFacts
 from splitlearn.client.session_stream import Opening, Sent, Stream, opening_of
 from splitlearn.errors import TrunkUnavailable
 from splitlearn.events import Recovery, StageTiming
-from splitlearn.stages.base import StageInput, StageOutput, UnderWay
+from splitlearn.stages.base import PendingStep, StageInput, StageOutput
 from splitlearn.stages.settings import SessionSettings
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials
@@ -63,9 +63,9 @@ class RemoteStage:
         under_way = [self.begin(item) for item in batch]
         return [_with(begun.timing, begun.finish()) for begun in under_way]
 
-    def begin(self, item: StageInput, *, uncertain: bool = False) -> UnderWay:
+    def begin(self, item: StageInput, *, uncertain: bool = False) -> PendingStep:
         """Send a step; what is given waits for its answer. More may be sent before; answers come in the same order."""
-        begin: Callable[..., UnderWay] = item.session.begin
+        begin: Callable[..., PendingStep] = item.session.begin
         return begin(item.position, item.x, uncertain=uncertain, rope_length=item.rope_length)
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class RemoteSession:
         self._send(position, x, rope_length)
         return self._finish(position, x, started, since=None)
 
-    def begin(self, position: int, x: torch.Tensor, *, uncertain: bool = False, rope_length: int = 0) -> UnderWay:
+    def begin(self, position: int, x: torch.Tensor, *, uncertain: bool = False, rope_length: int = 0) -> PendingStep:
         """The first half of `step`, and what does the second."""
         self._send(position, x, rope_length, uncertain=uncertain)
         sent, stream = self._under_way[-1], self._stream
@@ -114,7 +114,7 @@ class RemoteSession:
             return self._finish(position, x, now, since=now)
 
         timing = StageTiming({"encode": sent.encode_s, "wire": sent.hand_over_s}, bytes_up=sent.size)
-        return UnderWay(timing, finish, partial(stream.drop_step, sent))
+        return PendingStep(timing, finish, partial(stream.drop_step, sent))
 
     def branch(self, other: "RemoteSession", tokens: int) -> None:
         """Have the next step begin with what the trunk has of `other`."""

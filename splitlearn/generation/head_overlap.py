@@ -1,10 +1,11 @@
-"""A decoded token's step, begun before the token is sure: the trunk works on it beside the client's LM head.
+"""Speculative start of the next decode step: while the client computes the rest of the LM head, the trunk already runs
+the likeliest token.
 
-The head has a logit for each word of the vocabulary, and reads as many weights as several layers. Low ids are those
-that a tokenizer learned first, from what is said most: the likeliest of the first quarter of them is the likeliest of
-all for nine tokens in ten (docs/notes). So when the stage has the first logits, that token goes through the stages
-up to the trunk, and the client computes the other logits while it is on its way. If one of them is larger, the step is
-rolled back, and the trunk told to give it up: the tokens are those that there would have been.
+The head has a logit for each token of the vocabulary, and reads as many weights as several layers. Low ids are those
+that a tokenizer learned first, from the commonest text: the likeliest of the first quarter is the likeliest of all for
+nine tokens in ten (docs/notes/token-time.md). So that token starts through the stages up to the trunk as soon as the
+first logits are there. If another one is sampled, the trunk is told to drop the step, and the step is taken anew: the
+tokens are those that there would have been.
 """
 
 import time
@@ -15,97 +16,128 @@ from statistics import median_low
 
 import torch
 
-from splitlearn.generation.chain import Feed, Piece
+from splitlearn.generation.chain import Step
 from splitlearn.generation.speculation import TIMES, Record
 from splitlearn.generation.step_timing import Ledger
-from splitlearn.stages.base import UnderWay
+from splitlearn.stages.base import LogitsInParts, PendingStep, Stage, StageOutput, WorksAhead
+
+
+def _times() -> deque[float]:
+    return deque(maxlen=TIMES)
 
 
 @dataclass
-class HeadStart:
-    """Of one answer whose tokens are the likeliest ones. `near` are the stages up to the first that works elsewhere;
-    after one of `ends` nothing comes.
+class OverlapPolicy:
+    """Whether it pays to start a step before its token is sampled.
 
-    A step that was begun in vain keeps the trunk for a step's time, if that cannot give it up, of which the head's rest
-    went by anyway; one with the right token saves the head's rest. With a share `a` of guesses right it pays where
-    a * rest > (1 - a) * (step - rest), which is rest > (1 - a) * step.
+    A wrong one keeps the trunk for a step's time, if that cannot drop it, of which the head's rest went by anyway; a
+    right one saves the head's rest. With a share `a` of guesses right it pays where
+    a * rest > (1 - a) * (step - rest), which is rest > (1 - a) * step. `rests` and `steps` are the last seconds that
+    each took.
     """
 
-    near: Sequence[Feed]
+    guesses: Record = field(default_factory=lambda: Record(right=9, tried=10))
+    rests: deque[float] = field(default_factory=_times)
+    steps: deque[float] = field(default_factory=_times)
+
+    def pays(self) -> bool:
+        """As far as is known. Before anything is: yes, since nine guesses in ten are right."""
+        if not self.rests or not self.steps:
+            return True
+        return median_low(self.rests) > (1 - self.guesses.share) * median_low(self.steps)
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """The likeliest token of the first logits, when it was found, and its step where one was started."""
+
+    token: int
+    at: float
+    pending: PendingStep | None
+
+
+@dataclass
+class HeadOverlap:
+    """Decodes one greedy answer through `stages`, of which number `remote` works elsewhere and the last is the LM head.
+    After one of `ends` nothing comes."""
+
+    stages: Sequence[Stage]
+    remote: int
     ledger: Ledger
     ends: Collection[int]
-    came_true: bool | None = None
-    """Whether the last step had been begun with the right token; None if it had not been begun early."""
-    _position: int = 0
-    """Where the token goes whose logits come next."""
+    policy: OverlapPolicy = field(default_factory=OverlapPolicy)
     _worth: bool = True
-    """Whether the next guess is begun: looked up while the trunk is at work, since all waits between its steps."""
-    _guess: int | None = None
-    _begun: UnderWay | None = None
-    _guessed: float = 0.0
-    _record: Record = field(default_factory=lambda: Record(right=9, tried=10))
-    _rests: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
-    _steps: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
+    """Whether the next guess is started: looked up while the trunk is at work, since all waits between its steps."""
+    _guess: _Guess | None = None
 
-    def step(self, position: int, ids: torch.Tensor) -> Piece:
-        """What comes out of the near stages for `ids` [1, T], and the first position of it: of the step that was begun
-        for them, where there is one."""
-        guess, begun, token = self._guess, self._begun, int(ids[0, -1])
-        self._guess, self._begun, self._position = None, None, position + ids.shape[1]
+    def __call__(self, steps: Sequence[Step]) -> list[torch.Tensor]:
+        """The logits of the only step. While the rest of them is computed the next step starts."""
+        (step,) = steps
+        x = self._up_to_remote(step)
+        for at in range(self.remote + 1, len(self.stages) - 1):
+            x = self._noted(self.stages[at].step([step.item(at, x)])[0])
+        head, item = self.stages[-1], step.item(len(self.stages) - 1, x)
+        pending = head.logits_in_parts(item) if step.more and isinstance(head, LogitsInParts) else None
+        if pending is None:
+            return [self._noted(head.step([item])[0])[0, -step.rows :]]
+        self.ledger.add(step.sample, pending.timing)
+        self._start_next(step, pending.first)
+        return [self._noted(pending.finish())[0]]
+
+    def _up_to_remote(self, step: Step) -> torch.Tensor:
+        """What comes out of the remote stage: of the step that was started early, if that was the right one."""
+        guess, self._guess, early = self._guess, None, None
         if guess is not None:
-            self._rests.append(time.perf_counter() - self._guessed)
-            self._record.add(int(guess == token), int(guess != token))
-        self.came_true = None if begun is None else guess == token
-        if begun is not None and self.came_true:
-            return position, self._finished(begun)
-        if begun is not None:
-            began = time.perf_counter()
-            begun.drop()
-            self.ledger.spend("encode", time.perf_counter() - began)
-        for feed in self.near:
-            feed.roll_back(position)
-        position, wanted = self._begin(position, ids, uncertain=False)
-        if begun is not None:  # answers come in the order in which steps were begun
-            self.ledger.add(0, begun.finish().timing)
-        return position, self._finished(wanted)
+            early, right = guess.pending, guess.token == int(step.ids[0, -1])
+            self.policy.rests.append(time.perf_counter() - guess.at)
+            self.policy.guesses.add(int(right), int(not right))
+            if early is not None:
+                self.ledger.started_right = right
+                if right:
+                    return self._finished(early)
+                began = time.perf_counter()
+                early.drop()
+                self.ledger.spend("encode", time.perf_counter() - began)
+        wanted = self._start(step, uncertain=False)
+        if early is not None:  # answers come in the order in which steps were started
+            self.ledger.add(step.sample, early.finish().timing)
+        return self._finished(wanted)
 
-    def guess(self, logits: torch.Tensor) -> None:
-        """Begin the next step with the largest of the first `logits` [1, 1, k], where that pays."""
+    def _start_next(self, step: Step, logits: torch.Tensor) -> None:
+        """Start the step of the likeliest token of the first `logits` [1, 1, k], where that pays."""
         began = time.perf_counter()
-        self._guess = _likeliest(logits)
-        guessed = time.perf_counter()
-        if self._worth and self._guess not in self.ends:
-            _, self._begun = self._begin(self._position, torch.tensor([[self._guess]]), uncertain=True)
-        self.ledger.spend("sample", guessed - began)
-        self._worth = self._pays()
-        self._guessed = time.perf_counter()
+        token, pending = _likeliest(logits), None
+        self.ledger.spend("sample", time.perf_counter() - began)
+        if self._worth and token not in self.ends:
+            ahead = Step(step.sample, step.chain, step.end, torch.tensor([[token]]))
+            pending = self._start(ahead, uncertain=True)
+        self._worth = self.policy.pays()
+        self._guess = _Guess(token, time.perf_counter(), pending)
 
-    def _pays(self) -> bool:
-        """As far as one knows: yes, before anything is known, since nine guesses in ten are right."""
-        if not self._rests or not self._steps:
-            return True
-        return median_low(self._rests) > (1 - self._record.share) * median_low(self._steps)
+    def _start(self, step: Step, *, uncertain: bool) -> PendingStep:
+        x = step.ids
+        for at in range(self.remote):
+            x = self._noted(self.stages[at].step([step.item(at, x)])[0])
+        remote = self.stages[self.remote]
+        if not isinstance(remote, WorksAhead):
+            raise TypeError(f"{remote} does not work ahead")
+        pending = remote.begin(step.item(self.remote, x), uncertain=uncertain)
+        self.ledger.add(step.sample, pending.timing)
+        return pending
 
-    def _begin(self, position: int, x: torch.Tensor, *, uncertain: bool) -> tuple[int, UnderWay]:
-        *here, last = self.near
-        for feed in here:
-            position, output = feed.step(position, x)
-            self.ledger.add(0, output.timing)
-            x = output.x
-        position, begun = last.begin(position, x, uncertain=uncertain)
-        self.ledger.add(0, begun.timing)
-        return position, begun
-
-    def _finished(self, begun: UnderWay) -> torch.Tensor:
-        output = begun.finish()
-        self.ledger.add(0, output.timing)
+    def _finished(self, pending: PendingStep) -> torch.Tensor:
+        output = pending.finish()
         if output.x.shape[1] == 1 and not output.timing.recoveries:
             spent = output.timing.ledger
-            self._steps.append(spent.get("queue", 0.0) + spent.get("trunk", 0.0) + output.timing.overlapped_s)
+            self.policy.steps.append(spent.get("queue", 0.0) + spent.get("trunk", 0.0) + output.timing.overlapped_s)
+        return self._noted(output)
+
+    def _noted(self, output: StageOutput) -> torch.Tensor:
+        self.ledger.add(0, output.timing)
         return output.x
 
 
 def _likeliest(logits: torch.Tensor) -> int:
-    """The place of the largest. numpy's takes 0.03 ms where torch's takes 0.08, its code being cold between steps."""
+    """The index of the largest. numpy's takes 0.03 ms where torch's takes 0.08, its code being cold between steps."""
     known = logits if logits.dtype == torch.float32 else logits.float()
     return int(known.numpy().argmax())

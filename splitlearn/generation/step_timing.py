@@ -11,14 +11,12 @@ from splitlearn.metrics import UNATTRIBUTED
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step brought one sample: token ids, the text that can be shown, how many drafts were fed, and whether it
-    had been begun with the right token, if early."""
+    """What a step brought one sample: token ids, the text that can be shown, and how many drafts were fed."""
 
     sample: int
     token_ids: tuple[int, ...]
     text: str
     drafts: int
-    head_start: bool | None = None
 
 
 @dataclass
@@ -30,6 +28,8 @@ class Ledger:
     since: float = 0.0
     parts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     timings: defaultdict[int, list[StageTiming]] = field(default_factory=lambda: defaultdict(list))
+    started_right: bool | None = None
+    """Whether the step was started before its token was sampled, and with the right one (head_overlap.py)."""
 
     def now(self) -> float:
         """Seconds since t0."""
@@ -50,7 +50,7 @@ class Ledger:
         parts = dict(self.parts)
         parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
         events = [self._event(outcome, at, parts) for outcome in outcomes]
-        self.since, self.parts, self.timings = at, defaultdict(float), defaultdict(list)
+        self.since, self.parts, self.timings, self.started_right = at, defaultdict(float), defaultdict(list), None
         return events
 
     def _event(self, outcome: Outcome, at: float, parts: dict[str, float]) -> TokenEvent:
@@ -66,6 +66,6 @@ class Ledger:
             recoveries=tuple(recovery for timing in timings for recovery in timing.recoveries),
             drafts=outcome.drafts,
             overlapped_s=sum(timing.overlapped_s for timing in timings),
-            head_start=outcome.head_start,
+            head_start=self.started_right,
             sample=outcome.sample,
         )

@@ -5,6 +5,7 @@ put into the form that they have on the wire and back, both ways.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 
 from splitlearn.errors import as_error
 from splitlearn.flags.registry import settings
-from splitlearn.generation.chain import Feed
+from splitlearn.generation.chain import Link, Step, open_chains
+from splitlearn.generation.forward import InStep
+from splitlearn.generation.step_timing import Ledger
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.logit_fidelity import FixedInput
 from splitlearn.stages import loading
@@ -24,16 +27,14 @@ from splitlearn.wire.hidden_states import Rows
 
 def logits(given: FixedInput) -> torch.Tensor:
     """The last position's logits after each step, float32 [len(ids) - prompt_tokens + 1, V], on the CPU."""
-    feeds = _feeds(given)
     rows: list[torch.Tensor] = []
-    position = 0
-    for end in range(given.prompt_tokens, len(given.ids) + 1):
-        start, x = position, torch.tensor([given.ids[position:end]])
-        for feed in feeds:
-            start, output = feed.step(start, x)
-            x = output.x
-        rows.append(x[0, -1].float().cpu())
-        position = end
+    with ExitStack() as stack:
+        stages, (chain,) = open_chains(stack, _links(given), given.prompt_tokens, len(given.ids), 1)
+        forward, position = InStep(stages, Ledger()), 0
+        for end in range(given.prompt_tokens, len(given.ids) + 1):
+            (found,) = forward([Step(0, chain, position, torch.tensor([given.ids[position:end]]))])
+            rows.append(found[-1].float().cpu())
+            position = end
     return torch.stack(rows).clone()
 
 
@@ -55,24 +56,21 @@ def send_ids(connection: Connection, folder: Path, text: str) -> None:
     connection.recv()
 
 
-def _feeds(given: FixedInput) -> list[Feed]:
-    bottom, top = loading.client_specs(given.plan)
+def _links(given: FixedInput) -> list[Link]:
+    bottom, *rest = loading.client_specs(given.plan)
     full = [(loading.full_specs(given.plan.n_layers)[0], given.flags.full)]
-    split = [
-        (bottom, given.flags.client),
-        (loading.trunk_specs(given.plan)[0], given.flags.trunk),
-        (top, given.flags.client),
-    ]
-    feeds = []
+    split = [(bottom, given.flags.client), (loading.trunk_specs(given.plan)[0], given.flags.trunk)]
+    split += [(spec, given.flags.client) for spec in rest]
+    links = []
     placement = loading.Placement.of(given.device, given.dtype)
     for spec, applied in full if given.kind == "full" else split:
         own = settings(applied)
         loading.prepare_process(own.process, given.threads)
-        stage: Stage = loading.load(given.files, [spec], own.load, placement).stages[0]
+        stage: Stage = loading.load(given.files, [spec], own.load, placement).chain[0]
         if spec.word == "trunk":
             stage = _WireRoundTrip(stage, own.session.rows(placement.dtype))
-        feeds.append(Feed(stage, stage.open(own.session, len(given.ids)), rope_length=given.prompt_tokens))
-    return feeds
+        links.append(Link(stage, own.session))
+    return links
 
 
 @dataclass(frozen=True)

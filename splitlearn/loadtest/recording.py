@@ -98,10 +98,10 @@ def _main(connection: Connection, spec: ArmSpec, requests: Sequence[GenerationRe
         own = settings(spec.flags.client)
         loading.prepare_process(own.process, spec.threads)
         placement = loading.Placement.of(spec.device, spec.dtype)
-        bottom, top = loading.load(spec.files, loading.client_specs(spec.plan), own.load, placement).stages
-        recorder = _Recorder(bottom)
+        loaded = loading.load(spec.files, loading.client_specs(spec.plan), own.load, placement)
+        recorder = _Recorder(loaded.stages[0])
         generator = worker_main.generator(
-            spec, (recorder, top), worker_main.open_trunk(spec), worker_main.read_tokens(spec)
+            spec, (recorder, *loaded.chain[1:]), worker_main.open_trunk(spec), worker_main.read_tokens(spec)
         )
         for request in requests:
             for _ in generator.stream(request):

@@ -18,16 +18,6 @@ def computing_on(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_precision() -> Iterator[None]:
-    """Restore float32_matmul_precision on leaving, whatever was set inside."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
 def computing_one_token(count: int, precision: str) -> Iterator[None]:
     """Compute one token on the CPU with `count` threads and in full float32; set `precision` on leaving.
 

@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from splitlearn.events import StageTiming
-from splitlearn.stages.head import Early
 from splitlearn.stages.settings import SessionSettings
 
 
@@ -34,18 +33,15 @@ class StageInput:
     """A step of one session: `x` is token ids int64 [1, T] at a first stage, otherwise a hidden state [1, T, H].
 
     `position` is the number of tokens before the first of `x`; below the cached length it rolls the session back.
-    `logits` is for how many of the last positions a last stage gives logits. `early` is told the first of one token's
-    logits [1, 1, k], before the others are computed, by a last stage that computes them in parts. `unwanted` tells, at
-    any time, whether the step is of no use any more: a stage may then raise StepUnwanted. `rope_length` is the least
-    length of the sequence by which rotary embeddings are made (models/rope.py): that of the prompt; 0 is that which
-    the step ends at.
+    `logits` is for how many of the last positions a last stage gives logits. `unwanted` tells, at any time, whether the
+    step is of no use any more: a stage may then raise StepUnwanted. `rope_length` is the least length of the sequence
+    by which rotary embeddings are made (models/rope.py): that of the prompt; 0 is that which the step ends at.
     """
 
     session: Any
     position: int
     x: torch.Tensor
     logits: int = 1
-    early: Early | None = None
     unwanted: Callable[[], bool] | None = None
     rope_length: int = 0
 
@@ -80,9 +76,9 @@ class OpensTogether(Protocol):
 
 
 @dataclass(frozen=True)
-class UnderWay:
-    """A step that was begun: what that took, what waits for the outcome and says what waiting took, and what says that
-    it is not wanted: the outcome, still to be waited for, has no positions then."""
+class PendingStep:
+    """A started step. `timing` is what starting it took. `finish()` waits for the output. `drop()` cancels the step;
+    `finish()` must still be called, and gives an output without positions."""
 
     timing: StageTiming
     finish: Callable[[], StageOutput]
@@ -93,5 +89,23 @@ class UnderWay:
 class WorksAhead(Protocol):
     """A stage that computes elsewhere, so that its client can work meanwhile."""
 
-    def begin(self, item: StageInput, *, uncertain: bool = False) -> UnderWay:
+    def begin(self, item: StageInput, *, uncertain: bool = False) -> PendingStep:
         """Begin a step, which may be dropped if it is `uncertain`. More may be begun before, and end in their order."""
+
+
+@dataclass(frozen=True)
+class PendingLogits:
+    """One token's logits under way: the first of them [1, 1, k], and what computing those took. `finish()` computes the
+    others and gives all."""
+
+    first: torch.Tensor
+    timing: StageTiming
+    finish: Callable[[], StageOutput]
+
+
+@runtime_checkable
+class LogitsInParts(Protocol):
+    """The LM head, whose first logits can be looked at before the others are computed."""
+
+    def logits_in_parts(self, item: StageInput) -> PendingLogits | None:
+        """Compute the first logits of one token. None for a head that cannot be parted."""

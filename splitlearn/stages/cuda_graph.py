@@ -27,7 +27,6 @@ from splitlearn.kvcache.layers import ReservedCache, ReservedLayer
 from splitlearn.models.cut import CutModel, body_of, example, forward
 from splitlearn.models.rope import is_pure
 from splitlearn.stages.fused_decode import Row
-from splitlearn.stages.head import Early
 from splitlearn.stages.verify import reason_against, with_tokens_by
 
 log = logging.getLogger(__name__)
@@ -103,7 +102,6 @@ class GraphRow:
         x: torch.Tensor,
         position: int,
         cache: Cache | None,
-        early: Early | None = None,
         unwanted: Callable[[], bool] | None = None,
     ) -> torch.Tensor | None:
         """The hidden state [1, 1, H] on the host, or the logits [1, 1, V] on the device; the cache has the token."""

@@ -7,6 +7,7 @@ lie where the kernel reads them.
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol, cast
 
@@ -20,11 +21,10 @@ from splitlearn.kernels.block_format import memory
 from splitlearn.kvcache.layers import ReservedCache
 from splitlearn.layers import kernel_attention
 from splitlearn.layers.block_linear import BlockLinear
-from splitlearn.models.cut import CutModel, body_of, layers_of
+from splitlearn.models.cut import CutModel, body_of, forward, layers_of
 from splitlearn.models.rope import GROWING
 from splitlearn.runtime import private_apis
-from splitlearn.stages.head import FIRST, Early
-from splitlearn.stages.verify import reason_against, with_tokens_by
+from splitlearn.stages.verify import agree, reason_against, rounding, with_tokens_by
 
 
 class Row(Protocol):
@@ -43,12 +43,10 @@ class Row(Protocol):
         x: torch.Tensor,
         position: int,
         cache: Cache | None,
-        early: Early | None = None,
         unwanted: Callable[[], bool] | None = None,
     ) -> torch.Tensor | None:
         """What `split.forward` would give for one token, and the cache has the token then; None where it cannot.
-        `early` is told the first logits before the others are there, where it can be. Raises StepUnwanted where
-        `unwanted` says so in time; the cache has the token not then."""
+        Raises StepUnwanted where `unwanted` says so in time; the cache has the token not then."""
 
 
 # In the order of the kernel.
@@ -120,10 +118,8 @@ class _OneRow:
         )
         self._rotary, self._turns = body.rotary_emb, np.empty((0, 2, first.self_attn.head_dim), np.float32)
         self._embedding = body.embed_tokens.weight.detach().numpy() if cut.first else None
-        module: Any = cut.module
-        self._head: BlockLinear | None = module.get_output_embeddings() if cut.last else None
-        self._norm = body.norm.weight.detach().numpy() if cut.last else None
-        size = len(blocks) + (0 if self._head is None else len(self._head.array))
+        self._head = _Head(cut) if cut.last else None
+        size = len(blocks) + (0 if self._head is None else self._head.size)
         self._team = thread_team.Team(threads_for(size))
 
     def __call__(
@@ -131,7 +127,6 @@ class _OneRow:
         x: torch.Tensor,
         position: int,
         cache: Cache | None,
-        early: Early | None = None,
         unwanted: Callable[[], bool] | None = None,
     ) -> torch.Tensor | None:
         """The hidden state [1, 1, H], or the logits [1, 1, V]; the cache has the token then."""
@@ -148,20 +143,7 @@ class _OneRow:
             cache.grown(1)
             if self._head is None:
                 return torch.from_numpy(hidden[None])
-            logits = np.empty((1, self._head.out_features), np.float32)
-            at, *heads = (len(logits[0]), self._head.array) if early is None else self._head.cut(FIRST)
-            self._through_head(hidden, heads[0], logits[:, :at], record)
-        if early is not None:
-            early(torch.from_numpy(logits[None, :, :at]))
-            self._through_head(hidden, heads[1], logits[:, at:], self._team.alone())  # others are at work meanwhile
-        return torch.from_numpy(logits[None])
-
-    def _through_head(
-        self, hidden: NDArray[np.float32], blocks: NDArray[np.uint8], logits: NDArray[np.float32], record: NDArray[Any]
-    ) -> None:
-        """`logits` [1, V] are set to those of the head's outputs that have `blocks`."""
-        bits = cast(BlockLinear, self._head).bits
-        self._kernel.head(hidden, self._norm, self._layers.eps, blocks, bits, logits, record)
+            return self._head(hidden, record)
 
     def _turn(self, position: int) -> NDArray[np.float32]:
         """cos and sin [2, size] of a position; computed for TURNS of them at once."""
@@ -172,6 +154,55 @@ class _OneRow:
             self._turns = turns = np.concatenate([turns, found])
         turn: NDArray[np.float32] = turns[position]
         return turn
+
+
+class _Head:
+    """The final norm and the LM head of one hidden state, whose blocks have `size` bytes."""
+
+    def __init__(self, cut: CutModel) -> None:
+        from splitlearn.kernels import llama_decode  # loads a compiler
+
+        module: Any = cut.module
+        self.linear: BlockLinear = module.get_output_embeddings()
+        self.size = len(self.linear.array)
+        self._kernel, norm = llama_decode.head, body_of(cut).norm
+        self._norm, self._eps = norm.weight.detach().numpy(), norm.variance_epsilon
+
+    def __call__(self, hidden: NDArray[np.float32], record: NDArray[Any]) -> torch.Tensor:
+        """All logits [1, 1, V] of `hidden` [1, H]."""
+        return self.rows(self.linear.array, self.linear.out_features, hidden, record)
+
+    def rows(
+        self, blocks: NDArray[np.uint8], n: int, hidden: NDArray[np.float32], record: NDArray[Any]
+    ) -> torch.Tensor:
+        """The logits [1, 1, n] of the outputs that have `blocks`."""
+        logits = np.empty((1, n), np.float32)
+        self._kernel(hidden, self._norm, self._eps, blocks, self.linear.bits, logits, record)
+        return torch.from_numpy(logits[None])
+
+
+def head_of(cut: CutModel, x: torch.Tensor, share: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...] | None:
+    """Of a stage without layers what computes one token's logits [1, 1, V] from a hidden state [1, 1, H]: all, about
+    that share of them, and the others. None where that is not what the stage's own forward makes of `x`."""
+    if cut.compiled or not _ends_as_llama(cut):
+        return None
+    from splitlearn.kernels import thread_team  # loads a compiler
+
+    head = _Head(cut)
+    team, (at, first, others) = thread_team.Team(threads_for(head.size)), head.linear.cut(share)
+
+    def alone(blocks: NDArray[np.uint8], n: int, x: torch.Tensor) -> torch.Tensor:
+        return head.rows(blocks, n, x.numpy()[0], team.alone())
+
+    def helped(blocks: NDArray[np.uint8], n: int, x: torch.Tensor) -> torch.Tensor:
+        with team.leading() as record:
+            return head.rows(blocks, n, x.numpy()[0], record)
+
+    n = head.linear.out_features
+    whole, rest = partial(helped, head.linear.array, n), partial(alone, others, n - at)  # the trunk computes then
+    with torch.inference_mode():
+        same = agree(forward(cut, x, 0, None), whole(x), rounding(torch.float32))
+    return (whole, partial(helped, first, at), rest) if same else None
 
 
 def _linears(layer: Any) -> list[Any]:
@@ -202,7 +233,7 @@ def _is_llamas(layer: Any) -> bool:
 
 def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
     """Whether what stands around the layers is Llama's, and each token sees all before it."""
-    body, module = body_of(cut), cut.module
+    body = body_of(cut)
     rotary: Any = getattr(body, "rotary_emb", None)
     config = body.config
     if getattr(rotary, "rope_type", GROWING[0]) in GROWING or 2 * len(rotary.inv_freq) != head_size:
@@ -213,7 +244,13 @@ def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
         return False
     if cut.first and body.embed_tokens.weight.dtype != torch.float32:
         return False
-    return not cut.last or (_is_norm(body.norm) and _is_whole(module.get_output_embeddings()))  # type: ignore[operator]
+    return not cut.last or _ends_as_llama(cut)
+
+
+def _ends_as_llama(cut: CutModel) -> bool:
+    """Whether norm and LM head are such as the kernel has them."""
+    norm, module = getattr(body_of(cut), "norm", None), cast(Any, cut.module)
+    return _is_norm(norm) and _is_whole(module.get_output_embeddings())
 
 
 def _looks_at_no_more(module: Any, name: str) -> bool:

@@ -27,8 +27,10 @@ from splitlearn.models.structure import join
 from splitlearn.runtime import cgroups, private_apis
 from splitlearn.runtime.device import resolve
 from splitlearn.runtime.process import default_threads, resident_bytes, trim_heap
+from splitlearn.runtime.torch_threads import computing_one_token
 from splitlearn.stages import equivalence
-from splitlearn.stages.head import parted
+from splitlearn.stages.base import Stage
+from splitlearn.stages.head import Head, engine_of
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.settings import LoadSettings
 from splitlearn.wire.codec import DTYPES
@@ -44,13 +46,19 @@ PACKING, SPARE_BYTES = 1.1, 100_000_000
 
 @dataclass(frozen=True)
 class StageSpec:
-    """The layers `[start, end)` of a model; `word` is the ledger's name for the time that they take."""
+    """The layers `[start, end)` of a model; `word` names their time in the time breakdown. A `last` stage gives logits;
+    without layers it is the LM head."""
 
     word: str
     start: int
     end: int
     first: bool = False
     last: bool = False
+
+    @property
+    def is_head(self) -> bool:
+        """Whether nothing comes before the final norm."""
+        return self.last and not self.first and self.start == self.end
 
 
 @dataclass(frozen=True)
@@ -68,11 +76,18 @@ class Placement:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Stages in memory, what loading took, and what the process held before it (its imports)."""
+    """Stages in memory, of which a client's last is the LM head; what loading took, and what the process held before it
+    (its imports)."""
 
     stages: tuple[LocalStage, ...]
+    head: Head | None
     load_s: float
     import_rss_bytes: int
+
+    @property
+    def chain(self) -> tuple[Stage, ...]:
+        """All of them, in order."""
+        return self.stages if self.head is None else (*self.stages, self.head)
 
 
 def full_specs(n_layers: int) -> list[StageSpec]:
@@ -81,9 +96,10 @@ def full_specs(n_layers: int) -> list[StageSpec]:
 
 
 def client_specs(plan: SplitPlan) -> list[StageSpec]:
-    """The client's bottom and top."""
-    bottom = StageSpec("bottom", 0, plan.start, first=True)
-    return [bottom, StageSpec("top", plan.end, plan.n_layers, last=True)]
+    """The client's bottom, its top, if that has layers, and the LM head."""
+    n = plan.n_layers
+    top = [StageSpec("top", plan.end, n)] if plan.end < n else []
+    return [StageSpec("bottom", 0, plan.start, first=True), *top, StageSpec("top", n, n, last=True)]
 
 
 def trunk_specs(plan: SplitPlan) -> list[StageSpec]:
@@ -114,9 +130,12 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], wanted: LoadSettings, pl
     if placement.device.type == "cpu":
         _check_memory(files, cuts, placement.dtype, wanted)
     _fill(files, cuts, placement, wanted)
-    finish = partial(_finish, wanted=wanted, placement=placement, config=config, hidden_size=files.facts.hidden_size)
-    stages = tuple(finish(cut, spec) for cut, spec in zip(cuts, specs, strict=True))
-    return Loaded(stages, time.perf_counter() - started, imports)
+    for cut in cuts:
+        cut.module.to(placement.device)
+    pairs, size = list(zip(cuts, specs, strict=True)), files.facts.hidden_size
+    stages = tuple(_layers(cut, spec, wanted, placement, config, size) for cut, spec in pairs if not spec.is_head)
+    head = next((_head(cut, spec, placement, size) for cut, spec in pairs if spec.is_head), None)
+    return Loaded(stages, head, time.perf_counter() - started, imports)
 
 
 def _skeleton(architecture: Any, config: Any, spec: StageSpec, wanted: LoadSettings, dtype: torch.dtype) -> CutModel:
@@ -257,24 +276,35 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool)
         owner.register_buffer(leaf, tensor)
 
 
-def _finish(
-    cut: CutModel, spec: StageSpec, *, wanted: LoadSettings, placement: Placement, config: Any, hidden_size: int
+def _layers(
+    cut: CutModel, spec: StageSpec, wanted: LoadSettings, placement: Placement, config: Any, hidden_size: int
 ) -> LocalStage:
-    cut.module.to(placement.device)
-    module: Any = cut.module
-    head = module.get_output_embeddings() if cut.last else None
-    if head is not None:
-        head.register_forward_pre_hook(_with_own_row)
+    if cut.last:
+        _give_own_row(cut)
     if wanted.compile_stage is not None:
         cut = wanted.compile_stage(cut)
     allows = partial(equivalence.allows, config)
     row = None if wanted.one_row is None else wanted.one_row(cut)
     if row is not None and row.recorded and equivalence.STATIC_CACHE not in allows():
         row = None  # a recording attends to masked memory of one length, too
-    in_parts = parted(head) if placement.device.type == "cpu" and not cut.compiled else None
     precision = torch.get_float32_matmul_precision()
     threads, device, dtype = _row_threads(placement), placement.device, placement.dtype
-    return LocalStage(cut, spec.word, device, dtype, hidden_size, threads, precision, in_parts, row, allows)
+    return LocalStage(cut, spec.word, device, dtype, hidden_size, threads, precision, row, allows)
+
+
+def _head(cut: CutModel, spec: StageSpec, placement: Placement, hidden_size: int) -> Head:
+    _give_own_row(cut)
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, hidden_size, generator=made).to(placement.device, placement.dtype)
+    precision, threads = torch.get_float32_matmul_precision(), _row_threads(placement)
+    with computing_one_token(threads, precision):
+        engine = engine_of(cut, x)
+    return Head(cut, spec.word, placement.device, placement.dtype, threads, precision, engine)
+
+
+def _give_own_row(cut: CutModel) -> None:
+    module: Any = cut.module
+    module.get_output_embeddings().register_forward_pre_hook(_with_own_row)
 
 
 def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -29,7 +29,6 @@ from splitlearn.stages.base import StageInput, StageOutput
 from splitlearn.stages.cuda_graph import LEAST_WINDOW
 from splitlearn.stages.equivalence import SHARED_FORWARD, STATIC_CACHE
 from splitlearn.stages.fused_decode import Row
-from splitlearn.stages.head import Early, PartedHead
 from splitlearn.stages.ragged_batch import RaggedStage
 from splitlearn.stages.settings import SessionSettings
 from splitlearn.stages.verify import SessionStep
@@ -89,8 +88,6 @@ class LocalStage:
     """Threads for a step of one token through the model's own forward; longer steps have those of the process."""
     precision: str
     """torch's float32_matmul_precision in this process, in which longer steps are computed."""
-    head: PartedHead | None = None
-    """Its LM head, if that can be computed in parts."""
     row: Row | None = None
     """What takes one token through the stage, where it can, in place of the model's forward."""
     allows: Callable[[], frozenset[str]] = frozenset
@@ -216,7 +213,7 @@ class LocalStage:
             return
         row, value = wrong
         position = item.position + item.x.shape[1] - output.x.shape[1] + row
-        by_layers, again = replace(self, row=None), replace(item, early=None, unwanted=None)
+        by_layers, again = replace(self, row=None), replace(item, unwanted=None)
         raise NotFinite(nonfinite.told(self.cut, value, position, self.dtype, lambda: by_layers.compute([again])))
 
     def compute(self, batch: Sequence[StageInput]) -> list[StageOutput]:
@@ -234,23 +231,19 @@ class LocalStage:
         session, position, x = item.session, item.position, item.x
         started, compiled = time.perf_counter(), self._compile_seconds()
         _make_room(session, position, x.shape[1])
-        told = None if item.early is None else _Told(item.early)
         with session.settings.gradient_guard():
-            out = self._forward(item, told)
+            out = self._forward(item)
         session.length = position + x.shape[1]
-        return StageOutput(out, self._timing(out, started + (told.seconds if told else 0.0), compiled))
+        return StageOutput(out, self._timing(out, started, compiled))
 
-    def _forward(self, item: StageInput, early: Early | None) -> torch.Tensor:
+    def _forward(self, item: StageInput) -> torch.Tensor:
         session, arguments = item.session, item.session.settings.forward_arguments
         if self.row is not None and not arguments:
-            out = self.row(item.x, item.position, session.cache, early, item.unwanted)
+            out = self.row(item.x, item.position, session.cache, item.unwanted)
             if out is not None:
                 return out
         alone, x = item.x.shape[1] == 1 and self.device.type == "cpu", item.x.to(self.device)
-        with (
-            computing_one_token(self.row_threads, self.precision) if alone else nullcontext(),
-            nullcontext() if self.head is None else self.head.telling(early),
-        ):
+        with computing_one_token(self.row_threads, self.precision) if alone else nullcontext():
             return forward(
                 self.cut,
                 x,
@@ -288,19 +281,6 @@ class LocalStage:
         takes one token through it."""
         row = 0.0 if self.row is None else self.row.compile_s
         return row + (private_apis.compile_seconds() if self.cut.compiled else 0.0)
-
-
-@dataclass
-class _Told:
-    """Whoever is told a step's first logits, and the seconds of the step that went by there."""
-
-    early: Early
-    seconds: float = 0.0
-
-    def __call__(self, logits: torch.Tensor) -> None:
-        began = time.perf_counter()
-        self.early(logits)
-        self.seconds += time.perf_counter() - began
 
 
 def _make_room(session: LocalSession, position: int, tokens: int) -> None:

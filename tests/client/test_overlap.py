@@ -88,12 +88,12 @@ def test_pieces_under_way_at_a_trunk_that_is_lost_are_answered_by_the_next(
 
 def _answer(files: ModelFiles, address: str, client: frozenset[str], trunk: frozenset[str] = CACHED) -> RunMetrics:
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    bottom, top = loading.load(files, loading.client_specs(PLAN), load_of(client), placement).stages
+    bottom, *rest = loading.load(files, loading.client_specs(PLAN), load_of(client), placement).chain
     with closing(RemoteStage([address], served(files), 20)) as stage:
         links: Sequence[Link] = [
             Link(bottom, session_of(client)),
             Link(stage, session_of(trunk)),
-            Link(top, session_of(client)),
+            *(Link(stage, session_of(client)) for stage in rest),
         ]
         tokens = Tokens.load(files.folder, use_fast=True)
         events = list(Generator(links, tokens, None, generation_of(client)).stream(REQUEST))

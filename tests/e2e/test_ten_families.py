@@ -18,6 +18,7 @@ from splitlearn.generation.generator import Generator
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.sampling import SamplingParams
 from splitlearn.stages import loading
+from splitlearn.stages.base import Stage
 from splitlearn.stages.local import LocalStage
 from tests.conftest import TinyFactory
 from tests.stages.test_proof import TEN
@@ -34,19 +35,19 @@ PROMPT = "The sky is blue because air scatters short waves of light more than lo
 
 @dataclass(frozen=True)
 class Model:
-    """A tiny model, its full stage, the client's two stages, and the trunk that serves the rest."""
+    """A tiny model, its full stage, the client's stages, and the trunk that serves the rest."""
 
     files: ModelFiles
     full: LocalStage
-    client: tuple[LocalStage, ...]
+    client: tuple[Stage, ...]
     trunk: RemoteStage
 
     def split(self, at_client: frozenset[str], at_trunk: frozenset[str]) -> list[Link]:
-        bottom, top = self.client
+        bottom, *rest = self.client
         return [
             Link(bottom, session_of(at_client)),
             Link(self.trunk, session_of(at_trunk)),
-            Link(top, session_of(at_client)),
+            *(Link(stage, session_of(at_client)) for stage in rest),
         ]
 
     def run(self, links: list[Link], sampling: SamplingParams) -> list[int]:
@@ -64,7 +65,7 @@ def running(files: ModelFiles, applied: frozenset[str] = frozenset(), **limits: 
     """The model's stages, loaded with the flags `applied`, with its trunk behind a socket."""
     placement = loading.Placement(torch.device("cpu"), torch.float32)
     full = loading.load(files, loading.full_specs(files.n_layers), load_of(applied), placement).stages[0]
-    client = loading.load(files, loading.client_specs(PLAN), load_of(applied), placement).stages
+    client = loading.load(files, loading.client_specs(PLAN), load_of(applied), placement).chain
     with serve_here(files, f"trunk:{','.join(applied) or 'none'}", **limits) as here:
         trunk = RemoteStage([here.address], served(files), timeout_s=30)
         yield Model(files, full, client, trunk)

@@ -111,11 +111,11 @@ def _run(
 ) -> RunMetrics:
     plan = SplitPlan.of(None, None, files.n_layers)
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    bottom, top = loading.client_specs(plan)
-    split = [bottom, loading.trunk_specs(plan)[0], top]
+    bottom, *rest = loading.client_specs(plan)
+    split = [bottom, loading.trunk_specs(plan)[0], *rest]
     specs = loading.full_specs(files.n_layers) if kind == "full" else split
     links = [
-        Link(loading.load(files, [spec], load_of(applied), placement).stages[0], session_of(applied)) for spec in specs
+        Link(loading.load(files, [spec], load_of(applied), placement).chain[0], session_of(applied)) for spec in specs
     ]
     tokens, own = Tokens.load(files.folder, use_fast=True), generation_of(applied)
     own = replace(own, proposers=(proposer,)) if proposer else own

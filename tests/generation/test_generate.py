@@ -17,7 +17,8 @@ from splitlearn.metrics import RunMetrics
 from splitlearn.models.plan import SplitPlan
 from splitlearn.sampling import SamplingParams
 from splitlearn.stages import loading
-from splitlearn.stages.base import StageInput, StageOutput
+from splitlearn.stages.base import Stage, StageInput, StageOutput
+from splitlearn.stages.head import Head
 from splitlearn.stages.local import LocalSession, LocalStage
 from splitlearn.stages.settings import SessionSettings
 from tests.conftest import TinyFactory
@@ -48,26 +49,26 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
 
 
 @pytest.fixture(scope="module")
-def stages(files: ModelFiles) -> list[LocalStage]:
+def stages(files: ModelFiles) -> list[Stage]:
     plan = SplitPlan.of(None, None, files.n_layers)
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    bottom, top = loading.load(files, loading.client_specs(plan), load_of(APPLIED), placement).stages
-    return [bottom, loading.load(files, loading.trunk_specs(plan), load_of(APPLIED), placement).stages[0], top]
+    bottom, *rest = loading.load(files, loading.client_specs(plan), load_of(APPLIED), placement).chain
+    return [bottom, *loading.load(files, loading.trunk_specs(plan), load_of(APPLIED), placement).stages, *rest]
 
 
-def _generator(files: ModelFiles, stages: Sequence[LocalStage | _Watched], context: int | None = None) -> Generator:
+def _generator(files: ModelFiles, stages: Sequence[Stage], context: int | None = None) -> Generator:
     tokens = Tokens.load(files.folder, use_fast=True)
     limit = files.facts.context_length if context is None else context
     return Generator([Link(stage, session_of(APPLIED)) for stage in stages], tokens, limit, generation_of(APPLIED))
 
 
-def _run(files: ModelFiles, stages: Sequence[LocalStage], request: GenerationRequest) -> RunMetrics:
+def _run(files: ModelFiles, stages: Sequence[Stage], request: GenerationRequest) -> RunMetrics:
     metrics = RunMetrics.from_events(_generator(files, stages).stream(request))
     assert metrics is not None
     return metrics
 
 
-def test_each_steps_ledger_sums_to_the_time_since_the_step_before(files: ModelFiles, stages: list[LocalStage]) -> None:
+def test_each_steps_ledger_sums_to_the_time_since_the_step_before(files: ModelFiles, stages: list[Stage]) -> None:
     request = GenerationRequest(PROMPT, max_new_tokens=8, ignore_eos=True)
     steps = [event for event in _generator(files, stages).stream(request) if isinstance(event, TokenEvent)]
     times = [0.0, *(step.time_s for step in steps)]
@@ -77,13 +78,13 @@ def test_each_steps_ledger_sums_to_the_time_since_the_step_before(files: ModelFi
     assert {"bottom", "trunk", "top", "sample", "emit"} <= set(steps[-1].ledger)
 
 
-def test_a_generation_ends_at_its_limit_and_counts_token_ids(files: ModelFiles, stages: list[LocalStage]) -> None:
+def test_a_generation_ends_at_its_limit_and_counts_token_ids(files: ModelFiles, stages: list[Stage]) -> None:
     metrics = _run(files, stages, GenerationRequest(PROMPT, max_new_tokens=5, ignore_eos=True))
     assert (metrics.n_tokens, metrics.finish_reason) == (5, "length")
     assert metrics.prompt_tokens == len(Tokens.load(files.folder, use_fast=True).encode(PROMPT, chat=True))
 
 
-def test_a_generation_ends_at_the_end_token_unless_that_is_ignored(files: ModelFiles, stages: list[LocalStage]) -> None:
+def test_a_generation_ends_at_the_end_token_unless_that_is_ignored(files: ModelFiles, stages: list[Stage]) -> None:
     generator = _generator(files, stages)
     free = _run(files, stages, GenerationRequest(PROMPT, max_new_tokens=6, ignore_eos=True))
     ending = frozenset({free.token_ids[2]})
@@ -97,7 +98,7 @@ def test_a_generation_ends_at_the_end_token_unless_that_is_ignored(files: ModelF
     assert ignored.token_ids == free.token_ids
 
 
-def test_a_stop_string_ends_the_text_before_it(files: ModelFiles, stages: list[LocalStage]) -> None:
+def test_a_stop_string_ends_the_text_before_it(files: ModelFiles, stages: list[Stage]) -> None:
     free = _run(files, stages, GenerationRequest(PROMPT, max_new_tokens=12, ignore_eos=True))
     stop = free.text[4:7]
     stopped = _run(files, stages, GenerationRequest(PROMPT, max_new_tokens=12, ignore_eos=True, stop=(stop,)))
@@ -105,7 +106,7 @@ def test_a_stop_string_ends_the_text_before_it(files: ModelFiles, stages: list[L
     assert stopped.text == free.text[: free.text.index(stop)]
 
 
-def test_the_same_seed_gives_the_same_tokens_whole_and_split(files: ModelFiles, stages: list[LocalStage]) -> None:
+def test_the_same_seed_gives_the_same_tokens_whole_and_split(files: ModelFiles, stages: list[Stage]) -> None:
     sampling = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=7)
     request = GenerationRequest(PROMPT, max_new_tokens=16, ignore_eos=True, sampling=sampling)
     placement = loading.Placement(torch.device("cpu"), torch.float32)
@@ -113,7 +114,7 @@ def test_the_same_seed_gives_the_same_tokens_whole_and_split(files: ModelFiles, 
     assert _run(files, whole, request).token_ids == _run(files, stages, request).token_ids
 
 
-def test_what_does_not_fit_into_the_context_is_refused(files: ModelFiles, stages: list[LocalStage]) -> None:
+def test_what_does_not_fit_into_the_context_is_refused(files: ModelFiles, stages: list[Stage]) -> None:
     generator = _generator(files, stages, context=40)
     with pytest.raises(InputError, match="prompt.*at most 39"):
         next(generator.stream(GenerationRequest("word " * 200)))
@@ -139,9 +140,11 @@ def test_a_request_that_makes_no_sense_is_refused_by_name(arguments: dict[str, o
     assert refused.value.field == field
 
 
-def test_closing_the_iterator_closes_every_session(files: ModelFiles, stages: list[LocalStage]) -> None:
-    watched = [_Watched(stage) for stage in stages]
-    events = _generator(files, watched).stream(GenerationRequest(PROMPT, max_new_tokens=50, ignore_eos=True))
+def test_closing_the_iterator_closes_every_session(files: ModelFiles, stages: list[Stage]) -> None:
+    watched = [_Watched(stage) for stage in stages if isinstance(stage, LocalStage)]
+    events = _generator(files, [*watched, stages[-1]]).stream(
+        GenerationRequest(PROMPT, max_new_tokens=50, ignore_eos=True)
+    )
     seen: list[Event] = [next(events), next(events)]
     assert len(seen) == 2
     assert all(stage.opened[0].cache is not None for stage in watched)
@@ -149,7 +152,7 @@ def test_closing_the_iterator_closes_every_session(files: ModelFiles, stages: li
     assert all(stage.opened[0].cache is None for stage in watched)
 
 
-def test_a_position_beyond_the_cache_or_past_the_end_is_refused(stages: list[LocalStage]) -> None:
+def test_a_position_beyond_the_cache_or_past_the_end_is_refused(stages: list[Stage]) -> None:
     session = stages[0].open(session_of(APPLIED), max_length=4)
     ids = torch.tensor([[1, 2, 3]])
     with pytest.raises(InputError, match="position"):
@@ -160,7 +163,7 @@ def test_a_position_beyond_the_cache_or_past_the_end_is_refused(stages: list[Loc
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "reserved", "static"])
-def test_rolling_back_gives_what_a_fresh_session_gives(stages: list[LocalStage], kind: str) -> None:
+def test_rolling_back_gives_what_a_fresh_session_gives(stages: list[Stage], kind: str) -> None:
     bottom, applied = stages[0], APPLIED | {f"cache={kind}"}
     session, fresh = bottom.open(session_of(applied), 16), bottom.open(session_of(applied), 16)
     for kept in (session, fresh):
@@ -172,16 +175,17 @@ def test_rolling_back_gives_what_a_fresh_session_gives(stages: list[LocalStage],
 
 
 def test_the_head_gets_the_last_position_of_a_prompt_as_a_row_of_its_own(
-    files: ModelFiles, stages: list[LocalStage]
+    files: ModelFiles, stages: list[Stage]
 ) -> None:
-    top, size = stages[-1], files.facts.hidden_size
+    head, size = stages[-1], files.facts.hidden_size
+    assert isinstance(head, Head)
     seen: list[tuple[int, ...]] = []
-    module: Any = top.cut.module
+    module: Any = head.cut.module
     hook = module.get_output_embeddings().register_forward_hook(
         lambda head, given, output: seen.append(given[0].stride())
     )
     try:
-        top.step([StageInput(top.open(session_of(APPLIED), 9), 0, torch.zeros(1, 9, size))])
+        head.step([StageInput(head.open(session_of(APPLIED), 9), 0, torch.zeros(1, 9, size))])
     finally:
         hook.remove()
     assert seen == [(size, size, 1)]

@@ -1,24 +1,19 @@
 """A step that is begun with the first part of the logits: the tokens are those without it, whatever was guessed."""
 
+from collections import deque
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.events import GenerationRequest
-from splitlearn.generation.head_overlap import HeadStart
+from splitlearn.generation.head_overlap import OverlapPolicy
 from splitlearn.generation.speculation import TIMES, Record
-from splitlearn.generation.step_timing import Ledger
-from splitlearn.kernels.block_format import BITS
-from splitlearn.layers.block_linear import BlockLinear
-from splitlearn.layers.onednn_linear import PrepackedLinear
 from splitlearn.metrics import RunMetrics
 from splitlearn.sampling import SamplingParams
 from splitlearn.stages import loading
 from splitlearn.stages.base import StageInput
-from splitlearn.stages.head import parted
 from tests.conftest import TinyFactory
 from tests.support.client import CACHED, client
 from tests.support.proxy import proxy
@@ -37,6 +32,8 @@ KINDS = {
     "int4": CACHED | {"weight_dtype"},
 }
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3")
+HEADS = (*FAMILIES, "opt", "bloom", "gpt_neox", "ctrl", "cohere", "granite", "olmo")
+PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +50,7 @@ def here(files: ModelFiles) -> Iterator[TrunkHere]:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step that can be is begun early: random weights make most guesses wrong, which would not pay."""
-    monkeypatch.setattr(HeadStart, "_pays", lambda self: True)
+    monkeypatch.setattr(OverlapPolicy, "pays", lambda self: True)
 
 
 def _answer(files: ModelFiles, address: str, own: frozenset[str], request: GenerationRequest = REQUEST) -> RunMetrics:
@@ -148,14 +145,6 @@ def test_nothing_is_begun_after_the_last_token(here: TrunkHere, files: ModelFile
     assert found.bytes_up == alone.bytes_up
 
 
-def _head_start(right: float, rest_s: float, step_s: float) -> HeadStart:
-    start = HeadStart([], Ledger(), ())
-    start._record = Record(100 * right, 100)
-    start._rests.extend([rest_s] * TIMES)
-    start._steps.extend([step_s] * TIMES)
-    return start
-
-
 @pytest.mark.parametrize(
     ("right", "rest_s", "step_s", "pays"),
     [
@@ -167,65 +156,63 @@ def _head_start(right: float, rest_s: float, step_s: float) -> HeadStart:
     ],
 )
 def test_a_step_is_begun_early_where_that_saves_time(right: float, rest_s: float, step_s: float, pays: bool) -> None:
-    assert _head_start(right, rest_s, step_s)._pays() is pays
+    known = OverlapPolicy(Record(100 * right, 100), deque([rest_s] * TIMES), deque([step_s] * TIMES))
+    assert known.pays() is pays
 
 
 def test_a_step_is_begun_early_before_the_times_are_known() -> None:
-    assert HeadStart([], Ledger(), ())._pays()
+    assert OverlapPolicy().pays()
 
 
-def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    head = nn.Linear(weight.shape[1], len(weight), bias=bias is not None)
-    head.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        head.bias = nn.Parameter(bias, requires_grad=False)
-    return head
+def _tail(files: ModelFiles, own: frozenset[str], layers: int = 0) -> loading.Loaded:
+    """A client's last `layers` and LM head."""
+    n = files.n_layers
+    specs = [*([loading.StageSpec("top", n - layers, n)] if layers else []), loading.StageSpec("top", n, n, last=True)]
+    return loading.load(files, specs, load_of(own), PLACEMENT)
 
 
-@pytest.mark.parametrize("rows", [99, 160, 4096])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("kind", ["plain", "onednn", *BITS])
-def test_a_head_in_parts_gives_the_logits_of_the_whole_one(rows: int, biased: bool, kind: str | int) -> None:
-    torch.manual_seed(rows)
-    weight, bias = torch.randn(rows, 64), torch.randn(rows) if biased else None
-    pieces = [weight[begin : begin + 32].contiguous() for begin in range(0, rows, 32)]
-    if isinstance(kind, int):
-        head: nn.Module = BlockLinear(pieces, bias, kind)
-    else:
-        head = _plain(weight, bias) if kind == "plain" else PrepackedLinear(pieces, bias)
-    x, told = torch.randn(1, 1, 64), list[torch.Tensor]()
-    with torch.no_grad():
-        unchanged = head(x)
-    in_parts = parted(head)
-    assert in_parts is not None
-    with torch.no_grad():
-        whole = head(x)
-        with in_parts.telling(told.append):
-            out = head(x)
-            several = head(torch.randn(1, 3, 64))
-        assert torch.equal(whole, unchanged) and several.shape == (1, 3, rows)
-    assert torch.equal(out, whole)
-    assert len(told) == 1 and 0 < told[0].shape[-1] < rows
-    assert torch.equal(told[0], whole[..., : told[0].shape[-1]])
+def _logits(loaded: loading.Loaded, x: torch.Tensor, own: frozenset[str], rows: int = 1) -> torch.Tensor:
+    for stage in loaded.chain:
+        x = stage.step([StageInput(stage.open(session_of(own), 8), 0, x, rows)])[0].x
+    return x
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "opt", "bloom", "gpt_neox", "ctrl"])
+@pytest.mark.parametrize("family", HEADS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_in_parts_gives_the_logits_of_the_whole_one(
+    tiny_model: TinyFactory, family: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "PIECE_BYTES", 1)  # so small a head would be one piece
+    files, own = tiny_model(family), KINDS[kind]
+    head = _tail(files, own).head
+    assert head is not None
+    item = StageInput(head.open(session_of(own), 8), 0, hidden(files, 3))
+    pending = head.logits_in_parts(item)
+    assert pending is not None
+    whole, parts = head.step([item])[0].x, pending.finish().x
+    assert torch.equal(parts, whole)
+    assert 0 < pending.first.shape[-1] < whole.shape[-1]
+    assert torch.equal(pending.first, whole[..., : pending.first.shape[-1]])
+
+
+@pytest.mark.parametrize("family", HEADS)
 @pytest.mark.parametrize("layers", [0, 2])
-def test_a_stage_that_tells_its_first_logits_gives_the_same(tiny_model: TinyFactory, family: str, layers: int) -> None:
+def test_layers_and_the_head_apart_give_the_logits_of_one_stage(
+    tiny_model: TinyFactory, family: str, layers: int
+) -> None:
     files = tiny_model(family)
-    spec = loading.StageSpec("top", files.n_layers - layers, files.n_layers, last=True)
-    stage = loading.load(files, [spec], load_of(CACHED), loading.Placement(torch.device("cpu"), torch.float32)).stages[
-        0
-    ]
-    x, told = hidden(files, 1), list[torch.Tensor]()
-    alone, telling = (
-        stage.step([StageInput(stage.open(session_of(CACHED), 8), 0, x, early=early)])[0].x
-        for early in (None, told.append)
-    )
-    assert torch.equal(alone, telling)
-    assert len(told) == 1
+    loaded, spec = _tail(files, CACHED, layers), loading.StageSpec("bottom", 0, files.n_layers - layers, first=True)
+    states = loading.load(files, [spec], load_of(CACHED), PLACEMENT).stages[0]
+    whole = loading.load(files, loading.full_specs(files.n_layers), load_of(CACHED), PLACEMENT).stages[0]
+    ids = torch.arange(4, 7)[None]
+    for rows in (1, 3):
+        x = states.step([StageInput(states.open(session_of(CACHED), 8), 0, ids)])[0].x
+        full = whole.step([StageInput(whole.open(session_of(CACHED), 8), 0, ids, rows)])[0].x
+        assert torch.equal(_logits(loaded, x, CACHED, rows), full)
 
 
-def test_another_kind_of_head_is_left_as_it_is() -> None:
-    assert parted(nn.Identity()) is None and parted(None) is None
-    assert parted(BlockLinear([torch.randn(16, 64)], None, 4)) is None
+def test_a_head_that_cannot_be_parted_says_so(tiny_model: TinyFactory) -> None:
+    files, own = tiny_model("llama"), KINDS["onednn"]
+    head = _tail(files, own).head  # its weights are one piece
+    assert head is not None
+    assert head.logits_in_parts(StageInput(head.open(session_of(own), 8), 0, hidden(files, 1))) is None

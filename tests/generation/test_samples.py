@@ -21,6 +21,7 @@ from splitlearn.metrics import RunMetrics, first_difference, of_samples, tps_of_
 from splitlearn.models.plan import SplitPlan
 from splitlearn.sampling import SEEDS, SamplingParams
 from splitlearn.stages import loading
+from splitlearn.stages.base import Stage
 from splitlearn.stages.local import LocalStage
 from tests.conftest import TinyFactory
 from tests.e2e.test_ten_families import running
@@ -50,19 +51,22 @@ def here(files: ModelFiles) -> Iterator[TrunkHere]:
 
 @pytest.fixture
 def whole(files: ModelFiles) -> LocalStage:
-    return loaded(files, loading.full_specs(files.n_layers))[0]
+    stage = loaded(files, loading.full_specs(files.n_layers))[0]
+    assert isinstance(stage, LocalStage)
+    return stage
 
 
-def loaded(files: ModelFiles, specs: Sequence[loading.StageSpec]) -> tuple[LocalStage, ...]:
+def loaded(files: ModelFiles, specs: Sequence[loading.StageSpec]) -> tuple[Stage, ...]:
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    return loading.load(files, specs, load_of(RESERVED | WITH_SDPA), placement).stages
+    return loading.load(files, specs, load_of(RESERVED | WITH_SDPA), placement).chain
 
 
 @contextmanager
 def split(files: ModelFiles, address: str, timeout_s: float = 20) -> Iterator[list[Link]]:
-    bottom, top = loaded(files, loading.client_specs(PLAN))
+    bottom, *rest = loaded(files, loading.client_specs(PLAN))
     with closing(RemoteStage([address], served(files), timeout_s)) as trunk:
-        yield [Link(bottom, session_of(RESERVED)), Link(trunk, session_of(AT_TRUNK)), Link(top, session_of(RESERVED))]
+        own = [Link(stage, session_of(RESERVED)) for stage in rest]
+        yield [Link(bottom, session_of(RESERVED)), Link(trunk, session_of(AT_TRUNK)), *own]
 
 
 def generator(files: ModelFiles, links: Sequence[Link], applied: frozenset[str] = RESERVED) -> Generator:
@@ -102,8 +106,8 @@ def test_each_sample_is_what_its_seed_gives_alone_whole_and_split(
 @pytest.mark.parametrize(("start", "end"), [(0, 4), (2, 6), (0, 6)])
 def test_a_client_without_layers_at_an_end_has_samples_too(start: int, end: int, files: ModelFiles) -> None:
     plan = SplitPlan.of(start, end, files.n_layers)
-    bottom, top = loaded(files, loading.client_specs(plan))
-    stages = (bottom, *loaded(files, loading.trunk_specs(plan)), top)
+    bottom, *rest = loaded(files, loading.client_specs(plan))
+    stages = (bottom, *loaded(files, loading.trunk_specs(plan)), *rest)
     made = generator(files, [Link(stage, session_of(RESERVED)) for stage in stages])
     check_same(together(made), alone(made))
 

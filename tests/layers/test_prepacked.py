@@ -50,12 +50,14 @@ def test_every_linear_layer_of_a_stage_is_packed_and_the_embedding_is_left(
     tiny_model: TinyFactory, family: str
 ) -> None:
     files = tiny_model(family, n_layers=3)
-    stages = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), load_of(APPLIED), PLACEMENT).stages
-    for stage in stages:
-        layers = [module for module in stage.cut.module.modules() if type(module) in loading.LINEAR]
-        packed = [module for module in stage.cut.module.modules() if isinstance(module, PrepackedLinear)]
+    loaded = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), load_of(APPLIED), PLACEMENT)
+    assert loaded.head is not None
+    cuts = [*(stage.cut for stage in loaded.stages), loaded.head.cut]
+    for cut in cuts:
+        layers = [module for module in cut.module.modules() if type(module) in loading.LINEAR]
+        packed = [module for module in cut.module.modules() if isinstance(module, PrepackedLinear)]
         assert packed and not layers
-    embedding = next(module for module in stages[0].cut.module.modules() if isinstance(module, torch.nn.Embedding))
+    embedding = next(module for module in cuts[0].module.modules() if isinstance(module, torch.nn.Embedding))
     assert embedding.weight.layout is torch.strided
 
 
@@ -85,7 +87,8 @@ def test_a_weight_is_read_in_pieces_that_are_the_whole(
 
 
 def _head(files: ModelFiles) -> PrepackedLinear:
-    top = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), load_of(APPLIED), PLACEMENT).stages[1]
-    head = top.cut.module.get_output_embeddings()  # type: ignore[operator]
-    assert isinstance(head, PrepackedLinear)
-    return head
+    head = loading.load(files, loading.client_specs(SplitPlan(1, 2, 3)), load_of(APPLIED), PLACEMENT).head
+    assert head is not None
+    layer = head.cut.module.get_output_embeddings()  # type: ignore[operator]
+    assert isinstance(layer, PrepackedLinear)
+    return layer

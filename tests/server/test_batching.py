@@ -27,7 +27,7 @@ from splitlearn.generation.generator import Generator
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.kvcache.pool import KVPool, bytes_per_token
 from splitlearn.stages import loading
-from splitlearn.stages.base import StageInput, StageOutput
+from splitlearn.stages.base import Session, Stage, StageInput, StageOutput
 from splitlearn.stages.local import LocalSession, LocalStage
 from splitlearn.stages.settings import SessionSettings
 from tests.conftest import TinyFactory
@@ -69,10 +69,10 @@ class Wish:
 class OneAtATime:
     """A local stage that several threads may call: a module runs one call at a time."""
 
-    stage: LocalStage
+    stage: Stage
     lock: threading.Lock
 
-    def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
+    def open(self, settings: SessionSettings, max_length: int) -> Session:
         return self.stage.open(settings, max_length)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
@@ -127,8 +127,9 @@ def test_every_batched_answer_is_the_answer_alone(
         asked = wishes(seed=len(family))
         alone = [answer([Link(model.full, session_of(CACHED | applied))], tokens, wish) for wish in asked]
         lock = threading.Lock()
-        bottom, top = (OneAtATime(stage, lock) for stage in model.client)
-        links = [Link(stage, session_of(CACHED | applied)) for stage in (bottom, model.trunk, top)]
+        bottom, *rest = (OneAtATime(stage, lock) for stage in model.client)
+        chain: list[Stage] = [bottom, model.trunk, *rest]
+        links = [Link(stage, session_of(CACHED | applied)) for stage in chain]
         with ThreadPoolExecutor(AT_ONCE) as clients:
             batched = list(clients.map(lambda wish: answer(links, tokens, wish), asked))
     assert batched == alone
@@ -141,9 +142,13 @@ def test_sessions_with_other_session_flags_are_served_beside(tiny_model: TinyFac
         wish = Wish(words=30, tokens=12, stays=12, delay_s=0)
         alone = answer([Link(model.full, session_of(CACHED))], tokens, wish)
         lock = threading.Lock()
-        bottom, top = (OneAtATime(stage, lock) for stage in model.client)
+        bottom, *rest = (OneAtATime(stage, lock) for stage in model.client)
         chains = [
-            [Link(bottom, session_of(CACHED)), Link(model.trunk, session_of(at_trunk)), Link(top, session_of(CACHED))]
+            [
+                Link(bottom, session_of(CACHED)),
+                Link(model.trunk, session_of(at_trunk)),
+                *(Link(stage, session_of(CACHED)) for stage in rest),
+            ]
             for at_trunk in (CACHED, UNCACHED, frozenset({"use_cache"}), CACHED)
         ]
         with ThreadPoolExecutor(len(chains)) as clients:

@@ -89,9 +89,9 @@ class Client:
 @pytest.fixture(scope="module")
 def client(trunk: Trunk, files: ModelFiles) -> Iterator[Client]:
     placement = loading.Placement(torch.device("cpu"), torch.float32)
-    bottom, top = loading.load(files, loading.client_specs(PLAN), load_of(frozenset()), placement).stages
+    bottom, *rest = loading.load(files, loading.client_specs(PLAN), load_of(frozenset()), placement).chain
     remote = RemoteStage([trunk.address], served(files), 60, Credentials(token=OTHER))
-    links = [Link(bottom, session_of(CACHED)), Link(remote, session_of(CACHED)), Link(top, session_of(CACHED))]
+    links = [Link(stage, session_of(CACHED)) for stage in (bottom, remote, *rest)]
     yield Client(Generator(links, Tokens.load(files.folder, use_fast=True), None, generation_of(CACHED)), remote)
     remote.close()
 

@@ -196,8 +196,10 @@ def test_the_tokens_of_full_and_split_are_those_of_generate(judged: Judged, flag
     ids = tokens.encode(PROMPT, True)
     wanted = _generated(judged.model, torch.tensor([ids]), len(ids) + 16)[0][0, len(ids) :].tolist()
     assert len(ids) > 2 * WINDOW
-    client, trunk = (_loaded(judged, make(PLAN), applied) for make in (loading.client_specs, loading.trunk_specs))
-    for stages in ([_whole(judged, applied)], [client[0], trunk[0], client[1]]):
+    placement = loading.Placement(torch.device("cpu"), torch.float32)
+    client = loading.load(judged.files, loading.client_specs(PLAN), load_of(applied), placement).chain
+    trunk = _loaded(judged, loading.trunk_specs(PLAN), applied)
+    for stages in ([_whole(judged, applied)], [client[0], *trunk, *client[1:]]):
         made = Generator(
             [Link(stage, session_of(applied)) for stage in stages],
             tokens,

@@ -20,7 +20,7 @@ from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.generation.chain import Link
 from splitlearn.generation.generator import Generator
-from splitlearn.generation.head_overlap import HeadStart
+from splitlearn.generation.head_overlap import OverlapPolicy
 from splitlearn.generation.speculation import Proposer, Speculation
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.models.rope import is_pure
@@ -153,8 +153,8 @@ def full(case: Case, own: frozenset[str] = CACHED) -> Generator:
 def split(
     case: Case, address: str, own: frozenset[str] = CACHED, proposers: Sequence[Callable[[], Proposer]] = ()
 ) -> Generator:
-    bottom, top = loaded(case, loading.client_specs(PLAN), own)
-    return generator(case, [bottom, RemoteStage([address], served(case.files), 60), top], own, proposers)
+    bottom, *rest = loading.load(case.files, loading.client_specs(PLAN), load_of(own), HERE).chain
+    return generator(case, [bottom, RemoteStage([address], served(case.files), 60), *rest], own, proposers)
 
 
 def said(events: Iterator[Event], sample: int = 0) -> list[int]:
@@ -232,7 +232,7 @@ def test_one_forward_of_several_sessions_is_each_ones_own(cases: Cases, name: st
 def test_a_split_model_says_the_same(
     case: Case, trunk: TrunkHere, own: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HeadStart, "_pays", lambda self: True)
+    monkeypatch.setattr(OverlapPolicy, "pays", lambda self: True)
     client = split(case, trunk.address, CACHED | own)
     for length in (CHANGE - 10, CHANGE - 1, CHANGE, CHANGE + 9):
         events = list(client.stream(case.request(length)))

@@ -33,9 +33,10 @@ class Client:
         own: frozenset[str] = CACHED,
     ) -> None:
         placement = loading.Placement(torch.device("cpu"), torch.float32)
-        bottom, top = loading.load(files, loading.client_specs(PLAN), load_of(own), placement).stages
+        bottom, *rest = loading.load(files, loading.client_specs(PLAN), load_of(own), placement).chain
         self.stage = RemoteStage(addresses, served(files), timeout_s)
-        links = [Link(bottom, session_of(own)), Link(self.stage, session_of(trunk)), Link(top, session_of(own))]
+        links = [Link(bottom, session_of(own)), Link(self.stage, session_of(trunk))]
+        links += [Link(stage, session_of(own)) for stage in rest]
         tokens = Tokens.load(files.folder, use_fast=True)
         self._generator = Generator(links, tokens, files.facts.context_length, generation_of(own))
 

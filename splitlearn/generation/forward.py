@@ -1,0 +1,88 @@
+"""How a step goes through the stages: of all samples at once, or of a long prompt in chunks.
+
+What a generation uses is chosen when it opens; `head_overlap.HeadOverlap` is the third way.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from splitlearn.generation.chain import Step
+from splitlearn.generation.step_timing import Ledger
+from splitlearn.stages.base import LogitsInParts, Stage, StageOutput, WorksAhead
+
+Forward = Callable[[Sequence[Step]], list[torch.Tensor]]
+"""Gives for each step the logits [rows, V] of its last positions."""
+
+
+@dataclass(frozen=True)
+class InStep:
+    """Each stage in turn, with the steps of all samples in one call."""
+
+    stages: Sequence[Stage]
+    ledger: Ledger
+
+    def __call__(self, steps: Sequence[Step]) -> list[torch.Tensor]:
+        """The logits of each step."""
+        states = [step.ids for step in steps]
+        for at, stage in enumerate(self.stages):
+            outputs = stage.step([step.item(at, x) for step, x in zip(steps, states, strict=True)])
+            for step, output in zip(steps, outputs, strict=True):
+                self.ledger.add(step.sample, output.timing)
+            states = [output.x for output in outputs]
+        return [x[0, -step.rows :] for step, x in zip(steps, states, strict=True)]
+
+
+@dataclass(frozen=True)
+class ChunkedPrefill:
+    """Prompts of more than `chunk` tokens go through the stages in chunks; every other step goes by `otherwise`.
+
+    A remote stage has the next chunk before it is asked for the last, so that client and trunk work at the same time.
+    """
+
+    stages: Sequence[Stage]
+    ledger: Ledger
+    chunk: int
+    otherwise: Forward
+
+    def __call__(self, steps: Sequence[Step]) -> list[torch.Tensor]:
+        """The logits of each step."""
+        if any(step.position == 0 and step.ids.shape[1] > self.chunk for step in steps):
+            return [self._in_chunks(step) for step in steps]
+        return self.otherwise(steps)
+
+    def _in_chunks(self, step: Step) -> torch.Tensor:
+        chunks = torch.split(step.ids, self.chunk, dim=1)
+        steps = [replace(step, position=step.position + at * self.chunk, ids=ids) for at, ids in enumerate(chunks)]
+        flowing: Iterable[tuple[Step, torch.Tensor]] = zip(steps, chunks, strict=True)
+        for at, stage in enumerate(self.stages):
+            if isinstance(stage, LogitsInParts):
+                flowing = deque(flowing, maxlen=1)  # nobody wants the logits of an earlier chunk
+            flowing = self._flow(at, stage, flowing)
+        (_, logits) = deque(flowing, maxlen=1)[0]
+        return logits[0, -step.rows :]
+
+    def _flow(
+        self, at: int, stage: Stage, flowing: Iterable[tuple[Step, torch.Tensor]]
+    ) -> Iterator[tuple[Step, torch.Tensor]]:
+        """What comes out of a stage for each chunk; a remote one has one chunk more than it has answered."""
+        if not isinstance(stage, WorksAhead):
+            for step, x in flowing:
+                yield step, self._noted(step, stage.step([step.item(at, x)])[0])
+            return
+        pending: deque[tuple[Step, Callable[[], StageOutput]]] = deque()
+        for step, x in flowing:
+            begun = stage.begin(step.item(at, x))
+            self.ledger.add(step.sample, begun.timing)
+            pending.append((step, begun.finish))
+            if len(pending) > 1:
+                before, finish = pending.popleft()
+                yield before, self._noted(before, finish())
+        for step, finish in pending:
+            yield step, self._noted(step, finish())
+
+    def _noted(self, step: Step, output: StageOutput) -> torch.Tensor:
+        self.ledger.add(step.sample, output.timing)
+        return output.x

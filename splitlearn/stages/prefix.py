@@ -1,0 +1,59 @@
+"""Decoding without a KV cache: a stage that is given the whole prefix in each step, local and remote ones alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from splitlearn.stages.base import OpensTogether, Session, Stage, StageInput, StageOutput
+from splitlearn.stages.settings import SessionSettings
+
+
+@dataclass
+class PrefixSession:
+    """A session at the wrapped stage, and all that it was given so far: ids [1, n] or hidden states [1, n, H]."""
+
+    session: Session
+    recomputes: bool = True
+    prefix: torch.Tensor | None = None
+
+    def branch(self, other: "PrefixSession", tokens: int) -> None:
+        """Begin with what `other` was given."""
+        self.prefix = None if other.prefix is None else other.prefix[:, :tokens]
+
+    def close(self) -> None:
+        """Close the session at the wrapped stage."""
+        self.session.close()
+
+
+@dataclass(frozen=True)
+class PrefixStage:
+    """Wraps a stage that keeps nothing between steps: keeps what it was given, and sends it again with what is new.
+
+    The output covers the whole prefix, so that a stage behind it, if it keeps nothing either, has it anew, too: with
+    rotary embeddings that change with the length, earlier positions change.
+    """
+
+    stage: Stage
+
+    def open(self, settings: SessionSettings, max_length: int) -> PrefixSession:
+        """A session of the wrapped stage, with no prefix yet."""
+        return PrefixSession(self.stage.open(settings, max_length))
+
+    def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[PrefixSession]:
+        """Sessions that the wrapped stage opens together, if it can."""
+        if isinstance(self.stage, OpensTogether):
+            return [PrefixSession(session) for session in self.stage.open_together(settings, max_length, count)]
+        return [self.open(settings, max_length) for _ in range(count)]
+
+    def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        """One step of each session: the wrapped stage's output for the whole prefix."""
+        return self.stage.step([self._whole(item) for item in batch])
+
+    def _whole(self, item: StageInput) -> StageInput:
+        session: PrefixSession = item.session
+        if item.position and session.prefix is not None:
+            session.prefix = torch.cat([session.prefix[:, : item.position], item.x], dim=1)
+        else:
+            session.prefix = item.x.clone()  # a remote stage's output is overwritten by its next step
+        return replace(item, session=session.session, position=0, x=session.prefix)
