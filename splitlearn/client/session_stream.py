@@ -1,8 +1,8 @@
-"""One session's stream at one trunk server, from Open to end. One that is lost stays lost: client/remote_stage.py opens
+"""One session's stream at one trunk server, from Open to end. A lost stream stays lost: client/remote_stage.py opens
 another.
 
-What the client waits for the trunk is taken apart with the durations that the server ships (never timestamps: the two
-clocks are not compared): wire = round trip - what the server says it spent.
+The client splits its waiting time with the durations that the server ships (never timestamps: the two clocks are not
+compared): wire = round trip - what the server says it spent.
 """
 
 import time
@@ -60,8 +60,8 @@ def opening_of(served: Served, settings: SessionSettings, max_length: int, timeo
 
 @dataclass(frozen=True)
 class Sent:
-    """A step that is under way: the rows that were sent, positions of it that will be answered, seconds that
-    encoding it took and then handing it to gRPC, when that began, and its bytes there."""
+    """A step on its way: the rows sent, how many positions will be answered, seconds that encoding took and then
+    handing over to gRPC, when the latter began, and the bytes handed over."""
 
     step_id: int
     data: bytes
@@ -70,6 +70,41 @@ class Sent:
     hand_over_s: float
     at: float
     size: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """From when on the client only waits for the answer to `sent`, and whether the answer's timing also has what
+    sending took."""
+
+    sent: Sent
+    since: float
+    with_sending: bool
+
+    @classmethod
+    def blocking(cls, sent: Sent) -> "Receipt":
+        """Of a step that was sent to be waited for at once."""
+        return cls(sent, sent.at, with_sending=True)
+
+    @classmethod
+    def overlapped(cls, sent: Sent, since: float) -> "Receipt":
+        """Of a step beside which the client worked until `since`; its sender has counted what sending took."""
+        return cls(sent, since, with_sending=False)
+
+    def timing(self, server: pb.StepResult, received: float, size: int) -> StageTiming:
+        """Of an answer of `size` bytes that was there at `received` and is decoded now. Of what the server spent,
+        the share that went by while the client still worked counts as overlapped."""
+        waited, spent = received - self.since, server.decode_s + server.queue_s + server.trunk_s + server.encode_s
+        share = min(1.0, waited / spent) if spent else 1.0
+        ledger = {
+            "encode": (self.sent.encode_s if self.with_sending else 0.0) + share * server.encode_s,
+            "wire": max(0.0, waited - spent),
+            "queue": share * server.queue_s,
+            "trunk": share * server.trunk_s,
+            "decode": time.perf_counter() - received + share * server.decode_s,
+        }
+        bytes_up, overlapped_s = self.sent.size if self.with_sending else 0, (1 - share) * spent
+        return StageTiming(ledger, server.compile_s, bytes_up, size, overlapped_s=overlapped_s)
 
 
 class Stream:
@@ -105,7 +140,7 @@ class Stream:
 
     def step(self, position: int, x: torch.Tensor, wait_s: float) -> StageOutput:
         """Send `x` [1, T, H], in parts if it is long, and wait at most `wait_s` for each part of the answer."""
-        return self.answer(self.send(position, x), wait_s)
+        return self.answer(Receipt.blocking(self.send(position, x)), wait_s)
 
     def send(
         self,
@@ -119,8 +154,8 @@ class Stream:
         rope_length: int = 0,
     ) -> Sent:
         """The first half of `step`. The answer has the last `answer_last` of the T positions, 0 for all of them.
-        `branch_of` is the key of the stream whose session has what is before `position`; only an `uncertain` step can
-        be dropped; `rope_length` is that of `StageInput`."""
+        `branch_of` is the key of the stream whose session has the positions before `position`; only an `uncertain`
+        step can be dropped; `rope_length` is that of `StageInput`."""
         started = time.perf_counter()
         data = self._rows.to_bytes(x)
         first: dict[str, object] = {"roll_back": roll_back, "branch_of": branch_of}
@@ -133,36 +168,18 @@ class Stream:
         wanted, handed_over_s = answer_last or x.shape[1], time.perf_counter() - encoded
         return Sent(self._steps, data, wanted, encoded - started, handed_over_s, encoded, sum(map(len, messages)))
 
-    def answer(self, sent: Sent, wait_s: float, *, since: float | None = None) -> StageOutput:
-        """The second half of `step`: the answer to what was sent, which must be asked for in the order of sending.
-
-        `since` is when this client had nothing to do any more but wait for it: when it was sent, unless told. Then what
-        sending took is counted by whoever sent it.
-        """
-        replies = [self._receive(wait_s)]
-        received = time.perf_counter()
-        results = [self._result(replies[0], sent)]
-        while results[-1].more:
+    def answer(self, receipt: Receipt, wait_s: float) -> StageOutput:
+        """The second half of `step`: the answer to what was sent. Steps must be asked for in the order of sending."""
+        sent, replies, results = receipt.sent, list[bytes](), list[pb.StepResult]()
+        while not results or results[-1].more:
             replies.append(self._receive(wait_s))
             received = time.perf_counter()
             results.append(self._result(replies[-1], sent))
         out = self._decode(results, 0 if results[0].dropped and sent.step_id <= self._unwanted else sent.wanted)
-        server, alone = results[-1], since is None
-        waited = received - (sent.at if since is None else since)
-        spent = server.decode_s + server.queue_s + server.trunk_s + server.encode_s
-        share = min(1.0, waited / spent) if spent else 1.0  # the rest went by while this client was at work itself
-        ledger = {
-            "encode": (sent.encode_s if alone else 0.0) + share * server.encode_s,
-            "wire": max(0.0, waited - spent),
-            "queue": share * server.queue_s,
-            "trunk": share * server.trunk_s,
-            "decode": time.perf_counter() - received + share * server.decode_s,
-        }
-        up, down, overlapped_s = sent.size if alone else 0, sum(map(len, replies)), (1 - share) * spent
-        return StageOutput(out, StageTiming(ledger, server.compile_s, up, down, overlapped_s=overlapped_s))
+        return StageOutput(out, receipt.timing(results[-1], received, sum(map(len, replies))))
 
     def drop_step(self, sent: Sent) -> None:
-        """Tell the trunk that `sent` is not wanted: its answer has no positions then, unless it was there before."""
+        """Cancel `sent` at the trunk: its answer has no positions, unless it was computed before."""
         self._unwanted = sent.step_id
         request = pb.DropRequest(key=self.key, step_id=sent.step_id).SerializeToString()
         self._dropping = self._drop.future(request, timeout=CLOSE_TIMEOUT_S)  # ends when nothing refers to it

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from splitlearn.stages.base import LogitsInParts, OpensTogether, Session, Stage, StageInput
-from splitlearn.stages.prefix import PrefixStage
+from splitlearn.stages.prefix import PrefixSession, PrefixStage
 from splitlearn.stages.settings import SessionSettings
 
 
@@ -55,7 +55,7 @@ class Step:
         """What the stage number `at` is given of `x`, which covers the positions up to `end`: those of this step, or
         all where the stage keeps nothing of earlier ones."""
         session = self.chain.sessions[at]
-        x = x if session.recomputes else x[:, -self.ids.shape[1] :]
+        x = x if isinstance(session, PrefixSession) else x[:, -self.ids.shape[1] :]
         return StageInput(session, self.end - x.shape[1], x, self.rows, rope_length=self.chain.rope_length)
 
 

@@ -31,6 +31,7 @@ from splitlearn.generation.tokenizer import Tokens
 from splitlearn.sampling import SEEDS
 from splitlearn.stages.base import LogitsInParts, Stage, WorksAhead
 from splitlearn.stages.local import LocalStage
+from splitlearn.stages.prefix import PrefixStage
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Generator:
             ledger.spend("open", ledger.now() - encoded)
             ends = () if request.ignore_eos else self.tokens.eos_ids
             answers = [self._answer(number, request, ids, chain, ends) for number, chain in enumerate(chains)]
-            yield from _decode(answers, self._forward(request, stages, chains[0], ledger, ends), ledger)
+            yield from _decode(answers, self._forward(request, stages, ledger, ends), ledger)
 
     def _answer(
         self, number: int, request: GenerationRequest, ids: Sequence[int], chain: Chain, ends: Collection[int]
@@ -87,10 +88,10 @@ class Generator:
         return first.rope_restart if isinstance(first, LocalStage) else None
 
     def _forward(
-        self, request: GenerationRequest, stages: Sequence[Stage], chain: Chain, ledger: Ledger, ends: Collection[int]
+        self, request: GenerationRequest, stages: Sequence[Stage], ledger: Ledger, ends: Collection[int]
     ) -> Forward:
         """How this generation's steps go through the stages."""
-        if any(session.recomputes for session in chain.sessions):
+        if any(isinstance(stage, PrefixStage) for stage in stages):
             return InStep(stages, ledger)
         remote = next((at for at, stage in enumerate(stages) if isinstance(stage, WorksAhead)), None)
         greedy = request.samples == 1 and request.sampling.takes_the_likeliest and not self.settings.proposers

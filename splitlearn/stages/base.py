@@ -1,7 +1,7 @@
 """A stage is a run of consecutive layers with their caches; a model is a list of stages.
 
-`Stage` is the protocol; `local_stage.LocalStage` computes here, `remote.RemoteStage` at the far end of a gRPC stream. A
-stage's weights and a session's cache are two things, so that one stage can serve many sessions.
+`Stage` is the protocol: `local.LocalStage` computes here, `client.remote_stage.RemoteStage` at the far end of a gRPC
+stream. A stage's weights and a session's cache are two things, so that one stage can serve many sessions.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,6 @@ from splitlearn.stages.settings import SessionSettings
 class Session(Protocol):
     """One generation's stay at one stage."""
 
-    @property
-    def recomputes(self) -> bool:
-        """True when nothing is kept between steps: each step must bring the whole prefix, at position 0."""
-
     def branch(self, other: Any, tokens: int) -> None:
         """Begin, before the first step, with the first `tokens` of `other`, a session of the same stage and flags."""
 
@@ -32,7 +28,7 @@ class Session(Protocol):
 class StageInput:
     """A step of one session: `x` is token ids int64 [1, T] at a first stage, otherwise a hidden state [1, T, H].
 
-    `position` is the number of tokens before the first of `x`; below the cached length it rolls the session back.
+    `position` is the number of tokens before the first of `x`. Lower than the cached length it means: truncate to here.
     `logits` is for how many of the last positions a last stage gives logits. `unwanted` tells, at any time, whether the
     step is of no use any more: a stage may then raise StepUnwanted. `rope_length` is the least length of the sequence
     by which rotary embeddings are made (models/rope.py): that of the prompt; 0 is that which the step ends at.
@@ -50,7 +46,8 @@ class StageInput:
 class StageOutput:
     """`x` is a hidden state [1, T, H], or from a last stage the logits of the last positions [1, logits, V].
 
-    A remote stage's single row is there until the session's next step.
+    NOTE: a remote stage's one-row `x` is a view of a buffer that its session's next step overwrites. Copy it to keep
+    it.
     """
 
     x: torch.Tensor

@@ -50,7 +50,6 @@ class HeadSession:
     """A session's flags: the head keeps nothing from step to step."""
 
     settings: SessionSettings
-    recomputes: bool = False
 
     def branch(self, other: "HeadSession", tokens: int) -> None:
         """Nothing is to be copied."""

@@ -51,15 +51,8 @@ class LocalSession:
     release: Callable[[], None] | None = None
     """What gives the cache's memory to later sessions, where somebody keeps it for them."""
 
-    @property
-    def recomputes(self) -> bool:
-        """True without a cache."""
-        return self.cache is None
-
     def branch(self, other: "LocalSession", tokens: int) -> None:
         """Copy the cache."""
-        if other.cache is None:
-            return
         with self.settings.gradient_guard(), computing_on(1):
             if isinstance(self.cache, ReservedCache) and isinstance(other.cache, ReservedCache):
                 self.cache.begin_with(other.cache, tokens)

@@ -14,7 +14,6 @@ class PrefixSession:
     """A session at the wrapped stage, and all that it was given so far: ids [1, n] or hidden states [1, n, H]."""
 
     session: Session
-    recomputes: bool = True
     prefix: torch.Tensor | None = None
 
     def branch(self, other: "PrefixSession", tokens: int) -> None:

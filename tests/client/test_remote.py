@@ -106,7 +106,6 @@ def test_a_trunk_without_a_cache_is_sent_the_whole_prefix_each_time(stage: Remot
     with opened(stage) as session:
         cached = session.step(0, x).x
     with opened(stage, frozenset()) as session:
-        assert session.recomputes
         session.step(0, x[:, :4])
         torch.testing.assert_close(session.step(0, x).x, cached)
 
