@@ -1,0 +1,244 @@
+"""A model of whole numbers, cut into stages: each output depends on all tokens before it, and can be computed by hand.
+
+Its trunk runs behind the real client session (client/remote_stage.py), at fake servers that lose sessions, drop steps
+in time or too late, as a test says.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+
+from splitlearn.client.remote_stage import RemoteSession, RemoteStage
+from splitlearn.client.session_stream import Opening, Receipt, Sent
+from splitlearn.errors import TrunkUnavailable
+from splitlearn.events import StageTiming
+from splitlearn.stages.base import PendingLogits, StageInput, StageOutput
+from splitlearn.stages.settings import SessionSettings
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.hidden_states import Plain
+
+VOCABULARY, PRIME = 12, 997
+BOTTOM, TRUNK, TOP = 3, 5, 7
+ROWS = Plain(torch.float32)
+
+
+def mix(state: int, value: int) -> int:
+    """A number that both arguments decide."""
+    return (state * 31 + value * 7 + 3) % PRIME
+
+
+def layers(salt: int, values: Sequence[int]) -> list[int]:
+    """What a stage makes of `values`: each output of all of them up to its place."""
+    return list(accumulate(values, mix, initial=salt))[1:]
+
+
+def head(hidden: int) -> torch.Tensor:
+    """The logits [V] of one position."""
+    return torch.tensor([(hidden * (29 * token + 131) + 577 * token) % PRIME / 100 for token in range(VOCABULARY)])
+
+
+def logits(ids: Sequence[int]) -> torch.Tensor:
+    """The logits [V] after `ids`, by the whole model at once."""
+    values: Sequence[int] = ids
+    for salt in (BOTTOM, TRUNK, TOP):
+        values = layers(salt, values)
+    return head(values[-1])
+
+
+def tensor(values: Sequence[int]) -> torch.Tensor:
+    """Hidden states [1, T, 1]."""
+    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1)
+
+
+@dataclass
+class Cache:
+    """What a session of a stage has been given; `cached` is False for one that keeps nothing from step to step."""
+
+    salt: int
+    cached: bool = True
+    values: list[int] = field(default_factory=list)
+
+    def step(self, position: int, x: torch.Tensor) -> torch.Tensor:
+        """The outputs [1, T, 1] for `x`, from `position` on."""
+        assert 0 <= position <= len(self.values), "a gap"
+        assert self.cached or position == 0, "without a cache a step has the whole prefix"
+        self.values[position:] = [int(value) for value in x.flatten().tolist()]
+        return tensor(layers(self.salt, self.values)[position:])
+
+    def branch(self, other: "Cache", tokens: int) -> None:
+        self.values = other.values[:tokens]
+
+    def close(self) -> None:
+        """Nothing is to be freed."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """A stage that computes here."""
+
+    salt: int
+
+    def open(self, settings: SessionSettings, max_length: int) -> Cache:
+        return Cache(self.salt, settings.new_cache is not None)
+
+    def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        return [StageOutput(item.session.step(item.position, item.x), StageTiming({})) for item in batch]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head, whose first part has `first` logits."""
+
+    first: int
+
+    def open(self, settings: SessionSettings, max_length: int) -> Cache:
+        return Cache(0)
+
+    def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        return [StageOutput(self._rows(item)[None], StageTiming({})) for item in batch]
+
+    def logits_in_parts(self, item: StageInput) -> PendingLogits | None:
+        assert item.logits == 1
+        whole = self._rows(item)[None]
+        if self.first == VOCABULARY:
+            return None
+        return PendingLogits(whole[..., : self.first], StageTiming({}), lambda: StageOutput(whole, StageTiming({})))
+
+    def _rows(self, item: StageInput) -> torch.Tensor:
+        return torch.stack([head(int(value)) for value in item.x[0, -item.logits :, 0]])
+
+
+@dataclass
+class Server:
+    """A trunk's stream: steps are computed in order, when their answers are asked for."""
+
+    trunks: "Servers"
+    cache: Cache
+    key: bytes
+    address: str = "fake"
+    steps: int = 0
+    queue: deque[tuple[Sent, Callable[[], torch.Tensor]]] = field(default_factory=deque)
+    dropped: set[int] = field(default_factory=set)
+    lost: bool = False
+
+    def send(
+        self,
+        position: int,
+        x: torch.Tensor,
+        *,
+        roll_back: bool = False,
+        answer_last: int = 0,
+        branch_of: bytes = b"",
+        uncertain: bool = False,
+        rope_length: int = 0,
+    ) -> Sent:
+        self.steps += 1
+        number, wanted = self.steps, answer_last or x.shape[1]
+        if branch_of:
+            self.cache.branch(self.trunks.streams[branch_of].cache, position)
+
+        def compute() -> torch.Tensor:
+            if number in self.dropped:
+                return tensor([])
+            assert roll_back or position == len(self.cache.values)
+            return self.cache.step(position, x)[:, -wanted:]
+
+        sent = Sent(number, ROWS.to_bytes(x), wanted, 0.0, 0.0, 0.0, 0)
+        self.queue.append((sent, compute))
+        return sent
+
+    def answer(self, receipt: Receipt, wait_s: float) -> StageOutput:
+        if self.lost or self.trunks.loses():
+            self.lost = True
+            raise TrunkUnavailable("lost")
+        sent, compute = self.queue.popleft()
+        assert sent is receipt.sent, "answers come in the order of sending"
+        return StageOutput(compute(), StageTiming({}))
+
+    def drop_step(self, sent: Sent) -> None:
+        if self.trunks.in_time():
+            self.dropped.add(sent.step_id)
+
+
+@dataclass
+class Servers:
+    """What stands for client/failover.Trunks. `loses` says at each answer whether the trunk is lost then, `in_time` at
+    each drop whether the step was not computed yet."""
+
+    loses: Callable[[], bool]
+    in_time: Callable[[], bool]
+    cached: bool
+    streams: dict[bytes, Server] = field(default_factory=dict)
+
+    def effort(self) -> Any:
+        return self
+
+    def wait_s(self) -> float:
+        return 1.0
+
+    def pause(self) -> None:
+        """The next attempt is made at once."""
+
+    def open(self, opening: Opening, effort: Any, *, patient: bool) -> tuple[Server, pb.Opened]:
+        key = str(len(self.streams)).encode()
+        self.streams[key] = Server(self, Cache(TRUNK, self.cached), key)
+        return self.streams[key], pb.Opened()
+
+    def lost(self, stream: Server, error: TrunkUnavailable, effort: Any) -> None:
+        assert stream.lost
+
+    def works(self, stream: Server) -> None:
+        """It is used again."""
+
+    def end(self, stream: Server) -> None:
+        """It says nothing more."""
+
+
+class Remote(RemoteStage):
+    """The client's own remote stage, at fake servers."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+        self.served = cast(Any, _Served())
+
+    def open(self, settings: SessionSettings, max_length: int) -> RemoteSession:
+        return RemoteSession(self, cast(Any, self.servers), Opening(b"", ROWS))
+
+    def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[RemoteSession]:
+        return [self.open(settings, max_length) for _ in range(count)]
+
+    def note_opened(self, opened: pb.Opened, address: str) -> None:
+        """Nobody asks."""
+
+
+@dataclass(frozen=True)
+class _Served:
+    hidden_size: int = 1
+
+
+@dataclass
+class Text:
+    """What stands for the tokenizer: a prompt is its ids, the text of an id is a letter."""
+
+    eos_ids: frozenset[int] = frozenset()
+
+    def encode(self, prompt: str, chat: bool | str) -> list[int]:
+        return [int(word) for word in prompt.split()]
+
+    def detokenizer(self) -> "Text":
+        return self
+
+    def feed(self, token: int) -> str:
+        return chr(ord("a") + token)
+
+    def flush(self) -> str:
+        return ""
+
+
+def choices(given: Iterator[bool], otherwise: bool) -> Callable[[], bool]:
+    """The given ones in turn, and then always the other."""
+    return lambda: next(given, otherwise)
