@@ -1,7 +1,7 @@
-"""Hosts and addresses as people write them: the one parser for all of them, and what of them is loopback.
+"""The one parser for hosts and addresses as people write them, and the test for loopback.
 
-`host` is a name or an IP address, `Address.parse` takes `host:port`; both raise ValueError with what would be right.
-What they give is normalised: lower case, IPv6 in its short form, a name in ASCII and without a dot at its end.
+`host` takes a name or an IP address, `Address.parse` takes `host:port`. Both raise ValueError with what would be right.
+Results are normalised: lower case, IPv6 in its short form, a name in ASCII and without a final dot.
 """
 
 import ipaddress
@@ -21,14 +21,14 @@ _LONGEST_NAME = 253
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is reached. `str()` gives it as `parse` takes it; `host` has no brackets."""
+    """The address of a server. `str()` is the inverse of `parse`; `host` has no brackets."""
 
     host: str
     port: int
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """`text` is `host:port`; spaces around it do no harm. Raises ValueError, with what was meant if it is clear."""
+        """Parse `host:port`, spaces around it allowed. Raises ValueError, with a suggestion if the meaning is clear."""
         found = _split(text.strip())
         if found is None:
             meant = _meant(text.strip())
@@ -50,17 +50,17 @@ def joined(name: str, port: int) -> str:
 
 
 def url(name: str, port: int) -> str:
-    """The http address of what listens there. A zone's percent sign is written as %25 (RFC 6874)."""
+    """The http URL of a server. A zone's percent sign is written as %25 (RFC 6874)."""
     return f"http://{joined(name.replace('%', '%25'), port)}"
 
 
 def is_loopback(name: str) -> bool:
-    """Whether only this machine reaches `name`: see `loopback`."""
+    """Whether only this machine can reach `name`; see `loopback`."""
     return loopback(name) is not None
 
 
 def is_loopback_literal(text: str) -> bool:
-    """Whether `text` is an address of loopback, or `localhost`. What a name resolves to is up to whoever owns it."""
+    """Whether `text` is a loopback address or `localhost`. Other names do not count: their owner may change them."""
     try:
         return text == LOCALHOST or _is_loopback(text)
     except ValueError:
@@ -68,10 +68,10 @@ def is_loopback_literal(text: str) -> bool:
 
 
 def loopback(name: str) -> str | None:
-    """The loopback address that `name` means; None for what other machines reach, and for what cannot be resolved.
+    """The loopback address of `name`; None if other machines can reach it, or if it cannot be resolved.
 
-    A name counts when all its addresses do. Where secrecy hangs on the answer, use the address that is given here in
-    the place of the name: the name may mean another one the next time. `localhost` stands for itself (RFC 6761).
+    A name counts if all its addresses do. If secrecy depends on the answer, use the returned address instead of the
+    name, which may resolve to another one the next time. `localhost` stands for itself (RFC 6761).
     """
     try:
         plain = host(name)
@@ -97,7 +97,7 @@ def _split(text: str) -> Address | None:
 
 
 def _meant(text: str) -> str | None:
-    """What somebody meant who wrote a URL, or an IPv6 address without brackets or port."""
+    """A suggestion for a URL, or for an IPv6 address without brackets or port."""
     _, scheme, rest = text.rpartition("://")
     if scheme:
         found = _split(re.split(r"[/?#]", rest.lstrip("/"))[0].rpartition("@")[2])
@@ -135,7 +135,7 @@ def _name(text: str) -> str:
 
 
 def _is_loopback(text: str) -> bool:
-    """Of an IP address; ValueError for a name."""
+    """Whether an IP address is loopback. Raises ValueError for a name."""
     found = ipaddress.ip_address(text)
     mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
     return (mapped or found).is_loopback
@@ -150,7 +150,7 @@ def _resolved(name: str) -> list[str]:
 
 
 def _all_loopback(addresses: list[str]) -> str | None:
-    """The first of them, if all are; IPv4 first, which any program listens on."""
+    """The first address if all are loopback. IPv4 comes first: every program listens on it."""
     if not all(map(_is_loopback, addresses)):
         return None
     return min(addresses, key=lambda each: ":" in each, default=None)

@@ -1,35 +1,35 @@
 """Every exception that splitlearn raises on purpose.
 
     SplitlearnError
-    |-- InputError          a value that a person or a peer gave: names the field, the value and what would be right
+    |-- InputError          a value from a person or a peer; names the field, the value and what would be right
     |-- ModelError          weights or architecture
-    |   |-- ModelUnavailable   not in the cache and not to be had from here
+    |   |-- ModelUnavailable   not in the cache, and cannot be fetched from here
     |   |-- WeightsDamaged     a cached file is not what was written
     |   |-- FamilyRefused      the architecture cannot be cut exactly
-    |   `-- NotFinite          what was computed is no number: NaN, or beyond what the dtype holds
+    |   `-- NotFinite          a result is NaN or beyond what the dtype holds
     |-- TrunkError          the far end of a split
-    |   |-- TrunkUnavailable   nobody answers, or the connection was lost
-    |   |   |-- TrunkLate          it would answer too late: the step was dropped
-    |   |   `-- TrunkForgot        it does not have (any more) what a session was to branch from
-    |   |-- TrunkRefused       the trunk serves something else, or did not accept what was sent
-    |   |   `-- TrunkDenied       it asks for a token, and the one that it got, if any, is not valid
+    |   |-- TrunkUnavailable   no answer, or the connection was lost
+    |   |   |-- TrunkLate          the answer would come too late: the step was dropped
+    |   |   `-- TrunkForgot        the session to fork is not there (any more)
+    |   |-- TrunkRefused       the trunk serves something else, or refused a message
+    |   |   `-- TrunkDenied       it requires a valid token
     |   |-- TrunkFull          no room for a session now
     |   `-- TrunkFailed        the trunk broke while computing
-    |-- StepUnwanted        whoever asked for a step wants it no more: it was given up
-    |-- WorkFailed          a worker process met an error that nobody foresaw, and goes on
-    |-- WorkerDied          a worker process ended without a word (killed, out of memory)
+    |-- StepUnwanted        the step was dropped: its caller does not want it any more
+    |-- WorkFailed          a worker process met an unexpected error, and goes on
+    |-- WorkerDied          a worker process ended without a message (killed, out of memory)
     `-- SetupError          the program cannot start here as asked (a port is taken, no login for a shared page)
 
-The message of each is one or two sentences for the person at the keyboard; nothing needs its traceback.
+Each message is one or two sentences for the user, who needs no traceback.
 """
 
 
 class SplitlearnError(Exception):
-    """The root: catch this to catch all that is below."""
+    """The root: catch this to catch all of them."""
 
 
 class InputError(SplitlearnError):
-    """A value that cannot be used. `field` is the name a person knows it by (a config key, an option, a wire field)."""
+    """A value that cannot be used. `field` is its name for people: a config key, an option, a wire field."""
 
     def __init__(self, field: str, value: object, expected: str) -> None:
         super().__init__(f"{field}: {value!r} cannot be used; expected {expected}.")
@@ -38,13 +38,13 @@ class InputError(SplitlearnError):
         self.expected = expected
 
     def __reduce__(self) -> tuple[type["InputError"], tuple[str, object, str]]:
-        """Crosses a process boundary with its three parts; a value of no plain type as text."""
+        """Pickle the three parts; a value of no plain type becomes text."""
         plain = isinstance(self.value, str | int | float | None)
         return type(self), (self.field, self.value if plain else repr(self.value), self.expected)
 
 
 class StepUnwanted(SplitlearnError):
-    """Whoever asked for the step wants it no more: what was computed of it is of no use."""
+    """The step was dropped: its caller does not want it any more."""
 
 
 class ModelError(SplitlearnError):
@@ -64,11 +64,11 @@ class FamilyRefused(ModelError):
 
 
 class NotFinite(ModelError):
-    """The model computed NaN or Inf, from which no token can be chosen: names the layer where that began."""
+    """The model computed NaN or Inf. Names the layer where that began."""
 
 
 class TrunkError(SplitlearnError):
-    """The trunk server did not do what was asked. `cause`: why, in the word by which a server counts it."""
+    """The trunk server did not do what it was asked. `cause` is the server's metric label of the reason."""
 
     def __init__(self, message: str, cause: str = "") -> None:
         super().__init__(message)
@@ -76,27 +76,27 @@ class TrunkError(SplitlearnError):
 
 
 class TrunkUnavailable(TrunkError):
-    """Nobody answers at the address, or the connection was lost."""
+    """There is no answer at the address, or the connection was lost."""
 
 
 class TrunkLate(TrunkUnavailable):
-    """The trunk dropped a step that had waited for longer than its client said that it would."""
+    """The trunk dropped a step that waited longer than its client's timeout."""
 
 
 class TrunkForgot(TrunkUnavailable):
-    """The trunk does not have, or not any more, the session that another one was to branch from."""
+    """The trunk does not have, or not any more, the session that another one was to fork."""
 
 
 class TrunkRefused(TrunkError):
-    """The trunk serves something else than what was asked for, or refused what was sent."""
+    """The trunk serves something else, or refused a message."""
 
 
 class TrunkDenied(TrunkRefused):
-    """The trunk lets in those with a valid token only."""
+    """The trunk requires a valid token."""
 
 
 class TrunkFull(TrunkError):
-    """The trunk has no room for another session at the moment. `retry_s`: seconds after which it may have."""
+    """The trunk has no room for another session now. `retry_s`: seconds after which to try again."""
 
     def __init__(self, message: str, retry_s: float = 1.0, cause: str = "") -> None:
         super().__init__(message, cause)
@@ -104,23 +104,23 @@ class TrunkFull(TrunkError):
 
 
 class TrunkFailed(TrunkError):
-    """The trunk broke while it computed."""
+    """The trunk failed while computing."""
 
 
 class WorkFailed(SplitlearnError):
-    """A worker process met an error that nobody foresaw while it loaded or computed; the process itself goes on."""
+    """A worker process met an unexpected error while it loaded or computed. The process goes on."""
 
 
 class WorkerDied(SplitlearnError):
-    """A worker process ended without saying why: killed, or out of memory."""
+    """A worker process ended without a message: killed, or out of memory."""
 
 
 class SetupError(SplitlearnError):
-    """The program cannot start here as asked."""
+    """The program cannot start with these settings on this machine."""
 
 
 def as_error(error: Exception, doing: str) -> SplitlearnError:
-    """`error` if it is one of ours; otherwise a WorkFailed with its kind and first line."""
+    """`error` if it is a SplitlearnError, else a WorkFailed with its type and first line."""
     if isinstance(error, SplitlearnError):
         return error
     lines = str(error).strip().splitlines() or ["no message"]

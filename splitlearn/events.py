@@ -1,6 +1,6 @@
-"""What goes into a generation and what comes out of it: plain facts, no behaviour.
+"""The input and output of a generation: records without behaviour.
 
-Times are seconds of one monotonic clock at the client, counted from `t0`, when the prompt was submitted.
+Times are seconds of one monotonic clock at the client since `t0`, when the prompt was submitted.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,11 @@ MAX_SAMPLES = 16
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt and how to go on from it.
+    """One prompt and how to continue it.
 
-    `chat` applies the model's chat template, or that of several which it names; False is the prompt as it is.
-    `samples` answers are made, which go in step and share each trip to the trunk; number i is the one that the seed
-    `sampling.seed` + i gives alone. Raises InputError for an empty prompt, text that is not Unicode, a limit below 1,
-    and for more than one sample where nothing is drawn.
+    `chat` applies the model's chat template, or the named one; False takes the prompt as it is. `samples` answers go in
+    step and share each trip to the trunk. Number i is the answer that the seed `sampling.seed` + i gives alone. Raises
+    InputError for an empty prompt, text that is not Unicode, a limit below 1, and for several greedy samples.
     """
 
     prompt: str
@@ -52,14 +51,16 @@ class GenerationRequest:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a tokenizer takes `text`: Python has half a surrogate pair in the place of a byte that it cannot read."""
+    """Whether a tokenizer accepts `text`: for a byte that it cannot read, Python has half a surrogate pair."""
     return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """A trunk that was lost within a step and found again: the seconds that the step took there, the addresses before
-    and after, and how many earlier tokens were sent once more."""
+    """A trunk that was lost within a step, and its replacement.
+
+    `seconds` is the step's time at the trunk; `lost` and `found` are addresses. `replayed_tokens` were sent again.
+    """
 
     seconds: float
     lost: str
@@ -69,11 +70,11 @@ class Recovery:
 
 @dataclass(frozen=True)
 class StageTiming:
-    """What one step of one stage cost.
+    """The cost of one step of one stage.
 
-    `ledger` maps the ledger's words (bottom, encode, wire, queue, trunk, decode, recover, top, model) to seconds on the
-    critical path; `compile_s` is the part of it that went into compilation; bytes are those of the wire.
-    `overlapped_s` are seconds of the trunk's that went by while the client was at work itself.
+    `ledger` is the time breakdown: seconds on the critical path by part (bottom, encode, wire, queue, trunk, decode,
+    recover, top, model). `compile_s` of it went into compilation. Bytes are those on the wire. `overlapped_s` is the
+    trunk's time while the client worked itself.
     """
 
     ledger: Mapping[str, float]
@@ -86,15 +87,16 @@ class StageTiming:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One step's outcome.
+    """The outcome of one step.
 
-    `time_s` is when the step's tokens were on the host, after t0. `ledger` says where the time since the event before
-    (or since t0) went, `unattributed` included, so it sums to that interval. `text` is what can be shown now: it lags
-    behind the ids while a character is not whole or a stop string may be under way. `drafts` is how many draft tokens
-    were fed; those that came true are among `token_ids`, all but the last. `overlapped_s` is beside the ledger:
-    what the trunk did while the client was at work itself. `head_start` tells whether the token with which the step had
-    been begun was the right one; None if it was begun when that was sure. `sample` is the number of
-    the answer, from 0; samples that go in step have their events at the same time and with the same ledger.
+    - `time_s`: when the step's tokens were on the host, after t0.
+    - `ledger`: the time breakdown since the event before (or since t0). It includes `unattributed`, so it sums to that
+      interval. Samples that go in step have their events at the same time and with the same breakdown.
+    - `text`: what can be shown now. It lags behind the ids while a character is incomplete or a stop string may follow.
+    - `drafts`: how many draft tokens were fed. The accepted ones are all `token_ids` but the last.
+    - `overlapped_s`: the trunk's time while the client worked itself; not part of the breakdown.
+    - `head_start`: whether a speculative start guessed the right token; None without one.
+    - `sample`: the number of the answer, from 0.
     """
 
     token_ids: tuple[int, ...]
@@ -113,8 +115,10 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer: why it ended, the text held back till now, how long the prompt was in tokens, and their
-    ids, chat template included."""
+    """The end of an answer: the reason, the text held back so far, and the prompt's tokens and ids.
+
+    Both include the chat template.
+    """
 
     reason: FinishReason
     text: str

@@ -1,4 +1,4 @@
-"""Everything that is derived from the events of one generation. Each metric has one definition, here.
+"""The metrics of one generation, computed from its events. Each metric is defined once, here.
 
 With t0 when the prompt was submitted and t_i when token i was on the host (docs/metrics.md):
 TTFT = t_1 - t0; TPOT = (t_n - t_1) / (n - 1); E2EL = t_n - t0 = TTFT + (n - 1) TPOT; TPS (request) = n / E2EL;
@@ -23,13 +23,13 @@ LEDGER_ORDER = (
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """One generation in figures. Times in seconds; None where there is no such thing (TPOT of a single token).
+    """The figures of one generation. Times are in seconds; None if undefined (TPOT of a single token).
 
-    `ledger` sums each step's parts over the whole run, and so sums to `e2el_s`. `decode_ledger` leaves out the steps up
-    to the first token. Bytes are those on the wire, up (to the trunk) and down. `recoveries` has each time that the
-    trunk was lost and found again, with the number (from 1) of the token that was then under way. `overlapped_s` is
-    what the trunk did while the client was at work itself. `drafts` were fed to be verified, and `drafts_accepted` of
-    them came true. `head_starts` steps were begun before their token was sure, `head_starts_right` with the right one.
+    `ledger` is the time breakdown summed over the whole run, so it sums to `e2el_s`; `decode_ledger` is without the
+    steps up to the first token. Bytes are those on the wire, up (to the trunk) and down. `recoveries` has each loss of
+    the trunk, with the number (from 1) of the token under way. `overlapped_s` is the trunk's time while the client
+    worked itself. Of `drafts` fed, `drafts_accepted` came true. Of `head_starts` speculative starts,
+    `head_starts_right` guessed the right token.
     """
 
     token_ids: tuple[int, ...]
@@ -54,11 +54,11 @@ class RunMetrics:
     head_starts: int
     head_starts_right: int
     prompt_ids: tuple[int, ...] = ()
-    """What the model saw of the prompt, once the answer has ended."""
+    """The ids of the prompt as the model saw it; empty before the answer's end."""
 
     @classmethod
     def from_events(cls, events: Iterable[Event], sample: int = 0) -> "RunMetrics | None":
-        """Of the events of one answer of a generation, ended or still under way; None before the first token."""
+        """The metrics of one answer, from a generation's events so far; None before the first token."""
         listed = [event for event in events if event.sample == sample]
         steps = [event for event in listed if isinstance(event, TokenEvent)]
         done = next((event for event in listed if isinstance(event, Done)), Done("cancelled", "", 0))
@@ -114,20 +114,19 @@ class RunMetrics:
 
 
 def of_samples(events: Iterable[Event], samples: int) -> tuple[RunMetrics, ...]:
-    """Of each answer of a generation of so many samples; none before the first token."""
+    """The metrics of each of `samples` answers that has a token."""
     listed = list(events)
     found = (RunMetrics.from_events(listed, sample) for sample in range(samples))
     return tuple(metrics for metrics in found if metrics is not None)
 
 
 def tps_of_all(samples: Sequence[RunMetrics]) -> float:
-    """TPS (all samples): the tokens of all answers of a generation / the seconds until the last of them was there."""
+    """TPS (all samples): the tokens of all answers of a generation / the seconds until the last one."""
     return sum(each.n_tokens for each in samples) / max(each.e2el_s for each in samples)
 
 
 def first_difference(one: Sequence[RunMetrics], other: Sequence[RunMetrics]) -> tuple[int, int] | None:
-    """The first sample that has other tokens in `other`, and the index of the first such token; None if there is
-    none."""
+    """The first sample with other tokens in `other`, and the index of the first one; None if all are equal."""
     for sample, (a, b) in enumerate(zip(one, other, strict=True)):
         at = first_divergence(a.token_ids, b.token_ids)
         if at is not None:
@@ -136,7 +135,7 @@ def first_difference(one: Sequence[RunMetrics], other: Sequence[RunMetrics]) -> 
 
 
 def recovery_sentence(token: int, recovery: Recovery) -> str:
-    """What a person is told of a trunk that was lost while token number `token` was under way."""
+    """The sentence for people about a trunk that was lost at token number `token`."""
     where = f"reconnected to {recovery.found}" if recovery.found != recovery.lost else "reconnected"
     tokens = "1 token" if recovery.replayed_tokens == 1 else f"{recovery.replayed_tokens} tokens"
     return (
@@ -146,7 +145,7 @@ def recovery_sentence(token: int, recovery: Recovery) -> str:
 
 
 def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The index of the first token id that differs, or None when the two are identical, in length too."""
+    """The index of the first differing token id, or None if both are identical, also in length."""
     differing = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     shorter = min(len(one), len(other))
     return next(differing, None if len(one) == len(other) else shorter)

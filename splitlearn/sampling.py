@@ -1,4 +1,4 @@
-"""How the next token is chosen: the parameters of a request. generation samples by them."""
+"""The sampling parameters of a request; generation/sampler.py applies them."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ SEEDS = 2**63
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 filter nothing.
+    """How to choose the next token. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 filter nothing.
 
     Raises InputError for a value out of range.
     """
@@ -32,12 +32,12 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """True when the largest logit is taken and nothing is drawn."""
+        """True if the largest logit is taken and nothing is drawn."""
         return self.temperature == 0.0
 
     @property
     def takes_the_likeliest(self) -> bool:
-        """True when that logit is the largest of the model's own."""
+        """True if that is the largest of the model's own logits."""
         return self.greedy and self.repetition_penalty == 1.0
 
 

@@ -1,6 +1,6 @@
-"""An experiment in a thread of this process, so that whoever watches it may go and come back; and those that are kept.
+"""Runs an experiment in a thread of this process, so that a page may close and come back, and lists saved ones.
 
-One `Job` runs one experiment at a time, and `experiment.exclusive` keeps other programs from running another one.
+A `Job` runs one experiment at a time; `experiment.exclusive` keeps other programs from running another one.
 """
 
 import shlex

@@ -1,7 +1,7 @@
-"""The logits of an arm on given ids, in this process: what the fidelity worker runs.
+"""Computes the logits of an arm on given ids, in this process; the fidelity worker runs it.
 
-The split arm's trunk is the stage that the trunk server's engine runs, here in the same process; its hidden states are
-put into the form that they have on the wire and back, both ways.
+The split arm's trunk is the stage that the trunk server's engine runs, here in the same process. Its hidden states are
+encoded for the wire and decoded again, both ways.
 """
 
 from collections.abc import Sequence
