@@ -13,9 +13,8 @@ write. Each side chooses for itself. `full` is the whole model in one process, `
 split model, `trunk` the layers between, at the server.
 
 - Fidelity: **exact** flags give bit-equal logits. **rounding** flags add in another order, so logits differ by
-rounding.
-  **lossy** flags change the numbers on purpose, so full and split may give other tokens; only `all` or their name
-  applies them.
+  rounding. **lossy** flags change the numbers on purpose, so full and split may give other tokens; only `all` or their
+  name applies them.
 - Scope: a **session** flag is chosen with each generation. **load** and **process** flags need a process of their own.
 
 This table has flags by side. `python -m splitlearn flags` and the page show the same for your machine, model and trunk
