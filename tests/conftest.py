@@ -9,13 +9,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
 from splitlearn.checkpoints import catalogue
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.config import ModelConfig
 from splitlearn.runtime import progress, proxies
+from tests.support.scheduling import DURATIONS, Durations
 from tests.support.tiny import make_converted
 
 TinyFactory = Callable[..., ModelFiles]
@@ -41,20 +40,15 @@ except SplitlearnError as error:
 """
 
 
-class _ByFile(LoadScopeScheduling):  # type: ignore[misc]
-    """The tests of a file share a process, and so do all of the lab: one machine runs one experiment.
-
-    (xdist's own groups do nothing under pytest 9: they are written into an attribute that it no longer reads.)
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = Path(nodeid.partition("::")[0]).stem
-        return "lab" if file.startswith("test_lab") else file
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """One option of the tests' own."""
+    parser.addoption("--record-durations", action="store_true", help=f"write what each file took to {DURATIONS}")
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """Which process gets which tests."""
-    return _ByFile(config, log)
+def pytest_configure(config: pytest.Config) -> None:
+    """Files that take long begin first."""
+    in_worker = hasattr(config, "workerinput")
+    config.pluginmanager.register(Durations(record=config.getoption("--record-durations") and not in_worker))
 
 
 @pytest.fixture(autouse=True)
