@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from splitlearn.errors import NotFinite
 from splitlearn.events import StageTiming
-from splitlearn.kvcache import layers as kv_layers
+from splitlearn.kvcache.layers import reserved
 from splitlearn.layers.block_linear import BlockLinear
 from splitlearn.layers.onednn_linear import PrepackedLinear
 from splitlearn.models.cut import CutModel, forward
@@ -80,7 +80,7 @@ class Head:
 
         Samples whose caches are reserved share one product, as they share forwards. Raises NotFinite.
         """
-        if len(batch) == 1 or any(item.session.settings.new_cache is not kv_layers.reserved for item in batch):
+        if len(batch) == 1 or any(item.session.settings.new_cache is not reserved for item in batch):
             return [self._step(item) for item in batch]
         began, sizes = time.perf_counter(), [item.logits for item in batch]
         out = self._computed(self._whole, torch.cat([_last(item) for item in batch], dim=1), batch[0])

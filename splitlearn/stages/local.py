@@ -17,8 +17,7 @@ from transformers.cache_utils import Cache
 
 from splitlearn.errors import FamilyRefused, InputError, NotFinite
 from splitlearn.events import StageTiming
-from splitlearn.kvcache import layers as kv_layers
-from splitlearn.kvcache.layers import ReservedCache
+from splitlearn.kvcache.layers import ReservedCache, reserved, static
 from splitlearn.kvcache.pool import KVPool, KVShape, shapes_of
 from splitlearn.models.cut import CutModel, body_of, example, forward
 from splitlearn.models.structure import rope_restart
@@ -89,7 +88,7 @@ class LocalStage:
     def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
         """A new session; a cache is made only when the settings keep one. Raises InputError for a kind of cache over
         which the layers would answer otherwise."""
-        if settings.new_cache is kv_layers.static and STATIC_CACHE not in self._allowed:
+        if settings.new_cache is static and STATIC_CACHE not in self._allowed:
             raise InputError("cache", "static", "dynamic or reserved for this model: it counts masked keys, too")
         if self._keeps_places(settings):
             return self._opened_in(self._kept_pool(max_length, 1), settings, max_length, 1, shares=False)[0]
@@ -99,7 +98,7 @@ class LocalStage:
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[LocalSession]:
         """Sessions whose steps can be one forward, where the settings reserve the cache and the layers permit it."""
-        shares = settings.new_cache is kv_layers.reserved and self.packs(settings)
+        shares = settings.new_cache is reserved and self.packs(settings)
         if self._keeps_places(settings):
             return self._opened_in(self._kept_pool(max_length, count), settings, max_length, count, shares=shares)
         if shares:
@@ -109,7 +108,7 @@ class LocalStage:
     def _keeps_places(self, settings: SessionSettings) -> bool:
         """Whether sessions should lie where earlier ones did: for them something is recorded there."""
         recorded = self.row is not None and self.row.recorded
-        return recorded and settings.new_cache is kv_layers.reserved and self._pools()
+        return recorded and settings.new_cache is reserved and self._pools()
 
     def _kept_pool(self, max_length: int, count: int) -> KVPool:
         """Memory with room for `count` sessions, kept for later ones; where it is too small, twice as much is made in

@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from splitlearn.arms.compare import KINDS
 from splitlearn.flags.selection import FlagSet
 from splitlearn.kernels import decode_attention
-from splitlearn.kvcache import layers as kv_layers
+from splitlearn.kvcache.layers import dynamic, reserved
 from splitlearn.kvcache.pool import KVPool, KVShape
 from splitlearn.lab.logit_fidelity import FixedInput
 from splitlearn.lab.logits import logits
@@ -58,7 +58,7 @@ def _pooled(layers: int, max_length: int) -> Cache:
     return pool.cache(run)
 
 
-@pytest.mark.parametrize("make", [kv_layers.dynamic, kv_layers.reserved, _pooled])
+@pytest.mark.parametrize("make", [dynamic, reserved, _pooled])
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_one_token_attends_as_by_sdpa(
     make: Callable[[int, int], Cache], scaling: float | None, calls: list[int]

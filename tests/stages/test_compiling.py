@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.kvcache import layers as kv_layers
+from splitlearn.kvcache.layers import reserved
 from splitlearn.models.cut import eagerly, example, forward, layers_of
 from splitlearn.stages import compile, loading
 from splitlearn.stages.base import StageInput
@@ -112,7 +112,7 @@ def test_layers_that_compute_with_their_number_are_compiled_in_a_row(tiny_model:
     assert compiled.compiled == "whole"
     assert [layer.self_attn.layer_idx for layer in layers] == before
     with eagerly(compiled), torch.inference_mode():
-        forward(compiled, example(cut, 2), 0, kv_layers.reserved(len(layers), 4))
+        forward(compiled, example(cut, 2), 0, reserved(len(layers), 4))
     assert seen[-1] == len(layers), "each layer is given the whole cache again"
 
 

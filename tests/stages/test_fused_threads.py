@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.kvcache import layers as kv_layers
+from splitlearn.kvcache.layers import reserved
 from splitlearn.models.cut import example, forward
 from splitlearn.runtime.torch_threads import computing_on
 from splitlearn.stages import fused_decode, loading
@@ -22,7 +22,7 @@ def _stage(files: ModelFiles, spec: loading.StageSpec, threads: int) -> LocalSta
 
 
 def _outs(stage: LocalStage, steps: int = 40) -> torch.Tensor:
-    x, cache = example(stage.cut, 5), kv_layers.reserved(stage.cut.end - stage.cut.start, 5 + steps)
+    x, cache = example(stage.cut, 5), reserved(stage.cut.end - stage.cut.start, 5 + steps)
     assert stage.row is not None
     with torch.inference_mode():
         forward(stage.cut, x[:, :4], 0, cache)

@@ -9,7 +9,7 @@ from transformers.models.ministral3.modeling_ministral3 import Ministral3Attenti
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.kvcache import layers as kv_layers
+from splitlearn.kvcache.layers import dynamic, reserved, static
 from splitlearn.kvcache.pool import KVPool, KVShape
 from splitlearn.layers.block_linear import BlockLinear
 from splitlearn.models.cut import CutModel, body_of, forward, layers_of
@@ -69,7 +69,7 @@ def test_a_token_comes_out_as_from_the_stages_own_forward(
     default_model: ModelFiles, kind: str, choice: str, spec: loading.StageSpec
 ) -> None:
     stage, layers = _stage(default_model, spec, FLAGS - {"weight_dtype"} | {choice}), spec.end - spec.start
-    make, random = _pooled if kind == "pooled" else kv_layers.reserved, torch.Generator().manual_seed(1)
+    make, random = _pooled if kind == "pooled" else reserved, torch.Generator().manual_seed(1)
     x = (
         torch.randint(VOCABULARY, (1, 12), generator=random)
         if spec.first
@@ -86,7 +86,7 @@ def test_a_token_comes_out_as_from_the_stages_own_forward(
 
 def test_positions_further_on_are_turned_as_the_model_turns_them(default_model: ModelFiles) -> None:
     stage, far = _stage(default_model), fused_decode.TURNS + 3
-    one, other = kv_layers.reserved(2, far + 1), kv_layers.reserved(2, far + 1)
+    one, other = reserved(2, far + 1), reserved(2, far + 1)
     x = torch.randn(1, far + 1, WIDTH)
     with torch.inference_mode():
         for cache in (one, other):
@@ -98,12 +98,12 @@ def test_positions_further_on_are_turned_as_the_model_turns_them(default_model: 
 def test_what_does_not_go_in_one_call_goes_the_stages_own_way(default_model: ModelFiles) -> None:
     stage, x = _stage(default_model), torch.randn(1, 12, WIDTH)
     with torch.inference_mode():
-        for cache in (kv_layers.dynamic(2, 16), kv_layers.static(2, 16), kv_layers.reserved(2, 16)):
+        for cache in (dynamic(2, 16), static(2, 16), reserved(2, 16)):
             assert _row(stage)(x[:, :1], 0, cache) is None  # nothing is there yet
-        for cache in (kv_layers.dynamic(2, 16), kv_layers.static(2, 16), None):
+        for cache in (dynamic(2, 16), static(2, 16), None):
             forward(stage.cut, x[:, :3], 0, cache)
             assert _row(stage)(x[:, 3:4], 3, cache) is None
-        forward(stage.cut, x[:, :3], 0, kept := kv_layers.reserved(2, 16))
+        forward(stage.cut, x[:, :3], 0, kept := reserved(2, 16))
         assert _row(stage)(x[:, 3:5], 3, kept) is None
 
 

@@ -19,7 +19,7 @@ from splitlearn.metrics import RunMetrics
 from ui import inputs
 from ui.compare import charts, session, view
 from ui.compare.session import ArmView, Shown
-from ui.flags import words as flag_words
+from ui.flags import flag_words
 
 KNOWN = availability(dict.fromkeys(SIDES, Place("cpu", "there is no Python tokenizer", has_compiler=True)))
 REQUEST = GenerationRequest("Why?")

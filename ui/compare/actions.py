@@ -12,7 +12,7 @@ from splitlearn.lab.store import FOLDER
 from ui import inputs
 from ui.compare import session
 from ui.compare.session import Shown
-from ui.flags import words as flag_words
+from ui.flags import flag_words
 from ui.lab.actions import Lab
 from ui.trunk.monitor import Monitor
 from ui.visitors import Downloads, Stops

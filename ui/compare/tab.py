@@ -11,7 +11,7 @@ from ui import inputs
 from ui.compare import charts, view
 from ui.compare.actions import Handlers
 from ui.compare.session import ArmView, Shown
-from ui.flags import words as flag_words
+from ui.flags import flag_words
 from ui.flags.picker import Picker, Updates
 from ui.lab.tab import LabTab, visitor
 from ui.login import Sharing

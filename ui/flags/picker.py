@@ -11,8 +11,7 @@ from splitlearn.errors import SplitlearnError
 from splitlearn.flags.registry import FLAGS, SIDES, Flag
 from splitlearn.flags.selection import Availability, FlagSet, parse
 from ui.compare import view
-from ui.flags import badges
-from ui.flags import words as flag_words
+from ui.flags import badges, flag_words
 
 Updates = dict[Any, Any]
 PRESETS_HELP = (

@@ -20,8 +20,8 @@ from splitlearn.lab.report import charts
 from ui import inputs
 from ui.compare import view as compare_view
 from ui.flags.picker import Updates
-from ui.lab import view as lab_view
 from ui.lab.actions import Lab, Opened
+from ui.lab.view import details, ledger_key, progress, report, so_far
 
 HELP = (
     "Measures what each chosen flag does, in full and in split: every arm once in each block, in random order, always "
@@ -211,20 +211,20 @@ class LabTab:
 
     def _running(self, before: JobStatus | None, seen: JobStatus) -> Updates:
         """Little is drawn: the words each time, the verdicts with each block."""
-        updates: Updates = {self.progress: lab_view.progress(seen)}
+        updates: Updates = {self.progress: progress(seen)}
         if before is None or before.folder != seen.folder:
             lists = dict.fromkeys((self.chosen, self.other), gr.Dropdown(interactive=False))
             updates |= {**self._empty(), **lists, self.resume: gr.Button(interactive=False)}
             updates |= {self.start: gr.Button(interactive=False), self.stop: gr.Button(interactive=True)}
         if seen.findings is not None and (before is None or before.findings is not seen.findings):
-            updates[self.report] = lab_view.so_far(seen.findings)
+            updates[self.report] = so_far(seen.findings)
         return updates
 
     def _ended(self, seen: JobStatus, given: dict[Any, Any], request: gr.Request) -> Updates:
         name = seen.folder.name
         broken = {self.error: compare_view.error(seen.error)} if seen.error else {}
         drawn = {**self._opened(name, given, request), **broken}
-        return {**self._idle(name), **drawn, self.progress: lab_view.progress(seen)}
+        return {**self._idle(name), **drawn, self.progress: progress(seen)}
 
     def _open(self, given: dict[Any, Any], request: gr.Request) -> Updates:
         """What was chosen from the list, under the service level that was typed; without a choice, that is checked."""
@@ -282,8 +282,8 @@ class LabTab:
         found = opened.findings
         plots = {plot: gr.Plot(DRAW[what](found, *how)) for (what, *how), plot in self.pictures.items()}
         files = {button: gr.DownloadButton(value=str(opened.files[name])) for name, button in self.files.items()}
-        texts = {self.report: lab_view.report(found), self.key: lab_view.ledger_key(found)}
-        return {**plots, **files, **texts, self.details: lab_view.details(found), self.drawn: gr.Column(visible=True)}
+        texts = {self.report: report(found), self.key: ledger_key(found)}
+        return {**plots, **files, **texts, self.details: details(found), self.drawn: gr.Column(visible=True)}
 
     def _empty(self) -> Updates:
         """No report."""

@@ -11,7 +11,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from splitlearn.kvcache import layers as kv_layers
+from splitlearn.kvcache.layers import static
 from splitlearn.kvcache.pool import KVPool, PooledCache, shapes_of
 from splitlearn.models.cut import CutModel
 from splitlearn.stages.equivalence.judge import TOLERANCE, TOTAL, Text
@@ -44,8 +44,7 @@ def _agrees(way: Way, model: nn.Module, texts: Sequence[Text]) -> bool:
 def _static(stage: CutModel, texts: Sequence[Text]) -> list[Tensor]:
     ends, layers = (SHORT, SHORT + 3, *range(SHORT + 4, TOTAL)), stage.end - stage.start
     return [
-        run_steps([stage], text.ids, Script("", text.prompt, ends), lambda: kv_layers.static(layers, TOTAL + 3))
-        for text in texts
+        run_steps([stage], text.ids, Script("", text.prompt, ends), lambda: static(layers, TOTAL + 3)) for text in texts
     ]
 
 
