@@ -20,7 +20,7 @@ from bench.stepping import Admission, Trunk, admission, mixed, side_by_side
 from bench.unbatched import Unbatched
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
-from splitlearn.cli.loadtest import measure
+from splitlearn.cli.loadtest_run import measure
 from splitlearn.config import Config, ServerConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.generation.tokenizer import Tokens

@@ -75,7 +75,7 @@ def main(runs: Runs) -> None:
     one, other = (fmean(half.resident) for half in halves)
     text = (
         f"{SESSIONS} sessions from {CLIENTS} clients at a server with {PLACES} places; prompts of `python -m "
-        f"splitlearn load`, answers of up to {TOKENS} tokens; a session ends at random in one of {len(WAYS)} ways: "
+        f"splitlearn loadtest`, answers of up to {TOKENS} tokens; a session ends at random in one of {len(WAYS)} ways: "
         f"{', '.join(WAYS)}. Before them {WARM_UP} others, after which threads and descriptors are counted first.\n\n"
         f"**Mean resident memory in the second thousand: {other / one:.4f} times that in the first** "
         f"({one / 1e6:.1f} MB). Whole answers: {halves[0].answered + halves[1].answered}."

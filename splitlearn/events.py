@@ -10,6 +10,9 @@ from typing import Literal
 from splitlearn.errors import InputError
 from splitlearn.sampling import SamplingParams
 
+Kind = Literal["full", "split"]
+"""Of an arm: the whole model in one process, or client and trunk."""
+KINDS: tuple[Kind, ...] = ("full", "split")
 FinishReason = Literal["eos", "length", "stop", "cancelled"]
 MAX_STOP_STRINGS = 16
 MAX_NEW_TOKENS = 1_000_000

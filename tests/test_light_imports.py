@@ -29,11 +29,12 @@ LIGHT = (
 
 AT_ONCE = (
     "--help",
+    "--version",
     "models",
     "flags --markdown",
     "compare --max-new-tokens few",
-    "bench --pairs 1",
-    "load --clients 0",
+    "lab --pairs 1",
+    "loadtest --clients 0",
 )
 
 

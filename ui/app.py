@@ -1,19 +1,22 @@
 """From the command line to a running page, and to its orderly end."""
 
-import argparse
 import os
 import signal
 import threading
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from splitlearn import address, config
 from splitlearn.arms.embedded_server import Server
 from splitlearn.config import Config
 from splitlearn.errors import SetupError, SplitlearnError, TrunkError
-from splitlearn.runtime import home, ports, proxies
-from splitlearn.runtime.arguments import OneLineParser
+from splitlearn.runtime import command_line, home, ports, programs, proxies
+from splitlearn.runtime.command_line import Job, whole
 from splitlearn.runtime.progress import Progress, Step, on_console
 from splitlearn.runtime.terminal import say
 from ui import login as page_login
@@ -24,54 +27,75 @@ if TYPE_CHECKING:
 
 # Visitors whose choices Gradio remembers.
 MOST_STATES = 256
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config.yaml"
+NAME = "python app.py"
+
+
+app = command_line.program(add_completion=False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says: None for what it leaves to the settings."""
+
+    config: Path | None
+    host: str | None
+    port: int | None
+    trunk: str | None
+    allow_open: bool | None
+    share: bool | None
+    share_without_login: bool
 
 
 def main(arguments: list[str]) -> int:
     """Serve the page until told to stop. Returns the exit status: 2 when it cannot start as asked."""
     try:
-        options = _options(arguments)
-    except SplitlearnError as error:
-        say(f"error: {error}", stderr=True)
-        return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the program in the same order as Ctrl-C
-    home.settle()
-    try:
-        settings = _settings(options)
-        proxies.settle(settings.ui.host)
-        login = page_login.login(settings.ui.auth, settings.ui.share, options.share_without_login)
-        page_login.check_open(settings.ui, login)
-        port = ports.check("ui.", settings.ui.host, settings.ui.port)
-        _serve(settings, port, login, _repeat(options))
+        return command_line.run(app, arguments, NAME)
     except (SplitlearnError, OSError) as error:
         say(f"error: {error}", stderr=True)
         return 2
     except KeyboardInterrupt:
         return 0
-    return 0
 
 
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = OneLineParser("python app.py", description="Compare a full and a split model on one page.")
-    parser.add_argument("--config", type=Path, help="a config.yaml (default: the one beside app.py)")
-    parser.add_argument("--host", help="overrides ui.host")
-    parser.add_argument("--port", type=int, help="overrides ui.port; 0 takes a free one")
-    parser.add_argument("--trunk", metavar="HOST:PORT[,...]", help="overrides trunk.address")
-    parser.add_argument(
-        "--allow-open",
-        action="store_true",
-        default=None,
-        help="listen beyond loopback without a login: whoever reaches the port uses the page",
-    )
-    parser.add_argument("--share", action="store_true", default=None, help="ask for a public link; demands a login")
-    parser.add_argument("--share-without-login", action="store_true", help="let everybody in who has the link")
-    return parser.parse_args(arguments)
+@app.command()
+def _page_command(
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="a config.yaml (default: the one beside app.py)")
+    ] = None,
+    host: Annotated[str | None, typer.Option(metavar="HOST", help="overrides ui.host")] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="PORT", parser=whole("port"), help="overrides ui.port; 0 takes a free one")
+    ] = None,
+    trunk: Annotated[str | None, typer.Option(metavar="HOST:PORT[,...]", help="overrides trunk.address")] = None,
+    allow_open: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-open", help="listen beyond loopback without a login: whoever reaches the port uses the page"
+        ),
+    ] = None,
+    share: Annotated[bool | None, typer.Option("--share", help="ask for a public link; demands a login")] = None,
+    share_without_login: Annotated[
+        bool, typer.Option("--share-without-login", help="let everybody in who has the link")
+    ] = False,
+) -> Job:
+    """Compare a full and a split model on one page."""
+    return partial(_start, Options(config, host, port, trunk, allow_open, share, share_without_login))
 
 
-def _settings(options: argparse.Namespace) -> Config:
+def _start(options: Options) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the program in the same order as Ctrl-C
+    home.settle()
+    settings = _settings(options)
+    proxies.settle(settings.ui.host)
+    login = page_login.login(settings.ui.auth, settings.ui.share, options.share_without_login)
+    page_login.check_open(settings.ui, login)
+    port = ports.check("ui.", settings.ui.host, settings.ui.port)
+    _serve(settings, port, login, _repeat(options))
+
+
+def _settings(options: Options) -> Config:
     """The file's settings with what the command line changes, checked as the file is."""
-    path = options.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
-    settings = config.load(path).model_dump()
+    settings = config.load(options.config or programs.own_config()).model_dump()
     shared = options.share or options.share_without_login or None
     changes = {"host": options.host, "port": options.port, "allow_open": options.allow_open, "share": shared}
     settings["ui"] |= {name: value for name, value in changes.items() if value is not None}
@@ -80,7 +104,7 @@ def _settings(options: argparse.Namespace) -> Config:
     return config.parse(settings)
 
 
-def _repeat(options: argparse.Namespace) -> list[str]:
+def _repeat(options: Options) -> list[str]:
     """The options that the command line needs for the same settings."""
     given = {"--config": options.config, "--trunk": options.trunk}
     return [word for name, value in given.items() if value is not None for word in (name, str(value))]

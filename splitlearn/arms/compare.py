@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from splitlearn.arms.runs import ArmReport, Item, Runs
-from splitlearn.arms.spec import Kind
-from splitlearn.events import GenerationRequest
+from splitlearn.events import KINDS as KINDS
+from splitlearn.events import GenerationRequest, Kind
 from splitlearn.flags.selection import FlagSet
 from splitlearn.metrics import UNATTRIBUTED, RunMetrics, first_difference, tps_of_all
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime import hardware
 
-KINDS: tuple[Kind, ...] = ("full", "split")
 Watch = Callable[[Kind, Item], None]
 
 

@@ -2,15 +2,14 @@
 without torch."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import Served, TrunkFacts
+from splitlearn.events import Kind as Kind
 from splitlearn.flags.selection import FlagSet
 from splitlearn.models.plan import SplitPlan
 from splitlearn.wire.channel import NONE, Credentials
 
-Kind = Literal["full", "split"]
 CANCEL = "cancel"
 
 

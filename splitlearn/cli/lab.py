@@ -1,17 +1,12 @@
-"""The lab on a terminal: run an experiment, go on with one, show one or two."""
+"""`splitlearn lab`: an experiment on what flags do."""
 
-import json
-import shlex
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from rich.progress import BarColumn, TextColumn
+import typer
 
+<<<<<<< HEAD
 from splitlearn.arms.runs import Runs
 from splitlearn.config import Config
 from splitlearn.lab.analysis.findings import METRIC_NAMES, SERVICE, Findings, findings_of
@@ -33,8 +28,54 @@ def run(asked: ExperimentRequest, config: Config, out: Path | None, *, as_json: 
         with Store.create(folder / FILE, setup(runs, asked, command)) as store:
             _go(runs, store)
     _end(folder, as_json)
+=======
+from splitlearn.cli import options
+from splitlearn.errors import InputError
+from splitlearn.runtime.command_line import Job, real, whole
+
+Design = Annotated[str, typer.Option(metavar="NAME", help="without (all flags but one), alone or ladder")]
+Pairs = Annotated[
+    int | None, typer.Option(metavar="N", parser=whole("pairs"), help="exactly so many pairs, one look at the end")
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(metavar="M", parser=real("minutes"), help="end after so long, decided or not (default: 60)"),
+]
+Delta = Annotated[
+    float | None,
+    typer.Option(metavar="D", parser=real("delta"), help="a ratio this near to 1 counts as no effect (default: 0.02)"),
+]
+Resume = Annotated[Path | None, typer.Option(metavar="DIR", help="go on with the experiment in that folder")]
 
 
+def lab(
+    flags: options.Flags = None,
+    words: options.Words = None,
+    design: Design = "without",
+    pairs: Pairs = None,
+    minutes: Minutes = None,
+    delta: Delta = None,
+    prompts: options.Prompts = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    seed: options.Seed = None,
+    trunk: options.Trunks = None,
+    out: options.Out = None,
+    resume: Resume = None,
+    as_json: options.Json = False,
+    config: options.ConfigFile = None,
+) -> Job:
+    """Measure what each flag does, with verdicts."""
+    settings = options.settings(config, trunk)
+    if pairs is not None and minutes is not None:
+        raise InputError("minutes", minutes, "either --minutes or --pairs")
+    if resume is not None:
+        from splitlearn.cli import lab_run
+>>>>>>> 6b2a94f (Commands by typer, a module a command: lab and loadtest in the place of bench and load; what is refused imports nothing heavy)
+
+        return partial(lab_run.resume, resume, settings, as_json=as_json)
+    from splitlearn.lab.request import ExperimentRequest, read_prompts
+
+<<<<<<< HEAD
 def resume(folder: Path, config: Config, *, as_json: bool) -> None:
     """Go on with the experiment in `folder`, with its own settings. Raises InputError for another model."""
     with (
@@ -151,3 +192,12 @@ def _left(state: State) -> str:
     if state.remaining_s is None:
         return ""
     return f"about {max(1, round(state.remaining_s / 60))} min left" if state.remaining_s >= 1 else ""
+=======
+    chosen = options.given(pairs=pairs, minutes=minutes, delta=delta, max_new_tokens=max_new_tokens, seed=seed)
+    if prompts is not None:
+        chosen["prompts"] = read_prompts(prompts)
+    asked = ExperimentRequest(options.chosen_flags(flags, words, settings), design=design, **chosen)  # type: ignore[arg-type]
+    from splitlearn.cli import lab_run  # after what may be refused at once
+
+    return partial(lab_run.run, asked, settings, out, as_json=as_json)
+>>>>>>> 6b2a94f (Commands by typer, a module a command: lab and loadtest in the place of bench and load; what is refused imports nothing heavy)

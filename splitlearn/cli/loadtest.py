@@ -1,103 +1,64 @@
-"""A load on a terminal: run it, write its exports, print its figures."""
+"""`splitlearn loadtest`: many clients of one trunk at once."""
 
-import json
-import shlex
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from splitlearn.arms.compare import environment
-from splitlearn.arms.runs import Runs
-from splitlearn.arms.spec import ArmSpec
-from splitlearn.config import Config
-from splitlearn.generation.tokenizer import Tokens
-from splitlearn.loadtest import report
-from splitlearn.loadtest.clients import Client, real_clients, replay_clients
-from splitlearn.loadtest.driver import drive
-from splitlearn.loadtest.plan import LoadTest, check_lengths
-from splitlearn.loadtest.recording import recordings_of
-from splitlearn.loadtest.report import Findings
-from splitlearn.loadtest.summary import Summary
-from splitlearn.reporting.files import make_folder
-from splitlearn.runtime.progress import Progress, on_console
-from splitlearn.runtime.terminal import PlainTable, console, say
+import typer
 
-FOLDER = "load"
+from splitlearn.cli import options
+from splitlearn.runtime.command_line import Job, real, whole
 
+if TYPE_CHECKING:
+    from splitlearn.config import Config
+    from splitlearn.loadtest.plan import LoadTest
 
-def run(asked: LoadTest, config: Config, out: Path | None, *, as_json: bool) -> None:
-    """Load the trunk as asked; the exports lie in `out` when it is over. Ctrl-C ends it early, with what there is."""
-    folder = out or Path(FOLDER) / time.strftime("%Y-%m-%d-%H%M%S")
-    make_folder(folder)
-    with on_console() as progress, Runs(config, progress) as runs, _stop_on_interrupt() as stop:
-        found = measure(runs, asked, progress, stop)
-    if as_json:
-        say(json.dumps(report.as_json(found), indent=2))
-    else:
-        _print(found)
-    report.write_exports(found, folder)  # at last: a disk that is full takes no figures with it
-    if not as_json:
-        say(f"Report: {folder / 'report.html'}")
+Clients = Annotated[
+    int | None, typer.Option(metavar="N", parser=whole("clients"), help="requests at once (default: 8)")
+]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        metavar="R", parser=real("rate"), help="open-loop: Poisson arrivals per second (default: closed-loop)"
+    ),
+]
+Duration = Annotated[float | None, typer.Option(metavar="S", parser=real("duration"), help="in seconds (default: 30)")]
+Replay = Annotated[bool, typer.Option("--replay", help="clients without layers, which send recorded hidden states")]
+Ttft = Annotated[
+    float | None, typer.Option(metavar="S", parser=real("ttft"), help="service level in seconds (default: 2)")
+]
+Tpot = Annotated[
+    float | None, typer.Option(metavar="S", parser=real("tpot"), help="service level in seconds (default: 0.2)")
+]
 
 
-def measure(runs: Runs, asked: LoadTest, progress: Progress, stop: threading.Event) -> Findings:
-    """Check what is asked, start the clients, load the trunk. Raises InputError and TrunkError."""
-    chat, facts = runs.config.generation.chat, runs.files.facts
-    tokens = Tokens.load(runs.files.folder, use_fast=True)
-    lengths = tuple(len(tokens.encode(prompt, chat)) for prompt in asked.prompts)
-    check_lengths(lengths, asked, facts.context_length)
-    runs.check_trunk()
-    spec = runs.ready_spec("split", runs.flags(runs.config.flags))
-    with clients_for(spec, asked, chat, progress) as clients:
-        measured = drive(clients, asked, progress, stop)
-    return Findings(
-        load=asked,
-        prompt_tokens=lengths,
-        measurement=measured,
-        summary=Summary.of(measured, asked.levels),
-        model=runs.files.name,
-        command=shlex.join(["python", "-m", "splitlearn", *sys.argv[1:]]),
-        environment=environment(runs),
-    )
+def loadtest(
+    clients: Clients = None,
+    rate: Rate = None,
+    duration: Duration = None,
+    replay: Replay = False,
+    prompts: options.Prompts = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    seed: options.Seed = None,
+    ttft: Ttft = None,
+    tpot: Tpot = None,
+    trunk: options.Trunks = None,
+    out: options.Out = None,
+    as_json: options.Json = False,
+    config: options.ConfigFile = None,
+) -> Job:
+    """Load a trunk server with many clients at once."""
+    settings = options.settings(config, trunk)
+    from splitlearn.lab.request import read_prompts
+    from splitlearn.loadtest.plan import PROMPTS, Levels, LoadTest
+
+    chosen = options.given(clients=clients, rate=rate, duration_s=duration, max_new_tokens=max_new_tokens, seed=seed)
+    levels = Levels(**options.given(ttft_s=ttft, tpot_s=tpot))
+    asked = LoadTest(read_prompts(prompts or PROMPTS), replay=replay, levels=levels, **chosen)
+    return partial(_run, settings, asked, out, as_json)
 
 
-def clients_for(
-    spec: ArmSpec, asked: LoadTest, chat: bool | str, progress: Progress
-) -> AbstractContextManager[list[Client]]:
-    """The clients that are asked for; those that replay are given a fresh recording."""
-    if not asked.replay:
-        return real_clients(spec, asked, chat, progress)
-    return replay_clients(spec, asked, recordings_of(asked, spec, chat, progress), progress)
+def _run(settings: "Config", asked: "LoadTest", out: Path | None, as_json: bool) -> None:
+    from splitlearn.cli import loadtest_run  # after what may be refused at once
 
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event."""
-    stop = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _print(found: Findings) -> None:
-    """The figures on stdout."""
-    say(f"{found.model}: {report.about(found)}")
-    heads, *rows = report.times(found.summary)
-    table = PlainTable(*heads)
-    for row in rows:
-        table.add_row(*row)
-    console().print(table)
-    counts = PlainTable("", "", show_header=False)
-    for name, value in report.counts(found):
-        counts.add_row(name, value)
-    console().print(counts)
-    for reason, count in found.summary.reasons.items():
-        say(f"{count} times: {reason}")
-    for note in report.notes(found.summary):
-        say(note)
+    loadtest_run.run(asked, settings, out, as_json=as_json)

@@ -17,8 +17,9 @@ from splitlearn.events import TokenEvent
 from splitlearn.flags.registry import FLAGS, SIDES
 from splitlearn.flags.selection import Availability, FlagSet
 from splitlearn.metrics import LEDGER_ORDER, RunMetrics, recovery_sentence, tps_of_all
+from splitlearn.runtime.console import PlainTable, console
 from splitlearn.runtime.progress import Progress, Step
-from splitlearn.runtime.terminal import PlainTable, console, say
+from splitlearn.runtime.terminal import say
 
 if TYPE_CHECKING:
     from splitlearn.models.sizes import Part

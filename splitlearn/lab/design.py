@@ -17,9 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from splitlearn.arms.compare import KINDS
-from splitlearn.arms.spec import Kind
 from splitlearn.errors import InputError
+from splitlearn.events import KINDS, Kind
 from splitlearn.flags.registry import FLAGS, Fidelity
 from splitlearn.flags.selection import FlagSet
 from splitlearn.sampling import SamplingParams

@@ -153,7 +153,7 @@ class Job:
             "--prompts": folder / PROMPTS if self._has_own_prompts(request) else None,
         }
         words = [word for name, value in given.items() if value is not None for word in (name, f"{value}")]
-        return shlex.join(["python", "-m", "splitlearn", "bench", *self._options, *words])
+        return shlex.join(["python", "-m", "splitlearn", "lab", *self._options, *words])
 
 
 def saved_experiments(folder: Path) -> list[SavedExperiment]:

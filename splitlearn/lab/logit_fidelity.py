@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitlearn.arms.runs import Runs
-from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import SplitlearnError
+from splitlearn.events import Kind
 from splitlearn.flags.selection import FlagSet
 from splitlearn.lab.design import Plan, Question
 from splitlearn.models.plan import SplitPlan

@@ -7,7 +7,7 @@ sooner" means a ratio of 0.85; "500% faster" means six times the speed, a ratio 
 from dataclasses import dataclass
 from typing import Literal
 
-from splitlearn.arms.spec import Kind
+from splitlearn.events import Kind
 from splitlearn.lab.analysis.findings import Findings, Metric, Row
 from splitlearn.lab.design import ALL, CACHE, Question
 

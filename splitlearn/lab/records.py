@@ -1,11 +1,13 @@
 """The records of an experiment, as JSON: its `Setup`, and a `Trial` for each run that ended."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from splitlearn.arms.runs import ArmReport
 from splitlearn.flags.selection import FlagSet
 from splitlearn.lab.design import Arm, Design, Plan, Question
+
+if TYPE_CHECKING:
+    from splitlearn.arms.runs import ArmReport
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Trial:
         return cls(**{**data, "itl_s": tuple(data["itl_s"]), "token_ids": tuple(data["token_ids"])})
 
     @classmethod
-    def of(cls, report: ArmReport, arm: str, block: int, attempt: int, order: int, at_s: float, bad: str) -> "Trial":
+    def of(cls, report: "ArmReport", arm: str, block: int, attempt: int, order: int, at_s: float, bad: str) -> "Trial":
         """The trial of a run's report."""
         metrics, trunk = report.metrics, report.trunk
         return cls(

@@ -4,14 +4,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from splitlearn.arms.runs import Runs
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.selection import check
 from splitlearn.lab.design import DESIGNS, Design, plan
-from splitlearn.lab.environment import fingerprint
 from splitlearn.lab.records import Setup
+
+if TYPE_CHECKING:
+    from splitlearn.arms.runs import Runs
 
 DELTA = 0.02
 MAX_PAIRS = 72
@@ -52,8 +54,10 @@ class ExperimentRequest:
             GenerationRequest(prompt, self.max_new_tokens)
 
 
-def setup(runs: Runs, request: ExperimentRequest, command: str) -> Setup:
+def setup(runs: "Runs", request: ExperimentRequest, command: str) -> Setup:
     """The checked experiment on `runs`. Raises InputError, and TrunkError if the trunk does not answer."""
+    from splitlearn.lab.environment import fingerprint  # gRPC: slow to import, and not needed to refuse a number
+
     flags = runs.flags(request.flags)
     return Setup(
         design=request.design,

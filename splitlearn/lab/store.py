@@ -206,7 +206,7 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
         connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
     )
     if application != APPLICATION_ID:
-        raise InputError(FIELD, str(path), "a file that `python -m splitlearn bench` wrote; this is something else")
+        raise InputError(FIELD, str(path), "a file that `python -m splitlearn lab` wrote; this is something else")
     if version != VERSION:
         raise InputError(
             FIELD,

@@ -2,5 +2,5 @@
 
 `plan` has the requests, `arrivals` when each begins, `clients` what answers them: real split clients in processes of
 their own, or threads that replay recorded hidden states. `driver` runs them, `summary` computes the figures, goodput
-among them, and `report` shows them. docs/load.md defines each figure.
+among them, and `report` shows them. docs/loadtest.md defines each figure.
 """

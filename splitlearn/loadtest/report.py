@@ -46,9 +46,9 @@ def as_json(findings: Findings) -> dict[str, Any]:
 
 
 def write_exports(findings: Findings, folder: Path) -> None:
-    """Write load.json, requests.csv and report.html into `folder`; create it if needed."""
+    """Write loadtest.json, requests.csv and report.html into `folder`; create it if needed."""
     texts = {
-        "load.json": json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n",
+        "loadtest.json": json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n",
         "requests.csv": _requests(findings),
         "report.html": html(findings),
     }

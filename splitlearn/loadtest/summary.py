@@ -1,4 +1,4 @@
-"""The figures of a load test; docs/load.md defines each."""
+"""The figures of a load test; docs/loadtest.md defines each."""
 
 import re
 from collections import Counter

@@ -8,14 +8,13 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import tqdm.auto  # type: ignore[import-untyped]
-from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from typing import TYPE_CHECKING, Any
 
 from splitlearn.runtime import terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,13 @@ def silent(step: Step) -> None:
 @contextmanager
 def on_console() -> Iterator[Progress]:
     """A `Progress` that shows its steps on stderr for as long as the context is open."""
-    console = terminal.console(stderr=True)
-    if not console.is_terminal:
+    if not terminal.is_terminal(stderr=True):
         yield _plain()
         return
-    columns = (label_column(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with bars_on(console, *columns) as bars:
+    from splitlearn.runtime import console  # slow to import: only where bars are drawn
+
+    with console.bars() as bars:
         yield _bars(bars)
-
-
-def label_column() -> TextColumn:
-    """A column with the task's label, not read as markup."""
-    return TextColumn("{task.description}", markup=False)
-
-
-def bars_on(console: Console, *columns: ProgressColumn, **options: Any) -> RichProgress:
-    """Progress bars that do not redirect stdout."""
-    return RichProgress(*columns, console=console, redirect_stdout=False, **options)
 
 
 def _plain() -> Progress:
@@ -68,7 +57,7 @@ def _plain() -> Progress:
     return show
 
 
-def _bars(bars: RichProgress) -> Progress:
+def _bars(bars: "RichProgress") -> Progress:
     """Draw one bar for each label; a new label completes the one before it."""
     tasks: dict[str, TaskID] = {}
 
@@ -87,6 +76,7 @@ def reporting_tqdm(show: Callable[[Any], None]) -> type[Any]:
 
     The bar's `desc`, `n`, `total` and `unit` are tqdm's.
     """
+    import tqdm.auto  # type: ignore[import-untyped]  # slow to import, for those libraries alone
 
     class Reporter(tqdm.auto.tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,8 @@ it acts on this process and its children. gRPC uses no proxy at all (wire/channe
 
 import os
 import sys
-from unittest.mock import patch
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 HERE = ("localhost", "127.0.0.1", "::1")
 _PROXIES, _NO_PROXY = ("http_proxy", "https_proxy", "all_proxy"), "no_proxy"
@@ -54,12 +55,25 @@ def _refusal(**variables: str) -> Exception | None:
     import httpx  # slow to import: only where there are such variables
 
     others = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    with patch.dict(os.environ, {**others, **variables}, clear=True):
+    with _environment({**others, **variables}):
         try:
             httpx.Client(verify=False).close()
         except Exception as error:  # errors of several kinds, from several libraries
             return error
     return None
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Nothing but `variables` inside. (unittest.mock has this, and imports asyncio.)"""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _leave_out(what: str, why: str) -> None:

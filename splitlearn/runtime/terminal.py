@@ -13,24 +13,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
 
-from rich.console import Console, RenderableType
-from rich.table import Table
-from rich.text import Text
-
 BROKEN_PIPE = 141
 """The exit status of a program whose reader has gone, as of one that SIGPIPE ends."""
-WIDE = 100_000
 STRICT = ("strict", "surrogateescape")
 # All of C0 but tab, line feed and the CR before one; DEL; and C1, in which 0x9B begins sequences as ESC [ does.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
-
-
-def console(*, stderr: bool = False) -> Console:
-    """A console for tables and bars that interprets no markup; without a terminal, as wide as its content."""
-    stream = _stream(stderr)
-    terminal = _is_terminal(stream)
-    width = None if terminal else WIDE
-    return _Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=not terminal, width=width)
 
 
 def say(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
@@ -39,33 +26,13 @@ def say(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
     if stream is None:
         return
     with suppress(*((OSError, ValueError) if stderr else ())):
-        stream.write((visible(text) if _is_terminal(stream) else text) + end)
+        stream.write((visible(text) if is_terminal(stderr=stderr) else text) + end)
         stream.flush()
 
 
 def visible(text: str) -> str:
     """`text` with a picture in the place of each control character, except tab and line feed."""
     return _CONTROL.sub(lambda found: _picture(ord(found[0])), text)
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Raise for stdout, where rich would end the program with status 1; `guarded` ends it. Ignore stderr."""
-        if not self.stderr:
-            raise BrokenPipeError
-
-
-class PlainTable(Table):
-    """A table whose cells are other people's text. Long cells fold; none is cut."""
-
-    def __init__(self, *heads: str, **options: Any) -> None:
-        super().__init__(**options)
-        for head in heads:
-            self.add_column(Text(head), overflow="fold")
-
-    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
-        """Add a row of strings, written as they are, or of rich's styled texts."""
-        super().add_row(*(Text(_for_stdout(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -91,15 +58,13 @@ def _stream(stderr: bool) -> TextIO | None:
     return found
 
 
-def _is_terminal(stream: TextIO | None) -> bool:
+def is_terminal(*, stderr: bool = False) -> bool:
+    """Whether stdout, or stderr, is a terminal."""
+    stream = _stream(stderr)
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # closed
         return False
-
-
-def _for_stdout(text: str) -> str:
-    return visible(text) if _is_terminal(sys.stdout) else text
 
 
 def _picture(code: int) -> str:

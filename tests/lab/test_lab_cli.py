@@ -1,4 +1,4 @@
-"""`python -m splitlearn bench` and `report`, as a person runs them; a kill in the middle loses nothing."""
+"""`python -m splitlearn lab` and `report`, as a person runs them; a kill in the middle loses nothing."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.support.trunk import environment, eventually, settings
 
 __all__ = ["refusal"]
 
-BENCH = ("bench", "--flags", "inference_mode", "--pairs", "2", "--max-new-tokens", "4")
+LAB = ("lab", "--flags", "inference_mode", "--pairs", "2", "--max-new-tokens", "4")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def folder(files: ModelFiles, tmp_path: Path) -> Path:
     return configured(tmp_path, settings(files, runs={"threads": 1}))
 
 
-def test_bench_measures_and_report_shows_it_again(
+def test_lab_measures_and_report_shows_it_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def report(*arguments: str) -> str:
@@ -43,13 +43,13 @@ def test_bench_measures_and_report_shows_it_again(
         assert command_line.main(("report", *arguments)) == 0
         return capsys.readouterr().out
 
-    done = run(folder, *BENCH, "--out", "found", "--json")
+    done = run(folder, *LAB, "--out", "found", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["finished"] == "2 pairs, as asked"
     frame = pd.read_csv(folder / "found" / "verdicts.csv")
     assert set(frame["flag"]) == {"A/A", "inference_mode"}
-    assert "python -m splitlearn bench" in (folder / "found" / "report.html").read_text(encoding="utf-8")
+    assert "python -m splitlearn lab" in (folder / "found" / "report.html").read_text(encoding="utf-8")
     monkeypatch.chdir(folder)
     assert "inference_mode" in report("found")
     for tps, meets in (("0.001", True), ("1e9", False)):
@@ -60,7 +60,7 @@ def test_bench_measures_and_report_shows_it_again(
 
 
 def test_a_killed_experiment_goes_on_without_losing_or_repeating_a_run(folder: Path) -> None:
-    command = [sys.executable, "-m", "splitlearn", *BENCH, "--pairs", "3", "--out", "found"]
+    command = [sys.executable, "-m", "splitlearn", *LAB, "--pairs", "3", "--out", "found"]
     file = folder / "found" / "experiment.sqlite"
     with subprocess.Popen(
         command, cwd=folder, env=environment(), stderr=subprocess.PIPE, start_new_session=True
@@ -68,7 +68,7 @@ def test_a_killed_experiment_goes_on_without_losing_or_repeating_a_run(folder: P
         assert eventually(lambda: file.exists() and _count(file) >= 10, within_s=120)
         os.kill(one.pid, signal.SIGKILL)
     before = _stored(file)
-    done = run(folder, "bench", "--resume", "found")
+    done = run(folder, "lab", "--resume", "found")
     assert done.returncode == 0, done.stderr
     after = _stored(file)
     assert [key for key in after if key in before] == before
@@ -91,18 +91,18 @@ def _stored(file: Path) -> list[tuple[int, int, str, float]]:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("bench", "--pairs", "0"), "pairs: 0 cannot be used"),
-        (("bench", "--pairs", "x"), "pairs: 'x'"),
-        (("bench", "--delta", "3"), "delta: 3.0 cannot be used"),
-        (("bench", "--minutes", "0"), "minutes: 0.0 cannot be used"),
-        (("bench", "--pairs", "3", "--minutes", "4"), "not allowed with"),
-        (("bench", "--design", "sideways"), "design: 'sideways' cannot be used"),
-        (("bench", "--flags", "warp_drive"), "flags: 'warp_drive' cannot be used"),
-        (("bench", "--flags", "cache=static,cache=dynamic"), "exclude each other"),
-        (("bench", "--flags", "none"), "at least one flag"),
-        (("bench", "--prompts", "empty.txt"), "empty.txt"),
-        (("bench", "--prompts", "missing.txt"), "missing.txt"),
-        (("bench", "--resume", "nowhere"), "nowhere"),
+        (("lab", "--pairs", "0"), "pairs: 0 cannot be used"),
+        (("lab", "--pairs", "x"), "pairs: 'x'"),
+        (("lab", "--delta", "3"), "delta: 3.0 cannot be used"),
+        (("lab", "--minutes", "0"), "minutes: 0.0 cannot be used"),
+        (("lab", "--pairs", "3", "--minutes", "4"), "either --minutes or --pairs"),
+        (("lab", "--design", "sideways"), "design: 'sideways' cannot be used"),
+        (("lab", "--flags", "warp_drive"), "flags: 'warp_drive' cannot be used"),
+        (("lab", "--flags", "cache=static,cache=dynamic"), "exclude each other"),
+        (("lab", "--flags", "none"), "at least one flag"),
+        (("lab", "--prompts", "empty.txt"), "empty.txt"),
+        (("lab", "--prompts", "missing.txt"), "missing.txt"),
+        (("lab", "--resume", "nowhere"), "nowhere"),
         (("report", "nowhere"), "nowhere"),
         (("report", "nowhere", "--ttft", "0"), "ttft: 0.0 cannot be used"),
         (("report", "nowhere", "--tps", "nan"), "tps: nan cannot be used"),
@@ -120,17 +120,17 @@ def test_what_cannot_be_measured_is_one_line_and_status_2(
 def test_a_folder_that_holds_an_experiment_is_not_written_over(folder: Path, refusal: Refusal) -> None:
     (folder / "found").mkdir()
     (folder / "found" / "experiment.sqlite").write_text("something")
-    assert "--resume" in refusal.of(folder, *BENCH, "--out", "found")
+    assert "--resume" in refusal.of(folder, *LAB, "--out", "found")
     assert (folder / "found" / "experiment.sqlite").read_text() == "something"
 
 
 def test_a_second_experiment_is_refused_while_one_runs(folder: Path, refusal: Refusal) -> None:
-    command = [sys.executable, "-m", "splitlearn", *BENCH, "--pairs", "50", "--out", "first"]
+    command = [sys.executable, "-m", "splitlearn", *LAB, "--pairs", "50", "--out", "first"]
     with subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE) as first:
         try:
             assert eventually(lambda: (folder / "first" / "experiment.sqlite").exists(), within_s=60)
             time.sleep(0.2)
-            refused = refusal.of(folder, *BENCH, "--out", "second")
+            refused = refusal.of(folder, *LAB, "--out", "second")
         finally:
             first.send_signal(signal.SIGINT)
     assert "Another experiment is running" in refused

@@ -36,7 +36,7 @@ SETUP = Setup(
     minutes=30.0,
     seed=7,
     model="tiny",
-    command="python -m splitlearn bench",
+    command="python -m splitlearn lab",
     environment={"torch": "2.13.0", "trunk": {"threads": 2}, "governor": None},
 )
 SMALL = "size=256k"

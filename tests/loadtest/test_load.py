@@ -240,7 +240,7 @@ def test_a_replay_sends_the_prompt_and_one_position_for_each_token_but_the_first
     assert steps == [(0, [0, 1, 2]), (3, [3]), (4, [4]), (5, [5])]
 
 
-LOAD = ("load", "--prompts", "prompts.txt", "--max-new-tokens", "8", "--duration", "1.5")
+LOAD = ("loadtest", "--prompts", "prompts.txt", "--max-new-tokens", "8", "--duration", "1.5")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_load_reports_what_its_clients_got(
     assert summary["offered"] == sum(summary[name] for name in ("done", "rejected", "failed", "incomplete"))
     assert summary["failed"] == summary["incomplete"] == 0
     assert found["asked"]["replay"] == ("--replay" in how)
-    assert json.loads((folder / "found" / "load.json").read_text()) == found
+    assert json.loads((folder / "found" / "loadtest.json").read_text()) == found
     requests = pd.read_csv(folder / "found" / "requests.csv")
     assert len(requests) == summary["offered"]
     done = requests[requests["state"] == "done"]

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from splitlearn.runtime import progress, terminal
+from splitlearn.runtime import console, progress, terminal
 from splitlearn.runtime.progress import Step
 
 
@@ -24,7 +24,8 @@ def test_without_a_terminal_each_step_is_one_line_on_stderr(capsys: pytest.Captu
 def test_on_a_terminal_the_bar_has_the_share_that_is_done(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal, "console", lambda stderr: Console(stderr=stderr, force_terminal=True, width=100))
+    monkeypatch.setattr(terminal, "is_terminal", lambda *, stderr=False: True)
+    monkeypatch.setattr(console, "console", lambda stderr: Console(stderr=stderr, force_terminal=True, width=100))
     show_some()
     said = capsys.readouterr()
     assert said.out == ""

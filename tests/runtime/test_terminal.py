@@ -19,10 +19,11 @@ from splitlearn.cli import main as command_line
 from splitlearn.cli import tables as tables
 from splitlearn.flags.selection import parse
 from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime import console as runtime_console
 from splitlearn.runtime import progress
-from splitlearn.runtime import terminal as runtime_terminal
+from splitlearn.runtime.console import PlainTable, console
 from splitlearn.runtime.progress import Step
-from splitlearn.runtime.terminal import BROKEN_PIPE, PlainTable, console, guarded, say, visible
+from splitlearn.runtime.terminal import BROKEN_PIPE, guarded, say, visible
 from tests.ui.test_ui_view import KNOWN, report
 
 HOSTILE = "a[1:100:2] :100: key:key:value 3:o:4 [bold]x[/] [/] [link=http://x]y\ttab 'quoted' 192.168.0.1 日本 "
@@ -110,7 +111,7 @@ def test_a_table_in_a_pipe_has_its_cells_as_they_are(stdout: Replace, encoding: 
     out = stdout(encoding)
     table = PlainTable("head [x] :100:", "b")
     table.add_row("[red]cell[/] :key: " + "w" * 300, Text("styled :o:", "bold"))
-    runtime_terminal.console().print(table)
+    runtime_console.console().print(table)
     assert "[red]cell[/] :key: " + "w" * 300 in out.written
     assert "head [x] :100:" in out.written and "styled :o:" in out.written
     assert "\x1b" not in out.written
@@ -122,7 +123,7 @@ def test_a_narrow_terminal_folds_cells_and_cuts_none(stdout: Replace, monkeypatc
     monkeypatch.setenv("TERM", "xterm")
     table = PlainTable("name")
     table.add_row("w" * 100 + "\x1b[2J")
-    runtime_terminal.console().print(table)
+    runtime_console.console().print(table)
     assert out.written.count("w") == 100 and "\x1b[2J" not in out.written and "…" not in out.written
 
 
@@ -143,8 +144,9 @@ def test_labels_of_progress_are_no_markup(stderr: Replace, monkeypatch: pytest.M
         show(Step(f"Loading [x] :100: {LONG}"))
     assert err.written == f"Loading [x] :100: {LONG}\n"
     drawn = io.StringIO()
+    stderr(terminal=True)
     monkeypatch.setattr(
-        "splitlearn.runtime.terminal.console",
+        "splitlearn.runtime.console.console",
         lambda stderr: Console(file=drawn, force_terminal=True, width=120, emoji=False),
     )
     with progress.on_console() as show:
@@ -154,9 +156,12 @@ def test_labels_of_progress_are_no_markup(stderr: Replace, monkeypatch: pytest.M
     assert "kept" not in drawn.getvalue()
 
 
-def test_what_is_printed_beside_bars_goes_to_stdout(stdout: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_printed_beside_bars_goes_to_stdout(
+    stdout: Replace, stderr: Replace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, drawn = stdout(), io.StringIO()
-    monkeypatch.setattr("splitlearn.runtime.terminal.console", lambda stderr: Console(file=drawn, force_terminal=True))
+    stderr(terminal=True)
+    monkeypatch.setattr("splitlearn.runtime.console.console", lambda stderr: Console(file=drawn, force_terminal=True))
     with progress.on_console() as show:
         show(Step("Loading", 1, 2))
         say("result")

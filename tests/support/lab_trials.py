@@ -30,7 +30,7 @@ def setup(design: Design = "without", **changes: Any) -> Setup:
         minutes=None,
         seed=7,
         model="tiny",
-        command="python -m splitlearn bench --pairs 12 --seed 7",
+        command="python -m splitlearn lab --pairs 12 --seed 7",
         environment={"processor": "made up", "cores": 2},
     )
     return replace(made, **changes)

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, Literal
 
 from splitlearn.arms.compare import KINDS
-from splitlearn.arms.spec import Kind
+from splitlearn.events import Kind
 from splitlearn.lab import stats
 from splitlearn.lab.analysis.pairing import (
     ArmFigures,

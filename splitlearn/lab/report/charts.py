@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from splitlearn.arms.spec import Kind
+from splitlearn.events import Kind
 from splitlearn.lab.analysis.findings import METRIC_NAMES, Evidence, Findings, Metric, Row
 from splitlearn.lab.analysis.pairing import ArmFigures
 from splitlearn.metrics import LEDGER_ORDER

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
-from splitlearn.runtime.progress import bars_on, label_column
-from splitlearn.runtime.terminal import console, say
+from splitlearn.runtime.console import bars_on, console, label_column
+from splitlearn.runtime.terminal import say
 from splitlearn.stages.equivalence.child import prove_apart
 from splitlearn.stages.equivalence.compare import Result
 from splitlearn.stages.equivalence.page import PAGE, families_page

@@ -1,0 +1,49 @@
+"""Programs of this project as child processes: found beside this package, never in the current folder.
+
+A user's folder may have a server.py or a config.yaml of its own. So children start in Python's safe-path mode, which
+leaves the current folder out, and a checkout's packages are named by PYTHONPATH.
+"""
+
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+"""Where the packages splitlearn, server and ui lie: a checkout, or site-packages."""
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """The command line that runs `module` with this interpreter."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """The environment for `command`, and for interpreters that it starts in its turn."""
+    known = {Path(path).resolve() for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))}
+    paths = [] if ROOT in known else [str(ROOT)]  # an installed package is found without
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    return os.environ | {"PYTHONSAFEPATH": "1"} | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
+
+
+@contextmanager
+def as_parent() -> Iterator[None]:
+    """Have what is started inside, by a library that takes no environment, get that of `environment`."""
+    before = dict(os.environ)
+    os.environ.update(environment())
+    try:
+        yield
+    finally:
+        for name in ("PYTHONSAFEPATH", "PYTHONPATH"):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
+
+
+def own_config() -> Path | None:
+    """The config.yaml of the checkout that this program runs from, if it does; none of any other folder."""
+    path = ROOT / "config.yaml"
+    return path if path.exists() and (ROOT / "app.py").exists() else None
