@@ -14,23 +14,22 @@ from rich.progress import BarColumn, TextColumn
 
 from splitlearn.arms.runs import Runs
 from splitlearn.config import Config
-from splitlearn.lab.analysis import findings
-from splitlearn.lab.analysis.findings import METRIC_NAMES, SERVICE, Findings
+from splitlearn.lab.analysis.findings import METRIC_NAMES, SERVICE, Findings, findings_of
 from splitlearn.lab.analysis.pairing import ServiceLevel
-from splitlearn.lab.experiment import Experiment, State, alone
+from splitlearn.lab.experiment import Experiment, State, exclusive
 from splitlearn.lab.report import data, exports
-from splitlearn.lab.request import Asked, setup
+from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import FILE, FOLDER, Store
 from splitlearn.runtime.console import PlainTable, bars_on, console, label_column
 from splitlearn.runtime.progress import on_console
 from splitlearn.runtime.terminal import say, visible
 
 
-def run(asked: Asked, config: Config, out: Path | None, *, as_json: bool) -> None:
+def run(asked: ExperimentRequest, config: Config, out: Path | None, *, as_json: bool) -> None:
     """A new experiment in the folder `out`; its exports lie there when it ends."""
     folder = out or Path(FOLDER) / time.strftime("%Y-%m-%d-%H%M%S")
     command = shlex.join(["python", "-m", "splitlearn", *sys.argv[1:]])
-    with alone(config), on_console() as progress, Runs(config, progress) as runs:
+    with exclusive(config), on_console() as progress, Runs(config, progress) as runs:
         runs.check_trunk()
         with Store.create(folder / FILE, setup(runs, asked, command)) as store:
             _go(runs, store)
@@ -40,7 +39,7 @@ def run(asked: Asked, config: Config, out: Path | None, *, as_json: bool) -> Non
 def resume(folder: Path, config: Config, *, as_json: bool) -> None:
     """Go on with the experiment in `folder`, with its own settings. Raises InputError for another model."""
     with (
-        alone(config),
+        exclusive(config),
         Store.open(folder / FILE, write=True) as store,
         on_console() as progress,
         Runs(config, progress) as runs,
@@ -64,7 +63,7 @@ def show(folders: Sequence[Path], service: ServiceLevel, *, as_json: bool) -> No
 
 def _read(folder: Path, service: ServiceLevel = SERVICE) -> Findings:
     with Store.open(folder / FILE) as store:
-        return findings.of(store, service)
+        return findings_of(store, service)
 
 
 def _go(runs: Runs, store: Store) -> None:
@@ -101,7 +100,7 @@ def _print(found: Findings, folder: Path) -> None:
             row.question.kind,
             METRIC_NAMES[row.metric],
             ratio,
-            row.said,
+            row.text,
             str(effect.pairs) if effect else "",
         )
     console().print(table)

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,15 @@ def configured(folder: Path, config: Mapping[str, Any]) -> Path:
     return folder
 
 
+def with_config(folder: Path, arguments: Sequence[str]) -> list[str]:
+    """`arguments` with the config.yaml of `folder`, where there is one and the command takes one."""
+    given = "--config" in arguments or not (folder / "config.yaml").exists() or arguments[:1] in ([], ["report"])
+    return [*arguments] if given else [*arguments, "--config", str(folder / "config.yaml")]
+
+
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command, as a person runs it in `folder`."""
-    command = [sys.executable, "-m", "splitlearn", *arguments]
+    """The command, as a person runs it in `folder` with the config.yaml there."""
+    command = [sys.executable, "-m", "splitlearn", *with_config(folder, list(arguments))]
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
 
 
@@ -68,7 +74,7 @@ class Refusal:
         """The error line; stdout must be empty and the status 2."""
         self._monkeypatch.chdir(folder)
         self._capsys.readouterr()
-        assert command_line.main(arguments) == 2
+        assert command_line.main(with_config(folder, list(arguments))) == 2
         printed = self._capsys.readouterr()
         assert printed.out == ""
         *before, last = printed.err.splitlines()
@@ -146,7 +152,12 @@ def test_compare_prints_a_table_for_people(
 ) -> None:
     monkeypatch.chdir(folder)
     groups = ("--flags", "full:none", "client:use_cache", "trunk:none")
-    assert command_line.main(["compare", "--prompt", "Why?", "--max-new-tokens", "4", "--ignore-eos", *groups]) == 0
+    assert (
+        command_line.main(
+            ["compare", "--prompt", "Why?", "--max-new-tokens", "4", "--ignore-eos", *groups, "--config", "config.yaml"]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     for word in ("full", "split", "TTFT", "TPOT", "TPS (request)", "wire", "Tokens of full and split: identical"):
         assert word in said
@@ -314,13 +325,13 @@ def test_parts_as_json_adds_up(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    assert command_line.main(["parts", "--json"]) == 0
+    assert command_line.main(["parts", "--json", "--config", "config.yaml"]) == 0
     found = {part["name"]: part for part in json.loads(capsys.readouterr().out)}
     assert set(found) == {"client bottom", "client top", "client", "trunk", "full"}
     assert found["client"]["parameters"] + found["trunk"]["parameters"] == found["full"]["parameters"]
     assert found["trunk"]["wire_bytes_per_token"] == 2 * 48 * 4
     monkeypatch.setenv("COLUMNS", "200")
-    assert command_line.main(["parts"]) == 0
+    assert command_line.main(["parts", "--config", "config.yaml"]) == 0
     assert "KV cache per token" in capsys.readouterr().out
 
 
@@ -341,7 +352,7 @@ def test_flags_lists_each_side(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
-    assert command_line.main(["flags"]) == 0
+    assert command_line.main(["flags", "--config", "config.yaml"]) == 0
     said = capsys.readouterr().out
     for word in ("use_cache", "applied", "needs a CUDA device", "does not act on this side"):
         assert word in said

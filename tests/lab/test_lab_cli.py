@@ -21,7 +21,7 @@ from tests.support.trunk import environment, eventually, settings
 
 __all__ = ["refusal"]
 
-LAB = ("lab", "--flags", "inference_mode", "--pairs", "2", "--max-new-tokens", "4")
+LAB = ("lab", "--config", "config.yaml", "--flags", "inference_mode", "--pairs", "2", "--max-new-tokens", "4")
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,7 @@ def test_a_replay_sends_the_prompt_and_one_position_for_each_token_but_the_first
     assert steps == [(0, [0, 1, 2]), (3, [3]), (4, [4]), (5, [5])]
 
 
-LOAD = ("loadtest", "--prompts", "prompts.txt", "--max-new-tokens", "8", "--duration", "1.5")
+LOAD = ("loadtest", "--config", "config.yaml", "--prompts", "prompts.txt", "--max-new-tokens", "8", "--duration", "1.5")
 
 
 @pytest.mark.parametrize(

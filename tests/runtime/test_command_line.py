@@ -12,9 +12,9 @@ from ui.app import main as page
     [
         (serve, ["--prt"], "unrecognized arguments: --prt"),
         (serve, ["--port", "abc"], "argument --port: invalid int value: 'abc'"),
-        (page, ["--port", "abc"], "argument --port: invalid int value: 'abc'"),
-        (page, ["surplus"], "unrecognized arguments: surplus"),
-        (command, ["compare", "--warp"], "unrecognized arguments: --warp"),
+        (page, ["--port", "abc"], "port: 'abc' cannot be used; expected a whole number"),
+        (page, ["surplus"], "Got unexpected extra argument(s) (surplus)"),
+        (command, ["compare", "--warp"], "No such option: --warp"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_status_2(
