@@ -45,7 +45,7 @@ VARIABLE = "SPLITLEARN_FUZZ_TOKEN"
 HOSTILE_SESSIONS = 16
 SILENT_EVERY = 10
 STRANGER = "all of these without a token"
-SERVER = {"open_s": 2.0, "idle_s": 4.0, "max_length": 1024, "kv_bytes": 64 << 20, "max_others": 0}
+SERVER = {"open_s": 2.0, "idle_s": 4.0, "max_length": 1024, "kv_bytes": 64 << 20, "max_variants": 0}
 # KV memory, and for each hostile session four messages of the largest size: as it came, parsed, joined, as a tensor.
 MEMORY_LIMIT = (64 << 20) + HOSTILE_SESSIONS * 4 * config.ServerConfig().max_message_bytes
 

@@ -18,7 +18,7 @@ from bench.report import write
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import ArmSpec
-from splitlearn.client.probe import Watch
+from splitlearn.client.probe import TrunkProbe
 from splitlearn.config import ServerConfig
 from splitlearn.errors import TrunkError
 from splitlearn.lab.environment import trunk_pid
@@ -150,8 +150,8 @@ def held(spec: ArmSpec) -> Held:
 
 def kv_blocks(spec: ArmSpec) -> int:
     """Blocks of KV memory that sessions have, as the server's own metrics say."""
-    with closing(Watch(spec.credentials)) as watch:
-        text = watch.look(spec.addresses).metrics
+    with closing(TrunkProbe(spec.credentials)) as probe:
+        text = probe.snapshot(spec.addresses).metrics
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return next(int(sample.value) for sample in samples if sample.name == KV_BLOCKS)
 

@@ -4,18 +4,17 @@ All else is the project's own server. What sharing forwards costs a client that 
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
-import torch
-
 from server.__main__ import listen
-from server.auth.tls import Door
-from server.build import build
-from server.scheduling.engine import Engine, EngineStep
-from server.scheduling.sessions import Seat
+from server.auth.tls import Security
+from server.build import TrunkRuntime, build
+from server.scheduling.engine import Engine, StepAnswer
+from server.scheduling.sessions import Session, Step
 from server.service import TrunkService
-from server.variants import Others
+from server.variants import Variants
 from splitlearn.config import Config
 from splitlearn.runtime import process
 from splitlearn.runtime.progress import silent
@@ -25,20 +24,16 @@ from splitlearn.stages.base import StageInput
 class Direct(Engine):
     """Computes each step by itself."""
 
-    def step(
-        self,
-        seat: Seat,
-        position: int,
-        x: torch.Tensor,
-        timeout_s: float,
-        roll_back: bool = False,
-        uncertain: int | None = None,
-        rope_length: int = 0,
-    ) -> EngineStep:
+    def __init__(self, runtime: TrunkRuntime) -> None:
+        thread = ThreadPoolExecutor(1)  # never used
+        super().__init__(runtime.stage, runtime.admission, runtime.engine.limits, runtime.metrics, thread)
+        self._alone = runtime.stage
+
+    def step(self, session: Session, step: Step) -> StepAnswer:
         """One forward for this step alone; nothing is waited for, checked or counted."""
         started = time.perf_counter()
-        output = self._stage.step([StageInput(seat.session, position, x, rope_length=rope_length)])[0]
-        return EngineStep(output.x, time.perf_counter() - started, 0.0, 0.0)
+        output = self._alone.step([StageInput(session.cache, step.position, step.x, rope_length=step.rope_length)])[0]
+        return StepAnswer(output.x, time.perf_counter() - started, 0.0, 0.0)
 
 
 class Unbatched:
@@ -55,10 +50,10 @@ class Unbatched:
 
 def _main(connection: Connection, config: Config) -> None:
     settings = config.server.model_copy(update={"port": 0})
-    served, door = build(config, silent), Door.of(settings)
-    own = served.engine
-    engine = Direct(own._stage, served.admission, 1, None, served.metrics, own._own_thread)
-    service = TrunkService(replace(served, engine=engine), Others(config, served), settings, door.access)
-    running = listen(service, settings, door)
+    runtime, security = build(config, silent), Security.of(settings)
+    service = TrunkService(
+        replace(runtime, engine=Direct(runtime)), Variants(config, runtime), settings, security.access
+    )
+    running = listen(service, settings, security)
     connection.send(running.address)
     connection.recv()

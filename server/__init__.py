@@ -1,10 +1,10 @@
-"""The trunk server: gRPC in front (service.py), the engine that computes (server/scheduling/engine.py), who may come in
-(server/scheduling/admission.py).
+"""The trunk server.
 
-`build.py` puts them together; `server/variants.py` hands on what asks for other load and process flags.
+service.py has the gRPC methods, scheduling/ the engine and admission, auth/ access control. build.py puts them
+together; variants.py runs servers for other load and process flags.
 """
 
 from splitlearn.runtime import environment, home
 
-home.settle()  # before libraries are imported, which ask for a home folder
+home.settle()  # before libraries look for a home folder
 environment.set_defaults()

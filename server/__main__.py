@@ -17,12 +17,12 @@ from grpc_health.v1 import health, health_pb2
 
 from server import endpoint
 from server.auth import tokens
-from server.auth.tls import Door
+from server.auth.tls import Security
 from server.build import build
 from server.monitoring import gauges, logs
 from server.scheduling.admission import Admission
 from server.service import TrunkService
-from server.variants import Others
+from server.variants import Variants
 from splitlearn import address, config
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, SplitlearnError
@@ -32,7 +32,7 @@ from splitlearn.runtime.progress import on_console
 from splitlearn.runtime.terminal import guarded, say
 from splitlearn.wire import READY, SERVICE
 
-DRAIN_LOOK_S, TOLD_LOOK_S = 0.05, 0.5
+DRAIN_LOOK_S, LOOK_S = 0.05, 0.5
 STOP, ORPHANED = "stop", "orphaned"
 log = logging.getLogger("server")
 
@@ -47,8 +47,7 @@ class Running:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until told to stop. Returns the exit status: 2 when the server cannot start as asked, 141 where nobody
-    reads what it writes."""
+    """Serve until a signal. Returns the exit status: 2 when it cannot start as asked, 141 where stdout is closed."""
     return guarded(lambda: _run(arguments))
 
 
@@ -58,60 +57,60 @@ def _run(arguments: list[str] | None) -> int:
     except SplitlearnError as error:
         say(f"error: {error}", stderr=True)
         return 2
-    # What an embedded server does, its parent shows; on its terminal there is room for what went wrong only.
+    # Its parent shows what an embedded server does; the terminal gets only what went wrong.
     logs.start(logging.WARNING if options.embedded else logging.INFO)
-    told: SimpleQueue[str] = SimpleQueue()  # which a signal's handler may use at any moment
+    stops: SimpleQueue[str] = SimpleQueue()  # safe in a signal handler
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: told.put(STOP))
+        signal.signal(number, lambda *_: stops.put(STOP))
     try:
         if options.command == "token":
             return _make_token(options.name)
         given = sys.stdin.readline() if options.embedded else ""
         if options.embedded and not given:
-            return 0  # the parent has no use for it
+            return 0  # the parent does not need it
         settings = _settings(options, given)
         proxies.settle()
-        door = Door.of(settings.server)
+        security = Security.of(settings.server)
         with on_console() as progress:
-            served = build(settings, progress)
-        others = Others(settings, served)
-        service = TrunkService(served, others, settings.server, door.access)
-        metrics = gauges.listen(served.metrics, settings.server)
-        running = listen(service, settings.server, door)
+            runtime = build(settings, progress)
+        variants = Variants(settings, runtime)
+        service = TrunkService(runtime, variants, settings.server, security.access)
+        metrics = gauges.listen(runtime.metrics, settings.server)
+        running = listen(service, settings.server, security)
     except BrokenPipeError:
         raise  # of stdout: `guarded` ends quietly
     except (SplitlearnError, OSError) as error:  # of the system: no space, no permission
         say(f"error: {error}", stderr=True)
         return 2
     if options.embedded:
-        threading.Thread(target=_wait_for_parent, args=(told,), daemon=True).start()
-    logs.tell(log, "serving", metrics=metrics, **gauges.what(served))
-    if _told(told) == STOP:
-        _drain(running, served.admission, others, settings.server.drain_s, told)
-    logs.tell(log, "stopping", sessions=served.admission.sessions)
+        threading.Thread(target=_wait_for_parent, args=(stops,), daemon=True).start()
+    logs.tell(log, "serving", metrics=metrics, **gauges.what(runtime))
+    if _wait_for_end(stops) == STOP:
+        _drain(running, runtime.admission, variants, settings.server.drain_s, stops)
+    logs.tell(log, "stopping", sessions=runtime.admission.sessions)
     running.server.stop(grace=0).wait()
-    others.stop()
+    variants.stop()
     return 0
 
 
-def _told(told: SimpleQueue[str]) -> str:
-    """What the server is told. A signal that another thread took does not end the wait for a lock: its handler runs
-    when the main thread looks up."""
+def _wait_for_end(stops: SimpleQueue[str]) -> str:
+    """Wait for STOP or ORPHANED. A signal that another thread got does not end the wait for a lock: its handler runs
+    when the main thread wakes up."""
     while True:
         with suppress(Empty):
-            return told.get(timeout=TOLD_LOOK_S)
+            return stops.get(timeout=LOOK_S)
 
 
-def _drain(running: Running, admission: Admission, others: Others, grace_s: float, told: SimpleQueue[str]) -> None:
-    """Let nobody in, say so to health checks, and let those who are in finish: for `grace_s`, or until told again."""
+def _drain(running: Running, admission: Admission, variants: Variants, grace_s: float, stops: SimpleQueue[str]) -> None:
+    """Admit no session, say so to health checks, and let open ones finish: for `grace_s`, or until a second signal."""
     logs.tell(log, "draining", sessions=admission.sessions, at_most_s=grace_s)
     running.health.enter_graceful_shutdown()
     admission.drain()
-    others.drain()
+    variants.drain()
     deadline = time.monotonic() + grace_s
     while admission.sessions and time.monotonic() < deadline:
         with suppress(Empty):
-            told.get(timeout=DRAIN_LOOK_S)
+            stops.get(timeout=DRAIN_LOOK_S)
             return
 
 
@@ -141,11 +140,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _settings(options: argparse.Namespace, given: str) -> Config:
-    """The settings of a file, or those `given` by a parent, with what the command line changes."""
+    """The settings of a file, or those `given` by a parent, changed by the command line."""
     settings = config.parse(json.loads(given)) if options.embedded else config.load(options.config)
     names = ("host", "port", "allow_open", "metrics_host", "metrics_port")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if options.embedded:  # with the same settings there may be a server beside it, which has the port
+    if options.embedded:  # a server with the same settings may run beside it, and has the port
         changes["metrics_port"] = None
     return config.parse({**settings.model_dump(), "server": {**settings.server.model_dump(), **changes}})
 
@@ -160,30 +159,30 @@ def _make_token(name: str) -> int:
     return 0
 
 
-def listen(service: TrunkService, settings: ServerConfig, door: Door) -> Running:
-    """A started server with health and reflection; says on stdout where. Raises SetupError when it cannot listen."""
+def listen(service: TrunkService, settings: ServerConfig, security: Security) -> Running:
+    """A started server with health and reflection; prints its address. Raises SetupError when it cannot listen."""
     state = health.HealthServicer()
-    server = endpoint.server(service, state, settings, door.access)
+    server = endpoint.server(service, state, settings, security.access)
     host = address.loopback(settings.host) or settings.host
     ports.check("server.", host, settings.port)
     try:
-        port = door.listen(server, address.joined(host, settings.port))
+        port = security.listen(server, address.joined(host, settings.port))
     except RuntimeError as error:
         raise SetupError(f"server.host: cannot listen on {address.joined(host, settings.port)}: {error}") from error
     server.start()
     for name in ("", SERVICE):
         state.set(name, health_pb2.HealthCheckResponse.SERVING)
-    guarded = {"tls": door.credentials is not None, "tokens": settings.tokens is not None}
+    guarded = {"tls": security.credentials is not None, "tokens": settings.tokens is not None}
     where = address.joined(host, port)
     logs.tell(log, "listening", address=where, **guarded)
     say(f"{READY}{where}")
     return Running(server, where, state)
 
 
-def _wait_for_parent(told: SimpleQueue[str]) -> None:
-    """The parent holds the other end of stdin: when it ends, however it ends, this reads the end of the file."""
+def _wait_for_parent(stops: SimpleQueue[str]) -> None:
+    """Reads stdin, whose other end the parent holds, to its end: which comes when the parent ends, however it ends."""
     sys.stdin.read()
-    told.put(ORPHANED)
+    stops.put(ORPHANED)
 
 
 if __name__ == "__main__":

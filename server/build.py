@@ -1,4 +1,4 @@
-"""From settings to what serves: the checked weights, the stage in memory, its KV pool and its engine."""
+"""Builds a trunk from settings: checked weights, the loaded stage, its KV pool and its engine."""
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ import torch
 
 from server.monitoring.metrics import Metrics
 from server.scheduling.admission import Admission
-from server.scheduling.calibration import Trial
+from server.scheduling.calibration import calibrate
 from server.scheduling.engine import Engine
 from splitlearn.checkpoints import catalogue
 from splitlearn.checkpoints.folder import ModelFiles
@@ -28,15 +28,15 @@ from splitlearn.stages.cuda_graph import LEAST_WINDOW
 from splitlearn.stages.loading import Placement
 from splitlearn.stages.local import LocalStage
 
-# Without a budget given: this share of the memory that is free once the weights are loaded.
+# Without a configured budget: this share of the memory that is free once the weights are loaded.
 KV_SHARE = 0.25
-# Rows of hidden state that are kept at most for each token of a session: as they came, as computed from, as answered.
+# Rows of hidden state kept at most for each token of a session: as received, as computed from, as answered.
 ROWS_HELD = 3
 
 
 @dataclass(frozen=True)
-class Served:
-    """What this server serves: a model's layers with one set of load and process flags."""
+class TrunkRuntime:
+    """What this server runs: a model's layers with one set of load and process flags."""
 
     files: ModelFiles
     plan: SplitPlan
@@ -45,22 +45,23 @@ class Served:
     threads: int
     load_s: float
     import_rss_bytes: int
+    stage: LocalStage
     engine: Engine
     admission: Admission
     metrics: Metrics
 
 
-def build(settings: Config, progress: Progress) -> Served:
-    """Load and prepare all. Raises ModelError and InputError for what cannot be served.
+def build(settings: Config, progress: Progress) -> TrunkRuntime:
+    """Load and prepare a trunk. Raises ModelError and InputError for what cannot be served.
 
-    What computes on several threads is led by one thread, here and in the engine: GNU OpenMP keeps a team for each that
-    ever led, and where teams have more threads than there are cores, none of them may wait awake (GOMP_SPINCOUNT).
+    One thread, the engine's own, leads everything that computes on several threads. GNU OpenMP keeps a team of threads
+    for each thread that ever led, and lets none of them spin where there are more than cores (GOMP_SPINCOUNT).
     """
     thread = ThreadPoolExecutor(1, "engine")
     return thread.submit(_build, settings, progress, thread).result()
 
 
-def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> Served:
+def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> TrunkRuntime:
     files = catalogue.prepare(settings.model, progress)
     plan = SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
     placement = Placement.of(settings.model.device, settings.model.dtype)
@@ -75,21 +76,18 @@ def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> 
     stage, server = loaded.stages[0], settings.server
     admission = Admission(_pool(stage, server), server.max_sessions, server.max_waiting)
     kept = settings_of(applied | {"use_cache"}).session
-    trial, metrics = Trial(stage, kept), Metrics()
-    gather_s = trial.gather_s() if stage.packs(kept) else None
-    # A compiled stage would be compiled anew for each length of a piece.
-    prompt_tokens = None if stage.cut.compiled else server.prompt_tokens or trial.prompt_tokens()
-    engine = Engine(stage, admission, prompt_tokens, gather_s, metrics, thread)
+    metrics = Metrics()
+    engine = Engine(stage, admission, calibrate(stage, kept, server.prompt_tokens), metrics, thread)
     loaded_s, imports = loaded.load_s, loaded.import_rss_bytes
     gc.collect()
-    gc.freeze()  # what is here stays: a collection that looks through all of it stops every session meanwhile
-    return Served(files, plan, placement, own, threads, loaded_s, imports, engine, admission, metrics)
+    gc.freeze()  # a collection that looks through all of this would stop every session meanwhile
+    return TrunkRuntime(files, plan, placement, own, threads, loaded_s, imports, stage, engine, admission, metrics)
 
 
 def _pool(stage: LocalStage, server: ServerConfig) -> KVPool:
-    """The KV memory that the settings allow. Raises InputError for a budget below one block."""
+    """The KV pool within the configured budget. Raises InputError for a budget below one block."""
     recorded = stage.row is not None and stage.row.recorded
-    # A recording attends to a window of a session's memory: sessions of like lengths should have like windows.
+    # A captured graph attends to a window of a session's memory: sessions of like lengths should have like windows.
     tokens = -(-server.kv_block_tokens // LEAST_WINDOW) * LEAST_WINDOW if recorded else server.kv_block_tokens
     block = bytes_per_token(stage.kv_shapes, stage.dtype) * tokens
     if server.kv_bytes is None:
@@ -102,7 +100,7 @@ def _pool(stage: LocalStage, server: ServerConfig) -> KVPool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had, of the device or of the machine."""
+    """Free memory of the device, or of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return cgroups.available_memory()

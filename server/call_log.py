@@ -1,13 +1,14 @@
-"""One call of Session, as it is counted and logged: what came, what went, and how it ended.
+"""The log and the counters of one call of Session: what came, what went, and how it ended.
 
-Counting waits until an answer is on its way, so that no client waits for it.
+The counting of a message comes after the message is handed on, so that no client waits for it.
 """
 
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from urllib.parse import unquote
 
 import grpc
@@ -21,102 +22,91 @@ log = logging.getLogger(__name__)
 _numbers = itertools.count(1)
 
 
-class Visit:
-    """A call that is under way. It ends once, with the first word that is said of its end."""
+class CallLog:
+    """One call. Its end is logged once, with the first reason that was given for it."""
 
     def __init__(self, metrics: Metrics, context: grpc.ServicerContext) -> None:
         self._metrics, self._context = metrics, context
-        self._number, self._peer = next(_numbers), peer(context)
+        self._who = {"session": next(_numbers), "peer": peer(context)}
         self._lock = threading.Lock()
         self._opened: float | None = None
-        self._over = False
-        self._elsewhere = False
+        self._proxied = False
+        self._ended = False
         self._end: End = "gone"
         self._cause: str | None = None
-        self._length = self._tokens_in = self._tokens_out = self._bytes_in = self._bytes_out = 0
+        self._counts = Counter(tokens_in=0, tokens_out=0, bytes_in=0, bytes_out=0)
 
     def received(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """The same messages, counted."""
         for message in requests:
             yield message
-            self._bytes_in += len(message)
+            self._counts["bytes_in"] += len(message)
             self._metrics.received_bytes.inc(len(message))
-        self._end = "done"  # the client says that it sends no more
+        self._end = "done"  # the client sends no more
 
     def sent(self, answers: Iterator[bytes]) -> Iterator[bytes]:
         """The same messages, counted."""
         for message in answers:
             yield message
-            self._bytes_out += len(message)
+            self._counts["bytes_out"] += len(message)
             self._metrics.sent_bytes.inc(len(message))
 
     def opened(self, waited_s: float) -> None:
-        """The session was let in."""
+        """The session was admitted."""
         self._opened = time.perf_counter()
         self._metrics.opened(waited_s)
         logs.tell(log, "session opened", **self._who, waited_ms=round(waited_s * 1e3))
 
-    def handed_on(self, answers: Iterator[bytes]) -> Iterator[bytes]:
-        """The same messages, from another server of this machine, which counts the session."""
+    def proxied(self, answers: Iterator[bytes]) -> Iterator[bytes]:
+        """The same messages, of another server on this machine, which counts the session."""
         for answer in answers:
             if self._opened is None:
-                self._opened, self._elsewhere = time.perf_counter(), True
-                logs.tell(log, "session handed on", **self._who)
+                self._opened, self._proxied = time.perf_counter(), True
+                logs.tell(log, "session proxied", **self._who)
             yield answer
 
-    def branched(self, tokens: int) -> None:
-        """The session begins with `tokens` of another one's."""
-        self._length = tokens
-
-    def stepped(self, tokens: int, answered: int, recomputes: bool, waited_s: float) -> None:
-        """A step of `tokens` is computed, of which the client wants `answered`.
-
-        What it does not want it had before, from a trunk that it lost; and a session without a cache brings all its
-        tokens again in each step.
-        """
-        known = min(self._length, tokens) if recomputes else tokens - answered
-        kind: Kind = "decode" if self._length or known else "prompt"
-        self._metrics.stepped({"replay": known, kind: tokens - known} if known else {kind: tokens}, waited_s)
-        self._length = tokens if recomputes else self._length + tokens
-        self._tokens_in += tokens
-        self._tokens_out += answered
+    def stepped(self, kinds: Mapping[Kind, int], tokens: int, answered: int, waited_s: float) -> None:
+        """A step of `tokens` was computed, and `answered` of its positions sent back."""
+        self._metrics.stepped(kinds, waited_s)
+        self._counts["tokens_in"] += tokens
+        self._counts["tokens_out"] += answered
 
     def refused(self, error: SplitlearnError) -> None:
-        """What the client asked for or sent is refused, or failed; unless the client is there no more to hear it."""
+        """The call fails with `error`. Says nothing where the client has gone and cannot hear it."""
         if not self._context.is_active():
             return
-        cause = cause_of(error)
-        self._end, self._cause = ("failed" if cause == "failed" else "refused"), cause
-        code = code_of(error).name
-        self._metrics.refused(cause, code)
+        cause, code = cause_of(error), code_of(error).name
         if cause == "failed":
             logs.failed(log, "session failed", error, **self._who, code=code)
+            self._refuse("failed", cause, code)
         else:
+            self._refuse("refused", cause, code)
+
+    def timed_out(self, cause: str) -> None:
+        """The client was silent for too long."""
+        self._refuse("refused", cause, "DEADLINE_EXCEEDED")
+
+    def _refuse(self, end: End, cause: str, code: str) -> None:
+        self._end, self._cause = end, cause
+        self._metrics.refused(cause, code)
+        if end == "refused":
             logs.refused(log, **self._who, cause=cause, code=code)
 
-    def silent(self, cause: str) -> None:
-        """The client was waited for in vain."""
-        self._end, self._cause = "refused", cause
-        self._metrics.refused(cause)
-        logs.refused(log, **self._who, cause=cause, code="DEADLINE_EXCEEDED")
-
-    def over(self) -> None:
-        """The call has ended; said again, it changes nothing."""
+    def end(self) -> None:
+        """The call has ended. Ending it again does nothing."""
         with self._lock:
-            before, self._over = self._over, True
+            before, self._ended = self._ended, True
         if before or self._opened is None:
             return
-        fields: dict[str, object] = {"lasted_ms": round((time.perf_counter() - self._opened) * 1e3)}
-        if not self._elsewhere:
+        fields: dict[str, object] = {"lasted_ms": round((time.perf_counter() - self._opened) * 1e3), **self._counts}
+        if self._proxied:
+            del fields["tokens_in"], fields["tokens_out"]
+        else:
             self._metrics.closed(self._end)
-            fields |= {"end": self._end, "tokens_in": self._tokens_in, "tokens_out": self._tokens_out}
+            fields["end"] = self._end
         if self._cause:
             fields["cause"] = self._cause
-        logs.tell(log, "session closed", **self._who, **fields, bytes_in=self._bytes_in, bytes_out=self._bytes_out)
-
-    @property
-    def _who(self) -> dict[str, object]:
-        return {"session": self._number, "peer": self._peer}
+        logs.tell(log, "session closed", **self._who, **fields)
 
 
 def peer(context: grpc.ServicerContext) -> str:

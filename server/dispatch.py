@@ -1,14 +1,14 @@
-"""Which calls get a thread, and which are refused before: decided when a call comes, before anything of it is read.
+"""Decides which calls get a thread and which are refused, before anything of a call is read.
 
-grpc-python gives each call a thread of its one pool, and the thread then waits for the call's message, for as long as
-the client likes and whoever it is. Here a call is first looked at by gRPC's own thread, which waits for nothing:
+grpc-python gives each call a thread of its one pool. That thread then waits for the call's message for as long as its
+client likes, whoever it is. Here gRPC's own thread, which waits for nothing, looks at a call first:
 
-- without a valid token it is refused there and then, and takes no thread, unless it asks for health;
-- each token, and each connection that shows none, has so many calls at once and no more;
-- sessions and all other calls have threads apart (`Threads`), so many for each; where all are taken, the call that has
-  waited longest for its first message gives its place up.
+- A call without a valid token is refused at once and takes no thread, unless it is a health check.
+- Each token, and each connection without one, may have a limited number of calls at once.
+- Sessions, health checks and other calls have threads apart (`CallThreads`). Where all are taken, the call that has
+  waited longest for its first message is ended.
 
-Whatever gets a thread has a deadline for its first message (`Patience`).
+Each call that gets a thread has a deadline for its first message (`IdleTimeout`).
 """
 
 import logging
@@ -25,7 +25,7 @@ from google.protobuf.message import Message
 
 from server.auth.gate import DENIED, Access, Caller
 from server.call_log import peer
-from server.idle_timeout import Call, Patience
+from server.idle_timeout import IdleTimeout, WatchedCall
 from server.monitoring import logs
 from server.monitoring.metrics import Metrics, cause_of
 from splitlearn.errors import InputError, SplitlearnError, TrunkDenied, TrunkFull
@@ -33,27 +33,26 @@ from splitlearn.wire.status import code_of, status_of
 
 log = logging.getLogger(__name__)
 MOST_ENDING = 1_000
-"""Calls that were ended and are not off their threads yet, which is a matter of milliseconds."""
+"""Calls that were ended and still have their thread, which takes milliseconds to notice."""
 
-Behavior = Callable[[Iterator[bytes], grpc.ServicerContext, Call], Iterator[bytes]]
+Behavior = Callable[[Iterator[bytes], grpc.ServicerContext, WatchedCall], Iterator[bytes]]
 Send = Callable[[bytes | None], None]
 
 
 @dataclass(frozen=True)
 class Method:
-    """What answers a method's calls, on which threads, and how long it waits for messages; whether somebody without a
-    token may call it, too."""
+    """A method: what answers its calls, on which threads, within which timeouts. `open`: needs no token."""
 
     behavior: Behavior
-    threads: "Threads"
-    patience: Patience
+    threads: "CallThreads"
+    timeout: IdleTimeout
     open: bool = False
 
 
 def unary(answer: Callable[[bytes, grpc.ServicerContext], Message]) -> Behavior:
-    """The behavior of a method with one message and one answer: on the wire a stream of one is the same."""
+    """The behavior of a method with one message and one answer, which on the wire are streams of one."""
 
-    def behavior(requests: Iterator[bytes], context: grpc.ServicerContext, call: Call) -> Iterator[bytes]:
+    def behavior(requests: Iterator[bytes], context: grpc.ServicerContext, call: WatchedCall) -> Iterator[bytes]:
         message = next(call.requests(requests), None)
         if message is None:
             context.abort_with_status(status_of(InputError("message", "none", "one")))
@@ -62,36 +61,36 @@ def unary(answer: Callable[[bytes, grpc.ServicerContext], Message]) -> Behavior:
     return behavior
 
 
-class Threads:
-    """`places` threads, each for one call from its beginning to its end.
+class CallThreads:
+    """`size` threads, each for one call from its beginning to its end.
 
-    They compute on one thread each, and lead no team of threads beside the engine's (build()).
+    Each computes by itself: only the engine's thread leads others (build()).
     """
 
-    def __init__(self, places: int) -> None:
-        self.places = places
-        self._pool = ThreadPoolExecutor(places, initializer=torch.set_num_threads, initargs=(1,))
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._pool = ThreadPoolExecutor(size, initializer=torch.set_num_threads, initargs=(1,))
         self._lock = threading.Lock()
-        self._calls: dict[Call, None] = {}
+        self._calls: dict[WatchedCall, None] = {}
         self._ending = 0
 
-    def run(self, call: Call, work: Callable[[], None]) -> None:
-        """Do `work`, of `call`, on one of them. Raises TrunkFull where all are taken by calls that have begun."""
+    def run(self, call: WatchedCall, work: Callable[[], None]) -> None:
+        """Do `work`, of `call`, on one of them. Raises TrunkFull where calls that have begun take all of them."""
         with self._lock:
-            waiting = None
-            if len(self._calls) >= self.places:
-                waiting = next((each for each in self._calls if not each.opened), None)
-                if waiting is None or self._ending >= MOST_ENDING:
-                    said = f"{self.places} calls of this kind are under way; try again later"
+            oldest = None
+            if len(self._calls) >= self.size:
+                oldest = next((each for each in self._calls if not each.opened), None)
+                if oldest is None or self._ending >= MOST_ENDING:
+                    said = f"{self.size} calls of this kind are under way; try again later"
                     raise TrunkFull(said, cause="calls_full")
-                del self._calls[waiting]
+                del self._calls[oldest]
                 self._ending += 1
             self._calls[call] = None
-        if waiting is not None:
-            waiting.give_up()
+        if oldest is not None:
+            oldest.give_up()
         self._pool.submit(self._run, call, work)
 
-    def _run(self, call: Call, work: Callable[[], None]) -> None:
+    def _run(self, call: WatchedCall, work: Callable[[], None]) -> None:
         try:
             work()
         finally:
@@ -103,7 +102,7 @@ class Threads:
 
 
 class Dispatch(grpc.GenericRpcHandler):
-    """All methods of a server, by their full names. Without a valid token there is one answer for all but open ones."""
+    """All methods of a server by their full names. Without a valid token, all but open ones give the same answer."""
 
     def __init__(self, methods: dict[str, Method], access: Access, metrics: Metrics) -> None:
         self._access, self._metrics = access, metrics
@@ -113,7 +112,7 @@ class Dispatch(grpc.GenericRpcHandler):
         self._unknown = self._handler(None)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any]":
-        """The method's handler; there is one for methods that do not exist, too."""
+        """The handler of a method, also of one that does not exist."""
         return self._handlers.get(handler_call_details.method, self._unknown)
 
     def _handler(self, method: Method | None) -> "grpc.RpcMethodHandler[Any, Any]":
@@ -124,43 +123,43 @@ class Dispatch(grpc.GenericRpcHandler):
                 self._refused(context, cause_of(error), code_of(error).name)
                 context.abort_with_status(status_of(error))
 
-        # gRPC calls such a behavior with `send`, and is done with it when it returns: the call goes on.
+        # gRPC gives such a behavior `send`, and lets the call go on when it returns.
         behavior.experimental_non_blocking = True  # type: ignore[attr-defined]
-        behavior.experimental_thread_pool = _Here()  # type: ignore[attr-defined]
+        behavior.experimental_thread_pool = _CallingThread()  # type: ignore[attr-defined]
         return grpc.stream_stream_rpc_method_handler(behavior)
 
     def _begin(
         self, method: Method | None, requests: Iterator[bytes], context: grpc.ServicerContext, send: Send
     ) -> None:
-        """Find a thread for a call. It runs on gRPC's own thread, which must not wait."""
+        """Find a thread for a call. Runs on gRPC's own thread, which must not wait."""
         caller = self._access.caller(context)
         if not caller.known and (method is None or not method.open):
             raise TrunkDenied(DENIED)
         if method is None:
             context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-        self._enter(caller)
-        call = method.patience.watch(context, lambda cause: self._refused(context, cause))
+        self._count(caller)
+        call = method.timeout.watch(context, lambda cause: self._refused(context, cause))
 
         def work() -> None:
             try:
                 _answer(call.answers(method.behavior(requests, context, call)), context, send)
             finally:
-                self._leave(caller)
+                self._uncount(caller)
 
         try:
             method.threads.run(call, work)
         except TrunkFull:
-            self._leave(caller)
+            self._uncount(caller)
             raise
 
-    def _enter(self, caller: Caller) -> None:
+    def _count(self, caller: Caller) -> None:
         with self._lock:
             if caller.limit is not None and self._callers[caller.key] >= caller.limit:
                 said = f"{caller.limit} calls of this client are under way; try again later"
                 raise TrunkFull(said, cause="calls_full")
             self._callers[caller.key] += 1
 
-    def _leave(self, caller: Caller) -> None:
+    def _uncount(self, caller: Caller) -> None:
         with self._lock:
             self._callers[caller.key] -= 1
             if not self._callers[caller.key]:
@@ -171,21 +170,21 @@ class Dispatch(grpc.GenericRpcHandler):
         logs.refused(log, peer=peer(context), cause=cause, code=code or "DEADLINE_EXCEEDED")
 
 
-class _Here(ThreadPoolExecutor):
-    """No pool: what is submitted is done at once, by the thread that submits it. It is gRPC's, which takes no other."""
+class _CallingThread(ThreadPoolExecutor):
+    """Runs work at once, on the thread that submits it, which is gRPC's own. gRPC accepts only a ThreadPoolExecutor."""
 
     def __init__(self) -> None:
-        super().__init__(1)  # threads start with the first work that waits for one, of which there is none
+        super().__init__(1)  # no thread starts before the base class's `submit`, which is never called
 
     def submit(self, fn: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
-        """Do it."""
+        """Run `fn` now."""
         done: Future[Any] = Future()
         done.set_result(fn(*arguments, **named))
         return done
 
 
 def _answer(answers: Iterator[bytes], context: grpc.ServicerContext, send: Send) -> None:
-    """Send all answers, and then the status that the behavior has set."""
+    """Send all answers, then the status that the behavior has set."""
     try:
         for answer in answers:
             send(answer)
@@ -194,7 +193,7 @@ def _answer(answers: Iterator[bytes], context: grpc.ServicerContext, send: Send)
     except grpc.RpcError:
         return  # the client went away
     except Exception as error:
-        # A behavior that refuses has set a code: context.abort raises no more than Exception.
+        # A behavior that refuses has set a code: context.abort raises a plain Exception.
         if context.code() is None:  # type: ignore[attr-defined]
             logs.failed(log, "call failed", error, peer=peer(context))
             context.set_code(grpc.StatusCode.INTERNAL)

@@ -11,8 +11,8 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from server.auth.gate import Access
-from server.dispatch import Behavior, Dispatch, Method, Threads, unary
-from server.idle_timeout import Call, Patience
+from server.dispatch import Behavior, CallThreads, Dispatch, Method, unary
+from server.idle_timeout import IdleTimeout, WatchedCall
 from server.service import TrunkService
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError
@@ -22,42 +22,40 @@ from splitlearn.wire.status import status_of
 M = TypeVar("M", bound=Message)
 CHECK = f"/{health.SERVICE_NAME}/Check"
 REFLECT = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
-# Threads: for health checks, for what else is answered at once, and for sessions beside those that are open or wait.
-# Strangers may ask for health: so many must do it after somebody else, before that one's message is read, to be in the
-# way.
+# Threads: for health checks, for other brief calls, and for sessions beside those that are open or wait. A stranger may
+# check health: to end somebody's check, so many must come between its call and its message.
 HEALTH_THREADS, BRIEF_THREADS, SPARE_THREADS = 64, 16, 16
-# A client whose machine went away closes nothing: without pings its session would stay for ever.
-# The third is for a ping of another kind, behind which a keepalive ping waits. The fourth permits the clients' pings
-# (splitlearn/client/failover.py):
-# gRPC's default takes more than one in five minutes for an attack, and shuts the connection.
+# A client whose machine went away closes nothing: without pings its session would stay for ever. The third covers BDP
+# pings, which would otherwise delay a keepalive ping. The fourth permits the clients' pings (wire/channel.py): gRPC's
+# default takes more than one in five minutes for an attack, and shuts the connection.
 KEEP_ALIVE = (
     ("grpc.keepalive_time_ms", 15_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
-# A client whose connection says nothing for so long connects again when it has something to say.
+# A connection without calls is shut after so long; its client connects again with its next call.
 QUIET_MS = 60_000
 MAX_CONNECTIONS = 2_000
 
 
 def server(service: TrunkService, state: health.HealthServicer, limits: ServerConfig, access: Access) -> grpc.Server:
-    """A server of all methods, which listens nowhere yet."""
-    brief, sessions = Threads(BRIEF_THREADS), Threads(limits.max_sessions + limits.max_waiting + SPARE_THREADS)
-    patience = Patience(limits.open_s, limits.open_s)
+    """A server of all methods, which does not listen yet."""
+    brief, sessions = CallThreads(BRIEF_THREADS), CallThreads(limits.max_sessions + limits.max_waiting + SPARE_THREADS)
+    timeout = IdleTimeout(limits.open_s, limits.open_s)
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     methods = {
         **service.methods(brief, sessions),
-        CHECK: Method(unary(_check(state)), Threads(HEALTH_THREADS), patience, open=True),
-        REFLECT: Method(_reflect(names), brief, patience),
+        CHECK: Method(unary(_check(state)), CallThreads(HEALTH_THREADS), timeout, open=True),
+        REFLECT: Method(_reflect(names), brief, timeout),
     }
-    dispatch = Dispatch(methods, access, service.counted)
-    own = ThreadPoolExecutor(1)  # gRPC wants one; no call of these methods gets to it
-    return grpc.server(own, handlers=[dispatch], options=_options(limits, sessions.places))
+    dispatch = Dispatch(methods, access, service.counts)
+    own = ThreadPoolExecutor(1)  # gRPC requires one, and never uses it for these methods
+    return grpc.server(own, handlers=[dispatch], options=_options(limits, sessions.size))
 
 
 def _options(limits: ServerConfig, streams: int) -> tuple[tuple[str, int], ...]:
-    """What gRPC itself does against a connection that costs more than it should."""
+    """gRPC's own limits on a connection."""
     open_ms = max(1, int(limits.open_s * 1e3))
     return (
         ("grpc.so_reuseport", 0),  # otherwise a second server on the same port starts and gets half of the clients
@@ -71,13 +69,13 @@ def _options(limits: ServerConfig, streams: int) -> tuple[tuple[str, int], ...]:
 
 
 def _connections() -> int:
-    """How many there may be: each is a descriptor, of which the process needs others."""
+    """How many connections there may be: each takes a descriptor, and the process needs others."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_CONNECTIONS if allowed == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, allowed // 2))
 
 
 def _check(state: health.HealthServicer) -> Callable[[bytes, grpc.ServicerContext], Message]:
-    """The health check. Health's other method, Watch, is not here: it would keep a call for as long as it likes."""
+    """The health check. Health's other method, Watch, is left out: it keeps a call for as long as its client likes."""
 
     def check(request: bytes, context: grpc.ServicerContext) -> Message:
         asked: Message = state.Check(_parsed(health_pb2.HealthCheckRequest, request, context), context)
@@ -87,10 +85,10 @@ def _check(state: health.HealthServicer) -> Callable[[bytes, grpc.ServicerContex
 
 
 def _reflect(names: Sequence[str]) -> Behavior:
-    """What is served, for programs that ask for it."""
+    """gRPC reflection: the services and their messages."""
     servicer = reflection.ReflectionServicer(names)
 
-    def behavior(requests: Iterator[bytes], context: grpc.ServicerContext, call: Call) -> Iterator[bytes]:
+    def behavior(requests: Iterator[bytes], context: grpc.ServicerContext, call: WatchedCall) -> Iterator[bytes]:
         asked = (
             _parsed(reflection_pb2.ServerReflectionRequest, request, context) for request in call.requests(requests)
         )
@@ -101,7 +99,7 @@ def _reflect(names: Sequence[str]) -> Behavior:
 
 
 def _parsed(kind: type[M], request: bytes, context: grpc.ServicerContext) -> M:
-    """A client's message; the call ends where it is none."""
+    """A client's message. Ends the call where it cannot be read."""
     try:
         return kind.FromString(request)
     except DecodeError:

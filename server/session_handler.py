@@ -1,140 +1,199 @@
-"""One session at the engine: its messages, checked, in; its answers out."""
+"""Feeds one session at the engine: a client's messages in, the answers out."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from google.protobuf.message import DecodeError
 
-from server.auth.gate import Guest
-from server.build import Served
-from server.call_log import Visit
-from server.scheduling.sessions import Seat
+from server.call_log import CallLog
+from server.monitoring.metrics import Kind
+from server.scheduling.engine import Engine, StepAnswer
+from server.scheduling.sessions import Session, Step
 from splitlearn.errors import InputError, StepUnwanted
 from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.hidden_states import converted
 
 
-class Stay:
-    """One session at the engine, and the parts of a long step that have come so far."""
+class Stopwatch:
+    """Seconds by name: `lap` adds the time since the last lap, or since `start`, to a name."""
 
-    def __init__(
-        self, served: Served, seat: Seat, guest: Guest, visit: Visit, max_length: int, timeout_s: float
-    ) -> None:
-        self._served, self._seat, self._guest, self._visit = served, seat, guest, visit
-        self._max_length, self._timeout_s = max_length, timeout_s
-        self._dtype, self._hidden_size = served.placement.dtype, served.files.facts.hidden_size
-        self._rows = seat.session.settings.rows(self._dtype)
-        self._read = self._rows.reader(self._hidden_size)
-        # Of the parts that have come so far, no more than the values: what else stands in a message may be long.
-        self._parts: list[bytes] = []
-        self._first = (0, 0, False, 0)
-        self._tokens = 0
-        self._held_up_s = 0.0
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._at = 0.0
+
+    def start(self) -> None:
+        """Leave out what went by since the last lap."""
+        self._at = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap was spent on `name`."""
+        now = time.perf_counter()
+        self.seconds[name] += now - self._at
+        self._at = now
+
+
+@dataclass
+class Parts:
+    """What came of a step so far: the values of its parts, and what the first of them said. The messages themselves are
+    not kept, since whatever else they hold may be long."""
+
+    step_id: int
+    position: int
+    roll_back: bool
+    rope_length: int
+    values: list[bytes] = field(default_factory=list)
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A step and its answer, None where its client dropped it."""
+
+    step: Step
+    answer: StepAnswer | None
+
+
+class SessionHandler:
+    """Takes the messages of `session` one by one; `parts` are of a step that is not whole yet."""
+
+    def __init__(self, engine: Engine, session: Session, log: CallLog, dtype: torch.dtype, hidden_size: int) -> None:
+        self.parts: Parts | None = None
+        self._engine, self._session, self._log = engine, session, log
+        self._dtype, self._hidden_size = dtype, hidden_size
+        self._rows = session.cache.settings.rows(dtype)
+        self._read = self._rows.reader(hidden_size)
+        self._watch = Stopwatch()
 
     def feed(self, raw: bytes) -> Iterator[bytes]:
-        """Take one message; the last part of a step is answered."""
-        started, held_up_before_s = time.perf_counter(), self._held_up_s
-        step = parse(raw, "step").step
-        self._take(step)
-        if step.more:
+        """Take one message. The last part of a step is answered."""
+        if self.parts is None:
+            self._watch = Stopwatch()
+        self._watch.start()
+        step = self.assemble(parse(raw, "step").step)
+        if step is None:
             return
-        (_, position, roll_back, rope_length), tokens, held_up_s = self._first, self._tokens, self._held_up_s
-        x = converted(self._read(b"".join(self._parts)), self._dtype)
-        self._parts, self._tokens, self._held_up_s = [], 0, 0.0
-        codec.check_finite(x, position)
-        decoded = time.perf_counter()
-        decode_s = decoded - started - (held_up_s - held_up_before_s)
+        before = self._session.computed
+        result = self.run(step)
+        yield from self.encode(result)
+        if result.answer is not None:
+            kinds = _kinds(step, before, self._session.recomputes)
+            self._log.stepped(kinds, step.x.shape[1], step.wanted, result.answer.queue_s)
+
+    def assemble(self, message: pb.Step) -> Step | None:
+        """The step that `message` completes; None where more parts are to come."""
+        parts = self._checked(message)
+        if message.branch_of:
+            self._engine.branch(self._session, message.branch_of, message.position)
+        self._watch.lap("decode")
+        self._session.quota.spend(message.hidden.shape[1], self._session.timeout_s)
+        self._watch.lap("throttled")
+        parts.values.append(message.hidden.data)
+        parts.tokens += message.hidden.shape[1]
+        self.parts = parts if message.more else None
+        step = None if message.more else self._whole(parts, message)
+        self._watch.lap("decode")
+        return step
+
+    def run(self, step: Step) -> Result:
+        """Have the engine compute a step."""
         try:
-            done = self._served.engine.step(
-                self._seat,
-                position,
-                x,
-                self._timeout_s,
-                roll_back,
-                step.step_id if step.uncertain else None,
-                rope_length,
-            )
+            answer = self._engine.step(self._session, step)
         except StepUnwanted:
-            yield self._dropped(step, position, decode_s, time.perf_counter() - decoded)
+            answer = None
+        self._watch.lap("engine")
+        return Result(step, answer)
+
+    def encode(self, result: Result) -> Iterator[bytes]:
+        """The messages of an answer, in as many parts as it takes; the last one says what took how long."""
+        step, answer, seconds = result.step, result.answer, self._watch.seconds
+        if answer is None:
+            took = {"decode_s": seconds["decode"], "trunk_s": seconds["engine"]}
+            yield _answer(step, step.position, dropped=True, **took)
             return
-        computed = time.perf_counter()
-        wanted = min(step.answer_last or tokens, tokens)
-        x = done.x if wanted == tokens else done.x[:, tokens - wanted :]
-        *parts, last = self._answers(step, position + tokens - wanted, x)
-        took = pb.StepResult(
-            decode_s=decode_s,
-            queue_s=done.queue_s + held_up_s,
-            trunk_s=done.trunk_s,
-            encode_s=time.perf_counter() - computed,
-            compile_s=done.compile_s,
+        skipped = step.x.shape[1] - step.wanted
+        *parts, last = self._messages(step, step.position + skipped, answer.x[:, skipped:] if skipped else answer.x)
+        self._watch.lap("encode")
+        times = _times(
+            decode_s=seconds["decode"],
+            queue_s=answer.queue_s + seconds["throttled"],
+            trunk_s=answer.trunk_s,
+            encode_s=seconds["encode"],
+            compile_s=answer.compile_s,
         )
         yield from parts
-        # Protocol Buffers merge what is serialized one after the other: so the time of encoding is in what it encoded.
-        yield last + pb.ServerMessage(result=took).SerializeToString()
-        self._served.engine.count()
-        self._visit.stepped(tokens, wanted, self._seat.recomputes, done.queue_s)
+        # Protocol Buffers merge concatenated messages: so what encoding took can be in what it encoded.
+        yield last + times
 
-    def _dropped(self, step: pb.Step, position: int, decode_s: float, trunk_s: float) -> bytes:
-        """The answer to a step that was given up."""
-        result = pb.StepResult(
-            sequence_id=step.sequence_id,
-            step_id=step.step_id,
-            position=position,
-            decode_s=decode_s,
-            trunk_s=trunk_s,
-            dropped=True,
+    def _checked(self, message: pb.Step) -> Parts:
+        """The parts so far, once `message` is checked against them and against what is served."""
+        tokens = codec.check(message.hidden, self._rows, self._hidden_size)
+        first = Parts(message.step_id, message.position, message.roll_back, message.rope_length)
+        parts = self.parts or first
+        expected = parts.position + parts.tokens
+        if (message.step_id, message.position) != (parts.step_id, expected):
+            raise InputError("position", message.position, f"{expected}, the next part of step {parts.step_id}")
+        if message.rope_length != parts.rope_length:
+            raise InputError("rope_length", message.rope_length, f"{parts.rope_length}, as in the step's first part")
+        longest = self._session.max_length
+        if message.position + tokens > longest:
+            raise InputError("position", message.position, f"at most {longest} tokens in all, as opened")
+        if message.rope_length > longest:
+            raise InputError("rope_length", message.rope_length, f"at most {longest} tokens, as opened")
+        return parts
+
+    def _whole(self, parts: Parts, last: pb.Step) -> Step:
+        x = converted(self._read(b"".join(parts.values)), self._dtype)
+        codec.check_finite(x, parts.position)
+        return Step(
+            parts.position,
+            x,
+            number=last.step_id,
+            sequence_id=last.sequence_id,
+            wanted=min(last.answer_last or parts.tokens, parts.tokens),
+            uncertain=last.uncertain,
+            roll_back=parts.roll_back,
+            rope_length=parts.rope_length,
         )
-        return pb.ServerMessage(result=result).SerializeToString()
 
-    @property
-    def in_parts(self) -> bool:
-        """Whether more parts of a step are to come."""
-        return bool(self._parts)
-
-    def close(self) -> None:
-        """Free the session at the engine; calling it again does nothing."""
-        self._served.engine.close(self._seat)
-
-    def _take(self, step: pb.Step) -> None:
-        """Check one part against what is served and against the parts before it."""
-        tokens = codec.check(step.hidden, self._rows, self._hidden_size)
-        if self._parts:
-            step_id, expected, rope_length = self._first[0], self._first[1] + self._tokens, self._first[3]
-            if step.step_id != step_id or step.position != expected:
-                raise InputError("position", step.position, f"{expected}, the next part of step {step_id}")
-            if step.rope_length != rope_length:
-                raise InputError("rope_length", step.rope_length, f"{rope_length}, as in the first part of the step")
-        else:
-            self._first = (step.step_id, step.position, step.roll_back, step.rope_length)
-        if step.position + tokens > self._max_length:
-            raise InputError("position", step.position, f"at most {self._max_length} tokens in all, as opened")
-        if step.rope_length > self._max_length:
-            raise InputError("rope_length", step.rope_length, f"at most {self._max_length} tokens, as opened")
-        if step.branch_of:
-            self._served.engine.branch(self._seat, step.branch_of, step.position)
-            self._visit.branched(step.position)
-        self._held_up_s += self._guest.spend(tokens, self._timeout_s)
-        self._parts.append(step.hidden.data)
-        self._tokens += tokens
-
-    def _answers(self, step: pb.Step, position: int, x: torch.Tensor) -> list[bytes]:
-        """The answer `x` [1, T, H] to `step`, in as many parts as it takes."""
+    def _messages(self, step: Step, position: int, x: torch.Tensor) -> list[bytes]:
+        """The answer `x` [1, T, H], from `position` on."""
         data, row = self._rows.to_bytes(x), self._rows.row_bytes(self._hidden_size)
         size = codec.part_bytes(row)
         return [
-            pb.ServerMessage(
-                result={  # as in client/session_stream.py: no message that is copied into the other
-                    "sequence_id": step.sequence_id,
-                    "step_id": step.step_id,
-                    "position": position + start // row,
-                    "hidden": codec.fields(data[start : start + size], self._rows, self._hidden_size),
-                    "more": start + size < len(data),
-                }
-            ).SerializeToString()
+            _answer(
+                step,
+                position + start // row,
+                hidden=codec.fields(data[start : start + size], self._rows, self._hidden_size),
+                more=start + size < len(data),
+            )
             for start in range(0, len(data), size)
         ]
+
+
+def _answer(step: Step, position: int, **fields: object) -> bytes:
+    # A dictionary, as in client/session_stream.py: a StepResult would be copied into the message.
+    result = {"sequence_id": step.sequence_id, "step_id": step.number, "position": position, **fields}
+    return pb.ServerMessage(result=result).SerializeToString()
+
+
+def _times(**seconds: float) -> bytes:
+    return pb.ServerMessage(result=seconds).SerializeToString()
+
+
+def _kinds(step: Step, before: int, recomputes: bool) -> dict[Kind, int]:
+    """How many tokens of a step are of which kind, after `before` tokens of its session.
+
+    Positions whose answer the client does not want are a replay after failover. So is, without a KV cache, the prefix
+    that each step brings again.
+    """
+    tokens = step.x.shape[1]
+    known = min(before, tokens) if recomputes else tokens - step.wanted
+    kind: Kind = "decode" if before or known else "prompt"
+    return {"replay": known, kind: tokens - known} if known else {kind: tokens}
 
 
 def parse(raw: bytes, kind: str) -> pb.ClientMessage:

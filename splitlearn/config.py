@@ -148,7 +148,7 @@ class ServerConfig(_Section):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     max_sessions: Annotated[int, Field(ge=1, le=1024)] = 64
     max_waiting: Annotated[int, Field(ge=0, le=1024)] = 32
-    max_others: Annotated[int, Field(ge=0, le=64)] = 1
+    max_variants: Annotated[int, Field(ge=0, le=64)] = 1
     offered_flags: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     kv_bytes: Annotated[int, Field(ge=1)] | None = None
     kv_block_tokens: Annotated[int, Field(ge=1, le=4096)] = 64

@@ -1,9 +1,9 @@
-"""Who may use this trunk, and how much of it: bearer tokens, each with limits of its own.
+"""Access control: bearer tokens, each with limits of its own.
 
-`Access.caller` says whose a call is, and how many such calls there may be (dispatch.py turns the others away);
-`Access.enter` counts a session, and `Guest.spend` its tokens. A session over its rate is slowed down, not refused: it
-has a cache here, which a refusal would throw away and a replay compute again. What would have to wait longer than its
-client does is refused before it is computed.
+`Access.caller` says whose call it is, and how many calls that client may have at once (dispatch.py refuses the others).
+`Access.quota` counts a session, and `Quota.spend` its tokens. A session over its rate is throttled, not refused: a
+refusal would throw its KV cache away, and a replay compute it again. A step that would have to wait for longer than its
+client waits is refused before it is computed.
 """
 
 import hmac
@@ -27,8 +27,8 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose a call is: `key` is the same for all calls that share the `limit` of calls at once, None where there is
-    none. `known` is false without a valid token, where one is asked for."""
+    """Whose call it is. Calls of one `key` share a `limit` of calls at once (None: no limit). `known` is false where a
+    token is required and the call shows no valid one."""
 
     key: str
     limit: int | None
@@ -36,7 +36,7 @@ class Caller:
 
 
 class Bucket:
-    """`rate` tokens a second, of which at most a second's worth is saved up."""
+    """A token bucket: `rate` tokens a second, at most one second's worth saved up."""
 
     def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = rate
@@ -48,7 +48,7 @@ class Bucket:
     def take(self, tokens: int, within_s: float) -> float:
         """Count `tokens`; returns the seconds until they may be computed. Raises TrunkFull if that is over `within_s`.
 
-        More than is saved up is taken in advance: who comes next waits for it.
+        More than is saved up is taken in advance: the next caller waits for it.
         """
         with self._lock:
             now = self._clock()
@@ -63,7 +63,7 @@ class Bucket:
 
 
 class _Account:
-    """What the sessions of one token have in common."""
+    """The limits that all sessions of one token share."""
 
     def __init__(self, token: Token) -> None:
         self.token = token
@@ -83,18 +83,19 @@ class _Account:
             self._sessions -= 1
 
 
-class Guest:
-    """One session of whoever was let in; without an account there are no limits."""
+class Quota:
+    """One session's part of its token's limits; without an account there are none. `holder` is its caller's key."""
 
-    def __init__(self, account: _Account | None) -> None:
+    def __init__(self, holder: str = "", account: _Account | None = None) -> None:
+        self.holder = holder
         self._account = account
-        self._over = threading.Event()
+        self._ended = threading.Event()
         self._lock = threading.Lock()
 
     def spend(self, tokens: int, within_s: float) -> float:
         """Wait until so many tokens may be computed; returns the seconds that it took.
 
-        Raises TrunkFull where that would be longer than `within_s`, TrunkDenied when the token has expired meanwhile.
+        Raises TrunkFull where that would take longer than `within_s`, TrunkDenied when the token has expired.
         """
         if self._account is None:
             return 0.0
@@ -102,50 +103,41 @@ class Guest:
             raise TrunkDenied(DENIED)
         wait_s = self._account.bucket.take(tokens, within_s)
         if wait_s:
-            self._over.wait(wait_s)
+            self._ended.wait(wait_s)
         return wait_s
 
-    def leave(self) -> None:
-        """The session is over; a second time does nothing."""
+    def end(self) -> None:
+        """The session is over. Ending it again does nothing."""
         with self._lock:
-            if self._account is not None and not self._over.is_set():
+            if self._account is not None and not self._ended.is_set():
                 self._account.leave()
-            self._over.set()
+            self._ended.set()
 
 
 class Access:
-    """The tokens that are let in. Without any, everybody is."""
+    """The tokens that are valid. Without any, every client is let in."""
 
     def __init__(self, tokens: Sequence[Token] = ()) -> None:
         self._accounts = [_Account(token) for token in tokens]
 
-    def enter(self, context: grpc.ServicerContext) -> Guest:
-        """One session more, until the call ends. Raises TrunkDenied, TrunkFull."""
+    def quota(self, context: grpc.ServicerContext) -> Quota:
+        """The quota of one more session, until the call ends. Raises TrunkDenied, TrunkFull."""
         account = self._account(context.invocation_metadata() or ())
         if account is not None:
             account.enter()
-        guest = Guest(account)
-        if not context.add_callback(guest.leave):
-            guest.leave()
-        return guest
+        quota = Quota(_key(context, account), account)
+        if not context.add_callback(quota.end):
+            quota.end()
+        return quota
 
     def caller(self, context: grpc.ServicerContext) -> Caller:
-        """Whose the call is."""
+        """Whose call it is."""
         try:
             account = self._account(context.invocation_metadata() or ())
         except TrunkDenied:
-            return Caller(f"connection {context.peer()}", CALLS_BESIDE, known=False)
-        if account is None:
-            return Caller(f"connection {context.peer()}", None, known=True)
-        return Caller(f"token {account.token.name}", account.token.sessions + CALLS_BESIDE, known=True)
-
-    def lets_in(self, metadata: Metadata) -> bool:
-        """Whether a call with this metadata may be answered."""
-        try:
-            self._account(metadata)
-        except TrunkDenied:
-            return False
-        return True
+            return Caller(_key(context, None), CALLS_BESIDE, known=False)
+        limit = None if account is None else account.token.sessions + CALLS_BESIDE
+        return Caller(_key(context, account), limit, known=True)
 
     def _account(self, metadata: Metadata) -> _Account | None:
         if not self._accounts:
@@ -155,9 +147,13 @@ class Access:
         found = None
         if isinstance(value, str) and value[: len(TOKEN_SCHEME)].lower() == TOKEN_SCHEME.lower():
             known = digest(value[len(TOKEN_SCHEME) :])
-            for account in self._accounts:  # all of them, so that the time tells nothing
+            for account in self._accounts:  # all of them, so that the time reveals nothing
                 if hmac.compare_digest(known, account.token.sha256):
                     found = account
         if found is None or found.token.expired():
             raise TrunkDenied(DENIED)
         return found
+
+
+def _key(context: grpc.ServicerContext, account: _Account | None) -> str:
+    return f"connection {context.peer()}" if account is None else f"token {account.token.name}"

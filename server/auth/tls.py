@@ -1,4 +1,4 @@
-"""How clients come in: TLS, whose certificates are asked for, which tokens. It is read before anything is loaded."""
+"""TLS, client certificates and tokens, as configured; read before anything is loaded."""
 
 from dataclasses import dataclass
 
@@ -13,21 +13,21 @@ from splitlearn.wire import pem
 
 
 @dataclass(frozen=True)
-class Door:
-    """Whom to let in, and over what: `credentials` is None for plaintext."""
+class Security:
+    """Which clients are let in, and over which credentials (None: plaintext)."""
 
     access: Access
     credentials: grpc.ServerCredentials | None
 
     @classmethod
-    def of(cls, settings: ServerConfig) -> "Door":
-        """What the settings say. Raises InputError for a file, SetupError for a door that a network would find open."""
+    def of(cls, settings: ServerConfig) -> "Security":
+        """As configured. Raises InputError for an unusable file, SetupError for a server open to a network."""
         _check_open(settings)
         access = Access(tokens.load(settings.tokens) if settings.tokens else ())
         return cls(access, _credentials(settings.tls))
 
     def listen(self, server: grpc.Server, address: str) -> int:
-        """Have `server` listen at `address`; returns the port. Raises RuntimeError when it cannot."""
+        """Make `server` listen at `address`; returns the port. Raises RuntimeError when it cannot."""
         if self.credentials is None:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, self.credentials)
@@ -43,7 +43,7 @@ def _credentials(tls: ServerTls) -> grpc.ServerCredentials | None:
 
 
 def _check_open(settings: ServerConfig) -> None:
-    """Beyond loopback there must be TLS, and something that tells who comes in. A token in plaintext is anybody's."""
+    """Beyond loopback there must be TLS and a way to know clients. Anybody can read a token sent in plaintext."""
     tls = settings.tls
     guarded = tls.certificate is not None and (tls.client_ca is not None or settings.tokens is not None)
     if guarded or settings.allow_open or is_loopback(settings.host):

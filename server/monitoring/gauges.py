@@ -1,4 +1,4 @@
-"""How this server is seen from outside: what its gauges are read from, and the port where Prometheus asks."""
+"""Connects the Prometheus gauges to the running server, and serves the metrics over HTTP."""
 
 import platform
 
@@ -7,9 +7,9 @@ import prometheus_client
 import torch
 import transformers
 
-from server.build import Served
+from server.build import TrunkRuntime
 from server.monitoring.metrics import Metrics
-from server.variants import Others
+from server.variants import Variants
 from splitlearn import address
 from splitlearn.config import ServerConfig
 from splitlearn.errors import SetupError
@@ -17,32 +17,32 @@ from splitlearn.runtime import ports
 from splitlearn.wire import PROTOCOL
 
 
-def connect(served: Served, others: Others, limits: ServerConfig) -> None:
-    """Let the gauges be read from what serves, and say what is served."""
-    engine, admission = served.engine, served.admission
-    served.metrics.show(
+def connect(runtime: TrunkRuntime, variants: Variants, limits: ServerConfig) -> None:
+    """Connect the gauges to the runtime, and set the build info."""
+    engine, admission = runtime.engine, runtime.admission
+    runtime.metrics.show(
         {
             "sessions": lambda: admission.sessions,
             "sessions_limit": lambda: limits.max_sessions,
             "sessions_waiting": lambda: admission.waiting,
             "sessions_waiting_limit": lambda: limits.max_waiting,
-            "sessions_handed_on": lambda: others.sessions,
+            "sessions_proxied": lambda: variants.sessions,
             "steps_waiting": lambda: engine.waiting,
             "kv_blocks_used": lambda: admission.pool.blocks_used,
             "kv_blocks": lambda: admission.pool.n_blocks,
         },
-        what(served),
+        what(runtime),
     )
 
 
-def what(served: Served) -> dict[str, str]:
+def what(runtime: TrunkRuntime) -> dict[str, str]:
     """What is served, and by which versions."""
-    plan = served.plan
+    plan = runtime.plan
     return {
-        "model": served.files.name,
+        "model": runtime.files.name,
         "layers": f"{plan.start}-{plan.end} of {plan.n_layers}",
-        "dtype": str(served.placement.dtype).removeprefix("torch."),
-        "device": str(served.placement.device),
+        "dtype": str(runtime.placement.dtype).removeprefix("torch."),
+        "device": str(runtime.placement.device),
         "protocol": str(PROTOCOL),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -52,7 +52,7 @@ def what(served: Served) -> dict[str, str]:
 
 
 def listen(metrics: Metrics, settings: ServerConfig) -> str | None:
-    """Answer HTTP with the metrics; where, or None when no port is set. Raises SetupError when it cannot listen."""
+    """Serve the metrics over HTTP; the address, None without a port. Raises SetupError when it cannot listen."""
     if settings.metrics_port is None:
         return None
     host = settings.metrics_host

@@ -34,9 +34,9 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "token_sessions": ("RESOURCE_EXHAUSTED", "all sessions that the token may have are open"),
     "token_rate": ("RESOURCE_EXHAUSTED", "a step is over the token's rate"),
     "mismatch": ("FAILED_PRECONDITION", "the client asks for another model, range, dtype or protocol, or for a flag"),
-    "line_full": ("RESOURCE_EXHAUSTED", "there is no room, and as many sessions wait as may"),
-    "wait_over": ("RESOURCE_EXHAUSTED", "a session has waited for room as long as its client would"),
-    "others_full": (
+    "queue_full": ("RESOURCE_EXHAUSTED", "there is no room, and as many sessions wait as may"),
+    "queue_timeout": ("RESOURCE_EXHAUSTED", "a session has waited for room as long as its client would"),
+    "variants_full": (
         "RESOURCE_EXHAUSTED",
         "no place, memory or time for a server with other load and process flags",
     ),
@@ -66,7 +66,7 @@ GAUGES = {
     "sessions_limit": "Sessions that may be open at once.",
     "sessions_waiting": "Sessions that wait for room.",
     "sessions_waiting_limit": "Sessions that may wait for room.",
-    "sessions_handed_on": "Sessions handed on to servers with other load and process flags.",
+    "sessions_proxied": "Sessions proxied to servers with other load and process flags.",
     "steps_waiting": "Steps of open sessions that wait for a forward.",
     "kv_blocks_used": "Blocks of KV memory that sessions have.",
     "kv_blocks": "Blocks of KV memory.",

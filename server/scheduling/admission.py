@@ -1,10 +1,10 @@
-"""Who may come in: sessions up to a number and a budget of KV memory. Others wait in a short queue, or are rejected.
+"""Admission: reservations for sessions, up to a number and a budget of KV memory. Others wait in a short queue.
 
-A session waits at most its own timeout. `choose` says who comes next: the session whose holder (a token of the access
-file, or a connection) has the fewest here, and among those the first. One that needs more room than there is does not
-keep out the others; but after OVERTAKES others have passed it, what becomes free is kept for it, for as long as two
-usual stays last, and no longer than LONGEST_KEPT_S. When the queue is full, a new session is rejected at once, unless
-another holder has more sessions in the queue: then that one's last is rejected.
+A session waits at most its own timeout. `choose` picks the next one: the first session of the holder (a token of the
+access file, or a connection) that has the fewest. A session that needs more memory than is free does not hold up the
+others. After OVERTAKES others have passed it, free memory is kept for it: as long as two average sessions last, and at
+most LONGEST_KEPT_S. When the queue is full, a new session is rejected at once, unless another holder has more sessions
+in the queue: then that holder's last one is rejected.
 """
 
 import threading
@@ -20,13 +20,13 @@ FIRST_GUESS_S = 5.0
 RETRY_S = (0.1, 30.0)
 OVERTAKES, LONGEST_KEPT_S = 8, 10.0
 LOOK_S = 1.0
-"""How often a waiting session looks whether the room kept for another one is free again."""
+"""How often a waiting session looks whether the memory kept for another one is free again."""
 DRAINING = "this trunk server is shutting down"
 
 
-@dataclass
-class Place:
-    """A session's place: its run of the pool, None for one without memory here; whose it is, and since when."""
+@dataclass(frozen=True)
+class Reservation:
+    """What a session has: its `run` of the pool (None: no KV memory here), since when, and for which holder."""
 
     run: Run | None
     since: float = 0.0
@@ -35,14 +35,14 @@ class Place:
 
 @dataclass(eq=False)
 class Ticket:
-    """A session in the queue. `passed` sessions that came later went in before it since room was last kept for it, the
-    last at `passed_at`. It is woken when it has a place, and when it need not wait any more."""
+    """A session in the queue. `passed`: later sessions that were admitted before it since memory was last kept for it,
+    the last one at `passed_at`. `wake` is set when it has its reservation and when it need not wait any more."""
 
     tokens: int
     holder: str = ""
     passed: int = 0
     passed_at: float = 0.0
-    place: Place | None = None
+    reservation: Reservation | None = None
     rejected: bool = False
     wake: threading.Event = field(default_factory=threading.Event)
 
@@ -50,9 +50,9 @@ class Ticket:
 def choose(
     queue: Sequence[Ticket], held: Mapping[str, int], fits: Callable[[int], bool], now: float, keep_s: float
 ) -> Ticket | None:
-    """Who of `queue`, in the order of arrival, comes in next; None for nobody now.
+    """The next session of `queue`, which is in the order of arrival; None where none can be admitted now.
 
-    `held` counts the sessions of each holder, `fits` says whether there is room for so many tokens.
+    `held` counts the sessions of each holder; `fits` says whether there is room for so many tokens.
     """
     for ticket in queue:
         if ticket.passed >= OVERTAKES:
@@ -65,18 +65,18 @@ def choose(
 
 
 def note_passed(queue: Sequence[Ticket], chosen: Ticket, now: float) -> None:
-    """`chosen` comes in before those of `queue` that came before it."""
+    """`chosen` is admitted before those of `queue` that came before it."""
     for ticket in queue:
         if ticket is chosen:
             return
-        if ticket.passed >= OVERTAKES:  # room was kept for it, in vain: others may pass again
+        if ticket.passed >= OVERTAKES:  # memory was kept for it in vain: others may pass again
             ticket.passed = 0
         ticket.passed += 1
         ticket.passed_at = now
 
 
 class Admission:
-    """Hands out places. `sessions` and `waiting` say how many there are now."""
+    """Hands out reservations. `sessions` have one now, `waiting` wait for one."""
 
     def __init__(self, pool: KVPool, max_sessions: int, max_waiting: int) -> None:
         self.pool = pool
@@ -85,7 +85,7 @@ class Admission:
         self._lock = threading.Lock()
         self._queue: deque[Ticket] = deque()
         self._held: Counter[str] = Counter()
-        self._stay_s = FIRST_GUESS_S
+        self._lasts_s = FIRST_GUESS_S
         self._draining = False
 
     @property
@@ -93,29 +93,29 @@ class Admission:
         """Sessions in the queue."""
         return len(self._queue)
 
-    def enter(
+    def acquire(
         self, tokens: int, timeout_s: float, when_gone: Callable[[Callable[[], None]], bool], holder: str = ""
-    ) -> Place:
-        """A place with room for `tokens` (0: no KV memory), waited for at most `timeout_s`.
+    ) -> Reservation:
+        """A reservation of `tokens` (0: no KV memory). Waits at most `timeout_s`.
 
-        `when_gone` is given what is to be called when nobody waits for the place any more; it returns False if that is
-        so already. Raises TrunkFull for a full queue and for a wait that was too long, InputError for what never fits,
-        TrunkUnavailable when the server is shutting down.
+        `when_gone` takes a callback for when the client goes; it returns False if the client has gone already. Raises
+        TrunkFull for a full queue and when the wait was too long, InputError for what never fits, TrunkUnavailable
+        while the server drains.
         """
         if tokens > self.pool.capacity:
             limit = f"at most {self.pool.capacity} tokens: server.kv_bytes has room for no more"
             raise InputError("max_length", tokens, limit)
         ticket = Ticket(tokens, holder)
         with self._lock:
-            self._check_open()
+            self._check_open_locked()
             self._queue.append(ticket)
-            self._admit()
-            if ticket.place is not None:
-                return ticket.place
+            self._admit_locked()
+            if ticket.reservation is not None:
+                return ticket.reservation
             if len(self._queue) > self._max_waiting:
-                self._reject_one()
+                self._reject_one_locked()
             if ticket.rejected:
-                raise self._full(f"{len(self._queue)} sessions are waiting already", "line_full")
+                raise self._full_locked(f"{len(self._queue)} sessions are waiting already", "queue_full")
         gone = threading.Event()
 
         def left() -> None:
@@ -127,43 +127,43 @@ class Admission:
         until = time.monotonic() + timeout_s
         while not ticket.wake.wait(max(0.0, min(LOOK_S, until - time.monotonic()))) and time.monotonic() < until:
             with self._lock:
-                self._admit()
+                self._admit_locked()
         return self._outcome(ticket, timeout_s, gone.is_set())
 
-    def leave(self, place: Place) -> None:
-        """Give a place back."""
+    def release(self, reservation: Reservation) -> None:
+        """Give a reservation back."""
         with self._lock:
             self.sessions -= 1
-            self._held[place.holder] -= 1
-            self._held += Counter()  # holders without sessions are forgotten
-            if place.run is not None:
-                self.pool.release(place.run)
-            self._stay_s += 0.2 * (time.monotonic() - place.since - self._stay_s)
-            self._admit()
+            self._held[reservation.holder] -= 1
+            self._held += Counter()  # drops holders without sessions
+            if reservation.run is not None:
+                self.pool.release(reservation.run)
+            self._lasts_s += 0.2 * (time.monotonic() - reservation.since - self._lasts_s)
+            self._admit_locked()
 
     def drain(self) -> None:
-        """Let nobody in any more."""
+        """Admit no session any more."""
         with self._lock:
             self._draining = True
             for ticket in self._queue:
                 ticket.wake.set()
 
-    def _outcome(self, ticket: Ticket, timeout_s: float, gone: bool) -> Place:
-        """What the wait of `ticket` came to."""
+    def _outcome(self, ticket: Ticket, timeout_s: float, gone: bool) -> Reservation:
+        """How the wait of `ticket` ended."""
         with self._lock:
-            if ticket.place is not None:
-                return ticket.place
+            if ticket.reservation is not None:
+                return ticket.reservation
             if ticket in self._queue:
                 self._queue.remove(ticket)
-            self._admit()  # those behind it may need less
-            self._check_open()
+            self._admit_locked()  # those behind it may need less
+            self._check_open_locked()
             if ticket.rejected:
-                raise self._full("the queue is full, and other clients have fewer sessions in it", "line_full")
+                raise self._full_locked("the queue is full, and other clients have fewer sessions in it", "queue_full")
             why = "its client has gone" if gone else f"there was no room within {timeout_s:g} s"
-            raise self._full(why, "wait_over")
+            raise self._full_locked(why, "queue_timeout")
 
-    def _reject_one(self) -> None:
-        """Reject the last session of the holder that has most in the queue; the newest of all where none has more."""
+    def _reject_one_locked(self) -> None:
+        """Reject the last session of the holder with most in the queue; the newest of all where none has more."""
         counts = Counter(ticket.holder for ticket in self._queue)
         newest = self._queue[-1]
         most = max(counts, key=lambda holder: (counts[holder], holder == newest.holder))
@@ -172,35 +172,35 @@ class Admission:
         last.rejected = True
         last.wake.set()
 
-    def _admit(self) -> None:
-        """Give places to those whose turn it is, as far as there is room."""
+    def _admit_locked(self) -> None:
+        """Admit sessions in their order as long as there is room."""
         now = time.monotonic()
         while self._queue and not self._draining:
-            ticket = choose(self._queue, self._held, self._room, now, min(LONGEST_KEPT_S, 2 * self._stay_s))
+            ticket = choose(self._queue, self._held, self._room_locked, now, min(LONGEST_KEPT_S, 2 * self._lasts_s))
             if ticket is None:
                 return
             note_passed(self._queue, ticket, now)
             self._queue.remove(ticket)
-            ticket.place = self._take(ticket)
+            ticket.reservation = self._take_locked(ticket)
             ticket.wake.set()
 
-    def _check_open(self) -> None:
+    def _check_open_locked(self) -> None:
         if self._draining:
             raise TrunkUnavailable(DRAINING, "draining")
 
-    def _room(self, tokens: int) -> bool:
+    def _room_locked(self, tokens: int) -> bool:
         return self.sessions < self._max_sessions and (not tokens or self.pool.fits(tokens))
 
-    def _take(self, ticket: Ticket) -> Place:
+    def _take_locked(self, ticket: Ticket) -> Reservation:
         run = self.pool.reserve(ticket.tokens) if ticket.tokens else None
         self.sessions += 1
         self._held[ticket.holder] += 1
-        return Place(run, time.monotonic(), ticket.holder)
+        return Reservation(run, time.monotonic(), ticket.holder)
 
-    def _full(self, why: str, cause: str) -> TrunkFull:
-        """With the time after which a place should be free for one more: what a stay took lately, shared by all."""
+    def _full_locked(self, why: str, cause: str) -> TrunkFull:
+        """With the time after which to try again: how long a session lasted lately, shared by all that are here."""
         shortest, longest = RETRY_S
-        retry_s = self._stay_s * (1 + len(self._queue)) / max(1, self.sessions)
+        retry_s = self._lasts_s * (1 + len(self._queue)) / max(1, self.sessions)
         blocks = f"{self.pool.blocks_used} of {self.pool.n_blocks} KV blocks"
         used = f"{self.sessions} of {self._max_sessions} sessions, {blocks}"
         return TrunkFull(f"no room: {why} ({used} in use)", min(longest, max(shortest, retry_s)), cause)

@@ -1,52 +1,49 @@
-"""What the loaded stage is asked before it serves: how long may a forward wait, how many prompt tokens may it have?"""
+"""Calibration at the start: how long a forward may wait for steps, and how many tokens of prompts it may take."""
 
 import time
-from dataclasses import dataclass
 
 import torch
 
+from server.scheduling.scheduler import WHOLE, Limits
 from splitlearn.stages.base import StageInput
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.settings import SessionSettings
 
-# A forward with a piece of a prompt takes at most this many times what one of a single token takes.
+# A forward with a piece of a prompt takes at most so many times as long as one of a single token.
 PROMPT_SHARE = 1.8
 LEAST_PROMPT_TOKENS, MOST_PROMPT_TOKENS = 16, 4096
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A stage, with the settings of the sessions that it is tried with."""
+def calibrate(stage: LocalStage, settings: SessionSettings, prompt_tokens: int | None) -> Limits:
+    """The limits of a forward of `stage`, for sessions with `settings`; `prompt_tokens` as configured, or measured.
 
-    stage: LocalStage
-    settings: SessionSettings
+    A forward may wait for as long as one of a single token takes. Sessions that miss each other go on missing each
+    other, in two forwards by turns that both read all weights; to wait costs less than that.
+    """
+    shared = stage.packs(settings)
+    # Each length of a piece would compile a compiled stage again.
+    tokens = WHOLE if stage.cut.compiled else prompt_tokens or _prompt_tokens(stage, settings)
+    return Limits(shared, _seconds(stage, settings, 1) if shared else 0.0, tokens)
 
-    def gather_s(self) -> float:
-        """How long a forward should wait for sessions that are about to bring their next step.
 
-        Sessions that miss each other go on missing each other, in two forwards by turns that both read all weights. To
-        wait costs less than that, as long as it takes less than a forward of one token.
-        """
-        return self._seconds(1)
+def _prompt_tokens(stage: LocalStage, settings: SessionSettings) -> int:
+    """The largest power of two whose step takes at most PROMPT_SHARE times as long as a step of one token.
 
-    def prompt_tokens(self) -> int:
-        """How many tokens of prompts a forward may take while others decode: measured, as it depends on the machine.
+    At least LEAST_PROMPT_TOKENS: on a machine that was busy at the start, prompts would never be done.
+    """
+    one, tokens = _seconds(stage, settings, 1), LEAST_PROMPT_TOKENS
+    while tokens < MOST_PROMPT_TOKENS and _seconds(stage, settings, 2 * tokens) <= PROMPT_SHARE * one:
+        tokens *= 2
+    return tokens
 
-        The largest power of two whose step takes at most PROMPT_SHARE times as long as a step of one token, and at
-        least LEAST_PROMPT_TOKENS: on a machine that was busy at the start, prompts would never be done.
-        """
-        one, tokens = self._seconds(1), LEAST_PROMPT_TOKENS
-        while tokens < MOST_PROMPT_TOKENS and self._seconds(2 * tokens) <= PROMPT_SHARE * one:
-            tokens *= 2
-        return tokens
 
-    def _seconds(self, tokens: int) -> float:
-        """Seconds of a step of `tokens`, the best of three."""
-        x = torch.zeros(1, tokens, self.stage.hidden_size, dtype=self.stage.dtype)
-        best = float("inf")
-        for _ in range(3):
-            session = self.stage.open(self.settings, tokens)
-            started = time.perf_counter()
-            self.stage.compute([StageInput(session, 0, x)])
-            best = min(best, time.perf_counter() - started)
-        return best
+def _seconds(stage: LocalStage, settings: SessionSettings, tokens: int) -> float:
+    """Seconds of a step of `tokens`, the best of three."""
+    x = torch.zeros(1, tokens, stage.hidden_size, dtype=stage.dtype)
+    best = float("inf")
+    for _ in range(3):
+        session = stage.open(settings, tokens)
+        started = time.perf_counter()
+        stage.compute([StageInput(session, 0, x)])
+        best = min(best, time.perf_counter() - started)
+    return best

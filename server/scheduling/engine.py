@@ -1,29 +1,25 @@
-"""The engine: the steps of all sessions, as many as wait in one forward.
+"""The engine: computes the steps of all sessions, as many as it can in one forward.
 
-A handler's thread brings a step and waits for its answer. The first that finds the engine idle leads, and goes on
-until its own step is done; then it hands the lead to one that still waits. A forward of one row on one thread is
-computed by the thread that leads, so that one client alone has its tokens computed by the thread that read them; all
-others are by one thread of the engine's own.
+A handler thread brings a step and waits for its answer. One thread of the engine's own runs forwards as long as steps
+wait. One shortcut saves a lone client both wake-ups: see `_runs_here_locked`.
 
-What a forward takes is server/scheduling/scheduler.py's choice. Sessions join and leave between two forwards.
+`scheduler.py` chooses what a forward takes, `sessions.py` keeps the open sessions, `admission.py` decides who may open
+one. Methods named `_locked` need the engine's lock.
 """
 
-import secrets
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
+from server.auth.gate import Quota
 from server.monitoring.metrics import Metrics
 from server.scheduling.admission import Admission
-from server.scheduling.scheduler import Turns, next_batch
-from server.scheduling.sessions import Job, Seat
+from server.scheduling.scheduler import Batch, Limits, Turns, next_batch
+from server.scheduling.sessions import Pace, QueuedStep, Session, SessionTable, Step
 from splitlearn.errors import (
     InputError,
     NotFinite,
@@ -38,14 +34,9 @@ from splitlearn.flags.registry import settings
 from splitlearn.stages.base import StageInput, StageOutput
 from splitlearn.stages.local import LocalSession, LocalStage
 
-ALONE_TOKENS = 256
-"""Tokens of prompts in a forward while nobody decodes: a step that comes meanwhile waits for no more than those. 512
-tokens take as long in two pieces as in one (docs/server.md)."""
-WHOLE = sys.maxsize
-
 
 @dataclass(frozen=True)
-class EngineStep:
+class StepAnswer:
     """The answer to a step: hidden state [1, T, H], and seconds of computing, of waiting for it, and of compiling."""
 
     x: torch.Tensor
@@ -55,260 +46,203 @@ class EngineStep:
 
 
 class Engine:
-    """Runs one stage for many sessions.
-
-    `prompt_tokens` bounds what prompts take of a forward while others decode, None for a stage that computes a prompt
-    whole. `gather_s` is how long a forward waits for sessions that are about to bring their next step; None for a stage
-    that takes one session a forward.
-    """
+    """Runs one stage for many sessions. `thread` is a pool of one thread: see build() for why there is only one."""
 
     def __init__(
-        self,
-        stage: LocalStage,
-        admission: Admission,
-        prompt_tokens: int | None,
-        gather_s: float | None,
-        metrics: Metrics,
-        thread: ThreadPoolExecutor,
+        self, stage: LocalStage, admission: Admission, limits: Limits, metrics: Metrics, thread: ThreadPoolExecutor
     ) -> None:
-        self._stage, self._admission, self._metrics = stage, admission, metrics
-        self._prompt_tokens = WHOLE if prompt_tokens is None else prompt_tokens
-        self._gather_s, self.packs = gather_s or 0.0, gather_s is not None
+        self.limits = limits
+        self._stage, self._admission, self._metrics, self._thread = stage, admission, metrics, thread
+        self._table = SessionTable(admission)
         self._arrived = threading.Condition()
-        self._seats: list[Seat] = []
-        self._jobs: list[Job] = []
-        self._forwards = 0
-        self._turns = Turns({}, {})
-        self._led = False
-        self._own_thread = thread
-        self._uncounted: deque[tuple[int, float]] = deque()
+        self._pending: list[QueuedStep] = []
+        self._busy = False
+        self._turns, self._forwards = Turns(), 0
+        self.running = 0
+        """Steps in the forward that is computed now."""
 
     @property
     def waiting(self) -> int:
         """Steps that are in no forward yet."""
-        return sum(not job.seat.running for job in tuple(self._jobs))
+        return len(self._pending) - self.running
 
     def open(
         self,
-        applied: frozenset[str],
+        flags: frozenset[str],
         max_length: int,
         timeout_s: float,
+        quota: Quota,
         when_gone: Callable[[Callable[[], None]], bool],
-        holder: str = "",
-    ) -> Seat:
-        """A session of `holder` with room for `max_length` tokens, once there is. Raises as `Admission.enter`.
+    ) -> Session:
+        """A session with room for `max_length` tokens, once there is room. Raises as `Admission.acquire`.
 
-        A session without use_cache has that room, too: its steps are computed in pieces, as those of the others are,
-        and keep nothing for the next one.
+        A session without use_cache gets that room, too: its steps are computed in pieces like any prompt.
         """
-        wanted = settings(applied).session
-        place = self._admission.enter(max_length, timeout_s, when_gone, holder)
+        wanted = settings(flags).session
+        reservation = self._admission.acquire(max_length, timeout_s, when_gone, quota.holder)
         try:
-            cache = self._admission.pool.cache(place.run) if place.run else None
-            session = LocalSession(cache, wanted, max_length, shares=self.packs)
-        except BaseException:  # whatever it is, the place is not lost with it
-            self._admission.leave(place)
+            cache = self._admission.pool.cache(reservation.run) if reservation.run else None
+            kept = LocalSession(cache, wanted, max_length, shares=self.limits.shared)
+        except BaseException:  # of any kind: the reservation must not be lost with it
+            self._admission.release(reservation)
             raise
-        seat = Seat(session, applied, place, packs=self.packs)
-        with self._arrived:
-            self._seats.append(seat)
-        return seat
+        session = Session(flags, kept, max_length, timeout_s, reservation, quota, self.limits.shared)
+        self._table.add(session)
+        return session
 
-    def branch(self, seat: Seat, key: bytes, tokens: int) -> None:
-        """Begin `seat`'s session with the first `tokens` that the session named `key` holds.
+    def branch(self, session: Session, key: bytes, tokens: int) -> None:
+        """Begin `session` with the first `tokens` of the session named `key`.
 
-        Raises TrunkForgot where there is no such session (any more), InputError for what it cannot give.
+        Raises TrunkForgot where that one is gone, InputError for what it cannot give.
         """
-        with self._arrived:
-            parent = self._named(key)
-            if parent is None or parent.closed or seat.closed:
-                raise TrunkForgot("the session to branch from is not here (any more)", "branch_lost")
-            held, own = parent.session, seat.session
-            if seat.recomputes or own.length or parent.applied != seat.applied:
-                raise InputError(
-                    "branch_of", "a session", "said in the first step, with the same flags, with use_cache"
-                )
-            if tokens > held.length:
-                raise InputError("position", tokens, f"at most {held.length}, the length of the session to branch from")
-            for each in (parent, seat):
-                each.copied += 1  # so that the memory of neither is another one's meanwhile
+        parent = self._table.find(key)
+        if parent is None or not self._table.hold(parent, session):
+            raise TrunkForgot("the session to branch from is not here (any more)", "branch_lost")
         try:
-            own.branch(held, tokens)  # of a long session a tenth of a second, in which others go on
+            if session.recomputes or session.computed or parent.flags != session.flags:
+                expected = "said in the first step, with the same flags, with use_cache"
+                raise InputError("branch_of", "a session", expected)
+            if tokens > parent.computed:
+                expected = f"at most {parent.computed}, the length of the session to branch from"
+                raise InputError("position", tokens, expected)
+            session.cache.branch(parent.cache, tokens)  # without the lock: 0.1 s for a long session
+            session.computed = tokens
         finally:
-            with self._arrived:
-                for each in (parent, seat):
-                    each.copied -= 1
-                    self._free_if_over(each)
+            self._table.let_go(parent, session)
 
     def drop(self, key: bytes, step_id: int) -> bool:
-        """The client of the session named `key` wants that step no more, nor any before it. False: no such session."""
+        """The client of the session named `key` drops that step and those before it. False: no such session."""
+        session = self._table.find(key)
+        if session is not None:
+            session.unwanted = step_id
+        return session is not None
+
+    def close(self, session: Session) -> None:
+        """Free a session's memory, now or after the forward that uses it. Closing it again does nothing."""
+        self._table.close(session)
         with self._arrived:
-            seat = self._named(key)
-            if seat is not None:
-                seat.unwanted = step_id
-        return seat is not None
+            left = self._table.all()
+            holders = {each.quota.holder for each in left}
+            self._turns = self._turns.only({each.group for each in left}, holders)
 
-    def _named(self, key: bytes) -> Seat | None:
-        return next((each for each in self._seats if secrets.compare_digest(each.key, key)), None)
+    def step(self, session: Session, step: Step) -> StepAnswer:
+        """Compute a step, in one forward with steps of other sessions where they can share it.
 
-    def step(
-        self,
-        seat: Seat,
-        position: int,
-        x: torch.Tensor,
-        timeout_s: float,
-        roll_back: bool = False,
-        uncertain: int | None = None,
-        rope_length: int = 0,
-    ) -> EngineStep:
-        """Compute `x` [1, T, H] from `position` on, together with what the other sessions bring.
-
-        `rope_length` is that of `StageInput`. Raises InputError for a position that does not follow, TrunkLate when it
-        waited for longer than `timeout_s` or its session has ended, StepUnwanted when it was `uncertain`, a step's
-        number, and dropped.
+        Raises InputError for a position that does not follow, TrunkLate when the step waited for longer than
+        `session.timeout_s` or its session ended, StepUnwanted when its client dropped it.
         """
-        session, began = seat.session, time.perf_counter()
-        if seat.recomputes and position:
-            raise InputError("position", position, "0: without use_cache a step has the whole prefix")
-        if not seat.recomputes and position < session.length and not roll_back:
-            raise InputError("position", position, f"{session.length}, or roll_back to go back from there")
-        # Said here for all the pieces in which it is computed.
-        rope_length = rope_length or position + x.shape[1]
-        job = Job(seat, position, x, began + timeout_s, began, uncertain, rope_length)
+        _check_position(session, step)
+        began = time.perf_counter()
+        pending = QueuedStep(session, step, began)
         with self._arrived:
-            seat.returns(began)
-            self._jobs.append(job)
-            if self._led:
-                job.wake = threading.Event()
+            session.pace.stepped(began)
+            session.pending = pending
+            self._pending.append(pending)
+            idle, self._busy = not self._busy, True
+            here = idle and self._runs_here_locked(pending)
+            if here:
+                self.running = 1
+            elif not idle:
                 self._arrived.notify()
-            self._led = True
-        if job.wake is not None:
-            job.wake.wait()
-        if not job.finished:
-            self._lead(job)
-        if job.error is not None:
-            raise job.error
-        out = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs, dim=1)
-        return EngineStep(out, job.trunk_s, time.perf_counter() - began - job.trunk_s, job.compile_s)
+        if here:
+            self._run_here(pending)
+        elif idle:
+            self._thread.submit(self._run)
+        pending.ended.result()
+        session.computed = step.position + step.x.shape[1]
+        x = pending.outputs[0] if len(pending.outputs) == 1 else torch.cat(pending.outputs, dim=1)
+        return StepAnswer(x, pending.trunk_s, time.perf_counter() - began - pending.trunk_s, pending.compile_s)
 
-    def count(self) -> None:
-        """Count the forwards since the last time, where no client waits for it."""
-        with suppress(IndexError):
-            while True:
-                self._metrics.forward(*self._uncounted.popleft())
+    def _runs_here_locked(self, pending: QueuedStep) -> bool:
+        """The lone client's shortcut: its token is computed by the thread that read it, without a hand-over.
 
-    def close(self, seat: Seat) -> None:
-        """Free a session's memory; at once, or after the forward that it takes part in."""
-        self.count()
-        with self._arrived:
-            if seat.closed:
-                return
-            seat.closed = True
-            self._free_if_over(seat)
-
-    def _lead(self, own: Job) -> None:
-        """Run forwards until `own` is done, then let another thread that waits go on."""
-        try:
-            while not own.finished:
-                self._forward(self._gather())
-        finally:
-            with self._arrived:
-                waiting = next((job.wake for job in self._jobs if job.wake is not None and job is not own), None)
-                self._led = waiting is not None
-                if waiting is not None:
-                    waiting.set()
-
-    def _gather(self) -> list[tuple[Job, int]]:
-        """The jobs of the next forward, and how many tokens of each."""
-        with self._arrived:
-            until = time.perf_counter() + self._gather_s
-            while len(self._jobs) < len(self._seats) and (left := self._awaited_until(until) - time.perf_counter()) > 0:
-                self._arrived.wait(left)
-            self._drop()
-            chosen = self._chosen()
-            for job, _ in chosen:
-                job.seat.running = True
-            return chosen
-
-    def _awaited_until(self, until: float) -> float:
-        """When the last of the sessions that should bring a step before `until` is overdue; no later than `until`."""
-        return min(until, max((seat.overdue_s for seat in self._coming() if seat.due_s < until), default=0.0))
-
-    def _coming(self) -> list[Seat]:
-        """Sessions without a step here whose clients are at work on the next one, as far as one can tell."""
-        here, now = {id(job.seat) for job in self._jobs}, time.perf_counter()
-        return [seat for seat in self._seats if id(seat) not in here and not seat.closed and now < seat.overdue_s]
-
-    def _drop(self) -> None:
-        """What nobody waits for (any more) is not computed."""
-        now = time.perf_counter()
-        for job in [job for job in self._jobs if job.unwanted()]:
-            self._finish(job, StepUnwanted())
-        for job in [job for job in self._jobs if job.seat.closed or now > job.deadline]:
-            why = "its session has ended" if job.seat.closed else "it waited for longer than its client said it would"
-            self._finish(job, TrunkLate(f"the step was dropped: {why}", "step_late"))
-
-    def _chosen(self) -> list[tuple[Job, int]]:
-        """The steps of the next forward, each with a number of tokens."""
-        if len(self._jobs) == 1 and self._jobs[0].left == 1:
-            return [(self._jobs[0], 1)]
-        alone = max(self._prompt_tokens, ALONE_TOKENS)
-        return next_batch(self._jobs, self._prompt_tokens, alone, self._turns, awaited=bool(self._coming()))
-
-    def _count_turns(self, chosen: Sequence[tuple[Job, int]]) -> None:
-        """Note whose turn this forward was."""
-        self._forwards += 1
-        groups = {job.group: self._forwards for job, _ in chosen}
-        holders = {job.holder: self._forwards for job, _ in chosen if job.left > 1}
-        self._turns = Turns({**self._turns.groups, **groups}, {**self._turns.holders, **holders})
-
-    def _forward(self, chosen: Sequence[tuple[Job, int]]) -> None:
-        """One forward of the stage, its outcome given to the jobs."""
-        inputs = [
-            StageInput(
-                job.seat.session,
-                job.position + job.done,
-                job.next(tokens),
-                unwanted=None if job.uncertain is None else job.unwanted,
-                rope_length=job.rope_length,
-            )
-            for job, tokens in chosen
-        ]
-        started = time.perf_counter()
-        outcomes = self._computed(inputs)
-        ended = time.perf_counter()
-        done = sum(not isinstance(outcome, SplitlearnError) for outcome in outcomes)
-        if done:
-            self._uncounted.append((done, ended - started))
-        with self._arrived:
-            self._count_turns(chosen)
-            for (job, tokens), outcome in zip(chosen, outcomes, strict=True):
-                job.seat.running = False
-                job.ran = self._forwards
-                if isinstance(outcome, SplitlearnError):
-                    self._finish(job, outcome)
-                    continue
-                job.outputs.append(outcome.x)
-                job.done += tokens
-                job.trunk_s += ended - started
-                job.compile_s += outcome.timing.compile_s
-                if job.finished:
-                    self._finish(job)
-
-    def _computed(self, inputs: Sequence[StageInput]) -> list[StageOutput | SplitlearnError]:
-        """The outcomes of one forward: of a single row on one thread in this thread, of more in the engine's own.
-
-        The math library keeps buffers for each thread that ever multiplied matrices: 5 MB for each, 100 MB with a few
-        clients. One row is multiplied without. And only one thread should have others to compute with: see build().
+        Only where no other session is about to bring a step, and where torch multiplies one row on one thread: the math
+        library keeps 5 MB of buffers for each thread that multiplied matrices, and none for a single row.
         """
-        if self._stage.row_threads == 1 and sum(item.x.shape[1] for item in inputs) <= 1:
-            return self._outcomes(inputs)
-        return self._own_thread.submit(self._outcomes, inputs).result()
+        alone = self._awaited_until_locked(pending.began + self.limits.gather_s) <= pending.began
+        return alone and pending.left == 1 and self._stage.row_threads == 1 and not pending.unwanted()
+
+    def _run_here(self, pending: QueuedStep) -> None:
+        if self._table.hold(pending.session):
+            self._forward([(pending, 1)])
+        with self._arrived:
+            self._busy = bool(self._pending)
+        if self._busy:
+            self._thread.submit(self._run)
+
+    def _run(self) -> None:
+        """The engine's thread: forwards until no step waits."""
+        while batch := self._next_batch():
+            self._forward(batch)
+
+    def _next_batch(self) -> Batch[QueuedStep]:
+        """What the next forward computes, its sessions held; empty, and the engine idle, where no step waits."""
+        with self._arrived:
+            self._gather_locked()
+            batch: Batch[QueuedStep] = []
+            while not batch and self._drop_locked():
+                chosen = next_batch(self._pending, self.limits, self._turns, awaited=bool(self._coming_locked()))
+                batch = [(pending, tokens) for pending, tokens in chosen if self._table.hold(pending.session)]
+            self._busy, self.running = bool(batch), len(batch)
+            return batch
+
+    def _gather_locked(self) -> None:
+        """Wait for sessions whose next step is due; no longer than `limits.gather_s`."""
+        until = time.perf_counter() + self.limits.gather_s
+        while (left := self._awaited_until_locked(until) - time.perf_counter()) > 0:
+            self._arrived.wait(left)
+
+    def _awaited_until_locked(self, until: float) -> float:
+        """When the last of the steps that are due before `until` will be overdue; no later than `until`."""
+        overdue = (each.overdue_s for each in self._coming_locked() if each.due_s < until)
+        return min(until, max(overdue, default=0.0))
+
+    def _coming_locked(self) -> list[Pace]:
+        """The pace of each client that is at work on its next step, as far as one can tell."""
+        now = time.perf_counter()
+        away = (each.pace for each in self._table.all() if each.pending is None and not each.closed)
+        return [pace for pace in away if now < pace.overdue_s]
+
+    def _drop_locked(self) -> bool:
+        """End the steps for which nobody waits any more; whether others are left."""
+        now = time.perf_counter()
+        for pending in tuple(self._pending):
+            session = pending.session
+            if pending.unwanted():
+                self._end_locked(pending, StepUnwanted())
+            elif session.closed or now > pending.began + session.timeout_s:
+                why = "its session has ended" if session.closed else "it waited for longer than its client does"
+                self._end_locked(pending, TrunkLate(f"the step was dropped: {why}", "step_late"))
+        return bool(self._pending)
+
+    def _end_locked(self, pending: QueuedStep, error: SplitlearnError | None = None) -> None:
+        self._pending.remove(pending)
+        pending.end(error)
+
+    def _forward(self, batch: Batch[QueuedStep]) -> None:
+        """One forward of the stage; its outcomes go to the steps."""
+        started = time.perf_counter()
+        outcomes = self._outcomes([pending.piece(tokens) for pending, tokens in batch])
+        spent = time.perf_counter() - started
+        if done := sum(isinstance(outcome, StageOutput) for outcome in outcomes):
+            self._metrics.forward(done, spent)
+        self._table.let_go(*(pending.session for pending, _ in batch))
+        with self._arrived:
+            self._forwards, self.running = self._forwards + 1, 0
+            self._turns = self._turns.after(batch, self._forwards)
+            for (pending, _), outcome in zip(batch, outcomes, strict=True):
+                pending.ran = self._forwards
+                if not isinstance(outcome, StageOutput):
+                    self._end_locked(pending, outcome)
+                    continue
+                pending.add(outcome, spent)
+                if not pending.left:
+                    self._end_locked(pending)
 
     def _outcomes(self, inputs: Sequence[StageInput]) -> list[StageOutput | SplitlearnError]:
         """The stage's outputs. If a forward of several fails, each is tried alone, so that one cannot hurt another."""
         try:
-            outputs = self._stage.compute(inputs) if inputs else []
+            outputs = self._stage.compute(inputs)
             return [self._checked(item, output) for item, output in zip(inputs, outputs, strict=True)]
         except Exception as error:
             if len(inputs) == 1:
@@ -316,31 +250,16 @@ class Engine:
         return [self._outcomes([item])[0] for item in inputs]
 
     def _checked(self, item: StageInput, output: StageOutput) -> StageOutput | SplitlearnError:
-        """The output; or, where it holds what is no number, an error that says in which layer that began."""
+        """The output; where it holds NaN or Inf, an error that names the layer where that began."""
         try:
             self._stage.check(item, output)
         except NotFinite as error:
             return TrunkFailed(str(error))
         return output
 
-    def _finish(self, job: Job, error: SplitlearnError | None = None) -> None:
-        """Wake the thread that waits for `job`."""
-        job.error = error
-        self._jobs.remove(job)
-        job.seat.answered = time.perf_counter()
-        self._free_if_over(job.seat)
-        if job.wake is not None:
-            job.wake.set()
 
-    def _free_if_over(self, seat: Seat) -> None:
-        if not seat.closed or not seat.idle or seat.freed:
-            return
-        seat.freed = True
-        self._seats.remove(seat)
-        groups, holders = {each.group for each in self._seats}, {each.holder for each in self._seats}
-        self._turns = Turns(
-            {group: ran for group, ran in self._turns.groups.items() if group in groups},
-            {holder: ran for holder, ran in self._turns.holders.items() if holder in holders},
-        )
-        seat.session.close()
-        self._admission.leave(seat.place)
+def _check_position(session: Session, step: Step) -> None:
+    if session.recomputes and step.position:
+        raise InputError("position", step.position, "0: without use_cache a step has the whole prefix")
+    if not session.recomputes and step.position < session.computed and not step.roll_back:
+        raise InputError("position", step.position, f"{session.computed}, or roll_back to go back from there")

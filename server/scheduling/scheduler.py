@@ -1,26 +1,31 @@
-"""Which waiting steps the next forward computes, and how many tokens of each: a pure function, without clock or thread.
+"""Which steps the next forward computes, and how many tokens of each: a pure function, without clock or thread.
 
-Sessions that can share a forward form a group. Groups take turns. In a forward every session of the group that decodes
-has its one token; prompts share a bounded number of tokens, so that a long one delays the others by no more than that.
-Prompts take turns, too: first among holders (a token of the access file, or a connection), then among a holder's own,
-so that a holder of many sessions takes no more than one of few.
+Sessions that can share a forward form a group; groups take turns. Every decoding session of the group gets its one
+token. Prompts share a bounded number of tokens, so that a long one delays the others by no more than that. Prompts take
+turns, too: first among holders (a token of the access file, or a connection), then among one holder's own. So a holder
+of many sessions gets no more than a holder of one.
 
-What a group is says `Seat.group` (sessions.py); how long a forward waits for others, `Engine._gather` (engine.py).
+`Session.group` (sessions.py) says what a group is; `Engine` (engine.py) how long a forward waits for more steps.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Protocol, TypeVar
 
 LEAST_PIECE = 16
-"""A prompt gets at least so many tokens of a forward, or none: a forward reads all weights whatever it computes."""
+"""Tokens of a forward that a prompt gets at least, or none: a forward reads all weights whatever it computes."""
+ALONE_TOKENS = 256
+"""Tokens of prompts in a forward while nobody decodes, so that a new step waits for no more than those. 512 tokens take
+as long in two pieces as in one (docs/server.md)."""
+WHOLE = sys.maxsize
 NEVER = -1
 
 
 class Step(Protocol):
-    """A step that waits. `left` tokens are still to be computed; `ran` is the number of the last forward that computed
-    a part of it, NEVER before the first. Steps of one `group` can share a forward."""
+    """A waiting step. `left` tokens are still to be computed. `ran` is the number of the last forward that computed a
+    part of it, NEVER before the first. Steps of one `group` can share a forward."""
 
     @property
     def group(self) -> Hashable:
@@ -28,7 +33,7 @@ class Step(Protocol):
 
     @property
     def holder(self) -> Hashable:
-        """Whose step it is."""
+        """The client that the step counts for."""
 
     @property
     def left(self) -> int:
@@ -40,23 +45,50 @@ class Step(Protocol):
 
 
 S = TypeVar("S", bound=Step)
+Batch = list[tuple[S, int]]
+"""Steps, each with the number of its tokens that a forward computes."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one forward may take.
+
+    `shared`: steps of several sessions. `gather_s`: how long it waits for sessions whose next step is due.
+    `prompt_tokens`: tokens of prompts while other sessions decode; WHOLE for a stage that computes a prompt in one go.
+    `alone_tokens`: tokens of prompts while none does, where that is more.
+    """
+
+    shared: bool
+    gather_s: float = 0.0
+    prompt_tokens: int = WHOLE
+    alone_tokens: int = ALONE_TOKENS
 
 
 @dataclass(frozen=True)
 class Turns:
-    """The number of the last forward of each group, and of the last that had a part of a holder's prompts."""
+    """`groups`: the last forward of each group. `holders`: the last forward with a part of a holder's prompts."""
 
-    groups: Mapping[Hashable, int]
-    holders: Mapping[Hashable, int]
+    groups: Mapping[Hashable, int] = field(default_factory=dict)
+    holders: Mapping[Hashable, int] = field(default_factory=dict)
+
+    def after(self, batch: "Batch[S]", forward: int) -> "Turns":
+        """The turns once `batch` is computed, as forward number `forward`."""
+        groups = {step.group: forward for step, _ in batch}
+        holders = {step.holder: forward for step, _ in batch if step.left > 1}
+        return Turns({**self.groups, **groups}, {**self.holders, **holders})
+
+    def only(self, groups: Collection[Hashable], holders: Collection[Hashable]) -> "Turns":
+        """Without the groups and holders that are gone."""
+        return Turns(
+            {group: ran for group, ran in self.groups.items() if group in groups},
+            {holder: ran for holder, ran in self.holders.items() if holder in holders},
+        )
 
 
-def next_batch(
-    steps: Sequence[S], budget: int, budget_alone: int, turns: Turns, *, awaited: bool
-) -> list[tuple[S, int]]:
-    """The steps of the next forward, each with its tokens; `steps` are in the order of their arrival.
+def next_batch(steps: Sequence[S], limits: Limits, turns: Turns, *, awaited: bool) -> Batch[S]:
+    """The batch of the next forward; `steps` are in the order of arrival.
 
-    Prompts take at most `budget` tokens while anybody decodes or is about to (`awaited`), otherwise at most
-    `budget_alone`.
+    `awaited`: a session outside `steps` is about to decode.
     """
     if not steps:
         return []
@@ -64,11 +96,12 @@ def next_batch(
     alike = [step for step in steps if step.group == group]
     decoding = [(step, 1) for step in alike if step.left == 1]
     others_decode = awaited or any(step.left == 1 for step in steps)
-    return decoding + _share(_by_turns(alike, turns), budget if others_decode else budget_alone)
+    budget = limits.prompt_tokens if others_decode else max(limits.prompt_tokens, limits.alone_tokens)
+    return decoding + _share(_by_turns(alike, turns), budget)
 
 
 def _by_turns(steps: Sequence[S], turns: Turns) -> list[S]:
-    """The prompts of `steps` in the order of their turns: one of each holder, then another one of each, and on."""
+    """The prompts of `steps`, the longest waiting first: one of each holder, then a second one of each, and so on."""
     own: dict[Hashable, list[S]] = {}
     for step in sorted((step for step in steps if step.left > 1), key=lambda each: each.ran):
         own.setdefault(step.holder, []).append(step)
@@ -77,10 +110,10 @@ def _by_turns(steps: Sequence[S], turns: Turns) -> list[S]:
     return [step for each in rounds for step in each if step is not None]
 
 
-def _share(prompts: Sequence[S], budget: int) -> list[tuple[S, int]]:
-    """Equal parts of `budget` for the first of `prompts`; what one does not need goes to those after it."""
+def _share(prompts: Sequence[S], budget: int) -> Batch[S]:
+    """Equal parts of `budget` for the first `prompts`. What a short one leaves goes to the longer ones."""
     taking = prompts[: max(1, budget // LEAST_PIECE)]
-    shares: list[tuple[S, int]] = []
+    shares: Batch[S] = []
     for at, step in enumerate(sorted(taking, key=lambda each: each.left)):
         tokens = min(step.left, budget // (len(taking) - at))
         budget -= tokens

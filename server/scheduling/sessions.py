@@ -1,134 +1,212 @@
-"""A session's seat at the engine, and a step of it that is under way."""
+"""A client's session, and the table of those that are open."""
 
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Hashable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from statistics import median_low
 
 import torch
 
-from server.scheduling.admission import Place
+from server.auth.gate import Quota
+from server.scheduling.admission import Admission, Reservation
 from server.scheduling.scheduler import NEVER
 from splitlearn.errors import SplitlearnError
+from splitlearn.stages.base import StageInput, StageOutput
 from splitlearn.stages.local import LocalSession
 
-# A client that takes so many times what it usually takes, and the slack, is not waited for any more.
-OVERDUE, SLACK_S, LONGEST_AWAY_S = 3.0, 0.005, 1.0
-# So many of a client's last pauses tell how long it usually takes.
+# A client is awaited for so many times its usual pause, plus the slack.
+OVERDUE, SLACK_S, LONGEST_PAUSE_S = 3.0, 0.005, 1.0
 PAUSES = 5
 KEY_BYTES = 16
 
 
-@dataclass
-class Seat:
-    """A session at the engine. `away_s` is how long its client usually takes between an answer and the next step."""
+class Pace:
+    """How long a client usually pauses between an answer and its next step: the median of its last PAUSES, so that one
+    long pause, as after a prompt, changes nothing. `due_s` and `overdue_s` are when the next step should be here, and
+    from when on nobody waits for it; a client without an answer is not awaited at all."""
 
-    session: LocalSession
-    applied: frozenset[str]
-    place: Place
-    packs: bool = True
+    def __init__(self) -> None:
+        self.due_s, self.overdue_s = float("inf"), 0.0
+        self._answered: float | None = None
+        self._pauses: deque[float] = deque(maxlen=PAUSES)
+
+    def stepped(self, now: float) -> None:
+        """The client sent its next step."""
+        if self._answered is not None:
+            self._pauses.append(now - self._answered)
+
+    def answered(self, now: float) -> None:
+        """The client got its answer."""
+        self._answered = now
+        pause_s = median_low(self._pauses) if self._pauses else float("inf")
+        self.due_s, self.overdue_s = now + pause_s, now + OVERDUE * min(pause_s, LONGEST_PAUSE_S) + SLACK_S
+
+
+@dataclass(eq=False)
+class Session:
+    """An open session: `cache` is its state at the stage, `computed` the length of the prefix computed so far."""
+
+    flags: frozenset[str]
+    cache: LocalSession
+    max_length: int
+    timeout_s: float
+    reservation: Reservation
+    quota: Quota
+    shared: bool = True
     """Whether its steps can share a forward with those of other sessions."""
-    answered: float | None = None
-    away_s: float = float("inf")
-    pauses: deque[float] = field(default_factory=lambda: deque(maxlen=PAUSES))
-    running: bool = False
-    copied: int = 0
-    """How many copies of a cache, of its own or into its own, are under way."""
-    unwanted: int = 0
-    """The last step that its client said it does not want, nor those before it."""
-    closed: bool = False
-    freed: bool = False
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
-    """By which another session can branch from this one."""
-
-    @property
-    def holder(self) -> str:
-        """Whose it is."""
-        return self.place.holder
+    """Names it to its client, who may drop a step by it or branch another session from it."""
+    pace: Pace = field(default_factory=Pace)
+    pending: "QueuedStep | None" = None
+    computed: int = 0
+    unwanted: int = 0
+    """The last step that its client dropped, with all before it."""
+    users: int = 0
+    """Forwards and copies that use its memory now."""
+    closed: bool = False
 
     @property
     def recomputes(self) -> bool:
         """Whether each step brings the whole prefix: its flags keep no cache from step to step."""
-        return self.session.settings.new_cache is None
-
-    @property
-    def idle(self) -> bool:
-        """Whether nobody uses its memory."""
-        return not self.running and not self.copied
+        return self.cache.settings.new_cache is None
 
     @property
     def group(self) -> Hashable:
-        """What sessions must have in common to share a forward: what their flags ask of it. Form on the wire, cache and
-        autograd's bookkeeping change nothing of what is computed."""
-        arguments = tuple(sorted(self.session.settings.forward_arguments.items()))
-        return arguments if self.packs else id(self)
+        """Equal for sessions that can share a forward: what their flags change of what is computed. Wire format, cache
+        and autograd's bookkeeping change nothing of it."""
+        return tuple(sorted(self.cache.settings.forward_arguments.items())) if self.shared else id(self)
 
-    @property
-    def due_s(self) -> float:
-        """When its client should bring the next step."""
-        return (self.answered or 0.0) + self.away_s
 
-    @property
-    def overdue_s(self) -> float:
-        """From when on it is not waited for any more; a client that was never answered is not waited for at all."""
-        return 0.0 if self.answered is None else self.answered + OVERDUE * min(self.away_s, LONGEST_AWAY_S) + SLACK_S
+@dataclass(frozen=True)
+class Step:
+    """What a client asks for: `x` [1, T, H] from `position` on. `number` is its step id.
 
-    def returns(self, now: float) -> None:
-        """Its client has brought the next step. The median: one long pause, as after a prompt, says nothing."""
-        if self.answered is not None:
-            self.pauses.append(now - self.answered)
-            self.away_s = median_low(self.pauses)
+    `wanted`: how many of the last positions it wants answers to. `uncertain`: it may be dropped. `roll_back`:
+    `position` may be before the end of what is computed. `rope_length` is that of `StageInput`.
+    """
+
+    position: int
+    x: torch.Tensor
+    number: int = 0
+    sequence_id: int = 0
+    wanted: int = 1
+    uncertain: bool = False
+    roll_back: bool = False
+    rope_length: int = 0
 
 
 @dataclass(eq=False)
-class Job:
-    """A step under way: `x` [1, T, H] from `position` on, of which `done` tokens are computed."""
+class QueuedStep:
+    """A step that waits or runs, of which `done` tokens are computed. `ended` is set with the end or the error."""
 
-    seat: Seat
-    position: int
-    x: torch.Tensor
-    deadline: float
+    session: Session
+    step: Step
     began: float
-    uncertain: int | None = None
-    """Its number, where its client may say that it does not want it."""
-    rope_length: int = 0
-    """That of `StageInput`."""
-    wake: threading.Event | None = None
-    """What its thread waits for, where another one leads."""
     outputs: list[torch.Tensor] = field(default_factory=list)
     done: int = 0
+    ran: int = NEVER
     trunk_s: float = 0.0
     compile_s: float = 0.0
-    ran: int = NEVER
-    """The number of the last forward that computed a part of it."""
-    error: SplitlearnError | None = None
-
-    def unwanted(self) -> bool:
-        """Whether its client said so."""
-        return self.uncertain is not None and self.uncertain <= self.seat.unwanted
+    ended: Future[None] = field(default_factory=Future)
 
     @property
     def group(self) -> Hashable:
         """Its session's."""
-        return self.seat.group
+        return self.session.group
 
     @property
     def holder(self) -> Hashable:
         """Its session's."""
-        return self.seat.holder
+        return self.session.quota.holder
 
     @property
     def left(self) -> int:
-        """Tokens still to compute."""
-        return self.x.shape[1] - self.done
+        """Tokens still to be computed."""
+        return self.step.x.shape[1] - self.done
 
-    def next(self, tokens: int) -> torch.Tensor:
-        """The next `tokens` to compute."""
-        return self.x if tokens == self.x.shape[1] else self.x[:, self.done : self.done + tokens]
+    def unwanted(self) -> bool:
+        """Whether its client dropped it."""
+        return self.step.uncertain and self.step.number <= self.session.unwanted
 
-    @property
-    def finished(self) -> bool:
-        """Whether the answer, or the error, is there."""
-        return self.error is not None or not self.left
+    def piece(self, tokens: int) -> StageInput:
+        """The next `tokens` as the stage's input."""
+        step = self.step
+        x = step.x if tokens == step.x.shape[1] else step.x[:, self.done : self.done + tokens]
+        return StageInput(
+            self.session.cache,
+            step.position + self.done,
+            x,
+            unwanted=self.unwanted if step.uncertain else None,
+            # The same for all pieces.
+            rope_length=step.rope_length or step.position + step.x.shape[1],
+        )
+
+    def add(self, output: StageOutput, seconds: float) -> None:
+        """A piece is computed."""
+        self.outputs.append(output.x)
+        self.done += output.x.shape[1]
+        self.trunk_s += seconds
+        self.compile_s += output.timing.compile_s
+
+    def end(self, error: SplitlearnError | None = None) -> None:
+        """Wake the thread that waits for it."""
+        self.session.pending = None
+        self.session.pace.answered(time.perf_counter())
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+
+
+class SessionTable:
+    """The open sessions. A closed one keeps its memory while a forward or a copy uses it."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._lock = threading.Lock()
+        self._sessions: list[Session] = []
+
+    def all(self) -> tuple[Session, ...]:
+        """Those that have memory now, the closed ones too."""
+        return tuple(self._sessions)
+
+    def add(self, session: Session) -> None:
+        """A session was opened."""
+        with self._lock:
+            self._sessions.append(session)
+
+    def find(self, key: bytes) -> Session | None:
+        """The session of that key. The search takes as long for a guess that is nearly right."""
+        return next((each for each in self.all() if secrets.compare_digest(each.key, key)), None)
+
+    def hold(self, *sessions: Session) -> bool:
+        """Keep the memory of `sessions` until `let_go`. False, and nothing is held, where one of them is closed."""
+        with self._lock:
+            if any(session.closed for session in sessions):
+                return False
+            for session in sessions:
+                session.users += 1
+            return True
+
+    def let_go(self, *sessions: Session) -> None:
+        """Undo `hold`; frees those that were closed meanwhile."""
+        with self._lock:
+            for session in sessions:
+                session.users -= 1
+                self._free_locked(session)
+
+    def close(self, session: Session) -> None:
+        """Free its memory, now or when nothing uses it any more. Closing it again does nothing."""
+        with self._lock:
+            session.closed = True
+            self._free_locked(session)
+
+    def _free_locked(self, session: Session) -> None:
+        if session.closed and not session.users and session in self._sessions:
+            self._sessions.remove(session)
+            session.cache.close()
+            self._admission.release(session.reservation)

@@ -1,7 +1,7 @@
-"""A circuit breaker: keeps a client from hammering a server that is dead, and lets it know at once.
+"""A circuit breaker: spares a server that does not answer, and gives its clients an error at once.
 
-After FAILURES in a row nothing is tried for a cool-down. Then one try passes, as a probe: while it is out, and after it
-failed, the others wait again, twice as long each time up to LONGEST_S. A success closes the circuit.
+After FAILURES in a row it opens for a cool-down. Then it lets one try pass. While that try is out, and after it failed,
+it stays open, twice as long each time up to LONGEST_S. A success closes it.
 """
 
 import time
@@ -13,7 +13,7 @@ LONGEST_S = 5.0
 
 
 class Breaker:
-    """The circuit to one address. `failures` counts those since the last success."""
+    """The breaker of one address. `failures` counts those since the last success."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -22,7 +22,7 @@ class Breaker:
         self.failures = 0
 
     def rest_s(self) -> float:
-        """Seconds until the next try may be made; 0 when it may be made now."""
+        """Seconds until the next try; 0 when it may be made now."""
         return max(0.0, self._until - self._clock())
 
     def trying(self) -> None:
@@ -31,12 +31,12 @@ class Breaker:
             self._until = self._clock() + self._cool_down_s
 
     def failed(self) -> None:
-        """It failed."""
+        """The try failed."""
         self.failures += 1
         if self.failures >= FAILURES:
             self._until = self._clock() + self._cool_down_s
             self._cool_down_s = min(2 * self._cool_down_s, LONGEST_S)
 
     def succeeded(self) -> None:
-        """It did what it was for."""
+        """The try succeeded."""
         self.failures, self._until, self._cool_down_s = 0, 0.0, COOL_DOWN_S

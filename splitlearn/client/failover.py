@@ -1,33 +1,33 @@
-"""The addresses at which a client may find its trunk: which is tried, when, how often, and what is said if none works.
+"""Endpoint failover: which of a trunk's addresses is tried, when and how often, and what is raised if none works.
 
-The first that works is used until it is lost; then the next one in the list, and round again, with pauses that grow
-and are random (full jitter), so that many clients of one trunk do not come back at the same moment. An address that
-failed several times in a row has its circuit open (client/circuit_breaker.py). One that refuses is not asked again.
+The first address that works is used until it is lost. Then the next in the list is tried, and round again, with random
+pauses that grow (full jitter), so that the clients of one trunk do not all come back at the same moment. The circuit
+breaker of an address opens after several failures in a row (client/circuit_breaker.py). An address that refuses is not
+asked again. client/remote_stage.py notices that a trunk was lost within a session, and replays the session.
 
-That a trunk was lost in the middle of an answer is noticed, and its session replayed, in client/remote_stage.py.
+Why not gRPC's own retry policy and pick_first: gRPC repeats a call only until its first response headers. A session
+that has begun is beyond that, and its state is gone with its trunk. And pick_first hides the address that it took. Here
+a refusal, a full trunk that says when to try again, and a dead one need different answers, each by its address.
 """
 
 import random
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-import grpc
-
-from splitlearn.client.circuit_breaker import Breaker
+from splitlearn.client.endpoint import Endpoint
 from splitlearn.client.served import Served
 from splitlearn.client.session_stream import Opening, Stream
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.wire import trunk_pb2 as pb
-from splitlearn.wire.channel import Credentials, open_channel
+from splitlearn.wire.channel import Credentials
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 LEAST_WAIT_S = 1.0
 
 
-class Effort:
-    """What is tried, within `timeout_s`, to get one thing done: when it must end, and what each address said."""
+class RetryBudget:
+    """The tries for one thing, all within `timeout_s`. `errors` has the last error of each address."""
 
     def __init__(self, timeout_s: float, addresses: int) -> None:
         self._until = time.monotonic() + timeout_s
@@ -36,7 +36,7 @@ class Effort:
         self.errors: dict[str, TrunkError] = {}
 
     def wait_s(self) -> float:
-        """How long an answer is waited for: as long as there is, or half of it where there is another trunk to ask."""
+        """How long to wait for an answer: all that is left, or half of it where there is another trunk to ask."""
         left = self._until - time.monotonic()
         return left if self._addresses == 1 else max(left / 2, min(left, LEAST_WAIT_S))
 
@@ -53,7 +53,7 @@ class Effort:
         return isinstance(self.errors.get(address), TrunkRefused | TrunkFailed)
 
     def error(self) -> TrunkError:
-        """What is raised in the end: what each address said last, as the kind that leaves most hope."""
+        """What to raise in the end: the last error of each address, as the kind that leaves most hope."""
         errors = list(self.errors.values())
         if len(errors) == 1:
             return errors[0]
@@ -62,111 +62,63 @@ class Effort:
         return kind(" ".join(str(error) for error in errors))
 
 
-@dataclass(frozen=True)
-class _Trunk:
-    """One address, how it fared, and channels to it whose sessions ended in order: a new session finds one warm.
+class Endpoints:
+    """A trunk's addresses, of which one is current. `open` gives a session at one that works."""
 
-    Each session has a channel of its own. One that failed is closed: gRPC would wait for longer and longer before it
-    connects again, and in between give the old error for the new one.
-    """
-
-    address: str
-    shown: Credentials
-    breaker: Breaker = field(default_factory=Breaker)
-    idle: list[grpc.Channel] = field(default_factory=list)
-
-    def open(self, opening: Opening, served: Served, wait_s: float) -> tuple[Stream, pb.Opened]:
-        """A session here, and what the trunk said of itself."""
-        self.breaker.trying()
-        channel = self.idle.pop() if self.idle else open_channel(self.address, self.shown)
-        stream = Stream(channel, self.address, served, opening)
-        try:
-            return stream, stream.open(wait_s)
-        except BaseException as error:
-            stream.drop()
-            if isinstance(error, TrunkUnavailable):
-                self.breaker.failed()
-            raise
-
-    def resting(self) -> TrunkUnavailable:
-        """What is said while nothing is tried."""
-        return TrunkUnavailable(
-            f"The trunk server at {self.address} failed {self.breaker.failures} times in a row and is not tried again "
-            f"for {self.breaker.rest_s():.1f} s."
-        )
-
-    def due_s(self, error: TrunkError, patient: bool) -> float | None:
-        """In how many seconds to try again after `error`; None for not at all."""
-        rest_s = self.breaker.rest_s()
-        if isinstance(error, TrunkFull):
-            return max(error.retry_s, rest_s)
-        return rest_s if isinstance(error, TrunkUnavailable) and (patient or not rest_s) else None
-
-
-class Trunks:
-    """The trunks at `addresses`, of which one is current. `open` gives a session at one that works."""
-
-    def __init__(self, addresses: Sequence[str], served: Served, timeout_s: float, shown: Credentials) -> None:
-        self._trunks = {address: _Trunk(address, shown) for address in addresses}
+    def __init__(self, addresses: Sequence[str], served: Served, timeout_s: float, credentials: Credentials) -> None:
+        self._endpoints = {address: Endpoint(address, credentials) for address in addresses}
         self._order = deque(addresses)  # the current one is first
         self._served = served
         self._timeout_s = timeout_s
         self._streams: set[Stream] = set()
         self._closed = False
 
-    def effort(self) -> Effort:
+    def budget(self) -> RetryBudget:
         """A new one, for a session's opening or for one step."""
-        return Effort(self._timeout_s, len(self._trunks))
+        return RetryBudget(self._timeout_s, len(self._endpoints))
 
-    def open(self, opening: Opening, effort: Effort, *, patient: bool) -> tuple[Stream, pb.Opened]:
+    def open(self, opening: Opening, budget: RetryBudget, *, patient: bool) -> tuple[Stream, pb.Opened]:
         """A session at the current trunk or else at the next that gives one, and what that trunk said of itself.
 
-        A `patient` caller has an answer under way and waits, as long as the effort lasts, for a trunk to come back; the
-        other one is told as soon as there is none. Either waits for a trunk that says when it will have room.
+        A `patient` caller has an answer under way and waits within `budget` for a trunk to come back. Any other gets an
+        error as soon as there is none. Both wait for a trunk that says when it will have room.
         """
         while True:
             due: list[float] = []
-            for trunk in [self._trunks[address] for address in tuple(self._order) if not effort.hopeless(address)]:
+            for endpoint in [self._endpoints[each] for each in tuple(self._order) if not budget.hopeless(each)]:
                 if self._closed:
                     raise TrunkUnavailable("The connection to the trunk server was closed here.")
-                if trunk.breaker.rest_s():
-                    effort.errors.setdefault(trunk.address, trunk.resting())
-                else:
-                    try:
-                        found = trunk.open(opening, self._served, effort.wait_s())
-                    except TrunkError as error:
-                        effort.errors[trunk.address] = error
-                    else:
-                        self._begin_with(trunk.address)
-                        self._streams.add(found[0])
-                        return found
-                due_s = trunk.due_s(effort.errors[trunk.address], patient)
+                try:
+                    return self._open_at(endpoint, opening, budget)
+                except TrunkError as error:
+                    budget.errors[endpoint.address] = error
+                    due_s = _due_s(endpoint, error, patient)
                 due += [] if due_s is None else [due_s]
             if not due:
-                raise effort.error()
-            effort.pause(min(due))
+                raise budget.error()
+            budget.pause(min(due))
 
-    def lost(self, stream: Stream, error: TrunkUnavailable, effort: Effort) -> None:
-        """A session broke: the next trunk in the list is the current one, if there is another."""
-        self._trunks[stream.address].breaker.failed()
+    def lost(self, stream: Stream, error: TrunkUnavailable, budget: RetryBudget) -> None:
+        """A session broke: the next address in the list is the current one, if there is another."""
+        self._endpoints[stream.address].breaker.failed()
         self._begin_with(stream.address)
         self._order.rotate(-1)
-        effort.errors[stream.address] = error
+        budget.errors[stream.address] = error
         self._streams.discard(stream)
         stream.drop()
 
     def works(self, stream: Stream) -> None:
         """A step was answered."""
-        breaker = self._trunks[stream.address].breaker
+        breaker = self._endpoints[stream.address].breaker
         if breaker.failures:
             breaker.succeeded()
 
     def end(self, stream: Stream) -> int | None:
-        """End a session in order: the trunk's peak memory in bytes, None if it does not say it any more."""
+        """End a session in order: the trunk's peak memory in bytes, None if it can no longer say."""
         self._streams.discard(stream)
         peak_rss_bytes = stream.close()
-        if peak_rss_bytes is not None and not self._closed:
-            self._trunks[stream.address].idle.append(stream.channel)
+        if peak_rss_bytes is not None:
+            self._endpoints[stream.address].give_back(stream.channel)
         return peak_rss_bytes
 
     def close(self) -> None:
@@ -174,9 +126,41 @@ class Trunks:
         self._closed = True
         for stream in list(self._streams):
             stream.drop()
-        for trunk in self._trunks.values():
-            while trunk.idle:
-                trunk.idle.pop().close()
+        for endpoint in self._endpoints.values():
+            endpoint.close()
+
+    def _open_at(self, endpoint: Endpoint, opening: Opening, budget: RetryBudget) -> tuple[Stream, pb.Opened]:
+        """A session at `endpoint`, which is then the current one. Raises its last error while its breaker is open."""
+        if endpoint.breaker.rest_s():
+            raise budget.errors.get(endpoint.address, _resting(endpoint))
+        endpoint.breaker.trying()
+        stream = Stream(endpoint.take(), endpoint.address, self._served, opening)
+        try:
+            opened = stream.open(budget.wait_s())
+        except BaseException as error:
+            stream.drop()
+            if isinstance(error, TrunkUnavailable):
+                endpoint.breaker.failed()
+            raise
+        self._begin_with(endpoint.address)
+        self._streams.add(stream)
+        return stream, opened
 
     def _begin_with(self, address: str) -> None:
         self._order.rotate(-self._order.index(address))
+
+
+def _resting(endpoint: Endpoint) -> TrunkUnavailable:
+    """The error of an address that is not tried."""
+    return TrunkUnavailable(
+        f"The trunk server at {endpoint.address} failed {endpoint.breaker.failures} times in a row and is not tried "
+        f"again for {endpoint.breaker.rest_s():.1f} s."
+    )
+
+
+def _due_s(endpoint: Endpoint, error: TrunkError, patient: bool) -> float | None:
+    """In how many seconds to try again after `error`; None for not at all."""
+    rest_s = endpoint.breaker.rest_s()
+    if isinstance(error, TrunkFull):
+        return max(error.retry_s, rest_s)
+    return rest_s if isinstance(error, TrunkUnavailable) and (patient or not rest_s) else None

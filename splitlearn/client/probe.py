@@ -1,7 +1,4 @@
-"""A trunk server seen from outside: does it serve, what does it serve, what has it counted.
-
-One channel stays open from look to look, since to connect anew costs more than to ask.
-"""
+"""Probes a trunk server from outside: whether it serves, what it serves, and its metrics."""
 
 import threading
 import time
@@ -11,10 +8,11 @@ from dataclasses import dataclass
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from splitlearn.client.endpoint import Endpoint
 from splitlearn.client.served import first_that_works
 from splitlearn.wire import SERVICE
 from splitlearn.wire import trunk_pb2 as pb
-from splitlearn.wire.channel import NONE, Credentials, open_channel
+from splitlearn.wire.channel import NONE, Credentials
 from splitlearn.wire.status import error_of
 from splitlearn.wire.stub import TrunkStub
 
@@ -22,8 +20,8 @@ TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
-class Look:
-    """A trunk at one moment, `at` by the monotonic clock; `metrics` is in Prometheus' text format."""
+class Snapshot:
+    """A trunk at one moment, `at` by the monotonic clock. `metrics` is in Prometheus' text format."""
 
     address: str
     at: float
@@ -32,55 +30,46 @@ class Look:
     metrics: str
 
 
-class Watch:
-    """Looks at the first of some trunks that answers."""
+class TrunkProbe:
+    """Probes the first of some trunks that answers. The connection stays open between two probes: to connect anew costs
+    more than to ask."""
 
-    def __init__(self, shown: Credentials = NONE) -> None:
-        self._shown = shown
+    def __init__(self, credentials: Credentials = NONE) -> None:
+        self._credentials = credentials
         self._lock = threading.Lock()
-        self._trunk: _Trunk | None = None
+        self._endpoint: Endpoint | None = None
 
-    def look(self, addresses: Sequence[str]) -> Look:
-        """The first trunk that answers; the one that did before is asked first. Raises TrunkError if none does."""
+    def snapshot(self, addresses: Sequence[str]) -> Snapshot:
+        """Of the first trunk that answers; the last one that did is asked first. Raises TrunkError if none does."""
         with self._lock:
-            before = self._trunk.address if self._trunk else ""
-            return first_that_works(sorted(addresses, key=lambda address: address != before), self._look)
+            before = self._endpoint.address if self._endpoint else ""
+            return first_that_works(sorted(addresses, key=lambda address: address != before), self._ask)
 
     def close(self) -> None:
-        """Close the connection; a later look opens another."""
+        """Close the connection. A later probe opens another."""
         with self._lock:
-            self._drop()
+            self._close_locked()
 
-    def _look(self, address: str) -> Look:
-        if self._trunk is None or self._trunk.address != address:
-            self._drop()
-            self._trunk = _Trunk(address, self._shown)
+    def _ask(self, address: str) -> Snapshot:
+        if self._endpoint is None or self._endpoint.address != address:
+            self._close_locked()
+            self._endpoint = Endpoint(address, self._credentials)
         try:
-            return self._trunk.look()
+            with self._endpoint.channel() as channel:
+                return _snapshot(address, channel)
         except grpc.RpcError as error:
-            self._drop()  # gRPC would go on giving this error for a while after the trunk is back
             raise error_of(error, address) from error
 
-    def _drop(self) -> None:
-        if self._trunk is not None:
-            self._trunk.channel.close()
-        self._trunk = None
+    def _close_locked(self) -> None:
+        if self._endpoint is not None:
+            self._endpoint.close()
+        self._endpoint = None
 
 
-class _Trunk:
-    """The connection to one of them, and what is asked over it."""
-
-    def __init__(self, address: str, shown: Credentials) -> None:
-        self.address = address
-        self.channel = open_channel(address, shown)
-        self._health = health_pb2_grpc.HealthStub(self.channel)
-        self._stub = TrunkStub(self.channel)
-
-    def look(self) -> Look:
-        """Ask; raises grpc.RpcError."""
-        description = self._stub.describe(pb.DescribeRequest(), timeout=TIMEOUT_S)
-        text = self._stub.metrics(pb.MetricsRequest(), timeout=TIMEOUT_S).text
-        at = time.monotonic()
-        health = self._health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=TIMEOUT_S)
-        serving = health.status == health_pb2.HealthCheckResponse.SERVING
-        return Look(self.address, at, serving, description, text)
+def _snapshot(address: str, channel: grpc.Channel) -> Snapshot:
+    stub, health = TrunkStub(channel), health_pb2_grpc.HealthStub(channel)
+    description = stub.describe(pb.DescribeRequest(), timeout=TIMEOUT_S)
+    text = stub.metrics(pb.MetricsRequest(), timeout=TIMEOUT_S).text
+    at = time.monotonic()
+    state = health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=TIMEOUT_S)
+    return Snapshot(address, at, state.status == health_pb2.HealthCheckResponse.SERVING, description, text)

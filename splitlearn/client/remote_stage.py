@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from splitlearn.client.failover import Effort, Trunks
+from splitlearn.client.failover import Endpoints, RetryBudget
 from splitlearn.client.served import Served, TrunkFacts
 from splitlearn.client.session_stream import Opening, Receipt, Sent, Stream, opening_of
 from splitlearn.errors import TrunkUnavailable
@@ -36,12 +36,12 @@ class RemoteStage:
     def __init__(self, addresses: Sequence[str], served: Served, timeout_s: float, shown: Credentials = NONE) -> None:
         self.served = served
         self.facts = TrunkFacts()
-        self._trunks = Trunks(addresses, served, timeout_s, shown)
+        self._endpoints = Endpoints(addresses, served, timeout_s, shown)
 
     def open(self, settings: SessionSettings, max_length: int) -> "RemoteSession":
         """Open a session; refused unless the trunk serves exactly what is asked for."""
-        opening = opening_of(self.served, settings, max_length, TOLD * self._trunks.effort().wait_s())
-        return RemoteSession(self, self._trunks, opening)
+        opening = opening_of(self.served, settings, max_length, TOLD * self._endpoints.budget().wait_s())
+        return RemoteSession(self, self._endpoints, opening)
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> "list[RemoteSession]":
         """Sessions at the trunk, opened at the same time."""
@@ -70,7 +70,7 @@ class RemoteStage:
 
     def close(self) -> None:
         """Close the channels and with them every session."""
-        self._trunks.close()
+        self._endpoints.close()
 
     def note_opened(self, opened: pb.Opened, address: str) -> None:
         """Keep what the trunk of a new session said."""
@@ -85,9 +85,9 @@ class RemoteStage:
 class RemoteSession:
     """One generation's stay at a trunk, or at several one after the other when one is lost."""
 
-    def __init__(self, stage: RemoteStage, trunks: Trunks, opening: Opening) -> None:
+    def __init__(self, stage: RemoteStage, endpoints: Endpoints, opening: Opening) -> None:
         self._stage = stage
-        self._trunks = trunks
+        self._endpoints = endpoints
         self._opening = opening
         self._row_bytes = opening.rows.row_bytes(stage.served.hidden_size)
         self._sent = bytearray()  # the hidden state of every position that the trunk has
@@ -95,7 +95,7 @@ class RemoteSession:
         self._rope_length = 0
         self._pending: deque[Sent] = deque()
         self._recovered: deque[StageOutput] = deque()  # answers to what else was pending when a trunk was lost
-        self._stream = self._open(trunks.effort(), patient=False)
+        self._stream = self._open(endpoints.budget(), patient=False)
 
     def step(self, position: int, x: torch.Tensor, *, rope_length: int = 0) -> StageOutput:
         """Send `x` [1, T, H] and wait for the trunk's answer to all of it, from another trunk if this one is lost."""
@@ -138,44 +138,44 @@ class RemoteSession:
     def _finish(self, position: int, receipt: Receipt, started: float) -> StageOutput:
         """The answer to the first pending step."""
         self._pending.popleft()
-        effort = self._trunks.effort()
+        budget = self._endpoints.budget()
         if self._recovered:
             return self._recovered.popleft()
         try:
-            output = self._stream.answer(receipt, effort.wait_s())
+            output = self._stream.answer(receipt, budget.wait_s())
         except TrunkUnavailable as error:
             lost = self._stream.address
-            output = self._recover(receipt.sent, error, effort)
+            output = self._recover(receipt.sent, error, budget)
             spent = time.perf_counter() - started
             recovery = Recovery(spent, lost, self._stream.address, position)
             timing = replace(output.timing, ledger={"recover": spent}, recoveries=(recovery,))
             output = StageOutput(output.x, timing)
-        self._trunks.works(self._stream)
+        self._endpoints.works(self._stream)
         return output
 
     def close(self) -> None:
         """End the stream, so that the trunk frees the session; learn the trunk's peak memory if it still answers."""
-        peak_rss_bytes = self._trunks.end(self._stream)
+        peak_rss_bytes = self._endpoints.end(self._stream)
         if peak_rss_bytes is not None:
             self._stage.note_peak(peak_rss_bytes)
 
-    def _open(self, effort: Effort, *, patient: bool) -> Stream:
-        stream, opened = self._trunks.open(self._opening, effort, patient=patient)
+    def _open(self, budget: RetryBudget, *, patient: bool) -> Stream:
+        stream, opened = self._endpoints.open(self._opening, budget, patient=patient)
         self._stage.note_opened(opened, stream.address)
         return stream
 
-    def _recover(self, lost: Sent, error: TrunkUnavailable, effort: Effort) -> StageOutput:
+    def _recover(self, lost: Sent, error: TrunkUnavailable, budget: RetryBudget) -> StageOutput:
         """Do the lost steps at another stream: replay all that was sent in one step, of which only the unanswered
-        positions come back. Raises what the trunks said when the effort is over."""
+        positions come back. Raises what the trunks said when the budget is over."""
         replay = self._opening.rows.from_bytes(bytes(self._sent), self._stage.served.hidden_size)
         sizes = [sent.wanted for sent in (lost, *self._pending)]
         while True:
-            self._trunks.lost(self._stream, error, effort)
-            effort.pause()
-            self._stream = self._open(effort, patient=True)
+            self._endpoints.lost(self._stream, error, budget)
+            budget.pause()
+            self._stream = self._open(budget, patient=True)
             try:
                 sent = self._stream.send(0, replay, answer_last=sum(sizes), rope_length=self._rope_length)
-                output = self._stream.answer(Receipt.blocking(sent), effort.wait_s())
+                output = self._stream.answer(Receipt.blocking(sent), budget.wait_s())
             except TrunkUnavailable as again:
                 error = again
                 continue

@@ -3,6 +3,9 @@
 A refusal for want of room carries google.rpc.RetryInfo: the time after which to try again.
 """
 
+from itertools import accumulate
+from urllib.parse import quote
+
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
@@ -21,9 +24,10 @@ from splitlearn.errors import (
     TrunkUnavailable,
 )
 
-# gRPC drops a status whose message exceeds its limit for metadata (8 KiB), and a message may quote a value of any
-# length.
-_MAX_DETAILS = 2000
+# gRPC drops a status over its limit for metadata (8 KiB), which holds the message twice: percent-encoded, and in base64
+# with the details. A message may quote a value of any length.
+_MAX_ENCODED = 3000
+_NOT_ENCODED = "".join(chr(code) for code in range(0x20, 0x7F)).replace("%", "")
 
 # The first match counts.
 _CODES: tuple[tuple[type[SplitlearnError], grpc.StatusCode], ...] = (
@@ -71,8 +75,16 @@ def status_of(error: Exception) -> grpc.Status:
 
 def shorten(details: str) -> str:
     """`details`, without its middle if it is too long to arrive."""
-    half = _MAX_DETAILS // 2
-    return details if len(details) <= _MAX_DETAILS else f"{details[:half]} [...] {details[-half:]}"
+    if len(details) <= _MAX_ENCODED and len(quote(details, _NOT_ENCODED)) <= _MAX_ENCODED:
+        return details
+    half = _MAX_ENCODED // 2 - 10
+    return f"{_begin(details, half)} [...] {_begin(details[::-1], half)[::-1]}"
+
+
+def _begin(text: str, size: int) -> str:
+    """As many characters of `text` as take at most `size` bytes on the wire."""
+    sizes = accumulate(len(quote(character, _NOT_ENCODED)) for character in text[:size])
+    return text[: sum(each <= size for each in sizes)]
 
 
 def error_of(error: grpc.RpcError, address: str) -> TrunkError:

@@ -48,7 +48,7 @@ def stage(here: TrunkHere, files: ModelFiles) -> Iterator[RemoteStage]:
     remote = RemoteStage([here.address], served(files), timeout_s=20)
     yield remote
     remote.close()
-    assert eventually(lambda: here.served.admission.sessions == 0), "a session outlived its client's channel"
+    assert eventually(lambda: here.runtime.admission.sessions == 0), "a session outlived its client's channel"
 
 
 @contextmanager
@@ -141,9 +141,9 @@ def test_a_closed_session_is_free_at_the_trunk_and_has_told_its_memory(
 ) -> None:
     with opened(stage) as session:
         session.step(0, hidden(files, 3))
-        assert here.served.admission.sessions == 1
+        assert here.runtime.admission.sessions == 1
         assert stage.facts.peak_rss_bytes == 0
-    assert eventually(lambda: here.served.admission.sessions == 0)
+    assert eventually(lambda: here.runtime.admission.sessions == 0)
     assert stage.facts.peak_rss_bytes > stage.facts.import_rss_bytes > 0
     session.close()  # a second time does nothing
 

@@ -135,7 +135,7 @@ def test_samples_share_the_prompt_and_forwards_of_the_trunk_and_leave_nothing_th
         found = together(generator(files, links))
         shared = {
             sample.name: sample.value
-            for family in text_string_to_metric_families(here.served.metrics.text())
+            for family in text_string_to_metric_families(here.runtime.metrics.text())
             for sample in family.samples
             if "forward_sessions" in sample.name and not sample.labels
         }
@@ -144,7 +144,7 @@ def test_samples_share_the_prompt_and_forwards_of_the_trunk_and_leave_nothing_th
         )
         assert steps == 1 + SAMPLES * (REQUEST.max_new_tokens - 1)
         assert forwards < steps
-        assert eventually(lambda: not here.served.admission.sessions)
+        assert eventually(lambda: not here.runtime.admission.sessions)
     assert {each.bytes_up == each.decode_bytes_up for each in found[1:]} == {True}
     assert found[0].bytes_up > found[0].decode_bytes_up > 0
 
@@ -244,7 +244,7 @@ def test_where_there_is_no_room_for_all_samples_none_stays(files: ModelFiles) ->
     with serve_here(files, max_sessions=SAMPLES - 1, max_waiting=0) as few, split(files, few.address, 0.5) as links:
         with pytest.raises(TrunkFull):
             together(generator(files, links))
-        assert eventually(lambda: not few.served.admission.sessions)
+        assert eventually(lambda: not few.runtime.admission.sessions)
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,8 @@ def test_a_trunk_s_kv_memory_is_a_share_of_what_can_be_had(
 ) -> None:
     monkeypatch.setattr(cgroups, "available_memory", lambda: GB)
     with serve_here(tiny_model()) as here:
-        pool = here.served.admission.pool
-        rows = 3 * here.served.files.facts.hidden_size * 4 * pool.capacity  # what steps under way may hold beside it
+        pool = here.runtime.admission.pool
+        rows = 3 * here.runtime.files.facts.hidden_size * 4 * pool.capacity  # what steps under way may hold beside it
         taken = rows + sum(view.nbytes for view in pool.views(0, pool.capacity))
     assert GB // 4 - taken < taken // pool.n_blocks and taken <= GB // 4
 

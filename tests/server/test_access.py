@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2
 from server import __main__ as server_main
 from server.auth import tokens as token_file
 from server.auth.gate import DENIED, Access, Bucket
-from server.auth.tls import Door
+from server.auth.tls import Security
 from splitlearn import config
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.remote_stage import RemoteStage
@@ -103,7 +103,7 @@ SHOWN: dict[str, list[tuple[str, str | bytes]]] = {
 def test_without_a_valid_token_every_method_gives_the_same_answer(shown: str, here: TrunkHere) -> None:
     answers = [call(here.address, method, *SHOWN[shown]) for method in METHODS]
     assert {(error.code(), error.details()) for error in answers} == {(grpc.StatusCode.UNAUTHENTICATED, DENIED)}
-    assert here.served.admission.sessions == 0
+    assert here.runtime.admission.sessions == 0
 
 
 def test_the_health_check_needs_no_token(here: TrunkHere) -> None:
@@ -136,7 +136,7 @@ def test_a_token_has_so_many_sessions_and_no_more_and_others_are_not_touched(
         ann.open(session_of(frozenset()), 8)
     bob.open(session_of(frozenset()), 8).close()
     first.close()
-    assert eventually(lambda: here.served.admission.sessions == 0)
+    assert eventually(lambda: here.runtime.admission.sessions == 0)
     ann.open(session_of(frozenset()), 8).close()
     ann.close()
     bob.close()
@@ -213,7 +213,7 @@ def test_over_any_time_a_bucket_lets_through_its_rate_and_one_second_more() -> N
 
 
 class Call:
-    """What `Access.enter` looks at of a call; `end` is what gRPC does when the call is over."""
+    """What `Access.quota` looks at of a call; `end` is what gRPC does when the call is over."""
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
@@ -222,6 +222,9 @@ class Call:
     def invocation_metadata(self) -> list[tuple[str, str]]:
         return [("authorization", f"Bearer {self._secret}")]
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
     def add_callback(self, callback: Callable[[], None]) -> bool:
         self.callbacks.append(callback)
         return True
@@ -229,7 +232,7 @@ class Call:
 
 def entered(access: Access, secret: str) -> tuple[Any, Call]:
     made: Any = Call(secret)
-    return access.enter(made), made
+    return access.quota(made), made
 
 
 def test_a_session_over_its_rate_is_slowed_down_until_its_call_ends() -> None:
@@ -277,7 +280,9 @@ def test_a_made_token_is_let_in_and_its_entry_does_not_hold_it(tmp_path: Path) -
     path.write_text(text + token_file.make("another")[1], encoding="utf-8")
     tokens = token_file.load(path)
     assert [token.name for token in tokens] == ["Ann Müller: # 'x'", "another"]
-    assert Access(tokens).lets_in([("authorization", f"Bearer {secret}")])
+    assert entered(Access(tokens), secret)
+    with pytest.raises(TrunkDenied):
+        entered(Access(tokens), secret[:-1])
 
 
 def test_the_command_prints_the_entry_for_the_file_and_the_secret_beside_it(
@@ -348,18 +353,18 @@ def test_a_server_does_not_listen_beyond_loopback_without_access_control(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "[::1]", "localhost"])
 def test_loopback_needs_no_access_control(host: str) -> None:
-    assert Door.of(config.parse({"server": {"host": host}}).server).credentials is None
+    assert Security.of(config.parse({"server": {"host": host}}).server).credentials is None
 
 
 def test_an_open_door_must_be_asked_for_by_name() -> None:
     settings = {"host": "0.0.0.0", "allow_open": True}
-    assert Door.of(config.parse({"server": settings}).server).access.lets_in([])
+    assert entered(Security.of(config.parse({"server": settings}).server).access, "anything")
 
 
 def test_tokens_alone_do_not_guard_a_network_since_they_would_go_in_plaintext(tmp_path: Path) -> None:
     settings = {"host": "0.0.0.0", "tokens": str(written(tmp_path, entry("ann", ANN)))}
     with pytest.raises(SetupError, match=r"server\.tls is not set"):
-        Door.of(config.parse({"server": settings}).server)
+        Security.of(config.parse({"server": settings}).server)
 
 
 @pytest.mark.parametrize("address", ["trunk.example.org:50051", "192.168.1.5:50051", "127.0.0.1.example.org:1"])

@@ -67,52 +67,52 @@ def test_room_is_kept_after_so_many_have_passed_but_not_for_ever() -> None:
 
 def test_a_session_that_needs_all_blocks_keeps_nobody_out_of_those_that_are_free() -> None:
     admission = Admission(_pool(8), 64, 32)
-    small = admission.enter(BLOCK, 5, _stays)
+    small = admission.acquire(BLOCK, 5, _stays)
     with ThreadPoolExecutor(1) as thread:
-        large = thread.submit(admission.enter, 8 * BLOCK, 600, _stays)
+        large = thread.submit(admission.acquire, 8 * BLOCK, 600, _stays)
         assert eventually(lambda: admission.waiting == 1)
-        others = [admission.enter(BLOCK, 0.0, _stays) for _ in range(7)]
-        for place in (small, *others):
-            admission.leave(place)
-        place = large.result()
-    assert place.run is not None and place.run.tokens == 8 * BLOCK
+        others = [admission.acquire(BLOCK, 0.0, _stays) for _ in range(7)]
+        for reservation in (small, *others):
+            admission.release(reservation)
+        reservation = large.result()
+    assert reservation.run is not None and reservation.run.tokens == 8 * BLOCK
 
 
 def test_the_holder_with_fewer_sessions_comes_in_first() -> None:
     admission = Admission(_pool(64), 4, 32)
-    places = [admission.enter(BLOCK, 5, _stays, "many") for _ in range(4)]
+    reservations = [admission.acquire(BLOCK, 5, _stays, "many") for _ in range(4)]
     order: list[str] = []
     noted = threading.Lock()
 
     def enter(holder: str) -> None:
-        place = admission.enter(BLOCK, 60, _stays, holder)
+        reservation = admission.acquire(BLOCK, 60, _stays, holder)
         with noted:
             order.append(holder)
-        admission.leave(place)
+        admission.release(reservation)
 
     with ThreadPoolExecutor(3) as threads:
         for count, holder in enumerate(("many", "many", "one"), 1):
             threads.submit(enter, holder)
             assert eventually(partial(_waits, admission, count))
-        admission.leave(places.pop())
+        admission.release(reservations.pop())
         assert eventually(lambda: len(order) == 3)
     assert order[0] == "one"
 
 
 def test_a_full_queue_rejects_the_last_of_the_holder_with_most_in_it() -> None:
     admission = Admission(_pool(1), 64, 2)
-    place = admission.enter(BLOCK, 5, _stays, "many")
+    reservation = admission.acquire(BLOCK, 5, _stays, "many")
     with ThreadPoolExecutor(3) as threads:
-        first, second = (threads.submit(admission.enter, BLOCK, 60, _stays, "many") for _ in range(2))
+        first, second = (threads.submit(admission.acquire, BLOCK, 60, _stays, "many") for _ in range(2))
         assert eventually(lambda: admission.waiting == 2)
-        one = threads.submit(admission.enter, BLOCK, 60, _stays, "one")
+        one = threads.submit(admission.acquire, BLOCK, 60, _stays, "one")
         rejected = [future for future in (first, second) if eventually(future.done, 5)]
         (gone,) = rejected
         with pytest.raises(TrunkFull, match="full"):
             gone.result()
         with pytest.raises(TrunkFull, match="waiting already"):
-            admission.enter(BLOCK, 60, _stays, "many")
-        admission.leave(place)
+            admission.acquire(BLOCK, 60, _stays, "many")
+        admission.release(reservation)
         for entered in as_completed({first, second, one} - {gone}):
-            admission.leave(entered.result())
+            admission.release(entered.result())
     assert admission.sessions == admission.waiting == admission.pool.blocks_used == 0

@@ -3,7 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ import psutil
 import pytest
 import torch
 
-from server.build import KV_SHARE, Served
-from server.scheduling.admission import Place
+from server.auth.gate import Quota
+from server.build import KV_SHARE
 from server.scheduling.engine import Engine
-from server.scheduling.sessions import Seat
+from server.scheduling.sessions import Pace, Session, Step
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
@@ -44,6 +44,11 @@ WORDS = ("The", "sky", "is", "blue", "because", "air", "scatters", "short", "wav
 
 def _uses(pool: KVPool, blocks: int) -> bool:
     return pool.blocks_used == blocks
+
+
+def opened(engine: Engine, flags: Collection[str] = CACHED, max_length: int = 20) -> Session:
+    """A session of a client that stays."""
+    return engine.open(frozenset(flags), max_length, 60.0, Quota(), lambda gone: True)
 
 
 def _waits(engine: Engine, count: int) -> bool:
@@ -212,7 +217,7 @@ def test_a_session_without_a_cache_is_computed_in_pieces_and_keeps_nobody_waitin
 
 def test_the_parts_of_steps_that_wait_are_within_the_memory_that_sessions_reserved(files: ModelFiles) -> None:
     with serve_here(files, kv_bytes=None, kv_block_tokens=64) as here:
-        pool = here.served.admission.pool
+        pool = here.runtime.admission.pool
         row = 3 * files.facts.hidden_size * 4
         held = bytes_per_token(
             loading.load(
@@ -263,15 +268,14 @@ def test_sessions_that_differ_in_what_no_forward_sees_share_one(
     )
     x = hidden(files, 1)
     with serve_here(files) as here:
-        engine = here.served.engine
-        wanted = [frozenset(flags) for flags in (*kinds, kinds[0])]
-        first, *others = (engine.open(flags, 20, 60.0, lambda gone: True) for flags in wanted)
+        engine = here.runtime.engine
+        first, *others = (opened(engine, flags) for flags in (*kinds, kinds[0]))
         monkeypatch.setattr(LocalStage, "compute", wait_and_step)
         with ThreadPoolExecutor(len(kinds) + 1) as pool:
-            asked = [pool.submit(engine.step, first, 0, x, 60.0)]
-            assert eventually(lambda: first.running)
+            asked = [pool.submit(engine.step, first, Step(0, x))]
+            assert eventually(lambda: engine.running == 1)
             for count, each in enumerate(others, 1):
-                asked.append(pool.submit(engine.step, each, 0, x, 60.0))
+                asked.append(pool.submit(engine.step, each, Step(0, x)))
                 assert eventually(partial(_waits, engine, count))
             go_on.set()
             outputs = [each.result().x for each in asked]
@@ -286,8 +290,8 @@ def test_a_session_that_cannot_be_made_leaves_its_place(files: ModelFiles, monke
     with serve_here(files) as here:
         monkeypatch.setattr(KVPool, "cache", fail)
         with pytest.raises(MemoryError):
-            here.served.engine.open(CACHED, 20, 5.0, lambda gone: True)
-        admission = here.served.admission
+            opened(here.runtime.engine)
+        admission = here.runtime.admission
         assert admission.sessions == admission.pool.blocks_used == 0
 
 
@@ -303,9 +307,9 @@ def test_memory_that_a_branch_is_copied_into_is_nobody_elses_until_it_is_done(
 
     monkeypatch.setattr(LocalSession, "branch", wait_and_branch)
     with serve_here(files, kv_block_tokens=64) as here:
-        engine, pool = here.served.engine, here.served.admission.pool
-        parent, child = (engine.open(CACHED, 64, 5.0, lambda gone: True) for _ in range(2))
-        engine.step(parent, 0, hidden(files, 9), 60.0)
+        engine, pool = here.runtime.engine, here.runtime.admission.pool
+        parent, child = (opened(engine, max_length=64) for _ in range(2))
+        engine.step(parent, Step(0, hidden(files, 9)))
         with ThreadPoolExecutor(1) as thread:
             copied = thread.submit(engine.branch, child, parent.key, 9)
             assert begun.wait(60)
@@ -329,7 +333,7 @@ def test_only_the_last_positions_are_answered_when_no_more_are_wanted(files: Mod
 
 def test_a_session_that_leaves_gives_its_blocks_back(files: ModelFiles) -> None:
     with serve_here(files, kv_block_tokens=16) as here:
-        pool = here.served.admission.pool
+        pool = here.runtime.admission.pool
         with Stream(here.address) as stream:
             stream.ask(opening(files, max_length=100))
             assert pool.blocks_used == 7
@@ -342,7 +346,7 @@ def test_one_session_cannot_reach_what_another_left(files: ModelFiles) -> None:
         with Stream(here.address) as stream:
             stream.ask(opening(files))
             stream.ask(step(1e3 * hidden(files, 60, seed=5), 0))
-        assert eventually(lambda: here.served.admission.sessions == 0)
+        assert eventually(lambda: here.runtime.admission.sessions == 0)
         with Stream(here.address) as stream:
             stream.ask(opening(files))
             after = tensor_of(stream.ask(step(hidden(files, 3), 0)), files)
@@ -363,16 +367,16 @@ def test_a_session_that_goes_back_beside_one_that_is_refused_gets_its_answer(
 
     whole, other = hidden(files, 9), hidden(files, 1, seed=1)
     with serve_here(files) as here:
-        engine = here.served.engine
-        back, ahead, first = (engine.open(CACHED, 20, 5.0, lambda gone: True) for _ in range(3))
-        wanted = engine.step(back, 0, whole, 5.0).x[:, 8:]
+        engine = here.runtime.engine
+        back, ahead, first = (opened(engine) for _ in range(3))
+        wanted = engine.step(back, Step(0, whole)).x[:, 8:]
         monkeypatch.setattr(LocalStage, "compute", wait_and_step)
         with ThreadPoolExecutor(3) as pool:
-            led = pool.submit(engine.step, first, 0, other, 5.0)
-            assert eventually(lambda: first.running)
-            again = pool.submit(engine.step, back, 8, whole[:, 8:], 5.0, roll_back=True)
+            led = pool.submit(engine.step, first, Step(0, other))
+            assert eventually(lambda: engine.running == 1)
+            again = pool.submit(engine.step, back, Step(8, whole[:, 8:], roll_back=True))
             assert eventually(lambda: engine.waiting == 1)
-            gap = pool.submit(engine.step, ahead, 3, other, 5.0)
+            gap = pool.submit(engine.step, ahead, Step(3, other))
             assert eventually(lambda: engine.waiting == 2)
             go_on.set()
             assert led.result() is not None
@@ -401,17 +405,16 @@ def test_with_sdpa_a_token_and_a_piece_of_a_prompt_share_a_forward_and_are_what_
 
 def served_packed(files: ModelFiles) -> bool:
     with serve_here(files) as here:
-        served: Served = here.served
-        return served.engine.packs
+        return here.runtime.engine.limits.shared
 
 
 def test_one_long_pause_of_a_client_does_not_count_as_what_it_usually_takes() -> None:
-    seat, now = Seat(LocalSession(None, session_of(()), 4), frozenset(), Place(None)), 100.0
-    seat.returns(now)  # its first step follows no answer
-    assert seat.away_s == float("inf")
+    pace, now = Pace(), 100.0
+    pace.stepped(now)  # its first step follows no answer
+    assert (pace.due_s, pace.overdue_s) == (float("inf"), 0.0)
     for pause in (5.0, 0.01, 0.01):
-        seat.answered = now
+        pace.answered(now)
         now += pause
-        seat.returns(now)
-    seat.answered = now
-    assert now < seat.due_s < seat.overdue_s < now + 0.1
+        pace.stepped(now)
+    pace.answered(now)
+    assert now < pace.due_s < pace.overdue_s < now + 0.1

@@ -96,7 +96,7 @@ def test_a_step_at_a_server_for_other_flags_is_dropped_there(
     flags = sorted(CACHED | {"low_cpu_mem_usage"})
     with serve(settings(files), tmp_path_factory.mktemp("drop")) as trunk, Raw(trunk.address) as raw:
         key = raw.ask(opening(files, flags=flags)).opened.key
-        assert trunk.others()
+        assert trunk.variants()
         _drop(trunk.address, _named(key, 1))
         assert raw.ask(step(hidden(files, 1), 0, 1, uncertain=True)).result.dropped
 

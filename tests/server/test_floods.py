@@ -249,7 +249,7 @@ def test_denied_calls_are_all_counted_take_no_thread_and_write_few_lines(
     patient: TrunkHere, caplog: pytest.LogCaptureFixture
 ) -> None:
     def count() -> float:
-        text = patient.served.metrics.text()
+        text = patient.runtime.metrics.text()
         (line,) = [
             each
             for each in text.splitlines()

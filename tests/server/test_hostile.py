@@ -64,7 +64,7 @@ def trunk(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "idle_s": 2.0,
         "max_message_bytes": MAX_MESSAGE_BYTES,
         "kv_bytes": 16 * MEGABYTE,
-        "max_others": 0,
+        "max_variants": 0,
     }
     layers = {"start": PLAN.start, "end": PLAN.end}
     with serve(trunk_settings(files, split=layers, server=limits), folder) as running:

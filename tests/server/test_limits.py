@@ -91,9 +91,9 @@ def test_a_session_that_is_idle_is_ended_with_the_setting_and_frees_its_place(
     with Raw(here.address) as raw:
         raw.ask(opening(files, max_length=40))
         raw.ask(step(hidden(files, 3), 0))
-        assert here.served.admission.sessions == 1
+        assert here.runtime.admission.sessions == 1
         assert end_of(raw) == (DEADLINE, "nothing was heard of the client for 2 s (server.idle_s)")
-    assert eventually(lambda: here.served.admission.sessions == 0)
+    assert eventually(lambda: here.runtime.admission.sessions == 0)
 
 
 def test_a_session_that_goes_on_is_not_idle(here: TrunkHere, files: ModelFiles) -> None:
@@ -108,9 +108,9 @@ def test_the_layer_is_named_where_a_token_goes_through_all_in_one_call(default_m
     flags = ["use_cache", "inference_mode", "output_attentions", "output_hidden_states", "weight_prepack=blocks"]
     plan, x = replace(PLAN, n_layers=default_model.n_layers), hidden(default_model, 4)
     with serve_here(default_model, f"trunk:{','.join(flags)}") as here, Raw(here.address) as raw:
-        stage = here.served.engine._stage
+        stage = here.runtime.stage
         assert stage.row is not None
-        raw.ask(opening(here.served.files, plan, flags=flags))
+        raw.ask(opening(here.runtime.files, plan, flags=flags))
         raw.ask(step(x[:, :3], 0, 1))
         layer: Any = layers_of(stage.cut)[1]
         layer.mlp.down_proj.array.view(np.float32)[:] = np.nan
@@ -147,7 +147,7 @@ def test_a_client_that_takes_no_answers_is_ended(here: TrunkHere, files: ModelFi
 
         call = method(say(), timeout=30)
         next(call)
-        assert here.served.admission.sessions == 1
-        assert eventually(lambda: here.served.admission.sessions == 0, within_s=20)
+        assert here.runtime.admission.sessions == 1
+        assert eventually(lambda: here.runtime.admission.sessions == 0, within_s=20)
         call.cancel()
         more.set()

@@ -91,7 +91,7 @@ def test_what_another_may_take_is_what_all_before_it_have_left(
     mib = 1 << 20
     with serve_here(files, kv_bytes=64 * mib) as here:
         monkeypatch.setattr(memory, "peak_resident_bytes", lambda: 300 * mib)
-        own, pool = Memory(here.served), here.served.admission.pool.nbytes
+        own, pool = Memory(here.runtime), here.runtime.admission.pool.nbytes
         monkeypatch.setattr(memory, "free_bytes", lambda _: pool + 300 * mib + 40 * mib)
         assert own.take("first") == int(KV_SHARE * 40 * mib)
         with pytest.raises(TrunkFull, match="it takes 300 MiB, and 20 MiB are free"):
@@ -114,14 +114,14 @@ def test_a_start_that_hangs_is_ended_when_its_client_gives_up_and_holds_up_nobod
         assert eventually(lambda: set(this.children()) - before, within_s=60)
         (child,) = set(this.children()) - before
         child.suspend()
-        assert "sessions_handed_on 1" in here.served.metrics.text()
+        assert "sessions_proxied 1" in here.runtime.metrics.text()
         with Raw(here.address) as raw:
             raw.ask(opening(files))
             assert raw.ask(step(hidden(files, 3), 0)).HasField("result")
         asking.join()
         assert ends == [(FULL, "the server for these flags did not start in time")]
         assert eventually(lambda: gone(child.pid), within_s=60)
-        assert eventually(lambda: here.served.admission.sessions == 0)
+        assert eventually(lambda: here.runtime.admission.sessions == 0)
 
 
 def test_a_session_elsewhere_counts_and_its_server_goes_when_nobody_needs_it(files: ModelFiles) -> None:
@@ -137,7 +137,7 @@ def test_a_session_elsewhere_counts_and_its_server_goes_when_nobody_needs_it(fil
             assert raw.ask(step(hidden(files, 3), 0)).HasField("result")
             code, said = refusal(here.address, files, ["use_cache", "inference_mode"])
             assert (code, "1 of 1 sessions" in said) == (FULL, True)
-        assert eventually(lambda: here.served.admission.sessions == 0)
+        assert eventually(lambda: here.runtime.admission.sessions == 0)
         assert eventually(lambda: set(this.children()) <= before, within_s=60)
 
 
@@ -145,8 +145,8 @@ def test_a_server_that_is_told_to_stop_does_not_wait_for_a_start(files: ModelFil
     config = settings(files, server={"drain_s": 1.0})
     with serve(config, tmp_path) as own, Raw(own.address) as raw:
         raw.send(opening(files, flags=OTHER, timeout_s=START_S))
-        assert eventually(own.others, within_s=60)
-        (child,) = own.others()
+        assert eventually(own.variants, within_s=60)
+        (child,) = own.variants()
         child.suspend()  # it would start for as long as it likes
         for _ in range(3):
             own.process.send_signal(signal.SIGTERM)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.scheduling.scheduler import LEAST_PIECE, NEVER, Turns, next_batch
+from server.scheduling.scheduler import LEAST_PIECE, NEVER, Limits, Turns, next_batch
 
 
 @dataclass(eq=False)
@@ -23,17 +23,14 @@ class Run:
     """A scheduler's life: forwards one after the other, over steps that come and are done."""
 
     def __init__(self, steps: list[Waiting], budget: int, alone: int) -> None:
-        self.steps, self.budget, self.alone = steps, budget, alone
-        self.number, self.groups, self.holders = 0, dict[Hashable, int](), dict[Hashable, int]()
+        self.steps, self.limits = steps, Limits(True, prompt_tokens=budget, alone_tokens=alone)
+        self.number, self.turns = 0, Turns()
 
     def forward(self, awaited: bool = False) -> list[tuple[Waiting, int]]:
-        turns = Turns(dict(self.groups), dict(self.holders))
-        batch = next_batch(self.steps, self.budget, self.alone, turns, awaited=awaited)
+        batch = next_batch(self.steps, self.limits, self.turns, awaited=awaited)
         self.number += 1
+        self.turns = self.turns.after(batch, self.number)
         for step, tokens in batch:
-            self.groups[step.group] = self.number
-            if step.left > 1:
-                self.holders[step.holder] = self.number
             step.ran, step.left = self.number, step.left - tokens
         self.steps = [step for step in self.steps if step.left]
         return batch
@@ -50,7 +47,8 @@ def test_a_forward_has_one_group_all_its_decoders_and_no_more_prompt_than_its_bu
     waiting: list[Waiting], budget: int, awaited: bool
 ) -> None:
     alone = 4 * budget
-    batch = next_batch(waiting, budget, alone, Turns({}, {}), awaited=awaited)
+    limits = Limits(True, prompt_tokens=budget, alone_tokens=alone)
+    batch = next_batch(waiting, limits, Turns(), awaited=awaited)
     assert batch and len({id(step) for step, _ in batch}) == len(batch)
     (group,) = {step.group for step, _ in batch}
     decoding = {id(step) for step in waiting if step.group == group and step.left == 1}

@@ -69,7 +69,7 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
 
 @pytest.fixture(scope="module")
 def shared(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trunk]:
-    config = settings(files, server={"max_sessions": SESSIONS, "max_waiting": 0, "max_others": OTHERS})
+    config = settings(files, server={"max_sessions": SESSIONS, "max_waiting": 0, "max_variants": OTHERS})
     with serve(config, tmp_path_factory.mktemp("server"), fresh=True) as running:
         yield running
 
@@ -321,10 +321,10 @@ def test_one_set_of_flags_too_many_is_refused_until_another_is_idle(trunk: Trunk
         with Raw(trunk.address) as raw:
             status, details = raw.refusal(opening(files, flags=["float32_matmul_precision"]))
         assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "all 2 places for other sets of load and process flags (server.max_others)" in details
+        assert "all 2 places for other sets of load and process flags (server.max_variants)" in details
         one.end()
         assert eventually(lambda: served_with(trunk.address, files, ["float32_matmul_precision"]))
-        assert len(trunk.others()) <= OTHERS
+        assert len(trunk.variants()) <= OTHERS
 
 
 def served_with(address: str, files: ModelFiles, flags: list[str]) -> bool:
@@ -339,13 +339,13 @@ def served_with(address: str, files: ModelFiles, flags: list[str]) -> bool:
 
 def test_the_same_flags_in_other_words_share_a_server(trunk: Trunk, files: ModelFiles) -> None:
     answer(trunk.address, files, flags=["use_cache", "float32_matmul_precision"])
-    before = {other.pid for other in trunk.others()}
+    before = {other.pid for other in trunk.variants()}
     for flags in (
         ["use_cache", "float32_matmul_precision=medium"],
         ["use_cache", "low_cpu_mem_usage=off", "float32_matmul_precision", "float32_matmul_precision"],
     ):
         answer(trunk.address, files, flags=flags)
-    assert {other.pid for other in trunk.others()} == before
+    assert {other.pid for other in trunk.variants()} == before
 
 
 @pytest.mark.parametrize("how", ["end", "cancel"])
@@ -383,9 +383,9 @@ def test_a_client_that_stopped_answering_is_noticed(files: ModelFiles, monkeypat
     quicker = tuple((name, after_ms // 10) for name, after_ms in endpoint.KEEP_ALIVE)
     monkeypatch.setattr(endpoint, "KEEP_ALIVE", quicker)
     with serve_here(files) as here, holder(here.address, files, 2) as client:
-        assert here.served.admission.sessions == 2
+        assert here.runtime.admission.sessions == 2
         client.send_signal(signal.SIGSTOP)  # its connection stays open, as that of a machine without power
-        assert eventually(lambda: here.served.admission.sessions == 0, within_s=20)
+        assert eventually(lambda: here.runtime.admission.sessions == 0, within_s=20)
 
 
 def test_streams_that_say_nothing_do_not_keep_others_out(files: ModelFiles) -> None:
@@ -393,7 +393,7 @@ def test_streams_that_say_nothing_do_not_keep_others_out(files: ModelFiles) -> N
         for _ in range(4 * SESSIONS):
             stack.enter_context(Raw(here.address))
         assert answer(here.address, files).shape[1] == 4
-        assert eventually(lambda: here.served.admission.sessions == 0)
+        assert eventually(lambda: here.runtime.admission.sessions == 0)
 
 
 def test_a_server_for_other_flags_that_is_killed_ends_its_session_and_is_replaced(
@@ -402,7 +402,7 @@ def test_a_server_for_other_flags_that_is_killed_ends_its_session_and_is_replace
     flags = ["use_cache", "low_cpu_mem_usage"]
     with session(trunk, files, flags=flags) as raw:
         raw.ask(step(hidden(files, 3), 0, 1))
-        for other in trunk.others():
+        for other in trunk.variants():
             other.kill()
         status, _ = raw.refusal(step(hidden(files, 1), 3, 2))
     assert status is grpc.StatusCode.UNAVAILABLE
@@ -507,7 +507,7 @@ def test_a_server_that_ends_takes_those_for_other_flags_with_it(
 ) -> None:
     with serve(settings(files), tmp_path) as own, session(own, files, flags=["low_cpu_mem_usage"]) as raw:
         raw.ask(step(hidden(files, 3), 0))
-        others = own.others()
+        others = own.variants()
         assert others
         own.process.send_signal(number)
         assert own.process.wait(10) == (0 if number is signal.SIGTERM else -signal.SIGKILL)

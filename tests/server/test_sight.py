@@ -18,7 +18,7 @@ import yaml
 
 from server.monitoring.metrics import ENDS, GAUGES, REFUSALS, Metrics
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.probe import Watch
+from splitlearn.client.probe import TrunkProbe
 from tests.conftest import ROOT, TinyFactory
 from tests.support.trunk import Raw, Trunk, eventually, hidden, opening, serve, settings, step
 from ui.trunk.monitor import Series, parse, quantile
@@ -40,11 +40,11 @@ def trunk(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def counted(trunk: Trunk) -> dict[Series, float]:
-    watch = Watch()
+    probe = TrunkProbe()
     try:
-        return parse(watch.look([trunk.address]).metrics)
+        return parse(probe.snapshot([trunk.address]).metrics)
     finally:
-        watch.close()
+        probe.close()
 
 
 def value(found: dict[Series, float], name: str, **labels: str) -> float:
@@ -84,7 +84,7 @@ def test_metrics_and_log_are_exactly_what_happened(trunk: Trunk, files: ModelFil
         "done": 1, "gone": 0, "refused": 1, "failed": 0
     }  # fmt: skip
     refused = {dict(labels)["cause"]: n for (name, labels), n in after.items() if name == "refusals_total" and n}
-    assert refused == {"line_full": 1, "position": 1, "mismatch": 1}
+    assert refused == {"queue_full": 1, "position": 1, "mismatch": 1}
     tokens = {kind: value(after, "tokens_total", kind=kind) for kind in ("prompt", "decode", "replay")}
     assert tokens == {"prompt": 5, "decode": 2, "replay": 3}
     assert (value(after, "forward_seconds_count"), value(after, "step_wait_seconds_count")) == (3, 3)
@@ -96,7 +96,7 @@ def test_metrics_and_log_are_exactly_what_happened(trunk: Trunk, files: ModelFil
         ("done", 6, 6, "127.0.0.1"), ("refused", 4, 1, "127.0.0.1")
     ]  # fmt: skip
     assert [line["cause"] for line in logged(trunk) if line["event"] == "refused"] == [
-        "line_full", "position", "mismatch"
+        "queue_full", "position", "mismatch"
     ]  # fmt: skip
     assert "nowhere else" not in trunk.errors.read_text() + "".join(map(str, after))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.auth import tokens
-from server.auth.tls import Door
+from server.auth.tls import Security
 from splitlearn import config
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
@@ -160,7 +160,7 @@ def test_files_that_do_not_fit_are_named_at_both_ends_before_anything_starts(
     made, words = WRONG[case]
     tls = made(pki, tmp_path / "none.pem")
     with pytest.raises(InputError, match=f"server.*{words}"):
-        Door.of(config.parse({"server": {"tls": tls}}).server)
+        Security.of(config.parse({"server": {"tls": tls}}).server)
     with pytest.raises(InputError, match=f"trunk.*{words}"):
         channel.credentials(config.parse({"trunk": {"tls": {**tls, "ca": str(pki.ours.certificate)}}}).trunk)
 
@@ -168,7 +168,7 @@ def test_files_that_do_not_fit_are_named_at_both_ends_before_anything_starts(
 def test_an_authority_that_is_no_certificate_is_named(pki: Pki) -> None:
     key = str(pki.server.key)
     with pytest.raises(InputError, match=r"server\.tls\.client_ca.*certificates"):
-        Door.of(config.parse({"server": {"tls": {**pki.server.settings(), "client_ca": key}}}).server)
+        Security.of(config.parse({"server": {"tls": {**pki.server.settings(), "client_ca": key}}}).server)
     with pytest.raises(InputError, match=r"trunk\.tls\.ca.*certificates"):
         channel.credentials(config.parse({"trunk": {"tls": {"ca": key}}}).trunk)
 

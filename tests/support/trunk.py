@@ -23,11 +23,10 @@ import torch
 import yaml
 
 from server.__main__ import listen, main
-from server.auth.tls import Door
-from server.build import Served as ServedHere
-from server.build import build
+from server.auth.tls import Security
+from server.build import TrunkRuntime, build
 from server.service import TrunkService
-from server.variants import Others
+from server.variants import Variants
 from splitlearn import config
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import Served
@@ -60,8 +59,8 @@ class Trunk:
     address: str
     errors: Path
 
-    def others(self) -> list[psutil.Process]:
-        """The servers that it has started for other sets of flags."""
+    def variants(self) -> list[psutil.Process]:
+        """The servers that it started for other sets of flags."""
         return psutil.Process(self.process.pid).children()
 
 
@@ -111,7 +110,7 @@ class TrunkHere:
     """A server in this process, so that a test can look into it."""
 
     address: str
-    served: ServedHere
+    runtime: TrunkRuntime
 
 
 @contextmanager
@@ -120,16 +119,17 @@ def serve_here(files: ModelFiles, flags: str = "trunk:none", /, **limits: object
     layers = {"start": PLAN.start, "end": PLAN.end}
     parsed = config.parse({**settings(files, split=layers, server={"port": 0, **limits}), "flags": flags})
     built = build(parsed, silent)
-    others = Others(parsed, built)
+    variants = Variants(parsed, built)
     said = io.StringIO()
     with redirect_stdout(said):
-        door = Door.of(parsed.server)
-        running = listen(TrunkService(built, others, parsed.server, door.access), parsed.server, door)
+        security = Security.of(parsed.server)
+        service = TrunkService(built, variants, parsed.server, security.access)
+        running = listen(service, parsed.server, security)
     try:
         yield TrunkHere(said.getvalue().removeprefix(READY).strip(), built)
     finally:
         running.server.stop(grace=0).wait()
-        others.stop()
+        variants.stop()
 
 
 def eventually(holds: Callable[[], object], within_s: float = 8.0) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from prometheus_client.parser import text_string_to_metric_families
 
 from splitlearn.arms.runs import Runs
-from splitlearn.client.probe import Look, Watch
+from splitlearn.client.probe import Snapshot, TrunkProbe
 from splitlearn.errors import SplitlearnError
 
 PREFIX = "splitlearn_trunk_"
@@ -38,7 +38,7 @@ class Figures:
 class Shown:
     """What there is to show: the last look with the figures so far, oldest first, or why there is none."""
 
-    look: Look | None = None
+    look: Snapshot | None = None
     figures: tuple[Figures, ...] = ()
     error: str = ""
 
@@ -50,7 +50,7 @@ class Monitor:
         self.measuring = measuring
         self._runs = runs
         self._lock = threading.Lock()
-        self._watch: Watch | None = None
+        self._probe: TrunkProbe | None = None
         self._looked = float("-inf")
         self._shown = Shown()
         self._samples: deque[tuple[float, Mapping[Series, float]]] = deque()
@@ -66,13 +66,13 @@ class Monitor:
     def close(self) -> None:
         """Close the connection to the trunk."""
         with self._lock:
-            if self._watch is not None:
-                self._watch.close()
+            if self._probe is not None:
+                self._probe.close()
 
     def _see(self) -> Shown:
         try:
-            self._watch = self._watch or Watch(self._runs.credentials)
-            look = self._watch.look(self._runs.trunk_addresses())
+            self._probe = self._probe or TrunkProbe(self._runs.credentials)
+            look = self._probe.snapshot(self._runs.trunk_addresses())
         except SplitlearnError as error:
             self._samples.clear()
             return Shown(error=str(error))

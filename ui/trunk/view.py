@@ -85,7 +85,7 @@ def _tiles(at: Figures) -> list[tuple[str, str, str]]:
         ("KV blocks", _of(at, "kv_blocks_used", "kv_blocks"), "Blocks of KV memory that sessions have, of all"),
         ("Bytes in", _speed(rates.get("received_bytes_total")), "Of sessions' messages from clients"),
         ("Bytes out", _speed(rates.get("sent_bytes_total")), "Of sessions' messages to clients"),
-        ("Handed on", f"{now.get('sessions_handed_on', 0):.0f}", "Sessions at servers with other flags, not in here"),
+        ("Proxied", f"{now.get('sessions_proxied', 0):.0f}", "Sessions at servers with other flags, not in here"),
     ]
 
 

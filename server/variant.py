@@ -1,5 +1,4 @@
-"""A trunk server for another set of flags, as a child process: its start, which may be ended at any moment, and its
-sessions."""
+"""A variant: a trunk server for another set of flags, as a child process whose start may be ended at any moment."""
 
 import threading
 import time
@@ -18,16 +17,16 @@ STOP_TIMEOUT_S = 2.0
 NEVER = float("inf")
 
 
-class Child:
-    """One child. Once `started` is set there is an `error`, or it serves at `channel`, until it is lost.
+class Variant:
+    """One variant. Once `started` is set it has an `error`, or serves at `channel` until it is lost.
 
-    `sessions` counts those that it has or that wait for it. A Watchdog's item: overdue when it is idle for too long.
+    `sessions` counts those that it has or that wait for it. Watched by a Watchdog: overdue when idle for too long.
     """
 
     channel: grpc.Channel
 
     def __init__(
-        self, config: Config, flags: frozenset[str], memory: Memory, retire: Callable[["Child"], None]
+        self, config: Config, flags: frozenset[str], memory: Memory, retire: Callable[["Variant"], None]
     ) -> None:
         self._config, self._flags, self._memory, self._retire = config, flags, memory, retire
         self.sessions, self.idle_since = 0, time.monotonic()
@@ -37,31 +36,35 @@ class Child:
         self._server: Server | None = None
         self._ended = False
 
-    def start(self, after: "Child | None") -> None:
-        """Begin to start it, once `after` has ended and given its memory back. Returns at once."""
+    def start(self, after: "Variant | None") -> None:
+        """Begin to start it once `after` has ended and given its memory back. Returns at once."""
         threading.Thread(target=self._start, args=(after,), daemon=True).start()
 
     def serves(self) -> bool:
-        """Whether it is there for sessions."""
+        """Whether it can take sessions."""
         server = self._server
         if server is None or self.error is not None or not self.started.is_set():
             return False
         return server.process.poll() is None and process.runs(server.process.pid)
 
-    def lost(self) -> bool:
-        """Whether it has started, and is not there (any more)."""
-        return self.started.is_set() and not self.serves()
+    def usable(self) -> bool:
+        """Whether it serves or starts."""
+        return self.serves() or not self.started.is_set()
+
+    def idle(self) -> bool:
+        """Whether no session has it or waits for it."""
+        return not self.sessions
 
     def due_s(self) -> float:
         """When it will have been idle for too long."""
         return NEVER if self.sessions or not self.started.is_set() else self.idle_since + self._config.server.idle_s
 
     def overdue(self) -> None:
-        """It was."""
+        """It has been idle for too long."""
         self._retire(self)
 
     def stop(self) -> None:
-        """End it, also while it starts; said again, it does nothing."""
+        """End it, also while it starts. Ending it again does nothing."""
         with self._lock:
             self._ended, server = True, self._server
         if server is not None:
@@ -70,7 +73,7 @@ class Child:
             self.channel.close()
         self._memory.give_back(self)
 
-    def _start(self, after: "Child | None") -> None:
+    def _start(self, after: "Variant | None") -> None:
         try:
             if after is not None:
                 after.stop()
@@ -88,7 +91,7 @@ class Child:
             self._server, ended = server, self._ended
         if ended:  # nobody waits for it any more
             server.stop()
-            raise TrunkUnavailable("the server for these flags is not wanted any more", "draining")
+            raise TrunkUnavailable("the server for these flags is not needed any more", "draining")
         server.tell(self._settings(kv_bytes))
         address = server.wait_ready()
         if address is None:
@@ -100,6 +103,6 @@ class Child:
     def _settings(self, kv_bytes: int) -> Config:
         """This server's own, on loopback, with these flags."""
         limit = self._config.server.kv_bytes
-        changes = {"tls": ServerTls(), "max_others": 0, "kv_bytes": min(kv_bytes, limit or kv_bytes)}
+        changes = {"tls": ServerTls(), "max_variants": 0, "kv_bytes": min(kv_bytes, limit or kv_bytes)}
         own = self._config.server.model_copy(update=changes)
         return serving(self._config.model_copy(update={"server": own}), self._flags)

@@ -1,0 +1,95 @@
+"""What this trunk offers: the model and layers that it serves, and the flags that a session may have."""
+
+import grpc
+import torch
+
+from server.build import TrunkRuntime
+from server.variants import Variants
+from splitlearn.config import ServerConfig
+from splitlearn.errors import InputError, TrunkRefused
+from splitlearn.flags.here import here
+from splitlearn.flags.registry import FLAGS
+from splitlearn.flags.selection import applied_of, chosen_in, why_not
+from splitlearn.runtime import hardware
+from splitlearn.wire import ENVELOPE_BYTES, MAX_TENSOR_BYTES, PROTOCOL
+from splitlearn.wire import trunk_pb2 as pb
+
+
+class Offer:
+    """`part_bytes`: the most bytes of a tensor in one message. Raises InputError for a limit on messages into which
+    not even the hidden state of one token fits."""
+
+    def __init__(self, runtime: TrunkRuntime, variants: Variants, limits: ServerConfig) -> None:
+        self._runtime, self._variants, self._limits = runtime, variants, limits
+        self.part_bytes = min(MAX_TENSOR_BYTES, limits.max_message_bytes - ENVELOPE_BYTES)
+        row = runtime.files.facts.hidden_size * runtime.placement.dtype.itemsize
+        if self.part_bytes < row:
+            least = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
+            raise InputError("server.max_message_bytes", limits.max_message_bytes, least)
+        self._dtype = _name(runtime.placement.dtype)
+        self._place = here(str(runtime.placement.device), self._dtype)
+        self._machine = {name: str(value) for name, value in hardware.describe().items() if value is not None}
+
+    def describe(self, request: bytes, context: grpc.ServicerContext) -> pb.Description:
+        """The answer to Describe. Its request is empty, so it is not read."""
+        runtime, plan = self._runtime, self._runtime.plan
+        return pb.Description(
+            protocol=PROTOCOL,
+            model=runtime.files.name,
+            digest=runtime.files.digest,
+            start=plan.start,
+            end=plan.end,
+            n_layers=plan.n_layers,
+            dtype=self._dtype,
+            device=str(runtime.placement.device),
+            hidden_size=runtime.files.facts.hidden_size,
+            max_length=self._longest() or 0,
+            threads=runtime.threads,
+            flags=[pb.FlagState(name=name, unavailable=self._why_not(name) or "") for name in FLAGS],
+            machine=self._machine,
+        )
+
+    def flags(self, opening: pb.Open) -> frozenset[str]:
+        """The flags of a session that may be opened. Raises InputError and TrunkRefused for one that may not."""
+        self._check_served(opening)
+        limit = self._longest()
+        if opening.max_length < 1 or (limit is not None and opening.max_length > limit):
+            raise InputError("max_length", opening.max_length, f"1 to {limit or 'any number of'} tokens")
+        if not 0 <= opening.timeout_s < float("inf"):
+            raise InputError("timeout_s", opening.timeout_s, "seconds, 0 or more")
+        chosen = chosen_in(opening.flags)
+        for name in chosen:
+            reason = why_not(name, "trunk", self._place)
+            if reason:
+                raise TrunkRefused(f"flag {name} is unavailable at this trunk: {reason}")
+        return applied_of(chosen)
+
+    def _check_served(self, opening: pb.Open) -> None:
+        """Raises TrunkRefused that names all in which the client's trunk differs from this one."""
+        files, plan = self._runtime.files, self._runtime.plan
+        differing = [
+            f"{what} is {ours}, not {theirs!r}"
+            for what, theirs, ours in (
+                ("protocol", opening.protocol, PROTOCOL),
+                ("model", opening.model, files.name),
+                ("digest", opening.digest, files.digest),
+                ("layer range", (opening.start, opening.end, opening.n_layers), (plan.start, plan.end, plan.n_layers)),
+                ("dtype", opening.dtype, self._dtype),
+            )
+            if theirs != ours
+        ]
+        if differing:
+            raise TrunkRefused(f"this trunk serves something else: {'; '.join(differing)}")
+
+    def _longest(self) -> int | None:
+        """The most tokens of a session by the model and the settings; None where neither sets a limit."""
+        limits = (self._runtime.files.facts.context_length, self._limits.max_length)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _why_not(self, flag: str) -> str | None:
+        """Why no session can have that flag here, or None."""
+        return why_not(flag, "trunk", self._place) or self._variants.why_not(flag)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

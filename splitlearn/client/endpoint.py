@@ -1,0 +1,53 @@
+"""One address of a trunk: its channels, and the circuit breaker of its tries."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+
+from splitlearn.client.circuit_breaker import Breaker
+from splitlearn.wire.channel import Credentials, open_channel
+
+
+class Endpoint:
+    """Hands out channels that one user at a time has to itself. A channel comes back when its user is done in order,
+    and the next user finds it connected.
+
+    A channel that failed is closed, never reused: gRPC would wait longer and longer before it connects again, and give
+    the old error meanwhile.
+    """
+
+    def __init__(self, address: str, credentials: Credentials) -> None:
+        self.address = address
+        self.breaker = Breaker()
+        self._credentials = credentials
+        self._idle: list[grpc.Channel] = []
+        self._closed = False
+
+    def take(self) -> grpc.Channel:
+        """An idle channel, or a new one."""
+        return self._idle.pop() if self._idle else open_channel(self.address, self._credentials)
+
+    def give_back(self, channel: grpc.Channel) -> None:
+        """The user of `channel` is done with it, and it works."""
+        if self._closed:
+            channel.close()
+        else:
+            self._idle.append(channel)
+
+    @contextmanager
+    def channel(self) -> Iterator[grpc.Channel]:
+        """A channel for the length of a block; closed where the block raises."""
+        channel = self.take()
+        try:
+            yield channel
+        except BaseException:
+            channel.close()
+            raise
+        self.give_back(channel)
+
+    def close(self) -> None:
+        """Close all idle channels, and those that come back later."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
