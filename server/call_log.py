@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import unquote
 
 import grpc
+import prometheus_client
 
 from server.monitoring import logs
 from server.monitoring.metrics import End, Kind, Metrics, cause_of
@@ -38,18 +39,18 @@ class CallLog:
 
     def received(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """The same messages, counted."""
-        for message in requests:
-            yield message
-            self._counts["bytes_in"] += len(message)
-            self._metrics.received_bytes.inc(len(message))
+        yield from self._counted(requests, "bytes_in", self._metrics.received_bytes)
         self._end = "done"  # the client sends no more
 
     def sent(self, answers: Iterator[bytes]) -> Iterator[bytes]:
         """The same messages, counted."""
-        for message in answers:
+        yield from self._counted(answers, "bytes_out", self._metrics.sent_bytes)
+
+    def _counted(self, messages: Iterator[bytes], name: str, metric: prometheus_client.Counter) -> Iterator[bytes]:
+        for message in messages:
             yield message
-            self._counts["bytes_out"] += len(message)
-            self._metrics.sent_bytes.inc(len(message))
+            self._counts[name] += len(message)
+            metric.inc(len(message))
 
     def opened(self, waited_s: float) -> None:
         """The session was admitted."""

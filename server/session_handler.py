@@ -49,14 +49,6 @@ class Parts:
     tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Result:
-    """A step and its answer, None where its client dropped it."""
-
-    step: Step
-    answer: StepAnswer | None
-
-
 class SessionHandler:
     """Takes the messages of `session` one by one; `parts` are of a step that is not whole yet."""
 
@@ -77,11 +69,11 @@ class SessionHandler:
         if step is None:
             return
         before = self._session.computed
-        result = self.run(step)
-        yield from self.encode(result)
-        if result.answer is not None:
+        answer = self.run(step)
+        yield from self.encode(step, answer)
+        if answer is not None:
             kinds = _kinds(step, before, self._session.recomputes)
-            self._log.stepped(kinds, step.x.shape[1], step.wanted, result.answer.queue_s)
+            self._log.stepped(kinds, step.x.shape[1], step.wanted, answer.queue_s)
 
     def assemble(self, message: pb.Step) -> Step | None:
         """The step that `message` completes; None where more parts are to come."""
@@ -98,18 +90,18 @@ class SessionHandler:
         self._watch.lap("decode")
         return step
 
-    def run(self, step: Step) -> Result:
-        """Have the engine compute a step."""
+    def run(self, step: Step) -> StepAnswer | None:
+        """Have the engine compute a step. None where its client dropped it."""
         try:
-            answer = self._engine.step(self._session, step)
+            return self._engine.step(self._session, step)
         except StepUnwanted:
-            answer = None
-        self._watch.lap("engine")
-        return Result(step, answer)
+            return None
+        finally:
+            self._watch.lap("engine")
 
-    def encode(self, result: Result) -> Iterator[bytes]:
+    def encode(self, step: Step, answer: StepAnswer | None) -> Iterator[bytes]:
         """The messages of an answer, in as many parts as it takes; the last one says what took how long."""
-        step, answer, seconds = result.step, result.answer, self._watch.seconds
+        seconds = self._watch.seconds
         if answer is None:
             took = {"decode_s": seconds["decode"], "trunk_s": seconds["engine"]}
             yield _answer(step, step.position, dropped=True, **took)

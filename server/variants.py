@@ -78,11 +78,17 @@ class Variants:
         own = {text.partition("=")[0] for text in self._own}
         if FLAGS[flag].scope not in SCOPES or flag in own:
             return None
-        if not self._config.server.max_variants:
+        offered = flag in self._offered
+        return self._why_none() or (None if offered else "it is not on offer at this trunk (server.offered_flags)")
+
+    def _why_none(self) -> str | None:
+        """Why there are no variants at all, or None."""
+        server = self._config.server
+        if not server.max_variants:
             return "this trunk starts no server for other load and process flags (server.max_variants)"
-        if self._open_to_all():
-            return "this trunk knows no clients (server.tokens), and starts no server for other flags for strangers"
-        return None if flag in self._offered else "it is not on offer at this trunk (server.offered_flags)"
+        if server.tokens or server.tls.client_ca or is_loopback(server.host):
+            return None
+        return "this trunk starts no server for strangers: it knows no clients (server.tokens, server.tls.client_ca)"
 
     def drain(self) -> None:
         """Take no session any more."""
@@ -150,16 +156,10 @@ class Variants:
 
     def _check(self, flags: frozenset[str]) -> None:
         """Raise TrunkRefused where this set is not on offer."""
-        if self._open_to_all():
-            said = "it has other load and process flags, and starts no server for others for clients that it"
-            raise TrunkRefused(f"{said} does not know (server.tokens, server.tls.client_ca)")
-        not_offered = sorted({text.partition("=")[0] for text in flags - self._own} - self._offered)
-        if not_offered:
-            raise TrunkRefused(f"not on offer at this trunk (server.offered_flags): {', '.join(not_offered)}")
-
-    def _open_to_all(self) -> bool:
-        server = self._config.server
-        return not (server.tokens or server.tls.client_ca or is_loopback(server.host))
+        names = sorted({text.partition("=")[0] for text in flags - self._own} - self._offered)
+        reason = self._why_none()
+        if reason or names:
+            raise TrunkRefused(reason or f"not on offer at this trunk (server.offered_flags): {', '.join(names)}")
 
     def _joined(self, flags: frozenset[str]) -> Variant:
         """The variant that serves or starts, or else a new one. Raises TrunkFull."""

@@ -106,22 +106,14 @@ class QueuedStep:
     session: Session
     step: Step
     began: float
+    group: Hashable
+    holder: Hashable
     outputs: list[torch.Tensor] = field(default_factory=list)
     done: int = 0
     ran: int = NEVER
     trunk_s: float = 0.0
     compile_s: float = 0.0
     ended: Future[None] = field(default_factory=Future)
-
-    @property
-    def group(self) -> Hashable:
-        """Its session's."""
-        return self.session.group
-
-    @property
-    def holder(self) -> Hashable:
-        """Its session's."""
-        return self.session.quota.holder
 
     @property
     def left(self) -> int:

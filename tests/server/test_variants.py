@@ -48,7 +48,7 @@ def test_strangers_are_given_none_and_are_told_before_they_ask(files: ModelFiles
         code, said = refusal(address, files, OTHER)
         unavailable = {flag.name: flag.unavailable for flag in describe(address).flags}
     assert code is REFUSED
-    assert "clients that it does not know (server.tokens, server.tls.client_ca)" in said
+    assert "it knows no clients (server.tokens, server.tls.client_ca)" in said
     assert "strangers" in unavailable["low_cpu_mem_usage"]
     assert unavailable["use_cache"] == ""
 
