@@ -12,7 +12,7 @@ from server.__main__ import listen
 from server.auth.tls import Security
 from server.build import TrunkRuntime, build
 from server.scheduling.engine import Engine, StepAnswer
-from server.scheduling.sessions import Session, Step
+from server.scheduling.sessions import EngineSession, Step
 from server.service import TrunkService
 from server.variants import Variants
 from splitlearn.config import Config
@@ -29,7 +29,7 @@ class Direct(Engine):
         super().__init__(runtime.stage, runtime.admission, runtime.engine.limits, runtime.metrics, thread)
         self._alone = runtime.stage
 
-    def step(self, session: Session, step: Step) -> StepAnswer:
+    def step(self, session: EngineSession, step: Step) -> StepAnswer:
         """One forward for this step alone; nothing is waited for, checked or counted."""
         started = time.perf_counter()
         output = self._alone.step([StageInput(session.cache, step.position, step.x, rope_length=step.rope_length)])[0]

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from server.call_log import CallLog
 from server.monitoring.metrics import Kind
 from server.scheduling.engine import Engine, StepAnswer
-from server.scheduling.sessions import Session, Step
+from server.scheduling.sessions import EngineSession, Step
 from splitlearn.errors import InputError, StepUnwanted
 from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
@@ -52,7 +52,9 @@ class Parts:
 class SessionHandler:
     """Takes the messages of `session` one by one; `parts` are of a step that is not whole yet."""
 
-    def __init__(self, engine: Engine, session: Session, log: CallLog, dtype: torch.dtype, hidden_size: int) -> None:
+    def __init__(
+        self, engine: Engine, session: EngineSession, log: CallLog, dtype: torch.dtype, hidden_size: int
+    ) -> None:
         self.parts: Parts | None = None
         self._engine, self._session, self._log = engine, session, log
         self._dtype, self._hidden_size = dtype, hidden_size

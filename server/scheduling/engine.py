@@ -19,7 +19,7 @@ from server.auth.gate import Quota
 from server.monitoring.metrics import Metrics
 from server.scheduling.admission import Admission
 from server.scheduling.scheduler import Batch, Limits, Turns, next_batch
-from server.scheduling.sessions import Pace, QueuedStep, Session, SessionTable, Step
+from server.scheduling.sessions import EngineSession, Pace, QueuedStep, SessionTable, Step
 from splitlearn.errors import (
     InputError,
     NotFinite,
@@ -73,7 +73,7 @@ class Engine:
         timeout_s: float,
         quota: Quota,
         when_gone: Callable[[Callable[[], None]], bool],
-    ) -> Session:
+    ) -> EngineSession:
         """A session with room for `max_length` tokens, once there is room. Raises as `Admission.acquire`.
 
         A session without use_cache gets that room, too: its steps are computed in pieces like any prompt.
@@ -86,11 +86,11 @@ class Engine:
         except BaseException:  # of any kind: the reservation must not be lost with it
             self._admission.release(reservation)
             raise
-        session = Session(flags, kept, max_length, timeout_s, reservation, quota, self.limits.shared)
+        session = EngineSession(flags, kept, max_length, timeout_s, reservation, quota, self.limits.shared)
         self._table.add(session)
         return session
 
-    def branch(self, session: Session, key: bytes, tokens: int) -> None:
+    def branch(self, session: EngineSession, key: bytes, tokens: int) -> None:
         """Begin `session` with the first `tokens` of the session named `key`.
 
         Raises TrunkForgot where that one is gone, InputError for what it cannot give.
@@ -117,7 +117,7 @@ class Engine:
             session.unwanted = step_id
         return session is not None
 
-    def close(self, session: Session) -> None:
+    def close(self, session: EngineSession) -> None:
         """Free a session's memory, now or after the forward that uses it. Closing it again does nothing."""
         self._table.close(session)
         with self._arrived:
@@ -125,7 +125,7 @@ class Engine:
             holders = {each.quota.holder for each in left}
             self._turns = self._turns.only({each.group for each in left}, holders)
 
-    def step(self, session: Session, step: Step) -> StepAnswer:
+    def step(self, session: EngineSession, step: Step) -> StepAnswer:
         """Compute a step, in one forward with steps of other sessions where they can share it.
 
         Raises InputError for a position that does not follow, TrunkLate when the step waited for longer than
@@ -259,7 +259,7 @@ class Engine:
         return output
 
 
-def _check_position(session: Session, step: Step) -> None:
+def _check_position(session: EngineSession, step: Step) -> None:
     if session.recomputes and step.position:
         raise InputError("position", step.position, "0: without use_cache a step has the whole prefix")
     if not session.recomputes and step.position < session.computed and not step.roll_back:

@@ -5,7 +5,7 @@ token. Prompts share a bounded number of tokens, so that a long one delays the o
 turns, too: first among holders (a token of the access file, or a connection), then among one holder's own. So a holder
 of many sessions gets no more than a holder of one.
 
-`Session.group` (sessions.py) says what a group is; `Engine` (engine.py) how long a forward waits for more steps.
+`EngineSession.group` (sessions.py) says what a group is; `Engine` (engine.py) how long a forward waits for more steps.
 """
 
 import sys

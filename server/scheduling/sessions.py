@@ -47,7 +47,7 @@ class Pace:
 
 
 @dataclass(eq=False)
-class Session:
+class EngineSession:
     """An open session: `cache` is its state at the stage, `computed` the length of the prefix computed so far."""
 
     flags: frozenset[str]
@@ -103,7 +103,7 @@ class Step:
 class QueuedStep:
     """A step that waits or runs, of which `done` tokens are computed. `ended` is set with the end or the error."""
 
-    session: Session
+    session: EngineSession
     step: Step
     began: float
     group: Hashable
@@ -160,22 +160,22 @@ class SessionTable:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._lock = threading.Lock()
-        self._sessions: list[Session] = []
+        self._sessions: list[EngineSession] = []
 
-    def all(self) -> tuple[Session, ...]:
+    def all(self) -> tuple[EngineSession, ...]:
         """Those that have memory now, the closed ones too."""
         return tuple(self._sessions)
 
-    def add(self, session: Session) -> None:
+    def add(self, session: EngineSession) -> None:
         """A session was opened."""
         with self._lock:
             self._sessions.append(session)
 
-    def find(self, key: bytes) -> Session | None:
+    def find(self, key: bytes) -> EngineSession | None:
         """The session of that key. The search takes as long for a guess that is nearly right."""
         return next((each for each in self.all() if secrets.compare_digest(each.key, key)), None)
 
-    def hold(self, *sessions: Session) -> bool:
+    def hold(self, *sessions: EngineSession) -> bool:
         """Keep the memory of `sessions` until `let_go`. False, and nothing is held, where one of them is closed."""
         with self._lock:
             if any(session.closed for session in sessions):
@@ -184,20 +184,20 @@ class SessionTable:
                 session.users += 1
             return True
 
-    def let_go(self, *sessions: Session) -> None:
+    def let_go(self, *sessions: EngineSession) -> None:
         """Undo `hold`; frees those that were closed meanwhile."""
         with self._lock:
             for session in sessions:
                 session.users -= 1
                 self._free_locked(session)
 
-    def close(self, session: Session) -> None:
+    def close(self, session: EngineSession) -> None:
         """Free its memory, now or when nothing uses it any more. Closing it again does nothing."""
         with self._lock:
             session.closed = True
             self._free_locked(session)
 
-    def _free_locked(self, session: Session) -> None:
+    def _free_locked(self, session: EngineSession) -> None:
         if session.closed and not session.users and session in self._sessions:
             self._sessions.remove(session)
             session.cache.close()

@@ -18,7 +18,7 @@ import torch
 from server.auth.gate import Quota
 from server.build import KV_SHARE
 from server.scheduling.engine import Engine
-from server.scheduling.sessions import Pace, Session, Step
+from server.scheduling.sessions import EngineSession, Pace, Step
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
@@ -46,7 +46,7 @@ def _uses(pool: KVPool, blocks: int) -> bool:
     return pool.blocks_used == blocks
 
 
-def opened(engine: Engine, flags: Collection[str] = CACHED, max_length: int = 20) -> Session:
+def opened(engine: Engine, flags: Collection[str] = CACHED, max_length: int = 20) -> EngineSession:
     """A session of a client that stays."""
     return engine.open(frozenset(flags), max_length, 60.0, Quota(), lambda gone: True)
 
