@@ -65,8 +65,8 @@ def merged(model: Any, folder: Path) -> Any:
             found = wrapped.load_adapter(str(folder), "default")
             merge = wrapped.merge_and_unload
     except Exception as error:  # peft raises exceptions of every kind
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ModelError(f"The adapter in {folder} cannot be applied to the model beside it ({said}).") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ModelError(f"The adapter in {folder} cannot be applied to the model beside it ({reason}).") from error
     apart = sorted({*found.unexpected_keys, *found.missing_keys})
     if apart:
         raise ModelError(

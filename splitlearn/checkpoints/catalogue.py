@@ -154,8 +154,8 @@ def _local(name: str) -> Path | None:
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return None
-        said = getattr(error, "strerror", None) or str(error)
-        raise InputError("model.name", name, f"a folder or file that can be read ({said})") from error
+        why = getattr(error, "strerror", None) or str(error)
+        raise InputError("model.name", name, f"a folder or file that can be read ({why})") from error
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -213,8 +213,8 @@ def _make(source: PipSource | HubSource | Path, target: Path, progress: Progress
             seal(folder, checkpoint.origin, facts, progress)
             folder.rename(target)
     except OSError as error:
-        said = f"{target} could not be made: {error}. SPLITLEARN_CACHE or model.cache names another folder for it."
-        raise ModelError(said) from error
+        message = f"{target} could not be made: {error}. SPLITLEARN_CACHE or model.cache names another folder for it."
+        raise ModelError(message) from error
 
 
 def _is_whole(folder: Path) -> bool:

@@ -75,8 +75,8 @@ def not_applied(source: Path, model: Any, report: Mapping[str, Any]) -> Iterator
         yield f"Not applied, since they are in folders of their own: the adapters {first_few(adapters)}"
     if getattr(model.config, "auto_map", None):
         yield f"The model's own Python code is not run; {type(model).__name__} of transformers takes its place"
-    asked = {name: getattr(model.generation_config, name, None) for name in _CHOOSING}
-    if rules := [f"{name} {value}" for name, value in asked.items() if value not in (None, 0, 1, [], {})]:
+    settings = {name: getattr(model.generation_config, name, None) for name in _CHOOSING}
+    if rules := [f"{name} {value}" for name, value in settings.items() if value not in (None, 0, 1, [], {})]:
         yield f"Not applied, of generation_config.json: {', '.join(rules)}"
 
 

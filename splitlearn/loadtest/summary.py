@@ -93,5 +93,5 @@ def _within(outcome: Outcome, seconds: float) -> bool:
 
 def _reasons(outcomes: Sequence[Outcome]) -> dict[str, int]:
     """The errors, most frequent first. Errors that differ only in numbers are one reason."""
-    said = Counter(re.sub(r"\d+(\.\d+)?", "#", outcome.reason) for outcome in outcomes if outcome.reason)
-    return dict(said.most_common())
+    reasons = Counter(re.sub(r"\d+(\.\d+)?", "#", outcome.reason) for outcome in outcomes if outcome.reason)
+    return dict(reasons.most_common())

@@ -58,20 +58,20 @@ def credentials(settings: TrunkConfig) -> Credentials:
     return Credentials(ca, certificate, key, tls.server_name, _token(settings.token))
 
 
-def open_channel(address: str, shown: Credentials = NONE) -> grpc.Channel:
+def open_channel(address: str, identity: Credentials = NONE) -> grpc.Channel:
     """A channel to the trunk at `address`. It connects on first use.
 
     Raises InputError if a token would go over a network in plaintext.
     """
     options = (*_OPTIONS, *KEEP_ALIVE)
-    if shown.ca is not None:
-        secure = grpc.ssl_channel_credentials(shown.ca, shown.key, shown.certificate)
-        name = (("grpc.ssl_target_name_override", shown.server_name),) if shown.server_name else ()
+    if identity.ca is not None:
+        secure = grpc.ssl_channel_credentials(identity.ca, identity.key, identity.certificate)
+        name = (("grpc.ssl_target_name_override", identity.server_name),) if identity.server_name else ()
         channel = grpc.secure_channel(address, secure, options=(*options, *name))
     else:
-        plain = address if shown.token is None else _on_loopback(address)
+        plain = address if identity.token is None else _on_loopback(address)
         channel = grpc.insecure_channel(plain, options=options)
-    return channel if shown.token is None else grpc.intercept_channel(channel, _TokenInterceptor(shown.token))
+    return channel if identity.token is None else grpc.intercept_channel(channel, _TokenInterceptor(identity.token))
 
 
 def _on_loopback(address: str) -> str:

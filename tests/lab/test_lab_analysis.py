@@ -40,7 +40,7 @@ def test_a_planted_effect_is_found_on_its_row_and_on_no_other() -> None:
     assert found.effect is not None
     assert found.effect.ratio == pytest.approx(1 / 1.10, rel=0.01)
     assert found.effect.pairs == 12
-    others = [r for r in findings.asked if r is not found]
+    others = [r for r in findings.flag_rows if r is not found]
     assert len(others) == 15
     assert {r.verdict for r in others} == {"no measurable effect"}
     assert findings.decided
@@ -56,7 +56,7 @@ def test_the_ledger_names_the_part_that_changed() -> None:
 
 def test_questions_of_both_kinds_and_all_flags_are_one_family() -> None:
     findings = analyse(SETUP, trials(SETUP), {})
-    levels = {r.effect.level for r in findings.asked if r.effect}
+    levels = {r.effect.level for r in findings.flag_rows if r.effect}
     assert max(levels) <= 1 - 0.05 / 8 + 1e-12, "Holm over eight questions"
     floor = row(findings, AA, "full", "tpot_s").effect
     assert floor is not None
@@ -94,7 +94,7 @@ def test_a_rounding_flag_with_other_tokens_is_shown_and_does_not_fail() -> None:
 
 def test_verdicts_are_withheld_where_the_same_arm_differs_from_itself() -> None:
     findings = analyse(SETUP, trials(SETUP, {("baseline again, full", "tpot_s"): 1.05}), {})
-    withheld = [r for r in findings.asked if r.verdict == WITHHELD]
+    withheld = [r for r in findings.flag_rows if r.verdict == WITHHELD]
     assert {(r.question.kind, r.metric) for r in withheld} == {("full", "tpot_s")}
     assert len(withheld) == 4
     assert all("does not cover 1" in r.reason for r in withheld)
@@ -105,7 +105,7 @@ def test_verdicts_are_withheld_where_the_same_arm_differs_from_itself() -> None:
 
 def test_an_inconclusive_verdict_says_how_many_pairs_are_needed() -> None:
     findings = analyse(SETUP, trials(SETUP, noise=0.02), {})
-    open_rows = [r for r in findings.asked if r.verdict == "inconclusive"]
+    open_rows = [r for r in findings.flag_rows if r.verdict == "inconclusive"]
     assert open_rows
     assert all(r.more_pairs and f"({r.more_pairs} more pairs needed)" in r.text for r in open_rows)
     assert findings.more_pairs == max(r.more_pairs or 0 for r in open_rows)
@@ -180,7 +180,7 @@ def test_an_experiment_that_has_only_begun_says_so() -> None:
     for begun in ([], trials(SETUP, blocks=1)):
         findings = analyse(SETUP, begun, {})
         assert not findings.decided
-        assert {r.verdict for r in findings.asked} == {"no pairs yet"}
+        assert {r.verdict for r in findings.flag_rows} == {"no pairs yet"}
         assert len(data.verdicts(findings)) == len(findings.rows)
 
 

@@ -21,7 +21,7 @@ from ui import inputs
 from ui.compare import view as compare_view
 from ui.flags.picker import Updates
 from ui.lab.actions import Lab, Opened
-from ui.lab.view import details, ledger_key, progress, report, so_far
+from ui.lab.view import breakdown_key, details, progress, report, so_far
 
 HELP = (
     "Measures what each chosen flag does, in full and in split: every arm once in each block, in random order, always "
@@ -33,7 +33,7 @@ EXPORTS = ("report.html", "results.json", "verdicts.csv", "pairs.csv", "trials.c
 DRAW: dict[str, Callable[..., Any]] = {
     "forest": charts.forest,
     "dots": charts.dots,
-    "ledger": charts.ledger,
+    "ledger": charts.breakdown,
 }
 LABELS = {
     "minutes": "At most so many minutes",
@@ -282,7 +282,7 @@ class LabTab:
         found = opened.findings
         plots = {plot: gr.Plot(DRAW[what](found, *how)) for (what, *how), plot in self.pictures.items()}
         files = {button: gr.DownloadButton(value=str(opened.files[name])) for name, button in self.files.items()}
-        texts = {self.report: report(found), self.key: ledger_key(found)}
+        texts = {self.report: report(found), self.key: breakdown_key(found)}
         return {**plots, **files, **texts, self.details: details(found), self.drawn: gr.Column(visible=True)}
 
     def _empty(self) -> Updates:

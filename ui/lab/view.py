@@ -79,7 +79,7 @@ def details(findings: Findings) -> str:
     )
 
 
-def ledger_key(findings: Findings) -> str:
+def breakdown_key(findings: Findings) -> str:
     """The colours of the ledger's bars."""
     parts = "".join(
         f'<li><span class="sl-swatch" style="background:{PART_COLOURS[word]}"></span>{word}</li>'

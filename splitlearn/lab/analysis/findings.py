@@ -17,13 +17,13 @@ from splitlearn.events import Kind
 from splitlearn.lab import stats
 from splitlearn.lab.analysis.pairing import (
     ArmFigures,
+    BreakdownEffect,
     Exclusion,
-    LedgerEffect,
     Pair,
     SameWork,
     ServiceLevel,
+    breakdown_effect,
     figures,
-    ledger_effect,
     pairs_of,
     same_work,
     whole_blocks,
@@ -35,7 +35,7 @@ from splitlearn.lab.store import Store
 Metric = Literal["ttft_s", "tpot_s"]
 METRICS: tuple[Metric, ...] = ("ttft_s", "tpot_s")
 METRIC_NAMES: Mapping[Metric, str] = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
-# What is said of a question beside the verdicts of stats.decide.
+# What is reason of a question beside the verdicts of stats.decide.
 FAILED, WITHHELD, UNAVAILABLE, NO_PAIRS = "FAILED", "withheld", "unavailable", "no pairs yet"
 PASSED, NOT_PASSED = "check passed", "check not passed"
 # The ledger may cost this much.
@@ -82,7 +82,7 @@ class Evidence:
     fidelity: str
     pairs: tuple[Pair, ...]
     work: SameWork
-    ledger: LedgerEffect
+    ledger: BreakdownEffect
     numbers: Mapping[str, Any]
     failure: str
 
@@ -125,19 +125,19 @@ class Findings:
     drift: Mapping[Kind, stats.Drift | None]
 
     @property
-    def asked(self) -> list[Row]:
+    def flag_rows(self) -> list[Row]:
         """The rows about flags whose arms can run."""
         return [row for row in self.rows if row.question.flag != AA and row.verdict != UNAVAILABLE]
 
     @property
     def decided(self) -> bool:
         """Whether every verdict is decided."""
-        return all(row.verdict in ("faster", "slower", "no measurable effect", FAILED) for row in self.asked)
+        return all(row.verdict in ("faster", "slower", "no measurable effect", FAILED) for row in self.flag_rows)
 
     @property
     def more_pairs(self) -> int | None:
         """The most pairs that any verdict still needs; None if unknown."""
-        return max((row.more_pairs for row in self.asked if row.more_pairs), default=None)
+        return max((row.more_pairs for row in self.flag_rows if row.more_pairs), default=None)
 
 
 def findings_of(store: Store, service: ServiceLevel = SERVICE) -> Findings:
@@ -161,8 +161,13 @@ def analyse(
     """The findings from `trials`. `finished` is why the experiment ended, None while it runs."""
     runnable = _runnable(setup, notes)
     blocks, left_out = whole_blocks(trials, runnable)
-    asked = [question for question in setup.plan.questions if {question.treated, question.control} <= set(runnable)]
-    evidence = {question.key: _evidence(setup.plan, question, pairs_of(question, blocks), notes) for question in asked}
+    runnable_questions = [
+        question for question in setup.plan.questions if {question.treated, question.control} <= set(runnable)
+    ]
+    evidence = {
+        question.key: _evidence(setup.plan, question, pairs_of(question, blocks), notes)
+        for question in runnable_questions
+    }
     noise = tuple(_noise(kind, metric, evidence, setup) for kind in KINDS for metric in METRICS)
     return Findings(
         setup=setup,
@@ -195,7 +200,7 @@ def _evidence(plan: Plan, question: Question, pairs: Sequence[Pair], notes: Mapp
     if fidelity == "exact" and work.first_divergence is not None:
         what = "same flags" if question.flag == AA else "exact flag"
         failure = f"{what}, tokens differ at token {work.first_divergence + 1} of block {work.in_block}"
-    return Evidence(question, fidelity, tuple(pairs), work, ledger_effect(pairs), numbers, failure)
+    return Evidence(question, fidelity, tuple(pairs), work, breakdown_effect(pairs), numbers, failure)
 
 
 def _noise(kind: Kind, metric: Metric, evidence: Mapping[str, Evidence], setup: Setup) -> Noise:
@@ -226,8 +231,8 @@ def _rows(
             found, floor = evidence.get(question.key), floors[question.kind, metric]
             if found is None:
                 reasons = [notes["failed"].get(name) for name in (question.treated, question.control)]
-                said = next(filter(None, reasons))
-                rows.append(Row(question, metric, UNAVAILABLE, said, None, None, None, None, floor.effect))
+                reason = next(filter(None, reasons))
+                rows.append(Row(question, metric, UNAVAILABLE, reason, None, None, None, None, floor.effect))
             else:
                 rows.append(_row(found, metric, decisions[metric].get(question.key), floor))
     return tuple(rows)

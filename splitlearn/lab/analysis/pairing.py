@@ -88,7 +88,7 @@ class SameWork:
 
 
 @dataclass(frozen=True)
-class LedgerEffect:
+class BreakdownEffect:
     """Mean seconds per token after the first, by part of the time breakdown, with and without the flag.
 
     `word` is the part that changed most, by `change_s` seconds per token (negative: less with the flag); None if one
@@ -183,17 +183,17 @@ def same_work(pairs: Sequence[Pair]) -> SameWork:
     return SameWork(len(pairs), unequal, index, block, equal / longer if longer else None)
 
 
-def ledger_effect(pairs: Sequence[Pair]) -> LedgerEffect:
+def breakdown_effect(pairs: Sequence[Pair]) -> BreakdownEffect:
     """The time breakdown of a decoded token in both runs of `pairs`, and the part that changed most."""
-    treated = ledger_per_token([pair.treated for pair in pairs])
-    control = ledger_per_token([pair.control for pair in pairs])
+    treated = breakdown_per_token([pair.treated for pair in pairs])
+    control = breakdown_per_token([pair.control for pair in pairs])
     both = {**control, **treated} if control and treated else {}
     change = {word: treated.get(word, 0.0) - control.get(word, 0.0) for word in both}
     word = max(change, key=lambda name: abs(change[name]), default=None)
-    return LedgerEffect(treated, control, word, change[word] if word else 0.0, len(pairs))
+    return BreakdownEffect(treated, control, word, change[word] if word else 0.0, len(pairs))
 
 
-def ledger_per_token(trials: Sequence[Trial]) -> dict[str, float]:
+def breakdown_per_token(trials: Sequence[Trial]) -> dict[str, float]:
     """Mean seconds per token after the first, by part in the order of a step; {} without such tokens."""
     decoded = [trial for trial in trials if len(trial.token_ids) > 1]
     words = [word for word in LEDGER_ORDER if any(word in trial.decode_ledger for trial in decoded)]
@@ -227,7 +227,7 @@ def figures(arm: Arm, trials: Sequence[Trial], service: ServiceLevel) -> ArmFigu
         added_bytes=median(trial.added_bytes for trial in trials),
         dtype=trials[-1].dtype,
         threads=trials[-1].threads,
-        ledger=ledger_per_token(trials),
+        ledger=breakdown_per_token(trials),
         unattributed=unattributed / wall if wall else None,
         meets_ttft=ttft_s < service.ttft_s,
         meets_decode_tps=1 / tpot_s > service.decode_tps if tpot_s else None,

@@ -45,29 +45,29 @@ def forest(findings: Findings, kind: Kind, metric: Metric) -> Any:
 
 def dots(findings: Findings, kind: Kind, metric: Metric) -> Any:
     """The ratio of each pair; hover for its block."""
-    asked = [found for found in findings.evidence.values() if found.question.kind == kind and found.compared(metric)]
-    ratios = [one / other for found in asked for _, one, other in found.compared(metric)]
+    compared = [found for found in findings.evidence.values() if found.question.kind == kind and found.compared(metric)]
+    ratios = [one / other for found in compared for _, one, other in found.compared(metric)]
     reach = _reach(ratios, findings)
     title = f"{METRIC_NAMES[metric]}, {kind}: each of {findings.blocks} blocks"
-    figure = _ratio_figure(title, [found.question.flag for found in asked], reach)
-    for found in asked:
+    figure = _ratio_figure(title, [found.question.flag for found in compared], reach)
+    for found in compared:
         _dots(figure, found, metric, reach)
     _bands(figure, findings, [])
     return figure
 
 
-def ledger(findings: Findings, kind: Kind) -> Any:
+def breakdown(findings: Findings, kind: Kind) -> Any:
     """The time breakdown of each arm in milliseconds per token after the first; the sum is beside the bar."""
     arms = [arm for arm in findings.arms if arm.kind == kind and arm.ledger]
     names = [_short(arm) for arm in arms]
     totals = [sum(arm.ledger.values()) * 1e3 for arm in arms]
     longest = LONGEST_BAR * median(totals or [1.0])
-    shown = [min(1.0, longest / total) for total in totals]
+    shares = [min(1.0, longest / total) for total in totals]
     figure = _rows(f"{kind}: ms per token after the first, mean of {findings.blocks} runs", names)
     for word in words(arms):
         values = [arm.ledger.get(word, 0.0) * 1e3 for arm in arms]
         figure.add_bar(
-            x=[value * part for value, part in zip(values, shown, strict=True)],
+            x=[value * part for value, part in zip(values, shares, strict=True)],
             y=names,
             customdata=values,
             name=word,
@@ -75,11 +75,11 @@ def ledger(findings: Findings, kind: Kind) -> Any:
             marker={"color": PART_COLOURS[word], "line": {"width": 0}},
             hovertemplate=f"%{{y}}, {word}: %{{customdata:.3f}} ms per token<extra></extra>",
         )
-    for name, total, part in zip(names, totals, shown, strict=True):
+    for name, total, part in zip(names, totals, shares, strict=True):
         text = f"{CUT if part < 1 else ''}{total:.1f}"
         figure.add_annotation(text=text, x=total * part, y=name, xanchor="left", showarrow=False, font={"size": 11})
     figure.update_layout(barmode="stack")
-    edge = max((total * part for total, part in zip(totals, shown, strict=True)), default=1.0)
+    edge = max((total * part for total, part in zip(totals, shares, strict=True)), default=1.0)
     figure.update_xaxes(range=[0, edge * 1.6], tickangle=0, nticks=5)
     return figure
 

@@ -50,7 +50,7 @@ def html(findings: Findings) -> str:
         left_out=tables.left_out(findings),
         forests=chart_html([charts.forest(findings, kind, metric) for metric in METRICS for kind in KINDS]),
         dots=chart_html([charts.dots(findings, kind, metric) for metric in METRICS for kind in KINDS]),
-        ledgers=chart_html([charts.ledger(findings, kind) for kind in KINDS]),
+        ledgers=chart_html([charts.breakdown(findings, kind) for kind in KINDS]),
         key=[(word, PART_COLOURS[word]) for word in charts.words(findings.arms)],
         command=setup.command,
         prompts=setup.prompts,
