@@ -9,17 +9,15 @@ can be started before its settings are known, and imports meanwhile what takes s
 
 import contextlib
 import logging
-import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import IO, cast
 
 from splitlearn.config import Config, ServerTls
 from splitlearn.errors import SetupError
-from splitlearn.runtime import cgroups, process
+from splitlearn.runtime import cgroups, process, programs
 from splitlearn.wire import READY
 
 log = logging.getLogger(__name__)
@@ -102,11 +100,10 @@ class Server:
     """One process of the server, which waits to be told its settings. `ready` is true once it serves."""
 
     def __init__(self, port: int = 0) -> None:
-        root = Path(__file__).resolve().parents[2]  # where the packages splitlearn and server lie
         self.ready = False
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server", "--embedded", "--host", "127.0.0.1", "--port", str(port)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))},
+            programs.command("server", "--embedded", "--host", "127.0.0.1", "--port", str(port)),
+            env=programs.environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

