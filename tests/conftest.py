@@ -25,19 +25,6 @@ hypothesis.settings.register_profile(
     "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], database=None
 )
 hypothesis.settings.load_profile("any speed")
-PREPARE = """
-import sys
-from splitlearn.checkpoints import catalogue as models
-from splitlearn.config import ModelConfig
-from splitlearn.errors import SplitlearnError
-from splitlearn.runtime.progress import on_console
-try:
-    with on_console() as progress:
-        files = models.prepare(ModelConfig(name=sys.argv[1]), progress)
-    print(files.digest, files.source)
-except SplitlearnError as error:
-    print(type(error).__name__, error)
-"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -89,7 +76,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start_prepare(name: str, **environment: str) -> subprocess.Popen[str]:
-    """`models.prepare` as a person with these environment variables runs it: prints digest and source, or an error."""
-    command = [sys.executable, "-c", PREPARE, name]
+    """A fresh process that prepares the model: libraries read some of these environment variables on import."""
+    command = [sys.executable, "-m", "tests.support.prepare", name]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=os.environ | environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)

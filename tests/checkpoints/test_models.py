@@ -1,6 +1,5 @@
 """A configured model, from its name to a checked folder in the cache."""
 
-import signal
 import time
 from pathlib import Path
 
@@ -14,7 +13,9 @@ from splitlearn.config import ModelConfig
 from splitlearn.errors import InputError, ModelError
 from splitlearn.runtime import device
 from splitlearn.runtime.progress import Step, silent
-from tests.conftest import TinyFactory, start_prepare
+from tests.conftest import ROOT, TinyFactory
+from tests.support import prepare as command
+from tests.support.forks import Fork
 from tests.support.tiny import make_checkpoint
 
 
@@ -22,6 +23,11 @@ from tests.support.tiny import make_checkpoint
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Converts without the process of its own, whose imports take seconds."""
     monkeypatch.setattr(convert, "convert_in_subprocess", convert.convert)
+
+
+def forked(checkpoint: Path, log: Path) -> Fork:
+    """A process that prepares `checkpoint`, and writes what it says meanwhile to `log`."""
+    return Fork(command.main, [str(checkpoint)], ROOT, log)
 
 
 def prepare(name: str | Path) -> ModelFiles:
@@ -70,23 +76,24 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 
 def test_two_processes_make_it_once(tmp_path: Path, cache: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    answers = [
-        child.communicate(timeout=120) for child in [start_prepare(str(checkpoint)), start_prepare(str(checkpoint))]
-    ]
-    assert answers[0][0] == answers[1][0] == f"{prepare(checkpoint).digest} {checkpoint}\n"
-    said = [complaints for _, complaints in answers]
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    children = [forked(checkpoint, log) for log in logs]
+    answers = [child.stdout.read() for child in children]
+    for child in children:
+        child.close()
+    assert answers[0] == answers[1] == f"{prepare(checkpoint).digest} {checkpoint}\n"
+    said = [log.read_text() for log in logs]
     assert sum("Reading the weights" in text for text in said) == 1
     assert sum("Waiting for another process" in text for text in said) == 1
 
 
 def test_a_killed_conversion_leaves_nothing_that_is_taken_for_whole(tmp_path: Path, cache: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    child = start_prepare(str(checkpoint))
+    child = forked(checkpoint, tmp_path / "log")
     while not list(cache.glob("*.partial-*/converted")):
         assert child.poll() is None
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
+    child.close()  # by SIGKILL
     assert catalogue.catalogue_status(ModelConfig())[2:] == []
     assert prepare(checkpoint).n_layers == 6
     assert not list(cache.glob("*.partial-*"))

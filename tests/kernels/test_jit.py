@@ -53,13 +53,15 @@ def test_what_is_kept_is_used_until_a_function_that_it_calls_changes_in_another_
 def test_where_no_folder_can_keep_what_was_compiled_it_is_compiled_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jit, "PLACES", "numba.core.caching.IPythonCacheLocator")  # of what is typed in there only
+    nowhere = "numba.core.caching.IPythonCacheLocator"  # of what is typed in there only
+    monkeypatch.setattr(jit, "PLACES", nowhere)
 
     def doubles(x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
         for at in range(len(x)):
             x[at] *= 2
 
-    with pytest.raises(RuntimeError, match="no locator"), jit._places():
+    with monkeypatch.context() as inside, pytest.raises(RuntimeError, match="no locator"):
+        inside.setattr(numba.config, "CACHE_LOCATOR_CLASSES", nowhere)
         numba.njit(cache=True)(doubles)
     x = np.ones(3)
     jit.compiled(doubles)(x)

@@ -24,14 +24,16 @@ Main = Callable[[list[str]], int]
 class Fork:
     """`command(arguments)` in a process of its own, run in `folder`: what of subprocess.Popen the tests use.
 
-    `stdout` is a pipe. What it writes to stderr goes to the file `errors`.
+    `stdout` is a pipe. What it writes to stderr goes to the file `errors`. It gets the test's environment as it is now;
+    libraries have read theirs before.
     """
 
     def __init__(self, command: Main, arguments: Sequence[str], folder: Path, errors: Path) -> None:
+        told = (list(arguments), str(folder), str(errors), dict(os.environ))
         reader, writer = os.pipe()
         out = Connection(writer, readable=False)
         try:
-            self._child = process.start("The command", _run, command, list(arguments), str(folder), str(errors), out)
+            self._child = process.start("The command", _run, command, out, *told)
         finally:
             out.close()
         self.stdout = os.fdopen(reader, encoding="utf-8")
@@ -80,9 +82,18 @@ class Fork:
         self.stdout.close()
 
 
-def _run(connection: Connection, command: Main, arguments: list[str], folder: str, log: str, out: Connection) -> None:
+def _run(
+    connection: Connection,
+    command: Main,
+    out: Connection,
+    arguments: list[str],
+    folder: str,
+    log: str,
+    environment: dict[str, str],
+) -> None:
     """The forked process: `command` with the test's pipe as stdout."""
     multiprocessing.current_process().daemon = False  # a daemon may not start workers
+    os.environ.update(environment)
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(out.fileno(), 1)
