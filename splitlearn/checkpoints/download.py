@@ -23,7 +23,7 @@ from splitlearn.runtime import programs
 from splitlearn.runtime.progress import Progress, Step, reporting_tqdm
 
 # Seconds for the hub's first answer.
-_HUB_TIMEOUT_S = 10.0
+HUB_TIMEOUT_S = 10.0
 _INSTEAD = (
     "What works: set HF_ENDPOINT to a mirror, or HF_HOME to a folder where the model was downloaded before; or set "
     "model.name to a local folder, or to smollm2-135m-instruct, which comes by pip."
@@ -192,7 +192,7 @@ def _hub_refusal(source: HubSource) -> str | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        HfApi().model_info(source.repo, timeout=_HUB_TIMEOUT_S)
+        HfApi().model_info(source.repo, timeout=HUB_TIMEOUT_S)
     except HfHubHTTPError as error:
         status = error.response.status_code
         why = ": no such model, or one that needs a login (HF_TOKEN)" if status in (401, 403, 404) else ""

@@ -93,7 +93,7 @@ def test_a_hub_that_says_nothing_does_not_take_away_a_whole_snapshot(
     first, _ = near.fetch()
     with socket.create_server(("127.0.0.1", 0)) as silence:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silence.getsockname()[1]}")
-        monkeypatch.setattr(download, "_HUB_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(download, "HUB_TIMEOUT_S", 0.2)
         assert near.fetch()[0] == first
 
 

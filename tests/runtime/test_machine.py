@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from splitlearn.runtime import hardware, process
+from splitlearn.runtime import environment, hardware
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_without_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_wait_policy_is_the_one_that_workers_get(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     before = hardware.wait_policy()
-    process._context()
+    environment.set_defaults()
     assert before == hardware.wait_policy() == os.environ["OMP_WAIT_POLICY"]
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert hardware.wait_policy() == "ACTIVE"
