@@ -1,9 +1,9 @@
-"""A matrix [N, K] as blocks: of 32 bits, which are its own values in another order, or of few bits, each value a whole
-number times a scale, plus an offset.
+"""Convert a matrix [N, K] to blocks and back.
 
-Scale and offset are shared by GROUP neighbouring values of a row (asymmetric round-to-nearest, as the Q4_1 of GGUF; so
-weights that came from such a file stay what they are). kernels/block_matmul.py multiplies with them and says how a
-block lies.
+Blocks of 32 bits hold the matrix's own values in another order. In blocks of 4 or 8 bits each value is a whole number
+times a scale, plus an offset; GROUP neighbouring values of a row share both. That is asymmetric round-to-nearest, as in
+GGUF's Q4_1, so weights from such a file keep their values. kernels/block_matmul.py multiplies with blocks and says what
+is where in one.
 """
 
 import mmap
@@ -20,19 +20,19 @@ HUGE_PAGE = 2 << 20
 
 
 def block_bytes(bits: int) -> int:
-    """Bytes of one block of `bits`, one of BITS."""
+    """The bytes of one block of `bits`, one of BITS."""
     return (0 if bits == 32 else SCALES_BYTES) + GROUP * LANES * bits // 8
 
 
 def bits_of(size: int) -> int:
-    """The bits of blocks of so many bytes."""
+    """The bits of blocks of `size` bytes."""
     return next(bits for bits in BITS if block_bytes(bits) == size)
 
 
 def to_blocks(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """`weight` [N, K] in `bits`, uint8 [ceil(N / LANES), ceil(K / GROUP), bytes of a block]; zeros fill up.
+    """The blocks of `weight` [N, K], uint8 [ceil(N / LANES), ceil(K / GROUP), bytes of a block], padded with zeros.
 
-    Of 4 and 8 bits, the smallest value of a group is its offset, the distance to the largest / (2**bits - 1) its scale.
+    With 4 and 8 bits, a group's offset is its smallest value, and its scale (largest - smallest) / (2**bits - 1).
     """
     whole = pad(weight.float(), (0, -weight.shape[1] % GROUP, 0, -weight.shape[0] % LANES))
     values = whole.view(len(whole) // LANES, LANES, -1, GROUP).transpose(1, 2)
@@ -50,7 +50,7 @@ def to_blocks(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def from_blocks(blocks: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """The matrix [n, k] in float32 that `blocks` stand for."""
+    """The float32 matrix [n, k] that `blocks` stand for."""
     groups, count, size = blocks.shape
     if bits_of(size) == 32:
         return _matrix(blocks.view(torch.float32).view(groups, count, GROUP, LANES), n, k)
@@ -68,7 +68,7 @@ def _matrix(values: torch.Tensor, n: int, k: int) -> torch.Tensor:
 
 
 def memory(size: int) -> NDArray[np.uint8]:
-    """So many bytes of zeros, in huge pages where there are any; they go back to the system when nothing uses them."""
+    """`size` bytes of zeros, in huge pages where the system has them. They are freed when nothing refers to them."""
     mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE_PAGE:
         mapped.madvise(mmap.MADV_HUGEPAGE)

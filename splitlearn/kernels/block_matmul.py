@@ -11,8 +11,8 @@ offset: without AVX-512, a row of 1536x576 takes 56 us; with each value made fir
 
 On one core (AMD EPYC with AVX-512), a row is multiplied as fast as memory gives the matrix: 40 GB/s of float32, 26 to
 30 of 4-bit blocks (oneDNN: 32 of float32). 20 rows and more take 200 GFLOP/s. The code uses LLVM's vectors, which every
-processor has in some form. It takes 2 s to compile at the first call, or 0.2 s where an earlier process could keep it.
-To import this module loads LLVM, so import it only where it is called.
+processor has in some form. The first call compiles for 2 s, or takes 0.2 s where an earlier process cached the machine
+code. To import this module loads LLVM.
 
 Why not torch's `_weight_int4pack_mm_for_cpu`, which torchao calls, too: it reads 14 to 18 GB/s of 4-bit weights where
 this reads 26 to 30; it needs x in bfloat16, which changes the tokens (with float32 a row takes 100 times as long); and

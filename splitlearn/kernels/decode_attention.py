@@ -1,15 +1,15 @@
-"""Attention of one token of each of many sessions over keys and values that lie in one pool, in one compiled call.
+"""Attention of one token of each of many sessions, whose keys and values lie in one pool, in one compiled call.
 
     attend(query, keys, values, starts, lengths, scale)    # [1, heads, T, size] to [1, T, heads, size]
 
-Row t sees the keys `[starts[t], starts[t] + lengths[t])` of the pool, and nothing else of it is read. Only what calls
-this module should import it, since that loads LLVM, and the first call for a dtype compiles: a trunk server takes 2 s
-and 140 MB more to start; 0.2 s and 100 MB where an earlier process could keep what was compiled.
+Row t sees the keys `[starts[t], starts[t] + lengths[t])` of the pool; nothing else of it is read. To import this module
+loads LLVM, and the first call for a dtype compiles. That costs a trunk server 2 s and 140 MB at its start, or 0.2 s and
+100 MB where an earlier process cached the machine code.
 
-torch's own attention, called for each session and layer, took 31 microseconds where this takes 9, and 20 where this
-takes 6 when keys and values are in the core's caches. What is left is mostly waiting for memory, as a step reads each
-of them once. So lines are asked for before they are needed, values while keys are compared, and the next keys while
-values are added: 7 ms in place of 13 for 26 layers of 32 sessions of 100 tokens.
+torch's own attention, called for each session and layer, takes 31 us where this takes 9, and 20 us where this takes 6
+with keys and values in the core's caches. What is left is mostly waiting for memory: a step reads each of them once. So
+values are prefetched while keys are compared, and the next keys while values are added. 26 layers of 32 sessions of 100
+tokens take 7 ms in place of 13.
 """
 
 from collections.abc import Callable
@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 
 from splitlearn.kernels.jit import CACHE_LINE, compiled, prefetch
 
-# Sums may be taken in any order; that a number may be NaN or infinite is not given up: the server looks for those.
+# Sums may be taken in any order. NaN and infinity keep their meaning: the server looks for them.
 ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
-# A float32 of this size has no bits for a fraction: what is added to it is rounded to a whole number, in its last bits.
+# A float32 of this size has no bits for a fraction. A number added to it is rounded to a whole one, in its last bits.
 ROUNDS = np.float32(1.5 * 2**23)
 EXPONENT_OF_ONE = np.int32(127)
 ROUNDED_ZERO = ROUNDS.view(np.int32)
-# Weights below 2**LEAST are taken for that, which is nothing beside the largest, 1.
+# Weights below 2**LEAST are raised to it: nothing next to the largest, which is 1.
 LEAST = np.float32(-100.0)
-# 2**x from -0.5 to 0.5: ln(2)**k / k!, by powers; the first that is left out is at most the last bit of a float32.
+# Taylor coefficients ln(2)**k / k! of 2**x from -0.5 to 0.5. The first one left out is at most a float32's last bit.
 ONE, C1, C2, C3, C4, C5, C6 = (
     np.float32(c) for c in (1.0, 0.6931472, 0.24022651, 0.05550411, 0.009618129, 0.0013333558, 0.00015403530)
 )
@@ -58,7 +58,7 @@ def attend(
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _prefetch(typing: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line with element `index` of a contiguous array; an address that is none is no error."""
+    """Prefetch the cache line with element `index` of a contiguous array. An address outside of memory is no error."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -70,7 +70,7 @@ def _prefetch(typing: Any, array: Any, index: Any) -> Any:
 
 @numba.njit  # type: ignore[untyped-decorator]
 def _prefetch_rows(rows: Any, first: Any, count: Any) -> None:
-    """Those of `rows` [n, size] from `first` on that there are, `count` at most."""
+    """Prefetch at most `count` of `rows` [n, size], from `first` on."""
     size = rows.shape[1]
     for at in range(first * size, min(first + count, len(rows)) * size, CACHE_LINE // rows.itemsize):
         _prefetch(rows, at)
@@ -106,9 +106,9 @@ def _compare(query: Any, keys: Any, ahead: Any, scores: Any) -> None:
 
 @numba.njit(fastmath={"contract"})  # type: ignore[untyped-decorator]
 def power_of_two(x: Any) -> Any:
-    """2**x for x <= 0, without a call or a branch, so that LLVM computes many at once. NaN stays NaN.
+    """2**x for x <= 0, without a call or a branch, so that LLVM vectorises it. NaN stays NaN.
 
-    The order of its sums is what rounds, so that ANY_ORDER is not for it.
+    Not compiled with ANY_ORDER: it rounds by the order of its sums.
     """
     x = LEAST if x < LEAST else x
     rounded = x + ROUNDS
@@ -135,8 +135,8 @@ def _weigh(scores: Any) -> None:
 
 @numba.njit(fastmath=ANY_ORDER)  # type: ignore[untyped-decorator]
 def _add_up(weights: Any, values: Any, ahead: Any, out: Any) -> None:
-    """The sum of `values` [n, size] by `weights` [heads, n or more], to `out` [heads, size]; by fours, since each time
-    all of `out` is read and written."""
+    """The sum of `values` [n, size] by `weights` [heads, n or more], to `out` [heads, size]; four at a time, since each
+    pass reads and writes all of `out`."""
     out[:] = 0
     by_four = len(values) // 4 * 4
     for at in range(0, by_four, 4):

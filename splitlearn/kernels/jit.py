@@ -1,4 +1,10 @@
-"""Functions in machine code. Only what computes by them should import this, since that loads LLVM."""
+"""Compile functions to machine code, by numba, and cache it for later processes.
+
+    @compiled
+    def double(x): ...
+
+To import this module loads LLVM, so import it only where something is computed by it.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -19,9 +25,9 @@ CACHE_LINE = 64
 log = logging.getLogger(__name__)
 
 
-class _OfItsFolder:
-    """Machine code that is kept is good for the modules of a folder as they are: a function has in it what it calls of
-    others, where numba itself looks at the function's own file only."""
+class _StampedByFolder:
+    """Machine code is good while no module of its folder changes: a function contains what it calls of others. numba
+    itself looks at the function's own file only."""
 
     _py_file: str
 
@@ -30,31 +36,34 @@ class _OfItsFolder:
         return digest(Path(self._py_file).parent)
 
 
-class InGivenFolder(_OfItsFolder, caching.UserProvidedCacheLocator):  # type: ignore[misc]
+class InGivenFolder(_StampedByFolder, caching.UserProvidedCacheLocator):  # type: ignore[misc]
     """In the folder NUMBA_CACHE_DIR."""
 
 
-class InTree(_OfItsFolder, caching.InTreeCacheLocator):  # type: ignore[misc]
+class InTree(_StampedByFolder, caching.InTreeCacheLocator):  # type: ignore[misc]
     """Beside the modules."""
 
 
-class InUsersFolder(_OfItsFolder, caching.UserWideCacheLocator):  # type: ignore[misc]
-    """Where programs of this user keep such things."""
+class InUsersFolder(_StampedByFolder, caching.UserWideCacheLocator):  # type: ignore[misc]
+    """In the user's cache folder."""
+
+
+LOCATORS = ",".join(f"{__name__}.{locator.__name__}" for locator in (InGivenFolder, InTree, InUsersFolder))
 
 
 class _Cache(caching.FunctionCache):  # type: ignore[misc]
-    """What numba keeps, where it can: a folder that is full or another user's is no reason not to compute."""
+    """numba's cache, which warns in place of failing where the folder is full or belongs to another user."""
 
     @contextmanager
     def _guard_against_spurious_io_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, EOFError, UnpicklingError) as error:
-            _say_once(str(error))
+            _warn_once(str(error))
 
 
 @cache
-def _say_once(why: str) -> None:
+def _warn_once(why: str) -> None:
     log.warning(
         "Machine code cannot be kept (%s): it is compiled again at each start, which can take a minute. "
         "NUMBA_CACHE_DIR names another folder for it.",
@@ -62,33 +71,30 @@ def _say_once(why: str) -> None:
     )
 
 
-PLACES = ",".join(f"{__name__}.{place.__name__}" for place in (InGivenFolder, InTree, InUsersFolder))
-
-
 def compiled(function: Callable[..., Any]) -> Any:
-    """`function` in machine code, without the interpreter's lock, kept for later processes where a folder for that can
-    be written."""
-    return _kept(numba.njit, function, nogil=True)
+    """Compile `function`, to run without the interpreter's lock, and cache it where a folder can be written."""
+    return _compile(numba.njit, function, nogil=True)
 
 
 def called(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """As `compiled`, for what is called by its `address`, with arguments of those types."""
-    return lambda function: _kept(numba.cfunc, function, signature)
+    """As `compiled`, for a function that is called by its `address`, with arguments of those types. It is compiled at
+    once, so what it calls stands before it."""
+    return lambda function: _compile(numba.cfunc, function, signature)
 
 
-def _kept(make: Callable[..., Any], function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _compile(make: Callable[..., Any], function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
-        with _places():
+        with _our_cache():
             return make(*arguments, cache=True, **options)(function)
-    except RuntimeError:  # numba says at once that it found none
+    except RuntimeError:  # numba found no folder for its cache
         return make(*arguments, **options)(function)
 
 
 @contextmanager
-def _places() -> Iterator[None]:
-    """Inside, what numba makes is kept in PLACES, by _Cache."""
+def _our_cache() -> Iterator[None]:
+    """Inside, numba keeps what it compiles by _Cache, in a folder that LOCATORS find."""
     with (
-        patch.object(numba.config, "CACHE_LOCATOR_CLASSES", PLACES),
+        patch.object(numba.config, "CACHE_LOCATOR_CLASSES", LOCATORS),
         patch.object(dispatcher, "FunctionCache", _Cache),
         patch.object(ccallback, "FunctionCache", _Cache),
     ):
@@ -96,7 +102,7 @@ def _places() -> Iterator[None]:
 
 
 def prefetch(builder: Any, place: Any) -> None:
-    """Emit what asks for the cache line with the byte at the pointer `place`; an address that is none is no error."""
+    """Emit the request for the cache line of the pointer `place`. An address outside of memory is no error."""
     address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [address, number, number, number])
     call = builder.module.declare_intrinsic("llvm.prefetch", [address], kind)

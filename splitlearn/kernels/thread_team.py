@@ -82,7 +82,8 @@ class Team:
         self._pool, self._record = pool, self._new_record(threads)
         self._helpers: list[Future[None] | None] = [None] * (threads - 1)
         self._busy = Lock()
-        help_out(self._record)  # compiles it: no step is open, so it returns at once
+        if self._helpers:
+            help_out(self._record)  # compiles it. Outside a token it returns at once
 
     @contextmanager
     def leading(self) -> Iterator[NDArray[Any]]:
@@ -111,9 +112,8 @@ class Team:
 
     def _new_record(self, threads: int) -> NDArray[Any]:
         record = np.zeros(1, TEAM)
-        record["work"], record["most_shares"], record["over"] = self._work, 1, 1
-        if threads > 1:
-            record["most_shares"] = SHARES_PER_THREAD * threads
+        record["work"], record["over"] = self._work, 1
+        record["most_shares"] = SHARES_PER_THREAD * threads if threads > 1 else 1
         return record
 
 
@@ -161,7 +161,7 @@ def attention(team: Any, query: Any, addresses: Any, shape: Any, start: Any, len
 
 @numba.njit  # type: ignore[untyped-decorator]
 def _do_phase(team: Any, pieces: Any) -> None:
-    """Compute the phase that the record describes, of so many pieces, together with the helpers. Raises MemoryError."""
+    """Compute the phase that the record describes, of so many pieces, with the helpers. Raises MemoryError."""
     team.shares = min(team.most_shares, pieces)
     team.done, team.failed = 0, 0
     atomic_store(team, "left", team.shares)

@@ -54,7 +54,7 @@ def test_where_no_folder_can_keep_what_was_compiled_it_is_compiled_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nowhere = "numba.core.caching.IPythonCacheLocator"  # of what is typed in there only
-    monkeypatch.setattr(jit, "PLACES", nowhere)
+    monkeypatch.setattr(jit, "LOCATORS", nowhere)
 
     def doubles(x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
         for at in range(len(x)):

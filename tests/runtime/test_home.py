@@ -70,7 +70,7 @@ def test_machine_code_that_cannot_be_kept_is_compiled_all_the_same_and_that_is_s
         raise error
 
     monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
-    monkeypatch.setattr(jit, "PLACES", f"{jit.__name__}.InTree")
+    monkeypatch.setattr(jit, "LOCATORS", f"{jit.__name__}.InTree")
     for adds in (1, 2):
         steps, address = _kernels(adds)
         x = np.zeros(2)
@@ -91,7 +91,7 @@ def test_machine_code_that_cannot_be_read_is_compiled(error: Exception, monkeypa
 
     monkeypatch.setattr(caching.IndexDataCacheFile, "load", unreadable)
     monkeypatch.setattr(caching.IndexDataCacheFile, "save", unreadable)
-    monkeypatch.setattr(jit, "PLACES", f"{jit.__name__}.InTree")
+    monkeypatch.setattr(jit, "LOCATORS", f"{jit.__name__}.InTree")
     steps, address = _kernels(1)
     x = np.zeros(1)
     steps(x)
