@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from splitlearn.errors import InputError, TrunkFull, TrunkUnavailable
-from splitlearn.kvcache.pool import KVPool, Run
+from splitlearn.kvcache.pool import KVPool, Slot
 
 FIRST_GUESS_S = 5.0
 RETRY_S = (0.1, 30.0)
@@ -26,9 +26,9 @@ DRAINING = "this trunk server is shutting down"
 
 @dataclass(frozen=True)
 class Reservation:
-    """What a session has: its `run` of the pool (None: no KV memory here), since when, and for which holder."""
+    """What a session has: its `slot` of the pool (None: no KV memory here), since when, and for which holder."""
 
-    run: Run | None
+    slot: Slot | None
     since: float = 0.0
     holder: str = ""
 
@@ -136,8 +136,8 @@ class Admission:
             self.sessions -= 1
             self._held[reservation.holder] -= 1
             self._held += Counter()  # drops holders without sessions
-            if reservation.run is not None:
-                self.pool.release(reservation.run)
+            if reservation.slot is not None:
+                self.pool.release(reservation.slot)
             self._lasts_s += 0.2 * (time.monotonic() - reservation.since - self._lasts_s)
             self._admit_locked()
 
@@ -192,10 +192,10 @@ class Admission:
         return self.sessions < self._max_sessions and (not tokens or self.pool.fits(tokens))
 
     def _take_locked(self, ticket: Ticket) -> Reservation:
-        run = self.pool.reserve(ticket.tokens) if ticket.tokens else None
+        slot = self.pool.reserve(ticket.tokens) if ticket.tokens else None
         self.sessions += 1
         self._held[ticket.holder] += 1
-        return Reservation(run, time.monotonic(), ticket.holder)
+        return Reservation(slot, time.monotonic(), ticket.holder)
 
     def _full_locked(self, why: str, cause: str) -> TrunkFull:
         """With the time after which to try again: how long a session lasted lately, shared by all that are here."""

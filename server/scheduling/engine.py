@@ -81,7 +81,7 @@ class Engine:
         wanted = settings(flags).session
         reservation = self._admission.acquire(max_length, timeout_s, when_gone, quota.holder)
         try:
-            cache = self._admission.pool.cache(reservation.run) if reservation.run else None
+            cache = self._admission.pool.cache(reservation.slot) if reservation.slot else None
             kept = LocalSession(cache, wanted, max_length, shares=self.limits.shared)
         except BaseException:  # of any kind: the reservation must not be lost with it
             self._admission.release(reservation)

@@ -1,5 +1,6 @@
-"""The kinds of KV cache that a session can have in a local stage, each made for so many layers and at most so many
-tokens. All are transformers' own, but `reserved`, whose layers are also those of a trunk's pool (kvcache/pool.py).
+"""The kinds of KV cache of a session at a local stage, each for a number of layers and a longest length.
+
+All but `reserved` are transformers' own. The layers of `reserved` are also those of a trunk's pool (kvcache/pool.py).
 """
 
 from dataclasses import dataclass
@@ -13,22 +14,22 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 
 
 def dynamic(layers: int, max_length: int) -> Cache:
-    """Keys and values are copied to a longer tensor for each token."""
+    """Copies keys and values to a longer tensor for each token."""
     return DynamicCache()
 
 
 def static(layers: int, max_length: int) -> Cache:
-    """Memory for `max_length` tokens, all of which attention sees, masked behind the last one: one shape for ever."""
+    """Memory for `max_length` tokens. Attention reads all of it, masked behind the last token: the shape never changes."""
     return Cache(layers=[_StaticLayer(max_length) for _ in range(max(1, layers))])
 
 
 def reserved(layers: int, max_length: int) -> Cache:
-    """Memory for `max_length` tokens, of which attention sees those that are there."""
+    """Memory for `max_length` tokens. Attention reads only those that are there."""
     return ReservedCache(layers=[ReservedLayer(max_length) for _ in range(max(1, layers))])
 
 
 class _StaticLayer(StaticLayer):  # type: ignore[misc]
-    """transformers' static layer with a way back: what lies behind the new length is masked, and replaced in time."""
+    """transformers' static layer that can be cropped: what is behind the new length is masked, and overwritten later."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; their number is negative, as in DynamicLayer."""
@@ -36,7 +37,7 @@ class _StaticLayer(StaticLayer):  # type: ignore[misc]
 
 
 class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values [1, heads, tokens, size] of one layer: written in place, given back as views of what is there."""
+    """Keys and values [1, heads, tokens, size] of one layer: written in place, returned as views."""
 
     is_sliding = False
     is_croppable = True
@@ -46,7 +47,7 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.max_length, self.length = max_length, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Set memory aside, which takes none before it is written."""
+        """Reserve the memory. It takes no pages before it is written."""
         self.keys, self.values = (
             state.new_empty(*state.shape[:2], self.max_length, state.shape[3]) for state in (key_states, value_states)
         )
@@ -55,7 +56,7 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new tokens behind the old ones; all of them."""
+        """Append the new tokens; the views of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
@@ -69,11 +70,11 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens that are held."""
+        """Tokens in the cache."""
         return self.length
 
     def get_max_length(self) -> int:
-        """Tokens that there is room for."""
+        """Tokens that fit."""
         return self.max_length
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -82,52 +83,58 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class ReservedCache(Cache):  # type: ignore[misc]
-    """Reserved layers, which keep as many tokens as each other."""
+    """Reserved layers, all of the same length."""
 
     @property
-    def kept(self) -> "Kept | None":
-        """Where keys and values are; None before there are any, and where a kernel could not read them."""
-        return self._kept if self.layers[0].is_initialized else None
+    def addresses(self) -> "KVAddresses | None":
+        """Where keys and values are. None before there are any, and where a kernel could not read them."""
+        return self._addresses if self.layers[0].is_initialized else None
 
     @cached_property
-    def _kept(self) -> "Kept | None":
+    def _addresses(self) -> "KVAddresses | None":
         found = [(in_memory(layer.keys), in_memory(layer.values)) for layer in self.layers]
         parts = [part for pair in found for part in pair if part is not None]
         if len(parts) < 2 * len(found) or len({(array.shape, start) for array, start in parts}) > 1:
             return None
         (array, start), addresses = parts[0], [array.ctypes.data for array, _ in parts]
-        return Kept(np.array(addresses).reshape(-1, 2), array.shape, start)
+        return KVAddresses(np.array(addresses).reshape(-1, 2), array.shape, start)
 
     def begin_with(self, other: "ReservedCache", tokens: int) -> None:
-        """Take over the first `tokens` of a cache of the same layers; this one is empty."""
+        """Copy the first `tokens` of a cache of the same layers into this empty one."""
         for own, theirs in zip(self.layers, other.layers, strict=True):
-            if not theirs.is_initialized:  # the one of a stage without layers
+            if not theirs.is_initialized:  # of a stage without layers
                 continue
             keys, values = theirs.keys.narrow(2, 0, tokens), theirs.values.narrow(2, 0, tokens)
             own.update(keys, values)
 
-    def grown(self, tokens: int) -> None:
-        """`tokens` more were written behind the old ones by somebody else."""
+    def grow(self, tokens: int) -> None:
+        """A kernel has appended `tokens` in place."""
         for layer in self.layers:
             layer.length += tokens
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Keys and values of each layer, by the addresses [layers, 2] of float32 arrays [groups, capacity, size] in which
-    they begin at `start`."""
+class KVAddresses:
+    """`layers` has the addresses [layers, 2] of keys and values: float32 arrays [groups, capacity, size], in which a
+    session begins at `start`."""
 
-    addresses: NDArray[np.int64]
+    layers: NDArray[np.int64]
     shape: tuple[int, ...]
     start: int
 
 
-def in_memory(kept: torch.Tensor) -> tuple[NDArray[Any], int] | None:
-    """Keys or values [1, groups, tokens, size] as a part of what they lie in, [groups, capacity, size], and where in it
-    they begin; None where they do not lie so, or where numpy cannot read them or they are not float32."""
-    (batch, groups, _, size), (_, step, row, one) = kept.shape, kept.stride()
-    if batch != 1 or (row, one) != (size, 1) or step % size or kept.device.type != "cpu" or kept.dtype != torch.float32:
+def in_memory(state: torch.Tensor) -> tuple[NDArray[Any], int] | None:
+    """The array [groups, capacity, size] that keys or values [1, groups, tokens, size] are a part of, and where in it
+    they begin. None where they do not lie so, or are not float32 on the CPU."""
+    (batch, groups, _, size), (_, step, row, one) = state.shape, state.stride()
+    if (
+        batch != 1
+        or (row, one) != (size, 1)
+        or step % size
+        or state.device.type != "cpu"
+        or state.dtype != torch.float32
+    ):
         return None
-    offset = kept.storage_offset()
+    offset = state.storage_offset()
     start = offset % step // size
-    return kept.as_strided((groups, step // size, size), (step, size, 1), offset - start * size).numpy(), start
+    return state.as_strided((groups, step // size, size), (step, size, 1), offset - start * size).numpy(), start

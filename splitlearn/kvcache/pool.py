@@ -1,13 +1,13 @@
-"""KV memory for many sessions: set aside once, in blocks, and handed out by the run.
+"""A pool of preallocated KV-cache blocks. Each session gets one contiguous slot of them.
 
     pool = KVPool(shapes_of(cut, x), n_blocks, block_tokens, dtype, device)
-    run = pool.reserve(max_length)       # None when there is no room
-    cache = pool.cache(run)              # a transformers cache for one session, within its run
-    pool.release(run)
+    slot = pool.reserve(max_length)      # None when there is no room
+    cache = pool.cache(slot)             # a transformers cache for one session, within its slot
+    pool.release(slot)
 
-A session says at its opening how long it may become, and has that much from the start: nothing has to be moved, swapped
-or recomputed later, and its keys and values are views of one tensor, with which any attention function works. Memory is
-reserved, not touched: what was never written takes none.
+A session says when it opens how long it may become, and gets that much. So nothing is moved, swapped or recomputed
+later, and its keys and values are views of one tensor, which any attention function can use. Reserved memory that was
+never written takes no pages of the machine.
 """
 
 from collections.abc import Sequence
@@ -26,15 +26,15 @@ from splitlearn.models.cut import CutModel, eagerly, forward
 
 @dataclass(frozen=True)
 class KVShape:
-    """Heads and head size of one layer's keys and values; which of the two they are, the pool does not mind."""
+    """Heads and head size of a layer's keys, or of its values."""
 
     heads: int
     size: int
 
 
 @dataclass(frozen=True)
-class Run:
-    """Neighbouring blocks of a pool: the tokens `[start, start + tokens)`."""
+class Slot:
+    """Contiguous blocks of a pool: the tokens `[start, start + tokens)`."""
 
     start: int
     tokens: int
@@ -54,8 +54,8 @@ class KVPool:
         flat = [shape for pair in shapes for shape in pair]
         self.n_blocks, self.block_tokens = n_blocks, block_tokens
         self.capacity = n_blocks * block_tokens
-        self._free = [Run(0, self.capacity)]
-        # One tensor [n, 1, heads, capacity, size] for all layers of one shape: a session's views come with two calls.
+        self._free = [Slot(0, self.capacity)]
+        # One tensor [n, 1, heads, capacity, size] for all layers of one shape: two calls make all views of a session.
         self._stacks = {
             shape: torch.empty(flat.count(shape), 1, shape.heads, self.capacity, shape.size, dtype=dtype, device=device)
             for shape in dict.fromkeys(flat)
@@ -73,56 +73,56 @@ class KVPool:
 
     @property
     def blocks_used(self) -> int:
-        """Blocks that sessions have."""
-        return self.n_blocks - sum(run.tokens for run in tuple(self._free)) // self.block_tokens
+        """Blocks in slots that sessions have."""
+        return self.n_blocks - sum(slot.tokens for slot in tuple(self._free)) // self.block_tokens
 
     def fits(self, tokens: int) -> bool:
-        """Whether some run of free blocks holds `tokens`."""
+        """Whether some contiguous free blocks hold `tokens`."""
         return any(free.tokens >= tokens for free in self._free)
 
-    def reserve(self, tokens: int) -> Run | None:
-        """The first run of free blocks that holds `tokens`, or None."""
+    def reserve(self, tokens: int) -> Slot | None:
+        """The first contiguous free blocks that hold `tokens`, or None."""
         needed = -(-tokens // self.block_tokens) * self.block_tokens
         for index, free in enumerate(self._free):
             if free.tokens >= needed:
-                rest = Run(free.start + needed, free.tokens - needed)
+                rest = Slot(free.start + needed, free.tokens - needed)
                 self._free[index : index + 1] = [rest] if rest.tokens else []
-                return Run(free.start, needed)
+                return Slot(free.start, needed)
         return None
 
-    def release(self, run: Run) -> None:
-        """Give `run` back; what lies beside each other becomes one run again."""
-        merged: list[Run] = []
-        for free in sorted([*self._free, run], key=lambda each: each.start):
+    def release(self, slot: Slot) -> None:
+        """Give `slot` back; free neighbours become one slot again."""
+        merged: list[Slot] = []
+        for free in sorted([*self._free, slot], key=lambda each: each.start):
             if merged and merged[-1].start + merged[-1].tokens == free.start:
-                merged[-1] = Run(merged[-1].start, merged[-1].tokens + free.tokens)
+                merged[-1] = Slot(merged[-1].start, merged[-1].tokens + free.tokens)
             else:
                 merged.append(free)
         self._free = merged
 
     def views(self, start: int, tokens: int) -> list[torch.Tensor]:
-        """Keys and values [1, heads, tokens, size]: keys of layer 0, values of layer 0, keys of layer 1, and on."""
+        """Keys and values [1, heads, tokens, size]: keys of layer 0, values of layer 0, keys of layer 1, and so on."""
         cut = {shape: stack.narrow(3, start, tokens).unbind(0) for shape, stack in self._stacks.items()}
         return [cut[shape][index] for shape, index in self._places]
 
     @cached_property
     def arrays(self) -> list[NDArray[Any]]:
-        """All of the pool as numpy has it, each [heads, capacity, size], in the order of `views`.
+        """The whole pool as numpy arrays [heads, capacity, size], in the order of `views`.
 
-        bfloat16 is uint16 there, of the same bits. Empty where numpy cannot read it: another device or dtype.
+        bfloat16 comes as uint16 of the same bits. Empty where numpy cannot read it: another device or dtype.
         """
         whole = [view[0] for view in self.views(0, self.capacity)]
         if whole[0].device.type != "cpu" or whole[0].dtype not in (torch.float32, torch.bfloat16):
             return []
         return [(view.view(torch.uint16) if view.dtype == torch.bfloat16 else view).numpy() for view in whole]
 
-    def cache(self, run: Run) -> "PooledCache":
-        """An empty cache within `run`."""
-        return PooledCache(self, run)
+    def cache(self, slot: Slot) -> "PooledCache":
+        """An empty cache within `slot`."""
+        return PooledCache(self, slot)
 
 
 class _PooledLayer(ReservedLayer):
-    """A layer whose memory lies within a run."""
+    """A layer whose memory lies within a slot."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__(keys.shape[2])
@@ -131,20 +131,20 @@ class _PooledLayer(ReservedLayer):
 
 
 class PooledCache(ReservedCache):
-    """One session's cache within its run of a pool."""
+    """One session's cache within its slot of a pool."""
 
-    def __init__(self, pool: KVPool, run: Run) -> None:
-        flat = pool.views(run.start, run.tokens)
+    def __init__(self, pool: KVPool, slot: Slot) -> None:
+        flat = pool.views(slot.start, slot.tokens)
         super().__init__(layers=[_PooledLayer(*flat[at : at + 2]) for at in range(0, len(flat), 2)])
         self.pool = pool
-        self.run = run
+        self.slot = slot
 
 
 def shapes_of(cut: CutModel, x: torch.Tensor) -> list[tuple[KVShape, KVShape]]:
     """The shapes of each layer's keys and values, as a step of one token makes them: `x` is a token id [1, 1] at a
     first stage, otherwise a hidden state [1, 1, H].
 
-    Raises FamilyRefused for layers that keep something else (a recurrent state).
+    Raises FamilyRefused for layers that keep something else, such as a recurrent state.
     """
     cache = DynamicCache()
     with torch.inference_mode(), eagerly(cut):
@@ -158,9 +158,9 @@ def shapes_of(cut: CutModel, x: torch.Tensor) -> list[tuple[KVShape, KVShape]]:
 
 
 def bytes_per_token(shapes: Sequence[tuple[KVShape, KVShape]], dtype: torch.dtype) -> int:
-    """What one token takes in a pool of these shapes."""
+    """Bytes of one token in a pool of these shapes."""
     return sum(shape.heads * shape.size for pair in shapes for shape in pair) * dtype.itemsize
 
 
-def _shape(kept: torch.Tensor) -> KVShape:
-    return KVShape(kept.shape[1], kept.shape[3])
+def _shape(state: torch.Tensor) -> KVShape:
+    return KVShape(state.shape[1], state.shape[3])

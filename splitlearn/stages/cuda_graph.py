@@ -112,7 +112,7 @@ class GraphRow:
         self._in.host.copy_(x)
         self._position.host.fill_(position)
         out = self._replay(cache, position)
-        cache.grown(1)
+        cache.grow(1)
         if self._out is None:
             return out.clone()
         if out.device.type == "cuda":

@@ -130,17 +130,17 @@ class _OneRow:
         unwanted: Callable[[], bool] | None = None,
     ) -> torch.Tensor | None:
         """The hidden state [1, 1, H], or the logits [1, 1, V]; the cache has the token then."""
-        if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or (kept := cache.kept) is None:
+        if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or (at := cache.addresses) is None:
             return None
         hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
-        layers, place = len(self._layers.norms), self._kernel.KVPlace(kept.addresses, kept.shape, kept.start, position)
+        layers, place = len(self._layers.norms), self._kernel.KVPlace(at.layers, at.shape, at.start, position)
         turn, at_once = self._turn(position), layers if unwanted is None else LAYERS_AT_ONCE
         with self._team.leading() as record:
             for begin in range(0, layers, at_once):
                 if begin and unwanted is not None and unwanted():
                     raise StepUnwanted
                 self._kernel.step(hidden, self._layers, begin, min(begin + at_once, layers), place, turn, record)
-            cache.grown(1)
+            cache.grow(1)
             if self._head is None:
                 return torch.from_numpy(hidden[None])
             return self._head(hidden, record)

@@ -65,7 +65,7 @@ class RaggedBatch:
         own = "sdpa" if attention == kernel_attention.NAME else attention
         readable = own == "sdpa" and caches[0].pool.arrays
         single = len(list(takewhile(lambda count: count == 1, tokens))) if readable else 0
-        starts = np.array([cache.run.start for cache in caches])
+        starts = np.array([cache.slot.start for cache in caches])
         return cls(own, caches, positions, tokens, starts, np.add(positions, tokens), single)
 
     def views(self, index: int) -> list[torch.Tensor]:

@@ -54,7 +54,7 @@ class RaggedStage:
         caches, positions = [step.cache for step in steps], [step.position for step in steps]
         ends = list(map(sum, zip(positions, tokens, strict=True)))
         at = torch.cat([torch.arange(*part) for part in zip(positions, ends, strict=True)])
-        starts = torch.tensor([cache.run.start for cache in caches]).repeat_interleave(torch.tensor(tokens))
+        starts = torch.tensor([cache.slot.start for cache in caches]).repeat_interleave(torch.tensor(tokens))
         batch = RaggedBatch.of(self._attention, caches, positions, tokens)
         call: dict[str, Any] = {"past_key_values": _cache(batch, (starts + at).to(device)), "use_cache": True}
         call["input_ids" if cut.first else "inputs_embeds"] = torch.cat([step.x for step in steps], dim=1).to(device)
@@ -63,7 +63,7 @@ class RaggedStage:
         with rope.computing([(step.rope_length, count) for step, count in zip(steps, tokens, strict=True)]):
             found = self._run(call | dict(arguments or {}), steps)
         for cache, count in zip(caches, tokens, strict=True):
-            cache.grown(count)
+            cache.grow(count)
         return found
 
     def _run(self, call: dict[str, Any], steps: Sequence[SessionStep]) -> Sequence[Tensor]:

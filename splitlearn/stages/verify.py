@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitlearn.kvcache.pool import KVPool, PooledCache, Run, shapes_of
+from splitlearn.kvcache.pool import KVPool, PooledCache, Slot, shapes_of
 from splitlearn.models.cut import CutModel, dtype_of, eagerly, example, forward
 
 ROUNDS = ((3, 2), (1, 2), (1,))
@@ -89,7 +89,7 @@ def agree(own: Tensor, found: Tensor, near: float) -> bool:
 def _outputs(cut: CutModel, candidate: Candidate) -> list[Tensor]:
     x = example(cut, 2 * SESSION_TOKENS)
     pool = KVPool(shapes_of(cut, x[:, :1]), 2, SESSION_TOKENS, dtype_of(cut), x.device)
-    caches = [pool.cache(Run(at * SESSION_TOKENS, SESSION_TOKENS)) for at in range(2)]
+    caches = [pool.cache(Slot(at * SESSION_TOKENS, SESSION_TOKENS)) for at in range(2)]
     found, ends = list[Tensor](), [0, 0]
     for tokens in ROUNDS:
         steps = [

@@ -11,7 +11,7 @@ from hypothesis import strategies as some
 from torch.nn.functional import scaled_dot_product_attention
 
 from splitlearn.kernels.decode_attention import attend
-from splitlearn.kvcache.pool import KVPool, KVShape, Run
+from splitlearn.kvcache.pool import KVPool, KVShape, Slot
 
 BLOCK = 8
 
@@ -21,7 +21,7 @@ class Case:
     """Sessions with keys and values in a pool of one layer, NaN elsewhere; their query is [1, heads, T, size]."""
 
     pool: KVPool
-    runs: list[Run]
+    runs: list[Slot]
     query: torch.Tensor
 
     def attended(self, scale: float | None = None) -> torch.Tensor:
@@ -53,7 +53,7 @@ def case(
     for index in order[len(order) // 2 :] + order[: len(order) // 2]:
         reserved = pool.reserve(lengths[index] + 1)
         assert reserved is not None
-        runs[index] = Run(reserved.start, lengths[index])
+        runs[index] = Slot(reserved.start, lengths[index])
         for view in pool.views(reserved.start, lengths[index]):
             view.normal_(generator=random)
     query = torch.randn(1, groups * shared, len(lengths), sizes[0], generator=random)

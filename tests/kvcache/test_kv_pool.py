@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from splitlearn.kvcache.pool import KVPool, KVShape, Run
+from splitlearn.kvcache.pool import KVPool, KVShape, Slot
 
 BLOCKS, BLOCK_TOKENS = 8, 4
 SHAPES = [(KVShape(1, 2), KVShape(1, 2)), (KVShape(2, 1), KVShape(1, 2))]
@@ -18,7 +18,7 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = KVPool(SHAPES, BLOCKS, BLOCK_TOKENS, torch.float32, torch.device("cpu"))
-        self.held: list[Run] = []
+        self.held: list[Slot] = []
 
     def _free(self) -> set[int]:
         taken = {at for run in self.held for at in range(run.start, run.start + run.tokens)}
@@ -32,7 +32,7 @@ class PoolMachine(RuleBasedStateMachine):
         return longest
 
     @rule(target=runs, tokens=st.integers(1, BLOCKS * BLOCK_TOKENS + 1))
-    def reserve(self, tokens: int) -> Run | None:
+    def reserve(self, tokens: int) -> Slot | None:
         free, fits = self._free(), self.pool.fits(tokens)
         run = self.pool.reserve(tokens)
         assert fits == (run is not None) == (tokens <= self._longest_free())
@@ -44,7 +44,7 @@ class PoolMachine(RuleBasedStateMachine):
         return run
 
     @rule(run=consumes(runs))
-    def release(self, run: Run | None) -> None:
+    def release(self, run: Slot | None) -> None:
         if run is not None:
             self.held.remove(run)
             self.pool.release(run)

@@ -75,7 +75,7 @@ def test_a_session_that_needs_all_blocks_keeps_nobody_out_of_those_that_are_free
         for reservation in (small, *others):
             admission.release(reservation)
         reservation = large.result()
-    assert reservation.run is not None and reservation.run.tokens == 8 * BLOCK
+    assert reservation.slot is not None and reservation.slot.tokens == 8 * BLOCK
 
 
 def test_the_holder_with_fewer_sessions_comes_in_first() -> None:

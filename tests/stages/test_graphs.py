@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.kvcache.pool import KVPool, Run
+from splitlearn.kvcache.pool import KVPool, Slot
 from splitlearn.models.cut import CutModel
 from splitlearn.stages import cuda_graph, loading, local
 from splitlearn.stages.base import StageInput
@@ -110,7 +110,7 @@ def test_sessions_beside_each_other_do_not_see_each_other(tiny_model: TinyFactor
     for view in pool.views(0, pool.capacity):
         view.fill_(torch.nan)  # what a session left that came to grief
     settings = stage.open(session_of(FLAGS), LENGTH).settings
-    sessions = [LocalSession(pool.cache(Run(at * LENGTH, LENGTH)), settings, LENGTH) for at in (2, 0, 1)]
+    sessions = [LocalSession(pool.cache(Slot(at * LENGTH, LENGTH)), settings, LENGTH) for at in (2, 0, 1)]
     given = [_given(stage, seed) for seed in range(3)]
     found: list[list[torch.Tensor]] = [[], [], []]
     for begin, end in PARTS:
