@@ -19,7 +19,7 @@ def dynamic(layers: int, max_length: int) -> Cache:
 
 
 def static(layers: int, max_length: int) -> Cache:
-    """Memory for `max_length` tokens. Attention reads all of it, masked behind the last token: the shape never changes."""
+    """Memory for `max_length` tokens. Attention reads all of it, masked behind the last token: one shape always."""
     return Cache(layers=[_StaticLayer(max_length) for _ in range(max(1, layers))])
 
 
@@ -29,7 +29,7 @@ def reserved(layers: int, max_length: int) -> Cache:
 
 
 class _StaticLayer(StaticLayer):  # type: ignore[misc]
-    """transformers' static layer that can be cropped: what is behind the new length is masked, and overwritten later."""
+    """transformers' static layer that can be cropped: what is behind the new length is masked, then overwritten."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; their number is negative, as in DynamicLayer."""
@@ -127,13 +127,8 @@ def in_memory(state: torch.Tensor) -> tuple[NDArray[Any], int] | None:
     """The array [groups, capacity, size] that keys or values [1, groups, tokens, size] are a part of, and where in it
     they begin. None where they do not lie so, or are not float32 on the CPU."""
     (batch, groups, _, size), (_, step, row, one) = state.shape, state.stride()
-    if (
-        batch != 1
-        or (row, one) != (size, 1)
-        or step % size
-        or state.device.type != "cpu"
-        or state.dtype != torch.float32
-    ):
+    readable = state.device.type == "cpu" and state.dtype == torch.float32
+    if not readable or batch != 1 or (row, one) != (size, 1) or step % size:
         return None
     offset = state.storage_offset()
     start = offset % step // size
