@@ -46,8 +46,8 @@ def _place(module: str) -> str:
     head, *rest = module.split(".")
     if head != "splitlearn":
         return head
-    if rest and rest[0] == "__main__":
-        return "__main__"
+    if rest and rest[0] in ("__main__", "__init__"):
+        return rest[0]
     return rest[0] if rest and (ROOT / "splitlearn" / rest[0]).is_dir() else "root"
 
 
@@ -57,7 +57,7 @@ def _below(place: str) -> tuple[str, ...]:
         return (place,)
     if place in ("root", *ORDER):
         return ("root", *ORDER[: ORDER.index(place) + 1 if place in ORDER else 0])
-    own = {"app": ("ui",), "__main__": ()}.get(place, (place,))
+    own = {"app": ("ui",), "__main__": (), "__init__": ()}.get(place, (place,))
     return ("root", *ORDER, *own)
 
 

@@ -31,10 +31,11 @@ def _found(question: Question) -> Capabilities:
     if question.draft is not None:
         draft_model.check_vocabulary(question.draft, files)
     kv_bytes = kv_bytes_per_token(read_config(files.folder), 1, DTYPES[question.dtype])
-    return Capabilities(_place(question), tokens.chat_templates, kv_bytes)
+    return Capabilities(place_of(question), tokens.chat_templates, kv_bytes)
 
 
-def _place(question: Question) -> Place:
+def place_of(question: Question) -> Place:
+    """What decides which flags can be applied to the model in question on this machine."""
     folder = question.files.folder
     place = replace(
         here(str(resolve(question.device)), question.dtype),

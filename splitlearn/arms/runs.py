@@ -20,11 +20,10 @@ from splitlearn.arms.trunk_pool import TrunkPool
 from splitlearn.arms.worker import Worker, compile_seconds
 from splitlearn.checkpoints import catalogue
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.served import TrunkFacts, check_served, describe, first_that_works
+from splitlearn.client.served import TrunkFacts, check_served, describe, first_that_works, with_trunk
 from splitlearn.config import Config
 from splitlearn.errors import InputError, WorkFailed
 from splitlearn.events import Event, GenerationRequest
-from splitlearn.flags import auto
 from splitlearn.flags.registry import SIDES
 from splitlearn.flags.selection import Availability, FlagSet, availability
 from splitlearn.flags.selection import check as check_flags
@@ -160,12 +159,7 @@ class Runs:
 
     def availability(self) -> Availability:
         """Which flags can be applied where: here for full and client; for the trunk, what its server says."""
-        said, here = self.describe_trunk(), self.availability_here
-        reasons = {flag.name: flag.unavailable or None for flag in said.flags}
-        known = {name: reasons.get(name, "unknown to this trunk server") for name in here["trunk"]}
-        return here.with_side(
-            "trunk", known, auto.choose(said.machine.get("vector_instructions"), said.device, said.dtype)
-        )
+        return with_trunk(self.availability_here, self.describe_trunk())
 
     @cached_property
     def availability_here(self) -> Availability:

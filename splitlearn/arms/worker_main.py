@@ -8,7 +8,7 @@ import pickle
 from collections import abc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 from splitlearn.arms import draft_model
@@ -31,22 +31,24 @@ from splitlearn.stages.base import Stage
 COMPILE_TIMEOUT_S = 1800.0
 
 
+@dataclass(frozen=True)
+class Arm:
+    """An arm in memory: what generates, its trunk if that is remote, and what loading took."""
+
+    answers: Generator
+    trunk: RemoteStage | None
+    ready: ArmReady
+
+
 def work(connection: Connection, spec: ArmSpec) -> None:
     """A worker's life: an ArmReady, then for each request its events and an ArmEnd; for what fails, the error."""
     try:
-        local = _local_settings(spec)
-        threads = loading.prepare_process(local.process, spec.threads)
-        before = process.resident_bytes()
-        tokens = read_tokens(spec)
-        tokenizer_bytes = process.resident_bytes() - before
-        loaded = loading.load(spec.files, _specs(spec), local.load, loading.Placement.of(spec.device, spec.dtype))
-        trunk = open_trunk(spec)
-        drafting, draft_load_s = _load_draft(spec)
-        answers = generator(spec, loaded.chain, trunk, tokens, drafting)
+        arm = load(spec)
+        answers, trunk = arm.answers, arm.trunk
     except Exception as error:
         connection.send(as_error(error, "loading the model"))
         return
-    connection.send(ArmReady(loaded.load_s + draft_load_s, loaded.import_rss_bytes - tokenizer_bytes, threads))
+    connection.send(arm.ready)
     while True:
         request = connection.recv()
         if request == CANCEL:  # of a generation that had ended by itself
@@ -58,9 +60,24 @@ def work(connection: Connection, spec: ArmSpec) -> None:
                 connection.send_bytes(pickle.dumps(event, pickle.HIGHEST_PROTOCOL))
                 events.append(event)
             peak = process.peak_resident_bytes()
-            connection.send(ArmEnd(peak, trunk.facts if trunk else None, _texts(tokens, events, request)))
+            connection.send(ArmEnd(peak, trunk.facts if trunk else None, _texts(answers.tokens, events, request)))
         except Exception as error:  # the run fails with its cause; the worker goes on
             connection.send(as_error(error, "generating"))
+
+
+def load(spec: ArmSpec) -> Arm:
+    """Load an arm into this process, whose threads and other process-wide settings it sets."""
+    local = _local_settings(spec)
+    threads = loading.prepare_process(local.process, spec.threads)
+    before = process.resident_bytes()
+    tokens = read_tokens(spec)
+    tokenizer_bytes = process.resident_bytes() - before
+    loaded = loading.load(spec.files, _specs(spec), local.load, loading.Placement.of(spec.device, spec.dtype))
+    trunk = open_trunk(spec)
+    drafting, draft_load_s = _load_draft(spec)
+    answers = generator(spec, loaded.chain, trunk, tokens, drafting)
+    ready = ArmReady(loaded.load_s + draft_load_s, loaded.import_rss_bytes - tokenizer_bytes, threads)
+    return Arm(answers, trunk, ready)
 
 
 def _until_cancelled(events: abc.Generator[Event, None, None], connection: Connection) -> Iterator[Event]:
@@ -87,7 +104,10 @@ def _local_settings(spec: ArmSpec) -> Settings:
 
 
 def _specs(spec: ArmSpec) -> list[loading.StageSpec]:
-    return loading.full_specs(spec.plan.n_layers) if spec.kind == "full" else loading.client_specs(spec.plan)
+    if spec.kind == "full":
+        return loading.full_specs(spec.plan.n_layers)
+    bottom, *rest = loading.client_specs(spec.plan)
+    return [bottom, *rest] if spec.addresses else [bottom, *loading.trunk_specs(spec.plan), *rest]
 
 
 def open_trunk(spec: ArmSpec) -> RemoteStage | None:

@@ -7,6 +7,8 @@ from typing import TypeVar
 import grpc
 
 from splitlearn.errors import TrunkError, TrunkRefused, TrunkUnavailable
+from splitlearn.flags import auto
+from splitlearn.flags.selection import Availability
 from splitlearn.models.plan import SplitPlan
 from splitlearn.wire import PROTOCOL
 from splitlearn.wire import trunk_pb2 as pb
@@ -75,3 +77,11 @@ def check_served(description: pb.Description, served: Served, address: str) -> N
     ]
     if differing:
         raise TrunkRefused(f"The trunk server at {address} cannot be used. {'; '.join(differing)}.")
+
+
+def with_trunk(here: Availability, said: pb.Description) -> Availability:
+    """The flags that can be applied `here`, with those of a trunk server in the place of this machine's as a trunk."""
+    reasons = {flag.name: flag.unavailable or None for flag in said.flags}
+    known = {name: reasons.get(name, "unknown to this trunk server") for name in here["trunk"]}
+    rule = auto.choose(said.machine.get("vector_instructions"), said.device, said.dtype)
+    return here.with_side("trunk", known, rule)

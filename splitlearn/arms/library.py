@@ -1,0 +1,212 @@
+"""The public functions behind `import splitlearn`: stages in this process, and a comparison in processes of its own."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from splitlearn import config
+from splitlearn.arms import worker_main
+from splitlearn.arms.capabilities import Question
+from splitlearn.arms.capabilities_main import place_of
+from splitlearn.arms.compare import compare as compare_arms
+from splitlearn.arms.runs import Runs
+from splitlearn.arms.spec import ArmSpec
+from splitlearn.arms.worker_main import Arm
+from splitlearn.checkpoints import catalogue
+from splitlearn.client.served import check_served, describe, with_trunk
+from splitlearn.config import Config
+from splitlearn.errors import SplitlearnError
+from splitlearn.events import Event, GenerationRequest, Kind
+from splitlearn.flags import selection
+from splitlearn.flags.registry import SIDES
+from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime.progress import silent
+from splitlearn.sampling import SamplingParams
+from splitlearn.stages.base import Stage
+from splitlearn.wire import channel
+
+MODEL = "smollm2-135m-instruct"
+
+
+class Stages(Sequence[Stage]):
+    """A loaded model as a chain of stages, in order; `generate` runs a prompt through it.
+
+    Each stage maps token ids int64 [1, T] or hidden states [1, T, hidden_size] to hidden states, the last one to
+    logits. Use as a context, or call `close`, where the trunk is remote: that closes the connection.
+    """
+
+    def __init__(self, arm: Arm) -> None:
+        self._arm = arm
+
+    def __len__(self) -> int:
+        return len(self._arm.answers.links)
+
+    def __getitem__(self, at: Any) -> Any:
+        stages = [link.stage for link in self._arm.answers.links]
+        return stages[at]
+
+    def __enter__(self) -> "Stages":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection to a remote trunk. What is local ends with the last reference to it."""
+        if self._arm.trunk is not None:
+            self._arm.trunk.close()
+
+    def events(self, request: GenerationRequest) -> Iterator[Event]:
+        """The events of one generation."""
+        yield from self._arm.answers.stream(request)
+
+
+def load_full(
+    model: str = MODEL,
+    *,
+    flags: str = "auto",
+    dtype: str = "float32",
+    device: str = "auto",
+    threads: int | None = None,
+) -> Stages:
+    """Load the whole model into this process, as one stage.
+
+    `model` is a name of the catalogue, a hub id, a folder or a GGUF file; what the cache lacks is fetched. `flags` are
+    words as on the command line, `dtype` and `device` as in config.yaml, `threads` torch's threads, None for one a
+    core. Raises InputError for what cannot be used, ModelError for a model that cannot.
+    """
+    settings = config.parse({"model": {"name": model, "dtype": dtype, "device": device}, "runs": {"threads": threads}})
+    return Stages(worker_main.load(_spec("full", settings, flags)))
+
+
+def load_split(
+    model: str = MODEL,
+    start: int | None = None,
+    end: int | None = None,
+    *,
+    trunk: str | None = None,
+    flags: str = "auto",
+    dtype: str = "float32",
+    device: str = "auto",
+    threads: int | None = None,
+) -> Stages:
+    """Load a split model: the bottom with the layers [0, start), the trunk [start, end), the top with the others, and
+    the LM head.
+
+    All stages are local, or the trunk is that of the server at `trunk` ("host:port"). None for `start` or `end` leaves
+    two layers at that end. The other arguments and errors are those of `load_full`; raises TrunkError for a trunk that
+    does not answer or serves something else.
+    """
+    settings = config.parse(
+        {
+            "model": {"name": model, "dtype": dtype, "device": device},
+            "split": {"start": start, "end": end},
+            "runs": {"threads": threads},
+            **({} if trunk is None else {"trunk": {"address": trunk}}),
+        }
+    )
+    return Stages(worker_main.load(_spec("split", settings, flags)))
+
+
+def generate(
+    stages: Stages,
+    prompt: str,
+    max_new_tokens: int = 64,
+    *,
+    chat: bool | str = True,
+    ignore_eos: bool = False,
+    stop: Sequence[str] = (),
+    samples: int = 1,
+    sampling: SamplingParams | None = None,
+) -> Iterator[Event]:
+    """Generate an answer: a TokenEvent for each step as it comes, then a Done, for each of the `samples`.
+
+    Times are seconds since the prompt was given. `chat` applies the model's chat template, or that of several with this
+    name; `sampling` None is greedy. Raises InputError for a request that cannot be used, TrunkError for a trunk that
+    fails. Closing the iterator ends the generation.
+    """
+    return stages.events(_request(prompt, max_new_tokens, chat, ignore_eos, stop, samples, sampling))
+
+
+def compare(
+    prompt: str,
+    model: str = MODEL,
+    start: int | None = None,
+    end: int | None = None,
+    *,
+    trunk: str | None = None,
+    flags: str = "auto",
+    max_new_tokens: int = 64,
+    chat: bool | str = True,
+    ignore_eos: bool = False,
+    stop: Sequence[str] = (),
+    samples: int = 1,
+    sampling: SamplingParams | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Run a prompt through the full and the split model, each in a process of its own, and compare them.
+
+    Returns the object that `splitlearn compare --json` prints (docs/command-line.md): seconds and bytes. Without
+    `trunk`, a trunk server is started for it. Arguments and errors are those of `load_split` and `generate`. Call it
+    below `if __name__ == "__main__":`, as everything that starts processes.
+    """
+    request = _request(prompt, max_new_tokens, chat, ignore_eos, stop, samples, sampling)
+    settings = config.parse(
+        {
+            "model": {"name": model, "dtype": dtype, "device": device},
+            "split": {"start": start, "end": end},
+            "generation": {"chat": chat},
+            "runs": {"threads": threads},
+            **({} if trunk is None else {"trunk": {"address": trunk}}),
+        }
+    )
+    with Runs(settings, silent) as runs:
+        runs.check_trunk()
+        found = compare_arms(runs, request, runs.flags(flags))
+    if found is None:  # nothing sets the cancellation here
+        raise SplitlearnError("The comparison ended early.")
+    return found.as_json()
+
+
+def _request(
+    prompt: str,
+    max_new_tokens: int,
+    chat: bool | str,
+    ignore_eos: bool,
+    stop: Sequence[str],
+    samples: int,
+    sampling: SamplingParams | None,
+) -> GenerationRequest:
+    chosen = sampling or SamplingParams()
+    return GenerationRequest(prompt, max_new_tokens, chat, ignore_eos, tuple(stop), chosen, samples)
+
+
+def _spec(kind: Kind, settings: Config, flags: str) -> ArmSpec:
+    """What to load: checked, with the flags that can be applied here and at the trunk."""
+    selection.check(flags)
+    model, split = settings.model, settings.split
+    files = catalogue.prepare(model, silent)
+    place = place_of(Question(files, None, model.device, model.dtype, chat=False))
+    known = selection.availability(dict.fromkeys(SIDES, place))
+    plan = SplitPlan.of(split.start, split.end, files.n_layers)
+    addresses = () if kind == "full" or settings.trunk.embedded else settings.trunk.address
+    shown = channel.credentials(settings.trunk) if addresses else channel.NONE
+    spec = ArmSpec(
+        kind,
+        files,
+        plan,
+        place.device,
+        model.dtype,
+        settings.runs.threads,
+        selection.FlagSet(),
+        addresses,
+        settings.trunk.timeout_s,
+        shown,
+    )
+    for address in addresses:
+        said = describe(address, shown)
+        check_served(said, spec.served(), address)
+        known = with_trunk(known, said)
+    return replace(spec, flags=selection.parse(flags, known))
