@@ -286,8 +286,8 @@ def _positions(draw: st.DrawFn, aim: Target) -> bytes:
         hidden = _encoded(torch.full((1, 1, aim.hidden_size), 0.1)).SerializeToString()
         body = negative + b"\x22" + _varint(len(hidden)) + hidden
         return b"\x12" + _varint(len(body)) + body
-    changes: dict[str, Any] = {"roll_back": draw(st.booleans()), "step_id": draw(NUMBERS), "answer_last": draw(NUMBERS)}
-    changes["branch_of"] = draw(st.one_of(st.just(b""), st.binary(max_size=40)))
+    changes: dict[str, Any] = {"truncate": draw(st.booleans()), "step_id": draw(NUMBERS), "answer_last": draw(NUMBERS)}
+    changes["fork_of"] = draw(st.one_of(st.just(b""), st.binary(max_size=40)))
     changes["rope_length"] = draw(st.one_of(st.just(0), NUMBERS))
     return aim.step(draw(st.integers(1, 3)), draw(st.one_of(st.integers(0, 4), NUMBERS)), **changes)
 
@@ -303,7 +303,7 @@ def _walks(draw: st.DrawFn, aim: Target) -> list[bytes]:
         if kind == "open":
             messages.append(aim.open())
             continue
-        changes = {"step_id": step_id + (kind == "other step"), "more": more, "roll_back": kind == "back"}
+        changes = {"step_id": step_id + (kind == "other step"), "more": more, "truncate": kind == "back"}
         messages.append(aim.step(tokens, position, sequence_id=draw(NUMBERS), **changes))
         at, step_id = position + tokens, step_id if more else step_id + 1
     return messages

@@ -43,7 +43,7 @@ class Parts:
 
     step_id: int
     position: int
-    roll_back: bool
+    truncate: bool
     rope_length: int
     values: list[bytes] = field(default_factory=list)
     tokens: int = 0
@@ -80,8 +80,8 @@ class SessionHandler:
     def assemble(self, message: pb.Step) -> Step | None:
         """The step that `message` completes; None where more parts are to come."""
         parts = self._checked(message)
-        if message.branch_of:
-            self._engine.branch(self._session, message.branch_of, message.position)
+        if message.fork_of:
+            self._engine.fork(self._session, message.fork_of, message.position)
         self._watch.lap("decode")
         self._session.quota.spend(message.hidden.shape[1], self._session.timeout_s)
         self._watch.lap("throttled")
@@ -125,7 +125,7 @@ class SessionHandler:
     def _checked(self, message: pb.Step) -> Parts:
         """The parts so far, once `message` is checked against them and against what is served."""
         tokens = codec.check(message.hidden, self._rows, self._hidden_size)
-        first = Parts(message.step_id, message.position, message.roll_back, message.rope_length)
+        first = Parts(message.step_id, message.position, message.truncate, message.rope_length)
         parts = self.parts or first
         expected = parts.position + parts.tokens
         if (message.step_id, message.position) != (parts.step_id, expected):
@@ -149,7 +149,7 @@ class SessionHandler:
             sequence_id=last.sequence_id,
             wanted=min(last.answer_last or parts.tokens, parts.tokens),
             uncertain=last.uncertain,
-            roll_back=parts.roll_back,
+            truncate=parts.truncate,
             rope_length=parts.rope_length,
         )
 

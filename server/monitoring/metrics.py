@@ -42,7 +42,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
     ),
     "calls_full": ("RESOURCE_EXHAUSTED", "as many calls as may are under way, of the client or of all"),
     "draining": ("UNAVAILABLE", "this server is shutting down"),
-    "branch_lost": ("ABORTED", "the session that another is to branch from is gone"),
+    "branch_lost": ("ABORTED", "the session that another is to fork is gone"),
     "step_late": ("DEADLINE_EXCEEDED", "a step was dropped that waited for longer than its client would"),
     "not_opened": ("DEADLINE_EXCEEDED", "a call's first message did not come in time, or others needed its place"),
     "idle": ("DEADLINE_EXCEEDED", "a session's client was silent for too long"),

@@ -90,22 +90,22 @@ class Engine:
         self._table.add(session)
         return session
 
-    def branch(self, session: EngineSession, key: bytes, tokens: int) -> None:
+    def fork(self, session: EngineSession, key: bytes, tokens: int) -> None:
         """Begin `session` with the first `tokens` of the session named `key`.
 
         Raises TrunkForgot where that one is gone, InputError for what it cannot give.
         """
         parent = self._table.find(key)
         if parent is None or not self._table.hold(parent, session):
-            raise TrunkForgot("the session to branch from is not here (any more)", "branch_lost")
+            raise TrunkForgot("the session to fork is not here (any more)", "branch_lost")
         try:
             if session.recomputes or session.computed or parent.flags != session.flags:
                 expected = "said in the first step, with the same flags, with use_cache"
-                raise InputError("branch_of", "a session", expected)
+                raise InputError("fork_of", "a session", expected)
             if tokens > parent.computed:
-                expected = f"at most {parent.computed}, the length of the session to branch from"
+                expected = f"at most {parent.computed}, the length of the session to fork"
                 raise InputError("position", tokens, expected)
-            session.cache.branch(parent.cache, tokens)  # without the lock: 0.1 s for a long session
+            session.cache.fork(parent.cache, tokens)  # without the lock: 0.1 s for a long session
             session.computed = tokens
         finally:
             self._table.let_go(parent, session)
@@ -262,5 +262,5 @@ class Engine:
 def _check_position(session: EngineSession, step: Step) -> None:
     if session.recomputes and step.position:
         raise InputError("position", step.position, "0: without use_cache a step has the whole prefix")
-    if not session.recomputes and step.position < session.computed and not step.roll_back:
-        raise InputError("position", step.position, f"{session.computed}, or roll_back to go back from there")
+    if not session.recomputes and step.position < session.computed and not step.truncate:
+        raise InputError("position", step.position, f"{session.computed}, or truncate to go back from there")

@@ -59,7 +59,7 @@ class EngineSession:
     shared: bool = True
     """Whether its steps can share a forward with those of other sessions."""
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
-    """Names it to its client, who may drop a step by it or branch another session from it."""
+    """Names it to its client, who may drop a step by it or fork its session."""
     pace: Pace = field(default_factory=Pace)
     pending: "QueuedStep | None" = None
     computed: int = 0
@@ -85,7 +85,7 @@ class EngineSession:
 class Step:
     """What a client asks for: `x` [1, T, H] from `position` on. `number` is its step id.
 
-    `wanted`: how many of the last positions it wants answers to. `uncertain`: it may be dropped. `roll_back`:
+    `wanted`: how many of the last positions it wants answers to. `uncertain`: it may be dropped. `truncate`:
     `position` may be before the end of what is computed. `rope_length` is that of `StageInput`.
     """
 
@@ -95,7 +95,7 @@ class Step:
     sequence_id: int = 0
     wanted: int = 1
     uncertain: bool = False
-    roll_back: bool = False
+    truncate: bool = False
     rope_length: int = 0
 
 

@@ -91,7 +91,7 @@ class RemoteSession:
         self._opening = opening
         self._row_bytes = opening.rows.row_bytes(stage.served.hidden_size)
         self._sent = bytearray()  # the hidden state of every position that the trunk has
-        self._branch_of = b""
+        self._fork_of = b""
         self._rope_length = 0
         self._pending: deque[Sent] = deque()
         self._recovered: deque[StageOutput] = deque()  # answers to what else was pending when a trunk was lost
@@ -115,19 +115,19 @@ class RemoteSession:
         timing = StageTiming({"encode": sent.encode_s, "wire": sent.hand_over_s}, bytes_up=sent.size)
         return PendingStep(timing, finish, partial(stream.drop_step, sent))
 
-    def branch(self, other: "RemoteSession", tokens: int) -> None:
+    def fork(self, other: "RemoteSession", tokens: int) -> None:
         """Have the next step begin with what the trunk has of `other`."""
         self._sent = other._sent[: tokens * self._row_bytes]  # noqa: SLF001
-        self._branch_of = other._stream.key  # noqa: SLF001
+        self._fork_of = other._stream.key  # noqa: SLF001
 
     def _send(self, position: int, x: torch.Tensor, rope_length: int, *, uncertain: bool = False) -> None:
-        kept, branch_of, self._branch_of = position * self._row_bytes, self._branch_of, b""
+        kept, fork_of, self._fork_of = position * self._row_bytes, self._fork_of, b""
         self._rope_length = rope_length  # the same for all that is pending
         sent = self._stream.send(
             position,
             x,
-            roll_back=kept < len(self._sent),
-            branch_of=branch_of if kept else b"",
+            truncate=kept < len(self._sent),
+            fork_of=fork_of if kept else b"",
             uncertain=uncertain,
             rope_length=rope_length,
         )

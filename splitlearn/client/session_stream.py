@@ -147,18 +147,18 @@ class Stream:
         position: int,
         x: torch.Tensor,
         *,
-        roll_back: bool = False,
+        truncate: bool = False,
         answer_last: int = 0,
-        branch_of: bytes = b"",
+        fork_of: bytes = b"",
         uncertain: bool = False,
         rope_length: int = 0,
     ) -> Sent:
         """The first half of `step`. The answer has the last `answer_last` of the T positions, 0 for all of them.
-        `branch_of` is the key of the stream whose session has the positions before `position`; only an `uncertain`
+        `fork_of` is the key of the stream whose session has the positions before `position`; only an `uncertain`
         step can be dropped; `rope_length` is that of `StageInput`."""
         started = time.perf_counter()
         data = self._rows.to_bytes(x)
-        first: dict[str, object] = {"roll_back": roll_back, "branch_of": branch_of}
+        first: dict[str, object] = {"truncate": truncate, "fork_of": fork_of}
         each: dict[str, object] = {"answer_last": answer_last, "uncertain": uncertain, "rope_length": rope_length}
         messages = self._encode(position, data, first, each)
         encoded = time.perf_counter()

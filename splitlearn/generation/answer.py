@@ -52,10 +52,10 @@ class Answer:
         ids = torch.tensor([[*self.sequence.new, *self._drafts]], dtype=torch.long)
         return Step(self.number, self.chain, position, ids, 1 + len(self._drafts), more=left > 1 and room > 0)
 
-    def branch(self, other: "Answer") -> None:
+    def fork(self, other: "Answer") -> None:
         """Go on from the prompt, which `other` has fed."""
         self._known = len(self.sequence)
-        self.chain.branch(other.chain, self._known)
+        self.chain.fork(other.chain, self._known)
 
     def sample(self, logits: torch.Tensor) -> None:
         """Add a token for each row of `logits` [1 + drafts, V], up to the first that is not the draft fed at its place

@@ -26,10 +26,10 @@ class Chain:
     sessions: Sequence[Session]
     rope_length: int
 
-    def branch(self, other: "Chain", tokens: int) -> None:
+    def fork(self, other: "Chain", tokens: int) -> None:
         """Go on from the first `tokens` that `other` has fed."""
         for own, theirs in zip(self.sessions, other.sessions, strict=True):
-            own.branch(theirs, tokens)
+            own.fork(theirs, tokens)
 
 
 @dataclass(frozen=True)

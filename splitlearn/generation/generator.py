@@ -123,7 +123,7 @@ def _decode(answers: Sequence[Answer], forward: Forward, ledger: Ledger) -> abc.
         logits = forward(steps)
         before = ledger.now()
         for answer in live[len(fed) :]:  # the prompt was fed once
-            answer.branch(fed[0])
+            answer.fork(fed[0])
             logits.append(logits[0])
         for answer, rows in zip(live, logits, strict=True):
             answer.sample(rows)

@@ -17,7 +17,7 @@ from splitlearn.stages.settings import SessionSettings
 class Session(Protocol):
     """One generation's stay at one stage."""
 
-    def branch(self, other: Any, tokens: int) -> None:
+    def fork(self, other: Any, tokens: int) -> None:
         """Begin, before the first step, with the first `tokens` of `other`, a session of the same stage and flags."""
 
     def close(self) -> None:

@@ -51,7 +51,7 @@ class HeadSession:
 
     settings: SessionSettings
 
-    def branch(self, other: "HeadSession", tokens: int) -> None:
+    def fork(self, other: "HeadSession", tokens: int) -> None:
         """Nothing is to be copied."""
 
     def close(self) -> None:

@@ -50,7 +50,7 @@ class LocalSession:
     release: Callable[[], None] | None = None
     """What gives the cache's memory to later sessions, where somebody keeps it for them."""
 
-    def branch(self, other: "LocalSession", tokens: int) -> None:
+    def fork(self, other: "LocalSession", tokens: int) -> None:
         """Copy the cache."""
         with self.settings.gradient_guard(), computing_on(1):
             if isinstance(self.cache, ReservedCache) and isinstance(other.cache, ReservedCache):

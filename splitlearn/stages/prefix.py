@@ -16,7 +16,7 @@ class PrefixSession:
     session: Session
     prefix: torch.Tensor | None = None
 
-    def branch(self, other: "PrefixSession", tokens: int) -> None:
+    def fork(self, other: "PrefixSession", tokens: int) -> None:
         """Begin with what `other` was given."""
         self.prefix = None if other.prefix is None else other.prefix[:, :tokens]
 

@@ -160,15 +160,15 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "roll_back", "answer_last", "branch_of", "uncertain", "rope_length")
+    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "truncate", "answer_last", "fork_of", "uncertain", "rope_length")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
-    ROLL_BACK_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATE_FIELD_NUMBER: _ClassVar[int]
     ANSWER_LAST_FIELD_NUMBER: _ClassVar[int]
-    BRANCH_OF_FIELD_NUMBER: _ClassVar[int]
+    FORK_OF_FIELD_NUMBER: _ClassVar[int]
     UNCERTAIN_FIELD_NUMBER: _ClassVar[int]
     ROPE_LENGTH_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
@@ -176,12 +176,12 @@ class Step(_message.Message):
     position: int
     hidden: Tensor
     more: bool
-    roll_back: bool
+    truncate: bool
     answer_last: int
-    branch_of: bytes
+    fork_of: bytes
     uncertain: bool
     rope_length: int
-    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., roll_back: _Optional[bool] = ..., answer_last: _Optional[int] = ..., branch_of: _Optional[bytes] = ..., uncertain: _Optional[bool] = ..., rope_length: _Optional[int] = ...) -> None: ...
+    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., truncate: _Optional[bool] = ..., answer_last: _Optional[int] = ..., fork_of: _Optional[bytes] = ..., uncertain: _Optional[bool] = ..., rope_length: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "decode_s", "queue_s", "trunk_s", "encode_s", "compile_s", "dropped")

@@ -147,9 +147,7 @@ def test_the_tokens_are_those_of_a_plain_loop(course: Course) -> None:
 @given(COURSES, st.integers(2, 4))
 def test_each_of_several_samples_is_that_of_its_seed_alone(course: Course, samples: int) -> None:
     sampling = SamplingParams(temperature=0.8, seed=course.sampling.seed)
-    course = replace(
-        course, sampling=sampling, samples=samples, lost=()
-    )  # a branch begins with a session that is there
+    course = replace(course, sampling=sampling, samples=samples, lost=())  # a fork begins with a session that is there
     events = _events(course)
     for number in range(samples):
         assert _said(events, number) == _plain(course, replace(sampling, seed=sampling.seed + number))

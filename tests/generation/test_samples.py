@@ -196,13 +196,13 @@ def test_a_sample_whose_prompt_is_lost_at_the_trunk_sends_it(
 ) -> None:
     with split(files, here.address) as links:
         wanted = together(generator(files, links))
-        branch = RemoteSession.branch
+        fork = RemoteSession.fork
 
         def elsewhere(own: RemoteSession, other: RemoteSession, tokens: int) -> None:
-            branch(own, other, tokens)
-            own._branch_of = b"a session that has ended"
+            fork(own, other, tokens)
+            own._fork_of = b"a session that has ended"
 
-        monkeypatch.setattr(RemoteSession, "branch", elsewhere)
+        monkeypatch.setattr(RemoteSession, "fork", elsewhere)
         found = together(generator(files, links))
     check_same(found, wanted)
     assert [len(each.recoveries) for each in found] == [0, 1, 1, 1]
@@ -211,7 +211,7 @@ def test_a_sample_whose_prompt_is_lost_at_the_trunk_sends_it(
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        ({"branch_of": b"unknown"}, grpc.StatusCode.ABORTED, "is not here"),
+        ({"fork_of": b"unknown"}, grpc.StatusCode.ABORTED, "is not here"),
         ({"position": 4}, grpc.StatusCode.INVALID_ARGUMENT, "at most 3"),
         ({"flags": []}, grpc.StatusCode.INVALID_ARGUMENT, "with the same flags"),
         ({"began": True}, grpc.StatusCode.INVALID_ARGUMENT, "said in the first step"),
@@ -227,7 +227,7 @@ def test_a_branch_that_cannot_be_is_refused_and_the_session_it_names_goes_on(
         child.ask(opening(files, **{name: change[name] for name in change if name == "flags"}))
         if "began" in change:
             child.ask(step(hidden(files, 3), 0, 1))
-        asked = {"branch_of": change.get("branch_of", key)}
+        asked = {"fork_of": change.get("fork_of", key)}
         status, details = child.refusal(step(hidden(files, 1), change.get("position", 3), 2, **asked))
         assert (status, said in details) == (code, True), details
         parent.ask(step(hidden(files, 1), 3, 2))

@@ -298,20 +298,20 @@ def test_a_session_that_cannot_be_made_leaves_its_place(files: ModelFiles, monke
 def test_memory_that_a_branch_is_copied_into_is_nobody_elses_until_it_is_done(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on, real = threading.Event(), threading.Event(), LocalSession.branch
+    begun, go_on, real = threading.Event(), threading.Event(), LocalSession.fork
 
-    def wait_and_branch(self: LocalSession, other: LocalSession, tokens: int) -> None:
+    def wait_and_fork(self: LocalSession, other: LocalSession, tokens: int) -> None:
         begun.set()
         assert go_on.wait(60)
         real(self, other, tokens)
 
-    monkeypatch.setattr(LocalSession, "branch", wait_and_branch)
+    monkeypatch.setattr(LocalSession, "fork", wait_and_fork)
     with serve_here(files, kv_block_tokens=64) as here:
         engine, pool = here.runtime.engine, here.runtime.admission.pool
         parent, child = (opened(engine, max_length=64) for _ in range(2))
         engine.step(parent, Step(0, hidden(files, 9)))
         with ThreadPoolExecutor(1) as thread:
-            copied = thread.submit(engine.branch, child, parent.key, 9)
+            copied = thread.submit(engine.fork, child, parent.key, 9)
             assert begun.wait(60)
             engine.close(child)
             engine.close(parent)
@@ -326,7 +326,7 @@ def test_only_the_last_positions_are_answered_when_no_more_are_wanted(files: Mod
     with serve_here(files) as here, Stream(here.address) as stream:
         stream.ask(opening(files))
         whole = tensor_of(stream.ask(step(x, 0)), files)
-        reply = stream.ask(step(x, 0, 2, answer_last=2, roll_back=True))
+        reply = stream.ask(step(x, 0, 2, answer_last=2, truncate=True))
     assert reply.result.position == 7
     assert torch.equal(tensor_of(reply, files), whole[:, 7:])
 
@@ -374,7 +374,7 @@ def test_a_session_that_goes_back_beside_one_that_is_refused_gets_its_answer(
         with ThreadPoolExecutor(3) as pool:
             led = pool.submit(engine.step, first, Step(0, other))
             assert eventually(lambda: engine.running == 1)
-            again = pool.submit(engine.step, back, Step(8, whole[:, 8:], roll_back=True))
+            again = pool.submit(engine.step, back, Step(8, whole[:, 8:], truncate=True))
             assert eventually(lambda: engine.waiting == 1)
             gap = pool.submit(engine.step, ahead, Step(3, other))
             assert eventually(lambda: engine.waiting == 2)

@@ -282,7 +282,7 @@ def test_beside_a_flood_a_client_gets_its_exact_answers(
         flooding.start()
         try:
             for number in range(1, 20):
-                reply = raw.ask(step(hidden(files, 3), 0, number, roll_back=number > 1))
+                reply = raw.ask(step(hidden(files, 3), 0, number, truncate=number > 1))
                 assert torch.equal(tensor_of(reply, files), wanted)
             assert describe(patient.address, SEEN).hidden_size == 48
         finally:

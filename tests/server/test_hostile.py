@@ -162,7 +162,7 @@ def test_a_session_does_not_reach_anothers_cache(trunk: Trunk, files: ModelFiles
         for index, at in enumerate((0, 2, 4)):
             answer = tensor_of(victim.ask(step(x[:, at : at + 2], at, at + 1)), files)
             assert torch.equal(answer, wanted[index])
-            guess = pb.Step(sequence_id=1, step_id=at + 1, position=0, hidden=encoded(x[:, :1]), roll_back=True)
+            guess = pb.Step(sequence_id=1, step_id=at + 1, position=0, hidden=encoded(x[:, :1]), truncate=True)
             for sequence_id in (0, 1, 2, 2**32 - 1):
                 guess.sequence_id = sequence_id
                 seen = tensor_of(spy.ask(pb.ClientMessage(step=guess).SerializeToString()), files)

@@ -129,14 +129,14 @@ def test_numbers_that_overflow_in_a_layer_are_an_error_of_the_trunk_that_names_i
         status, details = raw.refusal(step(huge, 0))
         assert status is grpc.StatusCode.INTERNAL
         assert "nan at position 0, first in layer 2." in details
-        again = other.ask(step(hidden(files, 3), 0, 2, roll_back=True)).result.hidden.data
+        again = other.ask(step(hidden(files, 3), 0, 2, truncate=True)).result.hidden.data
     assert again == before
 
 
 def test_a_client_that_takes_no_answers_is_ended(here: TrunkHere, files: ModelFiles) -> None:
     """It has asked for more than fits into the connection's window, and reads nothing of it."""
     asked = [opening(files, max_length=40)]
-    asked += [step(hidden(files, 40), 0, number, roll_back=number > 1) for number in range(1, 200)]
+    asked += [step(hidden(files, 40), 0, number, truncate=number > 1) for number in range(1, 200)]
     with open_channel(here.address) as channel:
         method: Any = channel.stream_stream(f"/{SERVICE}/Session")
         more = threading.Event()

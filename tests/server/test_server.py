@@ -252,7 +252,7 @@ def test_a_position_below_the_cached_length_must_say_that_it_rolls_back(trunk: T
         status, details = raw.refusal(step(hidden(files, 1), 1, 2))
     assert status is grpc.StatusCode.INVALID_ARGUMENT
     assert "position: 1" in details
-    assert "3, or roll_back" in details
+    assert "3, or truncate" in details
 
 
 def test_a_rolled_back_session_answers_as_a_fresh_one(trunk: Trunk, files: ModelFiles) -> None:
@@ -260,7 +260,7 @@ def test_a_rolled_back_session_answers_as_a_fresh_one(trunk: Trunk, files: Model
     with session(trunk, files) as raw:
         raw.ask(step(kept, 0, 1))
         raw.ask(step(dropped, 3, 2))
-        rolled = tensor_of(raw.ask(step(then, 3, 3, roll_back=True)), files)
+        rolled = tensor_of(raw.ask(step(then, 3, 3, truncate=True)), files)
     with session(trunk, files) as raw:
         raw.ask(step(kept, 0, 1))
         assert torch.equal(tensor_of(raw.ask(step(then, 3, 2)), files), rolled)

@@ -159,7 +159,7 @@ def test_a_prompt_in_pieces_a_fork_and_a_way_back_over_a_boundary(judged: Judged
     stage, (ids, wanted) = _whole(judged, applied), judged.texts[LONG]
     session, other = (stage.open(session_of(applied), TOTAL + 5) for _ in range(2))
     _steps(stage, session, ids, (7, 14, LONG))
-    other.branch(session, LONG)
+    other.fork(session, LONG)
     _as_generate(_answer(stage, session, ids, LONG), wanted)
     _as_generate(_answer(stage, other, ids, LONG), wanted)
     _steps(stage, session, ids.flip(1), (SHORT + 9,), at=SHORT)  # what did not come true

@@ -69,7 +69,7 @@ class Cache:
         self.values[position:] = [int(value) for value in x.flatten().tolist()]
         return tensor(layers(self.salt, self.values)[position:])
 
-    def branch(self, other: "Cache", tokens: int) -> None:
+    def fork(self, other: "Cache", tokens: int) -> None:
         self.values = other.values[:tokens]
 
     def close(self) -> None:
@@ -130,21 +130,21 @@ class Server:
         position: int,
         x: torch.Tensor,
         *,
-        roll_back: bool = False,
+        truncate: bool = False,
         answer_last: int = 0,
-        branch_of: bytes = b"",
+        fork_of: bytes = b"",
         uncertain: bool = False,
         rope_length: int = 0,
     ) -> Sent:
         self.steps += 1
         number, wanted = self.steps, answer_last or x.shape[1]
-        if branch_of:
-            self.cache.branch(self.trunks.streams[branch_of].cache, position)
+        if fork_of:
+            self.cache.fork(self.trunks.streams[fork_of].cache, position)
 
         def compute() -> torch.Tensor:
             if number in self.dropped:
                 return tensor([])
-            assert roll_back or position == len(self.cache.values)
+            assert truncate or position == len(self.cache.values)
             return self.cache.step(position, x)[:, -wanted:]
 
         sent = Sent(number, ROWS.to_bytes(x), wanted, 0.0, 0.0, 0.0, 0)
