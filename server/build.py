@@ -24,7 +24,6 @@ from splitlearn.runtime import cgroups
 from splitlearn.runtime.process import default_threads, keep_heap_small
 from splitlearn.runtime.progress import Progress, Step
 from splitlearn.stages import loading
-from splitlearn.stages.cuda_graph import LEAST_WINDOW
 from splitlearn.stages.loading import Placement
 from splitlearn.stages.local import LocalStage
 
@@ -86,9 +85,7 @@ def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> 
 
 def _pool(stage: LocalStage, server: ServerConfig) -> KVPool:
     """The KV pool within the configured budget. Raises InputError for a budget below one block."""
-    recorded = stage.row is not None and stage.row.recorded
-    # A captured graph attends to a window of a session's memory: sessions of like lengths should have like windows.
-    tokens = -(-server.kv_block_tokens // LEAST_WINDOW) * LEAST_WINDOW if recorded else server.kv_block_tokens
+    tokens = stage.block_tokens(server.kv_block_tokens)
     block = bytes_per_token(stage.kv_shapes, stage.dtype) * tokens
     if server.kv_bytes is None:
         rows = ROWS_HELD * stage.hidden_size * stage.dtype.itemsize * tokens

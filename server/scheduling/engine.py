@@ -32,7 +32,7 @@ from splitlearn.errors import (
 )
 from splitlearn.flags.registry import settings
 from splitlearn.stages.base import StageInput, StageOutput
-from splitlearn.stages.local import LocalSession, LocalStage
+from splitlearn.stages.local import LocalStage
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Engine:
         reservation = self._admission.acquire(max_length, timeout_s, when_gone, quota.holder)
         try:
             cache = self._admission.pool.cache(reservation.slot) if reservation.slot else None
-            kept = LocalSession(cache, wanted, max_length, shares=self.limits.shared)
+            kept = self._stage.session(cache, wanted, max_length, shares=self.limits.shared)
         except BaseException:  # of any kind: the reservation must not be lost with it
             self._admission.release(reservation)
             raise
@@ -161,7 +161,7 @@ class Engine:
         library keeps 5 MB of buffers for each thread that multiplied matrices, and none for a single row.
         """
         alone = self._awaited_until_locked(pending.began + self.limits.gather_s) <= pending.began
-        return alone and pending.left == 1 and self._stage.row_threads == 1 and not pending.unwanted()
+        return alone and self._stage.computes_on_caller(pending.left) and not pending.unwanted()
 
     def _run_here(self, pending: QueuedStep) -> None:
         if self._table.hold(pending.session):

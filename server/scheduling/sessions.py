@@ -16,7 +16,7 @@ from server.scheduling.admission import Admission, Reservation
 from server.scheduling.scheduler import NEVER
 from splitlearn.errors import SplitlearnError
 from splitlearn.stages.base import StageInput, StageOutput
-from splitlearn.stages.local import LocalSession
+from splitlearn.stages.session import LocalSession
 
 # A client is awaited for so many times its usual pause, plus the slack.
 OVERDUE, SLACK_S, LONGEST_PAUSE_S = 3.0, 0.005, 1.0

@@ -166,7 +166,7 @@ def _blocks(bits: int) -> Apply:
         from splitlearn.layers.block_linear import BlockLinear
 
         layer, head = (partial(BlockLinear, bits=each) for each in (bits, max(bits, 8)))
-        return _set(linear=layer, head=head, one_row=Import("splitlearn.stages.fused_decode:of"), weight_bits=bits)(
+        return _set(linear=layer, head=head, engine=Import("splitlearn.stages.fused_decode:of"), weight_bits=bits)(
             settings
         )
 
@@ -364,7 +364,7 @@ FLAGS: Mapping[str, Flag] = {
             "trial shows that the layers permit it. Keys and values lie in reserved memory (cache). The time of a "
             "capture is shown as compile time.",
             "Launches each kernel by itself.",
-            _on(one_row=Import("splitlearn.stages.cuda_graph:of")),
+            _on(engine=Import("splitlearn.stages.cuda_graph:of")),
             fidelity="rounding",
             scope="load",
             unavailable=_needs_cuda,

@@ -10,7 +10,7 @@ later, and its keys and values are views of one tensor, which any attention func
 never written takes no pages of the machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -119,6 +119,24 @@ class KVPool:
     def cache(self, slot: Slot) -> "PooledCache":
         """An empty cache within `slot`."""
         return PooledCache(self, slot)
+
+
+class StandingPool:
+    """Gives sessions memory that stays for later ones, which then lie where earlier ones did.
+
+    `make` makes a pool of a number of blocks, each of so many tokens. Sessions get whole blocks.
+    """
+
+    def __init__(self, make: Callable[[int, int], KVPool], block_tokens: int) -> None:
+        self._make, self._block_tokens = make, block_tokens
+        self._pool: KVPool | None = None
+
+    def with_room(self, max_length: int, count: int) -> KVPool:
+        """A pool with room for `count` sessions side by side: the same one, or a new one of twice the room needed."""
+        needed = count * -(-max_length // self._block_tokens) * self._block_tokens
+        if self._pool is None or not self._pool.fits(needed):
+            self._pool = self._make((1 << (needed - 1).bit_length()) // self._block_tokens, self._block_tokens)
+        return self._pool
 
 
 class _PooledLayer(ReservedLayer):

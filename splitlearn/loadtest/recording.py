@@ -19,7 +19,8 @@ from splitlearn.runtime import process
 from splitlearn.runtime.progress import Progress, Step
 from splitlearn.stages import loading
 from splitlearn.stages.base import StageInput, StageOutput
-from splitlearn.stages.local import LocalSession, LocalStage
+from splitlearn.stages.local import LocalStage
+from splitlearn.stages.session import LocalSession
 from splitlearn.stages.settings import SessionSettings
 from splitlearn.wire.codec import DTYPES
 from splitlearn.wire.hidden_states import Plain

@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache
 
 from splitlearn.models.cut import LAYER_NUMBERS, CutModel, layers_of
 from splitlearn.runtime import private_apis
-from splitlearn.stages.verify import SessionStep, own_forward, reason_against
+from splitlearn.stages.engine import SessionStep
+from splitlearn.stages.verify import own_forward, reason_against
 
 # Of one piece of code: first and later pieces of a prompt, a single token, each in every kind of cache and of layer.
 MOST_VARIANTS = 64

@@ -1,68 +1,69 @@
-"""One token through a stage as a CUDA graph: its kernels are recorded once, and from then on replayed in one call.
+"""One token through a stage as a CUDA graph: its kernels are captured once, and from then on replayed in one call.
 
-A recording knows nothing but addresses. The token and its position it reads from memory where they are put before each
-replay; keys and values lie where the session's are for which it was made, so that it serves every later session at that
-place: a trunk's pool hands out the same blocks again, and a local stage keeps its memory (stages/local.py). It attends
-to a window of that memory, masked behind the token's position. Windows double as the context grows, each with a
-recording of its own.
+A graph knows addresses only. It reads the token and its position from memory where they are put before each replay.
+Keys and values lie where the session's are for which it was captured, so it serves every later session at that place: a
+server's pool hands out the same blocks again, and a local stage keeps its pool (stages/local.py). A graph attends to a
+window of that memory, masked behind the token's position. Windows double as the context grows, each with a graph of its
+own.
 
-What goes in and out crosses in pinned memory, within the recording: a hidden state is on the host after a replay, while
-logits stay on the device, where the sampler looks for the largest.
+Input and output cross in pinned memory, within the graph. A hidden state is on the host after a replay; logits stay on
+the device, where the sampler looks for the largest.
 
 At loading, replays are compared with the stage's own forward (stages/verify.py). If they differ, or if the forward asks
-the device for a value, the stage keeps its forward.
+the device for a value, the stage is computed by the eager engine.
 """
 
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import cast
-from weakref import WeakSet
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from transformers.cache_utils import Cache, StaticLayer
 
 from splitlearn.kvcache.layers import ReservedCache, ReservedLayer
-from splitlearn.models.cut import CutModel, body_of, example, forward
+from splitlearn.kvcache.pool import KVPool, PooledCache
+from splitlearn.models.cut import body_of, dtype_of, example, forward
 from splitlearn.models.rope import is_pure
-from splitlearn.stages.fused_decode import Row
+from splitlearn.stages.engine import Eager, Engine, SessionStep
 from splitlearn.stages.verify import reason_against, with_tokens_by
 
 log = logging.getLogger(__name__)
 Body = Callable[[], torch.Tensor]
-Record = Callable[[Body], Body]
+Capture = Callable[[Body], Body]
 """Makes of what computes a tensor what computes it again, into the same memory."""
+Graphs = OrderedDict[tuple[int, int], Body]
+"""By the address of the first layer's keys and the window."""
 LEAST_WINDOW = 256
 """Tokens; memory that is given to sessions one after the other is in blocks of as many."""
-MOST_RECORDINGS = 64
+MOST_GRAPHS = 64
 
 
-def of(cut: CutModel, record: Record | None = None) -> Row | None:
-    """What replays one token through the stage; None, and a warning, where it cannot be recorded."""
-    reason, row = None, None
+def of(eager: Eager, capture: Capture | None = None) -> Engine | None:
+    """The captured engine of a stage; None, and a warning, where it cannot be captured."""
+    cut, captured = eager.cut, None
     if is_pure(cut.module):
-        reason = "the frequencies of its rotary embeddings change as the sequence grows"
+        reason: str | None = "the frequencies of its rotary embeddings change as the sequence grows"
     else:
-        row = GraphRow(cut, record or on_cuda(example(cut, 1).device))
-        by_row = with_tokens_by(cut, lambda step: cast(torch.Tensor, row(step.x, step.position, step.cache)))
-        reason = reason_against(cut, by_row)
-    if reason is None and row is not None:
-        row.end_trial()
-        return row
-    log.warning("The layers [%d, %d) are not recorded: %s", cut.start, cut.end, reason)
+        captured = Captured(eager, capture or on_cuda(eager.device))
+        reason = reason_against(cut, with_tokens_by(cut, captured.token))
+    if reason is None:
+        return captured
+    log.warning("The layers [%d, %d) are not captured: %s", cut.start, cut.end, reason)
     return None
 
 
-def on_cuda(device: torch.device) -> Record:
-    """Recordings by CUDA. All share their intermediate memory: one is replayed at a time."""
+def on_cuda(device: torch.device) -> Capture:
+    """Captures CUDA graphs. All share their intermediate memory: one is replayed at a time."""
     memory = torch.cuda.graph_pool_handle()
 
-    def record(body: Body) -> Body:
+    def capture(body: Body) -> Body:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             torch.cuda.synchronize()
-            # Other threads of a trunk may use the device meanwhile.
+            # Other threads of a server may use the device meanwhile.
             with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
                 out = body()
 
@@ -73,45 +74,48 @@ def on_cuda(device: torch.device) -> Record:
 
         return replay
 
-    return record
+    return capture
 
 
-class GraphRow:
-    """Of one token id [1, 1] or hidden state [1, 1, H] what the stage's own forward would make, by a replay; None for a
-    session whose keys and values have no place in memory."""
+class Captured:
+    """One token after others by a replay, over a cache in a pool; all else by the eager engine."""
 
-    recorded = True
+    name, window = "captured", LEAST_WINDOW
 
-    def __init__(self, cut: CutModel, record: Record) -> None:
-        self.compile_s = 0.0
-        self._first: dict[tuple[int, int], tuple[Cache, Body]] = {}
-        """Those of the trial. The memory that all recordings share is there while one of them is."""
-        self._cut, self._record = cut, record
-        # The windows stay with what was recorded for them: no other memory can come to lie where they do.
-        self._recordings: OrderedDict[tuple[int, int], tuple[Cache, Body]] = OrderedDict()
-        self._clean: WeakSet[ReservedCache] = WeakSet()
-        token = example(cut, 1)
-        device = token.device
-        width, self._dtype = body_of(cut).config.get_text_config().hidden_size, next(cut.module.parameters()).dtype
-        self._in = _Crossing(token.shape, token.dtype, device)
-        self._position = _Crossing(torch.Size(), torch.long, device)
-        self._out = None if cut.last else _Crossing(torch.Size((1, 1, width)), self._dtype, device)
+    def __init__(self, eager: Eager, capture: Capture) -> None:
+        self._eager, self._capture, self._capture_s = eager, capture, 0.0
+        # Graphs end with the pool for which they were captured: no other memory can come to lie where theirs did.
+        self._graphs: WeakKeyDictionary[KVPool, Graphs] = WeakKeyDictionary()
+        self._first: Body | None = None
+        """The memory that all graphs share is there while one of them is."""
+        self._clean: WeakSet[PooledCache] = WeakSet()
+        token = example(eager.cut, 1)
+        width, dtype = body_of(eager.cut).config.get_text_config().hidden_size, dtype_of(eager.cut)
+        self._in = _Crossing(token.shape, token.dtype, eager.device)
+        self._position = _Crossing(torch.Size(), torch.long, eager.device)
+        self._out = None if eager.cut.last else _Crossing(torch.Size((1, 1, width)), dtype, eager.device)
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        position: int,
-        cache: Cache | None,
-        unwanted: Callable[[], bool] | None = None,
-    ) -> torch.Tensor | None:
-        """The hidden state [1, 1, H] on the host, or the logits [1, 1, V] on the device; the cache has the token."""
-        if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or not cache.layers[0].is_initialized:
-            return None
+    @property
+    def compile_s(self) -> float:
+        """Seconds of compiling and capturing."""
+        return self._eager.compile_s + self._capture_s
+
+    def takes(self, cache: Cache | None, arguments: Mapping[str, Any]) -> bool:
+        """With a cache in a pool, where a later one will lie, too, and no arguments of one's own."""
+        return isinstance(cache, PooledCache) and not arguments
+
+    def compute(self, step: SessionStep) -> torch.Tensor:
+        """The hidden state [1, T, H], of one token on the host, or the logits [1, logits, V] on the device."""
+        return self.token(step) if step.decodes else self._eager.compute(step)
+
+    def token(self, step: SessionStep) -> torch.Tensor:
+        """The hidden state [1, 1, H] or the logits [1, 1, V] of one token, by a replay."""
+        cache: PooledCache = step.cache
         if cache not in self._clean:
-            self._clear(cache, position)
-        self._in.host.copy_(x)
-        self._position.host.fill_(position)
-        out = self._replay(cache, position)
+            self._clear(cache, step.position)
+        self._in.host.copy_(step.x)
+        self._position.host.fill_(step.position)
+        out = self._replay(cache, step.position)
         cache.grow(1)
         if self._out is None:
             return out.clone()
@@ -119,42 +123,33 @@ class GraphRow:
             torch.cuda.current_stream(out.device).synchronize()
         return self._out.host.clone()
 
-    def end_trial(self) -> None:
-        """Begin anew, as if no session had come yet."""
-        self._first, self.compile_s = dict(self._recordings), 0.0
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop all recordings, and with them the memory for which they were made."""
-        self._recordings.clear()
-
-    def _replay(self, cache: ReservedCache, position: int) -> torch.Tensor:
-        """The recording for the cache's place and its window, made if there is none."""
+    def _replay(self, cache: PooledCache, position: int) -> torch.Tensor:
+        """By the graph for the cache's place and its window, captured if there is none."""
         keys: torch.Tensor = cache.layers[0].keys
-        window = _window(position + 1, keys.shape[2])
+        window, graphs = _window(position + 1, keys.shape[2]), self._graphs.setdefault(cache.pool, OrderedDict())
         place = (keys.data_ptr(), window)
-        if place not in self._recordings:
-            if len(self._recordings) >= MOST_RECORDINGS:
-                self._recordings.popitem(last=False)
-            windows = _Windows(cache, window, self._position.device)
-            self._recordings[place] = windows, self._recorded(windows)
-        self._recordings.move_to_end(place)
-        return self._recordings[place][1]()
+        if place not in graphs:
+            if len(graphs) >= MOST_GRAPHS:
+                graphs.popitem(last=False)
+            graphs[place] = self._captured(_Windows(cache, window, self._position.device))
+        graphs.move_to_end(place)
+        return graphs[place]()
 
-    def _recorded(self, windows: Cache) -> Body:
+    def _captured(self, windows: Cache) -> Body:
         def body() -> torch.Tensor:
             x, position = self._in.brought(), self._position.brought()
-            out = forward(self._cut, x, position, windows, logits_to_keep=1)
+            out = forward(self._eager.cut, x, position, windows, logits_to_keep=1)
             return out if self._out is None else self._out.taken(out)
 
         body()  # compiles where the stage is compiled, which is counted there
         began = time.perf_counter()
         body()
-        recorded = self._record(body)
-        self.compile_s += time.perf_counter() - began
-        return recorded
+        graph = self._capture(body)
+        self._first = self._first or graph
+        self._capture_s += time.perf_counter() - began
+        return graph
 
-    def _clear(self, cache: ReservedCache, position: int) -> None:
+    def _clear(self, cache: PooledCache, position: int) -> None:
         """What is masked is multiplied by 0, and must be a number: memory that nobody wrote, or another session's."""
         for layer in cache.layers:
             layer.keys[:, :, position:].zero_()

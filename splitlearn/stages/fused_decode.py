@@ -1,15 +1,14 @@
 """Stages through which one token goes in one call (kernels/llama_decode.py), where their layers are such as Llama's.
 
 `of(cut)` checks the structure of the layers, then compares the kernel with the model's own forward (stages/verify.py).
-A stage that fails either keeps its forward. So does a step of more than one token, and one whose keys and values do not
-lie where the kernel reads them.
+A stage that fails either is computed by the eager engine.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,36 +17,14 @@ from transformers.cache_utils import Cache
 
 from splitlearn.errors import StepUnwanted
 from splitlearn.kernels.block_format import memory
-from splitlearn.kvcache.layers import ReservedCache
+from splitlearn.kvcache.layers import KVAddresses, ReservedCache
 from splitlearn.layers import kernel_attention
 from splitlearn.layers.block_linear import BlockLinear
-from splitlearn.models.cut import CutModel, body_of, forward, layers_of
+from splitlearn.models.cut import CutModel, body_of, layers_of
 from splitlearn.models.rope import GROWING
 from splitlearn.runtime import private_apis
-from splitlearn.stages.verify import agree, reason_against, rounding, with_tokens_by
-
-
-class Row(Protocol):
-    """What takes one token through a stage in place of the model's forward."""
-
-    recorded: bool
-    """Whether it is made for places in memory, so that later sessions should have theirs where earlier ones had."""
-    compile_s: float
-    """Seconds that sessions have waited for it to be made, so far."""
-
-    def forget(self) -> None:
-        """Drop what is made for places in memory: there will be others."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        position: int,
-        cache: Cache | None,
-        unwanted: Callable[[], bool] | None = None,
-    ) -> torch.Tensor | None:
-        """What `split.forward` would give for one token, and the cache has the token then; None where it cannot.
-        Raises StepUnwanted where `unwanted` says so in time; the cache has the token not then."""
-
+from splitlearn.stages.engine import Eager, Engine, SessionStep
+from splitlearn.stages.verify import reason_against, with_tokens_by
 
 # In the order of the kernel.
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -72,8 +49,9 @@ def threads_for(size: int) -> int:
     return max(1, torch.get_num_threads() // CORES_EACH) if size >= HELPED_BYTES else 1
 
 
-def of(cut: CutModel) -> Row | None:
-    """What takes one token through the stage in one call, if something can."""
+def of(eager: Eager) -> Engine | None:
+    """The fused engine of a stage, or None for layers that are not such as Llama's."""
+    cut = eager.cut
     layers: list[Any] = list(layers_of(cut))
     if cut.compiled:
         return None
@@ -81,28 +59,24 @@ def of(cut: CutModel) -> Row | None:
         return None
     if len({tuple((linear.out_features, linear.in_features) for linear in _linears(layer)) for layer in layers}) > 1:
         return None
-    row = _OneRow(cut, layers)
-    by_row = with_tokens_by(cut, lambda step: cast(torch.Tensor, row(step.x, step.position, step.cache)))
-    return row if reason_against(cut, by_row) is None else None
+    fused = Fused(eager, layers)
+    return fused if reason_against(cut, with_tokens_by(cut, fused.token)) is None else None
 
 
-class _OneRow:
-    """Of one token id [1, 1] or hidden state [1, 1, H] what the stage's own forward would make; None where it cannot.
+class Fused:
+    """One token after others in one call of a kernel, over a reserved cache; all else by the eager engine.
 
     The stage's linear layers have their blocks in its memory: one after the other as they are read, in huge pages where
     there are any, a token takes 0.93 to 0.96 times as long as with memory of their own.
     """
 
-    recorded, compile_s = False, 0.0
+    name, compile_s, window = "fused", 0.0, 0
 
-    def forget(self) -> None:
-        """It knows no places."""
-
-    def __init__(self, cut: CutModel, layers: Sequence[Any]) -> None:
+    def __init__(self, eager: Eager, layers: Sequence[Any]) -> None:
         from splitlearn.kernels import llama_decode, thread_team  # they load a compiler
 
-        self._kernel = llama_decode
-        body, first = body_of(cut), layers[0]
+        self._eager, self._kernel = eager, llama_decode
+        body, first = body_of(eager.cut), layers[0]
         linears = [linear for layer in layers for linear in _linears(layer)]
         blocks, ends = _gathered(linears)
         norms = [getattr(layer, name).weight.detach() for layer in layers for name in NORMS]
@@ -117,30 +91,32 @@ class _OneRow:
             scale=float(first.self_attn.scaling),
         )
         self._rotary, self._turns = body.rotary_emb, np.empty((0, 2, first.self_attn.head_dim), np.float32)
-        self._embedding = body.embed_tokens.weight.detach().numpy() if cut.first else None
-        self._head = _Head(cut) if cut.last else None
+        self._embedding = body.embed_tokens.weight.detach().numpy() if eager.cut.first else None
+        self._head = _Head(eager.cut) if eager.cut.last else None
         size = len(blocks) + (0 if self._head is None else self._head.size)
         self._team = thread_team.Team(threads_for(size))
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        position: int,
-        cache: Cache | None,
-        unwanted: Callable[[], bool] | None = None,
-    ) -> torch.Tensor | None:
-        """The hidden state [1, 1, H], or the logits [1, 1, V]; the cache has the token then."""
-        if not isinstance(cache, ReservedCache) or x.shape[1] != 1 or (at := cache.addresses) is None:
-            return None
+    def takes(self, cache: Cache | None, arguments: Mapping[str, Any]) -> bool:
+        """With a reserved cache, whose memory the kernel can read, and no arguments of one's own."""
+        return isinstance(cache, ReservedCache) and not arguments
+
+    def compute(self, step: SessionStep) -> torch.Tensor:
+        """The hidden state [1, T, H], or the logits [1, logits, V]."""
+        return self.token(step) if step.decodes else self._eager.compute(step)
+
+    def token(self, step: SessionStep) -> torch.Tensor:
+        """The hidden state [1, 1, H] or the logits [1, 1, V] of one token, by the kernel."""
+        x, unwanted, at = step.x, step.unwanted, cast(KVAddresses, step.cache.addresses)
         hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
-        layers, place = len(self._layers.norms), self._kernel.KVPlace(at.layers, at.shape, at.start, position)
-        turn, at_once = self._turn(position), layers if unwanted is None else LAYERS_AT_ONCE
+        place = self._kernel.KVPlace(at.layers, at.shape, at.start, step.position)
+        layers, turn = len(self._layers.norms), self._turn(step.position)
+        at_once = layers if unwanted is None else LAYERS_AT_ONCE
         with self._team.leading() as record:
             for begin in range(0, layers, at_once):
                 if begin and unwanted is not None and unwanted():
                     raise StepUnwanted
                 self._kernel.step(hidden, self._layers, begin, min(begin + at_once, layers), place, turn, record)
-            cache.grow(1)
+            step.cache.grow(1)
             if self._head is None:
                 return torch.from_numpy(hidden[None])
             return self._head(hidden, record)
@@ -181,9 +157,9 @@ class _Head:
         return torch.from_numpy(logits[None])
 
 
-def head_of(cut: CutModel, x: torch.Tensor, share: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...] | None:
+def head_of(cut: CutModel, share: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...] | None:
     """Of a stage without layers what computes one token's logits [1, 1, V] from a hidden state [1, 1, H]: all, about
-    that share of them, and the others. None where that is not what the stage's own forward makes of `x`."""
+    that share of them, and the others. None where that is not what the stage's own forward gives."""
     if cut.compiled or not _ends_as_llama(cut):
         return None
     from splitlearn.kernels import thread_team  # loads a compiler
@@ -200,9 +176,8 @@ def head_of(cut: CutModel, x: torch.Tensor, share: float) -> tuple[Callable[[tor
 
     n = head.linear.out_features
     whole, rest = partial(helped, head.linear.array, n), partial(alone, others, n - at)  # the trunk computes then
-    with torch.inference_mode():
-        same = agree(forward(cut, x, 0, None), whole(x), rounding(torch.float32))
-    return (whole, partial(helped, first, at), rest) if same else None
+    by_kernel = with_tokens_by(cut, lambda step: whole(step.x))
+    return (whole, partial(helped, first, at), rest) if reason_against(cut, by_kernel) is None else None
 
 
 def _linears(layer: Any) -> list[Any]:

@@ -36,7 +36,7 @@ Part = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Engine:
+class HeadEngine:
     """What computes logits. `prepare` makes of hidden states [1, T, H] what `whole` makes the logits [1, T, V] of, and
     each of `parts` some of them for one token."""
 
@@ -69,7 +69,7 @@ class Head:
     dtype: torch.dtype
     threads: int
     precision: str
-    engine: Engine
+    engine: HeadEngine
 
     def open(self, settings: SessionSettings, max_length: int) -> HeadSession:
         """A session, which holds no memory."""
@@ -141,7 +141,7 @@ class Head:
         )
 
 
-def engine_of(cut: CutModel, example: torch.Tensor) -> Engine:
+def engine_of(cut: CutModel, example: torch.Tensor) -> HeadEngine:
     """The fastest exact way to compute the logits of such a stage without layers.
 
     Each is first held against the causal LM's own forward, on `example` [1, 1, H]: norm and head called one after the
@@ -150,11 +150,11 @@ def engine_of(cut: CutModel, example: torch.Tensor) -> Engine:
     """
     module: Any = cut.module
     head = module.get_output_embeddings()
-    if example.device.type == "cpu" and (fused := fused_decode.head_of(cut, example, FIRST)) is not None:
-        return Engine(_as_it_is, partial(_one_row, fused[0], partial(_whole, cut)), fused[1:])
+    if example.device.type == "cpu" and (fused := fused_decode.head_of(cut, FIRST)) is not None:
+        return HeadEngine(_as_it_is, partial(_one_row, fused[0], partial(_whole, cut)), fused[1:])
     rows = _parts(head) if example.device.type == "cpu" else ()
-    direct = Engine(partial(_norm, cut), head, rows)
-    through = Engine(_as_it_is, partial(_whole, cut), [partial(_through, cut, _Rows(part)) for part in rows])
+    direct = HeadEngine(partial(_norm, cut), head, rows)
+    through = HeadEngine(_as_it_is, partial(_whole, cut), [partial(_through, cut, _Rows(part)) for part in rows])
     with torch.inference_mode():
         wanted = _whole(cut, example)
         engine = direct if _gives(wanted, lambda: head(_norm(cut, example))) else through

@@ -30,6 +30,7 @@ from splitlearn.runtime.process import default_threads, resident_bytes, trim_hea
 from splitlearn.runtime.torch_threads import computing_one_token
 from splitlearn.stages import equivalence
 from splitlearn.stages.base import Stage
+from splitlearn.stages.engine import Eager
 from splitlearn.stages.head import Head, engine_of
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.settings import LoadSettings
@@ -284,12 +285,11 @@ def _layers(
     if wanted.compile_stage is not None:
         cut = wanted.compile_stage(cut)
     allows = partial(equivalence.allows, config)
-    row = None if wanted.one_row is None else wanted.one_row(cut)
-    if row is not None and row.recorded and equivalence.STATIC_CACHE not in allows():
-        row = None  # a recording attends to masked memory of one length, too
-    precision = torch.get_float32_matmul_precision()
-    threads, device, dtype = _row_threads(placement), placement.device, placement.dtype
-    return LocalStage(cut, spec.word, device, dtype, hidden_size, threads, precision, row, allows)
+    eager = Eager(cut, placement.device, _row_threads(placement), torch.get_float32_matmul_precision())
+    faster = None if wanted.engine is None else wanted.engine(eager)
+    if faster is not None and faster.window and equivalence.STATIC_CACHE not in allows():
+        faster = None  # a capture attends to masked memory of one length, too
+    return LocalStage(eager, spec.word, placement.dtype, hidden_size, faster, allows)
 
 
 def _head(cut: CutModel, spec: StageSpec, placement: Placement, hidden_size: int) -> Head:

@@ -1,126 +1,136 @@
-"""A stage that computes in this process: a cut model, its sessions' caches, and how a step is taken.
+"""A stage that computes in this process: opens sessions, chooses their engine, and computes their steps.
 
-One token can be taken through all of a stage in one call, by what a flag has put there (`Row`); steps of several
-sessions can share a forward, where their caches lie in one pool (stages/ragged_batch.py).
+Steps of several sessions share a forward where their caches lie in one pool (stages/ragged_batch.py).
 """
 
-import copy
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, repeat
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
 
 from splitlearn.errors import FamilyRefused, InputError, NotFinite
 from splitlearn.events import StageTiming
-from splitlearn.kvcache.layers import ReservedCache, reserved, static
-from splitlearn.kvcache.pool import KVPool, KVShape, shapes_of
-from splitlearn.models.cut import CutModel, body_of, example, forward
+from splitlearn.kvcache.layers import reserved, static
+from splitlearn.kvcache.pool import KVPool, KVShape, StandingPool, shapes_of
+from splitlearn.layers.block_linear import BlockLinear
+from splitlearn.layers.onednn_linear import PrepackedLinear
+from splitlearn.models.cut import CutModel, body_of, example
 from splitlearn.models.structure import rope_restart
-from splitlearn.runtime import private_apis
-from splitlearn.runtime.torch_threads import computing_on, computing_one_token
 from splitlearn.stages import nonfinite
 from splitlearn.stages.base import StageInput, StageOutput
-from splitlearn.stages.cuda_graph import LEAST_WINDOW
+from splitlearn.stages.engine import Eager, Engine, SessionStep
 from splitlearn.stages.equivalence import SHARED_FORWARD, STATIC_CACHE
-from splitlearn.stages.fused_decode import Row
 from splitlearn.stages.ragged_batch import RaggedStage
+from splitlearn.stages.session import LocalSession
 from splitlearn.stages.settings import SessionSettings
-from splitlearn.stages.verify import SessionStep
 
-# On an H200 8 recorded steps of SmolLM2's trunk took 22 ms one after the other, in one forward that is launched kernel
-# by kernel 25; 12 of them 32 and 31 (docs/results/gpu.md).
+# On an H200 8 replays of SmolLM2's trunk took 22 ms one after the other, and 25 in one forward that is launched kernel
+# by kernel; 12 of them 32 and 31 (docs/results/gpu.md).
 MOST_REPLAYED = 8
 
 
-@dataclass
-class LocalSession:
-    """A session's cache and what its flags ask of each step. `length` counts the tokens that the cache holds."""
+@dataclass(frozen=True)
+class StageInfo:
+    """How a stage computes: its fastest engine, and how many linear layers keep their weights in which form."""
 
-    cache: Cache | None
-    settings: SessionSettings
-    max_length: int
-    length: int = 0
-    shares: bool = False
-    """Whether its steps can share a forward with those of others in its pool."""
-    release: Callable[[], None] | None = None
-    """What gives the cache's memory to later sessions, where somebody keeps it for them."""
-
-    def fork(self, other: "LocalSession", tokens: int) -> None:
-        """Copy the cache."""
-        with self.settings.gradient_guard(), computing_on(1):
-            if isinstance(self.cache, ReservedCache) and isinstance(other.cache, ReservedCache):
-                self.cache.begin_with(other.cache, tokens)
-                self.length = tokens
-            else:
-                self.cache, self.length = copy.deepcopy(other.cache), other.length
-                _make_room(self, tokens, 0)
-
-    def close(self) -> None:
-        """Drop the cache."""
-        if self.release is not None:
-            self.release()
-        self.cache, self.length, self.max_length, self.release = None, 0, 0, None
+    engine: str
+    weights: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class LocalStage:
-    """A cut model on a device of this process. `word` is the ledger's name for its time."""
+    """A cut model on a device of this process. `word` is the time breakdown's name for its time.
 
-    cut: CutModel
+    `faster` computes one token after others in the sessions that it takes. `allows` says what else the architecture was
+    found to do exactly with sessions of any lengths (stages/equivalence/together.py).
+    """
+
+    eager: Eager
     word: str
-    device: torch.device
     dtype: torch.dtype
     hidden_size: int
-    row_threads: int
-    """Threads for a step of one token through the model's own forward; longer steps have those of the process."""
-    precision: str
-    """torch's float32_matmul_precision in this process, in which longer steps are computed."""
-    row: Row | None = None
-    """What takes one token through the stage, where it can, in place of the model's forward."""
+    faster: Engine | None = None
     allows: Callable[[], frozenset[str]] = frozenset
-    """What its architecture was found to do right with sessions of any lengths (stages/equivalence/together.py)."""
+
+    @property
+    def cut(self) -> CutModel:
+        """The layers."""
+        return self.eager.cut
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.eager.device
+
+    @property
+    def _fastest(self) -> Engine:
+        return self.faster or self.eager
+
+    def describe(self) -> StageInfo:
+        """How it computes."""
+        weights = Counter[str]()
+        for layer in self.cut.module.modules():
+            if isinstance(layer, BlockLinear | PrepackedLinear):
+                weights[layer.form] += 1
+            elif type(layer) in (nn.Linear, Conv1D):
+                weights[str(self.dtype).removeprefix("torch.")] += 1
+        return StageInfo(self._fastest.name, weights)
+
+    def computes_on_caller(self, tokens: int) -> bool:
+        """Whether a step of so many tokens is computed by the calling thread alone."""
+        return tokens <= 1 and self.eager.token_threads == 1
+
+    def block_tokens(self, least: int) -> int:
+        """Tokens of a block of KV memory, at least `least`: sessions of like lengths should have like windows, where an
+        engine is bound to windows of their memory."""
+        window = self._fastest.window or 1
+        return -(-least // window) * window
+
+    def session(
+        self,
+        cache: Cache | None,
+        settings: SessionSettings,
+        max_length: int,
+        *,
+        shares: bool = False,
+        release: Callable[[], None] | None = None,
+    ) -> LocalSession:
+        """A session with this cache, computed by the fastest engine that takes it."""
+        faster = self.faster is not None and self.faster.takes(cache, settings.forward_arguments)
+        engine = self.faster if faster and self.faster else self.eager
+        return LocalSession(cache, settings, max_length, engine, shares=shares, release=release)
 
     def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
         """A new session; a cache is made only when the settings keep one. Raises InputError for a kind of cache over
         which the layers would answer otherwise."""
         if settings.new_cache is static and STATIC_CACHE not in self._allowed:
             raise InputError("cache", "static", "dynamic or reserved for this model: it counts masked keys, too")
-        if self._keeps_places(settings):
-            return self._opened_in(self._kept_pool(max_length, 1), settings, max_length, 1, shares=False)[0]
+        if self._stands(settings):
+            return self._opened_in(self._standing.with_room(max_length, 1), settings, max_length, 1, shares=False)[0]
         layers = self.cut.end - self.cut.start
         cache = settings.new_cache(layers, max_length) if settings.new_cache else None
-        return LocalSession(cache, settings, max_length)
+        return self.session(cache, settings, max_length)
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[LocalSession]:
         """Sessions whose steps can be one forward, where the settings reserve the cache and the layers permit it."""
         shares = settings.new_cache is reserved and self.packs(settings)
-        if self._keeps_places(settings):
-            return self._opened_in(self._kept_pool(max_length, count), settings, max_length, count, shares=shares)
+        if self._stands(settings):
+            pool = self._standing.with_room(max_length, count)
+            return self._opened_in(pool, settings, max_length, count, shares=shares)
         if shares:
             return self._opened_in(self.pool(count, max_length), settings, max_length, count, shares=True)
         return [self.open(settings, max_length) for _ in range(count)]
 
-    def _keeps_places(self, settings: SessionSettings) -> bool:
-        """Whether sessions should lie where earlier ones did: for them something is recorded there."""
-        recorded = self.row is not None and self.row.recorded
-        return recorded and settings.new_cache is reserved and self._pools()
-
-    def _kept_pool(self, max_length: int, count: int) -> KVPool:
-        """Memory with room for `count` sessions, kept for later ones; where it is too small, twice as much is made in
-        its place."""
-        needed = count * -(-max_length // LEAST_WINDOW) * LEAST_WINDOW
-        pool = next((pool for pool in self._kept if pool.fits(needed)), None)
-        if pool is None:
-            pool = self.pool((1 << (needed - 1).bit_length()) // LEAST_WINDOW, LEAST_WINDOW)
-            self._kept[:] = [pool]
-            if self.row is not None:
-                self.row.forget()
-        return pool
+    def _stands(self, settings: SessionSettings) -> bool:
+        """Whether sessions should lie where earlier ones did."""
+        return bool(self._fastest.window) and settings.new_cache is reserved and self._pools()
 
     def _opened_in(
         self, pool: KVPool, settings: SessionSettings, max_length: int, count: int, *, shares: bool
@@ -132,7 +142,7 @@ class LocalStage:
             if run is None:
                 raise ValueError(f"no room for {count} sessions of {max_length} tokens")
             release = partial(pool.release, run)
-            sessions.append(LocalSession(pool.cache(run), settings, max_length, shares=shares, release=release))
+            sessions.append(self.session(pool.cache(run), settings, max_length, shares=shares, release=release))
         return sessions
 
     def packs(self, settings: SessionSettings) -> bool:
@@ -182,8 +192,8 @@ class LocalStage:
         return self.allows()
 
     @cached_property
-    def _kept(self) -> list[KVPool]:
-        return []
+    def _standing(self) -> StandingPool:
+        return StandingPool(self.pool, self._fastest.window)
 
     @cached_property
     def _tried(self) -> dict[frozenset[str], bool]:
@@ -205,83 +215,49 @@ class LocalStage:
             return
         row, value = wrong
         position = item.position + item.x.shape[1] - output.x.shape[1] + row
-        by_layers, again = replace(self, row=None), replace(item, unwanted=None)
-        raise NotFinite(nonfinite.told(self.cut, value, position, self.dtype, lambda: by_layers.compute([again])))
+        again = partial(self._step, replace(item, unwanted=None), self.eager)
+        raise NotFinite(nonfinite.told(self.cut, value, position, self.dtype, again))
 
     def compute(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """`step` without the check of what comes out."""
         if len(batch) > 1 and all(item.session.shares for item in batch) and not self._replays(batch):
-            return self._packed(batch)
-        return [self._step(item) for item in batch]
+            return self._together(batch)
+        return [self._step(item, item.session.engine) for item in batch]
 
     def _replays(self, batch: Sequence[StageInput]) -> bool:
-        """Whether the steps are recorded ones, and so few that they take less one after the other than in a forward."""
-        recorded = self.row is not None and self.row.recorded
-        return recorded and len(batch) <= MOST_REPLAYED and all(item.x.shape[1] == 1 for item in batch)
+        """Whether the steps are replays, and so few that they take less one after the other than in a forward."""
+        few = bool(self._fastest.window) and len(batch) <= MOST_REPLAYED
+        return few and all(item.x.shape[1] == 1 for item in batch)
 
-    def _step(self, item: StageInput) -> StageOutput:
-        session, position, x = item.session, item.position, item.x
-        started, compiled = time.perf_counter(), self._compile_seconds()
-        _make_room(session, position, x.shape[1])
+    def _step(self, item: StageInput, engine: Engine) -> StageOutput:
+        session, started, compiled = item.session, time.perf_counter(), engine.compile_s
+        session.make_room(item.position, item.x.shape[1])
         with session.settings.gradient_guard():
-            out = self._forward(item)
-        session.length = position + x.shape[1]
-        return StageOutput(out, self._timing(out, started, compiled))
+            out = engine.compute(_session_step(item))
+        session.length = item.position + item.x.shape[1]
+        return StageOutput(out, self._timing(out, started, engine.compile_s - compiled))
 
-    def _forward(self, item: StageInput) -> torch.Tensor:
-        session, arguments = item.session, item.session.settings.forward_arguments
-        if self.row is not None and not arguments:
-            out = self.row(item.x, item.position, session.cache, item.unwanted)
-            if out is not None:
-                return out
-        alone, x = item.x.shape[1] == 1 and self.device.type == "cpu", item.x.to(self.device)
-        with computing_one_token(self.row_threads, self.precision) if alone else nullcontext():
-            return forward(
-                self.cut,
-                x,
-                item.position,
-                session.cache,
-                logits_to_keep=item.logits,
-                arguments=arguments,
-                rope_length=item.rope_length,
-            )
-
-    def _packed(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        started, compiled = time.perf_counter(), self._compile_seconds()
+    def _together(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        """One forward. Compiled stages have none: see RaggedStage."""
+        started = time.perf_counter()
         for item in batch:
-            _make_room(item.session, item.position, item.x.shape[1])
-        steps = [
-            SessionStep(item.session.cache, item.position, item.x, item.logits, item.rope_length) for item in batch
-        ]
+            item.session.make_room(item.position, item.x.shape[1])
         settings = batch[0].session.settings
         with settings.gradient_guard():
-            out = self._ragged.forward(steps, settings.forward_arguments)
+            out = self._ragged.forward([_session_step(item) for item in batch], settings.forward_arguments)
         for item in batch:
             item.session.length = item.position + item.x.shape[1]
-        timings = chain([self._timing(out[0], started, compiled)], repeat(StageTiming({})))
+        timings = chain([self._timing(out[0], started, 0.0)], repeat(StageTiming({})))
         return [StageOutput(own, timing) for own, timing in zip(out, timings, strict=False)]
 
-    def _timing(self, out: torch.Tensor, started: float, compiled: float) -> StageTiming:
+    def _timing(self, out: torch.Tensor, started: float, compile_s: float) -> StageTiming:
         """What was spent since `started`, once `out` is there."""
         if out.device.type != "cpu":
             torch.accelerator.synchronize(out.device)
-        spent = time.perf_counter() - started
-        return StageTiming({self.word: spent}, compile_s=self._compile_seconds() - compiled)
-
-    def _compile_seconds(self) -> float:
-        """Seconds that this process has spent in torch.compile so far, if this stage is compiled, and in making what
-        takes one token through it."""
-        row = 0.0 if self.row is None else self.row.compile_s
-        return row + (private_apis.compile_seconds() if self.cut.compiled else 0.0)
+        return StageTiming({self.word: time.perf_counter() - started}, compile_s=compile_s)
 
 
-def _make_room(session: LocalSession, position: int, tokens: int) -> None:
-    """Roll the cache back to `position`; refuse a gap, a missing prefix and a step that does not fit."""
-    kept = 0 if session.cache is None else session.length
-    if not 0 <= position <= kept:
-        raise InputError("position", position, f"a whole number from 0 to {kept}, the cached length")
-    if position + tokens > session.max_length:
-        raise InputError("position", position, f"at most {session.max_length} tokens in all, as the session was opened")
-    if session.cache is not None and position < session.length:
-        session.cache.crop(position - session.length)
-        session.length = position  # what is tried again, alone, must not be cropped again
+def _session_step(item: StageInput) -> SessionStep:
+    session: LocalSession = item.session
+    arguments = session.settings.forward_arguments
+    return SessionStep(session.cache, item.position, item.x, item.logits, item.rope_length, arguments, item.unwanted)

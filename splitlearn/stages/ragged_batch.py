@@ -21,8 +21,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from splitlearn.models import rope
 from splitlearn.models.cut import CutModel
 from splitlearn.runtime import private_apis
+from splitlearn.stages.engine import SessionStep
 from splitlearn.stages.ragged_attention import NAME, RaggedBatch, with_batch
-from splitlearn.stages.verify import SessionStep, reason_against
+from splitlearn.stages.verify import reason_against
 
 
 class RaggedStage:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from splitlearn.models.cut import CutModel
-from splitlearn.stages.fused_decode import Row
+from splitlearn.stages.engine import Eager, Engine
 from splitlearn.wire.hidden_states import Plain, Rows
 
 MakeLinear = Callable[[Iterable[torch.Tensor], torch.Tensor | None], nn.Module]
@@ -27,8 +27,8 @@ class LoadSettings:
     for the model: sdpa, but eager for those without it (bloom, gemma2); `sdpa` is what attends where sdpa is chosen.
     `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
     None leaves the model's own. `head` is the same for the LM head, where that differs. `weight_bits` are about those
-    that each weight takes then, None for as many as the dtype has. `one_row` makes what takes one
-    token through a stage, of one that has its weights.
+    that each weight takes then, None for as many as the dtype has. `compile_stage` compiles a stage that has its
+    weights. `engine` makes of its eager engine one that computes a token faster; None where it cannot.
     """
 
     assign_weights: bool = False
@@ -37,7 +37,7 @@ class LoadSettings:
     linear: MakeLinear | None = None
     head: MakeLinear | None = None
     weight_bits: int | None = None
-    one_row: Callable[[CutModel], Row | None] | None = None
+    engine: Callable[[Eager], Engine | None] | None = None
     compile_stage: Callable[[CutModel], CutModel] | None = None
 
 

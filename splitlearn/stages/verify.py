@@ -8,33 +8,19 @@ This is the only such check, and `agree` the only rule for what counts as roundi
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from splitlearn.kvcache.pool import KVPool, PooledCache, Slot, shapes_of
+from splitlearn.kvcache.pool import KVPool, Slot, shapes_of
 from splitlearn.models.cut import CutModel, dtype_of, eagerly, example, forward
+from splitlearn.stages.engine import SessionStep
 
 ROUNDS = ((3, 2), (1, 2), (1,))
 """In each round, how many tokens come to the first session and to the second."""
 SESSION_TOKENS = 5
-
-
-@dataclass(frozen=True)
-class SessionStep:
-    """A step of one session: token ids [1, T] or a hidden state [1, T, H], after the `position` tokens in `cache`.
-
-    A last stage gives the logits of the last `logits` tokens, 0 for all. `rope_length` is that of `forward`.
-    """
-
-    cache: PooledCache
-    position: int
-    x: Tensor
-    logits: int = 0
-    rope_length: int = 0
 
 
 Candidate = Callable[[Sequence[SessionStep]], Sequence[Tensor]]

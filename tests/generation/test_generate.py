@@ -19,7 +19,8 @@ from splitlearn.sampling import SamplingParams
 from splitlearn.stages import loading
 from splitlearn.stages.base import Stage, StageInput, StageOutput
 from splitlearn.stages.head import Head
-from splitlearn.stages.local import LocalSession, LocalStage
+from splitlearn.stages.local import LocalStage
+from splitlearn.stages.session import LocalSession
 from splitlearn.stages.settings import SessionSettings
 from tests.conftest import TinyFactory
 from tests.support.words import generation_of, load_of, session_of

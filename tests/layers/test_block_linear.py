@@ -125,12 +125,9 @@ def test_every_linear_layer_has_few_bits_and_the_head_eight(tiny_model: TinyFact
     stage = loading.load(
         files, loading.full_specs(3), load_of(APPLIED | {"weight_dtype", "weight_prepack"}), PLACEMENT
     ).stages[0]
-    modules = list(stage.cut.module.modules())
-    assert not [module for module in modules if type(module) in loading.LINEAR]
-    layers = [module for module in modules if isinstance(module, BlockLinear)]
-    head = stage.cut.module.get_output_embeddings()  # type: ignore[operator]
-    assert {layer._blocks.shape[2] for layer in layers if layer is not head} == {block_bytes(4)}
-    assert head._blocks.shape[2] == block_bytes(8)
+    linears = 3 * {"llama": 7, "gpt2": 4}[family]
+    assert stage.describe().weights == {"4 bits in blocks": linears, "8 bits in blocks": 1}
+    assert stage.cut.module.get_output_embeddings().bits == 8  # type: ignore[operator]
 
 
 def test_the_blocks_of_the_default_models_own_file_are_kept_as_they_are(default_model: ModelFiles) -> None:

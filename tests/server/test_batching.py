@@ -28,7 +28,8 @@ from splitlearn.generation.tokenizer import Tokens
 from splitlearn.kvcache.pool import KVPool, bytes_per_token
 from splitlearn.stages import loading
 from splitlearn.stages.base import Session, Stage, StageInput, StageOutput
-from splitlearn.stages.local import LocalSession, LocalStage
+from splitlearn.stages.local import LocalStage
+from splitlearn.stages.session import LocalSession
 from splitlearn.stages.settings import SessionSettings
 from tests.conftest import TinyFactory
 from tests.e2e.test_ten_families import CACHED, GREEDY, UNCACHED, running

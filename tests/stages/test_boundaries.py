@@ -23,7 +23,8 @@ from splitlearn.models.plan import SplitPlan
 from splitlearn.sampling import SamplingParams
 from splitlearn.stages import equivalence, loading
 from splitlearn.stages.base import StageInput
-from splitlearn.stages.local import LocalSession, LocalStage
+from splitlearn.stages.local import LocalStage
+from splitlearn.stages.session import LocalSession
 from tests.support.tiny import make_converted
 from tests.support.words import generation_of, load_of, session_of
 

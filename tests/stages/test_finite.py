@@ -16,8 +16,9 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import NotFinite
 from splitlearn.stages import loading
 from splitlearn.stages.base import StageInput
-from splitlearn.stages.local import LocalSession, LocalStage
+from splitlearn.stages.local import LocalStage
 from splitlearn.stages.nonfinite import first_not_finite
+from splitlearn.stages.session import LocalSession
 from splitlearn.stages.verify import agree
 from tests.conftest import TinyFactory
 from tests.support.trunk import PLAN

@@ -8,6 +8,7 @@ from splitlearn.kvcache.layers import reserved
 from splitlearn.models.cut import example, forward
 from splitlearn.runtime.torch_threads import computing_on
 from splitlearn.stages import fused_decode, loading
+from splitlearn.stages.engine import SessionStep
 from splitlearn.stages.local import LocalStage
 from tests.support.words import load_of
 
@@ -23,11 +24,11 @@ def _stage(files: ModelFiles, spec: loading.StageSpec, threads: int) -> LocalSta
 
 def _outs(stage: LocalStage, steps: int = 40) -> torch.Tensor:
     x, cache = example(stage.cut, 5), reserved(stage.cut.end - stage.cut.start, 5 + steps)
-    assert stage.row is not None
+    assert stage.faster is not None
     with torch.inference_mode():
         forward(stage.cut, x[:, :4], 0, cache)
-        outs = [stage.row(x[:, 4:], 4 + at, cache) for at in range(steps)]
-    return torch.cat([out for out in outs if out is not None])
+        outs = [stage.faster.compute(SessionStep(cache, 4 + at, x[:, 4:])) for at in range(steps)]
+    return torch.cat(outs)
 
 
 @pytest.mark.parametrize("spec", [TRUNK, FULL], ids=["trunk", "full"])

@@ -1,4 +1,4 @@
-"""A token that is replayed comes out as from the stage's own forward, wherever its session lies. The recordings are of
+"""A token that is replayed comes out as from the stage's own forward, wherever its session lies. The captures are of
 tests/support/recorder.py; those of CUDA are tried where there is a GPU."""
 
 from collections.abc import Sequence
@@ -9,12 +9,11 @@ import torch
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.kvcache.pool import KVPool, Slot
-from splitlearn.models.cut import CutModel
 from splitlearn.stages import cuda_graph, loading, local
 from splitlearn.stages.base import StageInput
-from splitlearn.stages.cuda_graph import GraphRow
-from splitlearn.stages.fused_decode import Row
-from splitlearn.stages.local import LocalSession, LocalStage
+from splitlearn.stages.engine import Engine
+from splitlearn.stages.local import LocalStage
+from splitlearn.stages.session import LocalSession
 from tests.conftest import TinyFactory
 from tests.support.recorder import record
 from tests.support.words import load_of, session_of
@@ -38,14 +37,20 @@ def _stage(files: ModelFiles, spec: loading.StageSpec, where: str) -> LocalStage
     return loading.load(files, [spec], load_of(FLAGS), loading.Placement(torch.device(where), torch.float32)).stages[0]
 
 
-def _of(cut: CutModel, where: str) -> Row | None:
-    return cuda_graph.of(cut, record if where == "cpu" else None)
+def _of(stage: LocalStage, where: str) -> Engine | None:
+    return cuda_graph.of(stage.eager, record if where == "cpu" else None)
 
 
 def _replayed(stage: LocalStage, where: str) -> LocalStage:
-    row = _of(stage.cut, where)
-    assert row is not None
-    return replace(stage, row=row)
+    engine = _of(stage, where)
+    assert engine is not None
+    return replace(stage, faster=engine)
+
+
+def _compile_s(stage: LocalStage) -> float:
+    """Seconds of capturing so far."""
+    assert stage.faster is not None
+    return stage.faster.compile_s
 
 
 def _given(stage: LocalStage, seed: int = 1) -> torch.Tensor:
@@ -80,26 +85,27 @@ def test_replayed_tokens_come_out_as_from_the_stages_own_forward(
     stage = _stage(tiny_model(family), spec, where)
     x, ends = _given(stage), (PROMPT, 6, 7, 8, 9, -7, 8, 11, 12, *range(13, LENGTH + 1))
     replayed = _replayed(stage, where)
+    tried = _compile_s(replayed)
     found = _steps(replayed, replayed.open(session_of(FLAGS), LENGTH), x, ends)
     _close(found, _steps(stage, stage.open(session_of(FLAGS), LENGTH), x, ends))
-    assert isinstance(replayed.row, GraphRow) and replayed.row.compile_s > 0
+    assert replayed.describe().engine == "captured" and _compile_s(replayed) > tried
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_recordings_are_made_once_for_a_place_and_a_window(
+def test_graphs_are_captured_once_for_a_place_and_a_window(
     tiny_model: TinyFactory, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_graph, "LEAST_WINDOW", 8)
     stage = _stage(tiny_model(), SPECS[0], where)
-    replayed, spent = _replayed(stage, where), []
+    replayed = _replayed(stage, where)
+    tried, spent = _compile_s(replayed), []
     for seed in range(3):
         session, x = replayed.open(session_of(FLAGS), LENGTH), _given(stage, seed)
         found = _steps(replayed, session, x, (PROMPT, *range(PROMPT + 1, LENGTH + 1)))
         session.close()
         _close(found, _steps(stage, stage.open(session_of(FLAGS), LENGTH), x, (PROMPT, *range(PROMPT + 1, LENGTH + 1))))
-        assert replayed.row is not None
-        spent.append(replayed.row.compile_s)
-    assert 0 < spent[0] == spent[1] == spent[2]
+        spent.append(_compile_s(replayed))
+    assert tried < spent[0] == spent[1] == spent[2]
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -110,7 +116,7 @@ def test_sessions_beside_each_other_do_not_see_each_other(tiny_model: TinyFactor
     for view in pool.views(0, pool.capacity):
         view.fill_(torch.nan)  # what a session left that came to grief
     settings = stage.open(session_of(FLAGS), LENGTH).settings
-    sessions = [LocalSession(pool.cache(Slot(at * LENGTH, LENGTH)), settings, LENGTH) for at in (2, 0, 1)]
+    sessions = [replayed.session(pool.cache(Slot(at * LENGTH, LENGTH)), settings, LENGTH) for at in (2, 0, 1)]
     given = [_given(stage, seed) for seed in range(3)]
     found: list[list[torch.Tensor]] = [[], [], []]
     for begin, end in PARTS:
@@ -162,6 +168,7 @@ def test_samples_do_not_see_each_other(
     monkeypatch.setattr(local, "MOST_REPLAYED", most)
     stage = _stage(tiny_model(), SPECS[0], "cpu")
     replayed = _replayed(stage, "cpu")
+    tried = _compile_s(replayed)
     sessions, given = replayed.open_together(session_of(FLAGS), LENGTH, 3), [_given(stage, seed) for seed in range(3)]
     found: list[list[torch.Tensor]] = [[], [], []]
     for begin, end in PARTS:
@@ -172,8 +179,7 @@ def test_samples_do_not_see_each_other(
         session = stage.open(session_of(FLAGS), LENGTH)
         own = [stage.step([StageInput(session, begin, x[:, begin:end])])[0].x for begin, end in PARTS]
         _close(torch.cat(outs, dim=1), torch.cat(own, dim=1))
-    assert replayed.row is not None
-    assert (replayed.row.compile_s > 0) == replays
+    assert (_compile_s(replayed) > tried) == replays
 
 
 def _place(session: LocalSession) -> int:
@@ -189,18 +195,18 @@ def test_a_stage_that_asks_for_a_value_is_left_as_it_is(
     stage = _stage(tiny_model(), SPECS[2], where)
     layer = next(iter(stage.cut.module.layers))  # type: ignore[arg-type]
     layer.register_forward_hook(lambda module, given, out: out if float(out.sum()) < 0 else out)
-    assert _of(stage.cut, where) is None
-    assert "[2, 5) are not recorded" in caplog.text
-    assert _of(_stage(tiny_model(), SPECS[2], where).cut, where) is not None, "the next one is"
+    assert _of(stage, where) is None
+    assert "[2, 5) are not captured" in caplog.text
+    assert _of(_stage(tiny_model(), SPECS[2], where), where) is not None, "the next one is"
 
 
 def test_a_stage_whose_steps_depend_on_what_python_knows_is_left_as_it_is(tiny_model: TinyFactory) -> None:
     stage, calls = _stage(tiny_model(), SPECS[2], "cpu"), iter(range(1000))
     layer = next(iter(stage.cut.module.layers))  # type: ignore[arg-type]
     layer.register_forward_hook(lambda module, given, out: out * next(calls))
-    assert _of(stage.cut, "cpu") is None
+    assert _of(stage, "cpu") is None
 
 
 def test_a_stage_without_layers_is_left_as_it_is(tiny_model: TinyFactory) -> None:
     stage = _stage(tiny_model(), loading.StageSpec("bottom", 0, 0, first=True), "cpu")
-    assert _of(stage.cut, "cpu") is None
+    assert _of(stage, "cpu") is None

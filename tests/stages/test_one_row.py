@@ -1,5 +1,6 @@
 """A token that goes through a stage in one call comes out as from the stage's own forward; other stages are left."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,15 +10,16 @@ from transformers.models.ministral3.modeling_ministral3 import Ministral3Attenti
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.kvcache.layers import dynamic, reserved, static
+from splitlearn.kvcache.layers import reserved
 from splitlearn.kvcache.pool import KVPool, KVShape
 from splitlearn.layers.block_linear import BlockLinear
 from splitlearn.models.cut import CutModel, body_of, forward, layers_of
 from splitlearn.stages import fused_decode, loading
-from splitlearn.stages.fused_decode import Row
+from splitlearn.stages.base import StageInput
+from splitlearn.stages.engine import Engine, SessionStep
 from splitlearn.stages.local import LocalStage
 from tests.conftest import TinyFactory
-from tests.support.words import load_of
+from tests.support.words import load_of, session_of
 
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 FLAGS = frozenset({"low_cpu_mem_usage", "use_cache", "cache", "output_attentions", "weight_dtype"})
@@ -34,9 +36,9 @@ def _stage(files: ModelFiles, spec: loading.StageSpec = TRUNK, flags: frozenset[
     return loading.load(files, [spec], load_of(flags), PLACEMENT).stages[0]
 
 
-def _row(stage: LocalStage) -> Row:
-    assert stage.row is not None
-    return stage.row
+def _fused(stage: LocalStage) -> Engine:
+    assert stage.faster is not None and stage.faster.name == "fused"
+    return stage.faster
 
 
 def _pooled(layers: int, max_length: int) -> Cache:
@@ -48,9 +50,9 @@ def _pooled(layers: int, max_length: int) -> Cache:
     return pool.cache(run)
 
 
-def _run(stage: LocalStage, cache: Cache, x: torch.Tensor, *, by_row: bool) -> torch.Tensor:
+def _run(stage: LocalStage, cache: Cache, x: torch.Tensor, *, fused: bool) -> torch.Tensor:
     """Five positions at once, then one by one; back by two, and once more. All in one call each, or none."""
-    outs: list[torch.Tensor | None] = []
+    outs, engine = list[torch.Tensor](), _fused(stage) if fused else stage.eager
     with torch.inference_mode():
         outs.append(forward(stage.cut, x[:, :5], 0, cache))
         for at in (5, 6, 7, 8, -2, 7, 8, 9, 10, 11):
@@ -58,8 +60,8 @@ def _run(stage: LocalStage, cache: Cache, x: torch.Tensor, *, by_row: bool) -> t
                 cache.crop(at)
                 continue
             token = x[:, at : at + 1]
-            outs.append(_row(stage)(token, at, cache) if by_row else forward(stage.cut, token, at, cache))
-    return torch.cat([out for out in outs if out is not None], dim=1)
+            outs.append(engine.compute(SessionStep(cache, at, token)))
+    return torch.cat(outs, dim=1)
 
 
 @pytest.mark.parametrize("kind", ["reserved", "pooled"])
@@ -76,7 +78,7 @@ def test_a_token_comes_out_as_from_the_stages_own_forward(
         else torch.randn(1, 12, WIDTH, generator=random)
     )
     one, other = make(layers, 16), make(layers, 16)
-    found, expected = _run(stage, one, x, by_row=True), _run(stage, other, x, by_row=False)
+    found, expected = _run(stage, one, x, fused=True), _run(stage, other, x, fused=False)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(one.layers, other.layers, strict=True):
         assert ours.length == theirs.length == 12
@@ -91,41 +93,58 @@ def test_positions_further_on_are_turned_as_the_model_turns_them(default_model: 
     with torch.inference_mode():
         for cache in (one, other):
             forward(stage.cut, x[:, :far], 0, cache)
-        found, expected = _row(stage)(x[:, far:], far, one), forward(stage.cut, x[:, far:], far, other)
+        found = _fused(stage).compute(SessionStep(one, far, x[:, far:]))
+        expected = forward(stage.cut, x[:, far:], far, other)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_does_not_go_in_one_call_goes_the_stages_own_way(default_model: ModelFiles) -> None:
-    stage, x = _stage(default_model), torch.randn(1, 12, WIDTH)
-    with torch.inference_mode():
-        for cache in (dynamic(2, 16), static(2, 16), reserved(2, 16)):
-            assert _row(stage)(x[:, :1], 0, cache) is None  # nothing is there yet
-        for cache in (dynamic(2, 16), static(2, 16), None):
-            forward(stage.cut, x[:, :3], 0, cache)
-            assert _row(stage)(x[:, 3:4], 3, cache) is None
-        forward(stage.cut, x[:, :3], 0, kept := reserved(2, 16))
-        assert _row(stage)(x[:, 3:5], 3, kept) is None
+@pytest.mark.parametrize("cache", ["cache=dynamic", "cache=static", "cache=reserved", None])
+@pytest.mark.parametrize("arguments", [{}, {"output_hidden_states": True}])
+def test_a_session_is_computed_by_the_fused_engine_if_its_cache_is_reserved_and_nothing_more_is_asked(
+    default_model: ModelFiles, cache: str | None, arguments: dict[str, bool]
+) -> None:
+    stage = _stage(default_model)
+    settings = replace(
+        session_of(FLAGS - {"cache"} | {cache} if cache else FLAGS - {"use_cache"}), forward_arguments=arguments
+    )
+    engine = stage.open(settings, 16).engine
+    assert (engine.name == "fused") == (cache == "cache=reserved" and not arguments)
+
+
+def test_a_first_token_and_several_at_once_come_out_of_a_fused_session_as_of_any_other(
+    default_model: ModelFiles,
+) -> None:
+    stage, x, settings = _stage(default_model), torch.randn(1, 6, WIDTH), session_of(FLAGS | {"output_hidden_states"})
+    plain = replace(stage, faster=None)
+    found, expected = (each.open(settings, 16) for each in (stage, plain))
+    assert (found.engine.name, expected.engine.name) == ("fused", "eager")
+    for begin, end in ((0, 1), (1, 4), (4, 5), (5, 6)):
+        outs = [
+            each.step([StageInput(session, begin, x[:, begin:end])])[0].x
+            for each, session in ((stage, found), (plain, expected))
+        ]
+        torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3", "phi3", "mistral"])
 def test_stages_with_other_parts_are_left(tiny_model: TinyFactory, family: str) -> None:
     files = tiny_model(family, n_layers=2)
-    assert loading.load(files, loading.full_specs(2), load_of(FLAGS), PLACEMENT).stages[0].row is None
+    assert loading.load(files, loading.full_specs(2), load_of(FLAGS), PLACEMENT).stages[0].faster is None
 
 
 @pytest.mark.parametrize("changed", [{"output_attentions"}, set(), {"weight_dtype"}])
 def test_stages_that_are_to_do_something_else_are_left(default_model: ModelFiles, changed: set[str]) -> None:
     flags = FLAGS - changed if changed else FLAGS | {"torch_compile"}
-    assert _stage(default_model, TRUNK, flags).row is None
+    assert _stage(default_model, TRUNK, flags).faster is None
 
 
 def test_a_stage_that_only_looks_like_llamas_is_left(default_model: ModelFiles) -> None:
-    cut = _stage(default_model).cut
-    assert fused_decode.of(cut) is not None
-    layer: Any = layers_of(cut)[0]
+    eager = _stage(default_model).eager
+    assert fused_decode.of(eager) is not None
+    layer: Any = layers_of(eager.cut)[0]
     own = layer.forward
     layer.forward = lambda x, **named: own(x, **named) * 1.01
-    assert fused_decode.of(cut) is None
+    assert fused_decode.of(eager) is None
 
 
 def _grows(cut: CutModel) -> None:
@@ -157,9 +176,9 @@ def _has_a_layer_of_another_size(cut: CutModel) -> None:
     "change", [_grows, _slides, _scales_queries_further_on, _turns_otherwise_further_on, _has_a_layer_of_another_size]
 )
 def test_what_a_few_tokens_would_not_show_is_looked_for(default_model: ModelFiles, change: Any) -> None:
-    cut = _stage(default_model).cut
-    change(cut)
-    assert fused_decode.of(cut) is None
+    eager = _stage(default_model).eager
+    change(eager.cut)
+    assert fused_decode.of(eager) is None
 
 
 def test_a_linear_layer_that_had_to_be_filled_up_is_not_taken() -> None:

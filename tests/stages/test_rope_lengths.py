@@ -337,11 +337,11 @@ def test_a_length_that_cannot_be_is_refused(cases: Cases, name: str) -> None:
                 assert code is grpc.StatusCode.INVALID_ARGUMENT and why in said
 
 
-def test_such_a_stage_is_not_recorded_and_others_are_left_as_they_are(cases: Cases) -> None:
+def test_such_a_stage_is_not_captured_and_others_are_left_as_they_are(cases: Cases) -> None:
     (stage,) = loaded(cases("phi3-longrope"), loading.full_specs(6), CACHED)
-    assert is_pure(stage.cut.module) and cuda_graph.of(stage.cut, lambda body: body) is None
+    assert is_pure(stage.cut.module) and cuda_graph.of(stage.eager, lambda body: body) is None
     (stage,) = loaded(cases("llama-dynamic"), loading.full_specs(6), CACHED | {"weight_prepack=blocks"})
-    assert is_pure(stage.cut.module) and stage.row is None
+    assert is_pure(stage.cut.module) and stage.describe().engine == "eager"
 
 
 @pytest.mark.parametrize(

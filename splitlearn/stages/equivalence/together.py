@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from splitlearn.kvcache.layers import static
 from splitlearn.kvcache.pool import KVPool, PooledCache, shapes_of
 from splitlearn.models.cut import CutModel
+from splitlearn.stages.engine import SessionStep
 from splitlearn.stages.equivalence.judge import TOLERANCE, TOTAL, Text
 from splitlearn.stages.equivalence.steps import LONG, SHORT, Script, cut_whole, run_steps, steps_of
 from splitlearn.stages.ragged_batch import RaggedStage
-from splitlearn.stages.verify import SessionStep, agree
+from splitlearn.stages.verify import agree
 
 SHARED_FORWARD, STATIC_CACHE = "shared forward", "static cache"
 ENDS = ((SHORT, LONG), (SHORT + 3, LONG + 1), (SHORT + 6, LONG + 2), (TOTAL - 1, TOTAL - 1))
