@@ -44,7 +44,13 @@ class Ticket:
     passed_at: float = 0.0
     reservation: Reservation | None = None
     rejected: bool = False
+    gone: bool = False
     wake: threading.Event = field(default_factory=threading.Event)
+
+    def leave(self) -> None:
+        """Its client has gone."""
+        self.gone = True
+        self.wake.set()
 
 
 def choose(
@@ -107,28 +113,12 @@ class Admission:
             raise InputError("max_length", tokens, limit)
         ticket = Ticket(tokens, holder)
         with self._lock:
-            self._check_open_locked()
-            self._queue.append(ticket)
-            self._admit_locked()
-            if ticket.reservation is not None:
-                return ticket.reservation
-            if len(self._queue) > self._max_waiting:
-                self._reject_one_locked()
-            if ticket.rejected:
-                raise self._full_locked(f"{len(self._queue)} sessions are waiting already", "queue_full")
-        gone = threading.Event()
-
-        def left() -> None:
-            gone.set()
-            ticket.wake.set()
-
-        if not when_gone(left):
-            left()
-        until = time.monotonic() + timeout_s
-        while not ticket.wake.wait(max(0.0, min(LOOK_S, until - time.monotonic()))) and time.monotonic() < until:
-            with self._lock:
-                self._admit_locked()
-        return self._outcome(ticket, timeout_s, gone.is_set())
+            self._enqueue_locked(ticket)
+        if ticket.reservation is None:
+            if not when_gone(ticket.leave):
+                ticket.leave()
+            self._wait(ticket, time.monotonic() + timeout_s)
+        return self._outcome(ticket, timeout_s)
 
     def release(self, reservation: Reservation) -> None:
         """Give a reservation back."""
@@ -148,7 +138,23 @@ class Admission:
             for ticket in self._queue:
                 ticket.wake.set()
 
-    def _outcome(self, ticket: Ticket, timeout_s: float, gone: bool) -> Reservation:
+    def _enqueue_locked(self, ticket: Ticket) -> None:
+        """Admit `ticket` at once or queue it. Raises TrunkFull where it is rejected."""
+        self._check_open_locked()
+        self._queue.append(ticket)
+        self._admit_locked()
+        if len(self._queue) > self._max_waiting and ticket.reservation is None:
+            self._reject_one_locked()
+        if ticket.rejected:
+            raise self._full_locked(f"{len(self._queue)} sessions are waiting already", "queue_full")
+
+    def _wait(self, ticket: Ticket, until: float) -> None:
+        """Until `ticket` is woken, or that moment. Memory kept for another session may be free again meanwhile."""
+        while not ticket.wake.wait(max(0.0, min(LOOK_S, until - time.monotonic()))) and time.monotonic() < until:
+            with self._lock:
+                self._admit_locked()
+
+    def _outcome(self, ticket: Ticket, timeout_s: float) -> Reservation:
         """How the wait of `ticket` ended."""
         with self._lock:
             if ticket.reservation is not None:
@@ -159,7 +165,7 @@ class Admission:
             self._check_open_locked()
             if ticket.rejected:
                 raise self._full_locked("the queue is full, and other clients have fewer sessions in it", "queue_full")
-            why = "its client has gone" if gone else f"there was no room within {timeout_s:g} s"
+            why = "its client has gone" if ticket.gone else f"there was no room within {timeout_s:g} s"
             raise self._full_locked(why, "queue_timeout")
 
     def _reject_one_locked(self) -> None:
