@@ -24,7 +24,7 @@ Flags = Annotated[
         help="auto, default, all, none, a preset, a list a,b=choice, or one for each side: full:a client:b trunk:none",
     ),
 ]
-Words = Annotated[list[str] | None, typer.Argument(metavar="[SIDE:FLAGS]...", hidden=True)]
+Words = Annotated[list[str] | None, typer.Argument(metavar="SIDE:FLAGS", hidden=True)]
 """What follows `--flags` and is no option: the groups of the other sides."""
 Trunks = Annotated[str | None, typer.Option("--trunk", metavar="HOST:PORT[,...]", help="overrides trunk.address")]
 Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="prompts to use, one a line")]

@@ -4,6 +4,7 @@ A command's function turns its options into a `Job`, and `run` calls that: typer
 with a closed stdout, which is not to apply to work.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ WIDTH = 100
 
 def program(**options: Any) -> typer.Typer:
     """A program without Rich's boxes, and without typer's tracebacks."""
-    settings = {"max_content_width": WIDTH}
+    settings = {"terminal_width": min(WIDTH, shutil.get_terminal_size().columns)}  # click alone takes 50 at least
     return typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=settings, **options)
 
 
