@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from splitlearn.stages.base import LogitsInParts, OpensTogether, Session, Stage, StageInput
+from splitlearn.stages.head import HeadSession
 from splitlearn.stages.prefix import PrefixSession, PrefixStage
 from splitlearn.stages.settings import SessionSettings
 
@@ -55,7 +56,9 @@ class Step:
         """What the stage number `at` is given of `x`, which covers the positions up to `end`: those of this step, or
         all where the stage keeps nothing of earlier ones."""
         session = self.chain.sessions[at]
-        x = x if isinstance(session, PrefixSession) else x[:, -self.ids.shape[1] :]
+        new = self.ids.shape[1]
+        if x.shape[1] > new and not isinstance(session, PrefixSession | HeadSession):
+            x = x[:, -new:]
         return StageInput(session, self.end - x.shape[1], x, self.rows, rope_length=self.chain.rope_length)
 
 

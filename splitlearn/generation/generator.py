@@ -21,7 +21,7 @@ from splitlearn.generation import sequence
 from splitlearn.generation.answer import Answer
 from splitlearn.generation.chain import Chain, Link, open_chains
 from splitlearn.generation.forward import ChunkedPrefill, Forward, InStep
-from splitlearn.generation.head_overlap import HeadOverlap
+from splitlearn.generation.head_overlap import overlapped
 from splitlearn.generation.sampler import random_source
 from splitlearn.generation.settings import GenerationSettings
 from splitlearn.generation.speculation import Speculation
@@ -29,7 +29,7 @@ from splitlearn.generation.step_timing import Ledger
 from splitlearn.generation.stop_strings import StopStrings
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.sampling import SEEDS
-from splitlearn.stages.base import LogitsInParts, Stage, WorksAhead
+from splitlearn.stages.base import Stage
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.prefix import PrefixStage
 
@@ -93,12 +93,10 @@ class Generator:
         """How this generation's steps go through the stages."""
         if any(isinstance(stage, PrefixStage) for stage in stages):
             return InStep(stages, ledger)
-        remote = next((at for at, stage in enumerate(stages) if isinstance(stage, WorksAhead)), None)
-        greedy = request.samples == 1 and request.sampling.takes_the_likeliest and not self.settings.proposers
-        overlaps = self.settings.head_overlap and greedy and isinstance(stages[-1], LogitsInParts)
         forward: Forward = InStep(stages, ledger)
-        if overlaps and remote is not None:
-            forward = HeadOverlap(stages, remote, ledger, ends)
+        greedy = request.samples == 1 and request.sampling.takes_the_likeliest and not self.settings.proposers
+        if self.settings.head_overlap and greedy:
+            forward = overlapped(stages, ledger, ends) or forward
         chunk = self.settings.piece_tokens
         return forward if chunk is None else ChunkedPrefill(stages, ledger, chunk, forward)
 

@@ -58,11 +58,13 @@ class _Guess:
 
 @dataclass
 class HeadOverlap:
-    """Decodes one greedy answer through `stages`, of which number `remote` works elsewhere and the last is the LM head.
+    """Decodes one greedy answer: through the stages `near`, the `remote` one, those that are `far`, and the LM head.
     After one of `ends` nothing comes."""
 
-    stages: Sequence[Stage]
-    remote: int
+    near: Sequence[Stage]
+    remote: WorksAhead
+    far: Sequence[Stage]
+    head: LogitsInParts
     ledger: Ledger
     ends: Collection[int]
     policy: OverlapPolicy = field(default_factory=OverlapPolicy)
@@ -73,13 +75,13 @@ class HeadOverlap:
     def __call__(self, steps: Sequence[Step]) -> list[torch.Tensor]:
         """The logits of the only step. While the rest of them is computed the next step starts."""
         (step,) = steps
-        x = self._up_to_remote(step)
-        for at in range(self.remote + 1, len(self.stages) - 1):
-            x = self._noted(self.stages[at].step([step.item(at, x)])[0])
-        head, item = self.stages[-1], step.item(len(self.stages) - 1, x)
-        pending = head.logits_in_parts(item) if step.more and isinstance(head, LogitsInParts) else None
+        x, number = self._up_to_remote(step), len(self.near) + 1
+        for at, stage in enumerate(self.far, number):
+            x = self._noted(stage.step([step.item(at, x)])[0])
+        item = step.item(number + len(self.far), x)
+        pending = self.head.logits_in_parts(item) if step.more else None
         if pending is None:
-            return [self._noted(head.step([item])[0])[0, -step.rows :]]
+            return [self._noted(self.head.step([item])[0])[0, -step.rows :]]
         self.ledger.add(step.sample, pending.timing)
         self._start_next(step, pending.first)
         return [self._noted(pending.finish())[0]]
@@ -116,12 +118,9 @@ class HeadOverlap:
 
     def _start(self, step: Step, *, uncertain: bool) -> PendingStep:
         x = step.ids
-        for at in range(self.remote):
-            x = self._noted(self.stages[at].step([step.item(at, x)])[0])
-        remote = self.stages[self.remote]
-        if not isinstance(remote, WorksAhead):
-            raise TypeError(f"{remote} does not work ahead")
-        pending = remote.begin(step.item(self.remote, x), uncertain=uncertain)
+        for at, stage in enumerate(self.near):
+            x = self._noted(stage.step([step.item(at, x)])[0])
+        pending = self.remote.begin(step.item(len(self.near), x), uncertain=uncertain)
         self.ledger.add(step.sample, pending.timing)
         return pending
 
@@ -135,6 +134,15 @@ class HeadOverlap:
     def _noted(self, output: StageOutput) -> torch.Tensor:
         self.ledger.add(0, output.timing)
         return output.x
+
+
+def overlapped(stages: Sequence[Stage], ledger: Ledger, ends: Collection[int]) -> HeadOverlap | None:
+    """The overlap over a chain of stages; None where none is remote, or the last is no LM head of its own."""
+    at, head = next((at for at, stage in enumerate(stages) if isinstance(stage, WorksAhead)), -1), stages[-1]
+    remote = stages[at]
+    if not isinstance(remote, WorksAhead) or not isinstance(head, LogitsInParts):
+        return None
+    return HeadOverlap(stages[:at], remote, stages[at + 1 : -1], head, ledger, ends)
 
 
 def _likeliest(logits: torch.Tensor) -> int:

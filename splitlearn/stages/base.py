@@ -83,7 +83,7 @@ class PendingStep:
 
 
 @runtime_checkable
-class WorksAhead(Protocol):
+class WorksAhead(Stage, Protocol):
     """A stage that computes elsewhere, so that its client can work meanwhile."""
 
     def begin(self, item: StageInput, *, uncertain: bool = False) -> PendingStep:
@@ -101,7 +101,7 @@ class PendingLogits:
 
 
 @runtime_checkable
-class LogitsInParts(Protocol):
+class LogitsInParts(Stage, Protocol):
     """The LM head, whose first logits can be looked at before the others are computed."""
 
     def logits_in_parts(self, item: StageInput) -> PendingLogits | None:

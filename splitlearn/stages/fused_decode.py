@@ -6,7 +6,6 @@ A stage that fails either is computed by the eager engine.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import accumulate
 from typing import Any, cast
 
@@ -119,7 +118,9 @@ class Fused:
             step.cache.grow(1)
             if self._head is None:
                 return torch.from_numpy(hidden[None])
-            return self._head(hidden, record)
+            logits = self._head.new()
+            self._head.fill(logits, hidden, self._head.linear.array, record)
+            return torch.from_numpy(logits[None])
 
     def _turn(self, position: int) -> NDArray[np.float32]:
         """cos and sin [2, size] of a position; computed for TURNS of them at once."""
@@ -144,40 +145,61 @@ class _Head:
         self._kernel, norm = llama_decode.head, body_of(cut).norm
         self._norm, self._eps = norm.weight.detach().numpy(), norm.variance_epsilon
 
-    def __call__(self, hidden: NDArray[np.float32], record: NDArray[Any]) -> torch.Tensor:
-        """All logits [1, 1, V] of `hidden` [1, H]."""
-        return self.rows(self.linear.array, self.linear.out_features, hidden, record)
+    def new(self) -> NDArray[np.float32]:
+        """Memory for logits [1, V]."""
+        return np.empty((1, self.linear.out_features), np.float32)
 
-    def rows(
-        self, blocks: NDArray[np.uint8], n: int, hidden: NDArray[np.float32], record: NDArray[Any]
-    ) -> torch.Tensor:
-        """The logits [1, 1, n] of the outputs that have `blocks`."""
-        logits = np.empty((1, n), np.float32)
+    def fill(
+        self,
+        logits: NDArray[np.float32],
+        hidden: NDArray[np.float32],
+        blocks: NDArray[np.uint8],
+        record: NDArray[Any],
+    ) -> None:
+        """Set `logits` [1, n] to those of `hidden` [1, H] by the outputs that have `blocks`."""
         self._kernel(hidden, self._norm, self._eps, blocks, self.linear.bits, logits, record)
+
+
+class FusedHead:
+    """The LM head's engine (stages/head.py) by the kernel, norm included, for steps of one token."""
+
+    by_kernel = True
+
+    def __init__(self, cut: CutModel, share: float) -> None:
+        from splitlearn.kernels import thread_team  # loads a compiler
+
+        self._head = _Head(cut)
+        self._cut_at = self._head.linear.cut(share)
+        self._team = thread_team.Team(threads_for(self._head.size))
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """The logits [1, 1, V] of a hidden state [1, 1, H]."""
+        logits = self._head.new()
+        with self._team.leading() as record:
+            self._head.fill(logits, x.numpy()[0], self._head.linear.array, record)
         return torch.from_numpy(logits[None])
 
+    def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        """Of one token the first logits [1, 1, k], and what computes the others and gives all."""
+        logits, hidden, (at, first, others) = self._head.new(), x.numpy()[0], self._cut_at
+        with self._team.leading() as record:
+            self._head.fill(logits[:, :at], hidden, first, record)
 
-def head_of(cut: CutModel, share: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...] | None:
-    """Of a stage without layers what computes one token's logits [1, 1, V] from a hidden state [1, 1, H]: all, about
-    that share of them, and the others. None where that is not what the stage's own forward gives."""
+        def finish() -> torch.Tensor:
+            self._head.fill(logits[:, at:], hidden, others, self._team.alone())  # the trunk computes meanwhile
+            return torch.from_numpy(logits[None])
+
+        return torch.from_numpy(logits[None, :, :at]), finish
+
+
+def head_of(cut: CutModel, share: float) -> FusedHead | None:
+    """The engine of a stage without layers that gives about that share of the logits first; None where the logits are
+    not those of the stage's own forward."""
     if cut.compiled or not _ends_as_llama(cut):
         return None
-    from splitlearn.kernels import thread_team  # loads a compiler
-
-    head = _Head(cut)
-    team, (at, first, others) = thread_team.Team(threads_for(head.size)), head.linear.cut(share)
-
-    def alone(blocks: NDArray[np.uint8], n: int, x: torch.Tensor) -> torch.Tensor:
-        return head.rows(blocks, n, x.numpy()[0], team.alone())
-
-    def helped(blocks: NDArray[np.uint8], n: int, x: torch.Tensor) -> torch.Tensor:
-        with team.leading() as record:
-            return head.rows(blocks, n, x.numpy()[0], record)
-
-    n = head.linear.out_features
-    whole, rest = partial(helped, head.linear.array, n), partial(alone, others, n - at)  # the trunk computes then
-    by_kernel = with_tokens_by(cut, lambda step: whole(step.x))
-    return (whole, partial(helped, first, at), rest) if reason_against(cut, by_kernel) is None else None
+    fused = FusedHead(cut, share)
+    by_kernel = with_tokens_by(cut, lambda step: fused.whole(step.x))
+    return fused if reason_against(cut, by_kernel) is None else None
 
 
 def _linears(layer: Any) -> list[Any]:

@@ -8,10 +8,10 @@ goes from one piece to the next.
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -35,14 +35,41 @@ FIRST = 1 / 4
 Part = Callable[[torch.Tensor], torch.Tensor]
 
 
+class HeadEngine(Protocol):
+    """What computes logits."""
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether one token's logits are computed without torch."""
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """The logits [1, T, V] of hidden states [1, T, H]."""
+
+    def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]] | None:
+        """Of one token the first logits [1, 1, k], and what computes the others and gives all; None if it cannot."""
+
+
 @dataclass(frozen=True)
-class HeadEngine:
-    """What computes logits. `prepare` makes of hidden states [1, T, H] what `whole` makes the logits [1, T, V] of, and
-    each of `parts` some of them for one token."""
+class TorchEngine:
+    """Computes logits with torch: `head` of what `prepare` makes of hidden states, or in `parts`."""
 
     prepare: Part
-    whole: Part
+    head: Part
     parts: Sequence[Part]
+    by_kernel: bool = False
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """See HeadEngine."""
+        return self.head(self.prepare(x))
+
+    def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]] | None:
+        """See HeadEngine."""
+        if not self.parts:
+            return None
+        part, *others = self.parts
+        x = self.prepare(x)
+        first = part(x)
+        return first, lambda: torch.cat([first, *(other(x) for other in others)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -83,7 +110,7 @@ class Head:
         if len(batch) == 1 or any(item.session.settings.new_cache is not reserved for item in batch):
             return [self._step(item) for item in batch]
         began, sizes = time.perf_counter(), [item.logits for item in batch]
-        out = self._computed(self._whole, torch.cat([_last(item) for item in batch], dim=1), batch[0])
+        out = self._whole(torch.cat([_last(item) for item in batch], dim=1), batch[0], alone=False)
         timings = [self._timing(out, began), *(StageTiming({}) for _ in batch[1:])]
         outputs = [StageOutput(own, each) for own, each in zip(torch.split(out, sizes, dim=1), timings, strict=True)]
         for item, output in zip(batch, outputs, strict=True):
@@ -91,38 +118,49 @@ class Head:
         return outputs
 
     def logits_in_parts(self, item: StageInput) -> PendingLogits | None:
-        """The first logits of one token, and what computes the others; None for a head that cannot be parted."""
-        if len(self.engine.parts) < 2:
-            return None
-        began, (first_part, *others) = time.perf_counter(), self.engine.parts
-        x = self._computed(self.engine.prepare, _last(item), item)
-        first = self._computed(first_part, x, item)
-        return PendingLogits(first, self._timing(first, began), partial(self._finish, item, x, first, others))
+        """The first logits of one token, and what computes the others; None for a head that cannot be parted.
 
-    def _finish(self, item: StageInput, x: torch.Tensor, first: torch.Tensor, others: Sequence[Part]) -> StageOutput:
+        Nor does the kernel part a prompt's: what a prompt ends in is torch's, as in the full model.
+        """
+        began, alone = time.perf_counter(), _alone(item)
+        if self.engine.by_kernel and not alone:
+            return None
+        with self._settings(item, alone=alone):
+            parts = self.engine.in_parts(_last(item).to(self.device))
+        if parts is None:
+            return None
+        first, others = parts
+        return PendingLogits(first, self._timing(first, began), partial(self._finish, item, others))
+
+    def _finish(self, item: StageInput, others: Callable[[], torch.Tensor]) -> StageOutput:
         began = time.perf_counter()
-        out = torch.cat([first, *(self._computed(part, x, item) for part in others)], dim=-1)
+        with self._settings(item, alone=_alone(item)):
+            out = others()
         timing = self._timing(out, began)
         self._check(item, out)
         return StageOutput(out, timing)
 
     def _step(self, item: StageInput) -> StageOutput:
         began = time.perf_counter()
-        out = self._computed(self._whole, _last(item), item)
+        out = self._whole(_last(item), item, alone=_alone(item))
         timing = self._timing(out, began)
         self._check(item, out)
         return StageOutput(out, timing)
 
-    def _whole(self, x: torch.Tensor) -> torch.Tensor:
-        return self.engine.whole(self.engine.prepare(x))
+    def _whole(self, x: torch.Tensor, item: StageInput, *, alone: bool) -> torch.Tensor:
+        x = x.to(self.device)
+        with self._settings(item, alone=alone):
+            return _whole(self.cut, x) if self.engine.by_kernel and not alone else self.engine.whole(x)
 
-    def _computed(self, function: Part, x: torch.Tensor, item: StageInput) -> torch.Tensor:
-        alone = x.shape[1] == 1 and self.device.type == "cpu"
-        with (
-            item.session.settings.gradient_guard(),
-            computing_one_token(self.threads, self.precision) if alone else nullcontext(),
-        ):
-            return function(x.to(self.device))
+    def _settings(self, item: StageInput, *, alone: bool) -> AbstractContextManager[object]:
+        """Torch's settings for a step of one token, which is `alone`, or of several."""
+        if alone and self.engine.by_kernel:
+            return nullcontext()
+        settings = ExitStack()
+        settings.enter_context(item.session.settings.gradient_guard())
+        if alone and self.device.type == "cpu":
+            settings.enter_context(computing_one_token(self.threads, self.precision))
+        return settings
 
     def _timing(self, out: torch.Tensor, began: float) -> StageTiming:
         if out.device.type != "cpu":
@@ -135,10 +173,13 @@ class Head:
         if wrong is None:
             return
         row, value = wrong
-        position, again = item.position + item.x.shape[1] - item.logits + row, partial(_whole, self.cut)
-        raise NotFinite(
-            nonfinite.told(self.cut, value, position, self.dtype, lambda: self._computed(again, _last(item), item))
-        )
+        position, x = item.position + item.x.shape[1] - item.logits + row, _last(item).to(self.device)
+
+        def again() -> torch.Tensor:
+            with item.session.settings.gradient_guard():
+                return _whole(self.cut, x)
+
+        raise NotFinite(nonfinite.told(self.cut, value, position, self.dtype, again))
 
 
 def engine_of(cut: CutModel, example: torch.Tensor) -> HeadEngine:
@@ -148,19 +189,22 @@ def engine_of(cut: CutModel, example: torch.Tensor) -> HeadEngine:
     other, and the head in parts, must give the same bits, the fused kernel the same but for rounding. Where the causal
     LM does something with the logits, its own forward computes them, once for each part.
     """
-    module: Any = cut.module
+    on_cpu, module = example.device.type == "cpu", cast(Any, cut.module)
+    if on_cpu and (fused := fused_decode.head_of(cut, FIRST)) is not None:
+        return fused
     head = module.get_output_embeddings()
-    if example.device.type == "cpu" and (fused := fused_decode.head_of(cut, FIRST)) is not None:
-        return HeadEngine(_as_it_is, partial(_one_row, fused[0], partial(_whole, cut)), fused[1:])
-    rows = _parts(head) if example.device.type == "cpu" else ()
-    direct = HeadEngine(partial(_norm, cut), head, rows)
-    through = HeadEngine(_as_it_is, partial(_whole, cut), [partial(_through, cut, _Rows(part)) for part in rows])
+    rows = _parts(head) if on_cpu else ()
     with torch.inference_mode():
-        wanted = _whole(cut, example)
-        engine = direct if _gives(wanted, lambda: head(_norm(cut, example))) else through
-        x = engine.prepare(example)
-        in_parts = bool(rows) and _gives(wanted, lambda: torch.cat([part(x) for part in engine.parts], dim=-1))
+        own, direct = _own(cut, rows), TorchEngine(partial(_norm, cut), head, rows)
+        wanted = own.whole(example)
+        engine = direct if _gives(wanted, lambda: direct.whole(example)) else own
+        in_parts = _gives(wanted, lambda: cast(Any, engine.in_parts(example))[1]())
     return engine if in_parts else replace(engine, parts=())
+
+
+def _own(cut: CutModel, rows: Sequence[Part] = ()) -> TorchEngine:
+    """The causal LM's own forward, in parts with those rows of its head."""
+    return TorchEngine(_as_it_is, partial(_whole, cut), [partial(_through, cut, _Rows(part)) for part in rows])
 
 
 def _gives(wanted: torch.Tensor, compute: Callable[[], torch.Tensor]) -> bool:
@@ -174,12 +218,12 @@ def _as_it_is(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _alone(item: StageInput) -> bool:
+    return item.x.shape[1] == 1
+
+
 def _last(item: StageInput) -> torch.Tensor:
     return item.x[:, -item.logits :]
-
-
-def _one_row(fused: Part, whole: Part, x: torch.Tensor) -> torch.Tensor:
-    return fused(x) if x.shape[1] == 1 else whole(x)
 
 
 def _whole(cut: CutModel, x: torch.Tensor) -> torch.Tensor:

@@ -174,7 +174,7 @@ class Servers:
     cached: bool
     streams: dict[bytes, Server] = field(default_factory=dict)
 
-    def effort(self) -> Any:
+    def budget(self) -> Any:
         return self
 
     def wait_s(self) -> float:
@@ -183,12 +183,12 @@ class Servers:
     def pause(self) -> None:
         """The next attempt is made at once."""
 
-    def open(self, opening: Opening, effort: Any, *, patient: bool) -> tuple[Server, pb.Opened]:
+    def open(self, opening: Opening, budget: Any, *, patient: bool) -> tuple[Server, pb.Opened]:
         key = str(len(self.streams)).encode()
         self.streams[key] = Server(self, Cache(TRUNK, self.cached), key)
         return self.streams[key], pb.Opened()
 
-    def lost(self, stream: Server, error: TrunkUnavailable, effort: Any) -> None:
+    def lost(self, stream: Server, error: TrunkUnavailable, budget: Any) -> None:
         assert stream.lost
 
     def works(self, stream: Server) -> None:
