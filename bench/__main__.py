@@ -33,6 +33,7 @@ BENCHES = (
     "threads",
     "context",
     "gpu",
+    "start",
 )
 
 
