@@ -13,7 +13,7 @@ from bench.answer import FAST, answer, text_of
 from bench.pairs import warm_blocks
 from bench.report import write
 from splitlearn.arms.compare import environment
-from splitlearn.arms.runs import Restarted, Runs
+from splitlearn.arms.runs import Restart, Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.arms.worker import WARM_UP_TOKENS
 from splitlearn.events import GenerationRequest
@@ -49,7 +49,7 @@ def _compiled_again(runs: Runs, kind: Kind) -> str:
     """A sentence on what was compiled while GROWN tokens were generated, twice: each time the run begins again."""
     request = GenerationRequest(runs.config.generation.prompt, max_new_tokens=GROWN, ignore_eos=True)
     flags = runs.flags(COMPILED)
-    first, then = (sum(isinstance(item, Restarted) for item in runs.stream(kind, flags, request)) for _ in range(2))
+    first, then = (sum(isinstance(item, Restart) for item in runs.stream(kind, flags, request)) for _ in range(2))
     return (
         f"{kind} with `{COMPILED}`: after a warm-up of {WARM_UP_TOKENS} tokens, something was compiled in {first} runs "
         f"of {GROWN} tokens until one went through without; in as many tokens after that, {then} times."

@@ -5,25 +5,23 @@ import signal
 import threading
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from splitlearn import address, config
-from splitlearn.arms.embedded_server import Server
+from splitlearn.arms.startup import Startup
+from splitlearn.checkpoints import catalogue
 from splitlearn.config import Config
-from splitlearn.errors import SetupError, SplitlearnError, TrunkError
-from splitlearn.runtime import command_line, home, ports, programs, proxies
+from splitlearn.errors import SetupError, SplitlearnError
+from splitlearn.flags.selection import check
+from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime import command_line, home, ports, private_apis, programs, proxies
 from splitlearn.runtime.command_line import Job, whole
-from splitlearn.runtime.progress import Progress, Step, on_console
 from splitlearn.runtime.terminal import say
 from ui import login as page_login
 from ui.login import Login
-
-if TYPE_CHECKING:
-    from splitlearn.arms.runs import Runs
 
 # Visitors whose choices Gradio remembers.
 MOST_STATES = 256
@@ -111,30 +109,18 @@ def _repeat(options: Options) -> list[str]:
 
 
 def _serve(settings: Config, port: int, login: Login, repeat: list[str]) -> None:
-    """Prepare the model, then launch the page and stay until interrupted; children end with it."""
+    """Launch the page and stay until interrupted. The model, the trunk and both arms are loaded in the background."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    server = Server() if settings.trunk.embedded else None  # it imports torch while this process does, too
-    from splitlearn.arms.runs import Runs
-    from splitlearn.flags.selection import check
-
     check(settings.flags)
-    with on_console() as progress:
-        runs = Runs(settings, progress, server)
-        # While the trunk loads, this process has nothing to do.
-        threading.Thread(target=import_module, args=("ui.compare.tab",), daemon=True).start()
-        _greet_trunk(runs, progress)
-    with runs:
-        _page(runs, port, login, repeat)
-
-
-def _greet_trunk(runs: "Runs", progress: Progress) -> None:
-    """Start or find the trunk now rather than at the first prompt; a remote one may still come up later."""
-    embedded = runs.config.trunk.embedded
-    progress(Step("Starting the trunk server" if embedded else "Looking for the trunk server"))
+    files = catalogue.find(settings.model)
+    if files is not None:
+        SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
+    startup = Startup(settings)
     try:
-        runs.check_trunk()
-    except TrunkError as error:
-        say(f"warning: {error} The page starts all the same.", stderr=True)
+        startup.begin()
+        _page(startup, port, login, repeat)
+    finally:
+        startup.close()
 
 
 def _launch(demo: Any, **options: Any) -> None:
@@ -145,16 +131,19 @@ def _launch(demo: Any, **options: Any) -> None:
         raise SetupError(f"ui.port: the page cannot be served ({error}).") from error
 
 
-def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
+def _page(startup: Startup, port: int, login: Login, repeat: list[str]) -> None:
+    with private_apis.without_stub_files():
+        import gradio  # noqa: F401  # before what imports it
     from ui.compare.actions import Handlers
     from ui.compare.tab import Page
     from ui.guard.hosts import Hosts
     from ui.guard.security import guarded
     from ui.theme import CSS, THEME
 
+    runs = startup.runs
     settings, sharing = runs.config.ui, page_login.Sharing.of(runs.config.ui.share)
     hosts = Hosts(settings.host, settings.allowed_hosts, sharing)
-    with Handlers(runs, repeat) as handlers:
+    with Handlers(startup, repeat) as handlers:
         # What is in Gradio's own folder is not copied there once more, and goes with this one.
         os.environ["GRADIO_TEMP_DIR"] = str(handlers.downloads.folder)
         demo = Page(handlers, sharing).blocks
@@ -181,6 +170,7 @@ def _page(runs: "Runs", port: int, login: Login, repeat: list[str]) -> None:
         demo.server.config.encoded_headers.clear()  # which program serves it
         try:
             say(f"The page is on {address.url(settings.host, port)}")
+            runs.expect_trunk()  # not before: its imports would take the cores from this process's
             if settings.share:
                 page_login.open_link(demo, sharing)
             threading.Event().wait()

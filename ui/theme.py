@@ -23,7 +23,8 @@ THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONTS)
 CSS = """
 .gradio-container > main { max-width: 1240px !important; margin: 0 auto !important; padding: 12px !important; }
 .gradio-container .html-container { padding: 0; }
-:is(#error, #flags-error):not(:has(.sl-error)), #share-link:not(:has(.sl-note)), #result:not(:has(section)) {
+:is(#error, #flags-error):not(:has(.sl-error)), #share-link:not(:has(.sl-note)), #result:not(:has(section)),
+#startup:not(:has(.sl-note, .sl-error)), #split-facts:not(:has(p)) {
   display: none; }
 .sl-title h1 { font-size: 1.35rem; margin: 0; }
 .sl-facts, .sl-small { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0; overflow-wrap: anywhere; }

@@ -13,18 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from splitlearn.arms import capabilities
-from splitlearn.arms.embedded_server import Server
+from splitlearn.arms.model import Model
 from splitlearn.arms.spec import ArmEnd, ArmSpec, Kind, Texts
 from splitlearn.arms.trunk_pool import TrunkPool
 from splitlearn.arms.worker import Worker, compile_seconds
-from splitlearn.checkpoints import catalogue
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import TrunkFacts, check_served, describe, first_that_works, with_trunk
 from splitlearn.config import Config
-from splitlearn.errors import InputError, WorkFailed
+from splitlearn.errors import WorkFailed
 from splitlearn.events import Event, GenerationRequest
-from splitlearn.flags.registry import SIDES
+from splitlearn.flags.registry import SIDES, Place
 from splitlearn.flags.selection import Availability, FlagSet, availability
 from splitlearn.flags.selection import check as check_flags
 from splitlearn.flags.selection import parse as parse_flags
@@ -32,7 +30,7 @@ from splitlearn.metrics import RunMetrics, of_samples
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime import cgroups
 from splitlearn.runtime.process_pool import ProcessPool
-from splitlearn.runtime.progress import Progress, Step
+from splitlearn.runtime.progress import Progress
 from splitlearn.wire import channel
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials
@@ -84,39 +82,72 @@ class ArmReport:
 
 
 @dataclass(frozen=True)
-class Restarted:
+class Restart:
     """The run that was under way compiled something: what it showed is void, and it begins again."""
 
 
-Item = Event | Restarted | ArmReport
+Item = Event | Restart | ArmReport
 
 
 class Runs:
-    """Runs arms of one configuration. Raises InputError and ModelError at once for what cannot work.
+    """Runs arms of one configuration. Nothing is read before `read_model`, with which the context begins."""
 
-    `server` is the process that the first embedded trunk becomes, where one was started before.
-    """
-
-    def __init__(self, config: Config, progress: Progress, server: Server | None = None) -> None:
+    def __init__(self, config: Config, progress: Progress) -> None:
         self.config = config
-        self.files = catalogue.prepare(config.model, progress)
-        self.draft = self._prepare_draft(progress)
-        self.plan = SplitPlan.of(config.split.start, config.split.end, self.files.n_layers)
-        progress(Step("Reading the model's tokenizer and settings"))
-        model = config.model
-        question = capabilities.Question(self.files, self.draft, model.device, model.dtype, config.generation.chat)
-        self.capabilities = capabilities.find(question)
-        self.here = self.capabilities.place
-        self.device, self.dtype = self.here.device, model.dtype
+        self._progress = progress
+        self._reading = threading.Lock()
+        self._model: Model | None = None
         self._lock = threading.Lock()
         self._workers = ProcessPool[ArmSpec, Worker](self._has_room)
-        self._trunks = TrunkPool(config, self._has_memory, server)
+        self._trunks = TrunkPool(config, self._has_memory)
 
     def __enter__(self) -> "Runs":
+        try:
+            self.read_model()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def model(self) -> Model:
+        """The configured model, read when it is first asked for. Raises as `read_model`."""
+        return self.read_model()
+
+    def read_model(self) -> Model:
+        """Read the configured model, once; another thread that asks waits. Raises InputError and ModelError."""
+        with self._reading:
+            if self._model is None:
+                self._model = Model.read(self.config, self._progress)
+            return self._model
+
+    @property
+    def files(self) -> ModelFiles:
+        """The model's files."""
+        return self.model.files
+
+    @property
+    def plan(self) -> SplitPlan:
+        """How the model is split."""
+        return self.model.plan
+
+    @property
+    def here(self) -> Place:
+        """What decides which flags can be applied in processes of this machine."""
+        return self.model.capabilities.place
+
+    @property
+    def device(self) -> str:
+        """Where the arms compute, by torch's name."""
+        return self.here.device
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of weights and activations, by torch's name."""
+        return self.config.model.dtype
 
     @property
     def busy(self) -> bool:
@@ -175,22 +206,6 @@ class Runs:
         """What is shown to the trunk; the embedded one is on loopback and asks for nothing. Raises InputError."""
         return NONE if self.config.trunk.embedded else channel.credentials(self.config.trunk)
 
-    def _prepare_draft(self, progress: Progress) -> ModelFiles | None:
-        """The files of the draft model, if one is named."""
-        name = self.config.model.draft
-        if name is None:
-            return None
-        try:
-            files = catalogue.prepare(self.config.model.model_copy(update={"name": name}), progress)
-        except InputError as error:
-            raise InputError("model.draft", error.value, error.expected) from error
-        return files
-
-    @property
-    def _trunk_kv_bytes(self) -> int:
-        """What a token takes in the trunk's KV cache."""
-        return (self.plan.end - self.plan.start) * self.capabilities.kv_bytes
-
     def flags(self, text: str) -> FlagSet:
         """The flags that a person asked for in words. Raises InputError."""
         check_flags(text)
@@ -214,15 +229,38 @@ class Runs:
         with self._lock:
             spec = replace(self.ready_spec(kind, flags), copy=copy)
             try:
-                worker = self._workers.obtain(spec, lambda: Worker.start(spec, stop))
-                if worker is None:
-                    return
-                worker.warm_up(request, stop)
-                if not stop.is_set():
+                worker = self._warm_worker(spec, request, stop)
+                if worker is not None:
                     yield from self._measure(spec, worker, request, stop)
             except BaseException:
                 self._workers.prune()  # the next run has new ones
                 raise
+
+    def warm(self, kind: Kind, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> bool:
+        """Load the worker of this arm and let it generate a few tokens, as `stream` does before what counts.
+
+        False when there is no memory to keep it beside the others, or `stop` was set. Raises as `stream`.
+        """
+        with self._lock:
+            if len(self._workers) and not self._workers.has_room():
+                return False
+            try:
+                return self._warm_worker(self.ready_spec(kind, flags), request, stop) is not None
+            except BaseException:
+                self._workers.prune()
+                raise
+
+    def expect_trunk(self) -> None:
+        """Start the process of the embedded trunk: it imports what it needs before its settings are known."""
+        if self.config.trunk.embedded:
+            self._trunks.expect()
+
+    def _warm_worker(self, spec: ArmSpec, request: GenerationRequest, stop: threading.Event) -> Worker | None:
+        """The worker of `spec`, loaded and warm. None when `stop` was set before."""
+        worker = self._workers.obtain(spec, lambda: Worker.start(spec, stop))
+        if worker is not None:
+            worker.warm_up(request, stop)
+        return None if stop.is_set() else worker
 
     def close(self) -> None:
         """End all workers and the embedded trunk; a run that another thread has under way gets a moment to end."""
@@ -250,7 +288,7 @@ class Runs:
             addresses,
             timeout_s,
             credentials=self.credentials if split else NONE,
-            draft=self.draft,
+            draft=self.model.draft,
         )
 
     def _has_room(self, count: int) -> bool:
@@ -278,7 +316,7 @@ class Runs:
             if compiled and not stop.is_set():
                 if restarts == MOST_RESTARTS:
                     raise WorkFailed(f"{1 + restarts} runs in a row compiled something: nothing is measured. {ASIDE}")
-                yield Restarted()
+                yield Restart()
                 continue
             end = next((item for item in seen if isinstance(item, ArmEnd)), None)
             if found and end is not None:
@@ -293,12 +331,12 @@ class Runs:
             compile_s=worker.compile_s,
             import_rss_bytes=worker.ready.import_rss_bytes,
             peak_rss_bytes=end.peak_rss_bytes,
-            dtype=self.config.model.dtype,
+            dtype=self.dtype,
             device=spec.device,
             threads=worker.ready.threads,
             trunk_address=end.trunk.address if end.trunk else None,
             trunk=end.trunk,
-            kv_bytes_per_token=self._trunk_kv_bytes if spec.kind == "split" else 0,
+            kv_bytes_per_token=self.model.trunk_kv_bytes() if spec.kind == "split" else 0,
             texts=end.texts,
             others=found[1:],
         )

@@ -10,12 +10,12 @@ from splitlearn.runtime.process_pool import ProcessPool
 
 
 class TrunkPool:
-    """`has_memory` says whether one more trunk may be kept beside those that run. `server` is the process that the
-    first trunk becomes, where one was started before. Any thread may ask."""
+    """`has_memory` says whether one more trunk may be kept beside those that run. Any thread may ask."""
 
-    def __init__(self, config: Config, has_memory: Callable[[], bool], server: Server | None = None) -> None:
-        self._config, self._unused = config, server
-        self._starting = server
+    def __init__(self, config: Config, has_memory: Callable[[], bool]) -> None:
+        self._config = config
+        self._expected: Server | None = None
+        self._starting: Server | None = None
         self._closing = False
         self._lock = threading.Lock()  # a page that opens asks for a trunk beside the run that does
         self._trunks = ProcessPool[frozenset[str], EmbeddedTrunk](lambda count: has_memory())
@@ -33,16 +33,23 @@ class TrunkPool:
         with self._lock:
             return self._trunks.obtain(own, lambda: self._start(own)).address
 
+    def expect(self) -> None:
+        """Start the process that the next trunk becomes: it imports meanwhile what takes seconds."""
+        with self._lock:
+            if not self._closing and self._expected is None:
+                self._expected = Server()
+
     def close(self) -> None:
         """End all trunks, and one that starts at this moment."""
         self._closing = True
-        if self._starting is not None:
-            self._starting.stop()
+        for server in (self._starting, self._expected):
+            if server is not None:
+                server.stop()
         with self._lock:
             self._trunks.close()
 
     def _start(self, flags: frozenset[str]) -> EmbeddedTrunk:
-        server, self._unused = self._unused or Server(), None
+        server, self._expected = self._expected or Server(), None
         self._starting = server
         if self._closing:
             server.stop()

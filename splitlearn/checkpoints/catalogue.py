@@ -86,6 +86,22 @@ def prepare(model: ModelConfig, progress: Progress) -> ModelFiles:
     Raises InputError for a name of no model, ModelUnavailable if it cannot be fetched from here, WeightsDamaged if a
     cached file has changed, and ModelError if the model cannot be used.
     """
+    found = find(model)
+    if found is not None:
+        return found
+    source = _source(model.name)
+    target = cache_folder(model) / _folder_name(source, model.name)
+    with _locked(target, progress):
+        if not target.exists():
+            _make(source, target, progress)
+    return open_folder(target, model.name)
+
+
+def find(model: ModelConfig) -> ModelFiles | None:
+    """Return the checked files of the configured model; None if they must be fetched or converted first.
+
+    Raises as `prepare`.
+    """
     source = _source(model.name)
     if isinstance(source, Path) and (source / MANIFEST).exists():
         if adapters := inspection.adapter_files(source):
@@ -93,11 +109,7 @@ def prepare(model: ModelConfig, progress: Progress) -> ModelFiles:
             raise ModelError(f"{wrong}. What works: put it beside the original model, or move it away.")
         return open_folder(source, model.name)  # a converted folder, used where it is
     target = cache_folder(model) / _folder_name(source, model.name)
-    if not _is_whole(target):
-        with _locked(target, progress):
-            if not target.exists():
-                _make(source, target, progress)
-    return open_folder(target, model.name)
+    return open_folder(target, model.name) if _is_whole(target) else None
 
 
 def catalogue_status(model: ModelConfig) -> list[ModelStatus]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from splitlearn.arms.compare import Comparison, Watch
-from splitlearn.arms.runs import ArmReport, Item, Restarted
+from splitlearn.arms.runs import ArmReport, Item, Restart
 from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.catalogue import ModelStatus
 from splitlearn.events import TokenEvent
@@ -30,7 +30,7 @@ def watch(progress: Progress, limit: int) -> Watch:
     seen: Counter[Kind] = Counter()
 
     def show(kind: Kind, item: Item) -> None:
-        if isinstance(item, Restarted):
+        if isinstance(item, Restart):
             seen[kind] = 0
         elif isinstance(item, TokenEvent):
             seen[kind] += len(item.token_ids)

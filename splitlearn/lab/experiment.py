@@ -21,7 +21,7 @@ from tempfile import gettempdir
 
 from filelock import FileLock, Timeout
 
-from splitlearn.arms.runs import ArmReport, Restarted, Runs
+from splitlearn.arms.runs import ArmReport, Restart, Runs
 from splitlearn.checkpoints.catalogue import cache_folder
 from splitlearn.config import Config
 from splitlearn.errors import InputError, SetupError, SplitlearnError
@@ -183,7 +183,7 @@ class Experiment:
         """One run. No report if it was stopped; after a compilation the run begins again."""
         found: ArmReport | None = None
         for item in self.runs.stream(arm.kind, arm.flags, request, self.stop, arm.copy):
-            if isinstance(item, Restarted):
+            if isinstance(item, Restart):
                 found = None
             elif isinstance(item, ArmReport):
                 found = item

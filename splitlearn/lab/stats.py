@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 from splitlearn.errors import InputError
 
@@ -160,6 +160,8 @@ def drift(values: Sequence[float]) -> Drift:
     Both bear slow outliers. The p-value takes the values as independent about the trend: where they are not (the
     machine's state lasts for some blocks) it is too small. Raises InputError as `effect` does.
     """
+    from scipy import stats  # here: it takes as long to import as half of the page
+
     logs = _logs(values)
     _check_count(len(logs))
     times = np.arange(len(logs))

@@ -4,8 +4,10 @@ Each has no public counterpart that does the same. Libraries are imported when t
 """
 
 import copy
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -102,3 +104,23 @@ def end_call(context: Any, code: Any, reason: str) -> None:
 def page_queue(blocks: Any) -> Any:
     """gradio: the queue of a page, with what waits to be read for each session."""
     return blocks._queue
+
+
+@contextmanager
+def without_stub_files() -> Iterator[None]:
+    """gradio: inside, importing it writes no .pyi files beside its components, which takes two fifths of the import.
+
+    It writes them for each class that it defines, and skips one whose source file is not found.
+    """
+    genuine = inspect.getfile
+
+    def getfile(found: Any) -> str:
+        if type(found).__name__ == "ComponentMeta":
+            raise OSError("no stub file is wanted")
+        return genuine(found)
+
+    inspect.getfile = getfile  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        inspect.getfile = genuine

@@ -139,8 +139,9 @@ def test_a_model_of_other_tokens_is_refused_by_name(files: ModelFiles, tmp_path:
 
 
 def test_a_draft_that_is_no_model_is_named_as_it_is_in_the_settings(files: ModelFiles) -> None:
+    runs = Runs(config.parse({"model": {"name": str(files.folder), "draft": "nosuch"}}), silent)
     with pytest.raises(InputError, match="model.draft: 'nosuch'"):
-        Runs(config.parse({"model": {"name": str(files.folder), "draft": "nosuch"}}), silent)
+        runs.read_model()
 
 
 def test_without_a_draft_model_the_flag_says_what_it_needs(files: ModelFiles) -> None:

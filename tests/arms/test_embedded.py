@@ -109,18 +109,29 @@ def test_an_embedded_trunk_that_was_killed_is_back_at_its_address_until_it_canno
     assert not trunk.alive()
 
 
-def test_a_server_that_was_started_before_becomes_the_first_trunk(files: ModelFiles) -> None:
-    server = Server()
-    with Runs(config.parse(settings(files)), silent, server) as runs:
+def test_an_expected_trunk_becomes_the_first_one(files: ModelFiles) -> None:
+    with Runs(config.parse(settings(files)), silent) as runs:
+        before = set(psutil.Process().children())
+        runs.expect_trunk()
+        (process,) = set(psutil.Process().children()) - before
         check_served(describe(runs.trunk_address()), served(files), "it")
-        assert server.ready
-    assert gone(server.process.pid)
+        assert set(psutil.Process().children()) - before == {process}
+    assert gone(process.pid)
+
+
+def test_an_expected_trunk_that_is_never_used_ends_with_the_runs(files: ModelFiles) -> None:
+    before = set(psutil.Process().children())
+    with Runs(config.parse(settings(files)), silent) as runs:
+        runs.expect_trunk()
+    assert eventually(
+        lambda: not [child for child in set(psutil.Process().children()) - before if "server" in child.cmdline()]
+    )
 
 
 def test_a_server_that_nobody_has_a_use_for_ends_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
     server = Server()
     server.close()
-    assert server.process.wait(30) == 0
+    assert server.process.wait(120) == 0
     assert capfd.readouterr().err == ""
 
 

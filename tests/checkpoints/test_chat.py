@@ -225,9 +225,9 @@ def test_runs_do_not_begin_with_a_template_that_makes_no_text(
     seal(files.folder, "test", files.facts, silent)
     model = {"name": str(files.folder)}
     with pytest.raises(ModelError, match="The chat template 'default' of"):
-        Runs(config.parse({"model": model}), silent)
+        Runs(config.parse({"model": model}), silent).read_model()
     with Runs(config.parse({"model": model, "generation": {"chat": False}}), silent) as runs:
-        assert runs.capabilities.chat_templates == ("default",)
+        assert runs.model.capabilities.chat_templates == ("default",)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(json.dumps({"model": model}))
     assert command_line.main(["compare", "--config", "config.yaml"]) == 2

@@ -56,7 +56,7 @@ def app(tiny_model: TinyFactory, folder: Path) -> Iterator[App]:
 
 @pytest.fixture(scope="module")
 def url(app: App) -> str:
-    return app.url()
+    return app.warm_url()
 
 
 @pytest.fixture(scope="module")

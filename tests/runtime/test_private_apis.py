@@ -1,7 +1,11 @@
 """What the program uses of other libraries' private APIs does what it is used for."""
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import gradio
@@ -111,3 +115,18 @@ def test_a_module_with_other_children_shares_all_else() -> None:
     assert torch.equal(changed(x), x.relu())
     assert torch.equal(own(x), own[0](x).relu())
     assert changed[1] is own[1]
+
+
+def test_a_component_defined_without_stub_files_works_and_has_none(tmp_path: Path) -> None:
+    source = "from gradio.components import Textbox\nclass Field(Textbox):\n    EVENTS = ['change']\n"
+    (tmp_path / "with_stub.py").write_text(source, encoding="utf-8")
+    (tmp_path / "without_stub.py").write_text(source, encoding="utf-8")
+    code = (
+        "from splitlearn.runtime.private_apis import without_stub_files\n"
+        "with without_stub_files():\n    import gradio, without_stub\n"
+        "import with_stub\n"
+        "assert without_stub.Field(label='x').change and gradio.Textbox(label='y').change\n"
+    )
+    path = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2])))
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
+    assert [stub.name for stub in tmp_path.glob("*.pyi")] == ["with_stub.pyi"]

@@ -19,11 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_TORCH = Path(__file__).with_name("without_torch.py")
 CHROMIUM = Path("/usr/bin/chromium")
 START_S = 90.0
+# A child that still imports torch sees the end of its parent only afterwards.
+END_S = 60.0
 # How long a page may take for what has no bound of its own: the machine may be busy with other tests.
 PATIENCE_MS = 30_000
 # How long what was typed must stay: Gradio sets up what was just folded out once more, a moment after it can be seen.
 SETTLED_MS, TIMES = 300, 10
 FORBIDDEN: list[str] = []
+WARM = re.compile("Both arms are warm")
 LOCAL = re.compile(r"The page is on (http://\S+)")
 
 
@@ -61,6 +64,12 @@ class App:
         """Where the page is, once it is there."""
         return self.wait_for(LOCAL)[1]
 
+    def warm_url(self) -> str:
+        """Where the page is, once both arms are loaded, too."""
+        url = self.url()
+        self.wait_for(WARM)
+        return url
+
     def children(self) -> list[psutil.Process]:
         """Every process that the app has started and that runs."""
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -73,7 +82,7 @@ class App:
         """End the app and wait until it has gone; its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(20)
+        return self.process.wait(END_S)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -114,7 +123,7 @@ def running(
         yield app
         children = app.children()
         assert app.end() == 0
-        assert not psutil.wait_procs(children, timeout=15)[1]
+        assert not psutil.wait_procs(children, timeout=END_S)[1]
         assert not any("Traceback" in line for line in app.lines), "".join(app.lines)
     finally:
         app.end()

@@ -30,7 +30,7 @@ def app(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def url(app: App) -> str:
-    return app.url()
+    return app.warm_url()
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_closing_the_tab_ends_its_run(page: Page, browser: Browser, url: str) ->
 def test_default_model_answers_in_both_arms_alike(browser: Browser, default_model: ModelFiles, tmp_path: Path) -> None:
     config = write_config(tmp_path, generation={"max_new_tokens": 16}, runs={"threads": 2})
     with running(config) as started:
-        opened = open_page(browser, started.url())
+        opened = open_page(browser, started.warm_url())
         opened.locator("#compare").click()
         assert verdict(opened).startswith("Identical")
         assert "sky" in opened.locator("#full .sl-answer").inner_text().lower()

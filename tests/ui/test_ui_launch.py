@@ -1,5 +1,6 @@
 """How the app starts, and that what it started ends with it."""
 
+import re
 import signal
 import socket
 from pathlib import Path
@@ -8,7 +9,8 @@ import psutil
 import pytest
 
 from tests.conftest import TinyFactory
-from tests.support.page import App, launch_fails, running, write_config
+from tests.support.page import END_S, App, launch_fails, running, write_config
+from tests.support.trunk import eventually
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
@@ -41,15 +43,15 @@ def test_what_cannot_be_used_is_said_in_one_line(
 def test_children_end_with_an_app_that_is_killed(tiny_model: TinyFactory, tmp_path: Path) -> None:
     app = App(write_config(tmp_path, model={"name": str(tiny_model().folder)}))
     app.url()
+    assert eventually(app.trunks)
     children = app.children()
-    assert app.trunks()
     assert set(app.trunks()) <= set(children)
     assert app.end(signal.SIGKILL) == -signal.SIGKILL
-    assert not psutil.wait_procs(children, timeout=15)[1]
+    assert not psutil.wait_procs(children, timeout=END_S)[1]
 
 
 def test_a_trunk_that_is_not_there_is_a_warning_and_the_page_starts(tiny_model: TinyFactory, tmp_path: Path) -> None:
     config = write_config(tmp_path, model={"name": str(tiny_model().folder)})
     with running(config, "--trunk", "127.0.0.1:9") as app:
         app.url()
-        assert any("warning" in line and "127.0.0.1:9" in line for line in app.lines)
+        app.wait_for(re.compile(r"warning.*127\.0\.0\.1:9"))

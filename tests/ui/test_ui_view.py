@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 
-from splitlearn.arms.runs import ArmReport, Item, Restarted, Runs
+from splitlearn.arms.runs import ArmReport, Item, Restart, Runs
 from splitlearn.arms.spec import Kind, Texts
 from splitlearn.client.served import TrunkFacts
 from splitlearn.errors import InputError, SplitlearnError, TrunkUnavailable
@@ -18,7 +18,7 @@ from splitlearn.flags.selection import FlagSet, availability, parse
 from splitlearn.metrics import RunMetrics
 from ui import inputs
 from ui.compare import charts, session, view
-from ui.compare.session import ArmView, Shown
+from ui.compare.session import ArmView, ComparisonView
 from ui.flags import flag_words
 
 KNOWN = availability(dict.fromkeys(SIDES, Place("cpu", "there is no Python tokenizer", has_compiler=True)))
@@ -41,10 +41,10 @@ def report(kind: Kind, ids: Sequence[int], text: str = "Because.") -> ArmReport:
     )
 
 
-def both(full: Sequence[int], split: Sequence[int], text: str = "Because.") -> Shown:
+def both(full: Sequence[int], split: Sequence[int], text: str = "Because.") -> ComparisonView:
     reports = [report("full", full, text), report("split", split, text)]
     one, other = (ArmView(each.kind, "done", each.metrics, each) for each in reports)
-    return Shown(one, other)
+    return ComparisonView(one, other)
 
 
 class ScriptedRuns:
@@ -67,7 +67,7 @@ SAMPLED: list[tuple[Kind, list[int], str]] = [
 ]
 
 
-def states(runs: ScriptedRuns, stop: threading.Event | None = None) -> list[Shown]:
+def states(runs: ScriptedRuns, stop: threading.Event | None = None) -> list[ComparisonView]:
     return list(session.compare(cast(Runs, runs), FlagSet(), REQUEST, stop or threading.Event()))
 
 
@@ -84,11 +84,11 @@ def test_the_full_result_stays_when_the_split_arm_fails() -> None:
 
 def test_a_request_at_fault_is_said_once() -> None:
     wrong = InputError("prompt", "x", "less")
-    assert states(ScriptedRuns([wrong], [wrong]))[-1] == Shown(error=str(wrong))
+    assert states(ScriptedRuns([wrong], [wrong]))[-1] == ComparisonView(error=str(wrong))
 
 
 def test_a_run_that_compiled_begins_again() -> None:
-    seen = states(ScriptedRuns([TOKEN, Restarted(), TOKEN, report("full", [1])], [report("split", [1])]))
+    seen = states(ScriptedRuns([TOKEN, Restart(), TOKEN, report("full", [1])], [report("split", [1])]))
     assert "compiled" in [shown.full.state for shown in seen]
     assert seen[-1].full.metrics is not None
     assert seen[-1].full.metrics.n_tokens == 1
@@ -130,7 +130,7 @@ def test_each_sample_has_its_text_and_a_difference_in_any_is_named() -> None:
     card = view.card(arms[1])
     assert "Sample 1" in card and "Because." in card and "Sample 2" in card and "Why not?" in card
     assert "TPS (all 2)" in card and "200.0 /s" in card
-    assert "from token 3 of sample 2 on" in view.result(Shown(arms[0], arms[1]), "default")
+    assert "from token 3 of sample 2 on" in view.result(ComparisonView(arms[0], arms[1]), "default")
     assert "Sample 1" not in view.card(replace(arms[0], others=()))
 
 
@@ -185,7 +185,7 @@ def test_a_prompt_is_shown_as_the_model_sees_it_with_control_tokens_marked() -> 
     texts = Texts(prompt=(("<|user|>", True), ("<b>Hi", False)))
     said = view.prompt(shown.with_arm(replace(shown.full, report=replace(report("full", [1, 2, 3]), texts=texts))))
     assert "<mark>&lt;|user|&gt;</mark>&lt;b&gt;Hi" in said
-    assert view.prompt(Shown()) == ""
+    assert view.prompt(ComparisonView()) == ""
 
 
 def test_each_chat_template_has_a_form_of_its_own() -> None:

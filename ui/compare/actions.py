@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from splitlearn.arms.runs import Runs
+from splitlearn.arms.startup import Startup
 from splitlearn.errors import SplitlearnError
-from splitlearn.flags.selection import parse
+from splitlearn.flags.selection import check, parse
 from splitlearn.lab.job import Job
 from splitlearn.lab.store import FOLDER
 from ui import inputs
 from ui.compare import session
-from ui.compare.session import Shown
+from ui.compare.session import ArmView, ComparisonView
 from ui.flags import flag_words
 from ui.lab.actions import Lab
 from ui.trunk.monitor import Monitor
@@ -24,13 +24,14 @@ MEASURING = (
 
 
 class Handlers:
-    """The page's actions on one `Runs`. Use as a context: it holds the folder of what is downloaded.
+    """The page's actions on the arms of `startup`. Use as a context: it holds the folder of what is downloaded.
 
     `options` is what the command line needs to find the same settings, such as --config.
     """
 
-    def __init__(self, runs: Runs, options: Sequence[str] = ()) -> None:
-        self.runs = runs
+    def __init__(self, startup: Startup, options: Sequence[str] = ()) -> None:
+        self.startup = startup
+        self.runs = runs = startup.runs
         self.stops = Stops()
         self.downloads = Downloads()
         self.lab = Lab(Job(runs, Path(FOLDER), options), self.downloads)
@@ -54,16 +55,26 @@ class Handlers:
         self.stops.stop(visitor)
         self.downloads.forget(visitor)
 
-    def compare(self, typed: Mapping[str, object], words: str, visitor: str) -> Iterator[Shown]:
-        """Run what was typed through both arms, unless an experiment is being measured."""
+    def compare(self, typed: Mapping[str, object], words: str, visitor: str) -> Iterator[ComparisonView]:
+        """Run what was typed through both arms, once they are loaded; not while an experiment is being measured."""
         if self.lab.job.running:
-            yield Shown(error=MEASURING)
+            yield ComparisonView(error=MEASURING)
             return
         try:
             request = inputs.request(typed)
+            check(words)
+        except SplitlearnError as error:
+            yield ComparisonView(error=str(error))
+            return
+        stop = self.stops.signal(visitor)
+        self.startup.begin()
+        if self.startup.running:
+            yield ComparisonView(ArmView("full", "warming"), ArmView("split", "warming"))
+            self.startup.wait(stop)
+        try:
             flags = parse(words, flag_words.available(self.runs))
         except SplitlearnError as error:
-            yield Shown(error=str(error))
+            yield ComparisonView(error=str(error))
             return
-        with closing(session.compare(self.runs, flags, request, self.stops.signal(visitor))) as states:  # type: ignore[type-var]  # a generator
+        with closing(session.compare(self.runs, flags, request, stop)) as states:  # type: ignore[type-var]  # a generator
             yield from states

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from splitlearn.arms.compare import KINDS
-from splitlearn.arms.runs import ArmReport, Restarted, Runs
+from splitlearn.arms.runs import ArmReport, Restart, Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import Event, GenerationRequest
@@ -17,7 +17,7 @@ from splitlearn.flags.selection import FlagSet
 from splitlearn.metrics import RunMetrics, of_samples
 
 DRAW_S = 0.1  # drawing oftener takes time from the run on a machine with few cores
-State = Literal["idle", "waiting", "loading", "compiled", "running", "done", "stopped", "failed"]
+State = Literal["idle", "waiting", "warming", "loading", "compiled", "running", "done", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ArmView:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ComparisonView:
     """Both sides, and an error that concerns both."""
 
     full: ArmView = ArmView("full")
@@ -50,7 +50,7 @@ class Shown:
         """The side of that kind."""
         return self.full if kind == "full" else self.split
 
-    def with_arm(self, arm: ArmView) -> "Shown":
+    def with_arm(self, arm: ArmView) -> "ComparisonView":
         """The same with `arm` in its place."""
         return replace(self, full=arm) if arm.kind == "full" else replace(self, split=arm)
 
@@ -61,12 +61,12 @@ class Shown:
         return (full, split) if full and split else None
 
 
-def compare(runs: Runs, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[Shown]:
+def compare(runs: Runs, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[ComparisonView]:
     """Run both arms, one after the other in random order; a state for each moment worth drawing.
 
     An arm that fails leaves the other one alone, unless the request itself is at fault.
     """
-    shown = Shown(ArmView("full", "waiting"), ArmView("split", "waiting"))
+    shown = ComparisonView(ArmView("full", "waiting"), ArmView("split", "waiting"))
     yield shown
     for kind in random.sample(KINDS, len(KINDS)):
         try:
@@ -74,7 +74,7 @@ def compare(runs: Runs, flags: FlagSet, request: GenerationRequest, stop: thread
                 shown = shown.with_arm(arm)
                 yield shown
         except InputError as error:
-            yield Shown(error=str(error))
+            yield ComparisonView(error=str(error))
             return
         except SplitlearnError as error:
             shown = shown.with_arm(replace(shown.of(kind), state="failed", error=str(error)))
@@ -95,7 +95,7 @@ def _follow(
         for item in items:
             if isinstance(item, ArmReport):
                 report = item
-            elif isinstance(item, Restarted):
+            elif isinstance(item, Restart):
                 events.clear()
                 yield ArmView(kind, "compiled")
             else:

@@ -1,16 +1,19 @@
 """The page: its parts, and which action each of them starts."""
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import gradio as gr
 
+from splitlearn.arms.startup import MODEL, TRUNK
+from splitlearn.checkpoints.chat_template import DEFAULT
 from splitlearn.errors import InputError
 from splitlearn.flags.selection import parse
 from ui import inputs
 from ui.compare import charts, view
 from ui.compare.actions import Handlers
-from ui.compare.session import ArmView, Shown
+from ui.compare.session import ArmView, ComparisonView
 from ui.flags import flag_words
 from ui.flags.picker import Picker, Updates
 from ui.lab.tab import LabTab, visitor
@@ -29,6 +32,8 @@ NUMBERS = {
 }
 
 
+TICK_S = 0.5
+POLL_S = 0.1
 # Calls that wait for their turn, of all visitors.
 MOST_WAITING = 64
 
@@ -50,9 +55,10 @@ class Page:
     def _top(self) -> None:
         """Head, prompt, buttons, and what is folded away."""
         gr.Markdown("# splitlearn: one prompt, full and split", elem_classes="sl-title")
-        gr.HTML(view.facts(self.runs))
+        self.facts = gr.HTML(view.facts(self.runs.config, None), elem_id="facts")
         self.link = gr.HTML(view.note(self.sharing.message), elem_id="share-link")
-        self.timer = gr.Timer(1.0, active=self.sharing.state == "asked")
+        self.startup = gr.HTML("", elem_id="startup")
+        self.timer = gr.Timer(TICK_S)
         settings = self.runs.config.generation
         self.fields = {"prompt": gr.Textbox(settings.prompt, label="Prompt", lines=2, max_lines=8, elem_id="prompt")}
         with gr.Row():
@@ -72,11 +78,12 @@ class Page:
         with gr.Row():
             for name, label in NUMBERS.items():
                 self.fields[name] = gr.Textbox(first[name], label=label, min_width=240, elem_id=name)
-        forms = inputs.forms(self.runs.capabilities.chat_templates)
-        self.fields["form"] = gr.Radio(forms, value=inputs.form(generation.chat), label="Prompt as")
+        self.fields["form"] = gr.Radio(
+            inputs.forms(_named(generation.chat)), value=inputs.form(generation.chat), label="Prompt as"
+        )
         self.fields["ignore_eos"] = gr.Checkbox(label="Ignore the end token: always generate to the limit")
         self.fields["stop"] = gr.Textbox(label="Stop strings, one on each line", lines=2)
-        gr.HTML(view.split_facts(self.runs))
+        self.split_facts = gr.HTML("", elem_id="split-facts")
 
     def _tabs(self) -> None:
         with gr.Tabs(selected="answers", overflow_behavior="wrap") as self.tabs:
@@ -98,11 +105,18 @@ class Page:
 
     def _connect(self) -> None:
         self.picker.connect(self.runs)
+        seen = [self.link, self.startup, self.timer]
+        read = [self.facts, self.split_facts, self.fields["form"], self.error]
+        # Each page that is opened while the model is loaded has one of these waiting. One that waits holds no thread.
         self.blocks.load(
-            self._open, None, [*self.picker.outputs, self.link, self.timer, self.error], show_progress="hidden"
+            self._open,
+            None,
+            [*self.picker.outputs, *seen, *read],
+            show_progress="hidden",
+            concurrency_limit=None,
         )
         self.blocks.unload(self._leave)
-        self.timer.tick(self._link, None, [self.link, self.timer], show_progress="hidden")
+        self.timer.tick(self._see, None, seen, show_progress="hidden", concurrency_limit=None)
         self.stop.click(self._stop, None, self.stop, queue=False, show_progress="hidden")
         drawn = [self.full, self.split, self.result, self.plot, self.ledger, self.error]
         compare = [self.compare.click, self.fields["prompt"].submit]
@@ -116,30 +130,65 @@ class Page:
         """Begin at once, run when no other visitor's run is under way, and set the buttons back whatever happened."""
         buttons = [self.compare, self.stop]
         begun = gr.on(
-            triggers, begin, None, [*buttons, *drawn, self.tabs, self.server.timer], queue=False, show_progress="hidden"
+            triggers,
+            begin,
+            None,
+            [*buttons, *drawn, self.tabs, self.timer, self.server.timer],
+            queue=False,
+            show_progress="hidden",
         )
         ran = begun.then(
             run, given, drawn, concurrency_id="runs", concurrency_limit=1, show_progress="hidden", trigger_mode="once"
         )
         ran.then(lambda: _buttons(buttons, running=False), None, buttons, queue=False, show_progress="hidden")
 
-    def _open(self) -> Updates:
-        """A page was opened: the flags as they are available now, as the configuration has them. Its words are there
-        already, and a quick visitor may have typed others before this comes."""
+    async def _open(self) -> AsyncIterator[Updates]:
+        """A page was opened: what is known of the model once it is read, then the flags that can be applied once the
+        trunk has been asked. The words of the flags are there already, and a quick visitor may have typed others."""
+        yield self._see()
+        while not self.handlers.startup.settled(MODEL):
+            await asyncio.sleep(POLL_S)
+        yield await asyncio.to_thread(self._read)
+        while not self.handlers.startup.settled(MODEL, TRUNK):
+            await asyncio.sleep(POLL_S)
+        yield await asyncio.to_thread(self._flags)
+
+    def _read(self) -> Updates:
+        """What is known of the model."""
+        if self.handlers.startup.failure:
+            return self._see()
+        model, config = self.runs.model, self.runs.config
+        return {
+            **self._see(),
+            self.facts: view.facts(config, model),
+            self.split_facts: view.split_facts(config, model),
+            self.fields["form"]: gr.Radio(inputs.forms(model.capabilities.chat_templates)),
+        }
+
+    def _flags(self) -> Updates:
+        """The flags as they are available now, as the configuration has them."""
+        if self.handlers.startup.failure:
+            return self._see()
         known, said = flag_words.available(self.runs), {}
         try:
             flags = parse(self.runs.config.flags, known)
         except InputError as error:  # a flag that config.yaml names and that cannot be applied here now
             flags, said = parse("auto", known), {self.picker.words: "auto", self.error: view.error(str(error))}
-        return {**self.picker.show(flags, known), **self._link(), **said}
+        return {**self.picker.show(flags, known, self.runs.config.flags), **self._see(), **said}
 
     def _leave(self, request: gr.Request) -> None:
         self.handlers.leave(visitor(request))
         self.lab.leave(visitor(request))
 
-    def _link(self) -> Updates:
-        active = self.sharing.state == "asked"
-        return {self.link: view.note(self.sharing.message), self.timer: gr.Timer(active=active)}
+    def _see(self) -> Updates:
+        """What goes on in the background."""
+        startup = self.handlers.startup
+        running = startup.running
+        return {
+            self.link: view.note(self.sharing.message),
+            self.startup: view.startup(startup.parts(), running),
+            self.timer: gr.Timer(active=running or self.sharing.state == "asked"),
+        }
 
     def _stop(self, request: gr.Request) -> Any:
         self.handlers.stops.stop(visitor(request))
@@ -155,6 +204,7 @@ class Page:
             **empty,
             **buttons,
             self.tabs: gr.Tabs(selected="answers"),
+            self.timer: gr.Timer(active=True),
             self.server.timer: gr.Timer(active=False),
         }
 
@@ -163,12 +213,12 @@ class Page:
 
     def _compare(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Draw only what changed."""
-        before, words = Shown(), given[self.picker.words] or ""
+        before, words = ComparisonView(), given[self.picker.words] or ""
         for shown in self.handlers.compare(self._typed(given), words, visitor(request)):
             yield self._changes(before, shown, words)
             before = shown
 
-    def _changes(self, before: Shown, shown: Shown, words: str) -> Updates:
+    def _changes(self, before: ComparisonView, shown: ComparisonView, words: str) -> Updates:
         updates: Updates = {self.error: view.errors(shown)}
         if shown.full != before.full or shown.error:
             updates[self.full] = view.card(shown.full)
@@ -180,6 +230,11 @@ class Page:
             updates[self.plot] = gr.Plot(charts.ledger(*shown.both), visible=True)
             updates[self.ledger] = charts.legend(*shown.both)
         return updates
+
+
+def _named(chat: bool | str) -> tuple[str, ...]:
+    """The chat template that the configuration names: the only one that is known before the model is read."""
+    return (DEFAULT, chat) if isinstance(chat, str) else ()
 
 
 def _buttons(buttons: list[Any], running: bool) -> Updates:

@@ -1,19 +1,23 @@
 """What the page shows of one comparison, as HTML: a card for each side, and what follows from both."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 
-from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.arms.model import Model
+from splitlearn.arms.runs import ArmReport
+from splitlearn.arms.startup import Part
+from splitlearn.config import Config
 from splitlearn.metrics import RunMetrics, first_difference, recovery_sentence, tps_of_all
 from splitlearn.runtime import cgroups
-from ui.compare.session import ArmView, Shown, State
+from ui.compare.session import ArmView, ComparisonView, State
 from ui.format import MISSING, rate, ratio, seconds, size
 
 TITLES = {"full": ("Full", "whole model, one local process"), "split": ("Split", "client here, trunk behind gRPC")}
 STATES: dict[State, str] = {
     "idle": "not run yet",
     "waiting": "waiting",
+    "warming": "starts by itself once both arms are loaded",
     "loading": "loading and warming up",
     "compiled": "compiled; running again for the measurement",
     "running": "running",
@@ -40,7 +44,7 @@ SHIPPED = (
 def card(arm: ArmView) -> str:
     """One side: its state, its figures, its answer."""
     title, what = TITLES[arm.kind]
-    busy = arm.state in {"loading", "compiled"}
+    busy = arm.state in {"warming", "loading", "compiled"}
     state = REASONS[arm.metrics.finish_reason] if arm.state == "done" and arm.metrics else STATES[arm.state]
     run = arm.metrics
     tiles = "".join(_tile(name, figure(run) if run else MISSING, why) for name, (why, figure) in FIGURES.items())
@@ -64,13 +68,13 @@ def error(message: str) -> str:
     return f'<div class="sl-error" role="alert">{escape(message)}</div>' if message else ""
 
 
-def errors(shown: Shown) -> str:
+def errors(shown: ComparisonView) -> str:
     """What went wrong in a comparison, each arm by its name."""
     said = [f"{TITLES[arm.kind][0]}: {arm.error}" for arm in (shown.full, shown.split) if arm.error]
     return error(" ".join(filter(None, (shown.error, *said))))
 
 
-def result(shown: Shown, flags: str) -> str:
+def result(shown: ComparisonView, flags: str) -> str:
     """What follows from both reports: are the tokens the same, what does splitting cost; empty before that."""
     if shown.both is None:
         return ""
@@ -91,7 +95,7 @@ def result(shown: Shown, flags: str) -> str:
     )
 
 
-def prompt(shown: Shown) -> str:
+def prompt(shown: ComparisonView) -> str:
     """What the model saw of the prompt, folded away, with its control tokens marked; empty before both reports."""
     if shown.both is None:
         return ""
@@ -101,26 +105,45 @@ def prompt(shown: Shown) -> str:
     return f'<details class="sl-prompt"><summary>{summary}</summary><div class="sl-seen">{text}</div></details>'
 
 
-def facts(runs: Runs) -> str:
-    """One line on what is compared."""
-    plan, trunk = runs.plan, ", ".join(runs.config.trunk.address)
-    parts = (
-        f"<b>{escape(runs.files.name)}</b>",
-        f"{runs.config.model.dtype} on {escape(runs.device)}",
-        f"trunk layers [{plan.start}, {plan.end}) of {plan.n_layers}",
-        f"trunk: {escape(trunk)}",
-    )
+def facts(config: Config, model: Model | None) -> str:
+    """One line on what is compared; of a `model` that is not read yet, what the configuration says."""
+    parts = [f"<b>{escape(config.model.name if model is None else model.files.name)}</b>"]
+    if model is None:
+        parts += [config.model.dtype]
+    else:
+        plan, device = model.plan, model.capabilities.place.device
+        parts += [f"{config.model.dtype} on {escape(device)}"]
+        parts += [f"trunk layers [{plan.start}, {plan.end}) of {plan.n_layers}"]
+    parts += [f"trunk: {escape(', '.join(config.trunk.address))}"]
     return f'<p class="sl-facts">{" &middot; ".join(parts)}</p>'
 
 
-def split_facts(runs: Runs) -> str:
-    """How the model is cut and where its trunk is: set in config.yaml, not here."""
-    plan, trunk = runs.plan, runs.config.trunk
+def split_facts(config: Config, model: Model | None) -> str:
+    """How the model is cut and where its trunk is: set in config.yaml, not here. Empty before the model is read."""
+    if model is None:
+        return ""
+    plan, trunk = model.plan, config.trunk
     where = "started by this program" if trunk.embedded else f"at {' or '.join(trunk.address)}"
     client = f"[0, {plan.start}) and [{plan.end}, {plan.n_layers})"
     said = f"Split: the client has layers {client}, the trunk [{plan.start}, {plan.end}). Trunk server {where}."
     here = f"This program may use {cgroups.machine()}."
     return f'<p class="sl-small">{escape(said)} config.yaml sets both. {escape(here)}</p>'
+
+
+def startup(parts: Mapping[str, Part], running: bool) -> str:
+    """What is being loaded; once that is over, what is not loaded and why. Empty when all is."""
+    if running:
+        said = "; ".join(
+            f"{name} {part.state}{f' ({part.detail})' if part.detail else ''}" for name, part in parts.items()
+        )
+        return note(f"Loading: {said}. Compare can be pressed now: it starts by itself.")
+    reasons = {state: _reasons(parts, state) for state in ("failed", "later")}
+    failed = error(f"Not loaded: {reasons['failed']}. The next comparison tries again.") if reasons["failed"] else ""
+    return failed + note(f"Not loaded: {reasons['later']}." if reasons["later"] else "")
+
+
+def _reasons(parts: Mapping[str, Part], state: str) -> str:
+    return "; ".join(f"{name}: {part.detail.rstrip('.')}" for name, part in parts.items() if part.state == state)
 
 
 def note(message: str) -> str:

@@ -35,7 +35,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ServerView:
     """What there is to show: the last look with the figures so far, oldest first, or why there is none."""
 
     look: Snapshot | None = None
@@ -52,10 +52,10 @@ class Monitor:
         self._lock = threading.Lock()
         self._probe: TrunkProbe | None = None
         self._looked = float("-inf")
-        self._shown = Shown()
+        self._shown = ServerView()
         self._samples: deque[tuple[float, Mapping[Series, float]]] = deque()
 
-    def see(self) -> Shown:
+    def see(self) -> ServerView:
         """A new look, or the last one if it is fresh."""
         with self._lock:
             if time.monotonic() - self._looked >= FRESH_S:
@@ -69,13 +69,13 @@ class Monitor:
             if self._probe is not None:
                 self._probe.close()
 
-    def _see(self) -> Shown:
+    def _see(self) -> ServerView:
         try:
             self._probe = self._probe or TrunkProbe(self._runs.credentials)
             look = self._probe.snapshot(self._runs.trunk_addresses())
         except SplitlearnError as error:
             self._samples.clear()
-            return Shown(error=str(error))
+            return ServerView(error=str(error))
         sample, before = parse(look.metrics), self._shown
         if self._samples and (_began_anew(self._samples[-1][1], sample) or _address(before) != look.address):
             self._samples.clear()
@@ -84,7 +84,7 @@ class Monitor:
             self._samples.popleft()
         self._samples.append((look.at, sample))
         recent = tuple(each for each in figures if each.at > look.at - KEPT_S)
-        return Shown(look, (*recent, between(*self._samples[0], look.at, sample)))
+        return ServerView(look, (*recent, between(*self._samples[0], look.at, sample)))
 
 
 def parse(text: str) -> dict[Series, float]:
@@ -131,7 +131,7 @@ def quantile(grown: Mapping[Series, float], name: str, share: float) -> float | 
     return low
 
 
-def _address(shown: Shown) -> str:
+def _address(shown: ServerView) -> str:
     return shown.look.address if shown.look else ""
 
 

@@ -8,7 +8,7 @@ import gradio as gr
 
 from ui.flags.picker import Updates
 from ui.trunk import view
-from ui.trunk.monitor import Monitor, Shown
+from ui.trunk.monitor import Monitor, ServerView
 
 NAME = "Server"
 EVERY_S = 1.0
@@ -21,7 +21,7 @@ class ServerTab:
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
         self.timer = gr.Timer(EVERY_S, active=False)
-        self.card = gr.HTML(view.card(Shown()), elem_id="server-card")
+        self.card = gr.HTML(view.card(ServerView()), elem_id="server-card")
         self.plots: dict[str, Any] = {}
         titles = list(view.CHARTS)
         for pair in (titles[:2], titles[2:]):
@@ -48,7 +48,7 @@ class ServerTab:
 
     async def _tick(self) -> AsyncIterator[Updates]:
         if self._monitor.measuring():
-            yield {self.card: view.card(Shown(), paused=True)}
+            yield {self.card: view.card(ServerView(), paused=True)}
             while self._monitor.measuring():
                 await asyncio.sleep(LOOK_S)
         shown = await asyncio.to_thread(self._monitor.see)

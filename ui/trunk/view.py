@@ -8,7 +8,7 @@ from splitlearn.reporting.charts import new_figure
 from splitlearn.runtime import hardware
 from ui.compare import view
 from ui.format import MISSING, rate, seconds, size
-from ui.trunk.monitor import KEPT_S, Figures, Shown
+from ui.trunk.monitor import KEPT_S, Figures, ServerView
 
 PAUSED = "Something is being timed, which a look at the trunk would disturb. This goes on when that is over."
 Lines = dict[str, tuple[str, Callable[[Figures], float | None]]]
@@ -31,7 +31,7 @@ CHARTS: dict[str, Lines] = {
 }
 
 
-def card(shown: Shown, paused: bool = False) -> str:
+def card(shown: ServerView, paused: bool = False) -> str:
     """How the trunk is; or, in a sentence, that it does not answer."""
     if paused:
         return view.note(PAUSED)
@@ -58,7 +58,7 @@ def card(shown: Shown, paused: bool = False) -> str:
     )
 
 
-def picture(shown: Shown, title: str) -> Any:
+def picture(shown: ServerView, title: str) -> Any:
     """Lines over the last two minutes, on one axis from zero."""
     figure = new_figure(title, height=190, legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.22})
     now = shown.figures[-1].at if shown.figures else 0.0

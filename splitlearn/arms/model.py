@@ -1,0 +1,47 @@
+"""The configured model: its files, how it is split, and what it and this machine allow."""
+
+from dataclasses import dataclass
+
+from splitlearn.arms import capabilities
+from splitlearn.arms.capabilities import Capabilities
+from splitlearn.checkpoints import catalogue
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.config import Config
+from splitlearn.errors import InputError
+from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime.progress import Progress, Step
+
+
+@dataclass(frozen=True)
+class Model:
+    """`draft` is the draft model, where one is named."""
+
+    files: ModelFiles
+    draft: ModelFiles | None
+    plan: SplitPlan
+    capabilities: Capabilities
+
+    @classmethod
+    def read(cls, config: Config, progress: Progress) -> "Model":
+        """Fetch and convert the weights where the cache has none, then read all but them: seconds, or minutes at first.
+        Raises InputError and ModelError."""
+        files, draft = catalogue.prepare(config.model, progress), _draft(config, progress)
+        plan = SplitPlan.of(config.split.start, config.split.end, files.n_layers)
+        progress(Step("Reading the model's tokenizer and settings"))
+        model = config.model
+        question = capabilities.Question(files, draft, model.device, model.dtype, config.generation.chat)
+        return cls(files, draft, plan, capabilities.find(question))
+
+    def trunk_kv_bytes(self) -> int:
+        """What a token takes in the trunk's KV cache."""
+        return (self.plan.end - self.plan.start) * self.capabilities.kv_bytes
+
+
+def _draft(config: Config, progress: Progress) -> ModelFiles | None:
+    name = config.model.draft
+    if name is None:
+        return None
+    try:
+        return catalogue.prepare(config.model.model_copy(update={"name": name}), progress)
+    except InputError as error:
+        raise InputError("model.draft", error.value, error.expected) from error

@@ -1,0 +1,83 @@
+"""The page while its arms are loaded: it answers, and a comparison that is asked for meanwhile is the same one."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from splitlearn import config
+from splitlearn.arms.startup import Part, Startup
+from tests.conftest import TinyFactory
+from tests.support.page import running, write_config
+from tests.support.trunk import settings
+from ui import inputs
+from ui.compare import view
+from ui.compare.actions import Handlers
+from ui.compare.session import ComparisonView
+
+WORDS = "use_cache"
+
+
+@pytest.fixture
+def handlers(tiny_model: TinyFactory) -> Iterator[Handlers]:
+    startup = Startup(config.parse({**settings(tiny_model("llama")), "flags": WORDS}))
+    try:
+        with Handlers(startup) as made:
+            yield made
+    finally:
+        startup.close()
+
+
+def typed(handlers: Handlers) -> dict[str, object]:
+    first = inputs.at_first(handlers.runs.config.generation) | {"max_new_tokens": "6"}
+    return {**first, "prompt": "Why is the sky blue?", "form": inputs.RAW, "ignore_eos": True, "stop": ""}
+
+
+def compare(handlers: Handlers) -> list[ComparisonView]:
+    return list(handlers.compare(typed(handlers), WORDS, "visitor"))
+
+
+def test_a_comparison_asked_for_before_the_arms_are_loaded_starts_by_itself_with_the_same_answer(
+    handlers: Handlers,
+) -> None:
+    early = compare(handlers)
+    assert early[0].full.state == early[0].split.state == "warming"
+    late = compare(handlers)
+    assert "warming" not in {shown.full.state for shown in late}
+    for one, other in zip(early[-1].both or (), late[-1].both or (), strict=True):
+        assert one.metrics.token_ids == other.metrics.token_ids
+    assert early[-1].both
+
+
+def test_a_comparison_that_waits_for_the_arms_is_stopped_by_its_visitor(handlers: Handlers) -> None:
+    states = handlers.compare(typed(handlers), WORDS, "visitor")
+    assert next(states).full.state == "warming"
+    handlers.stops.stop("visitor")
+    last = list(states)[-1]
+    assert (last.full.state, last.split.state) == ("stopped", "stopped")
+
+
+def test_wrong_input_is_named_at_once_while_arms_are_loaded(handlers: Handlers) -> None:
+    (shown,) = handlers.compare({**typed(handlers), "seed": "x"}, WORDS, "visitor")
+    assert "seed" in shown.error
+    assert not handlers.startup.running
+
+
+def test_a_load_that_fails_shows_its_reason_and_the_page_stays(tiny_model: TinyFactory, tmp_path: Path) -> None:
+    sections = {"model": {"name": str(tiny_model().folder)}, "generation": {"chat": "nosuch"}}
+    with running(write_config(tmp_path, **sections)) as app:
+        url = app.url()
+        assert httpx.get(url, trust_env=False).status_code == 200
+        app.wait_for(re.compile("warning.*nosuch"))
+        assert httpx.get(url, trust_env=False).status_code == 200
+
+
+def test_the_line_about_loading_names_each_part_and_goes_when_all_is_there() -> None:
+    parts = {"model": Part("loading", "Fetching (40%)"), "full arm": Part()}
+    assert "model loading (Fetching (40%)); full arm waiting" in view.startup(parts, running=True)
+    assert view.startup({"model": Part("ready")}, running=False) == ""
+    assert "no room" in view.startup({"model": Part("ready"), "full arm": Part("later", "no room")}, running=False)
+    failed = view.startup({"model": Part("failed", "<b>wrong</b>.")}, running=False)
+    assert 'role="alert"' in failed and "&lt;b&gt;wrong" in failed
