@@ -25,7 +25,7 @@ from bench.report import write
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
 
-REPEATS = 3
+REPEATS = 5
 ROOT = Path(__file__).parent.parent
 IMPORTS = "import torch, transformers"
 API = "/gradio_api"

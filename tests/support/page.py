@@ -67,7 +67,7 @@ class App:
     def warm_url(self) -> str:
         """Where the page is, once both arms are loaded, too."""
         url = self.url()
-        self.wait_for(WARM)
+        self.wait_for(WARM, 4 * START_S)
         return url
 
     def children(self) -> list[psutil.Process]:
@@ -95,7 +95,8 @@ class App:
 def write_config(folder: Path, **sections: object) -> Path:
     """A config.yaml in `folder` for one thread and a free port, with `sections` over it."""
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({"runs": {"threads": 1}, "ui": {"port": 0}, **sections}))
+    usual = {"flags": "default", "runs": {"threads": 1}, "ui": {"port": 0}}  # flags without kernels to compile
+    path.write_text(yaml.safe_dump({**usual, **sections}))
     return path
 
 

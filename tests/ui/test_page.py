@@ -135,11 +135,11 @@ def test_stop_ends_a_run_at_once_and_the_next_one_works(page: Page) -> None:
 def test_flags_of_each_side_follow_the_words_and_the_matrix_shows_them(page: Page) -> None:
     fold_out(page, "flags")
     words = page.locator("#flag-words").locator("input, textarea").first
-    expect(words).to_have_value("auto")
+    expect(words).to_have_value("default")
     expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled()
     expect(page.locator("#flags")).to_contain_text("Unavailable: needs a CUDA device")
     page.get_by_label("inference_mode", exact=True).first.uncheck()
-    expect(words).not_to_have_value("auto")
+    expect(words).not_to_have_value("default")
     type_into(words, "full:all client:use_cache trunk:none")
     words.blur()
     expect(page.locator("#flag-use_cache input")).not_to_be_checked()  # the sides differ
@@ -155,7 +155,7 @@ def test_flags_typed_before_the_page_has_heard_from_the_program_stay(browser: Br
     page.goto(url)
     fold_out(page, "flags")
     words = page.locator("#flag-words").locator("input, textarea").first
-    expect(words).to_have_value("auto")
+    expect(words).to_have_value("default")
     type_into(words, "none")
     assert late
     page.unroute("**/queue/join*")  # which lets those go that wait
@@ -181,7 +181,7 @@ def test_bad_input_is_named_nothing_typed_is_lost(page: Page, field: str, value:
     fold_out(page, "settings")
     fold_out(page, "flags")
     words = page.locator("#flag-words").locator("input, textarea").first
-    expect(words).to_have_value("auto")
+    expect(words).to_have_value("default")
     expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled()  # the page knows what its trunk can do
     setting(page, field, value)
     page.locator("#compare").click()
