@@ -135,11 +135,13 @@ def test_compare_prints_one_object_with_both_arms_and_nothing_else(files: ModelF
     assert len(found["prompt"]["token_ids"]) == found["full"]["prompt_tokens"]
 
 
-def test_compare_gives_every_sample_and_the_tokens_per_second_of_all(folder: Path) -> None:
+def test_compare_gives_every_sample_and_the_tokens_per_second_of_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
     asked = ("compare", "--max-new-tokens", "8", "--ignore-eos", "--samples", "3", "--temperature", "0.8", "--json")
-    done = run(folder, *asked)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert command_line.main(asked) == 0
+    found = json.loads(capsys.readouterr().out)
     assert (found["identical_tokens"], found["first_differing_sample"]) == (True, None)
     for arm in (found["full"], found["split_run"]):
         ids = [arm["token_ids"], *(sample["token_ids"] for sample in arm["other_samples"])]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +18,7 @@ from splitlearn.cli import main as command_line
 from splitlearn.lab.store import Store
 from tests.conftest import TinyFactory
 from tests.e2e.test_cli import Refusal, configured, refusal, run
-from tests.support.trunk import environment, eventually, settings
+from tests.support.trunk import Trunk, environment, eventually, serve, settings
 
 __all__ = ["refusal"]
 
@@ -29,13 +30,20 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
     return tiny_model("llama")
 
 
+@pytest.fixture(scope="module")
+def trunk(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trunk]:
+    with serve(settings(files), tmp_path_factory.mktemp("trunk")) as running:
+        yield running
+
+
 @pytest.fixture
-def folder(files: ModelFiles, tmp_path: Path) -> Path:
-    return configured(tmp_path, settings(files, runs={"threads": 1}))
+def folder(files: ModelFiles, trunk: Trunk, tmp_path: Path) -> Path:
+    """A folder with a config.yaml for a trunk that runs."""
+    return configured(tmp_path, settings(files, trunk={"address": trunk.address}))
 
 
 def test_lab_measures_and_report_shows_it_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def report(*arguments: str) -> str:
         """What it prints, in this process: to start one takes eight seconds."""
@@ -43,6 +51,7 @@ def test_lab_measures_and_report_shows_it_again(
         assert command_line.main(("report", *arguments)) == 0
         return capsys.readouterr().out
 
+    folder = configured(tmp_path, settings(files))  # with an embedded trunk
     done = run(folder, *LAB, "--out", "found", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
