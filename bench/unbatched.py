@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
-from server.__main__ import listen
+from server.program import listen
 from server.auth.tls import Security
 from server.build import TrunkRuntime, build
 from server.scheduling.engine import Engine, StepAnswer

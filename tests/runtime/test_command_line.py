@@ -10,8 +10,8 @@ from ui.app import main as page
 @pytest.mark.parametrize(
     ("main", "arguments", "said"),
     [
-        (serve, ["--prt"], "unrecognized arguments: --prt"),
-        (serve, ["--port", "abc"], "argument --port: invalid int value: 'abc'"),
+        (serve, ["--prt"], "No such option: --prt"),
+        (serve, ["--port", "abc"], "port: 'abc' cannot be used; expected a whole number"),
         (page, ["--port", "abc"], "port: 'abc' cannot be used; expected a whole number"),
         (page, ["surplus"], "Got unexpected extra argument(s) (surplus)"),
         (command, ["compare", "--warp"], "No such option: --warp"),

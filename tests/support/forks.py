@@ -16,7 +16,7 @@ from pathlib import Path
 
 from splitlearn.runtime import process
 
-IMPORTED = ["server.__main__", "splitlearn.cli.main"]
+IMPORTED = ["server.__main__", "server.program", "splitlearn.cli.main"]
 process.PRELOAD += [name for name in IMPORTED if name not in process.PRELOAD]
 Main = Callable[[list[str]], int]
 

@@ -22,7 +22,8 @@ import psutil
 import torch
 import yaml
 
-from server.__main__ import listen, main
+from server.__main__ import main
+from server.program import listen
 from server.auth.tls import Security
 from server.build import TrunkRuntime, build
 from server.service import TrunkService
