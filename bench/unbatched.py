@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
-from server.program import listen
 from server.auth.tls import Security
 from server.build import TrunkRuntime, build
+from server.program import listen
 from server.scheduling.engine import Engine, StepAnswer
 from server.scheduling.sessions import EngineSession, Step
 from server.service import TrunkService

@@ -255,9 +255,8 @@ def test_a_side_without_a_cache_says_the_same(case: Case, trunk: TrunkHere, side
     bare = frozenset({"inference_mode"})
     client = split(case, trunk.address, bare if side == "client" else CACHED)
     if side == "trunk":
-        client = replace(
-            client, links=[client.links[0], Link(client.links[1].stage, session_of(bare)), client.links[2]]
-        )
+        bottom, remote, *rest = client.links
+        client = replace(client, links=[bottom, Link(remote.stage, session_of(bare)), *rest])
     for length in (CHANGE - 10, CHANGE + 9):
         assert said(client.stream(case.request(length))) == case.answer(length), length
 

@@ -23,9 +23,9 @@ import torch
 import yaml
 
 from server.__main__ import main
-from server.program import listen
 from server.auth.tls import Security
 from server.build import TrunkRuntime, build
+from server.program import listen
 from server.service import TrunkService
 from server.variants import Variants
 from splitlearn import config
