@@ -15,6 +15,7 @@ SHOWING = ("gradio", "plotly", "pandas")
 SAY = "\nprint(*(name for name in {names!r} if name in sys.modules))"
 OF_THE_PAGE = ("ui.compare.tab", "ui.lab.tab", "ui.trunk.tab", "ui.app", "splitlearn.lab.job")
 LIGHT = (
+    "server.__main__",
     "splitlearn",
     "splitlearn.arms.compare",
     "splitlearn.arms.runs",
