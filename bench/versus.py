@@ -1,4 +1,4 @@
-"""`python -m bench.versus TREE [--pairs N] COMMAND...`: this checkout against another one, in pairs.
+"""`python -m bench.versus [--pairs N] TREE COMMAND...`: this checkout against another one, in pairs.
 
 COMMAND is a command of `python -m splitlearn` that prints JSON, such as `compare --flags fast --json`. It runs in both
 trees, in random order in each pair, each time in fresh processes and with this interpreter; each tree is run once
