@@ -82,7 +82,7 @@ def _row(what: str, starts: list[Start], seconds: Any) -> dict[str, str]:
 
 def _imports_s() -> float:
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+    subprocess.run([sys.executable, "-c", IMPORTS], stdin=subprocess.DEVNULL, check=True)
     return time.monotonic() - began
 
 
@@ -108,7 +108,9 @@ def _page() -> Iterator[tuple[float, str]]:
     began = time.monotonic()
     command = [sys.executable, "app.py", "--port", "0"]
     environment = {**os.environ, "SPLITLEARN_AUTH": ""}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         try:
             yield began, process.stdout.readline().split()[-1]
