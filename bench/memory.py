@@ -12,13 +12,13 @@ from splitlearn.arms import worker_main
 from splitlearn.arms.compare import KINDS, environment
 from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import ArmEnd, ArmSpec
-from splitlearn.arms.worker import raised
 from splitlearn.client.served import TrunkFacts
 from splitlearn.config import Config
 from splitlearn.events import GenerationRequest
 from splitlearn.models.sizes import parts
 from splitlearn.runtime import environment as process_environment
 from splitlearn.runtime import process as runtime_process
+from splitlearn.runtime.process import raised
 from splitlearn.runtime.progress import silent
 from splitlearn.wire.codec import DTYPES
 

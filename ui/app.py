@@ -58,7 +58,8 @@ def main(arguments: list[str]) -> int:
 @app.command()
 def _page_command(
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="a config.yaml (default: the one beside app.py)")
+        Path | None,
+        typer.Option(metavar="FILE", help="a config.yaml (default: the checkout's config.yaml, else the defaults)"),
     ] = None,
     host: Annotated[str | None, typer.Option(metavar="HOST", help="overrides ui.host")] = None,
     port: Annotated[

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.errors import SplitlearnError
 from splitlearn.flags.registry import Place
 from splitlearn.runtime import process
 
@@ -32,12 +31,7 @@ class Capabilities:
 def find(question: Question) -> Capabilities:
     """The answer. Raises InputError for a device that is not there, a chat template that the model does not have and a
     draft model with another vocabulary, ModelError for a tokenizer or a template that cannot be used."""
-    child = process.start("The process that reads the model", "splitlearn.arms.capabilities_main:answer", question)
-    try:
-        found = child.receive()
-    finally:
-        child.stop()
-    if isinstance(found, SplitlearnError):
-        raise found
-    capabilities: Capabilities = found
-    return capabilities
+    found: Capabilities = process.ask(
+        "The process that reads the model", "splitlearn.arms.capabilities_main:answer", question
+    )
+    return found

@@ -75,8 +75,7 @@ def load_full(
     words as on the command line, `dtype` and `device` as in config.yaml, `threads` torch's threads, None for one a
     core. Raises InputError for what cannot be used, ModelError for a model that cannot.
     """
-    settings = config.parse({"model": {"name": model, "dtype": dtype, "device": device}, "runs": {"threads": threads}})
-    return Stages(worker_main.load(_spec("full", settings, flags)))
+    return Stages(worker_main.load(_spec("full", _settings(model, dtype, device, threads), flags)))
 
 
 def load_split(
@@ -97,14 +96,7 @@ def load_split(
     two layers at that end. The other arguments and errors are those of `load_full`; raises TrunkError for a trunk that
     does not answer or serves something else.
     """
-    settings = config.parse(
-        {
-            "model": {"name": model, "dtype": dtype, "device": device},
-            "split": {"start": start, "end": end},
-            "runs": {"threads": threads},
-            **({} if trunk is None else {"trunk": {"address": trunk}}),
-        }
-    )
+    settings = _settings(model, dtype, device, threads, start, end, trunk)
     return Stages(worker_main.load(_spec("split", settings, flags)))
 
 
@@ -153,7 +145,26 @@ def compare(
     below `if __name__ == "__main__":`, as everything that starts processes.
     """
     request = _request(prompt, max_new_tokens, chat, ignore_eos, stop, samples, sampling)
-    settings = config.parse(
+    settings = _settings(model, dtype, device, threads, start, end, trunk, chat)
+    with Runs(settings, silent) as runs:
+        runs.check_trunk()
+        found = compare_arms(runs, request, runs.flags(flags))
+    if found is None:  # nothing sets the cancellation here
+        raise SplitlearnError("The comparison ended early.")
+    return found.as_json()
+
+
+def _settings(
+    model: str,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    start: int | None = None,
+    end: int | None = None,
+    trunk: str | None = None,
+    chat: bool | str = True,
+) -> Config:
+    return config.parse(
         {
             "model": {"name": model, "dtype": dtype, "device": device},
             "split": {"start": start, "end": end},
@@ -162,12 +173,6 @@ def compare(
             **({} if trunk is None else {"trunk": {"address": trunk}}),
         }
     )
-    with Runs(settings, silent) as runs:
-        runs.check_trunk()
-        found = compare_arms(runs, request, runs.flags(flags))
-    if found is None:  # nothing sets the cancellation here
-        raise SplitlearnError("The comparison ended early.")
-    return found.as_json()
 
 
 def _request(

@@ -4,13 +4,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec
 from splitlearn.errors import SplitlearnError, WorkerDied
 from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.runtime import process
-from splitlearn.runtime.process import Child
+from splitlearn.runtime.process import Child, raised
 
 WARM_UP_TOKENS = 8
 CANCEL_TIMEOUT_S = 2.0
@@ -20,13 +19,6 @@ POLL_S = 0.05
 def start(spec: ArmSpec) -> Child:
     """Start a worker for `spec`; its first message is an ArmReady or an error."""
     return process.start(f"The {spec.kind} arm's worker process", "splitlearn.arms.worker_main:work", spec)
-
-
-def raised(item: Any) -> Any:
-    """What a worker sent, raised if it is an error."""
-    if isinstance(item, SplitlearnError):
-        raise item
-    return item
 
 
 @dataclass

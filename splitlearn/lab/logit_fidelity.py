@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.errors import SplitlearnError
 from splitlearn.events import Kind
 from splitlearn.flags.selection import FlagSet
 from splitlearn.lab.design import Plan, Question
@@ -75,14 +74,7 @@ def ids_apart(files: ModelFiles, text: str) -> tuple[int, ...]:
 
 
 def _apart(what: str, *arguments: object) -> Any:
-    child = process.start("The fidelity worker process", f"splitlearn.lab.logits:{what}", *arguments)
-    try:
-        found = child.receive()
-    finally:
-        child.stop()
-    if isinstance(found, SplitlearnError):
-        raise found
-    return found
+    return process.ask("The fidelity worker process", f"splitlearn.lab.logits:{what}", *arguments)
 
 
 def perplexity(logits: Logits, ids: NDArray[np.int64]) -> float:

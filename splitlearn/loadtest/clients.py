@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Protocol
 
 from splitlearn.arms.spec import ArmEnd, ArmReady, ArmSpec
-from splitlearn.arms.worker import raised, start
+from splitlearn.arms.worker import start
 from splitlearn.errors import SplitlearnError, TrunkFull
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.loadtest.plan import Job, LoadTest
 from splitlearn.loadtest.recording import Recording
 from splitlearn.loadtest.replay import ReplayClient
-from splitlearn.runtime.process import default_threads
+from splitlearn.runtime.process import default_threads, raised
 from splitlearn.runtime.progress import Progress, Step
 
 WARM_UP = Job(prompt=0, new_tokens=2)

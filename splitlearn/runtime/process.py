@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from splitlearn.errors import SetupError, WorkerDied
+from splitlearn.errors import SetupError, SplitlearnError, WorkerDied
 from splitlearn.runtime import cgroups, environment, programs
 
 ASK_TIMEOUT_S = 1.0
@@ -121,6 +121,23 @@ def start(what: str, target: Callable[..., None] | str, *arguments: object) -> C
     process.start()
     theirs.close()
     return Child(process, ours, what)
+
+
+def ask(what: str, target: str, *arguments: object) -> Any:
+    """What `target(connection, *arguments)` sends from a child process of its own. Raises the SplitlearnError that it
+    sends in place of an answer, and what `start` and `Child.receive` raise."""
+    child = start(what, target, *arguments)
+    try:
+        return raised(child.receive())
+    finally:
+        child.stop()
+
+
+def raised(item: Any) -> Any:
+    """What a child sent, raised if it is an error."""
+    if isinstance(item, SplitlearnError):
+        raise item
+    return item
 
 
 def runs(pid: int) -> bool:
