@@ -28,11 +28,12 @@ from splitlearn.errors import InputError, SetupError, SplitlearnError
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.analysis.findings import Findings, analyse, good_blocks
 from splitlearn.lab.design import SAMPLED, Arm
-from splitlearn.lab.environment import Reading, fingerprint, reading, trunk_pid
+from splitlearn.lab.environment import fingerprint, trunk_pid
 from splitlearn.lab.logit_fidelity import changes
 from splitlearn.lab.records import Trial
 from splitlearn.lab.stats import looks
 from splitlearn.lab.store import Store
+from splitlearn.runtime.load import Reading, reading
 from splitlearn.sampling import SamplingParams
 
 # Warm-up: short runs until two in a row differ in TPOT by less than STABLE, or there were MOST_WARM_UPS.

@@ -17,10 +17,10 @@ from splitlearn.events import Recovery
 from splitlearn.lab import experiment
 from splitlearn.lab.analysis.findings import METRICS, findings_of
 from splitlearn.lab.design import AA
-from splitlearn.lab.environment import Reading, reading
 from splitlearn.lab.experiment import Experiment, State, exclusive
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import Store
+from splitlearn.runtime.load import Reading, reading
 from splitlearn.runtime.progress import silent
 from tests.conftest import TinyFactory
 from tests.support.trunk import settings

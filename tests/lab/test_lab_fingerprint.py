@@ -19,8 +19,9 @@ from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import TrunkError
-from splitlearn.lab.environment import differences, fingerprint, reading, round_trip_s, trunk_pid
+from splitlearn.lab.environment import differences, fingerprint, round_trip_s, trunk_pid
 from splitlearn.runtime import hardware, process
+from splitlearn.runtime.load import reading
 from splitlearn.runtime.progress import silent
 from tests.conftest import TinyFactory
 from tests.support.trunk import eventually, serve, settings
