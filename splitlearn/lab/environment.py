@@ -1,4 +1,4 @@
-"""The environment of an experiment: `fingerprint` describes it, `differences` names what differs between two of them."""
+"""The environment of an experiment: `fingerprint` describes it, `differences` says what differs between two."""
 
 import statistics
 import time
