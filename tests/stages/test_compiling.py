@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
 
 from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.kernels import decode_attention
 from splitlearn.kvcache.layers import reserved
 from splitlearn.models.cut import eagerly, example, forward, layers_of
 from splitlearn.stages import compile, loading
@@ -73,6 +75,26 @@ def test_a_stage_compiled_by_layers_gives_what_it_gave(
     expected = _outputs(_stage(tiny_model(family), spec, flags), flags)
     for found, own in zip(_outputs(compiled, flags), expected, strict=True):
         torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
+
+
+def test_a_compiled_stage_attends_by_the_kernel_and_its_tokens_are_those_of_generate(
+    tiny_model: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, attend = list[int](), decode_attention.attend
+    monkeypatch.setattr(decode_attention, "attend", lambda *given: calls.append(1) or attend(*given))  # type: ignore[func-returns-value]
+    files, spec = tiny_model("llama", n_layers=1), loading.StageSpec("full", 0, 1, first=True, last=True)
+    stage = _stage(files, spec, FLAGS | {"row_attention"})
+    stage = replace(stage, eager=replace(stage.eager, cut=compile.compile_whole(stage.cut)))
+    session, ids, at = stage.open(session_of(FLAGS | {"cache=reserved"}), 16), torch.tensor([[5, 9, 2, 7]]), 0
+    counters.clear()
+    while ids.shape[1] < 12:
+        (output,) = stage.step([StageInput(session, at, ids[:, at:])])
+        at, ids = ids.shape[1], torch.cat([ids, output.x[:, -1].argmax(-1, keepdim=True)], dim=1)
+    model = AutoModelForCausalLM.from_pretrained(files.folder)
+    expected = model.generate(ids[:, :4], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert torch.equal(ids, expected)
+    assert len(calls) == 7, "one for each token after the prompt"
+    assert not counters["graph_break"]
 
 
 def test_six_layers_are_compiled_as_often_as_two(tiny_model: TinyFactory) -> None:
