@@ -24,6 +24,7 @@ ORDER = (
     "generation",
     "flags",
     "client",
+    "link",
     "arms",
     "reporting",
     "lab",
