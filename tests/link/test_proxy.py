@@ -144,8 +144,12 @@ def test_a_client_that_leaves_is_gone_at_the_target_too(proxy: Proxy) -> None:
 
 def test_a_sender_that_is_faster_than_the_link_has_to_wait(proxy: Proxy) -> None:
     over = threading.Event()
+
+    def reads_nothing(connection: socket.socket) -> None:
+        over.wait(WAIT_S)
+
     proxy.shape(parse("rtt=10s"))
-    with target(lambda connection: over.wait(WAIT_S) and None) as address, connect(proxy.route(address)) as client:
+    with target(reads_nothing) as address, connect(proxy.route(address)) as client:
         client.settimeout(1)
         sent = 0
         with pytest.raises(TimeoutError):
