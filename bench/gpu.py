@@ -29,7 +29,7 @@ from splitlearn.checkpoints.folder import seal
 from splitlearn.config import Config
 from splitlearn.events import GenerationRequest
 from splitlearn.generation.tokenizer import Tokens
-from splitlearn.models.sizes import parts
+from splitlearn.planning import anatomy
 from splitlearn.runtime.progress import silent
 from splitlearn.wire.codec import DTYPES
 
@@ -142,7 +142,8 @@ def rows_of(config: Config, dtype: str, ratios: Sequence[tuple[str, str]], rate:
         decode, prefill = (
             _measure(runs, ratios, text_of(tokens, length), count) for length, count in ((SHORT, TOKENS), (LONG, 1))
         )
-        limit_s = parts(runs.files, runs.plan, DTYPES[runs.dtype])[-1].weight_bytes / rate
+        whole = anatomy.read(runs.files, runs.dtype)
+        limit_s = whole.parameters * whole.bytes_per_value / rate
         echo_s = median(run.tpot_s for run in decode["echo"])
     return [
         {

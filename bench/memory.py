@@ -15,12 +15,11 @@ from splitlearn.arms.spec import ArmEnd, ArmSpec
 from splitlearn.client.served import TrunkFacts
 from splitlearn.config import Config
 from splitlearn.events import GenerationRequest
-from splitlearn.models.sizes import parts
+from splitlearn.planning import anatomy
 from splitlearn.runtime import environment as process_environment
 from splitlearn.runtime import process as runtime_process
 from splitlearn.runtime.process import raised
 from splitlearn.runtime.progress import silent
-from splitlearn.wire.codec import DTYPES
 
 SESSIONS = 50
 EXACT = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hidden_states,fast_top_k"
@@ -34,7 +33,8 @@ REQUEST = GenerationRequest("What is the capital of France?", max_new_tokens=32,
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/memory.md."""
-    weights = {part.name: part.weight_bytes for part in parts(runs.files, runs.plan, DTYPES[runs.config.model.dtype])}
+    model = anatomy.read(runs.files, runs.dtype)
+    weights = {part.name: part.weight_bytes for part in anatomy.parts_of(model, runs.plan, context=0)}
     rows = [_row(runs.config, name, words, weights) for name, words in SETS.items()]
     early, late = _sessions(runs)
     text = (

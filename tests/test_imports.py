@@ -26,6 +26,7 @@ ORDER = (
     "client",
     "link",
     "arms",
+    "planning",
     "reporting",
     "lab",
     "loadtest",

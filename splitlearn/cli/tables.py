@@ -1,11 +1,8 @@
 """What the command line prints for people: tables on stdout, drawn by rich; answers as they are."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.text import Text
 
@@ -20,9 +17,6 @@ from splitlearn.metrics import LEDGER_ORDER, RunMetrics, recovery_sentence, tps_
 from splitlearn.runtime.console import PlainTable, console
 from splitlearn.runtime.progress import Progress, Step
 from splitlearn.runtime.terminal import say
-
-if TYPE_CHECKING:
-    from splitlearn.models.sizes import Part
 
 
 def watch(progress: Progress, limit: int) -> Watch:
@@ -65,22 +59,9 @@ def print_models(rows: Sequence[ModelStatus], cache: Path) -> None:
     table = PlainTable("model", "source", "licence", "cached", "description")
     for row in rows:
         entry = row.entry
-        cached = (
-            _bytes(row.cached_bytes) if row.folder else f"no ({_bytes(entry.download_bytes)} to fetch)" if entry else ""
-        )
+        missing = f"no ({in_bytes(entry.download_bytes)} to fetch)" if entry else ""
+        cached = in_bytes(row.cached_bytes) if row.folder else missing
         table.add_row(row.name, row.source, entry.licence if entry else "", cached, entry.description if entry else "")
-    console().print(table)
-
-
-def print_parts(found: "Sequence[Part]", as_json: bool) -> None:
-    """What each part holds."""
-    if as_json:
-        say(json.dumps([asdict(part) for part in found], indent=2))
-        return
-    table = PlainTable("part", "layers", "parameters", "weights", "KV cache per token", "wire per token")
-    for part in found:
-        sizes = (part.weight_bytes, part.kv_bytes_per_token, part.wire_bytes_per_token)
-        table.add_row(part.name, part.layers, f"{part.parameters:,}", *map(_bytes, sizes))
     console().print(table)
 
 
@@ -119,13 +100,13 @@ def _figures(found: Comparison) -> PlainTable:
     table.add_row("memory beyond imports", _added(found.full), _added(found.split), "")
     if found.split.trunk is not None:
         trunk = found.split.trunk
-        table.add_row("memory of the trunk", "", _bytes(trunk.peak_rss_bytes - trunk.import_rss_bytes), "")
+        table.add_row("memory of the trunk", "", in_bytes(trunk.peak_rss_bytes - trunk.import_rss_bytes), "")
     steps = max(1, split.n_tokens - 1)
-    wire = f"{_bytes(split.decode_bytes_up // steps)} up, {_bytes(split.decode_bytes_down // steps)} down"
+    wire = f"{in_bytes(split.decode_bytes_up // steps)} up, {in_bytes(split.decode_bytes_down // steps)} down"
     if split.overlapped_s:
         table.add_row("trunk's time beside the client's own", "", _milliseconds(split.overlapped_s), "")
     table.add_row("wire per decoded token", "", wire, "")
-    table.add_row("if the KV cache crossed, too", "", f"{_bytes(found.split.kv_shipped_bytes)} more each way", "")
+    table.add_row("if the KV cache crossed, too", "", f"{in_bytes(found.split.kv_shipped_bytes)} more each way", "")
     return table
 
 
@@ -152,14 +133,14 @@ def _ledger(full: RunMetrics, split: RunMetrics) -> PlainTable:
 
 
 def _added(report: ArmReport) -> str:
-    return _bytes(report.peak_rss_bytes - report.import_rss_bytes)
+    return in_bytes(report.peak_rss_bytes - report.import_rss_bytes)
 
 
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.1f} ms"
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
     """Decimal units, as disks and networks count."""
     for unit in ("B", "kB", "MB"):
         if abs(count) < 1000:

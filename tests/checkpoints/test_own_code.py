@@ -14,10 +14,8 @@ from splitlearn.checkpoints import convert
 from splitlearn.checkpoints.folder import ModelFiles, open_folder, read_config, seal
 from splitlearn.errors import ModelError
 from splitlearn.generation.tokenizer import Tokens
-from splitlearn.models.plan import SplitPlan
-from splitlearn.models.sizes import parts
+from splitlearn.planning import anatomy
 from splitlearn.runtime.progress import silent
-from splitlearn.wire.codec import DTYPES
 from tests.support.tiny import make_checkpoint, make_converted
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +90,7 @@ def test_a_converted_folder_runs_no_code(converted: ModelFiles, tmp_path: Path) 
         ):
             read()
     assert not hasattr(read_config(converted.folder), "auto_map")
-    assert parts(converted, SplitPlan(1, 2, 3), DTYPES["float32"])
+    assert anatomy.read(converted, "float32").n_layers == 3
     assert not (tmp_path / "proof").exists()
 
 

@@ -328,13 +328,15 @@ def test_parts_as_json_adds_up(
 ) -> None:
     monkeypatch.chdir(folder)
     assert command_line.main(["parts", "--json", "--config", "config.yaml"]) == 0
-    found = {part["name"]: part for part in json.loads(capsys.readouterr().out)}
+    said = json.loads(capsys.readouterr().out)
+    found = {part["name"]: part for part in said["parts"]}
+    assert len(said["anatomy"]["layers"]) == 6
     assert set(found) == {"client bottom", "client top", "client", "trunk", "full"}
     assert found["client"]["parameters"] + found["trunk"]["parameters"] == found["full"]["parameters"]
     assert found["trunk"]["wire_bytes_per_token"] == 2 * 48 * 4
     monkeypatch.setenv("COLUMNS", "200")
     assert command_line.main(["parts", "--config", "config.yaml"]) == 0
-    assert "KV cache per token" in capsys.readouterr().out
+    assert "KV per token" in capsys.readouterr().out
 
 
 def test_models_lists_the_catalogue(
