@@ -114,6 +114,8 @@ class TrunkConfig(_Section):
     shows to each."""
 
     address: Annotated[tuple[str, ...], BeforeValidator(valid_addresses)] = (EMBEDDED,)
+    link: Annotated[str, Field(min_length=1)] | None = None
+    """Of an emulated link, in the words of link/words.py."""
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
     tls: TrunkTls = TrunkTls()
     token: Variable = "SPLITLEARN_TRUNK_TOKEN"
@@ -259,3 +261,8 @@ def with_chat(config: Config, chat: bool | str) -> Config:
 def with_trunk(config: Config, address: str) -> Config:
     """The same settings with another trunk address, or several with commas between. Raises InputError for others."""
     return parse({**config.model_dump(), "trunk": {**config.trunk.model_dump(), "address": address}})
+
+
+def with_link(config: Config, words: str) -> Config:
+    """The same settings with another emulated link."""
+    return parse({**config.model_dump(), "trunk": {**config.trunk.model_dump(), "link": words}})

@@ -26,6 +26,10 @@ from splitlearn.flags.registry import SIDES, Place
 from splitlearn.flags.selection import Availability, FlagSet, availability
 from splitlearn.flags.selection import check as check_flags
 from splitlearn.flags.selection import parse as parse_flags
+from splitlearn.link import words
+from splitlearn.link.emulated import NONE as NO_LINK
+from splitlearn.link.emulated import Link
+from splitlearn.link.route import Routes
 from splitlearn.metrics import RunMetrics, of_samples
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime import cgroups
@@ -62,6 +66,8 @@ class ArmReport:
     texts: Texts = Texts()
     others: tuple[RunMetrics, ...] = ()
     """Of the samples after the first."""
+    link: Link = Link()
+    """The emulated link to the trunk."""
 
     @property
     def samples(self) -> tuple[RunMetrics, ...]:
@@ -94,12 +100,14 @@ class Runs:
 
     def __init__(self, config: Config, progress: Progress) -> None:
         self.config = config
+        self.link = words.parse(config.trunk.link or NO_LINK, "trunk.link")
         self._progress = progress
         self._reading = threading.Lock()
         self._model: Model | None = None
         self._lock = threading.Lock()
         self._workers = ProcessPool[ArmSpec, Worker](self._has_room)
         self._trunks = TrunkPool(config, self._has_memory)
+        self._routes = Routes()
 
     def __enter__(self) -> "Runs":
         try:
@@ -218,8 +226,10 @@ class Runs:
         request: GenerationRequest,
         cancelled: threading.Event | None = None,
         copy: int = 0,
+        link: Link | None = None,
     ) -> Iterator[Item]:
         """Run one arm: its events as they come, then its report. Each `copy` of the same arm has a worker of its own.
+        A split arm's trunk is behind the emulated `link`, None for the configured one.
 
         A run in which something was compiled is no measurement: it is repeated until nothing is, and its time counts
         as compile time. Raises WorkFailed after MOST_RESTARTS of them. Closing the iterator, or setting `cancelled`,
@@ -227,11 +237,12 @@ class Runs:
         """
         stop = cancelled or threading.Event()
         with self._lock:
-            spec = replace(self.ready_spec(kind, flags), copy=copy)
+            link = self.link if link is None else link
+            spec = replace(self.ready_spec(kind, flags, link), copy=copy)
             try:
                 worker = self._warm_worker(spec, request, stop)
                 if worker is not None:
-                    yield from self._measure(spec, worker, request, stop)
+                    yield from self._measure(spec, worker, request, stop, link)
             except BaseException:
                 self._workers.prune()  # the next run has new ones
                 raise
@@ -266,11 +277,17 @@ class Runs:
         """End all workers and the embedded trunk; a run that another thread has under way gets a moment to end."""
         self._lock.acquire(timeout=CLOSE_TIMEOUT_S)
         self._workers.close()
+        self._routes.close()
         self._trunks.close()
 
-    def ready_spec(self, kind: Kind, flags: FlagSet) -> ArmSpec:
-        """What a worker of this arm is told. Starts the embedded trunk of a split arm first, where it does not run."""
-        return self.spec(kind, flags, self.trunk_addresses(flags.trunk) if kind == "split" else ())
+    def ready_spec(self, kind: Kind, flags: FlagSet, link: Link | None = None) -> ArmSpec:
+        """What a worker of this arm is told. Starts the embedded trunk of a split arm first, where it does not run, and
+        what emulates `link` (None: the configured one)."""
+        if kind == "full":
+            return self.spec(kind, flags)
+        addresses = self.trunk_addresses(flags.trunk)
+        via = self._routes.over(self.link if link is None else link, addresses)
+        return replace(self.spec(kind, flags, addresses), via=via)
 
     def spec(self, kind: Kind, flags: FlagSet, addresses: tuple[str, ...] = ()) -> ArmSpec:
         """What a worker of this arm is told; `addresses` are those of its trunk."""
@@ -301,7 +318,7 @@ class Runs:
         return cgroups.available_memory() > WEIGHTS_FREE * self.files.weights.stat().st_size
 
     def _measure(
-        self, spec: ArmSpec, worker: Worker, request: GenerationRequest, stop: threading.Event
+        self, spec: ArmSpec, worker: Worker, request: GenerationRequest, stop: threading.Event, link: Link
     ) -> Iterator[Item]:
         """The run that counts, and those before it in which something was compiled."""
         for restarts in itertools.count():
@@ -320,7 +337,7 @@ class Runs:
                 continue
             end = next((item for item in seen if isinstance(item, ArmEnd)), None)
             if found and end is not None:
-                yield self._report(spec, worker, found, end)
+                yield replace(self._report(spec, worker, found, end), link=link if spec.via else Link())
             return
 
     def _report(self, spec: ArmSpec, worker: Worker, found: tuple[RunMetrics, ...], end: ArmEnd) -> ArmReport:

@@ -16,8 +16,8 @@ CANCEL = "cancel"
 @dataclass(frozen=True)
 class ArmSpec:
     """All that a worker needs to know. `device` and `dtype` are torch's names. `addresses` are the trunk's, none for
-    the full arm; `draft` is the model that drafts, where the flags ask for one; `copy` tells apart workers that are
-    otherwise the same."""
+    the full arm, and `via` where to connect for each of them over an emulated link; `draft` is the model that drafts,
+    where the flags ask for one; `copy` tells apart workers that are otherwise the same."""
 
     kind: Kind
     files: ModelFiles
@@ -31,9 +31,10 @@ class ArmSpec:
     credentials: Credentials = NONE
     draft: ModelFiles | None = None
     copy: int = 0
+    via: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.files.digest, self.flags, self.addresses, self.copy))
+        return hash((self.kind, self.files.digest, self.flags, self.addresses, self.copy, self.via))
 
     def served(self) -> Served:
         """What the trunk must serve."""

@@ -114,7 +114,7 @@ def open_trunk(spec: ArmSpec) -> RemoteStage | None:
     """The trunk's stage with its channel warm and the engine for the trunk's flags loaded."""
     if not spec.addresses:
         return None
-    trunk = RemoteStage(spec.addresses, spec.served(), patience_s(spec), spec.credentials)
+    trunk = RemoteStage(spec.addresses, spec.served(), patience_s(spec), spec.credentials, spec.via)
     trunk.open(settings(spec.flags.trunk).session, max_length=1).close()
     return trunk
 

@@ -17,8 +17,9 @@ class Endpoint:
     the old error meanwhile.
     """
 
-    def __init__(self, address: str, credentials: Credentials) -> None:
+    def __init__(self, address: str, credentials: Credentials, via: str | None = None) -> None:
         self.address = address
+        self._via = via
         self.breaker = Breaker()
         self._credentials = credentials
         self._idle: list[grpc.Channel] = []
@@ -26,7 +27,7 @@ class Endpoint:
 
     def take(self) -> grpc.Channel:
         """An idle channel, or a new one."""
-        return self._idle.pop() if self._idle else open_channel(self.address, self._credentials)
+        return self._idle.pop() if self._idle else open_channel(self.address, self._credentials, self._via)
 
     def give_back(self, channel: grpc.Channel) -> None:
         """The user of `channel` is done with it, and it works."""

@@ -63,10 +63,19 @@ class RetryBudget:
 
 
 class Endpoints:
-    """A trunk's addresses, of which one is current. `open` gives a session at one that works."""
+    """A trunk's addresses, of which one is current. `open` gives a session at one that works. `via` has the address to
+    connect to for each of them, where that is another one."""
 
-    def __init__(self, addresses: Sequence[str], served: Served, timeout_s: float, credentials: Credentials) -> None:
-        self._endpoints = {address: Endpoint(address, credentials) for address in addresses}
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        served: Served,
+        timeout_s: float,
+        credentials: Credentials,
+        via: Sequence[str] = (),
+    ) -> None:
+        ways = zip(addresses, via or (None,) * len(addresses), strict=True)
+        self._endpoints = {address: Endpoint(address, credentials, near) for address, near in ways}
         self._order = deque(addresses)  # the current one is first
         self._served = served
         self._timeout_s = timeout_s

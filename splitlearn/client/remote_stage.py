@@ -30,13 +30,20 @@ TOLD = 0.9
 
 
 class RemoteStage:
-    """The trunk at the first of `addresses` that works. `facts` holds what it last said of itself. Raises TrunkError
-    throughout."""
+    """The trunk at the first of `addresses` that works; `via` is that of `Endpoints`. `facts` holds what the trunk last
+    said of itself. Raises TrunkError throughout."""
 
-    def __init__(self, addresses: Sequence[str], served: Served, timeout_s: float, shown: Credentials = NONE) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        served: Served,
+        timeout_s: float,
+        shown: Credentials = NONE,
+        via: Sequence[str] = (),
+    ) -> None:
         self.served = served
         self.facts = TrunkFacts()
-        self._endpoints = Endpoints(addresses, served, timeout_s, shown)
+        self._endpoints = Endpoints(addresses, served, timeout_s, shown, via)
 
     def open(self, settings: SessionSettings, max_length: int) -> "RemoteSession":
         """Open a session; refused unless the trunk serves exactly what is asked for."""

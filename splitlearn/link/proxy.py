@@ -31,7 +31,7 @@ PIECE_BYTES = 16384
 BUFFER_BYTES = 8 << 20
 """Most bytes under way in one direction of a connection. Without a limit of bandwidth they are one: 8 MiB in half an
 RTT of 50 ms are 2.7 Gbit/s."""
-MOST_CONNECTIONS = 64
+MOST_CONNECTIONS = 128
 MOST, SHORT_S = 0.98, 0.0002
 # How much earlier a timer is set than it is to end, at most, and the weight of the last lateness in the mean.
 MOST_EARLY_S, WEIGHT = 0.0005, 1 / 16

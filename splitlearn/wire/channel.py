@@ -58,19 +58,21 @@ def credentials(settings: TrunkConfig) -> Credentials:
     return Credentials(ca, certificate, key, tls.server_name, _token(settings.token))
 
 
-def open_channel(address: str, identity: Credentials = NONE) -> grpc.Channel:
-    """A channel to the trunk at `address`. It connects on first use.
+def open_channel(address: str, identity: Credentials = NONE, via: str | None = None) -> grpc.Channel:
+    """A channel to the trunk at `address`. It connects on first use, to `via` where that is given: a proxy before the
+    trunk, whose certificate still has to name `address`.
 
     Raises InputError if a token would go over a network in plaintext.
     """
     options = (*_OPTIONS, *KEEP_ALIVE)
     if identity.ca is not None:
         secure = grpc.ssl_channel_credentials(identity.ca, identity.key, identity.certificate)
-        name = (("grpc.ssl_target_name_override", identity.server_name),) if identity.server_name else ()
-        channel = grpc.secure_channel(address, secure, options=(*options, *name))
+        name = identity.server_name or (Address.parse(address).host if via else None)
+        override = (("grpc.ssl_target_name_override", name),) if name else ()
+        channel = grpc.secure_channel(via or address, secure, options=(*options, *override))
     else:
         plain = address if identity.token is None else _on_loopback(address)
-        channel = grpc.insecure_channel(plain, options=options)
+        channel = grpc.insecure_channel(via or plain, options=options)
     return channel if identity.token is None else grpc.intercept_channel(channel, _TokenInterceptor(identity.token))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 
 from server.auth import tokens
@@ -19,7 +20,9 @@ from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.flags.selection import FlagSet
 from splitlearn.runtime.progress import silent
 from splitlearn.wire import channel
-from splitlearn.wire.channel import NONE, Credentials
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import NONE, Credentials, open_channel
+from splitlearn.wire.stub import TrunkStub
 from tests.conftest import TinyFactory
 from tests.support.pki import Authority, Issued
 from tests.support.trunk import TrunkHere, hidden, serve, serve_here, served, settings
@@ -71,6 +74,18 @@ def test_a_session_over_tls_is_answered(tls: TrunkHere, pki: Pki, files: ModelFi
 
 def test_a_client_with_a_certificate_of_the_authority_is_let_in(mutual: TrunkHere, pki: Pki) -> None:
     assert describe(mutual.address, pki.ours.credentials(pki.client)).hidden_size == 48
+
+
+def test_a_certificate_has_to_name_the_trunk_and_not_the_link_before_it(pki: Pki, files: ModelFiles) -> None:
+    named = pki.ours.issue("trunk.test")
+    with serve_here(files, tls=named.settings()) as here:
+        with open_channel("trunk.test:50051", pki.ours.credentials(), here.address) as channel:
+            assert TrunkStub(channel).describe(pb.DescribeRequest(), timeout=20).hidden_size == 48
+        with (
+            open_channel("other.test:50051", pki.ours.credentials(), here.address) as channel,
+            pytest.raises(grpc.RpcError, match="Hostname Verification"),
+        ):
+            TrunkStub(channel).describe(pb.DescribeRequest(), timeout=20)
 
 
 REFUSED: dict[str, tuple[str, Callable[[Pki], Credentials], str]] = {
