@@ -1,0 +1,73 @@
+"""Two sentences with figures on the costs of all cuts: does splitting help, and where to cut."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from splitlearn.planning.costs import CutCost, Rates, best
+
+SAME = 0.02
+"""Differences in TPOT below this share are none."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """`helps`: whether the fastest cut has less TPOT than the full model. `chosen` is the cut for the client's memory,
+    the fastest one without a limit; None if none fits."""
+
+    helps: bool
+    fastest: CutCost
+    smallest: CutCost
+    chosen: CutCost | None
+    does_it_help: str
+    where_to_cut: str
+
+
+def advise(found: Sequence[CutCost], rates: Rates, client_memory_bytes: float | None = None) -> Advice:
+    """The advice for the costs of all cuts, and a client with so much memory (None: any)."""
+    fastest = min(found, key=lambda cost: (cost.tpot_s, cost.client_memory_bytes))
+    smallest = min(found, key=lambda cost: (cost.client_memory_bytes, cost.tpot_s))
+    chosen = fastest if client_memory_bytes is None else best(found, client_memory_bytes)
+    helps = fastest.tpot_s < (1 - SAME) * rates.full_tpot_s
+    return Advice(
+        helps,
+        fastest,
+        smallest,
+        chosen,
+        _help(helps, fastest, smallest, rates),
+        _where(chosen, smallest, rates, client_memory_bytes),
+    )
+
+
+def _help(helps: bool, fastest: CutCost, smallest: CutCost, rates: Rates) -> str:
+    full, ratio = f"{_ms(rates.full_tpot_s)} a token", fastest.tpot_s / rates.full_tpot_s
+    cut = f"the fastest cut, trunk layers {_range(fastest)}, takes {_ms(fastest.tpot_s)} a token ({ratio:.2f} times)"
+    memory = f"the client needs {_mb(smallest.client_memory_bytes)} at least, against {_mb(rates.full_memory_bytes)}"
+    if helps:
+        return f"Splitting is faster here: {cut}, the full model alone {full}; {memory}."
+    if smallest.client_memory_bytes < rates.full_memory_bytes:
+        return f"Splitting is not faster here: the full model alone takes {full}, {cut}. It saves memory: {memory}."
+    return f"Splitting does not help here: the full model alone takes {full}, {cut}, and {memory}."
+
+
+def _where(chosen: CutCost | None, smallest: CutCost, rates: Rates, limit: float | None) -> str:
+    if chosen is None:
+        return (
+            f"No cut fits a client of {_mb(limit or 0)}: the least is {_mb(smallest.client_memory_bytes)}, with trunk "
+            f"layers {_range(smallest)}, of which the libraries take {_mb(rates.import_bytes)}."
+        )
+    who = "Without a limit of memory" if limit is None else f"For a client of {_mb(limit)}"
+    memory = f"{_mb(chosen.client_memory_bytes)} at the client and {_mb(chosen.trunk_memory_bytes)} at the trunk"
+    share = f"the client computes {chosen.client_compute_share:.0%}"
+    return f"{who}, cut at {_range(chosen)}: {_ms(chosen.tpot_s)} a token, {memory}; {share}."
+
+
+def _range(cost: CutCost) -> str:
+    return f"[{cost.start}, {cost.end})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"

@@ -1,0 +1,168 @@
+"""What each cut of a model costs: time, bytes and memory of every trunk range [start, end), from measured rates.
+
+    found = cut_costs(anatomy, rates, Link(rtt_ms=20), context=2048)
+    front = pareto(found)                           # no other cut is both faster and smaller at the client
+    chosen = best(found, client_memory_bytes=700e6)
+
+Pure functions on records: no torch, and no clock. docs/planning.md has the formulas and how far off they are.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from splitlearn.link.emulated import Link
+from splitlearn.planning.anatomy import Anatomy, Layer, decode_flops, kv_values
+
+OPEN_BYTES = 512
+"""Of the message that opens a session, and of its answer, at most."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured on the client's and the trunk's machine, with some flags. Times in seconds.
+
+    A decode step takes `bottom_s` (embeddings), `top_s` (norm, head), `trunk_s` (what a step costs whatever its
+    layers), `*_layer_s` for each layer, and `around_s` for the rest: encoding, the measured link, sampling. Of the
+    trunk's time `overlapped_s` passes while the client works itself. The first step takes `start_s` for the rest, and
+    `*_prefill_s` for each layer and each token of the prompt after the first.
+
+    Peak memory of a process is `*_base_bytes` and `*_weight_ratio` times the weights of its layers. `full_*` are those
+    of the whole model in one process at the client. `context` tokens were in the cache in the end.
+    """
+
+    client_layer_s: float
+    trunk_layer_s: float
+    bottom_s: float
+    top_s: float
+    trunk_s: float
+    around_s: float
+    overlapped_s: float
+    client_prefill_s: float
+    trunk_prefill_s: float
+    start_s: float
+    bytes_up: float
+    bytes_down: float
+    prompt_token_bytes: float
+    prompt_tokens: int
+    context: int
+    client_base_bytes: float
+    client_weight_ratio: float
+    trunk_base_bytes: float
+    trunk_weight_ratio: float
+    import_bytes: int
+    full_tpot_s: float
+    full_ttft_s: float
+    full_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class CutCost:
+    """What a trunk of the layers `[start, end)` costs. Memory is the peak of a process, its imports included.
+
+    Bytes up and down are those of a decoded token. `client_compute_share` is the client's part of a token's FLOPs.
+    """
+
+    start: int
+    end: int
+    tpot_s: float
+    ttft_s: float
+    bytes_up: float
+    bytes_down: float
+    client_weight_bytes: int
+    client_memory_bytes: float
+    client_kv_bytes: int
+    trunk_weight_bytes: int
+    trunk_memory_bytes: float
+    trunk_kv_bytes: int
+    client_compute_share: float
+
+
+def cut_costs(anatomy: Anatomy, rates: Rates, link: Link, context: int) -> tuple[CutCost, ...]:
+    """The costs of every cut, over `link` in addition to the one that was measured; memory for `context` tokens."""
+    n = anatomy.n_layers
+    return tuple(cut_cost(anatomy, rates, link, context, s, e) for s in range(n) for e in range(s + 1, n + 1))
+
+
+def cut_cost(anatomy: Anatomy, rates: Rates, link: Link, context: int, start: int, end: int) -> CutCost:
+    """The costs of one cut."""
+    bottom, trunk, top = anatomy.layers[:start], anatomy.layers[start:end], anatomy.layers[end:]
+    client, size = (*bottom, *top), anatomy.bytes_per_value
+    around = anatomy.entrance + anatomy.exit + anatomy.shared + anatomy.everywhere
+    weights, trunk_weights = layer_bytes(anatomy, client), layer_bytes(anatomy, trunk)
+    kv, trunk_kv = kv_values(client) * size, kv_values(trunk) * size
+    more = max(0, context - rates.context)
+    head = 2 * (anatomy.entrance_matmul_parameters + anatomy.exit_matmul_parameters)
+    return CutCost(
+        start=start,
+        end=end,
+        tpot_s=tpot_s(anatomy, rates, link, start, end),
+        ttft_s=_ttft_s(anatomy, rates, link, start, end),
+        bytes_up=rates.bytes_up,
+        bytes_down=rates.bytes_down,
+        client_weight_bytes=weights + around * size,
+        client_memory_bytes=rates.client_base_bytes + rates.client_weight_ratio * weights + kv * more,
+        client_kv_bytes=kv * context,
+        trunk_weight_bytes=trunk_weights + anatomy.everywhere * size,
+        trunk_memory_bytes=rates.trunk_base_bytes + rates.trunk_weight_ratio * trunk_weights + trunk_kv * more,
+        trunk_kv_bytes=trunk_kv * context,
+        client_compute_share=(decode_flops(client, context) + head) / (decode_flops(anatomy.layers, context) + head),
+    )
+
+
+def tpot_s(anatomy: Anatomy, rates: Rates, link: Link, start: int, end: int) -> float:
+    """TPOT = client + max(0, trunk + link - overlapped) + around.
+
+    The link's time is RTT + 8 * bytes / bandwidth (docs/results/links.md). What overlaps is what the client still has
+    to compute when the step has left it, so that a trunk and a link that are quicker than that cost nothing.
+    """
+    far = trunk_step_s(anatomy, rates, start, end)
+    far += link.up.expected_s(round(rates.bytes_up)) + link.down.expected_s(round(rates.bytes_down))
+    return client_step_s(anatomy, rates, start, end) + max(0.0, far - rates.overlapped_s) + rates.around_s
+
+
+def client_step_s(anatomy: Anatomy, rates: Rates, start: int, end: int) -> float:
+    """The client's computing for a token: embeddings, its layers, norm and head."""
+    layers = units(anatomy, anatomy.layers[:start]) + units(anatomy, anatomy.layers[end:])
+    return rates.bottom_s + rates.top_s + layers * rates.client_layer_s
+
+
+def trunk_step_s(anatomy: Anatomy, rates: Rates, start: int, end: int) -> float:
+    """The trunk's computing for a token."""
+    return rates.trunk_s + units(anatomy, anatomy.layers[start:end]) * rates.trunk_layer_s
+
+
+def _ttft_s(anatomy: Anatomy, rates: Rates, link: Link, start: int, end: int) -> float:
+    """Opening a session takes a round trip, and the prompt another one, with a hidden state for each of its tokens."""
+    prompt, more = round(rates.prompt_tokens * rates.prompt_token_bytes), rates.prompt_tokens - 1
+    trunk = units(anatomy, anatomy.layers[start:end])
+    near = client_step_s(anatomy, rates, start, end)
+    near += (units(anatomy, anatomy.layers) - trunk) * more * rates.client_prefill_s
+    far = trunk_step_s(anatomy, rates, start, end) + trunk * more * rates.trunk_prefill_s
+    wire = sum(way.expected_s(size) for way in (link.up, link.down) for size in (OPEN_BYTES, prompt))
+    return near + far + wire + rates.start_s
+
+
+def units(anatomy: Anatomy, layers: Iterable[Layer]) -> float:
+    """How many layers these are, counted by what is multiplied in each: 1 is the model's mean layer."""
+    mean = sum(layer.matmul_parameters for layer in anatomy.layers) / anatomy.n_layers
+    return sum(layer.matmul_parameters for layer in layers) / mean
+
+
+def layer_bytes(anatomy: Anatomy, layers: Iterable[Layer]) -> int:
+    """Bytes of the weights of these layers, as the dtype has them."""
+    return sum(layer.parameters for layer in layers) * anatomy.bytes_per_value
+
+
+def pareto(found: Iterable[CutCost]) -> tuple[CutCost, ...]:
+    """The cuts of which no other one has both less TPOT and less client memory, from the smallest client on."""
+    front: list[CutCost] = []
+    for each in sorted(found, key=lambda cost: (cost.client_memory_bytes, cost.tpot_s)):
+        if not front or each.tpot_s < front[-1].tpot_s:
+            front.append(each)
+    return tuple(front)
+
+
+def best(found: Sequence[CutCost], client_memory_bytes: float) -> CutCost | None:
+    """The fastest cut whose client fits in so much memory, of equal ones the smallest; None if none fits."""
+    fits = [cost for cost in found if cost.client_memory_bytes <= client_memory_bytes]
+    return min(fits, key=lambda cost: (cost.tpot_s, cost.client_memory_bytes), default=None)
