@@ -9,6 +9,7 @@ from splitlearn.arms import worker_main
 from splitlearn.arms.capabilities import Question
 from splitlearn.arms.capabilities_main import place_of
 from splitlearn.arms.compare import compare as compare_arms
+from splitlearn.arms.link_cost import link_cost
 from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import ArmSpec
 from splitlearn.arms.worker_main import Arm
@@ -19,6 +20,7 @@ from splitlearn.errors import SplitlearnError
 from splitlearn.events import Event, GenerationRequest, Kind
 from splitlearn.flags import selection
 from splitlearn.flags.registry import SIDES
+from splitlearn.link.words import parse
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.progress import silent
 from splitlearn.sampling import SamplingParams
@@ -127,6 +129,7 @@ def compare(
     end: int | None = None,
     *,
     trunk: str | None = None,
+    link: str | None = None,
     flags: str = "auto",
     max_new_tokens: int = 64,
     chat: bool | str = True,
@@ -141,17 +144,21 @@ def compare(
     """Run a prompt through the full and the split model, each in a process of its own, and compare them.
 
     Returns the object that `splitlearn compare --json` prints (docs/command-line.md): seconds and bytes. Without
-    `trunk`, a trunk server is started for it. Arguments and errors are those of `load_split` and `generate`. Call it
-    below `if __name__ == "__main__":`, as everything that starts processes.
+    `trunk`, a trunk server is started for it. `link` emulates a link to the trunk, in words (docs/links.md). The other
+    arguments and errors are those of `load_split` and `generate`. Call it below `if __name__ == "__main__":`, as
+    everything that starts processes.
     """
     request = _request(prompt, max_new_tokens, chat, ignore_eos, stop, samples, sampling)
     settings = _settings(model, dtype, device, threads, start, end, trunk, chat)
+    settings = settings if link is None else config.with_link(settings, str(parse(link)))
     with Runs(settings, silent) as runs:
         runs.check_trunk()
-        found = compare_arms(runs, request, runs.flags(flags))
+        chosen = runs.flags(flags)
+        found = compare_arms(runs, request, chosen)
+        cost = link_cost(runs, request, chosen, found.split) if found is not None else None
     if found is None:  # nothing sets the cancellation here
         raise SplitlearnError("The comparison ended early.")
-    return found.as_json()
+    return {**found.as_json(), "link": cost and cost.as_json()}
 
 
 def _settings(

@@ -52,11 +52,12 @@ def compare(
     seed: Seed = 0,
     samples: Samples = 1,
     trunk: options.Trunks = None,
+    link: options.Link = None,
     as_json: options.Json = False,
     config: options.ConfigFile = None,
 ) -> Job:
     """Run one prompt through the full and the split model."""
-    settings = options.settings(config, trunk)
+    settings = options.settings(config, trunk, link)
     if raw and chat_template is not None:
         raise InputError("chat_template", chat_template, "either --chat-template or --raw")
     defaults = settings.generation
@@ -78,18 +79,23 @@ def compare(
 
 def _run(config: "Config", request: GenerationRequest, flags: str, as_json: bool) -> None:
     from splitlearn.arms.compare import compare
+    from splitlearn.arms.link_cost import link_cost
     from splitlearn.arms.runs import Runs
-    from splitlearn.cli.tables import print_comparison, watch
+    from splitlearn.cli.tables import print_comparison, print_link, watch
     from splitlearn.runtime.progress import on_console
     from splitlearn.runtime.terminal import say
 
     with on_console() as progress, Runs(config, progress) as runs:
         chosen = runs.flags(flags)
         runs.check_trunk()
-        found = compare(runs, request, chosen, watch(progress, request.samples * request.max_new_tokens))
+        show = watch(progress, request.samples * request.max_new_tokens)
+        found = compare(runs, request, chosen, show)
+        cost = link_cost(runs, request, chosen, found.split, show) if found is not None else None
     if found is None:  # nothing sets the cancellation here
         raise SplitlearnError("The comparison ended early.")
     if as_json:
-        say(json.dumps(found.as_json(), indent=2))
-    else:
-        print_comparison(found)
+        say(json.dumps({**found.as_json(), "link": cost and cost.as_json()}, indent=2))
+        return
+    print_comparison(found)
+    if cost is not None:
+        print_link(cost)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitlearn.errors import InputError
+from splitlearn.link.words import parse
 from splitlearn.runtime import programs, proxies
 from splitlearn.runtime.command_line import whole
 
@@ -27,6 +28,10 @@ Flags = Annotated[
 Words = Annotated[list[str] | None, typer.Argument(metavar="SIDE:FLAGS", hidden=True)]
 """What follows `--flags` and is no option: the groups of the other sides."""
 Trunks = Annotated[str | None, typer.Option("--trunk", metavar="HOST:PORT[,...]", help="overrides trunk.address")]
+Link = Annotated[
+    str | None,
+    typer.Option("--link", metavar="LINK", help="emulate a link: wifi, 4g, ... or rtt=50ms,up=10mbit,down=100mbit"),
+]
 Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="prompts to use, one a line")]
 MaxNewTokens = Annotated[
     int | None,
@@ -37,13 +42,14 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="a new fo
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout and nothing else there")]
 
 
-def settings(path: Path | None, trunk: str | None = None) -> "Config":
-    """The settings of `path`, or of the checkout, with another trunk address where one is given."""
+def settings(path: Path | None, trunk: str | None = None, link: str | None = None) -> "Config":
+    """The settings of `path`, or of the checkout, with another trunk address and emulated link where they are given."""
     from splitlearn import config as configuration  # slow to import, and not needed for --help
 
     proxies.settle()
     found = configuration.load(path or programs.own_config())
-    return found if trunk is None else configuration.with_trunk(found, trunk)
+    found = found if trunk is None else configuration.with_trunk(found, trunk)
+    return found if link is None else configuration.with_link(found, str(parse(link)))
 
 
 def chosen_flags(flags: str | None, words: list[str] | None, config: "Config") -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.text import Text
 
 from splitlearn.arms.compare import Comparison, Watch
+from splitlearn.arms.link_cost import LinkCost
 from splitlearn.arms.runs import ArmReport, Item, Restart
 from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.catalogue import ModelStatus
@@ -51,6 +52,17 @@ def print_comparison(found: Comparison) -> None:
         where = f" of sample {differ[0] + 1}" if found.full.others else ""
         verdict = f"they differ from token {differ[1] + 1}{where} on"
     say(f"Tokens of full and split: {verdict}. One run of each (n = 1).")
+
+
+def print_link(cost: LinkCost) -> None:
+    """The emulated link beside the real one, and what it was to cost and cost."""
+    say(f"Link: {cost.link.summary} (emulated); the real one has a round trip of {_milliseconds(cost.real_rtt_s)}.")
+    table = PlainTable("split", "without the link", "predicted with it", "measured", "measured / predicted")
+    for label, times in (("TTFT", cost.ttft), ("TPOT", cost.tpot)):
+        _, predicted, measured = times
+        ratio = f"{measured / predicted:.3f}" if measured and predicted else ""
+        table.add_row(label, *map(_milliseconds, times), ratio)
+    console().print(table)
 
 
 def print_models(rows: Sequence[ModelStatus], cache: Path) -> None:

@@ -1,27 +1,20 @@
 """The environment of an experiment: `fingerprint` describes it, `differences` says what differs between two."""
 
-import statistics
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
-import grpc
 import psutil
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from splitlearn.address import Address, is_loopback
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
+from splitlearn.client.round_trip import round_trip_s
 from splitlearn.config import EMBEDDED
 from splitlearn.runtime import hardware
 from splitlearn.runtime.process import default_threads
-from splitlearn.wire.channel import NONE, Credentials, open_channel
-from splitlearn.wire.status import error_of
 
-ROUND_TRIPS, WARM_UP = 20, 5
-TIMEOUT_S = 10.0
 # These vary by themselves: identity, never compared.
 VARIES = frozenset({"rtt_s", "cpu_mhz"})
 
@@ -41,6 +34,7 @@ def fingerprint(runs: Runs) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "split": {"start": plan.start, "end": plan.end, "n_layers": plan.n_layers},
         "trunk": {**known["trunk"], "address": EMBEDDED if config.trunk.embedded else "host"},
+        "link": str(runs.link),
         "rtt_s": round_trip_s(runs.trunk_address(), runs.credentials),
     }
 
@@ -50,24 +44,6 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     first, second = dict(_flat(one)), dict(_flat(other))
     names = [name for name in {**first, **second} if name not in VARIES and first.get(name) != second.get(name)]
     return [f"{name}: {_text(first.get(name))} and {_text(second.get(name))}" for name in names]
-
-
-def round_trip_s(address: str, identity: Credentials = NONE) -> float:
-    """The round trip to the trunk at `address` in seconds: the median of 20 gRPC health checks over one open channel.
-
-    Raises TrunkError.
-    """
-    request, spent = health_pb2.HealthCheckRequest(), []
-    with open_channel(address, identity) as channel:
-        check = health_pb2_grpc.HealthStub(channel).Check
-        for _ in range(WARM_UP + ROUND_TRIPS):
-            started = time.perf_counter()
-            try:
-                check(request, timeout=TIMEOUT_S)
-            except grpc.RpcError as error:
-                raise error_of(error, address) from error
-            spent.append(time.perf_counter() - started)
-    return statistics.median(spent[WARM_UP:])
 
 
 def trunk_pid(address: str) -> int | None:

@@ -52,11 +52,6 @@ class Proxy:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def alive(self) -> bool:
-        """Whether the process runs."""
-        return self._child.alive()
-
     def route(self, target: str) -> str:
         """The loopback address that leads over the link to `target`."""
         if target not in self._routes:

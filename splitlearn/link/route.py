@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from splitlearn.address import Address, loopback
+from splitlearn.errors import WorkerDied
 from splitlearn.link.emulated import Link
 from splitlearn.link.proxy import Proxy
 
@@ -17,17 +18,22 @@ class Routes:
         """Where to connect for each of `addresses`, over `link` from now on; nothing where there is no link."""
         if link == Link():
             return ()
-        if self._proxy is None or not self._proxy.alive:
+        try:
+            return self._over(link, addresses)
+        except WorkerDied:
             self.close()
-            self._proxy = Proxy()
-        self._proxy.shape(link)
-        return tuple(self._proxy.route(_fixed(address)) for address in addresses)
+            return self._over(link, addresses)
 
     def close(self) -> None:
         """End the proxy."""
         if self._proxy is not None:
             self._proxy.close()
         self._proxy = None
+
+    def _over(self, link: Link, addresses: Sequence[str]) -> tuple[str, ...]:
+        self._proxy = self._proxy or Proxy()
+        self._proxy.shape(link)
+        return tuple(self._proxy.route(_fixed(address)) for address in addresses)
 
 
 def _fixed(address: str) -> str:

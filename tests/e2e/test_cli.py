@@ -123,7 +123,7 @@ def test_compare_prints_one_object_with_both_arms_and_nothing_else(files: ModelF
         check_arm(found[arm], 16)
     assert found["model"] == files.name
     assert found["split"] == {"start": 2, "end": 4, "n_layers": 6}
-    assert (found["identical_tokens"], found["first_divergence"]) == (True, None)
+    assert (found["identical_tokens"], found["first_divergence"], found["link"]) == (True, None, None)
     assert found["full"]["token_ids"] == found["split_run"]["token_ids"]
     assert "use_cache" in found["flags"]
     assert "torch_compile" not in found["flags"]
@@ -133,6 +133,25 @@ def test_compare_prints_one_object_with_both_arms_and_nothing_else(files: ModelF
     assert found["prompt"]["text"] == "<|user|>Why is the sky blue?<|end|><|assistant|>"
     assert found["prompt"]["control_tokens"] == ["<|user|>", "<|end|>", "<|assistant|>"]
     assert len(found["prompt"]["token_ids"]) == found["full"]["prompt_tokens"]
+
+
+def test_compare_over_a_link_has_what_was_predicted_and_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    asked = ["compare", "--max-new-tokens", "4", "--ignore-eos", "--link", "lan,rtt=40ms", "--config", "config.yaml"]
+    assert command_line.main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    link = found["link"]
+    assert found["identical_tokens"]
+    assert link["emulated"]["words"] == "rtt=40ms,up=1000mbit,down=1000mbit"
+    assert link["predicted"]["tpot_s"] > link["without"]["tpot_s"] + 0.04
+    assert link["measured"]["tpot_s"] == found["split_run"]["tpot_s"] > 0.039
+    assert link["real_rtt_s"] > 0
+    assert command_line.main(asked) == 0
+    said = capsys.readouterr().out
+    for word in ("40 ms, 1000 Mbit/s up, 1000 Mbit/s down (emulated)", "predicted", "measured / predicted"):
+        assert word in said
 
 
 def test_compare_gives_every_sample_and_the_tokens_per_second_of_all(
@@ -201,6 +220,8 @@ def test_compare_prints_a_table_for_people(
         (["--flags", "side:all"], ["full:, client:, trunk:"]),
         (["--flags", "trunk:use_fast"], ["flags: 'use_fast'", "does not act on this side"]),
         (["--prompt", "word " * 2000], ["prompt: ", "tokens", "at most 511 tokens: the context holds 512"]),
+        (["--link", "wify"], ["link: 'wify'", "wifi, 4g"]),
+        (["--link", "rtt=5"], ["link: 'rtt=5'", "rtt=5ms"]),
         (["--max-new-tokens", "511"], ["max_new_tokens: 511", "of the context's 512 tokens"]),
     ],
     ids=lambda value: " ".join(value)[:40] if value and value[0].startswith("--") else "",
@@ -224,6 +245,7 @@ def test_what_cannot_be_asked_is_one_line_with_what_would_be_right(
         ({"split": {"end": 7}}, ["split.end: 7", "to 6"]),
         ({"generation": {"max_new_tokens": 0}}, ["generation.max_new_tokens: 0"]),
         ({"generation": {"max_new_tokens": "x"}}, ["generation.max_new_tokens: 'x'", "integer"]),
+        ({"trunk": {"link": "rtt=5"}}, ["trunk.link: 'rtt=5'", "rtt=5ms"]),
         ({"trunk": {"address": "x"}}, ["trunk.address: 'x'", "host:port"]),
         ({"model": {"name": "no-such-model"}}, ["model.name: 'no-such-model'", "smollm2-135m-instruct"]),
         ({"model": {"dtype": "float8"}}, ["model.dtype: 'float8'", "'float32', 'bfloat16' or 'float16'"]),

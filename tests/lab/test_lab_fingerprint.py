@@ -18,8 +18,9 @@ from splitlearn import config
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.round_trip import round_trip_s
 from splitlearn.errors import TrunkError
-from splitlearn.lab.environment import differences, fingerprint, round_trip_s, trunk_pid
+from splitlearn.lab.environment import differences, fingerprint, trunk_pid
 from splitlearn.runtime import hardware, process
 from splitlearn.runtime.load import reading
 from splitlearn.runtime.progress import silent
