@@ -75,7 +75,7 @@ def _added(spec: ArmSpec) -> tuple[int, TrunkFacts | None]:
     worker.start()
     try:
         ready = raised(ours.recv())
-        ours.send(REQUEST)
+        ours.send((spec.flags, REQUEST))
         while not isinstance(end := raised(ours.recv()), ArmEnd):
             pass
     finally:

@@ -1,10 +1,11 @@
-"""The composition root: from a configuration to arms that run, each in a worker process of its own.
+"""The composition root: from a configuration to arms that run in worker processes.
 
     with Runs(config, progress) as runs:
         for item in runs.stream("split", flags, request): ...      # events, and an ArmReport at the end
 
-One arm runs at a time, since two at once on one machine measure each other. Workers stay loaded, up to
-`runs.warm_workers` or as memory allows, and have run a few tokens before anything of them is counted.
+One arm runs at a time, since two at once on one machine measure each other. Arms that differ only in session flags
+share a worker. Workers stay loaded, up to `runs.warm_workers` or as memory allows, and have run a few tokens with an
+arm's flags before anything of it is counted.
 """
 
 import itertools
@@ -268,9 +269,10 @@ class Runs:
 
     def _warm_worker(self, spec: ArmSpec, request: GenerationRequest, stop: threading.Event) -> Worker | None:
         """The worker of `spec`, loaded and warm. None when `stop` was set before."""
-        worker = self._workers.obtain(spec, lambda: Worker.start(spec, stop))
+        loaded = spec.loaded()
+        worker = self._workers.obtain(loaded, lambda: Worker.start(loaded, stop))
         if worker is not None:
-            worker.warm_up(request, stop)
+            worker.warm_up(spec.flags, request, stop)
         return None if stop.is_set() else worker
 
     def close(self) -> None:
@@ -323,12 +325,12 @@ class Runs:
         """The run that counts, and those before it in which something was compiled."""
         for restarts in itertools.count():
             seen: list[Event | ArmEnd] = []
-            for item in worker.generate(request, stop):
+            for item in worker.generate(spec.flags, request, stop):
                 seen.append(item)
                 if not isinstance(item, ArmEnd):
                     yield item
             compiled = compile_seconds(seen)
-            worker.compile_s += compiled
+            worker.compile_s[spec.flags] += compiled
             found = of_samples((item for item in seen if not isinstance(item, ArmEnd)), request.samples)
             if compiled and not stop.is_set():
                 if restarts == MOST_RESTARTS:
@@ -345,7 +347,7 @@ class Runs:
             kind=spec.kind,
             metrics=found[0],
             load_s=worker.ready.load_s,
-            compile_s=worker.compile_s,
+            compile_s=worker.compile_s[spec.flags],
             import_rss_bytes=worker.ready.import_rss_bytes,
             peak_rss_bytes=end.peak_rss_bytes,
             dtype=self.dtype,

@@ -1,11 +1,12 @@
 """What a worker process is told and what it sends back: records alone, so that the page's process can read them
 without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import Served, TrunkFacts
 from splitlearn.events import Kind as Kind
+from splitlearn.flags.registry import SIDES, of_scope
 from splitlearn.flags.selection import FlagSet
 from splitlearn.models.plan import SplitPlan
 from splitlearn.wire.channel import NONE, Credentials
@@ -35,6 +36,12 @@ class ArmSpec:
 
     def __hash__(self) -> int:
         return hash((self.kind, self.files.digest, self.flags, self.addresses, self.copy, self.via))
+
+    def loaded(self) -> "ArmSpec":
+        """What the worker process is started with: without session flags, which each generation brings. Arms that
+        differ in nothing else share a process."""
+        kept = {side: of_scope(self.flags.of(side), "load", "process") for side in SIDES}
+        return replace(self, flags=FlagSet(**kept))
 
     def served(self) -> Served:
         """What the trunk must serve."""

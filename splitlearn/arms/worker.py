@@ -2,12 +2,14 @@
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec
 from splitlearn.errors import SplitlearnError, WorkerDied
 from splitlearn.events import Event, GenerationRequest, TokenEvent
+from splitlearn.flags.selection import FlagSet
 from splitlearn.runtime import process
 from splitlearn.runtime.process import Child, raised
 
@@ -23,13 +25,13 @@ def start(spec: ArmSpec) -> Child:
 
 @dataclass
 class Worker:
-    """A running worker process, for how many samples at once it is warm, and what it has compiled so far, in
-    seconds."""
+    """A running worker process. `warm` has the flags and numbers of samples that it has run; `compile_s` the seconds of
+    compilation so far, by flags."""
 
     child: Child
     ready: ArmReady
-    warm: set[int] = field(default_factory=set)
-    compile_s: float = 0.0
+    warm: set[tuple[FlagSet, int]] = field(default_factory=set)
+    compile_s: dict[FlagSet, float] = field(default_factory=lambda: defaultdict(float))
 
     @classmethod
     def start(cls, spec: ArmSpec, stop: threading.Event) -> "Worker | None":
@@ -57,17 +59,18 @@ class Worker:
         """End the process."""
         self.child.stop()
 
-    def warm_up(self, request: GenerationRequest, stop: threading.Event) -> None:
-        """Run a few tokens of `request`, unless something with as many samples was run before."""
-        if request.samples not in self.warm:
+    def warm_up(self, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> None:
+        """Run a few tokens of `request`, unless something with these flags and as many samples was run before."""
+        if (flags, request.samples) not in self.warm:
             short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
-            self.compile_s += compile_seconds(self.generate(short, stop))
+            self.compile_s[flags] += compile_seconds(self.generate(flags, short, stop))
             if not stop.is_set():
-                self.warm.add(request.samples)
+                self.warm.add((flags, request.samples))
 
-    def generate(self, request: GenerationRequest, stop: threading.Event) -> Iterator[Event | ArmEnd]:
-        """What the worker sends for one request, up to its ArmEnd. Raises the error that it sends instead."""
-        self.child.send(request)
+    def generate(self, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[Event | ArmEnd]:
+        """What the worker sends for one request under `flags`, up to its ArmEnd. Raises the error that it sends
+        instead."""
+        self.child.send((flags, request))
         ended = False
         try:
             while not ended and not stop.is_set():

@@ -1,7 +1,8 @@
 """One way of running a prompt, in a worker process of its own: what it loads, and the life of the worker.
 
-The worker loads its stages, says `ArmReady`, then answers each request with events and an `ArmEnd`, or an error. It
-looks for a cancellation between two steps.
+The worker loads its stages, says `ArmReady`, then answers each (flags, request) with events and an `ArmEnd`, or an
+error. The flags of a request may differ from those it was loaded with in session flags. It looks for a cancellation
+between two steps.
 """
 
 import pickle
@@ -9,6 +10,7 @@ from collections import abc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing.connection import Connection
 
 from splitlearn.arms import draft_model
@@ -17,6 +19,7 @@ from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.errors import as_error
 from splitlearn.events import Event, GenerationRequest
 from splitlearn.flags.registry import Settings, settings
+from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.chain import Link
 from splitlearn.generation.generator import Generator
 from splitlearn.generation.speculation import Proposer
@@ -33,9 +36,11 @@ COMPILE_TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm in memory: what generates, its trunk if that is remote, and what loading took."""
+    """An arm in memory: what generates under the flags it was loaded with and under others that differ in session
+    flags, its trunk if that is remote, and what loading took."""
 
     answers: Generator
+    under: Callable[[FlagSet], Generator]
     trunk: RemoteStage | None
     ready: ArmReady
 
@@ -44,23 +49,26 @@ def work(connection: Connection, spec: ArmSpec) -> None:
     """A worker's life: an ArmReady, then for each request its events and an ArmEnd; for what fails, the error."""
     try:
         arm = load(spec)
-        answers, trunk = arm.answers, arm.trunk
     except Exception as error:
         connection.send(as_error(error, "loading the model"))
         return
     connection.send(arm.ready)
+    loading_peak = process.peak_resident_bytes()
     while True:
-        request = connection.recv()
-        if request == CANCEL:  # of a generation that had ended by itself
+        message = connection.recv()
+        if message == CANCEL:  # of a generation that had ended by itself
             continue
         try:
-            events: list[Event] = []
+            flags, request = message
+            answers, events = arm.under(flags), list[Event]()
+            process.reset_peak()
             for event in _until_cancelled(answers.stream(request), connection):
                 # What send() does, with a pickler that is written in C from end to end: a third less time.
                 connection.send_bytes(pickle.dumps(event, pickle.HIGHEST_PROTOCOL))
                 events.append(event)
-            peak = process.peak_resident_bytes()
-            connection.send(ArmEnd(peak, trunk.facts if trunk else None, _texts(answers.tokens, events, request)))
+            peak = max(loading_peak, process.peak_resident_bytes())
+            facts = arm.trunk.facts if arm.trunk else None
+            connection.send(ArmEnd(peak, facts, _texts(answers.tokens, events, request)))
         except Exception as error:  # the run fails with its cause; the worker goes on
             connection.send(as_error(error, "generating"))
 
@@ -75,9 +83,13 @@ def load(spec: ArmSpec) -> Arm:
     loaded = loading.load(spec.files, _specs(spec), local.load, loading.Placement.of(spec.device, spec.dtype))
     trunk = open_trunk(spec)
     drafting, draft_load_s = _load_draft(spec)
-    answers = generator(spec, loaded.chain, trunk, tokens, drafting)
     ready = ArmReady(loaded.load_s + draft_load_s, loaded.import_rss_bytes - tokenizer_bytes, threads)
-    return Arm(answers, trunk, ready)
+
+    @cache
+    def under(flags: FlagSet) -> Generator:
+        return generator(replace(spec, flags=flags), loaded.chain, trunk, tokens, drafting)
+
+    return Arm(under(spec.flags), under, trunk, ready)
 
 
 def _until_cancelled(events: abc.Generator[Event, None, None], connection: Connection) -> Iterator[Event]:

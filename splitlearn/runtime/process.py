@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver
@@ -177,7 +178,7 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most resident memory that this process ever had (VmHWM), in bytes.
+    """The most resident memory that this process had since its start or `reset_peak` (VmHWM), in bytes.
 
     Not `ru_maxrss`: a child inherits its parent's. Without /proc, the memory of now.
     """
@@ -186,6 +187,12 @@ def peak_resident_bytes() -> int:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return resident_bytes()
+
+
+def reset_peak() -> None:
+    """Let `peak_resident_bytes` begin again at the memory of now, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def keep_heap_small() -> None:

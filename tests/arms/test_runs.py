@@ -119,11 +119,23 @@ def test_a_worker_is_kept_for_the_next_run(runs: Runs) -> None:
     assert {worker.pid for worker in workers()} == before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_arms_that_differ_in_session_flags_only_share_a_worker_and_keep_their_ways(kind: Kind, runs: Runs) -> None:
+    with_cache, without = (FlagSet(*[each] * 3) for each in (CACHED, CACHED - {"use_cache"}))
+    first = report(runs, kind, flags=with_cache)
+    before = {worker.pid for worker in workers()}
+    other = report(runs, kind, flags=without)
+    assert {worker.pid for worker in workers()} == before
+    assert other.metrics.token_ids == first.metrics.token_ids
+    # Without a cache each step sends the hidden states of the whole context.
+    assert kind == "full" or other.metrics.bytes_up > 2 * first.metrics.bytes_up
+
+
 def test_no_more_workers_than_the_limit_are_kept(files: ModelFiles) -> None:
     already = {worker.pid for worker in workers()}
     parsed = config.parse(settings(files, runs={"threads": 1, "warm_workers": 1}))
     with Runs(parsed, silent) as made:
-        for applied in (CACHED, frozenset({"use_cache"}), CACHED):
+        for applied in (CACHED, CACHED - {"low_cpu_mem_usage"}, CACHED):
             report(made, "full", flags=FlagSet(full=applied))
             assert len({worker.pid for worker in workers()} - already) == 1
     assert eventually(lambda: {worker.pid for worker in workers()} <= already)
