@@ -27,6 +27,7 @@ BENCHES = (
     "samples",
     "head_overlap",
     "links",
+    "cuts",
     "overlap",
     "flips",
     "llama",

@@ -5,6 +5,8 @@ from itertools import groupby
 
 from splitlearn.cli.tables import in_bytes
 from splitlearn.planning.anatomy import Anatomy, Layer, Part, Rope
+from splitlearn.planning.measure import CutRun
+from splitlearn.planning.report import CutReport
 from splitlearn.runtime.console import PlainTable, console
 from splitlearn.runtime.terminal import say
 
@@ -35,6 +37,35 @@ def print_parts(found: Sequence[Part], context: int) -> None:
             part.name, part.layers, f"{part.parameters:,}", *map(in_bytes, sizes), f"{part.decode_flops / 1e6:,.0f} M"
         )
     console().print(table)
+
+
+def print_cuts(report: CutReport) -> None:
+    """The two sentences, and a row for each cut that nothing beats, for the configured one and for each measured one.
+
+    Cuts with as many layers in the trunk cost about the same, and are one row.
+    """
+    say(report.advice.does_it_help)
+    say(report.advice.where_to_cut)
+    say(f"Predicted for {report.context:,} tokens and the link: {report.link.summary}. * marks what nothing beats.")
+    heads = ["trunk layers", "TPOT", "TTFT", "client memory", "trunk memory", "trunk KV", "client computes"]
+    runs = {(run.start, run.end): run for run in report.measured}
+    table = PlainTable(*heads, *(["TPOT measured", "client measured", "trunk measured"] if runs else []))
+    front = {(cost.start, cost.end) for cost in report.front}
+    rows = front | set(runs) | {(report.plan.start, report.plan.end)}
+    for start, end in sorted(rows, key=lambda each: (each[0] - each[1], each[0])):
+        cost, run = report.cost(start, end), runs.get((start, end))
+        table.add_row(
+            f"[{start}, {end}){' *' if (start, end) in front else ''}",
+            *(f"{seconds * 1e3:.1f} ms" for seconds in (cost.tpot_s, cost.ttft_s)),
+            *map(in_bytes, (cost.client_memory_bytes, cost.trunk_memory_bytes, cost.trunk_kv_bytes)),
+            f"{cost.client_compute_share:.0%}",
+            *(_measured(run) if run else ()),
+        )
+    console().print(table)
+
+
+def _measured(run: CutRun) -> tuple[str, ...]:
+    return f"{run.tpot_s * 1e3:.1f} ms", in_bytes(run.client_memory_bytes), in_bytes(run.trunk_memory_bytes)
 
 
 def _runs(layers: Sequence[Layer]) -> Iterator[tuple[int, int, Layer]]:

@@ -11,20 +11,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from splitlearn.link.emulated import Link
+from splitlearn.link.prediction import OPEN_BYTES, OPENED_BYTES
 from splitlearn.planning.anatomy import Anatomy, Layer, decode_flops, kv_values
-
-OPEN_BYTES = 512
-"""Of the message that opens a session, and of its answer, at most."""
 
 
 @dataclass(frozen=True)
 class Rates:
     """What was measured on the client's and the trunk's machine, with some flags. Times in seconds.
 
-    A decode step takes `bottom_s` (embeddings), `top_s` (norm, head), `trunk_s` (what a step costs whatever its
-    layers), `*_layer_s` for each layer, and `around_s` for the rest: encoding, the measured link, sampling. Of the
-    trunk's time `overlapped_s` passes while the client works itself. The first step takes `start_s` for the rest, and
-    `*_prefill_s` for each layer and each token of the prompt after the first.
+    A decode step takes `bottom_s` (embeddings), `top_s` (norm, head), `*_layer_s` for each layer, and `around_s` for
+    the rest: encoding, the measured link, sampling. Of the trunk's time `overlapped_s` passes while the client works
+    itself. The first step takes `start_s` for the rest, and `*_prefill_s` for each layer and each token of the prompt
+    after the first.
 
     Peak memory of a process is `*_base_bytes` and `*_weight_ratio` times the weights of its layers. `full_*` are those
     of the whole model in one process at the client. `context` tokens were in the cache in the end.
@@ -34,7 +32,6 @@ class Rates:
     trunk_layer_s: float
     bottom_s: float
     top_s: float
-    trunk_s: float
     around_s: float
     overlapped_s: float
     client_prefill_s: float
@@ -78,9 +75,14 @@ class CutCost:
 
 
 def cut_costs(anatomy: Anatomy, rates: Rates, link: Link, context: int) -> tuple[CutCost, ...]:
-    """The costs of every cut, over `link` in addition to the one that was measured; memory for `context` tokens."""
+    """The costs of every cut, over `link` in addition to the one that was measured; memory for `context` tokens.
+
+    Cuts with as many layers on either side come first, so that of equal ones these are chosen.
+    """
     n = anatomy.n_layers
-    return tuple(cut_cost(anatomy, rates, link, context, s, e) for s in range(n) for e in range(s + 1, n + 1))
+    ranges = [(start, end) for start in range(n) for end in range(start + 1, n + 1)]
+    ranges.sort(key=lambda each: abs(each[0] - (n - each[1])))
+    return tuple(cut_cost(anatomy, rates, link, context, start, end) for start, end in ranges)
 
 
 def cut_cost(anatomy: Anatomy, rates: Rates, link: Link, context: int, start: int, end: int) -> CutCost:
@@ -128,7 +130,7 @@ def client_step_s(anatomy: Anatomy, rates: Rates, start: int, end: int) -> float
 
 def trunk_step_s(anatomy: Anatomy, rates: Rates, start: int, end: int) -> float:
     """The trunk's computing for a token."""
-    return rates.trunk_s + units(anatomy, anatomy.layers[start:end]) * rates.trunk_layer_s
+    return units(anatomy, anatomy.layers[start:end]) * rates.trunk_layer_s
 
 
 def _ttft_s(anatomy: Anatomy, rates: Rates, link: Link, start: int, end: int) -> float:
@@ -138,7 +140,8 @@ def _ttft_s(anatomy: Anatomy, rates: Rates, link: Link, start: int, end: int) ->
     near = client_step_s(anatomy, rates, start, end)
     near += (units(anatomy, anatomy.layers) - trunk) * more * rates.client_prefill_s
     far = trunk_step_s(anatomy, rates, start, end) + trunk * more * rates.trunk_prefill_s
-    wire = sum(way.expected_s(size) for way in (link.up, link.down) for size in (OPEN_BYTES, prompt))
+    opening = link.up.expected_s(OPEN_BYTES) + link.down.expected_s(OPENED_BYTES)
+    wire = opening + link.up.expected_s(prompt) + link.down.expected_s(prompt)
     return near + far + wire + rates.start_s
 
 

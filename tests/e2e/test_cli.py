@@ -361,6 +361,44 @@ def test_parts_as_json_adds_up(
     assert "KV per token" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--client-memory", "much"], ["client_memory: 'much'", "300MB"]),
+        (["--client-memory", "0MB"], ["client_memory: '0MB'"]),
+        (["--measure", "4-26"], ["measure: '4-26'", "4:26,8:20"]),
+        (["--measure", "4:26"], ["measure: '4:26'", "within 0:6"]),
+        (["--measure", "1:4"], ["cut: '1:4'", "2:4, the layers that the trunk server has"]),
+        (["--context", "0"], ["context: 0", "at least 1"]),
+        (["--link", "slow"], ["link: 'slow'"]),
+        (["--cuts", "--flags", "quick"], ["quick"]),
+    ],
+)
+def test_parts_refuses_what_it_cannot_use_in_one_line(
+    arguments: list[str], words: list[str], folder: Path, refusal: Refusal
+) -> None:
+    said = refusal.of(folder, "parts", *arguments)
+    for word in words:
+        assert word in said
+
+
+def test_cuts_are_predicted_from_runs_and_those_asked_for_are_measured(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(configured(tmp_path, settings(files, trunk={"address": "embedded"})))
+    command = ["parts", "--measure", "1:5", "--client-memory", "10GB", "--json", "--config", "config.yaml"]
+    assert command_line.main(command) == 0
+    said = json.loads(capsys.readouterr().out)["cuts"]
+    assert len(said["cuts"]) == 6 * 7 // 2
+    assert any(cut["pareto"] for cut in said["cuts"])
+    assert said["advice"]["chosen"]["client_memory_bytes"] < 10e9
+    assert "For a client of 10,000 MB, cut at" in said["advice"]["where_to_cut"]
+    (run,) = said["measured"]
+    (cost,) = [cut for cut in said["cuts"] if (cut["start"], cut["end"]) == (1, 5)]
+    assert run["tpot_s"] > 0
+    assert cost["client_memory_bytes"] == pytest.approx(run["client_memory_bytes"], rel=0.1)
+
+
 def test_models_lists_the_catalogue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,148 @@
+"""Measures what enters a plan, by a few short runs of the full model and of one split; and cuts that are asked for.
+
+rates = measure_rates(runs, anatomy, flags, short_request(prompt), progress)
+run = measure_cut(runs, SplitPlan(4, 26, 30), flags, request, Link())
+"""
+
+import random
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.config import SplitConfig
+from splitlearn.errors import InputError
+from splitlearn.events import GenerationRequest, Kind
+from splitlearn.flags.registry import FLAGS, of_scope
+from splitlearn.flags.selection import FlagSet
+from splitlearn.link.emulated import Link
+from splitlearn.models.plan import SplitPlan
+from splitlearn.planning.anatomy import Anatomy
+from splitlearn.planning.costs import Rates
+from splitlearn.planning.fit import rates_of
+from splitlearn.runtime.progress import Progress, Step, silent
+
+REPEATS = 3
+"""Runs of each arm, of which the median counts."""
+TOKENS = 32
+Arms = Mapping[str, tuple[Kind, FlagSet]]
+
+
+@dataclass(frozen=True)
+class CutRun:
+    """What was measured of one cut: medians of several runs, and the peaks of its processes."""
+
+    start: int
+    end: int
+    tpot_s: float
+    ttft_s: float
+    client_memory_bytes: int
+    trunk_memory_bytes: int
+
+
+def short_request(prompt: str) -> GenerationRequest:
+    """What the runs answer: always as many tokens."""
+    return GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True)
+
+
+def arms_of(flags: FlagSet) -> Arms:
+    """What is run to find the rates: full and split, and the whole model with the client's flags where they differ."""
+    whole = frozenset(text for text in flags.client if "full" in FLAGS[text.partition("=")[0]].sides)
+    found: dict[str, tuple[Kind, FlagSet]] = {"full": ("full", flags), "split": ("split", flags)}
+    return found if whole == flags.full else {**found, "whole": ("full", FlagSet(full=whole))}
+
+
+def measured_at(runs: Runs) -> SplitPlan:
+    """The split that is run: the configured one, or the default where its trunk has few layers and may have more."""
+    plan, usual = runs.plan, SplitPlan.of(None, None, runs.plan.n_layers)
+    few = 2 * (plan.end - plan.start) < plan.n_layers
+    return usual if few and runs.config.trunk.embedded else plan
+
+
+def rates_from(
+    runs: Runs, anatomy: Anatomy, flags: FlagSet, plan: SplitPlan, found: Mapping[str, list[ArmReport]]
+) -> Rates:
+    """The rates of the reports of `arms_of(flags)`."""
+    alike = runs.config.trunk.embedded and of_scope(flags.client, "load") == of_scope(flags.trunk, "load")
+    return rates_of(anatomy, found["full"], found.get("whole", found["full"]), found["split"], plan, alike=alike)
+
+
+def measure_rates(
+    runs: Runs,
+    anatomy: Anatomy,
+    flags: FlagSet,
+    request: GenerationRequest,
+    progress: Progress,
+    cancelled: threading.Event | None = None,
+) -> Rates | None:
+    """The rates of these machines with these flags, without an emulated link. None when it was cancelled. Raises what
+    `Runs.stream` raises.
+
+    The peaks of memory are those of the arms' processes, which long prompts before may have raised.
+    """
+    stop, plan = cancelled or threading.Event(), measured_at(runs)
+    with cut_at(runs, plan) as own:
+        found = _repeat(own, arms_of(flags), request, Link(), progress, stop)
+    return None if stop.is_set() else rates_from(runs, anatomy, flags, plan, found)
+
+
+def measure_cut(
+    runs: Runs,
+    plan: SplitPlan,
+    flags: FlagSet,
+    request: GenerationRequest,
+    link: Link,
+    progress: Progress,
+    cancelled: threading.Event | None = None,
+) -> CutRun | None:
+    """One cut over an emulated link. None when it was cancelled. Raises InputError for a cut that a remote trunk does
+    not serve."""
+    if plan != runs.plan and not runs.config.trunk.embedded:
+        serves = f"{runs.plan.start}:{runs.plan.end}, the layers that the trunk server has"
+        raise InputError("cut", f"{plan.start}:{plan.end}", serves)
+    stop = cancelled or threading.Event()
+    with cut_at(runs, plan) as own:
+        reports = _repeat(own, {"split": ("split", flags)}, request, link, progress, stop)["split"]
+    return None if stop.is_set() else cut_run(plan, reports)
+
+
+def cut_run(plan: SplitPlan, reports: list[ArmReport]) -> CutRun:
+    """What the runs of one cut showed."""
+    return CutRun(
+        plan.start,
+        plan.end,
+        median(report.metrics.tpot_s or 0.0 for report in reports),
+        median(report.metrics.ttft_s for report in reports),
+        max(report.peak_rss_bytes for report in reports),
+        max((report.trunk.peak_rss_bytes for report in reports if report.trunk), default=0),
+    )
+
+
+@contextmanager
+def cut_at(runs: Runs, plan: SplitPlan) -> Iterator[Runs]:
+    """`runs` for its own plan, and otherwise others of the same settings with this plan, ended in the end."""
+    if plan == runs.plan:
+        yield runs
+        return
+    config = runs.config.model_copy(update={"split": SplitConfig(start=plan.start, end=plan.end)})
+    with Runs(config, silent) as own:
+        yield own
+
+
+def _repeat(
+    runs: Runs, arms: Arms, request: GenerationRequest, link: Link, progress: Progress, stop: threading.Event
+) -> dict[str, list[ArmReport]]:
+    """Each arm REPEATS times, in random order each time."""
+    reports: dict[str, list[ArmReport]] = {name: [] for name in arms}
+    label, done = f"Measuring the cut [{runs.plan.start}, {runs.plan.end})", 0
+    for _ in range(REPEATS):
+        for name in random.sample(list(arms), len(arms)):
+            progress(Step(label, done, REPEATS * len(arms)))
+            kind, flags = arms[name]
+            items = runs.stream(kind, flags, request, stop, link=link)
+            reports[name] += [item for item in items if isinstance(item, ArmReport)]
+            done += 1
+    progress(Step(label, done, done))
+    return reports
