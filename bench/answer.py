@@ -7,6 +7,7 @@ from splitlearn.arms.spec import Kind
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.tokenizer import Tokens
+from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics
 
 FAST = "low_cpu_mem_usage,inference_mode,use_cache,cache,weight_prepack,output_attentions,output_hidden_states"
@@ -19,9 +20,9 @@ def answer(runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest) -
     return report(runs, kind, flags, request).metrics
 
 
-def report(runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest) -> ArmReport:
-    """The same, with all that is known of the run."""
-    return next(item for item in runs.stream(kind, flags, request) if isinstance(item, ArmReport))
+def report(runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest, link: Link | None = None) -> ArmReport:
+    """The same, over `link` (None: the configured one), with all that is known of the run."""
+    return next(item for item in runs.stream(kind, flags, request, link=link) if isinstance(item, ArmReport))
 
 
 def text_of(tokens: Tokens, length: int) -> str:

@@ -9,33 +9,32 @@ from statistics import median
 from typing import Any
 
 from bench.answer import FAST, answer
-from bench.link import Shape, link
 from bench.lookup import OPEN
 from bench.pairs import blocks
 from bench.report import write
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
-from splitlearn.config import TrunkConfig
+from splitlearn.config import with_link
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
+from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics
 from splitlearn.runtime.progress import silent
 
-SHAPE, TOKENS = Shape(0.050), 64
+LINK, TOKENS = Link(rtt_ms=50), 64
 ALONE, DRAFTED = FAST, f"{FAST},draft_model"
 
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/draft.md."""
     model = runs.config.model.model_copy(update={"draft": runs.config.model.name})
-    with link(runs.trunk_addresses(runs.flags(ALONE).trunk)[0], SHAPE) as address:
-        config = runs.config.model_copy(update={"model": model, "trunk": TrunkConfig(address=(address,))})
-        with Runs(config, silent) as far:
-            pairs = [_pair(far, prompt) for prompt in (OPEN[0], *OPEN)][1:]  # the first time, stages are loaded
-            said = environment(far)
+    config = with_link(runs.config.model_copy(update={"model": model}), str(LINK))
+    with Runs(config, silent) as far:
+        pairs = [_pair(far, prompt) for prompt in (OPEN[0], *OPEN)][1:]  # the first time, stages are loaded
+        said = environment(far)
     text = (
-        f"A link of {SHAPE} round trip, greedy, {TOKENS} tokens, flags `{ALONE}` on both sides of both arms; the arms "
-        "in random order for each prompt. The draft model is the model itself with weights in 4 bits."
+        f"A link of {LINK.summary} round trip, greedy, {TOKENS} tokens, flags `{ALONE}` on both sides of both arms; "
+        "the arms in random order for each prompt. The draft model is the model itself with weights in 4 bits."
     )
     write("draft", "Draft tokens from a second model, over a link", text, [_row(pairs)], said)
 

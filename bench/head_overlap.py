@@ -7,7 +7,6 @@ from statistics import median
 
 from bench.answer import answer
 from bench.echo import READS, Echo, Memory
-from bench.link import Shape, link
 from bench.lookup import OPEN
 from bench.overhead import SETS, round_trips
 from bench.pairs import blocks
@@ -16,16 +15,17 @@ from bench.report import write
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import Kind
-from splitlearn.config import Config, RunsConfig, TrunkConfig
+from splitlearn.config import Config, RunsConfig, with_link
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
+from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics
 from splitlearn.runtime.progress import silent
 
 MEASURED = ("none", "weight_prepack=blocks", "weight_dtype")
 PAIRS, TOKENS, THREADS = 12, 64, (1, 2)
 WITH = "head_overlap"
-SHAPE = Shape(0.020)
+LINK = Link(rtt_ms=20)
 LOOPBACK = "loopback"
 NEAR = (("split", "full"), (WITH, "full"), (WITH, "split"), ("full", "generate"))
 Run = RunMetrics | Generated
@@ -54,11 +54,9 @@ def _rows(config: Config, more: str, threads: int) -> list[dict[str, str]]:
         rows = [said | _row(near, LOOPBACK, *pair, f"{1e3 * median(echoes):.2f}") for pair in NEAR]
         if threads > 1:
             return rows
-        with link(runs.trunk_addresses(runs.flags(SETS[more]).trunk)[0], SHAPE) as address:
-            far_config = runs.config.model_copy(update={"trunk": TrunkConfig(address=(address,))})
-            with Runs(far_config, silent) as far_runs:
-                far = _measure(far_runs, ("split", WITH), [])
-    return [*rows, said | _row(far, str(SHAPE), WITH, "split", "")]
+    with Runs(with_link(config.model_copy(update=changes), str(LINK)), silent) as far_runs:
+        far = _measure(far_runs, ("split", WITH), [])
+    return [*rows, said | _row(far, LINK.summary, WITH, "split", "")]
 
 
 def _measure(runs: Runs, names: Sequence[str], echoes: list[float]) -> Found:

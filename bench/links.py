@@ -1,64 +1,87 @@
-"""TPOT over emulated links, against what follows from the link: RTT, bytes over bandwidth, and the compute.
+"""Emulated links against what was asked for, from outside; and TPOT and TTFT over the presets against the prediction.
 
-The compute is TPOT at the same trunk without a link, in the same blocks.
+The prediction is made from a run without a link just before or after, in random order, at the same trunk.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import random
 from functools import partial
 from statistics import fmean
 
-from bench.answer import FAST, answer
-from bench.link import Shape, link
+from bench.answer import report
+from bench.link_outside import Measurement, measure, server
 from bench.pairs import blocks
-from bench.report import write
+from bench.report import table, write
 from splitlearn.arms.compare import environment
-from splitlearn.arms.runs import Runs
-from splitlearn.config import TrunkConfig
+from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.config import SplitConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
-from splitlearn.metrics import RunMetrics
+from splitlearn.link.emulated import NONE, Link
+from splitlearn.link.prediction import predict
+from splitlearn.link.proxy import Proxy
+from splitlearn.link.words import PRESETS
 from splitlearn.runtime.progress import silent
 
-BLOCKS = 12
-TOKENS = 32
-SHAPES = tuple(Shape(rtt, rate) for rtt in (0.005, 0.020, 0.050, 0.100) for rate in (10e6, 100e6))
-NONE = "no link"
+BLOCKS, TOKENS = 8, 16
+ASKED = tuple(Link(rtt, 0, rate, rate) for rtt in (5, 50, 200) for rate in (1, 10, 100))
+CUTS = ((2, 28), (8, 22), (13, 17))
+OVER = tuple(name for name in PRESETS if name != NONE)
+NEAR, FAR = "near", "far"
 
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/links.md."""
-    request = GenerationRequest(runs.config.generation.prompt, max_new_tokens=TOKENS, ignore_eos=True)
-    flags = runs.flags(FAST)
-    near = runs.trunk_addresses(flags.trunk)[0]
-    with ExitStack() as stack:
-        arms: dict[str, Callable[[], RunMetrics]] = {NONE: partial(answer, runs, "split", flags, request)}
-        for shape in SHAPES:
-            address = stack.enter_context(link(near, shape))
-            config = runs.config.model_copy(update={"trunk": TrunkConfig(address=(address,))})
-            arms[str(shape)] = partial(answer, stack.enter_context(Runs(config, silent)), "split", flags, request)
-        for arm in arms.values():
-            arm()
-        found = blocks(arms, BLOCKS)
-    rows = [_row(shape, found) for shape in SHAPES]
+    with server() as target, Proxy() as proxy:
+        outside = [_outside(link, measure(proxy, target, link)) for link in ASKED]
+    rows = [row for cut in CUTS for row in _rows(runs, *cut)]
     text = (
-        f"One token a trip, {TOKENS} tokens, flags `{FAST}`; {BLOCKS} blocks in random order. Predicted: TPOT "
-        "without a link + RTT + 8 * bytes / bandwidth, up and down. The link is bench/link.py's."
+        "Each link from outside, with plain sockets: the median RTT of one byte to and fro, and the bandwidth of two "
+        f"seconds of bytes each way.\n\n{table(outside)}\n\nThe presets of links.md, with three cuts of the default "
+        f"model: {TOKENS} tokens, flags `{runs.config.flags}`. Predicted from a run without a link, beside it in "
+        f"random order; {BLOCKS} such pairs for each row, geometric mean ratios with 95% intervals."
     )
-    write("links", "TPOT over links, predicted and measured", text, rows, environment(runs))
+    write("links", "Emulated links: as asked for, and as predicted", text, rows, environment(runs))
 
 
-def _row(shape: Shape, found: dict[str, list[RunMetrics]]) -> dict[str, str]:
-    measured = [run.tpot_s or 0.0 for run in found[str(shape)]]
-    predicted = [
-        (run.tpot_s or 0.0)
-        + shape.rtt_s
-        + shape.transfer_s((run.decode_bytes_up + run.decode_bytes_down) // (TOKENS - 1))
-        for run in found[NONE]
-    ]
+def _outside(link: Link, found: Measurement) -> dict[str, str]:
+    rtt, up, down = found.rtt_s * 1e3, found.up_bits_per_s / 1e6, found.down_bits_per_s / 1e6
     return {
-        "link": str(shape),
-        "predicted, ms": f"{fmean(predicted) * 1e3:.1f}",
-        "measured, ms": f"{fmean(measured) * 1e3:.1f}",
-        "measured / predicted": str(effect(measured, predicted)),
+        "asked": link.summary,
+        "RTT, ms": f"{rtt:.2f} ({rtt / link.rtt_ms - 1:+.1%})",
+        "up, Mbit/s": f"{up:.2f} ({up / (link.up_mbit or up) - 1:+.1%})",
+        "down, Mbit/s": f"{down:.2f} ({down / (link.down_mbit or down) - 1:+.1%})",
+    }
+
+
+def _rows(runs: Runs, start: int, end: int) -> list[dict[str, str]]:
+    """A row for each preset, with the trunk's layers [start, end)."""
+    request = GenerationRequest(runs.config.generation.prompt, max_new_tokens=TOKENS, ignore_eos=True)
+    config = runs.config.model_copy(update={"split": SplitConfig(start=start, end=end)})
+    with Runs(config, silent) as cut:
+        run = partial(report, cut, "split", cut.flags(config.flags), request)
+        for link in (Link(), PRESETS[OVER[0]].link):
+            run(link=link)  # what is loaded or compiled at first is not counted
+        arms = {name: partial(_pair, run, PRESETS[name].link) for name in OVER}
+        pairs = blocks(arms, BLOCKS)
+    return [{"trunk's layers": f"[{start}, {end})", **_row(name, pairs[name])} for name in OVER]
+
+
+def _pair(run: "partial[ArmReport]", link: Link) -> tuple[ArmReport, ArmReport]:
+    """A run without `link` and one over it, in random order."""
+    arms = {NEAR: partial(run, link=Link()), FAR: partial(run, link=link)}
+    found = blocks(arms, 1, seed=random.randrange(1 << 30), say=lambda said: None)
+    return found[NEAR][0], found[FAR][0]
+
+
+def _row(name: str, pairs: list[tuple[ArmReport, ArmReport]]) -> dict[str, str]:
+    predicted = [predict(near.samples, PRESETS[name].link) for near, _ in pairs]
+    measured = [far.metrics for _, far in pairs]
+    tpots = [[each.tpot_s or 0.0 for each in listed] for listed in (predicted, measured)]
+    ttfts = [[each.ttft_s for each in listed] for listed in (predicted, measured)]
+    return {
+        "link": f"{name}: {PRESETS[name].link.summary}",
+        "TPOT, ms": " / ".join(f"{fmean(each) * 1e3:.1f}" for each in tpots),
+        "TPOT, measured / predicted": str(effect(tpots[1], tpots[0])),
+        "TTFT, ms": " / ".join(f"{fmean(each) * 1e3:.0f}" for each in ttfts),
+        "TTFT, measured / predicted": str(effect(ttfts[1], ttfts[0])),
     }

@@ -14,18 +14,18 @@ from typing import Any
 import yaml
 
 from bench.answer import FAST, answer
-from bench.link import Shape, link
 from bench.pairs import blocks
 from bench.report import table, write
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
-from splitlearn.config import TrunkConfig
+from splitlearn.config import with_link
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
+from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics, first_divergence
 from splitlearn.runtime.progress import silent
 
-SHAPE = Shape(0.050)
+LINK = Link(rtt_ms=50)
 TOKENS = 128
 HERE = Path(__file__).parent
 QUOTING: tuple[str, ...] = tuple(yaml.safe_load((HERE / "quoting.yaml").read_text(encoding="utf-8")))
@@ -49,18 +49,15 @@ class Pair:
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/lookup.md."""
-    applied = runs.flags(FAST).trunk
-    with link(runs.trunk_addresses(applied)[0], SHAPE) as address:
-        config = runs.config.model_copy(update={"trunk": TrunkConfig(address=(address,))})
-        with Runs(config, silent) as far:
-            found = {name: [_pair(far, prompt) for prompt in listed] for name, listed in _SETS.items()}
-            said = environment(far)
+    with Runs(with_link(runs.config, str(LINK)), silent) as far:
+        found = {name: [_pair(far, prompt) for prompt in listed] for name, listed in _SETS.items()}
+        said = environment(far)
     rows = [_row(name, pairs) for name, pairs in found.items()]
     every = [_line(name, number, pair) for name, pairs in found.items() for number, pair in enumerate(pairs, 1)]
     text = (
-        f"A link of {SHAPE} round trip, greedy, at most {TOKENS} tokens, flags `{FAST}` on both sides of both arms; "
-        "the arms in random order for each prompt, geometric mean ratios with 95% intervals over the prompts with at "
-        "least two tokens that count. Tokens per second are those after the first token. Each prompt:\n\n"
+        f"A link of {LINK.summary} round trip, greedy, at most {TOKENS} tokens, flags `{FAST}` on both sides of both "
+        "arms; the arms in random order for each prompt, geometric mean ratios with 95% intervals over the prompts "
+        "with at least two tokens that count. Tokens per second are those after the first token. Each prompt:\n\n"
         f"{table(every)}\n\nTogether:"
     )
     write("lookup", "Draft tokens from the prompt, over a link", text, rows, said)

@@ -8,21 +8,21 @@ from functools import partial
 from typing import Any
 
 from bench.answer import FAST, answer
-from bench.link import Shape, link
-from bench.pairs import blocks
+from bench.pairs import warm_blocks
 from bench.report import write
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
-from splitlearn.config import Config, RunsConfig, SplitConfig, TrunkConfig
+from splitlearn.config import Config, RunsConfig, SplitConfig, with_link
 from splitlearn.events import GenerationRequest
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.stats import effect
+from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics
 from splitlearn.runtime.progress import silent
 
 PAIRS = 12
 PROMPT_TOKENS = 2000
-SHAPE = Shape(0.020, 50e6)
+LINK = Link(rtt_ms=20, up_mbit=50, down_mbit=50)
 SPLITS = {"[8, 22)": SplitConfig(start=8, end=22), "default": SplitConfig()}
 SENTENCE = "The river rises in the hills above the town and flows south for thirty miles before it meets the sea. "
 PIECES, WHOLE = "prefill_overlap", "whole"
@@ -32,7 +32,7 @@ def main(runs: Runs) -> None:
     """Measure and write docs/results/overlap.md."""
     rows = [_row(runs.config, name, split) for name, split in SPLITS.items()]
     text = (
-        f"TTFT of a prompt of {PROMPT_TOKENS} tokens over a link of {SHAPE}, one thread for each process, flags "
+        f"TTFT of a prompt of {PROMPT_TOKENS} tokens over a link of {LINK.summary}, one thread for each process, flags "
         f"`{FAST}` on both sides of both arms; the arms in random order in each of {PAIRS} blocks, geometric mean "
         "ratios with 95% intervals. *Overlapped*: what the trunk did while the client was at work itself."
     )
@@ -41,16 +41,13 @@ def main(runs: Runs) -> None:
 
 def _row(config: Config, name: str, split: SplitConfig) -> dict[str, Any]:
     near = config.model_copy(update={"split": split, "runs": RunsConfig(threads=1), "flags": FAST})
-    with Runs(near, silent) as beside, link(beside.trunk_addresses()[0], SHAPE) as address:
-        request = GenerationRequest(_prompt(beside), max_new_tokens=2, chat=False, ignore_eos=True)
-        with Runs(near.model_copy(update={"trunk": TrunkConfig(address=(address,))}), silent) as far:
-            arms = {
-                WHOLE: partial(answer, far, "split", far.flags(FAST), request),
-                PIECES: partial(answer, far, "split", far.flags(f"{FAST},prefill_overlap"), request),
-            }
-            for arm in arms.values():
-                arm()
-            found = blocks(arms, PAIRS)
+    with Runs(with_link(near, str(LINK)), silent) as far:
+        request = GenerationRequest(_prompt(far), max_new_tokens=2, chat=False, ignore_eos=True)
+        arms = {
+            WHOLE: partial(answer, far, "split", far.flags(FAST), request),
+            PIECES: partial(answer, far, "split", far.flags(f"{FAST},prefill_overlap"), request),
+        }
+        found = warm_blocks(arms, PAIRS)
     pieces, whole = found[PIECES], found[WHOLE]
     same = sum(one.token_ids == other.token_ids for one, other in zip(pieces, whole, strict=True))
     return {

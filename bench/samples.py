@@ -6,32 +6,30 @@ from statistics import median
 from typing import Any
 
 from bench.answer import FAST, report
-from bench.link import Shape, link
 from bench.lookup import OPEN
 from bench.pairs import blocks
 from bench.report import write
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import ArmReport, Runs
 from splitlearn.arms.spec import Kind
-from splitlearn.config import TrunkConfig
+from splitlearn.config import with_link
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
+from splitlearn.link.emulated import Link
 from splitlearn.metrics import tps_of_all
 from splitlearn.runtime.progress import silent
 from splitlearn.sampling import SamplingParams
 
 COUNTS, PAIRS, TOKENS = (1, 2, 4, 8), 12, 32
 SAMPLING = SamplingParams(temperature=0.8, top_p=0.95, seed=7)
-SHAPE = Shape(0.050)
+LINK = Link(rtt_ms=50)
 
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/samples.md."""
     rows = _rows(runs, "full", "") + _rows(runs, "split", "loopback")
-    with link(runs.trunk_addresses(runs.flags(FAST).trunk)[0], SHAPE) as address:
-        config = runs.config.model_copy(update={"trunk": TrunkConfig(address=(address,))})
-        with Runs(config, silent) as far:
-            rows += _rows(far, "split", f"{SHAPE} round trip")
+    with Runs(with_link(runs.config, str(LINK)), silent) as far:
+        rows += _rows(far, "split", f"{LINK.summary} round trip")
     text = (
         f"{TOKENS} tokens a sample, temperature {SAMPLING.temperature}, flags `{FAST}` on both sides; as many samples "
         f"at once as named, in random order for each of {PAIRS} prompts. Tokens per second are those of all samples, "

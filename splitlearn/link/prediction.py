@@ -4,8 +4,8 @@
     TPOT over the link = TPOT + the trip of a step * steps / tokens
 
 A trip is the RTT, and 8 * bytes / bandwidth each way; loss is in it by its expectation (emulated.py has the model), and
-jitter has none. With a speculative start a trip counts as far as the client has to wait for it: it has work of its own
-meanwhile. Chunks of a prompt (prefill_overlap) travel beside work, too, so TTFT is an upper bound there.
+jitter has none. Both are upper bounds where the client works during a trip: with a speculative start, whose trip is
+hidden by what is left of the LM head once the trunk is done, and with chunks of a prompt (prefill_overlap).
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,6 @@ FRAME_BYTES = 14
 """Around a message: 9 bytes of HTTP/2's frame and 5 of gRPC's prefix."""
 OPEN_BYTES, OPENED_BYTES = 600, 120
 """Of the messages that open a session, with the headers of their call."""
-_AT_TRUNK = ("queue", "trunk")
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,9 @@ def predict(samples: Sequence[RunMetrics], link: Link) -> Prediction:
     if first.tpot_s is None or steps < 1:
         return Prediction(ttft_s, first.tpot_s)
     trip_s = _trip_s(link, decode_up / steps, decode_down / steps)
-    hidden_s = min(trip_s, _slack_s(first, steps))
-    return Prediction(ttft_s, first.tpot_s + (trip_s - hidden_s) * steps / (first.n_tokens - 1))
+    return Prediction(ttft_s, first.tpot_s + trip_s * steps / (first.n_tokens - 1))
 
 
 def _trip_s(link: Link, up: float, down: float) -> float:
     """The mean time of a trip with so many bytes each way, on idle lines."""
     return link.up.expected_s(round(up) + FRAME_BYTES) + link.down.expected_s(round(down) + FRAME_BYTES)
-
-
-def _slack_s(run: RunMetrics, steps: int) -> float:
-    """For how much of a step's trip the client is at work itself anyway, beyond what the trunk takes."""
-    if not run.head_starts:
-        return 0.0
-    at_trunk = run.overlapped_s + sum(run.decode_ledger.get(name, 0.0) for name in _AT_TRUNK)
-    beside = run.decode_ledger.get("top", 0.0) - at_trunk
-    return max(0.0, beside) / steps * run.head_starts_right / run.head_starts

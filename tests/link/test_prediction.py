@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from splitlearn.events import Done, Event, TokenEvent
 from splitlearn.link.emulated import Link
@@ -15,14 +14,12 @@ from tests.link.test_words import links
 STEPS = 8
 
 
-def run(drafted: int = 0, top_s: float = 0.01, trunk_s: float = 0.02, started: bool | None = None) -> RunMetrics:
+def run(drafted: int = 0) -> RunMetrics:
     """A prompt of 100,000 bytes each way, then STEPS steps of 2,500 bytes, each with `drafted` accepted drafts."""
     events: list[Event] = [TokenEvent((0,), "", 0.5, {}, bytes_up=100_000, bytes_down=100_000)]
     for step in range(STEPS):
-        ledger, at = {"top": top_s, "trunk": trunk_s}, 0.5 + 0.04 * (step + 1)
-        ids = tuple(range(1 + drafted))
-        token = TokenEvent(ids, "", at, ledger, bytes_up=2500, bytes_down=2500, drafts=drafted)
-        events.append(replace(token, head_start=started))
+        at, ids = 0.5 + 0.04 * (step + 1), tuple(range(1 + drafted))
+        events.append(TokenEvent(ids, "", at, {}, bytes_up=2500, bytes_down=2500, drafts=drafted))
     found = RunMetrics.from_events([*events, Done("length", "", 5)])
     assert found is not None
     return found
@@ -43,11 +40,6 @@ def test_accepted_drafts_share_a_trip() -> None:
     assert found.tpot_s == pytest.approx((0.04 + 0.050) / 4)
 
 
-def test_a_speculative_start_hides_what_the_client_works_longer_than_the_trunk() -> None:
-    found = predict([run(top_s=0.03, trunk_s=0.02, started=True)], Link(rtt_ms=50))
-    assert found.tpot_s == pytest.approx(0.04 + 0.050 - 0.010)
-
-
 def test_every_sample_sends_bytes_of_its_own() -> None:
     link = Link(up_mbit=1)
     one, two = predict([run()], link), predict([run(), run()], link)
@@ -62,9 +54,9 @@ def test_a_run_of_one_token_has_no_tpot() -> None:
     assert predict([one], Link(rtt_ms=50)).tpot_s is None
 
 
-@given(links(), st.booleans())
-def test_no_link_makes_a_run_faster_and_a_worse_one_makes_it_slower(link: Link, started: bool) -> None:
-    near = run(started=started)
+@given(links())
+def test_no_link_makes_a_run_faster_and_a_worse_one_makes_it_slower(link: Link) -> None:
+    near = run()
     assert near.tpot_s
     found, worse = (predict([near], each) for each in (link, replace(link, rtt_ms=min(10_000, link.rtt_ms + 10))))
     assert found.tpot_s is not None
