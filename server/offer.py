@@ -2,6 +2,7 @@
 
 import grpc
 import torch
+from google.protobuf.message import DecodeError
 
 from server.build import TrunkRuntime
 from server.variants import Variants
@@ -11,8 +12,9 @@ from splitlearn.flags.here import here
 from splitlearn.flags.registry import FLAGS
 from splitlearn.flags.selection import applied_of, chosen_in, why_not
 from splitlearn.runtime import hardware
-from splitlearn.wire import ENVELOPE_BYTES, MAX_TENSOR_BYTES, PROTOCOL
+from splitlearn.wire import ENVELOPE_BYTES, MAX_PADDING_BYTES, MAX_TENSOR_BYTES, PROTOCOL
 from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.status import status_of
 
 
 class Offer:
@@ -31,7 +33,8 @@ class Offer:
         self._machine = {name: str(value) for name, value in hardware.describe().items() if value is not None}
 
     def describe(self, request: bytes, context: grpc.ServicerContext) -> pb.Description:
-        """The answer to Describe. Its request is empty, so it is not read."""
+        """The answer to Describe."""
+        padding = _padding(request, context)
         runtime, plan = self._runtime, self._runtime.plan
         return pb.Description(
             protocol=PROTOCOL,
@@ -47,6 +50,7 @@ class Offer:
             threads=runtime.threads,
             flags=[pb.FlagState(name=name, unavailable=self._why_not(name) or "") for name in FLAGS],
             machine=self._machine,
+            padding=bytes(padding),
         )
 
     def flags(self, opening: pb.Open) -> frozenset[str]:
@@ -93,3 +97,15 @@ class Offer:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _padding(request: bytes, context: grpc.ServicerContext) -> int:
+    """The bytes of padding that a DescribeRequest asks for; ends the call if it asks for too many, or is none."""
+    try:
+        asked = pb.DescribeRequest.FromString(request).answer_padding
+    except DecodeError:
+        error = InputError("message", f"{len(request)} bytes", "a serialized splitlearn.v1.DescribeRequest")
+        context.abort_with_status(status_of(error))
+    if asked > MAX_PADDING_BYTES:
+        context.abort_with_status(status_of(InputError("answer_padding", asked, f"at most {MAX_PADDING_BYTES}")))
+    return asked

@@ -7,7 +7,7 @@ from typing import Any
 
 from splitlearn.arms.compare import Watch
 from splitlearn.arms.runs import ArmReport, Runs
-from splitlearn.client.round_trip import round_trip_s
+from splitlearn.client.real_link import RealLink, real_link
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.selection import FlagSet
 from splitlearn.link.emulated import Link
@@ -17,10 +17,10 @@ from splitlearn.metrics import RunMetrics
 
 @dataclass(frozen=True)
 class LinkCost:
-    """`real_rtt_s` is the round trip to the trunk beside the emulated link, gRPC's own time included."""
+    """`real` is the link to the trunk beside the emulated one."""
 
     link: Link
-    real_rtt_s: float
+    real: RealLink
     without: Prediction
     predicted: Prediction
     measured: Prediction
@@ -40,7 +40,7 @@ class LinkCost:
         times = {"without": self.without, "predicted": self.predicted, "measured": self.measured}
         return {
             "emulated": self.link.as_json(),
-            "real_rtt_s": self.real_rtt_s,
+            "real": asdict(self.real),
             **{name: asdict(each) for name, each in times.items()},
         }
 
@@ -60,9 +60,9 @@ def link_cost(
     for item in runs.stream("split", flags, request, cancelled, link=Link()):
         watch("split", item)
         if isinstance(item, ArmReport):
-            real_rtt_s = round_trip_s(runs.trunk_address(), runs.credentials)
+            real = real_link(runs.trunk_address(), runs.credentials)
             predicted = predict(item.samples, over.link)
-            return LinkCost(over.link, real_rtt_s, _times(item.samples), predicted, _times(over.samples))
+            return LinkCost(over.link, real, _times(item.samples), predicted, _times(over.samples))
     return None
 
 

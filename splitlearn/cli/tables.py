@@ -56,7 +56,7 @@ def print_comparison(found: Comparison) -> None:
 
 def print_link(cost: LinkCost) -> None:
     """The emulated link beside the real one, and what it was to cost and cost."""
-    say(f"Link: {cost.link.summary} (emulated); the real one has a round trip of {_milliseconds(cost.real_rtt_s)}.")
+    say(f"Link: measured {cost.real.summary}; emulated {cost.link.summary}.")
     table = PlainTable("split", "without the link", "predicted with it", "measured", "measured / predicted")
     for label, times in (("TTFT", cost.ttft), ("TPOT", cost.tpot)):
         _, predicted, measured = times

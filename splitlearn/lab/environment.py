@@ -10,7 +10,7 @@ import psutil
 from splitlearn.address import Address, is_loopback
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
-from splitlearn.client.round_trip import round_trip_s
+from splitlearn.client.real_link import round_trip_s
 from splitlearn.config import EMBEDDED
 from splitlearn.runtime import hardware
 from splitlearn.runtime.process import default_threads

@@ -7,6 +7,8 @@ MAX_TENSOR_BYTES = 2 * 1024 * 1024
 MAX_MESSAGE_BYTES = 3 * 1024 * 1024
 # The most bytes of a message beside its tensor's data.
 ENVELOPE_BYTES = 256
+# The most bytes of padding in an answer, to measure bandwidth.
+MAX_PADDING_BYTES = 1 << 20
 # A trunk server prints this on stdout, followed by host:port, when it is ready.
 READY = "trunk server listening on "
 # The metadata that carries a client's token.

@@ -21,8 +21,12 @@ FLOAT16: Dtype
 INT8_BLOCKS: Dtype
 
 class DescribeRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("padding", "answer_padding")
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_PADDING_FIELD_NUMBER: _ClassVar[int]
+    padding: bytes
+    answer_padding: int
+    def __init__(self, padding: _Optional[bytes] = ..., answer_padding: _Optional[int] = ...) -> None: ...
 
 class MetricsRequest(_message.Message):
     __slots__ = ()
@@ -55,7 +59,7 @@ class FlagState(_message.Message):
     def __init__(self, name: _Optional[str] = ..., unavailable: _Optional[str] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "device", "hidden_size", "max_length", "threads", "flags", "machine")
+    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "device", "hidden_size", "max_length", "threads", "flags", "machine", "padding")
     class MachineEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +80,7 @@ class Description(_message.Message):
     THREADS_FIELD_NUMBER: _ClassVar[int]
     FLAGS_FIELD_NUMBER: _ClassVar[int]
     MACHINE_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: str
     digest: str
@@ -89,7 +94,8 @@ class Description(_message.Message):
     threads: int
     flags: _containers.RepeatedCompositeFieldContainer[FlagState]
     machine: _containers.ScalarMap[str, str]
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., hidden_size: _Optional[int] = ..., max_length: _Optional[int] = ..., threads: _Optional[int] = ..., flags: _Optional[_Iterable[_Union[FlagState, _Mapping]]] = ..., machine: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    padding: bytes
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., hidden_size: _Optional[int] = ..., max_length: _Optional[int] = ..., threads: _Optional[int] = ..., flags: _Optional[_Iterable[_Union[FlagState, _Mapping]]] = ..., machine: _Optional[_Mapping[str, str]] = ..., padding: _Optional[bytes] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
     __slots__ = ("open", "step")

@@ -18,7 +18,7 @@ from splitlearn import config
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.round_trip import round_trip_s
+from splitlearn.client.real_link import round_trip_s
 from splitlearn.errors import TrunkError
 from splitlearn.lab.environment import differences, fingerprint, trunk_pid
 from splitlearn.runtime import hardware, process

@@ -1,0 +1,85 @@
+"""The real link to a trunk server, measured by gRPC calls: no tensors here, so no torch.
+
+The round trip has gRPC's and the server's own time in it, some 0.3 ms. Bandwidth is what one call gets: over a far link
+HTTP/2's windows, which begin small, may allow less than the line. So both are bounds on the side of caution.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import grpc
+
+from splitlearn.errors import TrunkFull, TrunkRefused
+from splitlearn.wire import MAX_PADDING_BYTES
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import NONE, Credentials, open_channel
+from splitlearn.wire.status import error_of
+from splitlearn.wire.stub import TrunkStub
+
+ROUND_TRIPS, WARM_UP = 20, 5
+TIMEOUT_S = 10.0
+SIZES = (MAX_PADDING_BYTES >> 4, MAX_PADDING_BYTES >> 2, MAX_PADDING_BYTES)
+# Bytes that take so long tell the bandwidth: no more are sent. Less than the other is the clock's noise.
+ENOUGH_S, LEAST_S = 0.05, 1e-5
+
+
+@dataclass(frozen=True)
+class RealLink:
+    """Round trip in seconds, and bits per second to the trunk and back, None where it takes no message that long."""
+
+    rtt_s: float
+    up_bits_per_s: float | None
+    down_bits_per_s: float | None
+
+    @property
+    def summary(self) -> str:
+        """For people: "0.4 ms, 900 Mbit/s up, 900 Mbit/s down"."""
+        rates = (("up", self.up_bits_per_s), ("down", self.down_bits_per_s))
+        said = [f"{float(f'{bits / 1e6:.2g}'):g} Mbit/s {way}" for way, bits in rates if bits is not None]
+        return ", ".join([f"{self.rtt_s * 1e3:.1f} ms", *said])
+
+
+def round_trip_s(address: str, identity: Credentials = NONE) -> float:
+    """The round trip to the trunk at `address` in seconds: a median over one open channel. Raises TrunkError."""
+    with open_channel(address, identity) as channel:
+        return _round_trip_s(partial(_asked_s, TrunkStub(channel), address))
+
+
+def real_link(address: str, identity: Credentials = NONE) -> RealLink:
+    """Measure the link to the trunk at `address`, with at most some MiB each way. Raises TrunkError."""
+    with open_channel(address, identity) as channel:
+        ask = partial(_asked_s, TrunkStub(channel), address)
+        rtt_s = _round_trip_s(ask)
+        up = _bits_per_s(lambda size: ask(pb.DescribeRequest(padding=bytes(size))), rtt_s)
+        down = _bits_per_s(lambda size: ask(pb.DescribeRequest(answer_padding=size)), rtt_s)
+    return RealLink(rtt_s, up, down)
+
+
+def _asked_s(stub: TrunkStub, address: str, request: pb.DescribeRequest) -> float:
+    started = time.perf_counter()
+    try:
+        stub.describe(request, timeout=TIMEOUT_S)
+    except grpc.RpcError as error:
+        raise error_of(error, address) from error
+    return time.perf_counter() - started
+
+
+def _round_trip_s(ask: Callable[[pb.DescribeRequest], float]) -> float:
+    return statistics.median([ask(pb.DescribeRequest()) for _ in range(WARM_UP + ROUND_TRIPS)][WARM_UP:])
+
+
+def _bits_per_s(spend: Callable[[int], float], rtt_s: float) -> float | None:
+    """The bandwidth by what `spend` takes for ever more bytes, beyond the round trip."""
+    found = None
+    for size in SIZES:
+        try:
+            beyond_s = max(min(spend(size), spend(size)) - rtt_s, LEAST_S)
+        except (TrunkRefused, TrunkFull):  # longer than it takes a message
+            break
+        found = 8 * size / beyond_s
+        if beyond_s > ENOUGH_S:
+            break
+    return found
