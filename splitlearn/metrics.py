@@ -6,7 +6,7 @@ TPS (decode) = 1 / TPOT; ITL_i = t_i - t_(i-1).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -14,11 +14,25 @@ from statistics import median
 from splitlearn.events import Done, Event, FinishReason, Recovery, TokenEvent
 
 UNATTRIBUTED = "unattributed"
-# The parts of a step in the order in which they happen.
-LEDGER_ORDER = (
-    *("tokenise", "open", "draft", "model", "bottom", "encode", "wire", "queue", "trunk", "decode", "recover"),
-    *("top", "sample", "emit", UNATTRIBUTED),
-)
+PARTS: Mapping[str, str] = {
+    "tokenise": "chat template and tokenizer",
+    "open": "opening the stages' sessions, with one round trip to the trunk",
+    "draft": "guessing the next tokens",
+    "model": "all layers and the LM head, in the full arm's one process",
+    "bottom": "embeddings and the first layers, at the client",
+    "encode": "hidden states to bytes, at both ends",
+    "wire": "the round trip without the server's own time: gRPC, kernel and network",
+    "queue": "waiting in the server for other sessions' steps",
+    "trunk": "the layers of the trunk server",
+    "decode": "bytes to hidden states, at both ends",
+    "recover": "a step in which the trunk was lost, until another one answered it",
+    "top": "the last layers and the LM head, at the client",
+    "sample": "choosing the token",
+    "emit": "detokenising and handing the token on",
+    UNATTRIBUTED: "what happens between two measured spans",
+}
+"""The parts of a time breakdown, in the order in which they happen, each with what it is."""
+LEDGER_ORDER = tuple(PARTS)
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,8 @@ class RunMetrics:
     head_starts_right: int
     prompt_ids: tuple[int, ...] = ()
     """The ids of the prompt as the model saw it; empty before the answer's end."""
+    steps: tuple[TokenEvent, ...] = ()
+    """The steps that the figures were computed from."""
 
     @classmethod
     def from_events(cls, events: Iterable[Event], sample: int = 0) -> "RunMetrics | None":
@@ -90,6 +106,7 @@ class RunMetrics:
             head_starts=sum(step.head_start is not None for step in steps),
             head_starts_right=sum(step.head_start is True for step in steps),
             prompt_ids=done.prompt_ids,
+            steps=tuple(steps),
         )
 
     @property
@@ -106,6 +123,12 @@ class RunMetrics:
     def decode_tps(self) -> float | None:
         """TPS (decode): tokens per second after the first."""
         return 1 / self.tpot_s if self.tpot_s else None
+
+    @property
+    def per_token(self) -> dict[str, float]:
+        """The time breakdown of a token after the first, in seconds: it sums to TPOT. Empty for a single token."""
+        after = self.n_tokens - len(self.steps[0].token_ids) if self.steps else 0
+        return {name: spent / after for name, spent in self.decode_ledger.items()} if after else {}
 
     @property
     def itl_p50_s(self) -> float | None:

@@ -1,44 +1,117 @@
-"""One prompt through both arms: the comparison, and how it reads as JSON.
+"""One prompt through both arms, once or several times: the comparison, and how it reads as JSON.
 
-Ratios are split / full of one run each, so n = 1: what a flag or a split costs is the lab's question, not this one's.
+The runs of a pair follow each other, in random order. What a flag or a split costs for sure is the lab's question: here
+the ratio has the spread of its pairs, and no verdict.
 """
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from splitlearn.arms.runs import ArmReport, Item, Runs
+from splitlearn.breakdown import Difference, Ratio, check_pairs
 from splitlearn.events import KINDS as KINDS
 from splitlearn.events import GenerationRequest, Kind
 from splitlearn.flags.selection import FlagSet
 from splitlearn.metrics import UNATTRIBUTED, RunMetrics, first_difference, tps_of_all
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime import hardware
+from splitlearn.runtime.load import reading
 
 Watch = Callable[[Kind, Item], None]
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """Token `at` of `sample` is the first one (both from 0) in which the two runs of a pair differ."""
+
+    full: ArmReport
+    split: ArmReport
+    sample: int
+    at: int
+
+    @property
+    def tokens(self) -> tuple[str | None, str | None]:
+        """The text of that token in full and in split; None where the answer has ended before."""
+        texts = (report.texts.tokens[self.sample] for report in (self.full, self.split))
+        full, split = (listed[self.at] if self.at < len(listed) else None for listed in texts)
+        return full, split
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The reports of both arms on the same prompt with the same flags, run for run."""
+
+    full: tuple[ArmReport, ...]
+    split: tuple[ArmReport, ...]
+
+    def of(self, kind: Kind) -> tuple[ArmReport, ...]:
+        """The reports of one arm."""
+        return self.full if kind == "full" else self.split
+
+    def typical(self, kind: Kind) -> ArmReport:
+        """The run of that arm whose E2EL is the median (of an even number: the lower one)."""
+        ordered = sorted(self.of(kind), key=lambda report: report.metrics.e2el_s)
+        return ordered[(len(ordered) - 1) // 2]
+
+    @property
+    def counted(self) -> list[tuple[RunMetrics, RunMetrics]]:
+        """The metrics of each pair in which no trunk was lost: those that may be divided."""
+        pairs = zip(self.full, self.split, strict=True)
+        return [(full.metrics, split.metrics) for full, split in pairs if not _recovered(split)]
+
+    @property
+    def ttft(self) -> Ratio | None:
+        """TTFT split / full. None where every pair has a recovery in it."""
+        return Ratio.of((full.ttft_s, split.ttft_s) for full, split in self.counted)
+
+    @property
+    def tpot(self) -> Ratio | None:
+        """TPOT split / full. None for answers of one token, too."""
+        return Ratio.of((full.tpot_s, split.tpot_s) for full, split in self.counted)
+
+    @property
+    def difference(self) -> Difference | None:
+        """Where the difference of a token's time comes from. None where there is nothing to compare."""
+        counted = self.counted
+        return Difference.of([full for full, _ in counted], [split for _, split in counted])
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The first pair whose arms have other tokens, and where; None if all have the same."""
+        for full, split in zip(self.full, self.split, strict=True):
+            found = first_difference(full.samples, split.samples)
+            if found is not None:
+                return Divergence(full, split, *found)
+        return None
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Both arms' reports on the same prompt with the same flags."""
+    """`pairs` of one prompt with the same flags. `others_cpu` is what other programs used meanwhile, in cores."""
 
     model: str
     plan: SplitPlan
     flags: FlagSet
-    full: ArmReport
-    split: ArmReport
+    pairs: Pairs
+    others_cpu: float
     environment: dict[str, Any]
 
     @property
-    def first_difference(self) -> tuple[int, int] | None:
-        """The first sample in which the arms differ and the index of the first such token id, or None."""
-        return first_difference(self.full.samples, self.split.samples)
+    def full(self) -> ArmReport:
+        """The full arm's typical run."""
+        return self.pairs.typical("full")
+
+    @property
+    def split(self) -> ArmReport:
+        """The split arm's typical run."""
+        return self.pairs.typical("split")
 
     def as_json(self) -> dict[str, Any]:
         """The object that `compare --json` prints; docs/command-line.md describes it."""
-        differ, prompt = self.first_difference, self.full.texts.prompt
+        differ, prompt = self.pairs.divergence, self.full.texts.prompt
         return {
             "model": self.model,
             "split": {"start": self.plan.start, "end": self.plan.end, "n_layers": self.plan.n_layers},
@@ -55,34 +128,47 @@ class Comparison:
             },
             "full": arm_as_json(self.full),
             "split_run": arm_as_json(self.split),
+            "pairs": len(self.pairs.full),
+            "ratios": {"ttft": _ratio(self.pairs.ttft), "tpot": _ratio(self.pairs.tpot)},
+            "difference_per_token": _difference(self.pairs.difference),
+            "every_run": {kind: [_times(report.metrics) for report in self.pairs.of(kind)] for kind in KINDS},
+            "other_programs_cores": self.others_cpu,
             "identical_tokens": differ is None,
-            "first_divergence": None if differ is None else differ[1],
-            "first_differing_sample": None if differ is None else differ[0],
+            "first_divergence": None if differ is None else differ.at,
+            "first_differing_sample": None if differ is None else differ.sample,
             "environment": self.environment,
         }
+
+
+def turns(pairs: int) -> Iterator[Kind]:
+    """Which arm runs next: both of each pair, one after the other in random order. Raises InputError."""
+    check_pairs(pairs)
+    return (kind for _ in range(pairs) for kind in random.sample(KINDS, len(KINDS)))
 
 
 def compare(
     runs: Runs,
     request: GenerationRequest,
     flags: FlagSet,
+    pairs: int = 1,
     watch: Watch = lambda kind, item: None,
     cancelled: threading.Event | None = None,
 ) -> Comparison | None:
-    """Run `request` through both arms, one after the other in random order; None when it was cancelled.
+    """Run `request` through both arms, `pairs` times; None when it was cancelled.
 
-    `watch` sees everything that the arms yield, as it comes.
+    `watch` sees everything that the arms yield, as it comes. Raises InputError for a number that cannot be used.
     """
-    reports: dict[Kind, ArmReport] = {}
-    for kind in random.sample(KINDS, len(KINDS)):
+    order, before = turns(pairs), reading(None)
+    reports: dict[Kind, list[ArmReport]] = {kind: [] for kind in KINDS}
+    for kind in order:
         for item in runs.stream(kind, flags, request, cancelled):
             watch(kind, item)
             if isinstance(item, ArmReport):
-                reports[kind] = item
-    if len(reports) < len(KINDS):
+                reports[kind].append(item)
+    if any(len(found) < pairs for found in reports.values()):
         return None
-    name = runs.files.name
-    return Comparison(name, runs.plan, flags, reports["full"], reports["split"], environment(runs))
+    found = Pairs(tuple(reports["full"]), tuple(reports["split"]))
+    return Comparison(runs.files.name, runs.plan, flags, found, reading(before).others_cpu, environment(runs))
 
 
 def environment(runs: Runs) -> dict[str, Any]:
@@ -125,6 +211,27 @@ def arm_as_json(report: ArmReport) -> dict[str, Any]:
         "other_samples": [_sample_as_json(other) for other in report.others],
     }
     return common if report.trunk is None else {**common, **_trunk_as_json(report)}
+
+
+def _ratio(found: Ratio | None) -> dict[str, float] | None:
+    return (
+        None
+        if found is None
+        else {"geometric_mean": found.mean, "least": found.least, "most": found.most, "n": found.n}
+    )
+
+
+def _difference(found: Difference | None) -> dict[str, float] | None:
+    """Seconds per token, split less full."""
+    return None if found is None else {f"{name}_s": spent for name, spent in asdict(found).items()}
+
+
+def _times(metrics: RunMetrics) -> dict[str, float | None]:
+    return {"ttft_s": metrics.ttft_s, "tpot_s": metrics.tpot_s, "e2el_s": metrics.e2el_s}
+
+
+def _recovered(report: ArmReport) -> bool:
+    return any(sample.recoveries for sample in report.samples)
 
 
 def _sample_as_json(metrics: RunMetrics) -> dict[str, Any]:

@@ -137,12 +137,14 @@ def compare(
     stop: Sequence[str] = (),
     samples: int = 1,
     sampling: SamplingParams | None = None,
+    pairs: int = 1,
     dtype: str = "float32",
     device: str = "auto",
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Run a prompt through the full and the split model, each in a process of its own, and compare them.
 
+    Each arm runs `pairs` times, in turn with the other one.
     Returns the object that `splitlearn compare --json` prints (docs/command-line.md): seconds and bytes. Without
     `trunk`, a trunk server is started for it. `link` emulates a link to the trunk, in words (docs/links.md). The other
     arguments and errors are those of `load_split` and `generate`. Call it below `if __name__ == "__main__":`, as
@@ -154,7 +156,7 @@ def compare(
     with Runs(settings, silent) as runs:
         runs.check_trunk()
         chosen = runs.flags(flags)
-        found = compare_arms(runs, request, chosen)
+        found = compare_arms(runs, request, chosen, pairs)
         cost = link_cost(runs, request, chosen, found.split) if found is not None else None
     if found is None:  # nothing sets the cancellation here
         raise SplitlearnError("The comparison ended early.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from splitlearn.breakdown import check_pairs
 from splitlearn.cli import options
 from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import GenerationRequest
@@ -34,6 +35,9 @@ Samples = Annotated[
         help="answers at once, with seed S, S + 1, ...; they share each trip to the trunk",
     ),
 ]
+Pairs = Annotated[
+    int, typer.Option(metavar="N", parser=whole("pairs"), help="run each arm N times, in pairs; the ratio has a range")
+]
 
 
 def compare(
@@ -51,6 +55,7 @@ def compare(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     samples: Samples = 1,
+    pairs: Pairs = 1,
     trunk: options.Trunks = None,
     link: options.Link = None,
     as_json: options.Json = False,
@@ -72,12 +77,13 @@ def compare(
     )
     chosen = options.chosen_flags(flags, words, settings)
     check(chosen)
+    check_pairs(pairs)
     from splitlearn import config as configuration
 
-    return partial(_run, configuration.with_chat(settings, request.chat), request, chosen, as_json)
+    return partial(_run, configuration.with_chat(settings, request.chat), request, chosen, pairs, as_json)
 
 
-def _run(config: "Config", request: GenerationRequest, flags: str, as_json: bool) -> None:
+def _run(config: "Config", request: GenerationRequest, flags: str, pairs: int, as_json: bool) -> None:
     from splitlearn.arms.compare import compare
     from splitlearn.arms.link_cost import link_cost
     from splitlearn.arms.runs import Runs
@@ -89,7 +95,7 @@ def _run(config: "Config", request: GenerationRequest, flags: str, as_json: bool
         chosen = runs.flags(flags)
         runs.check_trunk()
         show = watch(progress, request.samples * request.max_new_tokens)
-        found = compare(runs, request, chosen, show)
+        found = compare(runs, request, chosen, pairs, show)
         cost = link_cost(runs, request, chosen, found.split, show) if found is not None else None
     if found is None:  # nothing sets the cancellation here
         raise SplitlearnError("The comparison ended early.")

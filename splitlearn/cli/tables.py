@@ -1,7 +1,7 @@
 """What the command line prints for people: tables on stdout, drawn by rich; answers as they are."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.text import Text
@@ -48,10 +48,12 @@ def print_comparison(found: Comparison) -> None:
     for recovered in found.split.metrics.recoveries:
         say(recovery_sentence(*recovered))
     verdict = "identical"
-    if (differ := found.first_difference) is not None:
-        where = f" of sample {differ[0] + 1}" if found.full.others else ""
-        verdict = f"they differ from token {differ[1] + 1}{where} on"
-    say(f"Tokens of full and split: {verdict}. One run of each (n = 1).")
+    if (differ := found.pairs.divergence) is not None:
+        where = f" of sample {differ.sample + 1}" if found.full.others else ""
+        verdict = f"they differ from token {differ.at + 1}{where} on"
+    say(f"Tokens of full and split: {verdict}.")
+    for line in _conclusion(found):
+        say(line)
 
 
 def print_link(cost: LinkCost) -> None:
@@ -89,6 +91,20 @@ def print_flags(available: Availability, applied: FlagSet) -> None:
             states.append(Text(reason, "dim") if reason else Text("applied", "bold") if chosen else Text("available"))
         table.add_row(name, flag.fidelity, *states)
     console().print(table)
+
+
+def _conclusion(found: Comparison) -> Iterator[str]:
+    """What the pairs say, and how far to trust it."""
+    pairs = found.pairs
+    if pairs.difference is not None:
+        yield pairs.difference.sentence()
+    ratios = {"TTFT": pairs.ttft, "TPOT": pairs.tpot}
+    said = [
+        f"{name} {ratio.mean:.2f} ({ratio.least:.2f} to {ratio.most:.2f})" for name, ratio in ratios.items() if ratio
+    ]
+    if said:
+        yield f"split / full, {len(pairs.counted)} of {len(pairs.full)} pairs, mean and range: {', '.join(said)}."
+    yield f"Other programs used {found.others_cpu:.1f} cores meanwhile."
 
 
 def _figures(found: Comparison) -> PlainTable:

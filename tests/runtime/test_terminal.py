@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from server.__main__ import main as serve
-from splitlearn.arms.compare import Comparison
+from splitlearn.arms.compare import Comparison, Pairs
 from splitlearn.cli import main as command_line
 from splitlearn.cli import tables as tables
 from splitlearn.flags.selection import parse
@@ -31,8 +31,8 @@ LONG = "word " * 100 + "x" * 300
 
 
 def comparison(text: str, model: str) -> Comparison:
-    plan, arms = SplitPlan(2, 4, 6), (report("full", [1, 2, 3], text), report("split", [1, 2, 3], text))
-    return Comparison(model, plan, parse("none", KNOWN), *arms, {})
+    pairs = Pairs((report("full", [1, 2, 3], text),), (report("split", [1, 2, 3], text),))
+    return Comparison(model, SplitPlan(2, 4, 6), parse("none", KNOWN), pairs, 0.0, {})
 
 
 class Stream(io.TextIOWrapper):
