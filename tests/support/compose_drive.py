@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from playwright.sync_api import Browser
+from playwright.sync_api import BrowserContext
 
 from tests.support.page import chromium, open_page
 
@@ -44,7 +44,7 @@ def page_answers(within_s: float) -> int:
             time.sleep(0.5)
 
 
-def press(browser: Browser) -> str:
+def press(browser: BrowserContext) -> str:
     """Press the one button of a fresh page, and give what it then says: its verdict, or what went wrong."""
     page = open_page(browser, PAGE)
     page.locator("#compare").click()
@@ -53,7 +53,7 @@ def press(browser: Browser) -> str:
     return said.inner_text()
 
 
-def cut(browser: Browser) -> str:
+def cut(browser: BrowserContext) -> str:
     """Kill the trunk in the middle of the page's split answer, start it again, and give what the page says then."""
     page = open_page(browser, PAGE)
     page.locator("#settings > button").click()

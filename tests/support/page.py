@@ -1,4 +1,12 @@
-"""A page for tests: the real app in a process of its own, and a browser that drives it."""
+"""A page for tests: the real app in a process of its own, and a browser that drives it.
+
+What costs time is to start an app (some ten seconds of computing, with its trunk and arms) and to load its page (two
+seconds for the first, one for each more). So tests of one file share both, by the fixtures of tests/ui/conftest.py:
+
+- `browser`: one Chromium for the file. `open_page(browser, url)` opens the page for a fresh visitor.
+- `running(config)`: an app, in a fixture of module scope wherever the tests leave its configuration as it is.
+- A test that leaves the page as it found it shares that, too: a page in a fixture of module scope.
+"""
 
 import os
 import queue
@@ -13,7 +21,7 @@ from pathlib import Path
 
 import psutil
 import yaml
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import BrowserContext, Locator, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_TORCH = Path(__file__).with_name("without_torch.py")
@@ -131,20 +139,25 @@ def running(
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
-    """A Chromium without windows; `open_page` opens the app's page in it."""
+def chromium() -> Iterator[BrowserContext]:
+    """A Chromium without windows; `open_page` opens the app's page in it.
+
+    It has a profile of its own on disk, for the page's compiled scripts: without them a page computes twice as long.
+    """
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch_persistent_context("", executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
             yield browser
         finally:
             browser.close()
 
 
-def open_page(browser: Browser, url: str, width: int = 1280, height: int = 800, theme: str = "light") -> Page:
+def open_page(browser: BrowserContext, url: str, width: int = 1280, height: int = 800, theme: str = "light") -> Page:
     """A fresh visitor's page, once it can be used. What its content security policy forbids goes into `FORBIDDEN`."""
-    page = browser.new_page(viewport={"width": width, "height": height})
+    browser.clear_cookies()
+    page = browser.new_page()
+    page.set_viewport_size({"width": width, "height": height})
     page.on("console", lambda said: FORBIDDEN.append(said.text) if "Content Security Policy" in said.text else None)
     page.set_default_timeout(PATIENCE_MS)
     page.goto(f"{url}?__theme={theme}")

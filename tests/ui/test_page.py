@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, TimeoutError, expect
+from playwright.sync_api import BrowserContext, Page, Route, TimeoutError, expect
 
 from splitlearn.checkpoints.folder import ModelFiles
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, FORBIDDEN, App, chromium, open_page, running, type_into, write_config
+from tests.support.page import CHROMIUM, FORBIDDEN, App, open_page, running, type_into, write_config
 
 pytestmark = [
     pytest.mark.browser,
@@ -33,14 +33,8 @@ def url(app: App) -> str:
     return app.warm_url()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as opened:
-        yield opened
-
-
 @pytest.fixture
-def page(browser: Browser, url: str) -> Iterator[Page]:
+def page(browser: BrowserContext, url: str) -> Iterator[Page]:
     opened = open_page(browser, url)
     yield opened
     opened.close()
@@ -148,7 +142,7 @@ def test_flags_of_each_side_follow_the_words_and_the_matrix_shows_them(page: Pag
     assert row.locator("td").all_inner_texts()[1:] == ["applied", "applied", "available"]
 
 
-def test_flags_typed_before_the_page_has_heard_from_the_program_stay(browser: Browser, url: str) -> None:
+def test_flags_typed_before_the_page_has_heard_from_the_program_stay(browser: BrowserContext, url: str) -> None:
     late: list[Route] = []
     page = browser.new_page()
     page.route("**/queue/join*", lambda request: late.append(request))
@@ -165,30 +159,43 @@ def test_flags_typed_before_the_page_has_heard_from_the_program_stay(browser: Br
     page.close()
 
 
+@pytest.fixture(scope="module")
+def asking(browser: BrowserContext, url: str) -> Iterator[Page]:
+    """A page that knows what its trunk can do, on which each test does one wrong thing and takes it back."""
+    opened = open_page(browser, url)
+    fold_out(opened, "settings")
+    fold_out(opened, "flags")
+    expect(opened.locator("#flag-words").locator("input, textarea").first).to_have_value("default")
+    expect(opened.locator("#flag-cudnn_benchmark input")).to_be_disabled()
+    yield opened
+    opened.close()
+    assert not FORBIDDEN
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("prompt", "   ", "prompt"),
-        ("prompt", "word " * 800, "prompt"),
-        *(("max_new_tokens", value, "max_new_tokens") for value in ("0", "-1", str(10**9), "x")),
-        *(("temperature", value, "temperature") for value in ("-1", "nan")),
-        *(("samples", value, "samples") for value in ("0", "2", "x")),
+        ("prompt", "   ", "prompt: '   '"),
+        ("prompt", "word " * 800, "at most"),
+        *(("max_new_tokens", value, f"max_new_tokens: {value}") for value in ("0", "-1", str(10**9), "'x'")),
+        *(("temperature", value, f"temperature: {value}") for value in ("-1.0", "nan")),
+        *(("samples", value, f"samples: {value}") for value in ("0", "2", "'x'")),
         ("flag-words", "no_such_flag", "no_such_flag"),
         ("flag-words", "full:float32_matmul_precision,float32_matmul_precision=high", "exclude each other"),
     ],
 )
-def test_bad_input_is_named_nothing_typed_is_lost(page: Page, field: str, value: str, said: str) -> None:
-    fold_out(page, "settings")
-    fold_out(page, "flags")
-    words = page.locator("#flag-words").locator("input, textarea").first
-    expect(words).to_have_value("default")
-    expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled()  # the page knows what its trunk can do
-    setting(page, field, value)
-    page.locator("#compare").click()
-    message = error(page)
-    assert said in message
-    assert "expected" in message
-    assert page.locator(f"#{field}").locator("input, textarea").first.input_value() == value
+def test_bad_input_is_named_nothing_typed_is_lost(asking: Page, field: str, value: str, said: str) -> None:
+    typed = value.strip("'")
+    box = asking.locator(f"#{field}").locator("input, textarea").first
+    right = box.input_value()
+    setting(asking, field, typed)
+    asking.locator("#compare").click()
+    shown = asking.locator("#error .sl-error")
+    expect(shown).to_contain_text(said, timeout=RUN_MS)
+    expect(shown).to_contain_text("expected")
+    expect(asking.locator("#compare")).to_be_enabled()
+    assert box.input_value() == typed
+    setting(asking, field, right)
 
 
 def test_what_a_button_said_stays_while_flags_are_typed_and_wrong_flags_are_named_below_them(page: Page) -> None:
@@ -230,7 +237,7 @@ def test_a_trunk_killed_in_the_middle_is_started_again_and_its_answer_goes_on(pa
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_nothing_scrolls_sideways_and_the_figures_come_early(
-    browser: Browser, url: str, width: int, height: int
+    browser: BrowserContext, url: str, width: int, height: int
 ) -> None:
     page = open_page(browser, url, width, height)
     compares(page)
@@ -241,7 +248,7 @@ def test_nothing_scrolls_sideways_and_the_figures_come_early(
     page.close()
 
 
-def test_closing_the_tab_ends_its_run(page: Page, browser: Browser, url: str) -> None:
+def test_closing_the_tab_ends_its_run(page: Page, browser: BrowserContext, url: str) -> None:
     fold_out(page, "settings")
     setting(page, "max_new_tokens", "450")
     fold_out(page, "flags")
@@ -258,7 +265,9 @@ def test_closing_the_tab_ends_its_run(page: Page, browser: Browser, url: str) ->
 
 
 @pytest.mark.weights
-def test_default_model_answers_in_both_arms_alike(browser: Browser, default_model: ModelFiles, tmp_path: Path) -> None:
+def test_default_model_answers_in_both_arms_alike(
+    browser: BrowserContext, default_model: ModelFiles, tmp_path: Path
+) -> None:
     config = write_config(tmp_path, generation={"max_new_tokens": 16}, runs={"threads": 2})
     with running(config) as started:
         opened = open_page(browser, started.warm_url())

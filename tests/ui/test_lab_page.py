@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.conftest import TinyFactory
 from tests.support.page import (
@@ -20,7 +20,6 @@ from tests.support.page import (
     ROOT,
     SETTLED_MS,
     App,
-    chromium,
     open_page,
     running,
     type_into,
@@ -59,14 +58,8 @@ def url(app: App) -> str:
     return app.warm_url()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as opened:
-        yield opened
-
-
 @pytest.fixture
-def page(browser: Browser, url: str) -> Iterator[Page]:
+def page(browser: BrowserContext, url: str) -> Iterator[Page]:
     opened = open_lab(browser, url)
     yield opened
     if not opened.is_closed():
@@ -77,7 +70,7 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     assert not FORBIDDEN
 
 
-def open_lab(browser: Browser, url: str) -> Page:
+def open_lab(browser: BrowserContext, url: str) -> Page:
     """A new visitor with the Lab tab open."""
     opened = open_page(browser, url)
     opened.get_by_role("tab", name="Lab").click()
@@ -134,7 +127,7 @@ def test_before_any_experiment_a_service_level_is_checked_as_it_is_typed(page: P
 
 
 def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
-    browser: Browser, app: App, url: str, page: Page, tmp_path: Path
+    browser: BrowserContext, app: App, url: str, page: Page, tmp_path: Path
 ) -> None:
     ask(page, "2")
     page.locator("#lab-start").click()
@@ -177,11 +170,11 @@ def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
 
 
 def test_while_one_runs_another_is_refused_and_so_is_a_comparison_and_a_stopped_one_resumes(
-    browser: Browser, url: str, page: Page
+    browser: BrowserContext, url: str, page: Page
 ) -> None:
     other = open_lab(browser, url)
     ask(other, "2")
-    ask(page, "4")  # long enough for a slow browser to stop it
+    ask(page, "3")  # long enough for a slow browser to stop it
     page.locator("#lab-start").click()
     expect(page.locator("#lab-progress")).to_contain_text("Measuring")
     other.locator("#lab-start").click()
@@ -201,7 +194,7 @@ def test_while_one_runs_another_is_refused_and_so_is_a_comparison_and_a_stopped_
     expect(page.locator("#lab-report")).to_contain_text("Not finished")
     page.locator("#lab-resume").click()
     expect(page.locator("#lab-progress")).to_contain_text("Measuring")
-    ends(page, "Ended: 4 pairs, as asked")
+    ends(page, "Ended: 3 pairs, as asked")
     expect(page.locator("#lab-resume")).to_be_disabled()
 
 
@@ -232,7 +225,7 @@ def test_the_service_level_that_was_typed_is_the_one_that_is_shown(page: Page) -
 
 
 @pytest.fixture(scope="module")
-def asking(browser: Browser, url: str) -> Iterator[Page]:
+def asking(browser: BrowserContext, url: str) -> Iterator[Page]:
     """A page with a short experiment asked for, to which each test does one wrong thing."""
     opened = open_lab(browser, url)
     ask(opened, "2")
@@ -265,7 +258,9 @@ def test_bad_input_is_named_and_nothing_is_begun(asking: Page, folder: Path, fie
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-def test_nothing_of_a_report_scrolls_the_page_sideways(browser: Browser, url: str, width: int, height: int) -> None:
+def test_nothing_of_a_report_scrolls_the_page_sideways(
+    browser: BrowserContext, url: str, width: int, height: int
+) -> None:
     opened = open_page(browser, url, width, height)
     opened.get_by_role("tab", name="Lab").click()
     expect(opened.locator("#lab-ledger-split .js-plotly-plot")).to_be_visible()
