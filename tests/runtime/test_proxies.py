@@ -5,7 +5,6 @@ import subprocess
 import sys
 import urllib.request
 from importlib.util import find_spec
-from pathlib import Path
 
 import httpx
 import pytest
@@ -14,7 +13,6 @@ import yaml
 from splitlearn.client.served import describe
 from splitlearn.runtime import proxies
 from tests.conftest import ROOT, TinyFactory
-from tests.support.page import running, write_config
 from tests.support.trunk import serve_here
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there: who asks it fails at once
@@ -93,14 +91,6 @@ def test_a_trunk_is_reached_beside_a_proxy(name: str, tiny_model: TinyFactory) -
             assert describe(here.address).n_layers == 6
     finally:
         os.unsetenv(name)
-
-
-def test_the_page_starts_behind_proxies_that_lead_nowhere(tiny_model: TinyFactory, tmp_path: Path) -> None:
-    config = write_config(tmp_path, model={"name": str(tiny_model().folder)})
-    away = {"HTTP_PROXY": NOWHERE, "http_proxy": NOWHERE, "ALL_PROXY": "socks://127.0.0.1:9", "no_proxy": "[::1]"}
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with running(config, environment=away) as app, direct.open(app.url(), timeout=30) as answer:
-        assert answer.status == 200
 
 
 def test_health_checks_of_the_containers_ask_no_proxy() -> None:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import BrowserContext, expect
 
 from splitlearn.checkpoints.folder import ModelFiles
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, chromium, open_page, running, write_config
+from tests.support.page import CHROMIUM, open_page, running, write_config
 from tests.support.trunk import PLAN, Raw, Trunk, opening, serve, settings
 
 pytestmark = [
@@ -30,11 +30,11 @@ def trunk(files: ModelFiles, tmp_path: Path) -> Iterator[Trunk]:
 
 
 def test_the_tab_shows_sessions_come_and_go_and_a_trunk_that_does_not_answer(
-    trunk: Trunk, files: ModelFiles, tmp_path_factory: pytest.TempPathFactory
+    trunk: Trunk, files: ModelFiles, browser: BrowserContext, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     config = write_config(tmp_path_factory.mktemp("app"), model={"name": str(files.folder)}, split=LAYERS)
-    with running(config, "--trunk", trunk.address) as app, chromium() as browser:
-        page = open_page(browser, app.url())
+    with running(config, "--trunk", trunk.address) as app:
+        page = open_page(browser, app.warm_url())
         page.get_by_role("tab", name="Server").click()
         card = page.locator("#server-card")
         sessions = card.locator("dl div").filter(has=page.get_by_text("Sessions", exact=True)).locator("dd")

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 from gradio import networking, tunneling
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import BrowserContext, Page, expect
 
 from splitlearn.config import UiConfig
 from splitlearn.errors import SetupError
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, chromium, launch_fails, running, write_config
+from tests.support.page import CHROMIUM, launch_fails, running, write_config
 from ui import login
 from ui.login import Sharing
 
@@ -32,8 +32,9 @@ def stand_in_tunnel(home: Path) -> dict[str, str]:
     return {**LOGIN, "HF_HOME": str(home), "GRADIO_SHARE_SERVER_ADDRESS": "127.0.0.1:1"}
 
 
-def logged_in(browser: Browser, url: str) -> Page:
+def logged_in(browser: BrowserContext, url: str) -> Page:
     """The page behind the login; without it, there is none."""
+    browser.clear_cookies()
     page = browser.new_page()
     page.goto(url)
     expect(page.get_by_role("button", name="Login")).to_be_visible(timeout=30_000)
@@ -58,10 +59,10 @@ def test_share_without_a_login_is_refused_with_the_way_to_set_one(config: Path) 
 
 @pytest.mark.browser
 @needs_chromium
-def test_link_is_on_the_terminal_and_on_the_page(config: Path, tmp_path: Path) -> None:
+def test_link_is_on_the_terminal_and_on_the_page(config: Path, browser: BrowserContext, tmp_path: Path) -> None:
     environment = stand_in_tunnel(tmp_path / "home")
     nowhere = ("--trunk", "127.0.0.1:9")  # none is needed here, and starting one takes long
-    with running(config, "--share", *nowhere, environment=environment) as app, chromium() as browser:
+    with running(config, "--share", *nowhere, environment=environment) as app:
         url = app.url()
         app.wait_for(re.compile(re.escape(f"Public link: {LINK}")))
         page = logged_in(browser, url)
@@ -70,9 +71,11 @@ def test_link_is_on_the_terminal_and_on_the_page(config: Path, tmp_path: Path) -
 
 @pytest.mark.browser
 @needs_chromium
-def test_without_a_tunnel_one_message_and_the_local_page_works(config: Path, tmp_path: Path) -> None:
+def test_without_a_tunnel_one_message_and_the_local_page_works(
+    config: Path, browser: BrowserContext, tmp_path: Path
+) -> None:
     nowhere = {**LOGIN, "HF_HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
-    with running(config, "--share", environment=nowhere) as app, chromium() as browser:
+    with running(config, "--share", environment=nowhere) as app:
         url = app.url()
         app.wait_for(re.compile("No public link: .* The page works on this machine"), timeout_s=35)
         page = logged_in(browser, url)

@@ -39,24 +39,22 @@ def compare(handlers: Handlers) -> list[ComparisonView]:
     return list(handlers.compare(typed(handlers), WORDS, "visitor"))
 
 
-def test_a_comparison_asked_for_before_the_arms_are_loaded_starts_by_itself_with_the_same_answer(
+def test_a_comparison_asked_for_before_the_arms_are_loaded_starts_by_itself_unless_its_visitor_stops_it(
     handlers: Handlers,
 ) -> None:
-    early = compare(handlers)
-    assert early[0].full.state == early[0].split.state == "warming"
+    early, stopped = (handlers.compare(typed(handlers), WORDS, visitor) for visitor in ("visitor", "other"))
+    first = next(early)
+    assert first.full.state == first.split.state == "warming"
+    assert next(stopped).full.state == "warming"
+    handlers.stops.stop("other")
+    last = list(stopped)[-1]
+    assert (last.full.state, last.split.state) == ("stopped", "stopped")
+    loaded = list(early)[-1]
     late = compare(handlers)
     assert "warming" not in {shown.full.state for shown in late}
-    for one, other in zip(early[-1].both or (), late[-1].both or (), strict=True):
+    assert loaded.both
+    for one, other in zip(loaded.both, late[-1].both or (), strict=True):
         assert one.metrics.token_ids == other.metrics.token_ids
-    assert early[-1].both
-
-
-def test_a_comparison_that_waits_for_the_arms_is_stopped_by_its_visitor(handlers: Handlers) -> None:
-    states = handlers.compare(typed(handlers), WORDS, "visitor")
-    assert next(states).full.state == "warming"
-    handlers.stops.stop("visitor")
-    last = list(states)[-1]
-    assert (last.full.state, last.split.state) == ("stopped", "stopped")
 
 
 def test_wrong_input_is_named_at_once_while_arms_are_loaded(handlers: Handlers) -> None:

@@ -5,12 +5,15 @@ import signal
 import socket
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from tests.conftest import TinyFactory
 from tests.support.page import END_S, App, launch_fails, running, write_config
 from tests.support.trunk import eventually
+
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there: who asks it fails at once
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
@@ -50,8 +53,11 @@ def test_children_end_with_an_app_that_is_killed(tiny_model: TinyFactory, tmp_pa
     assert not psutil.wait_procs(children, timeout=END_S)[1]
 
 
-def test_a_trunk_that_is_not_there_is_a_warning_and_the_page_starts(tiny_model: TinyFactory, tmp_path: Path) -> None:
+def test_a_page_starts_behind_proxies_that_lead_nowhere_and_a_trunk_that_is_not_there_is_a_warning(
+    tiny_model: TinyFactory, tmp_path: Path
+) -> None:
     config = write_config(tmp_path, model={"name": str(tiny_model().folder)})
-    with running(config, "--trunk", "127.0.0.1:9") as app:
-        app.url()
+    proxies = {"HTTP_PROXY": NOWHERE, "http_proxy": NOWHERE, "ALL_PROXY": "socks://127.0.0.1:9", "no_proxy": "[::1]"}
+    with running(config, "--trunk", "127.0.0.1:9", environment=proxies) as app:
+        assert httpx.get(app.url(), trust_env=False).status_code == 200
         app.wait_for(re.compile(r"warning.*127\.0\.0\.1:9"))
