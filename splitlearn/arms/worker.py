@@ -25,12 +25,12 @@ def start(spec: ArmSpec) -> Child:
 
 @dataclass
 class Worker:
-    """A running worker process. `warm` has the flags and numbers of samples that it has run; `compile_s` the seconds of
-    compilation so far, by flags."""
+    """A running worker process. `warm` has the flags, samples and tokens that it was warmed up with; `compile_s` the
+    seconds of compilation so far, by flags."""
 
     child: Child
     ready: ArmReady
-    warm: set[tuple[FlagSet, int]] = field(default_factory=set)
+    warm: set[tuple[FlagSet, int, int]] = field(default_factory=set)
     compile_s: dict[FlagSet, float] = field(default_factory=lambda: defaultdict(float))
 
     @classmethod
@@ -60,12 +60,13 @@ class Worker:
         self.child.stop()
 
     def warm_up(self, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> None:
-        """Run a few tokens of `request`, unless something with these flags and as many samples was run before."""
-        if (flags, request.samples) not in self.warm:
-            short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
+        """Run a few tokens of `request`, unless as many samples and tokens were run with these flags before."""
+        tokens = min(WARM_UP_TOKENS, request.max_new_tokens)
+        if (flags, request.samples, tokens) not in self.warm:
+            short = replace(request, max_new_tokens=tokens)
             self.compile_s[flags] += compile_seconds(self.generate(flags, short, stop))
             if not stop.is_set():
-                self.warm.add((flags, request.samples))
+                self.warm.add((flags, request.samples, tokens))
 
     def generate(self, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[Event | ArmEnd]:
         """What the worker sends for one request under `flags`, up to its ArmEnd. Raises the error that it sends

@@ -6,10 +6,10 @@ An `Arm` runs once in every block. A `Question` compares two arms of one block t
 * without: every flag but one; treated is the baseline with all flags, control is the baseline without the flag; and one
   question about all of them together, whose control has none;
 * alone: each flag by itself; control is the baseline that keeps the KV cache and has no flag (for the cache itself:
-  none at all), treated is the same with the flag;
+  none at all), treated is the same with the flag; and one question about all of them together, whose treated has all;
 * ladder: flags added one after another, in the order of the request; each step is compared with the one before.
 
-The baseline runs once more in each block, in a second worker. This is the A/A question: its ratio should be 1, and its
+The baseline runs a second time, in a worker of its own. This is the A/A question: its ratio should be 1, and its
 interval is the noise floor. Flags that act only when sampling run under seeded sampling, with a baseline of their own.
 """
 
@@ -33,6 +33,7 @@ BASELINE = "baseline"
 AGAIN = "baseline again"
 AA = "A/A"
 ALL = "all flags"
+NONE = "no flags"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Plan:
-    """The arms of a block and the questions they answer."""
+    """The arms of an experiment and the questions they answer. A block has the arms of the questions still open."""
 
     design: Design
     arms: tuple[Arm, ...]
@@ -107,6 +108,20 @@ def plan(design: Design, flags: FlagSet, names: Sequence[str]) -> Plan:
     return Plan(design, tuple(arms.values()), tuple(questions))
 
 
+def first_pass(plan: Plan) -> list[Arm]:
+    """The arms in the order in which a person wants to see them: baselines, no flags, then one flag after the other,
+    each in full and in split. Without the second baseline of A/A, which tells nothing new."""
+
+    def rank(arm: Arm) -> tuple[bool, bool, int]:
+        asked = (q.flag for q in plan.questions if arm.name in (q.treated, q.control))
+        about = next((flag for flag in asked if flag != AA), AA)
+        order = list(dict.fromkeys(q.flag for q in plan.questions))
+        base = arm.name == _arm(BASELINE, arm.kind, arm.flags).name
+        return not base, not arm.name.startswith(NONE), order.index(about)
+
+    return sorted((arm for arm in plan.arms if not arm.copy), key=rank)
+
+
 def _pairs(design: Design, flags: FlagSet, names: Sequence[str], kind: Kind) -> Iterator[tuple[str, Arm, Arm]]:
     """(flag, treated, control) for one kind of arm, A/A first."""
     base = {"without": flags, "alone": flags.only(CACHE), "ladder": flags.only()}[design]
@@ -115,8 +130,9 @@ def _pairs(design: Design, flags: FlagSet, names: Sequence[str], kind: Kind) -> 
     if design == "ladder":
         yield from _ladder(flags, names, kind)
         return
-    if design == "without" and len(flags.names()) > 1 and _own(flags, kind) != _own(flags.only(), kind):
-        yield ALL, baseline, _arm("no flags", kind, flags.only())
+    if len(flags.names()) > 1 and _own(flags, kind) != _own(flags.only(), kind):
+        none, every = _arm(NONE, kind, flags.only()), _arm(ALL, kind, flags)
+        yield (ALL, baseline, none) if design == "without" else (ALL, every, baseline)
     for name in names:
         sampled = FLAGS[name].acts_when_sampling
         if not _acts(flags, name, kind):
@@ -125,7 +141,7 @@ def _pairs(design: Design, flags: FlagSet, names: Sequence[str], kind: Kind) -> 
         if design == "without":
             yield name, baseline, _arm(f"without {name}", kind, flags.without(name), sampled)
         elif name == CACHE:
-            yield name, baseline, _arm("no flags", kind, flags.only())
+            yield name, baseline, _arm(NONE, kind, flags.only())
         else:
             yield name, _arm(f"{name} alone", kind, flags.only(name, CACHE), sampled), baseline
 

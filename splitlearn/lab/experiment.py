@@ -1,10 +1,16 @@
-"""Runs an experiment: warm-up, blocks in random order, looks at the verdicts, and the decision to stop.
+"""Runs an experiment: a quick first pass, blocks in random order, looks at the verdicts, and the decision to stop.
 
     with Store.create(path, setup) as store:
-        for state in Experiment(runs, store).go(): ...
+        for progress in Experiment(runs, store).go(): ...
 
-Each block runs every arm once, in an order shuffled anew, on one prompt, to a fixed number of tokens. An interrupted
-block (a kill, a cancellation) runs again, since the two runs of a pair must lie close in time; whole blocks stay.
+The first pass runs each arm once with few tokens: the baselines, then no flags, then one flag after the other. It loads
+and warms each arm, and gives the first figures; its order is fixed, so no verdict rests on it.
+
+Each block runs the arms of the questions that are still open, once each, in an order shuffled anew, on one prompt, to a
+fixed number of tokens. Every run begins with PREFILLS runs of one token, for TTFT. The A/A check runs in each block
+until it is passed at a look, then in one block of AA_EVERY. Other programs' load discards nothing: it is stored with
+the run, and the random order protects the pairs. A block in which the trunk was lost runs again, and so does an
+interrupted one (a kill, a cancellation), since the two runs of a pair must lie close in time; whole blocks stay.
 Nothing is yielded while a run is timed, so a page that draws does not disturb it.
 """
 
@@ -16,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -25,37 +32,40 @@ from splitlearn.arms.runs import ArmReport, Restart, Runs
 from splitlearn.checkpoints.catalogue import cache_folder
 from splitlearn.config import Config
 from splitlearn.errors import InputError, SetupError, SplitlearnError
-from splitlearn.events import GenerationRequest
-from splitlearn.lab.analysis.findings import Findings, analyse, good_blocks
-from splitlearn.lab.design import SAMPLED, Arm
+from splitlearn.events import GenerationRequest, Kind
+from splitlearn.lab.analysis.findings import Findings, findings_of, good_blocks
+from splitlearn.lab.design import AA, SAMPLED, Arm, Question, first_pass
 from splitlearn.lab.environment import fingerprint, trunk_pid
 from splitlearn.lab.logit_fidelity import changes
-from splitlearn.lab.records import Trial
-from splitlearn.lab.stats import looks
+from splitlearn.lab.records import FIRST_PASS, LOST, Load, Place, Trial
 from splitlearn.lab.store import Store
 from splitlearn.runtime.load import Reading, reading
 from splitlearn.sampling import SamplingParams
 
-# Warm-up: short runs until two in a row differ in TPOT by less than STABLE, or there were MOST_WARM_UPS.
-STABLE = 0.05
-MOST_WARM_UPS = 4
-WARM_UP_TOKENS = 16
-# A block runs again if other programs took more cores than this, or the clock fell below this share.
-MOST_OTHERS_CPU = 0.25
+FIRST_PASS_TOKENS = 16
+# Runs of one token before each run: TTFT is the median of theirs and its own.
+PREFILLS = 4
+# Once the A/A check is passed, one block in so many goes on with it.
+AA_EVERY = 4
+# Worth a word beside a run: the clock fell below this share.
 LEAST_CLOCK = 0.9
-MOST_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class State:
-    """The progress of an experiment. `remaining_s` is None before the first block is done."""
+class Progress:
+    """The progress of an experiment.
+
+    `findings` is what the runs stored so far say. `remaining_s` is None before the first block is done. `discarded`
+    says of the latest block that did not count which it was and why, or is "".
+    """
 
     phase: str
     runs: int
     blocks: int
     elapsed_s: float
     remaining_s: float | None
-    findings: Findings | None
+    findings: Findings
+    discarded: str = ""
 
 
 @contextmanager
@@ -86,13 +96,12 @@ class Experiment:
     def __init__(self, runs: Runs, store: Store, stop: threading.Event | None = None) -> None:
         self.runs, self.store, self.setup = runs, store, store.setup
         self.stop = stop or threading.Event()
-        self._looks = (self.setup.pairs,) if self.setup.pairs else looks(self.setup.max_pairs)
-        self._began = self._measuring_since = time.monotonic()
+        self._began = time.monotonic()
         self._block_s: list[float] = []
-        self._findings: Findings | None = None
-        self._failed: dict[str, str] = {}
+        self._failed: dict[str, str] = dict(store.notes().get("failed", {}))
+        self._discarded = ""
 
-    def go(self) -> Iterator[State]:
+    def go(self) -> Iterator[Progress]:
         """Run until finished or stopped. Raises InputError for settings that no arm can run."""
         if self.store.finished:
             raise InputError("--resume", str(self.store.path), "an experiment that has not finished")
@@ -103,76 +112,60 @@ class Experiment:
             )
         self._discard_interrupted()
         self.store.note(f"environment {time.time():.0f}", fingerprint(self.runs))
-        yield from self._warm_up()
-        self._measuring_since = time.monotonic()
+        yield from self._first_pass()
         while (reason := self._reason()) is None and not self.stop.is_set():
             yield from self._block()
         if reason is not None:
             yield from self._fidelity()
             self.store.finish(reason)
-            self._look()
-            yield self._state("finished")
+            yield self._progress("finished")
 
     def _discard_interrupted(self) -> None:
         """Discard blocks that lack runs: they were interrupted when the program ended."""
         whole = {(block, attempt) for block, attempt in good_blocks(self.store)}
-        for block, attempt in {(trial.block, trial.attempt) for trial in self.store.trials() if not trial.bad} - whole:
+        begun = {(t.block, t.attempt) for t in self.store.trials() if not t.bad and t.block != FIRST_PASS}
+        for block, attempt in begun - whole:
             self.store.discard(block, attempt, "interrupted")
 
-    def _warm_up(self) -> Iterator[State]:
-        """Run every arm until its TPOT is stable. An arm that fails is left out, with its error as the reason."""
-        for arm in self.setup.plan.arms:
+    def _first_pass(self) -> Iterator[Progress]:
+        """Run each arm that has not run yet. An arm that fails is left out, with its error as the reason."""
+        ran = {trial.arm for trial in self.store.trials()}
+        tokens = min(FIRST_PASS_TOKENS, self.setup.max_new_tokens)
+        arms = first_pass(self.setup.plan)
+        for order, arm in enumerate(arms):
+            if arm.name in ran or arm.name in self._failed:
+                continue
+            yield self._progress(f"first pass, {order + 1} of {len(arms)}: {arm.name}")
             if self.stop.is_set():
                 return
-            yield self._state(f"warm-up: {arm.name}")
             try:
-                self.store.note(f"warm-up {arm.name}", self._until_stable(arm))
+                self._run(arm, Place(FIRST_PASS, 0, order, len(arms)), self.setup.prompts[0], tokens)
             except InputError:
                 raise
             except SplitlearnError as error:
                 self._failed[arm.name] = str(error)
                 self.store.note("failed", self._failed)
-        if not self._arms():
+        if len(self._failed) == len(self.setup.plan.arms):
             raise SplitlearnError(f"No arm can be run. {next(iter(self._failed.values()), '')}")
 
-    def _until_stable(self, arm: Arm) -> list[float]:
-        """TPOTs of the warm-up runs, in seconds."""
-        found: list[float] = []
-        request = self._request(arm, self.setup.prompts[0], min(WARM_UP_TOKENS, self.setup.max_new_tokens))
-        while len(found) < MOST_WARM_UPS and not self.stop.is_set():
-            report = self._run(arm, request)
-            if report is not None:
-                found.append(report.metrics.tpot_s or report.metrics.ttft_s)
-            if len(found) > 1 and abs(found[-1] / found[-2] - 1) < STABLE:
-                break
-        return found
-
-    def _block(self) -> Iterator[State]:
+    def _block(self) -> Iterator[Progress]:
         """Run one block and store it run by run."""
         number, attempt = self._next()
         order = random.Random(f"{self.setup.seed} {number} {attempt}")
-        prompt = self.setup.prompts[number % len(self.setup.prompts)]
-        arms = self._arms()
-        trunk = None if self.runs.config.trunk.embedded else trunk_pid(self.runs.trunk_address())
-        before, started, recovered = reading(None, trunk), time.monotonic(), False
-        for place, arm in enumerate(order.sample(arms, len(arms))):
-            yield self._state(f"block {number + 1}: {arm.name}")
+        prompt, arms = self.setup.prompts[number % len(self.setup.prompts)], self._arms(number)
+        started, lost = time.monotonic(), False
+        again = f" (attempt {attempt})" if attempt > 1 else ""
+        for at, arm in enumerate(order.sample(arms, len(arms))):
+            yield self._progress(f"block {number + 1}{again}, {at + 1} of {len(arms)}: {arm.name}")
             if self.stop.is_set():
                 self.store.discard(number, attempt, "interrupted")
                 return
-            report = self._run(arm, self._request(arm, prompt, self.setup.max_new_tokens))
-            if report is None:
-                continue
-            recovered = recovered or bool(report.metrics.recoveries)
-            self.store.add(Trial.of(report, arm.name, number, attempt, place, time.time(), ""))
-        wrong = _disturbance(before, reading(before, trunk)) or ("the trunk was lost" if recovered else "")
-        if wrong and attempt < MOST_ATTEMPTS:
-            self.store.discard(number, attempt, wrong)
-        elif wrong:
-            self.store.note(f"disturbed block {number}", wrong)
+            trial = self._run(arm, Place(number, attempt, at, len(arms)), prompt, self.setup.max_new_tokens)
+            lost = lost or (trial is not None and bool(trial.bad))
+        if lost:
+            self.store.discard(number, attempt, LOST)
+            self._discarded = f"block {number + 1} did not count and runs again: {LOST}"
         self._block_s.append(time.monotonic() - started)
-        if len(good_blocks(self.store)) in self._looks:
-            self._look()
 
     def _next(self) -> tuple[int, int]:
         """The block and attempt to run next: the first block without a whole attempt."""
@@ -180,8 +173,47 @@ class Experiment:
         number = next(block for block in range(len(whole) + 1) if block not in whole)
         return number, 1 + max((t.attempt for t in self.store.trials() if t.block == number), default=0)
 
-    def _run(self, arm: Arm, request: GenerationRequest) -> ArmReport | None:
-        """One run. No report if it was stopped; after a compilation the run begins again."""
+    def _arms(self, number: int) -> list[Arm]:
+        """The arms of block `number`: those of the questions still open, and of the A/A check where it is due."""
+        findings = findings_of(self.store)
+        questions = [q for q in self.setup.plan.questions if q.flag != AA and self._open(q, findings)]
+        kinds = {question.kind for question in questions}
+        questions += [
+            q
+            for q in self.setup.plan.questions
+            if q.flag == AA and q.kind in kinds and (number % AA_EVERY == 0 or not self._passed(q.kind, findings))
+        ]
+        named = {name for question in questions for name in (question.treated, question.control)}
+        return [arm for arm in self.setup.plan.arms if arm.name in named - set(self._failed)]
+
+    def _open(self, question: Question, findings: Findings) -> bool:
+        """A fixed number of pairs is for every question."""
+        return bool(self.setup.pairs) or question in findings.open_questions
+
+    def _passed(self, kind: Kind, findings: Findings) -> bool:
+        """Whether the A/A check was passed, at a look or after the first."""
+        return findings.blocks >= self.setup.looks[0] and findings.passed(kind)
+
+    def _run(self, arm: Arm, place: Place, prompt: str, tokens: int) -> Trial | None:
+        """One run, stored. None if it was stopped."""
+        before = reading(None, self._trunk)
+        prefills = [self._report(arm, self._request(arm, prompt, 1)) for _ in range(PREFILLS)]
+        report = self._report(arm, self._request(arm, prompt, tokens))
+        if report is None:
+            return None
+        after = reading(before, self._trunk)
+        load = Load(after.at_s, after.others_cpu + after.stolen_cpu, _disturbance(before, after))
+        trial = Trial.of(report, tuple(each.metrics.ttft_s for each in prefills if each), arm.name, place, load)
+        self.store.add(trial)
+        return trial
+
+    @cached_property
+    def _trunk(self) -> int | None:
+        """The process of a trunk on this machine that was started by hand: its work is no disturbance."""
+        return None if self.runs.config.trunk.embedded else trunk_pid(self.runs.trunk_address())
+
+    def _report(self, arm: Arm, request: GenerationRequest) -> ArmReport | None:
+        """One generation. No report if it was stopped; after a compilation it begins again."""
         found: ArmReport | None = None
         for item in self.runs.stream(arm.kind, arm.flags, request, self.stop, arm.copy):
             if isinstance(item, Restart):
@@ -197,56 +229,46 @@ class Experiment:
 
     def _reason(self) -> str | None:
         """Why the experiment is over, or None."""
-        blocks = len(good_blocks(self.store))
-        minutes = self.setup.minutes
-        if minutes is not None and time.monotonic() - self._measuring_since >= 60 * minutes:
-            self._look()
+        findings = findings_of(self.store)
+        minutes, last = self.setup.minutes, self.setup.looks[-1]
+        if minutes is not None and time.monotonic() - self._began >= 60 * minutes:
             return f"the limit of {minutes:g} minutes"
-        if blocks >= self._looks[-1]:
-            return f"{blocks} pairs, as asked" if self.setup.pairs else f"the limit of {blocks} pairs"
-        if self.setup.pairs is None and self._findings is not None and self._findings.decided:
-            return f"every verdict was decided after {blocks} pairs"
+        if findings.blocks >= last:
+            return f"{findings.blocks} pairs, as asked" if self.setup.pairs else f"the limit of {last} pairs"
+        if self.setup.pairs is None and findings.blocks and findings.decided:
+            return f"every verdict was decided after {findings.blocks} pairs"
         return None
 
-    def _look(self) -> None:
-        self._findings = analyse(self.setup, self.store.trials(), self.store.notes())
-
-    def _fidelity(self) -> Iterator[State]:
+    def _fidelity(self) -> Iterator[Progress]:
         """Note what flags that may change the numbers do to the logits."""
         found: dict[str, dict[str, object]] = {}
-        yield self._state("fidelity of the flags that may change the numbers")
+        yield self._progress("fidelity of the flags that may change the numbers")
         for question, changed in changes(self.runs, self.setup.plan):
             found.setdefault(question.flag, {})[question.kind] = changed
-            yield self._state(f"fidelity: {question.key}")
+            yield self._progress(f"fidelity: {question.key}")
         self.store.note("fidelity", found)
 
-    def _arms(self) -> list[Arm]:
-        return [arm for arm in self.setup.plan.arms if arm.name not in self._failed]
+    def _progress(self, phase: str) -> Progress:
+        findings = findings_of(self.store)
+        elapsed, left = time.monotonic() - self._began, self._remaining_s(findings)
+        return Progress(phase, len(findings.trials), findings.blocks, elapsed, left, findings, self._discarded)
 
-    def _state(self, phase: str) -> State:
-        stored = self.store.trials()
-        elapsed = time.monotonic() - self._began
-        return State(phase, len(stored), len(good_blocks(self.store)), elapsed, self._remaining_s(), self._findings)
-
-    def _remaining_s(self) -> float | None:
-        """An estimate: the blocks still to run times a block's median duration."""
+    def _remaining_s(self, findings: Findings) -> float | None:
+        """An estimate: the blocks still to run times a block's median duration of late."""
         if not self._block_s:
             return None
-        blocks = len(good_blocks(self.store))
-        wanted = self._findings.more_pairs if self._findings and not self.setup.pairs else None
-        left = self._looks[-1] - blocks if wanted is None else min(wanted, self._looks[-1] - blocks)
-        seconds = max(0, left) * statistics.median(self._block_s)
+        left = self.setup.looks[-1] - findings.blocks
+        if not self.setup.pairs and findings.more_pairs is not None:
+            ends = [look for look in self.setup.looks if look >= findings.blocks + findings.more_pairs]
+            left = min(ends, default=self.setup.looks[-1]) - findings.blocks
+        seconds = max(0, left) * statistics.median(self._block_s[-5:])
         if self.setup.minutes is None:
             return seconds
-        return min(seconds, max(0.0, 60 * self.setup.minutes - (time.monotonic() - self._measuring_since)))
+        return min(seconds, max(0.0, 60 * self.setup.minutes - (time.monotonic() - self._began)))
 
 
 def _disturbance(before: Reading, after: Reading) -> str:
-    """What disturbed the block between two readings, or ""."""
-    if after.others_cpu > MOST_OTHERS_CPU:
-        return f"other programs used {after.others_cpu:.2f} cores"
-    if after.stolen_cpu > MOST_OTHERS_CPU:
-        return f"the host of this virtual machine withheld {after.stolen_cpu:.2f} cores"
+    """What happened to the processor between two readings, or ""."""
     if before.throttled is not None and after.throttled is not None and after.throttled > before.throttled:
         return "the processor was throttled"
     if before.cpu_mhz and after.cpu_mhz and after.cpu_mhz < LEAST_CLOCK * before.cpu_mhz:

@@ -15,7 +15,7 @@ from splitlearn.arms.runs import Runs
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.lab.analysis.findings import Findings, findings_of
 from splitlearn.lab.analysis.pairing import ServiceLevel
-from splitlearn.lab.experiment import Experiment, State, exclusive
+from splitlearn.lab.experiment import Experiment, Progress, exclusive
 from splitlearn.lab.report import exports
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import FILE, Store
@@ -30,12 +30,12 @@ SETTLE_S = 0.15
 class JobStatus:
     """An experiment of this process at one moment.
 
-    `findings` covers the whole blocks so far. `ended` is "" while it runs, then how it ended. `error` is why it broke
+    `findings` covers the runs so far. `ended` is "" while it runs, then how it ended. `error` is why it broke
     off.
     """
 
     folder: Path
-    state: State | None = None
+    progress: Progress | None = None
     findings: Findings | None = None
     ended: str = ""
     error: str = ""
@@ -121,8 +121,8 @@ class Job:
         status = JobStatus(store.path.parent)
         try:
             with held:
-                for state in Experiment(self.runs, store, stop).go():
-                    status = _with(status, state, store)
+                for progress in Experiment(self.runs, store, stop).go():
+                    status = replace(status, progress=progress, findings=progress.findings)
                     self._show(status)
                     time.sleep(SETTLE_S)
                 ended, error, findings = store.finished or "stopped", "", findings_of(store)
@@ -177,10 +177,3 @@ def _saved(folder: Path) -> SavedExperiment:
     except SplitlearnError as error:
         return SavedExperiment(folder, f"{folder.name}: cannot be read ({error})", "cannot be read")
     return SavedExperiment(folder, f"{what}; {finished or 'not finished'}; {model}", finished)
-
-
-def _with(status: JobStatus, state: State, store: Store) -> JobStatus:
-    """`status` moved on to `state`. Findings are computed again after each whole block."""
-    if status.state is None or state.blocks != status.state.blocks:
-        return replace(status, state=state, findings=findings_of(store) if state.blocks else None)
-    return replace(status, state=state)

@@ -1,13 +1,19 @@
 """The records of an experiment, as JSON: its `Setup`, and a `Trial` for each run that ended."""
 
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from splitlearn.flags.selection import FlagSet
+from splitlearn.lab import stats
 from splitlearn.lab.design import Arm, Design, Plan, Question
 
 if TYPE_CHECKING:
     from splitlearn.arms.runs import ArmReport
+
+# The number of the first pass among the blocks, and why the run of a split arm may not count.
+FIRST_PASS = -1
+LOST = "the trunk was lost"
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,11 @@ class Setup:
     command: str
     environment: dict[str, Any] = field(hash=False)
 
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The numbers of blocks at which verdicts are taken."""
+        return (self.pairs,) if self.pairs else stats.looks(self.max_pairs)
+
     def as_json(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers."""
         found = asdict(self)
@@ -54,12 +65,37 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a run stands in its experiment."""
+
+    block: int
+    attempt: int
+    order: int
+    block_runs: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """What else went on in the machine during a run, which ended at `at_s`; see `Trial`."""
+
+    at_s: float
+    others_cpu: float
+    disturbance: str
+
+
+@dataclass(frozen=True)
 class Trial:
     """One run that ended. Times in seconds, memory and wire in bytes.
 
-    A bad `block` runs again under the next `attempt`. `order` is the run's place in its block. `at_s` is the wall time
-    (seconds since the epoch) of its end. `ledger` covers the whole run, `decode_ledger` the steps after the first
-    token. `bad` is why the run does not count, or "".
+    A bad `block` runs again under the next `attempt`. `order` is the run's place in its block, of `block_runs` runs.
+    The block FIRST_PASS is no block: its order is fixed, and its runs are shown but decide nothing. `at_s` is the wall
+    time (seconds since the epoch) of its end.
+
+    `ttft_s` is the median of `prefills_s`: several runs of one token, and the first token of the run itself. `ledger`
+    covers the whole run, `decode_ledger` the steps after the first token. `peak_bytes` is the arm's peak memory, client
+    and trunk together; `added_bytes` is without what the imports take. `others_cpu` is how many cores other programs
+    and the host of a virtual machine took meanwhile; `disturbance` is what happened to the processor, or "". `bad` is
+    why the run does not count, or "".
     """
 
     block: int
@@ -67,7 +103,9 @@ class Trial:
     order: int
     arm: str
     at_s: float
+    block_runs: int
     ttft_s: float
+    prefills_s: tuple[float, ...]
     tpot_s: float | None
     itl_s: tuple[float, ...]
     token_ids: tuple[int, ...]
@@ -76,10 +114,13 @@ class Trial:
     load_s: float
     compile_s: float
     added_bytes: int
+    peak_bytes: int
     dtype: str
     threads: int
     bytes_up: int
     bytes_down: int
+    others_cpu: float
+    disturbance: str
     bad: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -89,19 +130,23 @@ class Trial:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Trial":
         """The inverse of `as_json`."""
-        return cls(**{**data, "itl_s": tuple(data["itl_s"]), "token_ids": tuple(data["token_ids"])})
+        lists = {name: tuple(data[name]) for name in ("itl_s", "token_ids", "prefills_s")}
+        return cls(**{**data, **lists})
 
     @classmethod
-    def of(cls, report: "ArmReport", arm: str, block: int, attempt: int, order: int, at_s: float, bad: str) -> "Trial":
-        """The trial of a run's report."""
+    def of(cls, report: "ArmReport", prefills_s: tuple[float, ...], arm: str, place: Place, load: Load) -> "Trial":
+        """The trial of a run's report; `prefills_s` are the times to the first token of the short runs before it."""
         metrics, trunk = report.metrics, report.trunk
+        prefills_s = (*prefills_s, metrics.ttft_s)
         return cls(
-            block=block,
-            attempt=attempt,
-            order=order,
+            block=place.block,
+            attempt=place.attempt,
+            order=place.order,
             arm=arm,
-            at_s=at_s,
-            ttft_s=metrics.ttft_s,
+            at_s=load.at_s,
+            block_runs=place.block_runs,
+            ttft_s=median(prefills_s),
+            prefills_s=prefills_s,
             tpot_s=metrics.tpot_s,
             itl_s=metrics.itl_s,
             token_ids=metrics.token_ids,
@@ -110,11 +155,14 @@ class Trial:
             load_s=report.load_s + (trunk.load_s if trunk else 0.0),
             compile_s=report.compile_s,
             added_bytes=report.added_bytes,
+            peak_bytes=report.peak_rss_bytes + (trunk.peak_rss_bytes if trunk else 0),
             dtype=report.dtype,
             threads=report.threads,
             bytes_up=metrics.bytes_up,
             bytes_down=metrics.bytes_down,
-            bad=bad,
+            others_cpu=load.others_cpu,
+            disturbance=load.disturbance,
+            bad=LOST if metrics.recoveries else "",
         )
 
 

@@ -55,6 +55,11 @@ class Effect:
         """Whether the interval excludes equal times."""
         return self.low > 1 or self.high < 1
 
+    def beyond(self, noise: "Effect") -> bool:
+        """Whether the interval is farther from 1, on its side, than any end of the interval of `noise` on either."""
+        edge = max(noise.high, 1 / noise.low)
+        return self.low > edge or self.high < 1 / edge
+
     def inside(self, delta: float) -> bool:
         """Whether the interval lies inside 1 / (1 + delta) to 1 + delta, which is symmetric on the log scale."""
         return 1 / (1 + delta) < self.low and self.high < 1 + delta
@@ -141,16 +146,17 @@ def decide(
 
 
 def withheld(noise: Effect, delta: float) -> str | None:
-    """Why this A/A effect allows no verdicts, or None if it does.
+    """Why this A/A effect does not pass the check, or None if it does.
 
-    Its interval must cover 1, and on the log scale half its width must be at most log(1 + delta).
+    Its interval must cover 1, and on the log scale half its width must be at most log(1 + delta). If it does not pass,
+    a verdict stands only where the effect is `beyond` it.
     """
     interval = f"the interval of the same arm against itself, {noise.low:.4f} to {noise.high:.4f},"
     if noise.excludes_one:
         return f"{interval} does not cover 1: something other than the flags differs between runs"
     width = math.sqrt(noise.high / noise.low) - 1
     if width > delta:
-        return f"{interval} is +-{width:.1%}, wider than the +-{delta:.1%} that counts as no effect"
+        return f"{interval} is ±{width:.1%}, wider than the ±{delta:.1%} that counts as no effect"
     return None
 
 

@@ -26,7 +26,7 @@ from splitlearn.lab.records import Setup, Trial
 
 # An experiment is kept in FILE, in a folder of its own below FOLDER.
 FILE, FOLDER = "experiment.sqlite", "lab"
-VERSION = 2
+VERSION = 3
 APPLICATION_ID = 0x53504C42  # "SPLB": marks an experiment among SQLite files
 FIELD = "experiment file"
 # A discarded run keeps its figures. An ending counts until another run is added; `trials` is the number of runs then.

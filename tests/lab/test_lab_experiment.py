@@ -1,11 +1,13 @@
 """An experiment on a tiny model, run for real: its blocks, when it ends, and that nothing is lost or kept twice."""
 
 import itertools
+import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +18,10 @@ from splitlearn.errors import InputError, SetupError, TrunkRefused
 from splitlearn.events import Recovery
 from splitlearn.lab import experiment
 from splitlearn.lab.analysis.findings import METRICS, findings_of
+from splitlearn.lab.analysis.flags_table import flags_table
 from splitlearn.lab.design import AA
-from splitlearn.lab.experiment import Experiment, State, exclusive
+from splitlearn.lab.experiment import Experiment, Progress, exclusive
+from splitlearn.lab.records import FIRST_PASS, Trial
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import Store
 from splitlearn.runtime.load import Reading, reading
@@ -36,9 +40,8 @@ def runs(tiny_model: TinyFactory) -> Iterator[Runs]:
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine that runs the tests is never quiet, and what is timed here is of no interest."""
-    monkeypatch.setattr(experiment, "MOST_OTHERS_CPU", float("inf"))
-    monkeypatch.setattr(experiment, "MOST_WARM_UPS", 1)
+    """What is timed here is of no interest."""
+    monkeypatch.setattr(experiment, "PREFILLS", 2)
 
 
 def _store(runs: Runs, folder: Path, asked: ExperimentRequest = ASKED) -> Store:
@@ -48,7 +51,8 @@ def _store(runs: Runs, folder: Path, asked: ExperimentRequest = ASKED) -> Store:
 def test_every_arm_runs_once_in_each_block_in_an_order_of_its_own(runs: Runs, tmp_path: Path) -> None:
     with _store(runs, tmp_path, replace(ASKED, pairs=3)) as store:
         states = list(Experiment(runs, store).go())
-        trials, names = store.trials(), [arm.name for arm in store.setup.plan.arms]
+        trials = [trial for trial in store.trials() if trial.block != FIRST_PASS]
+        names = [arm.name for arm in store.setup.plan.arms]
         orders = [[t.arm for t in trials if t.block == block] for block in range(3)]
     assert all(sorted(order) == sorted(names) for order in orders)
     assert len({tuple(order) for order in orders}) > 1
@@ -76,7 +80,7 @@ def test_one_that_was_stopped_goes_on_and_loses_no_whole_block(runs: Runs, tmp_p
     stop = threading.Event()
     with _store(runs, tmp_path) as store:
         for state in Experiment(runs, store, stop).go():
-            if state.blocks == 1 and state.runs > len(store.setup.plan.arms) + 2:
+            if state.blocks == 1 and state.phase.startswith("block 2, 3"):
                 stop.set()
         before = store.trials()
         assert store.finished is None
@@ -86,26 +90,76 @@ def test_one_that_was_stopped_goes_on_and_loses_no_whole_block(runs: Runs, tmp_p
         after = store.trials()
         assert store.finished == "2 pairs, as asked"
     assert after[: len(before)] == before
-    good = Counter((trial.block, trial.arm) for trial in after if not trial.bad)
+    good = Counter((trial.block, trial.arm) for trial in after if not trial.bad and trial.block != FIRST_PASS)
     assert set(good.values()) == {1}
     assert len(good) == 2 * len(store.setup.plan.arms)
 
 
-def test_a_block_that_other_programs_disturbed_is_run_again(
+def test_a_run_beside_other_programs_is_kept_with_their_load(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "MOST_OTHERS_CPU", 1.0)
-    loud = iter([0.0, 1.7])
-
     def read(before: Reading | None, also: int | None) -> Reading:
-        return replace(reading(before, also), others_cpu=next(loud, 0.0))
+        return replace(reading(before, also), others_cpu=1.5, stolen_cpu=0.25)
 
     monkeypatch.setattr(experiment, "reading", read)
     with _store(runs, tmp_path) as store:
         list(Experiment(runs, store).go())
         trials = store.trials()
-    assert {t.bad for t in trials if (t.block, t.attempt) == (0, 1)} == {"other programs used 1.70 cores"}
-    assert {(t.block, t.attempt) for t in trials if not t.bad} == {(0, 2), (1, 1)}
+    assert {trial.others_cpu for trial in trials} == {1.75}
+    assert {(t.block, t.attempt) for t in trials if not t.bad} == {(FIRST_PASS, 0), (0, 1), (1, 1)}
+
+
+def test_ttft_is_the_median_of_several_prefills(runs: Runs, tmp_path: Path) -> None:
+    with _store(runs, tmp_path) as store:
+        list(Experiment(runs, store).go())
+        trials = store.trials()
+    assert {len(trial.prefills_s) for trial in trials} == {3}
+    assert all(trial.ttft_s == sorted(trial.prefills_s)[1] for trial in trials)
+
+
+def test_the_first_pass_shows_the_baselines_and_no_flags_before_the_flags(runs: Runs, tmp_path: Path) -> None:
+    with _store(runs, tmp_path, replace(ASKED, flags="use_cache,inference_mode")) as store:
+        for progress in Experiment(runs, store).go():
+            if progress.phase.startswith("block 1"):
+                break
+        first = [trial.arm for trial in store.trials()]
+    assert first == [
+        f"{name}, {kind}"
+        for name in ("baseline", "no flags", "without use_cache", "without inference_mode")
+        for kind in ("full", "split")
+    ]
+    table = flags_table(progress.findings)
+    assert all(cells.first_pass for row in table.rows for cells in row.cells.values())
+
+
+def test_arms_of_decided_questions_drop_out_and_a_passed_check_runs_in_one_block_of_four(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made-up times: without the cache everything takes twice as long, inference_mode makes no difference in TPOT and
+    cannot be decided in TTFT."""
+    draw = random.Random(3)
+    original = Trial.of
+
+    def made_up(report: ArmReport, prefills_s: tuple[float, ...], arm: str, *rest: Any) -> Trial:
+        factor = 2.0 if arm.startswith(("no flags", "without use_cache")) else 1.0
+        ttft = factor * draw.lognormvariate(0, 0.3 if arm.startswith("without inference_mode") else 1e-4)
+        tpot = factor * draw.lognormvariate(0, 1e-4)
+        return replace(original(report, prefills_s, arm, *rest), ttft_s=ttft, tpot_s=tpot)
+
+    monkeypatch.setattr(Trial, "of", made_up)
+    monkeypatch.setattr(experiment, "PREFILLS", 0)
+    asked = replace(ASKED, flags="full:use_cache,inference_mode client:none trunk:none", pairs=None, max_new_tokens=2)
+    with Store.create(tmp_path / "x", replace(setup(runs, asked, "a command"), max_pairs=14)) as store:
+        list(Experiment(runs, store).go())
+        trials = [trial for trial in store.trials() if trial.block != FIRST_PASS]
+        found = findings_of(store)
+    count = Counter(trial.arm for trial in trials)
+    assert count["baseline, full"] == count["without inference_mode, full"] == 14
+    assert count["no flags, full"] == count["without use_cache, full"] == 9
+    assert count["baseline again, full"] == 9 + 1
+    verdicts = {(row.question.flag, row.metric): row.verdict for row in found.rows}
+    assert verdicts["use_cache", "tpot_s"] == "faster"
+    assert verdicts["inference_mode", "tpot_s"] == "no measurable effect"
 
 
 def test_a_block_in_which_the_trunk_was_lost_is_run_again(
@@ -120,11 +174,12 @@ def test_a_block_in_which_the_trunk_was_lost_is_run_again(
                 item = replace(item, metrics=replace(item.metrics, recoveries=next(lost, ())))
             yield item
 
-    monkeypatch.setattr(experiment, "WARM_UP_TOKENS", 2)
+    monkeypatch.setattr(experiment, "FIRST_PASS_TOKENS", 2)
     monkeypatch.setattr(runs, "stream", recovered)
     with _store(runs, tmp_path) as store:
-        list(Experiment(runs, store).go())
-        trials = store.trials()
+        states = list(Experiment(runs, store).go())
+        trials = [trial for trial in store.trials() if trial.block != FIRST_PASS]
+    assert any(state.discarded == "block 1 did not count and runs again: the trunk was lost" for state in states)
     assert {t.bad for t in trials if (t.block, t.attempt) == (0, 1)} == {"the trunk was lost"}
     assert {(t.block, t.attempt) for t in trials if not t.bad} == {(0, 2), (1, 1)}
 
@@ -184,6 +239,6 @@ def test_an_experiment_that_cannot_be_is_refused_by_the_name_of_what_is_wrong(
 
 def test_progress_tells_the_remaining_time_from_the_second_block_on(runs: Runs, tmp_path: Path) -> None:
     with _store(runs, tmp_path) as store:
-        states: list[State] = list(Experiment(runs, store).go())
-    assert all(state.remaining_s is None for state in states if state.phase.startswith(("warm-up", "block 1")))
+        states: list[Progress] = list(Experiment(runs, store).go())
+    assert all(state.remaining_s is None for state in states if state.phase.startswith(("first pass", "block 1")))
     assert all(state.remaining_s for state in states if state.phase.startswith("block 2"))

@@ -52,11 +52,11 @@ def trials(
                 base * (effects or {}).get((arm.name, metric), 1.0) * draw.lognormvariate(0, noise)
                 for base, metric in ((TTFT_S, "ttft_s"), (TPOT_S, "tpot_s"))
             )
-            made.append(change(arm, trial(arm, block, order, ttft, tpot)))
+            made.append(change(arm, trial(arm, block, order, len(asked.plan.arms), ttft, tpot)))
     return made
 
 
-def trial(arm: Arm, block: int, order: int, ttft_s: float, tpot_s: float) -> Trial:
+def trial(arm: Arm, block: int, order: int, block_runs: int, ttft_s: float, tpot_s: float) -> Trial:
     """One run that did nothing unusual; what a time differs by is in the ledger's part for the model or the trunk."""
     steps = len(TOKENS) - 1
     decode = tpot_s * steps
@@ -70,7 +70,9 @@ def trial(arm: Arm, block: int, order: int, ttft_s: float, tpot_s: float) -> Tri
         order=order,
         arm=arm.name,
         at_s=1.8e9 + 60 * block + order,
+        block_runs=block_runs,
         ttft_s=ttft_s,
+        prefills_s=(ttft_s,),
         tpot_s=tpot_s,
         itl_s=(tpot_s,) * steps,
         token_ids=TOKENS,
@@ -79,8 +81,11 @@ def trial(arm: Arm, block: int, order: int, ttft_s: float, tpot_s: float) -> Tri
         load_s=1.5,
         compile_s=0.0,
         added_bytes=600_000_000,
+        peak_bytes=900_000_000,
         dtype="float32",
         threads=2,
         bytes_up=0 if arm.kind == "full" else 40_000,
         bytes_down=0 if arm.kind == "full" else 40_000,
+        others_cpu=0.1,
+        disturbance="",
     )

@@ -26,14 +26,16 @@ BESIDE = (
 
 def progress(seen: JobStatus) -> str:
     """How far the experiment is, as a bar and in words."""
-    state = seen.state
+    state = seen.progress
     total = state.elapsed_s + (state.remaining_s or 0.0) if state else 0.0
     # Never a bar that moves by itself: it would draw while a run is timed.
     value = state.elapsed_s / total if state and state.remaining_s is not None and total else 0.0
     if seen.ended:
         value, said = 1.0 if seen.findings and seen.findings.finished else value, f"Ended: {seen.ended}"
     elif state:
+        dropped = f"; {state.discarded}" if state.discarded else ""
         said = f"Measuring: {state.phase}; {state.blocks} pairs, {state.runs} runs so far; {_left(state.remaining_s)}"
+        said += dropped
     else:
         said = "Measuring: getting ready"
     return (

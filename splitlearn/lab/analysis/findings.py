@@ -3,8 +3,13 @@
 A ratio is treated / control of one block; below 1 the flag makes it faster. Only whole blocks count. For each metric
 the questions of both kinds of arm are one family (Holm), without the checks.
 
-The note "failed" ({arm: reason}) names arms that cannot be run. Blocks are whole without them, and their questions are
-"unavailable". The note "fidelity" ({flag: {kind: figures}}) has what the flag does to the logits.
+Verdicts are taken at the looks that were fixed before (`Setup.looks`), and at the end. Between two looks the intervals
+go on with the data, and the verdict is that of the last look. The arms of a question that is decided for both metrics
+may drop out of later blocks. Its p-value at its last look is at least the smallest of all looks, for which the looks
+share the level; so the chance of a false verdict stays what it was.
+
+The note "failed" ({arm: reason}) names arms that cannot be run; their questions are "unavailable". The note "fidelity"
+({flag: {kind: figures}}) has what the flag does to the logits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,10 +40,10 @@ from splitlearn.lab.store import Store
 Metric = Literal["ttft_s", "tpot_s"]
 METRICS: tuple[Metric, ...] = ("ttft_s", "tpot_s")
 METRIC_NAMES: Mapping[Metric, str] = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
-# What is reason of a question beside the verdicts of stats.decide.
-FAILED, WITHHELD, UNAVAILABLE, NO_PAIRS = "FAILED", "withheld", "unavailable", "no pairs yet"
+# The verdicts beside those of stats.decide.
+FAILED, WITHHELD, UNAVAILABLE, NO_PAIRS = "FAILED", "withheld", "unavailable", "no verdict yet"
 PASSED, NOT_PASSED = "check passed", "check not passed"
-# The ledger may cost this much.
+DECIDED = ("faster", "slower", "no measurable effect", FAILED)
 SERVICE = ServiceLevel()
 
 
@@ -59,6 +64,11 @@ class Row:
     treated_s: float | None
     control_s: float | None
     noise: stats.Effect | None
+
+    @property
+    def decided(self) -> bool:
+        """Whether more pairs cannot be expected to change the verdict."""
+        return self.verdict in DECIDED
 
     @property
     def text(self) -> str:
@@ -132,7 +142,16 @@ class Findings:
     @property
     def decided(self) -> bool:
         """Whether every verdict is decided."""
-        return all(row.verdict in ("faster", "slower", "no measurable effect", FAILED) for row in self.flag_rows)
+        return all(row.decided for row in self.flag_rows)
+
+    @property
+    def open_questions(self) -> list[Question]:
+        """The questions about flags with a verdict still to come."""
+        return list(dict.fromkeys(row.question for row in self.flag_rows if not row.decided))
+
+    def passed(self, kind: Kind) -> bool:
+        """Whether the A/A check of `kind` is passed for every metric."""
+        return all(floor.withheld is None for floor in self.noise if floor.kind == kind)
 
     @property
     def more_pairs(self) -> int | None:
@@ -147,7 +166,7 @@ def findings_of(store: Store, service: ServiceLevel = SERVICE) -> Findings:
 
 def good_blocks(store: Store) -> list[tuple[int, int]]:
     """(block, attempt) of every whole block in `store`."""
-    blocks, _ = whole_blocks(store.trials(), _runnable(store.setup, store.notes()))
+    blocks, _ = whole_blocks(store.trials())
     return [(number, next(iter(block.values())).attempt) for number, block in blocks]
 
 
@@ -160,7 +179,9 @@ def analyse(
 ) -> Findings:
     """The findings from `trials`. `finished` is why the experiment ended, None while it runs."""
     runnable = _runnable(setup, notes)
-    blocks, left_out = whole_blocks(trials, runnable)
+    blocks, left_out = whole_blocks(trials)
+    # After the last look; at the end there is one more.
+    look = len(blocks) if finished else max((look for look in setup.looks if look <= len(blocks)), default=0)
     runnable_questions = [
         question for question in setup.plan.questions if {question.treated, question.control} <= set(runnable)
     ]
@@ -177,12 +198,14 @@ def analyse(
         service=service,
         blocks=len(blocks),
         left_out=left_out,
-        rows=_rows(setup, evidence, noise, notes),
+        rows=_rows(setup, evidence, noise, notes, look),
         evidence=evidence,
         noise=noise,
-        arms=tuple(figures(setup.plan.arm(name), [block[name] for _, block in blocks], service) for name in runnable)
-        if blocks
-        else (),
+        arms=tuple(
+            figures(setup.plan.arm(name), runs, service)
+            for name in runnable
+            if (runs := [block[name] for _, block in blocks if name in block])
+        ),
         drift={kind: _drift(kind, evidence) for kind in KINDS},
     )
 
@@ -220,10 +243,10 @@ def _effect(evidence: Evidence, metric: Metric) -> stats.Effect | None:
 
 
 def _rows(
-    setup: Setup, evidence: Mapping[str, Evidence], noise: Sequence[Noise], notes: Mapping[str, Any]
+    setup: Setup, evidence: Mapping[str, Evidence], noise: Sequence[Noise], notes: Mapping[str, Any], look: int
 ) -> tuple[Row, ...]:
-    looks = 1 if setup.pairs else len(stats.looks(setup.max_pairs))
-    decisions = {metric: _decisions(evidence, metric, setup.delta, looks) for metric in METRICS}
+    now = {metric: _decisions(evidence, metric, setup) for metric in METRICS}
+    then = {metric: _decisions(evidence, metric, setup, look) for metric in METRICS}
     floors = {(floor.kind, floor.metric): floor for floor in noise}
     rows = []
     for question in setup.plan.questions:
@@ -234,23 +257,28 @@ def _rows(
                 reason = next(filter(None, reasons))
                 rows.append(Row(question, metric, UNAVAILABLE, reason, None, None, None, None, floor.effect))
             else:
-                rows.append(_row(found, metric, decisions[metric].get(question.key), floor))
+                key = question.key
+                rows.append(_row(found, metric, now[metric].get(key), then[metric].get(key), floor))
     return tuple(rows)
 
 
-def _decisions(evidence: Mapping[str, Evidence], metric: Metric, delta: float, looks: int) -> dict[str, stats.Decision]:
-    """One family: every question about a flag, of both kinds, that has at least two pairs."""
+def _decisions(
+    evidence: Mapping[str, Evidence], metric: Metric, setup: Setup, most: int | None = None
+) -> dict[str, stats.Decision]:
+    """One family: every question about a flag, of both kinds, that has at least two pairs. Of each the first `most`
+    pairs; None for all."""
     family = {}
     for key, found in evidence.items():
-        pairs = found.compared(metric)
+        pairs = found.compared(metric)[:most]
         if found.question.flag != AA and len(pairs) >= stats.MIN_PAIRS:
             family[key] = ([one for _, one, _ in pairs], [other for _, _, other in pairs])
-    return stats.decide(family, delta, looks) if family else {}
+    return stats.decide(family, setup.delta, len(setup.looks)) if family else {}
 
 
-def _row(found: Evidence, metric: Metric, decision: stats.Decision | None, floor: Noise) -> Row:
-    effect = decision.effect if decision else _effect(found, metric)
-    verdict, reason = _verdict(found, decision, floor, effect)
+def _row(found: Evidence, metric: Metric, now: stats.Decision | None, then: stats.Decision | None, floor: Noise) -> Row:
+    """`now` has the effect over all pairs, `then` the verdict of the last look."""
+    effect = now.effect if now else _effect(found, metric)
+    verdict, reason = _verdict(found, then, floor, effect)
     pairs = found.compared(metric)
     return Row(
         question=found.question,
@@ -258,7 +286,7 @@ def _row(found: Evidence, metric: Metric, decision: stats.Decision | None, floor
         verdict=verdict,
         reason=reason,
         effect=effect,
-        more_pairs=decision.more_pairs if decision and not reason else None,
+        more_pairs=now.more_pairs if now and verdict == "inconclusive" else None,
         treated_s=median(one for _, one, _ in pairs) if pairs else None,
         control_s=median(other for _, _, other in pairs) if pairs else None,
         noise=floor.effect,
@@ -268,17 +296,21 @@ def _row(found: Evidence, metric: Metric, decision: stats.Decision | None, floor
 def _verdict(
     found: Evidence, decision: stats.Decision | None, floor: Noise, effect: stats.Effect | None
 ) -> tuple[str, str]:
-    """The verdict and its reason: a broken promise first, then a high noise floor, then the decision.
+    """The verdict and its reason: a broken promise first, then the decision, if the noise floor allows it.
 
     A check has no decision.
     """
     if found.failure:
         return FAILED, found.failure
-    if effect is None:
-        return NO_PAIRS, found.work.unequal[0] if found.work.unequal else "two are needed at least"
-    if decision is None:
+    if found.question.flag == AA:
         return (NOT_PASSED, floor.withheld) if floor.withheld else (PASSED, "")
-    return (WITHHELD, floor.withheld) if floor.withheld else (decision.verdict, "")
+    if decision is None:
+        count = len(found.pairs) - len(found.work.unequal)
+        return NO_PAIRS, found.work.unequal[0] if found.work.unequal else f"n = {count}"
+    beyond = floor.effect is not None and decision.effect.beyond(floor.effect)
+    if floor.withheld and decision.verdict != "inconclusive" and not beyond:
+        return WITHHELD, floor.withheld
+    return decision.verdict, ""
 
 
 def _drift(kind: Kind, evidence: Mapping[str, Evidence]) -> stats.Drift | None:

@@ -5,13 +5,13 @@ figures of each arm.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
 from splitlearn.errors import InputError
 from splitlearn.lab.design import Arm, Question
-from splitlearn.lab.records import Trial
+from splitlearn.lab.records import FIRST_PASS, Trial
 from splitlearn.metrics import LEDGER_ORDER, UNATTRIBUTED, first_divergence
 from splitlearn.reporting.percentile import percentile
 
@@ -108,7 +108,7 @@ class ArmFigures:
 
     Percentiles are None if there are too few values (`reporting.percentile`); those of ITL are over all `intervals`
     between tokens. `ledger` is mean seconds per token after the first. `unattributed` is the share of the wall time
-    that no part explains, None without a breakdown.
+    that no part explains, None without a breakdown. `others_cpu` is the mean of what other programs took, in cores.
     """
 
     arm: str
@@ -121,6 +121,7 @@ class ArmFigures:
     intervals: int
     itl_p95_s: float | None
     itl_p99_s: float | None
+    others_cpu: float
     load_s: float
     compile_s: float
     added_bytes: float
@@ -137,23 +138,21 @@ class ArmFigures:
         return self.unattributed is not None and self.unattributed > UNATTRIBUTED_LIMIT
 
 
-def whole_blocks(
-    trials: Sequence[Trial], arms: Collection[str]
-) -> tuple[tuple[tuple[int, Block], ...], tuple[Exclusion, ...]]:
-    """The blocks that count, by number, and the attempts that do not.
+def whole_blocks(trials: Sequence[Trial]) -> tuple[tuple[tuple[int, Block], ...], tuple[Exclusion, ...]]:
+    """The blocks that count, by number, and the attempts that do not. The first pass is no block.
 
-    An attempt counts if each of `arms` has a good run in it. Of two such attempts at a block the last one counts.
+    An attempt counts if all its runs are there and good. Of two such attempts at a block the last one counts.
     """
     attempts: dict[tuple[int, int], list[Trial]] = {}
-    for trial in trials:
+    for trial in (trial for trial in trials if trial.block != FIRST_PASS):
         attempts.setdefault((trial.block, trial.attempt), []).append(trial)
     whole: dict[int, Block] = {}
     left_out = []
     for (block, attempt), ran in sorted(attempts.items()):
         good = {trial.arm: trial for trial in ran if not trial.bad}
-        missing = [arm for arm in arms if arm not in good]
-        if missing:
-            left_out.append(Exclusion(block, attempt, _why_not(ran, len(missing), len(arms))))
+        wanted = ran[0].block_runs
+        if len(good) < wanted:
+            left_out.append(Exclusion(block, attempt, _why_not(ran, wanted - len(good), wanted)))
         else:
             whole[block] = good
     return tuple(whole.items()), tuple(left_out)
@@ -166,8 +165,11 @@ def _why_not(ran: Sequence[Trial], missing: int, of: int) -> str:
 
 
 def pairs_of(question: Question, blocks: Sequence[tuple[int, Block]]) -> list[Pair]:
-    """The question's two runs of each block."""
-    return [Pair(number, block[question.treated], block[question.control]) for number, block in blocks]
+    """The question's two runs of each block that has both."""
+    both = {question.treated, question.control}
+    return [
+        Pair(number, block[question.treated], block[question.control]) for number, block in blocks if both <= set(block)
+    ]
 
 
 def same_work(pairs: Sequence[Pair]) -> SameWork:
@@ -222,6 +224,7 @@ def figures(arm: Arm, trials: Sequence[Trial], service: ServiceLevel) -> ArmFigu
         intervals=len(itl),
         itl_p95_s=percentile(itl, 0.95),
         itl_p99_s=percentile(itl, 0.99),
+        others_cpu=fmean(trial.others_cpu for trial in trials),
         load_s=median(trial.load_s for trial in trials),
         compile_s=median(trial.compile_s for trial in trials),
         added_bytes=median(trial.added_bytes for trial in trials),
