@@ -20,7 +20,7 @@ from splitlearn.planning import anatomy
 from splitlearn.planning.costs import CutCost, cut_cost
 from splitlearn.planning.measure import arms_of, cut_at, rates_from, short_request
 
-BLOCKS = 12
+BLOCKS = 24
 CUTS = ((0, 30), (4, 26), (8, 20), (14, 16))
 
 
