@@ -25,6 +25,7 @@ LIGHT = (
     "splitlearn.flags.docs_page",
     "splitlearn.lab.request",
     "splitlearn.loadtest.plan",
+    "splitlearn.planning.report",
     "ui.app",
 )
 

@@ -21,11 +21,11 @@ class Question:
 @dataclass(frozen=True)
 class Capabilities:
     """`place` decides which flags can be applied; its device is one that this machine has. `chat_templates` are names.
-    `kv_bytes` is what a token takes in the KV cache of one layer, by formula."""
+    `kv_bytes` is what a token takes in the KV cache of each layer, 0 if unknown."""
 
     place: Place
     chat_templates: tuple[str, ...]
-    kv_bytes: int
+    kv_bytes: tuple[int, ...]
 
 
 def find(question: Question) -> Capabilities:

@@ -10,7 +10,7 @@ from splitlearn.errors import as_error
 from splitlearn.flags.here import here
 from splitlearn.flags.registry import Place
 from splitlearn.generation.tokenizer import Tokens, python_tokenizer_available
-from splitlearn.models.sizes import kv_bytes_per_token
+from splitlearn.kvcache.architecture import build, kv_values, shapes_of_architecture
 from splitlearn.models.structure import no_truncation
 from splitlearn.runtime.device import resolve
 from splitlearn.wire.codec import DTYPES
@@ -30,8 +30,16 @@ def _found(question: Question) -> Capabilities:
     tokens.check_chat(question.chat, files.name)
     if question.draft is not None:
         draft_model.check_vocabulary(question.draft, files)
-    kv_bytes = kv_bytes_per_token(read_config(files.folder), 1, DTYPES[question.dtype])
-    return Capabilities(place_of(question), tokens.chat_templates, kv_bytes)
+    return Capabilities(place_of(question), tokens.chat_templates, _kv_bytes(question))
+
+
+def _kv_bytes(question: Question) -> tuple[int, ...]:
+    """Of each layer; 0 where layers keep something else than keys and values, or more than can be told here."""
+    try:
+        values = kv_values(shapes_of_architecture(build(read_config(question.files.folder))))
+    except Exception:  # whatever a family's own code raises: its full arm may run all the same
+        return (0,) * question.files.n_layers
+    return tuple(DTYPES[question.dtype].itemsize * count for count in values)
 
 
 def place_of(question: Question) -> Place:

@@ -34,7 +34,7 @@ class Model:
 
     def trunk_kv_bytes(self) -> int:
         """What a token takes in the trunk's KV cache."""
-        return (self.plan.end - self.plan.start) * self.capabilities.kv_bytes
+        return sum(self.capabilities.kv_bytes[self.plan.start : self.plan.end])
 
 
 def _draft(config: Config, progress: Progress) -> ModelFiles | None:

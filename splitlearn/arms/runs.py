@@ -50,7 +50,7 @@ WEIGHTS_FREE = 6
 @dataclass(frozen=True)
 class ArmReport:
     """One arm's run: its figures, and what its process (and the trunk's) took. `compile_s` includes discarded runs.
-    `kv_bytes_per_token` is what a token takes in the trunk's KV cache, by formula; 0 for the full arm."""
+    `kv_bytes_per_token` is what a token takes in the trunk's KV cache; 0 for the full arm."""
 
     kind: Kind
     metrics: RunMetrics

@@ -7,6 +7,8 @@ from splitlearn.planning.costs import CutCost, Rates, best
 
 SAME = 0.02
 """Differences in TPOT below this share are none."""
+BUSY = 0.2
+"""Cores that other programs use, from which on it is said."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ def _help(helps: bool, fastest: CutCost, smallest: CutCost, rates: Rates) -> str
     full, ratio = f"{_ms(rates.full_tpot_s)} a token", fastest.tpot_s / rates.full_tpot_s
     cut = f"the fastest cut, trunk layers {_range(fastest)}, takes {_ms(fastest.tpot_s)} a token ({ratio:.2f} times)"
     memory = f"the client needs {_mb(smallest.client_memory_bytes)} at least, against {_mb(rates.full_memory_bytes)}"
+    busy = f" Other programs used {rates.others_cpu:.1f} cores meanwhile." if rates.others_cpu >= BUSY else ""
     if helps:
-        return f"Splitting is faster here: {cut}, the full model alone {full}; {memory}."
+        return f"Splitting is faster here: {cut}, the full model alone {full}; {memory}.{busy}"
+    alone = f"the full model alone takes {full}, {cut}"
     if smallest.client_memory_bytes < rates.full_memory_bytes:
-        return f"Splitting is not faster here: the full model alone takes {full}, {cut}. It saves memory: {memory}."
-    return f"Splitting does not help here: the full model alone takes {full}, {cut}, and {memory}."
+        return f"Splitting is not faster here: {alone}. It saves memory: {memory}.{busy}"
+    return f"Splitting does not help here: {alone}, and {memory}.{busy}"
 
 
 def _where(chosen: CutCost | None, smallest: CutCost, rates: Rates, limit: float | None) -> str:

@@ -4,15 +4,11 @@ from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from splitlearn.checkpoints.folder import ModelFiles, read_config
 from splitlearn.errors import as_error
-from splitlearn.kvcache.pool import KVShape, shapes_of
-from splitlearn.models.cut import carve
-from splitlearn.models.sizes import kv_shape_by_formula
+from splitlearn.kvcache.architecture import Shapes, build, kv_values, shapes_of_architecture
 from splitlearn.models.structure import NORM_WORDS, Structure, structure_of
 from splitlearn.planning.anatomy import Anatomy, Layer, Mlp, Rope
 
@@ -26,7 +22,6 @@ ACTIVATIONS = (
     "afn",
     "activation",
 )
-Shapes = list[tuple[KVShape, KVShape]]
 
 
 def answer(connection: Connection, files: ModelFiles, dtype: str) -> None:
@@ -40,12 +35,12 @@ def answer(connection: Connection, files: ModelFiles, dtype: str) -> None:
 def anatomy_of(config: Any, name: str, dtype: str, context: int | None) -> Anatomy:
     """The anatomy of the causal LM of a transformers configuration. Raises FamilyRefused where its structure cannot be
     read."""
-    model, text = _build(config), config.get_text_config(decoder=True)
+    model, text = build(config), config.get_text_config(decoder=True)
     structure = structure_of(model)
     names, tied = _names(model, structure), bool(getattr(model, "all_tied_weights_keys", {}))
     size, outside = {key: value.numel() for key, value in model.named_parameters()}, _outside(model, structure)
     positions, modules = _positions(model, structure, text), list(model.get_submodule(structure.layers))
-    layers = tuple(_layers(modules, text, _shapes(model, structure.n_layers)))
+    layers = tuple(_layers(modules, text, shapes_of_architecture(model)))
     return Anatomy(
         model=name,
         family=str(config.model_type),
@@ -65,24 +60,6 @@ def anatomy_of(config: Any, name: str, dtype: str, context: int | None) -> Anato
         entrance_matmul_parameters=_matmul(outside[0], text),
         exit_matmul_parameters=_matmul(outside[1], text),
     )
-
-
-def _build(config: Any) -> Any:
-    """On the meta device, in bfloat16: in float32 the products of experts have no form there."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.bfloat16).eval()
-
-
-def _shapes(model: Any, n_layers: int) -> Shapes:
-    """What a forward leaves in a cache; by formula where the architecture looks at values, which are not there."""
-    stage = carve(model, 0, n_layers, first=True, last=True)
-    try:
-        return shapes_of(stage, torch.zeros(1, 1, dtype=torch.long, device="meta"))
-    except (NotImplementedError, RuntimeError) as error:
-        if "meta tensor" not in str(error):
-            raise
-        heads, size = kv_shape_by_formula(model.config)
-        return [(KVShape(heads, size), KVShape(heads, size))] * n_layers
 
 
 def _names(model: Any, structure: Structure) -> dict[str, list[str]]:
@@ -115,6 +92,7 @@ def _outside(model: Any, structure: Structure) -> tuple[list[nn.Module], list[nn
 
 
 def _layers(modules: Iterable[nn.Module], text: Any, shapes: Shapes) -> Iterator[Layer]:
+    values = kv_values(shapes)
     for number, layer in enumerate(modules):
         children = dict(layer.named_children())
         attention: Any = next((child for name, child in children.items() if _attends(name, child)), None)
@@ -137,7 +115,7 @@ def _layers(modules: Iterable[nn.Module], text: Any, shapes: Shapes) -> Iterator
             parameters=sum(parameter.numel() for parameter in layer.parameters()),
             matmul_parameters=_matmul([layer], text),
             expanding_parameters=_matmul([attention.kv_b_proj], text) if latent else 0,
-            kv_values=key.heads * key.size + value.heads * value.size,
+            kv_values=values[number],
         )
 
 

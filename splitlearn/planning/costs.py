@@ -25,7 +25,8 @@ class Rates:
     after the first.
 
     Peak memory of a process is `*_base_bytes` and `*_weight_ratio` times the weights of its layers. `full_*` are those
-    of the whole model in one process at the client. `context` tokens were in the cache in the end.
+    of the whole model in one process at the client. `context` tokens were in the cache in the end. Other programs used
+    `others_cpu` cores meanwhile: with more than a fraction of one, times are longer than on a quiet machine.
     """
 
     client_layer_s: float
@@ -50,6 +51,7 @@ class Rates:
     full_tpot_s: float
     full_ttft_s: float
     full_memory_bytes: int
+    others_cpu: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from splitlearn.arms.runs import ArmReport, Runs
@@ -22,6 +22,7 @@ from splitlearn.models.plan import SplitPlan
 from splitlearn.planning.anatomy import Anatomy
 from splitlearn.planning.costs import Rates
 from splitlearn.planning.fit import rates_of
+from splitlearn.runtime.load import reading
 from splitlearn.runtime.progress import Progress, Step, silent
 
 REPEATS = 3
@@ -82,10 +83,11 @@ def measure_rates(
 
     The peaks of memory are those of the arms' processes, which long prompts before may have raised.
     """
-    stop, plan = cancelled or threading.Event(), measured_at(runs)
+    stop, plan, before = cancelled or threading.Event(), measured_at(runs), reading(None)
     with cut_at(runs, plan) as own:
         found = _repeat(own, arms_of(flags), request, Link(), progress, stop)
-    return None if stop.is_set() else rates_from(runs, anatomy, flags, plan, found)
+        others_cpu = reading(before).others_cpu
+    return None if stop.is_set() else replace(rates_from(runs, anatomy, flags, plan, found), others_cpu=others_cpu)
 
 
 def measure_cut(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.models.cut import carve
 from splitlearn.models.plan import SplitPlan
 from splitlearn.planning import anatomy as read_from
@@ -141,3 +142,15 @@ def test_a_prompt_of_one_token_costs_what_one_token_costs(tiny_model: TinyFactor
     plan = SplitPlan(2, 4, found.n_layers)
     for first, prompt in zip(parts_of(found, plan, 0), parts_of(found, plan, 1), strict=True):
         assert first.decode_flops == prompt.prefill_flops
+
+
+@pytest.mark.weights
+def test_the_default_model_is_counted_to_the_last_byte(default_model: ModelFiles) -> None:
+    found = read_from.read(default_model, "float32")
+    model: Any = AutoModelForCausalLM.from_pretrained(default_model.folder, trust_remote_code=False)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=torch.arange(TOKENS).unsqueeze(0), past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert parts(found, 2, 28)["full"].kv_bytes_per_token * TOKENS == held

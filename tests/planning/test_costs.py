@@ -110,6 +110,12 @@ def test_a_faster_trunk_near_by_is_said_to_help_and_one_far_away_is_not() -> Non
     assert far.does_it_help.startswith("Splitting is not faster here: the full model alone takes 32.0 ms")
 
 
+def test_a_busy_machine_is_said_to_have_been_busy() -> None:
+    found = cut_costs(MODEL, RATES, NEAR, 50)
+    assert "Other programs" not in advise(found, RATES).does_it_help
+    assert "Other programs used 1.5 cores" in advise(found, replace(RATES, others_cpu=1.5)).does_it_help
+
+
 def test_a_client_too_small_is_told_what_the_least_is() -> None:
     found = cut_costs(MODEL, RATES, NEAR, 50)
     fits = advise(found, RATES, 306 * MB)
