@@ -15,6 +15,7 @@ from splitlearn.arms.spec import ArmEnd, ArmSpec
 from splitlearn.client.served import TrunkFacts
 from splitlearn.config import Config
 from splitlearn.events import GenerationRequest
+from splitlearn.lab.environment import trunk_pid
 from splitlearn.planning import anatomy
 from splitlearn.runtime import environment as process_environment
 from splitlearn.runtime import process as runtime_process
@@ -94,11 +95,11 @@ def _sessions(runs: Runs) -> tuple[int, int]:
     flags, seen = runs.flags("default"), list[int]()
     for _ in range(SESSIONS):
         list(runs.stream("split", flags, REQUEST))
-        seen.append(_trunk_resident())
+        seen.append(_trunk_resident(runs))
     return seen[4], seen[-1]
 
 
-def _trunk_resident() -> int:
+def _trunk_resident(runs: Runs) -> int:
     """Resident bytes of this program's embedded trunk server and its children."""
-    server = next(child for child in psutil.Process().children() if "server" in child.cmdline())
+    server = psutil.Process(trunk_pid(runs.trunk_address()))
     return sum(process.memory_info().rss for process in (server, *server.children(recursive=True)))

@@ -3,7 +3,6 @@
 The command line is parsed and the settings are checked here, before anything slow is imported.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -62,21 +61,13 @@ def _serve_command(
             help="listen beyond loopback without access control: whoever reaches the port uses the trunk",
         ),
     ] = None,
-    embedded: Annotated[
-        bool,
-        typer.Option(
-            "--embedded",
-            help="for the program that starts this one: settings come as one line of JSON on stdin, and the server "
-            "ends when stdin closes",
-        ),
-    ] = False,
 ) -> Job | None:
     """Serve the trunk of the configured model."""
     if context.invoked_subcommand is not None:
         return None
     changes = {"host": host, "port": port, "metrics_host": metrics_host, "metrics_port": metrics_port}
     given = {name: value for name, value in {**changes, "allow_open": allow_open}.items() if value is not None}
-    return partial(_serve, config, given, embedded)
+    return partial(_serve, config, given)
 
 
 @app.command()
@@ -85,27 +76,22 @@ def token(name: Annotated[str, typer.Argument(metavar="NAME", help="whom it is f
     return partial(_make_token, name)
 
 
-def _serve(path: Path | None, changes: dict[str, Any], embedded: bool) -> int:
-    line = sys.stdin.readline() if embedded else ""
-    if embedded and not line:
-        return 0  # the parent does not need it
+def _serve(path: Path | None, changes: dict[str, Any]) -> int:
     from server.auth.tls import Security
 
-    settings = _settings(path, changes, line)
+    settings = _settings(path, changes)
     proxies.settle()
     security = Security.of(settings.server)
     from server.program import serve  # takes seconds to import
 
-    return serve(settings, security, embedded)
+    return serve(settings, security)
 
 
-def _settings(path: Path | None, changes: dict[str, Any], line: str) -> "Config":
-    """The settings of a file, or those of a parent's `line`, changed by the command line."""
+def _settings(path: Path | None, changes: dict[str, Any]) -> "Config":
+    """The settings of a file, changed by the command line."""
     from splitlearn import config
 
-    settings = config.parse(json.loads(line)) if line else config.load(path)
-    if line:  # a server with the same settings may run beside it, and has the port
-        changes = {**changes, "metrics_port": None}
+    settings = config.load(path)
     return config.parse({**settings.model_dump(), "server": {**settings.server.model_dump(), **changes}})
 
 

@@ -1,12 +1,13 @@
 """The trunk server as a program: it loads, listens, waits for its end, and lets open sessions finish."""
 
 import logging
+import multiprocessing
 import signal
-import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 
 import grpc
@@ -21,7 +22,7 @@ from server.service import TrunkService
 from server.variants import Variants
 from splitlearn import address
 from splitlearn.config import Config, ServerConfig
-from splitlearn.errors import SetupError
+from splitlearn.errors import SetupError, as_error
 from splitlearn.runtime import ports
 from splitlearn.runtime.progress import on_console
 from splitlearn.runtime.terminal import say
@@ -41,29 +42,52 @@ class Running:
     health: health.HealthServicer
 
 
-def serve(settings: Config, security: Security, embedded: bool) -> int:
-    """Serve until a signal, or if `embedded` until stdin closes. Returns the exit status 0. Raises SplitlearnError and
-    OSError where it cannot start."""
-    # Its parent shows what an embedded server does; the terminal gets only what went wrong.
-    logs.start(logging.WARNING if embedded else logging.INFO)
+def work(connection: Connection, settings: Config) -> None:
+    """The life of a server as a child process: it sends its address, or the error that it cannot start with, and serves
+    until SIGTERM or until the other end of `connection` is gone."""
+    multiprocessing.current_process().daemon = False  # a daemon may not start variants
+    try:
+        # Its parent shows what it does; the terminal gets only what went wrong.
+        logs.start(logging.WARNING)
+        _serve(settings, Security.of(settings.server), _stops(signal.SIGTERM), connection)
+    except Exception as error:
+        connection.send(as_error(error, "starting the trunk server"))
+
+
+def serve(settings: Config, security: Security) -> int:
+    """Serve until a signal. Returns the exit status 0. Raises SplitlearnError and OSError where it cannot start."""
+    logs.start(logging.INFO)
+    _serve(settings, security, _stops(signal.SIGTERM, signal.SIGINT))
+    return 0
+
+
+def _stops(*signals: signal.Signals) -> SimpleQueue[str]:
+    """Gets a STOP with each of these signals."""
     stops: SimpleQueue[str] = SimpleQueue()  # safe in a signal handler
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals:
         signal.signal(number, lambda *_: stops.put(STOP))
+    return stops
+
+
+def _serve(settings: Config, security: Security, stops: SimpleQueue[str], parent: Connection | None = None) -> None:
+    """Load, listen, say where (to `parent`, or on stdout), and serve until something is in `stops` or `parent` ends."""
     with on_console() as progress:
         runtime = build(settings, progress)
     variants = Variants(settings, runtime)
     service = TrunkService(runtime, variants, settings.server, security.access)
     metrics = gauges.listen(runtime.metrics, settings.server)
     running = listen(service, settings.server, security)
-    if embedded:
-        threading.Thread(target=_wait_for_parent, args=(stops,), daemon=True).start()
+    if parent is None:
+        say(f"{READY}{running.address}")
+    else:
+        parent.send(running.address)
+        threading.Thread(target=_wait_for_parent, args=(parent, stops), daemon=True).start()
     logs.tell(log, "serving", metrics=metrics, **gauges.what(runtime))
     if _wait_for_end(stops) == STOP:
         _drain(running, runtime.admission, variants, settings.server.drain_s, stops)
     logs.tell(log, "stopping", sessions=runtime.admission.sessions)
     running.server.stop(grace=0).wait()
     variants.stop()
-    return 0
 
 
 def _wait_for_end(stops: SimpleQueue[str]) -> str:
@@ -88,7 +112,7 @@ def _drain(running: Running, admission: Admission, variants: Variants, grace_s: 
 
 
 def listen(service: TrunkService, settings: ServerConfig, security: Security) -> Running:
-    """A started server with health and reflection; prints its address. Raises SetupError when it cannot listen."""
+    """A started server with health and reflection. Raises SetupError when it cannot listen."""
     state = health.HealthServicer()
     server = endpoint.server(service, state, settings, security.access)
     host = address.loopback(settings.host) or settings.host
@@ -103,11 +127,11 @@ def listen(service: TrunkService, settings: ServerConfig, security: Security) ->
     guarded = {"tls": security.credentials is not None, "tokens": settings.tokens is not None}
     where = address.joined(host, port)
     logs.tell(log, "listening", address=where, **guarded)
-    say(f"{READY}{where}")
     return Running(server, where, state)
 
 
-def _wait_for_parent(stops: SimpleQueue[str]) -> None:
-    """Reads stdin, whose other end the parent holds, to its end: which comes when the parent ends, however it ends."""
-    sys.stdin.read()
+def _wait_for_parent(parent: Connection, stops: SimpleQueue[str]) -> None:
+    """Wait until the parent closes its end of the connection: it sends nothing."""
+    with suppress(EOFError, OSError):
+        parent.recv()
     stops.put(ORPHANED)

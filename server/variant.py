@@ -1,5 +1,6 @@
 """A variant: a trunk server for another set of flags, as a child process whose start may be ended at any moment."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,11 +11,11 @@ from server.memory import Memory
 from splitlearn.arms.embedded_server import Server
 from splitlearn.config import Config, ServerTls, serving
 from splitlearn.errors import SplitlearnError, TrunkFailed, TrunkUnavailable, as_error
-from splitlearn.runtime import process
 from splitlearn.wire.channel import open_channel
 
 STOP_TIMEOUT_S = 2.0
 NEVER = float("inf")
+log = logging.getLogger("server")
 
 
 class Variant:
@@ -32,9 +33,8 @@ class Variant:
         self.sessions, self.idle_since = 0, time.monotonic()
         self.started = threading.Event()
         self.error: SplitlearnError | None = None
-        self._lock = threading.Lock()
         self._server: Server | None = None
-        self._ended = False
+        self._ended = threading.Event()
 
     def start(self, after: "Variant | None") -> None:
         """Begin to start it once `after` has ended and given its memory back. Returns at once."""
@@ -45,7 +45,7 @@ class Variant:
         server = self._server
         if server is None or self.error is not None or not self.started.is_set():
             return False
-        return server.process.poll() is None and process.runs(server.process.pid)
+        return server.alive()
 
     def usable(self) -> bool:
         """Whether it serves or starts."""
@@ -65,10 +65,9 @@ class Variant:
 
     def stop(self) -> None:
         """End it, also while it starts. Ending it again does nothing."""
-        with self._lock:
-            self._ended, server = True, self._server
-        if server is not None:
-            server.stop(STOP_TIMEOUT_S)
+        self._ended.set()
+        if self._server is not None:
+            self._server.stop(STOP_TIMEOUT_S)
         if self.started.is_set() and self.error is None:
             self.channel.close()
         self._memory.give_back(self)
@@ -86,17 +85,16 @@ class Variant:
             self.started.set()
 
     def _serve(self, kv_bytes: int) -> None:
-        server = Server()
-        with self._lock:
-            self._server, ended = server, self._ended
-        if ended:  # nobody waits for it any more
+        self._server = server = Server(self._settings(kv_bytes))
+        try:
+            address = server.wait_ready(self._ended)
+        except SplitlearnError as error:
+            server.stop()
+            log.error("variant failed", extra={"fields": {"error": str(error)}})
+            raise TrunkFailed("the server for these flags did not start") from error
+        if address is None:  # nobody waits for it any more
             server.stop()
             raise TrunkUnavailable("the server for these flags is not needed any more", "draining")
-        server.tell(self._settings(kv_bytes))
-        address = server.wait_ready()
-        if address is None:
-            server.stop()
-            raise TrunkFailed("the server for these flags did not start")
         self.channel = open_channel(address)
         self._memory.loaded(self)
 

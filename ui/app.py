@@ -141,8 +141,8 @@ def _page(startup: Startup, port: int, login: Login, repeat: list[str]) -> None:
     from ui.guard.security import guarded
     from ui.theme import CSS, THEME
 
-    runs = startup.runs
-    settings, sharing = runs.config.ui, page_login.Sharing.of(runs.config.ui.share)
+    settings = startup.runs.config.ui
+    sharing = page_login.Sharing.of(settings.share)
     hosts = Hosts(settings.host, settings.allowed_hosts, sharing)
     with Handlers(startup, repeat) as handlers:
         # What is in Gradio's own folder is not copied there once more, and goes with this one.
@@ -171,7 +171,6 @@ def _page(startup: Startup, port: int, login: Login, repeat: list[str]) -> None:
         demo.server.config.encoded_headers.clear()  # which program serves it
         try:
             say(f"The page is on {address.url(settings.host, port)}")
-            runs.expect_trunk()  # not before: its imports would take the cores from this process's
             if settings.share:
                 page_login.open_link(demo, sharing)
             threading.Event().wait()

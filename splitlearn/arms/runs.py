@@ -262,11 +262,6 @@ class Runs:
                 self._workers.prune()
                 raise
 
-    def expect_trunk(self) -> None:
-        """Start the process of the embedded trunk: it imports what it needs before its settings are known."""
-        if self.config.trunk.embedded:
-            self._trunks.expect()
-
     def _warm_worker(self, spec: ArmSpec, request: GenerationRequest, stop: threading.Event) -> Worker | None:
         """The worker of `spec`, loaded and warm. None when `stop` was set before."""
         loaded = spec.loaded()

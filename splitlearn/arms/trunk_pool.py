@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 
-from splitlearn.arms.embedded_server import EmbeddedTrunk, Server
+from splitlearn.arms.embedded_server import EmbeddedTrunk
 from splitlearn.config import Config, serving
 from splitlearn.flags.registry import of_scope
 from splitlearn.runtime.process_pool import ProcessPool
@@ -14,9 +14,7 @@ class TrunkPool:
 
     def __init__(self, config: Config, has_memory: Callable[[], bool]) -> None:
         self._config = config
-        self._expected: Server | None = None
-        self._starting: Server | None = None
-        self._closing = False
+        self._closing = threading.Event()
         self._lock = threading.Lock()  # a page that opens asks for a trunk beside the run that does
         self._trunks = ProcessPool[frozenset[str], EmbeddedTrunk](lambda count: has_memory())
 
@@ -33,27 +31,11 @@ class TrunkPool:
         with self._lock:
             return self._trunks.obtain(own, lambda: self._start(own)).address
 
-    def expect(self) -> None:
-        """Start the process that the next trunk becomes: it imports meanwhile what takes seconds."""
-        with self._lock:
-            if not self._closing and self._expected is None:
-                self._expected = Server()
-
     def close(self) -> None:
         """End all trunks, and one that starts at this moment."""
-        self._closing = True
-        for server in (self._starting, self._expected):
-            if server is not None:
-                server.stop()
+        self._closing.set()
         with self._lock:
             self._trunks.close()
 
     def _start(self, flags: frozenset[str]) -> EmbeddedTrunk:
-        server, self._expected = self._expected or Server(), None
-        self._starting = server
-        if self._closing:
-            server.stop()
-        try:
-            return EmbeddedTrunk(serving(self._config, flags), server=server)
-        finally:
-            self._starting = None
+        return EmbeddedTrunk(serving(self._config, flags), stop=self._closing)

@@ -19,7 +19,6 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import psutil
@@ -61,6 +60,13 @@ class Child:
     connection: Connection
     what: str
 
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        pid = self.process.pid
+        assert pid is not None  # it was started
+        return pid
+
     def send(self, message: object) -> None:
         """Send `message` to the child."""
         try:
@@ -77,7 +83,12 @@ class Child:
 
     def alive(self) -> bool:
         """True while the process runs."""
-        return self.process.pid is not None and self.process.is_alive() and runs(self.process.pid)
+        return not self.wait(0) and runs(self.pid)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether the process has ended, or does within `timeout_s`; None waits for it. Any thread may call it: unlike
+        Process.join it does not read the exit status, which is there for one reader only."""
+        return bool(wait([self.process.sentinel], timeout_s))
 
     def stop(self) -> None:
         """End the process: close its pipe, then terminate it, then kill it."""
@@ -112,13 +123,14 @@ def _check_room() -> None:
 def start(what: str, target: Callable[..., None] | str, *arguments: object) -> Child:
     """Start `target(connection, *arguments)` in a child process. `what` names it in error messages.
 
-    A target that only the child should import is given by its name, `module:function`. Raises SetupError if there is
-    too little memory.
+    A target that only the child should import is given by its name, `module:function`. The child has this process's
+    environment, but libraries that the fork server imported have read theirs. Raises SetupError if there is too little
+    memory.
     """
     _check_room()
     context = _context()
     ours, theirs = context.Pipe()
-    process = context.Process(target=_main, args=(target, theirs, *arguments), daemon=True)
+    process = context.Process(target=_main, args=(target, theirs, dict(os.environ), *arguments), daemon=True)
     process.start()
     theirs.close()
     return Child(process, ours, what)
@@ -153,12 +165,15 @@ def runs(pid: int) -> bool:
         return False
 
 
-def _main(target: Callable[..., None] | str, connection: Connection, *arguments: object) -> None:
+def _main(
+    target: Callable[..., None] | str, connection: Connection, environment: dict[str, str], *arguments: object
+) -> None:
     """Run `target` in the child; end early if the parent dies."""
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        work = resolve_name(target) if isinstance(target, str) else target
+        work = programs.own(target) if isinstance(target, str) else target
         work(connection, *arguments)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         # The other end is gone: there is nobody to report to.

@@ -9,7 +9,11 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 """Where the packages splitlearn, server and ui lie: a checkout, or site-packages."""
@@ -41,6 +45,21 @@ def as_parent() -> Iterator[None]:
                 os.environ[name] = before[name]
             else:
                 os.environ.pop(name, None)
+
+
+def own(name: str) -> Any:
+    """The object `name` ("module:object") of this project, in a child process that has its parent's main module and
+    path: these may have another module of that name, which is then forgotten here."""
+    package = name.partition(":")[0].partition(".")[0]
+    loaded = sys.modules.get(package)
+    if ROOT / package not in [Path(folder).resolve() for folder in getattr(loaded, "__path__", ())]:
+        for other in [each for each in sys.modules if each.partition(".")[0] == package]:
+            del sys.modules[other]
+        spec = PathFinder.find_spec(package, [str(ROOT)])
+        assert spec is not None and spec.loader is not None, f"{ROOT} has no package {package}"
+        sys.modules[package] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[package])
+    return resolve_name(name)
 
 
 def own_config() -> Path | None:

@@ -22,7 +22,7 @@ from splitlearn.runtime.progress import silent
 from splitlearn.sampling import SamplingParams
 from tests.conftest import TinyFactory
 from tests.support.forked import forked
-from tests.support.trunk import Raw, eventually, gone, opening, settings
+from tests.support.trunk import Raw, eventually, forks_of, gone, listens, opening, settings
 
 KINDS: tuple[Kind, ...] = ("full", "split")
 CACHED = frozenset({"use_cache", "inference_mode", "low_cpu_mem_usage"})
@@ -74,8 +74,8 @@ def interrupted(runs: Runs, kind: Kind, hit: Callable[[], object], flags: FlagSe
 
 
 def workers() -> set[psutil.Process]:
-    """Processes that the fork server of this one has started."""
-    return {child for child in psutil.Process().children(recursive=True) if child.ppid() != psutil.Process().pid}
+    """The worker processes below this one."""
+    return {child for child in forks_of() if not listens(child)}
 
 
 def worker_of(runs: Runs, kind: Kind) -> psutil.Process:

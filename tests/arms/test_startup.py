@@ -14,7 +14,7 @@ from splitlearn.arms.startup import ARMS, MODEL, TRUNK, Startup
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.events import GenerationRequest
 from tests.conftest import TinyFactory
-from tests.support.trunk import eventually, settings
+from tests.support.trunk import eventually, forks_of, settings
 
 KINDS: tuple[Kind, ...] = ("full", "split")
 WORDS = "use_cache,inference_mode"
@@ -90,10 +90,10 @@ def test_without_a_trunk_the_full_arm_is_warm_all_the_same(files: ModelFiles) ->
 
 
 def test_closing_ends_what_is_being_loaded(files: ModelFiles) -> None:
-    before = processes()
+    before = set(forks_of())
     startup = Startup(config.parse({**settings(files), "flags": WORDS}))
     startup.begin()
     assert eventually(lambda: startup.parts()[TRUNK].state == "loading", within_s=120)
     startup.close()
     startup.wait(threading.Event())
-    assert eventually(lambda: not [pid for pid in processes() - before if "server" in psutil.Process(pid).cmdline()])
+    assert eventually(lambda: set(forks_of()) <= before)

@@ -26,7 +26,7 @@ from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import Credentials, open_channel
 from splitlearn.wire.status import error_of
 from tests.conftest import TinyFactory
-from tests.support.trunk import Raw, TrunkHere, eventually, hidden, opening, serve_here, served, step
+from tests.support.trunk import Raw, TrunkHere, eventually, forks_of, hidden, opening, serve_here, served, step
 from tests.support.words import session_of
 
 ANN, BOB, EVE, SLOW = "secret-of-ann", "secret-of-bob", "secret-of-eve", "secret-of-slow"
@@ -166,11 +166,11 @@ def test_what_its_client_would_not_wait_for_is_refused_with_the_time_to_try_agai
 
 
 def test_a_server_for_other_flags_asks_for_the_token_as_well(files: ModelFiles, here: TrunkHere) -> None:
-    before = set(psutil.Process().children())
+    before = set(forks_of())
     stage = RemoteStage([here.address], served(files), 60, Credentials(token=BOB))
     stage.open(session_of(CACHED | {"low_cpu_mem_usage"}), 8).close()
     stage.close()
-    (child,) = set(psutil.Process().children()) - before
+    (child,) = set(forks_of()) - before
     (port,) = {found.laddr.port for found in child.net_connections() if found.status == psutil.CONN_LISTEN}
     with pytest.raises(TrunkDenied):
         describe(f"127.0.0.1:{port}")

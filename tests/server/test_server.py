@@ -33,6 +33,7 @@ from tests.support.trunk import (
     Trunk,
     TrunkHere,
     eventually,
+    forks_of,
     gone,
     hidden,
     opening,
@@ -410,11 +411,10 @@ def test_a_server_for_other_flags_that_is_killed_ends_its_session_and_is_replace
 
 
 def test_a_session_that_comes_after_a_loss_gets_another_server(files: ModelFiles) -> None:
-    flags, this = ["use_cache", "low_cpu_mem_usage"], psutil.Process()
-    before = set(this.children())
+    flags, before = ["use_cache", "low_cpu_mem_usage"], set(forks_of())
     with serve_here(files) as here:
         with session(here, files, flags=flags) as raw:
-            (child,) = set(this.children()) - before
+            (child,) = set(forks_of()) - before
             child.kill()
             assert raw.refusal(step(hidden(files, 3), 0, 1))[0] is grpc.StatusCode.UNAVAILABLE
         assert eventually(lambda: served_with(here.address, files, flags), within_s=60)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 
 from server import memory
@@ -16,7 +15,7 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import describe
 from splitlearn.errors import InputError, TrunkFull
 from tests.conftest import TinyFactory
-from tests.support.trunk import Raw, eventually, gone, hidden, opening, serve, serve_here, settings, step
+from tests.support.trunk import Raw, eventually, forks_of, gone, hidden, opening, serve, serve_here, settings, step
 
 REFUSED, FULL = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED
 OTHER = ["use_cache", "low_cpu_mem_usage"]
@@ -31,9 +30,9 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
 @contextmanager
 def none_started() -> Iterator[None]:
     """No process is started meanwhile."""
-    before = set(psutil.Process().children())
+    before = set(forks_of())
     yield
-    assert set(psutil.Process().children()) <= before
+    assert set(forks_of()) <= before
 
 
 def refusal(address: str, files: ModelFiles, flags: list[str], timeout_s: float = 60) -> tuple[grpc.StatusCode, str]:
@@ -106,13 +105,12 @@ def test_what_another_may_take_is_what_all_before_it_have_left(
 
 
 def test_a_start_that_hangs_is_ended_when_its_client_gives_up_and_holds_up_nobody(files: ModelFiles) -> None:
-    this = psutil.Process()
-    before, ends = set(this.children()), list[tuple[grpc.StatusCode, str]]()
+    before, ends = set(forks_of()), list[tuple[grpc.StatusCode, str]]()
     with serve_here(files) as here:
         asking = threading.Thread(target=lambda: ends.append(refusal(here.address, files, OTHER, timeout_s=5)))
         asking.start()
-        assert eventually(lambda: set(this.children()) - before, within_s=60)
-        (child,) = set(this.children()) - before
+        assert eventually(lambda: set(forks_of()) - before, within_s=60)
+        (child,) = set(forks_of()) - before
         child.suspend()
         assert "sessions_proxied 1" in here.runtime.metrics.text()
         with Raw(here.address) as raw:
@@ -125,12 +123,11 @@ def test_a_start_that_hangs_is_ended_when_its_client_gives_up_and_holds_up_nobod
 
 
 def test_a_session_elsewhere_counts_and_its_server_goes_when_nobody_needs_it(files: ModelFiles) -> None:
-    this = psutil.Process()
-    before = set(this.children())
+    before = set(forks_of())
     with serve_here(files, max_sessions=1, max_waiting=0, idle_s=5.0) as here:
         with Raw(here.address) as raw:
             raw.send(opening(files, flags=OTHER, timeout_s=START_S))
-            assert eventually(lambda: set(this.children()) - before, within_s=60)
+            assert eventually(lambda: set(forks_of()) - before, within_s=60)
             code, said = refusal(here.address, files, ["use_cache", "inference_mode"])
             assert (code, "1 of 1 sessions" in said) == (FULL, True), "one that starts counts, too"
             assert raw.receive().HasField("opened")
@@ -138,7 +135,7 @@ def test_a_session_elsewhere_counts_and_its_server_goes_when_nobody_needs_it(fil
             code, said = refusal(here.address, files, ["use_cache", "inference_mode"])
             assert (code, "1 of 1 sessions" in said) == (FULL, True)
         assert eventually(lambda: here.runtime.admission.sessions == 0)
-        assert eventually(lambda: set(this.children()) <= before, within_s=60)
+        assert eventually(lambda: set(forks_of()) <= before, within_s=60)
 
 
 def test_a_server_that_is_told_to_stop_does_not_wait_for_a_start(files: ModelFiles, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ import psutil
 import yaml
 from playwright.sync_api import BrowserContext, Locator, Page, expect, sync_playwright
 
+from tests.support.trunk import listens
+
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_TORCH = Path(__file__).with_name("without_torch.py")
 CHROMIUM = Path("/usr/bin/chromium")
@@ -84,7 +86,7 @@ class App:
 
     def trunks(self) -> list[psutil.Process]:
         """The embedded trunk servers: one for each set of load and process flags that was asked for."""
-        return [child for child in self.children() if child.cmdline()[1:4] == ["-P", "-m", "server"]]
+        return [child for child in self.children() if listens(child)]
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End the app and wait until it has gone; its exit status."""

@@ -4,14 +4,13 @@
 session with nothing between the test and the wire.
 """
 
-import io
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -62,7 +61,7 @@ class Trunk:
 
     def variants(self) -> list[psutil.Process]:
         """The servers that it started for other sets of flags."""
-        return psutil.Process(self.process.pid).children()
+        return forks_of(self.process.pid)
 
 
 def start(config: Mapping[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -121,13 +120,11 @@ def serve_here(files: ModelFiles, flags: str = "trunk:none", /, **limits: object
     parsed = config.parse({**settings(files, split=layers, server={"port": 0, **limits}), "flags": flags})
     built = build(parsed, silent)
     variants = Variants(parsed, built)
-    said = io.StringIO()
-    with redirect_stdout(said):
-        security = Security.of(parsed.server)
-        service = TrunkService(built, variants, parsed.server, security.access)
-        running = listen(service, parsed.server, security)
+    security = Security.of(parsed.server)
+    service = TrunkService(built, variants, parsed.server, security.access)
+    running = listen(service, parsed.server, security)
     try:
-        yield TrunkHere(said.getvalue().removeprefix(READY).strip(), built)
+        yield TrunkHere(running.address, built)
     finally:
         running.server.stop(grace=0).wait()
         variants.stop()
@@ -236,6 +233,18 @@ class Raw:
 def tensor_of(reply: pb.ServerMessage, files: ModelFiles) -> torch.Tensor:
     """The hidden state in a step's answer."""
     return RAW.from_bytes(reply.result.hidden.data, files.facts.hidden_size)
+
+
+def forks_of(pid: int | None = None) -> list[psutil.Process]:
+    """What the fork servers below this process, or below `pid`, have started: workers and trunk servers."""
+    return [grandchild for child in psutil.Process(pid).children() for grandchild in child.children()]
+
+
+def listens(process: psutil.Process) -> bool:
+    """Whether it serves on a TCP port, as among a program's own processes only trunk servers do."""
+    with suppress(psutil.NoSuchProcess):
+        return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp"))
+    return False
 
 
 def gone(pid: int) -> bool:

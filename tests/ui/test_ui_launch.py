@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.conftest import TinyFactory
-from tests.support.page import END_S, App, launch_fails, running, write_config
+from tests.support.page import END_S, START_S, App, launch_fails, running, write_config
 from tests.support.trunk import eventually
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there: who asks it fails at once
@@ -46,7 +46,7 @@ def test_what_cannot_be_used_is_said_in_one_line(
 def test_children_end_with_an_app_that_is_killed(tiny_model: TinyFactory, tmp_path: Path) -> None:
     app = App(write_config(tmp_path, model={"name": str(tiny_model().folder)}))
     app.url()
-    assert eventually(app.trunks)
+    assert eventually(app.trunks, within_s=START_S)
     children = app.children()
     assert set(app.trunks()) <= set(children)
     assert app.end(signal.SIGKILL) == -signal.SIGKILL
