@@ -99,15 +99,19 @@ def measure_cut(
     progress: Progress,
     cancelled: threading.Event | None = None,
 ) -> CutRun | None:
-    """One cut over an emulated link. None when it was cancelled. Raises InputError for a cut that a remote trunk does
-    not serve."""
-    if plan != runs.plan and not runs.config.trunk.embedded:
-        serves = f"{runs.plan.start}:{runs.plan.end}, the layers that the trunk server has"
-        raise InputError("cut", f"{plan.start}:{plan.end}", serves)
+    """One cut over an emulated link. None when it was cancelled. Raises as `check_cut`."""
+    check_cut(runs, plan)
     stop = cancelled or threading.Event()
     with cut_at(runs, plan) as own:
         reports = _repeat(own, {"split": ("split", flags)}, request, link, progress, stop)["split"]
     return None if stop.is_set() else cut_run(plan, reports)
+
+
+def check_cut(runs: Runs, plan: SplitPlan) -> None:
+    """Raise InputError for a cut that a remote trunk does not serve."""
+    if plan != runs.plan and not runs.config.trunk.embedded:
+        serves = f"{runs.plan.start}:{runs.plan.end}, the layers that the trunk server has"
+        raise InputError("cut", f"{plan.start}:{plan.end}", serves)
 
 
 def cut_run(plan: SplitPlan, reports: list[ArmReport]) -> CutRun:
