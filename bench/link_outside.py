@@ -17,7 +17,7 @@ from splitlearn.link.proxy import Proxy
 from splitlearn.runtime import process
 
 ECHO, RECEIVE, SEND = b"e", b"r", b"s"
-PINGS_S, BULK_S, LEAST_PINGS = 4.0, 2.0, 20
+PINGS_S, BULK_S, LEAST_PINGS = 3.0, 2.0, 15
 SIZE, RESULT = struct.Struct("Q"), struct.Struct("d")
 
 

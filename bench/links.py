@@ -21,8 +21,9 @@ from splitlearn.link.prediction import predict
 from splitlearn.link.proxy import Proxy
 from splitlearn.link.words import PRESETS
 from splitlearn.runtime.progress import silent
+from splitlearn.runtime.terminal import say
 
-BLOCKS, TOKENS = 8, 16
+BLOCKS, TOKENS = 6, 12
 ASKED = tuple(Link(rtt, 0, rate, rate) for rtt in (5, 50, 200) for rate in (1, 10, 100))
 CUTS = ((2, 28), (8, 22), (13, 17))
 OVER = tuple(name for name in PRESETS if name != NONE)
@@ -63,7 +64,9 @@ def _rows(runs: Runs, start: int, end: int) -> list[dict[str, str]]:
             run(link=link)  # what is loaded or compiled at first is not counted
         arms = {name: partial(_pair, run, PRESETS[name].link) for name in OVER}
         pairs = blocks(arms, BLOCKS)
-    return [{"trunk's layers": f"[{start}, {end})", **_row(name, pairs[name])} for name in OVER]
+    rows = [{"trunk's layers": f"[{start}, {end})", **_row(name, pairs[name])} for name in OVER]
+    say(table(rows))  # what was measured so far, should the next cut fail
+    return rows
 
 
 def _pair(run: "partial[ArmReport]", link: Link) -> tuple[ArmReport, ArmReport]:

@@ -14,6 +14,9 @@ from splitlearn.runtime import process
 from splitlearn.runtime.process import Child, raised
 
 WARM_UP_TOKENS = 8
+# A worker that has rested for so long is warmed up again: a trunk server closes a connection after 60 s without calls,
+# and connecting again would be in the next run's TTFT.
+REST_S = 45.0
 CANCEL_TIMEOUT_S = 2.0
 POLL_S = 0.05
 
@@ -32,6 +35,7 @@ class Worker:
     ready: ArmReady
     warm: set[tuple[FlagSet, int, int]] = field(default_factory=set)
     compile_s: dict[FlagSet, float] = field(default_factory=lambda: defaultdict(float))
+    ran_at: float = 0.0
 
     @classmethod
     def start(cls, spec: ArmSpec, stop: threading.Event) -> "Worker | None":
@@ -60,9 +64,10 @@ class Worker:
         self.child.stop()
 
     def warm_up(self, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> None:
-        """Run a few tokens of `request`, unless as many samples and tokens were run with these flags before."""
+        """Run a few tokens of `request`, unless as many samples and tokens were run with these flags a moment ago."""
         tokens = min(WARM_UP_TOKENS, request.max_new_tokens)
-        if (flags, request.samples, tokens) not in self.warm:
+        rested = time.monotonic() - self.ran_at > REST_S
+        if rested or (flags, request.samples, tokens) not in self.warm:
             short = replace(request, max_new_tokens=tokens)
             self.compile_s[flags] += compile_seconds(self.generate(flags, short, stop))
             if not stop.is_set():
@@ -82,6 +87,7 @@ class Worker:
                 ended = isinstance(item, ArmEnd | SplitlearnError)
                 yield raised(item)
         finally:
+            self.ran_at = time.monotonic()
             if not ended:
                 self._cancel()
 

@@ -1,5 +1,6 @@
 """Arms in worker processes: what happens when a worker or a trunk dies, and when a person stops."""
 
+import re
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from splitlearn import config
 from splitlearn.arms.runs import ArmReport, Item, Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.probe import TrunkProbe
 from splitlearn.errors import InputError, TrunkUnavailable, WorkerDied, WorkFailed
 from splitlearn.events import Done, GenerationRequest, TokenEvent
 from splitlearn.flags.selection import FlagSet
@@ -283,3 +285,25 @@ def test_a_trunk_that_compiles_is_waited_for_longer_than_one_that_does_not(tiny_
         done = report(impatient, "split", flags=compiled)
         assert done.compile_s > parsed.trunk.timeout_s
         assert done.metrics.n_tokens == SHORT.max_new_tokens
+
+
+def prompt_tokens(runs: Runs) -> float:
+    """Tokens of prompts that the trunk has computed so far."""
+    probe = TrunkProbe()
+    try:
+        text = probe.snapshot(runs.trunk_addresses()).metrics
+    finally:
+        probe.close()
+    return sum(float(count) for count in re.findall(r'tokens_total\{.*"prompt".*\} (\S+)', text))
+
+
+def test_a_worker_that_has_rested_runs_a_few_tokens_before_what_counts(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trunk closes connections that rest; to connect again is no part of TTFT."""
+    counts = []
+    for rest_s in (float("inf"), float("inf"), -1.0):
+        monkeypatch.setattr("splitlearn.arms.worker.REST_S", rest_s)
+        tokens = report(runs, "split").metrics.prompt_tokens
+        counts.append(prompt_tokens(runs) / tokens)
+    assert (counts[1] - counts[0], counts[2] - counts[1]) == (1, 2)
