@@ -77,6 +77,11 @@ def test_the_split_has_the_logits_of_the_full_model_to_the_bit(files: ModelFiles
     assert torch.equal(_logits(files, "full", flags), _logits(files, "split", flags))
 
 
+def test_a_split_of_one_layer_a_stage_has_the_logits_of_the_full_model_to_the_bit(tiny_model: TinyFactory) -> None:
+    cached, small = parse("use_cache", HERE), tiny_model("llama", n_layers=3)
+    assert torch.equal(_logits(small, "full", cached), _logits(small, "split", cached))
+
+
 def test_sides_that_disagree_about_the_cache_still_give_the_same_tokens(files: ModelFiles) -> None:
     reference = _logits(files, "split", parse("use_cache", HERE))
     for words in ("client:use_cache trunk:none", "client:none trunk:use_cache"):
