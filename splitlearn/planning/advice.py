@@ -44,7 +44,8 @@ def _help(helps: bool, fastest: CutCost, smallest: CutCost, rates: Rates) -> str
     full, ratio = f"{_ms(rates.full_tpot_s)} a token", fastest.tpot_s / rates.full_tpot_s
     cut = f"the fastest cut, trunk layers {_range(fastest)}, takes {_ms(fastest.tpot_s)} a token ({ratio:.2f} times)"
     memory = f"the client needs {_mb(smallest.client_memory_bytes)} at least, against {_mb(rates.full_memory_bytes)}"
-    busy = f" Other programs used {rates.others_cpu:.1f} cores meanwhile." if rates.others_cpu >= BUSY else ""
+    others = f" Other programs used {rates.others_cpu:.1f} cores meanwhile: measure again when they do not."
+    busy = others if rates.others_cpu >= BUSY else ""
     if helps:
         return f"Splitting is faster here: {cut}, the full model alone {full}; {memory}.{busy}"
     alone = f"the full model alone takes {full}, {cut}"

@@ -3,10 +3,11 @@
 The whole model in one process at the client and one split tell all: the same layers take c in both, so that
 c = (model - bottom - top) / layers of the trunk, and what remains of bottom and top are embeddings, norm and head. The
 memory of these two processes differs by the weights of the trunk's layers.
+
+Of several runs the quickest counts: other programs can only make one slower.
 """
 
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Sequence
 
 from splitlearn.arms.runs import ArmReport
 from splitlearn.metrics import RunMetrics
@@ -28,70 +29,60 @@ def rates_of(anatomy: Anatomy, full: Reports, whole: Reports, split: Reports, pl
     layers = anatomy.layers
     parts = (layers[: plan.start], layers[plan.start : plan.end], layers[plan.end :])
     bottom, trunk, top = (units(anatomy, part) for part in parts)
-    layer_s = max(0.0, (_over(whole, _decode("model")) - _over(split, _client)) / trunk)
-    bottom_s = max(0.0, _over(split, _decode("bottom")) - bottom * layer_s)
-    top_s = max(0.0, _over(split, _decode("top")) - top * layer_s)
-    trunk_layer_s = _over(split, _trunk) / trunk
-    some = split[0].metrics
-    more = max(1, some.prompt_tokens - 1)
-    prompt_s = _over(whole, _first("model")) - _over(whole, _decode("model"))
-    trunk_prompt_s = _over(split, _first("trunk")) - _over(split, _trunk)
+    one, other, full_run = _quickest(whole), _quickest(split), _quickest(full)
+    layer_s = max(0.0, (_decode(one, "model") - _decode(other, "bottom") - _decode(other, "top")) / trunk)
+    start, more = _first_quickest(split), max(1, other.prompt_tokens - 1)
+    prompt_s = _first(_first_quickest(whole), "model") - _decode(one, "model")
+    trunk_prompt_s = _first(start, "trunk") - _trunk(other)
     client_base, client_ratio = _client_memory(anatomy, whole, split, plan)
     trunk_base, trunk_ratio = _trunk_memory(anatomy, split, plan, client_ratio if alike else None)
     return Rates(
         client_layer_s=layer_s,
-        trunk_layer_s=trunk_layer_s,
-        bottom_s=bottom_s,
-        top_s=top_s,
-        around_s=_over(split, _around),
-        overlapped_s=_over(split, _overlapped),
+        trunk_layer_s=_trunk(other) / trunk,
+        bottom_s=max(0.0, _decode(other, "bottom") - bottom * layer_s),
+        top_s=max(0.0, _decode(other, "top") - top * layer_s),
+        around_s=sum(_decode(other, word) for word in other.decode_ledger if word not in COMPUTING),
+        overlapped_s=_overlapped(other),
         client_prefill_s=max(0.0, prompt_s) / more / anatomy.n_layers,
         trunk_prefill_s=max(0.0, trunk_prompt_s) / more / trunk,
-        start_s=_over(split, _start),
-        bytes_up=_over(split, lambda metrics: metrics.decode_bytes_up / _steps(metrics)),
-        bytes_down=_over(split, lambda metrics: metrics.decode_bytes_down / _steps(metrics)),
-        prompt_token_bytes=(some.bytes_down - some.decode_bytes_down) / some.prompt_tokens,
-        prompt_tokens=some.prompt_tokens,
-        context=some.prompt_tokens + some.n_tokens,
+        start_s=sum(_first(start, word) for word in start.ledger if word not in COMPUTING),
+        bytes_up=other.decode_bytes_up / _steps(other),
+        bytes_down=other.decode_bytes_down / _steps(other),
+        prompt_token_bytes=(other.bytes_down - other.decode_bytes_down) / other.prompt_tokens,
+        prompt_tokens=other.prompt_tokens,
+        context=other.prompt_tokens + other.n_tokens,
         client_base_bytes=client_base,
         client_weight_ratio=client_ratio,
         trunk_base_bytes=trunk_base,
         trunk_weight_ratio=trunk_ratio,
         import_bytes=split[0].import_rss_bytes,
-        full_tpot_s=_over(full, lambda metrics: metrics.tpot_s or 0.0),
-        full_ttft_s=_over(full, lambda metrics: metrics.ttft_s),
+        full_tpot_s=full_run.tpot_s or 0.0,
+        full_ttft_s=_first_quickest(full).ttft_s,
         full_memory_bytes=_peak(full),
     )
+
+
+def _quickest(reports: Reports) -> RunMetrics:
+    return min((report.metrics for report in reports), key=lambda metrics: metrics.tpot_s or 0.0)
+
+
+def _first_quickest(reports: Reports) -> RunMetrics:
+    """The run with the least TTFT."""
+    return min((report.metrics for report in reports), key=lambda metrics: metrics.ttft_s)
 
 
 def _steps(metrics: RunMetrics) -> int:
     return max(1, len(metrics.itl_s))
 
 
-def _over(reports: Reports, of: Callable[[RunMetrics], float]) -> float:
-    return median(of(report.metrics) for report in reports)
-
-
-def _decode(word: str) -> Callable[[RunMetrics], float]:
+def _decode(metrics: RunMetrics, word: str) -> float:
     """Seconds per decoded token of a part of the time breakdown."""
-    return lambda metrics: metrics.decode_ledger.get(word, 0.0) / _steps(metrics)
+    return metrics.decode_ledger.get(word, 0.0) / _steps(metrics)
 
 
-def _first(word: str) -> Callable[[RunMetrics], float]:
+def _first(metrics: RunMetrics, word: str) -> float:
     """Seconds of a part of the time breakdown up to the first token."""
-    return lambda metrics: metrics.ledger.get(word, 0.0) - metrics.decode_ledger.get(word, 0.0)
-
-
-def _client(metrics: RunMetrics) -> float:
-    return _decode("bottom")(metrics) + _decode("top")(metrics)
-
-
-def _around(metrics: RunMetrics) -> float:
-    return sum(_decode(word)(metrics) for word in metrics.decode_ledger if word not in COMPUTING)
-
-
-def _start(metrics: RunMetrics) -> float:
-    return sum(_first(word)(metrics) for word in metrics.ledger if word not in COMPUTING)
+    return metrics.ledger.get(word, 0.0) - metrics.decode_ledger.get(word, 0.0)
 
 
 def _overlapped(metrics: RunMetrics) -> float:
@@ -100,7 +91,7 @@ def _overlapped(metrics: RunMetrics) -> float:
 
 def _trunk(metrics: RunMetrics) -> float:
     """The trunk's own time, with what passed while the client worked."""
-    return _decode("trunk")(metrics) + _overlapped(metrics)
+    return _decode(metrics, "trunk") + _overlapped(metrics)
 
 
 def _peak(reports: Reports) -> int:

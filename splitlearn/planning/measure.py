@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import median
 
 from splitlearn.arms.runs import ArmReport, Runs
 from splitlearn.config import SplitConfig
@@ -25,15 +24,15 @@ from splitlearn.planning.fit import rates_of
 from splitlearn.runtime.load import reading
 from splitlearn.runtime.progress import Progress, Step, silent
 
-REPEATS = 3
-"""Runs of each arm, of which the median counts."""
+REPEATS = 5
+"""Runs of each arm, of which the quickest counts: other programs can only make one slower."""
 TOKENS = 32
 Arms = Mapping[str, tuple[Kind, FlagSet]]
 
 
 @dataclass(frozen=True)
 class CutRun:
-    """What was measured of one cut: medians of several runs, and the peaks of its processes."""
+    """What was measured of one cut: the least of several runs, and the peaks of its processes."""
 
     start: int
     end: int
@@ -119,8 +118,8 @@ def cut_run(plan: SplitPlan, reports: list[ArmReport]) -> CutRun:
     return CutRun(
         plan.start,
         plan.end,
-        median(report.metrics.tpot_s or 0.0 for report in reports),
-        median(report.metrics.ttft_s for report in reports),
+        min(report.metrics.tpot_s or 0.0 for report in reports),
+        min(report.metrics.ttft_s for report in reports),
         max(report.peak_rss_bytes for report in reports),
         max((report.trunk.peak_rss_bytes for report in reports if report.trunk), default=0),
     )
