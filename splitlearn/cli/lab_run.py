@@ -16,7 +16,7 @@ from splitlearn.arms.runs import Runs
 from splitlearn.config import Config
 from splitlearn.lab.analysis.findings import METRIC_NAMES, SERVICE, Findings, findings_of
 from splitlearn.lab.analysis.pairing import ServiceLevel
-from splitlearn.lab.experiment import Experiment, Progress, exclusive
+from splitlearn.lab.experiment import Experiment, ExperimentProgress, exclusive
 from splitlearn.lab.report import data, exports
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import FILE, FOLDER, Store
@@ -107,7 +107,7 @@ def _print(found: Findings, folder: Path) -> None:
     say(f"Ratios are of times: below 1 the flag makes it faster. Report: {folder / 'report.html'}")
 
 
-See = Callable[[Progress], None]
+See = Callable[[ExperimentProgress], None]
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def _watch() -> Iterator[See]:
     with bars_on(shown, *columns, auto_refresh=False) as bars:
         task = bars.add_task("starting", total=None, left="")
 
-        def see(state: Progress) -> None:
+        def see(state: ExperimentProgress) -> None:
             total = None if state.remaining_s is None else state.elapsed_s + state.remaining_s
             bars.update(
                 task, description=visible(_label(state)), completed=state.elapsed_s, total=total, left=_left(state)
@@ -137,18 +137,18 @@ class _Lines:
     def __init__(self) -> None:
         self._last = ""
 
-    def see(self, state: Progress) -> None:
+    def see(self, state: ExperimentProgress) -> None:
         kind = state.phase.partition(":")[0]
         if kind != self._last:
             self._last = kind
             say(f"{_label(state)} {_left(state)}", stderr=True)
 
 
-def _label(state: Progress) -> str:
+def _label(state: ExperimentProgress) -> str:
     return f"{state.phase} ({state.blocks} pairs so far)"
 
 
-def _left(state: Progress) -> str:
+def _left(state: ExperimentProgress) -> str:
     if state.remaining_s is None:
         return ""
     return f"about {max(1, round(state.remaining_s / 60))} min left" if state.remaining_s >= 1 else ""

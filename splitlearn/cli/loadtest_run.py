@@ -20,7 +20,7 @@ from splitlearn.loadtest.clients import Client, real_clients, replay_clients
 from splitlearn.loadtest.driver import drive
 from splitlearn.loadtest.plan import LoadTest, check_lengths
 from splitlearn.loadtest.recording import recordings_of
-from splitlearn.loadtest.report import Findings
+from splitlearn.loadtest.report import LoadTestResult
 from splitlearn.loadtest.summary import Summary
 from splitlearn.reporting.files import make_folder
 from splitlearn.runtime.console import PlainTable, console
@@ -45,7 +45,7 @@ def run(asked: LoadTest, config: Config, out: Path | None, *, as_json: bool) -> 
         say(f"Report: {folder / 'report.html'}")
 
 
-def measure(runs: Runs, asked: LoadTest, progress: Progress, stop: threading.Event) -> Findings:
+def measure(runs: Runs, asked: LoadTest, progress: Progress, stop: threading.Event) -> LoadTestResult:
     """Check what is asked, start the clients, load the trunk. Raises InputError and TrunkError."""
     chat, facts = runs.config.generation.chat, runs.files.facts
     tokens = Tokens.load(runs.files.folder, use_fast=True)
@@ -55,7 +55,7 @@ def measure(runs: Runs, asked: LoadTest, progress: Progress, stop: threading.Eve
     spec = runs.ready_spec("split", runs.flags(runs.config.flags))
     with clients_for(spec, asked, chat, progress) as clients:
         measured = drive(clients, asked, progress, stop)
-    return Findings(
+    return LoadTestResult(
         load=asked,
         prompt_tokens=lengths,
         measurement=measured,
@@ -86,7 +86,7 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _print(found: Findings) -> None:
+def _print(found: LoadTestResult) -> None:
     """The figures on stdout."""
     say(f"{found.model}: {report.about(found)}")
     heads, *rows = report.times(found.summary)

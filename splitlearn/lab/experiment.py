@@ -52,7 +52,7 @@ LEAST_CLOCK = 0.9
 
 
 @dataclass(frozen=True)
-class Progress:
+class ExperimentProgress:
     """The progress of an experiment.
 
     `findings` is what the runs stored so far say. `remaining_s` is None before the first block is done. `discarded`
@@ -101,7 +101,7 @@ class Experiment:
         self._failed: dict[str, str] = dict(store.notes().get("failed", {}))
         self._discarded = ""
 
-    def go(self) -> Iterator[Progress]:
+    def go(self) -> Iterator[ExperimentProgress]:
         """Run until finished or stopped. Raises InputError for settings that no arm can run."""
         if self.store.finished:
             raise InputError("--resume", str(self.store.path), "an experiment that has not finished")
@@ -127,7 +127,7 @@ class Experiment:
         for block, attempt in begun - whole:
             self.store.discard(block, attempt, "interrupted")
 
-    def _first_pass(self) -> Iterator[Progress]:
+    def _first_pass(self) -> Iterator[ExperimentProgress]:
         """Run each arm that has not run yet. An arm that fails is left out, with its error as the reason."""
         ran = {trial.arm for trial in self.store.trials()}
         tokens = min(FIRST_PASS_TOKENS, self.setup.max_new_tokens)
@@ -148,7 +148,7 @@ class Experiment:
         if len(self._failed) == len(self.setup.plan.arms):
             raise SplitlearnError(f"No arm can be run. {next(iter(self._failed.values()), '')}")
 
-    def _block(self) -> Iterator[Progress]:
+    def _block(self) -> Iterator[ExperimentProgress]:
         """Run one block and store it run by run."""
         number, attempt = self._next()
         order = random.Random(f"{self.setup.seed} {number} {attempt}")
@@ -239,7 +239,7 @@ class Experiment:
             return f"every verdict was decided after {findings.blocks} pairs"
         return None
 
-    def _fidelity(self) -> Iterator[Progress]:
+    def _fidelity(self) -> Iterator[ExperimentProgress]:
         """Note what flags that may change the numbers do to the logits."""
         found: dict[str, dict[str, object]] = {}
         yield self._progress("fidelity of the flags that may change the numbers")
@@ -248,10 +248,10 @@ class Experiment:
             yield self._progress(f"fidelity: {question.key}")
         self.store.note("fidelity", found)
 
-    def _progress(self, phase: str) -> Progress:
+    def _progress(self, phase: str) -> ExperimentProgress:
         findings = findings_of(self.store)
-        elapsed, left = time.monotonic() - self._began, self._remaining_s(findings)
-        return Progress(phase, len(findings.trials), findings.blocks, elapsed, left, findings, self._discarded)
+        elapsed, left, runs = time.monotonic() - self._began, self._remaining_s(findings), len(findings.trials)
+        return ExperimentProgress(phase, runs, findings.blocks, elapsed, left, findings, self._discarded)
 
     def _remaining_s(self, findings: Findings) -> float | None:
         """An estimate: the blocks still to run times a block's median duration of late."""

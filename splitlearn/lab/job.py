@@ -15,7 +15,7 @@ from splitlearn.arms.runs import Runs
 from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.lab.analysis.findings import Findings, findings_of
 from splitlearn.lab.analysis.pairing import ServiceLevel
-from splitlearn.lab.experiment import Experiment, Progress, exclusive
+from splitlearn.lab.experiment import Experiment, ExperimentProgress, exclusive
 from splitlearn.lab.report import exports
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import FILE, Store
@@ -35,7 +35,7 @@ class JobStatus:
     """
 
     folder: Path
-    progress: Progress | None = None
+    progress: ExperimentProgress | None = None
     findings: Findings | None = None
     ended: str = ""
     error: str = ""

@@ -21,7 +21,7 @@ class Setup:
     """The settings of an experiment.
 
     `pairs` is a fixed number of blocks. With None it goes on until every verdict is decided, or `max_pairs` or
-    `minutes` (without warm-up) are reached. A ratio within `delta` of 1 counts as no effect. `environment` is where it
+    `minutes` are reached. A ratio within `delta` of 1 counts as no effect. `environment` is where it
     began (`lab/environment.py`); `command` repeats it.
     """
 

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from splitlearn.loadtest.plan import Job, LoadTest, arrivals, jobs
+from splitlearn.loadtest.plan import LoadRequest, LoadTest, arrivals, load_requests
 
 
 class Clock:
@@ -24,7 +24,7 @@ class Clock:
 class Arrival:
     """A request and its arrival time, in seconds after the start."""
 
-    job: Job
+    job: LoadRequest
     at: float
 
 
@@ -46,7 +46,7 @@ class ClosedLoop:
 
     def __init__(self, load: LoadTest, clock: Clock) -> None:
         self._clock, self._last = clock, load.duration_s
-        self._jobs = [jobs(load, client) for client in range(load.clients)]
+        self._jobs = [load_requests(load, client) for client in range(load.clients)]
 
     def take(self, client: int) -> Arrival | None:
         """The client's own next request."""
@@ -71,7 +71,7 @@ class OpenLoop:
     def __init__(self, load: LoadTest, rate: float, clock: Clock) -> None:
         self._clock, self._last = clock, load.duration_s
         times = arrivals(rate, load.duration_s, load.seed)
-        self._rest = deque(Arrival(job, at) for at, job in zip(times, jobs(load, 0), strict=False))
+        self._rest = deque(Arrival(job, at) for at, job in zip(times, load_requests(load, 0), strict=False))
         self._lock = threading.Lock()
         self._ended = threading.Event()
 

@@ -15,19 +15,19 @@ from splitlearn.arms.spec import ArmEnd, ArmReady, ArmSpec
 from splitlearn.arms.worker import start
 from splitlearn.errors import SplitlearnError, TrunkFull
 from splitlearn.events import GenerationRequest, TokenEvent
-from splitlearn.loadtest.plan import Job, LoadTest
+from splitlearn.loadtest.plan import LoadRequest, LoadTest
 from splitlearn.loadtest.recording import Recording
 from splitlearn.loadtest.replay import ReplayClient
 from splitlearn.runtime.process import default_threads, raised
 from splitlearn.runtime.progress import Progress, Step
 
-WARM_UP = Job(prompt=0, new_tokens=2)
+WARM_UP = LoadRequest(prompt=0, new_tokens=2)
 
 
 class Client(Protocol):
     """One request at a time; used by one thread, closed by any."""
 
-    def answer(self, job: Job) -> Generator[float, None, None]:
+    def answer(self, job: LoadRequest) -> Generator[float, None, None]:
         """Yield the time of each token of the answer. Raises SplitlearnError if it is refused or fails."""
 
     def warm(self) -> None:
@@ -52,7 +52,7 @@ class RealClient:
         for _ in self.answer(WARM_UP):
             pass
 
-    def answer(self, job: Job) -> Generator[float, None, None]:
+    def answer(self, job: LoadRequest) -> Generator[float, None, None]:
         """Yield token times: the first by this process's clock, pipe included, the others by the worker's."""
         chosen = GenerationRequest(self._prompts[job.prompt], job.new_tokens, chat=self._chat, ignore_eos=True)
         self._child.send(chosen)

@@ -12,7 +12,7 @@ import psutil
 from splitlearn.errors import TrunkFull, as_error
 from splitlearn.loadtest.arrivals import Arrival, Clock, ClosedLoop, Loop, OpenLoop
 from splitlearn.loadtest.clients import Client
-from splitlearn.loadtest.plan import Job, LoadTest
+from splitlearn.loadtest.plan import LoadRequest, LoadTest
 from splitlearn.runtime.progress import Progress, Step
 
 GRACE_S = 30.0
@@ -35,7 +35,7 @@ class Outcome:
     """
 
     client: int | None
-    job: Job
+    job: LoadRequest
     arrived_s: float
     begun_s: float | None
     ended_s: float

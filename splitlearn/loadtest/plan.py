@@ -59,14 +59,14 @@ class LoadTest:
 
 
 @dataclass(frozen=True)
-class Job:
+class LoadRequest:
     """One request: the index of its prompt, and the tokens of its answer (the end token is ignored)."""
 
     prompt: int
     new_tokens: int
 
 
-def jobs(load: LoadTest, stream: int) -> Iterator[Job]:
+def load_requests(load: LoadTest, stream: int) -> Iterator[LoadRequest]:
     """Requests without end. Every prompt is equally likely; answers have 1 / SHORTEST to all of max_new_tokens.
 
     Each `stream` of a seed is another sequence, whatever the times at which requests are taken.
@@ -74,7 +74,7 @@ def jobs(load: LoadTest, stream: int) -> Iterator[Job]:
     dice = random.Random(f"{load.seed}/{stream}")
     shortest = max(2, load.max_new_tokens // SHORTEST)
     while True:
-        yield Job(dice.randrange(len(load.prompts)), dice.randint(shortest, load.max_new_tokens))
+        yield LoadRequest(dice.randrange(len(load.prompts)), dice.randint(shortest, load.max_new_tokens))
 
 
 def arrivals(rate: float, duration_s: float, seed: int) -> list[float]:

@@ -14,7 +14,7 @@ from splitlearn.arms.worker_main import patience_s
 from splitlearn.client.session_stream import Stream, opening_of
 from splitlearn.errors import TrunkFull
 from splitlearn.flags.registry import settings
-from splitlearn.loadtest.plan import Job
+from splitlearn.loadtest.plan import LoadRequest
 from splitlearn.loadtest.recording import Recording
 from splitlearn.wire.channel import open_channel
 
@@ -76,7 +76,7 @@ class ReplayClient:
         with suppress(TrunkFull):
             self._sender.end(self._sender.open(max_length=1))
 
-    def answer(self, job: Job) -> Generator[float, None, None]:
+    def answer(self, job: LoadRequest) -> Generator[float, None, None]:
         """Yield the time at which the trunk's answer for each token arrived."""
         recording, sender = self._recordings[job.prompt], self._sender
         stream = sender.open(recording.prompt_tokens + job.new_tokens)

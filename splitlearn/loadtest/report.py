@@ -20,7 +20,7 @@ BUSY = 0.8
 
 
 @dataclass(frozen=True)
-class Findings:
+class LoadTestResult:
     """The results of a load test. `command` repeats it."""
 
     load: LoadTest
@@ -32,7 +32,7 @@ class Findings:
     environment: dict[str, Any]
 
 
-def as_json(findings: Findings) -> dict[str, Any]:
+def as_json(findings: LoadTestResult) -> dict[str, Any]:
     """Everything but the single requests. Times are in seconds."""
     load = asdict(findings.load)
     return {
@@ -45,7 +45,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
     }
 
 
-def write_exports(findings: Findings, folder: Path) -> None:
+def write_exports(findings: LoadTestResult, folder: Path) -> None:
     """Write loadtest.json, requests.csv and report.html into `folder`; create it if needed."""
     texts = {
         "loadtest.json": json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n",
@@ -55,7 +55,7 @@ def write_exports(findings: Findings, folder: Path) -> None:
     write_texts(folder, texts)
 
 
-def html(findings: Findings) -> str:
+def html(findings: LoadTestResult) -> str:
     """The report as one HTML page. Text from outside is escaped."""
     load, measurement = findings.load, findings.measurement
     figures = [
@@ -77,7 +77,7 @@ def html(findings: Findings) -> str:
     )
 
 
-def about(findings: Findings) -> str:
+def about(findings: LoadTestResult) -> str:
     """One sentence about the test."""
     load, tokens = findings.load, findings.prompt_tokens
     kind = "replaying" if load.replay else "real"
@@ -111,7 +111,7 @@ def times(summary: Summary) -> list[tuple[str, ...]]:
     return [heads, row("TTFT", summary.ttft), row("TPOT", summary.tpot)]
 
 
-def counts(findings: Findings) -> list[tuple[str, str]]:
+def counts(findings: LoadTestResult) -> list[tuple[str, str]]:
     """Names and values of all figures that are not distributions."""
     found, levels = findings.summary, findings.load.levels
     share = "" if found.goodput_share is None else f", {found.goodput_share:.1%} of all"
@@ -132,7 +132,7 @@ def _loop(load: LoadTest) -> str:
     return "closed-loop" if load.rate is None else f"open-loop at {load.rate:g} requests/s"
 
 
-def _requests(findings: Findings) -> str:
+def _requests(findings: LoadTestResult) -> str:
     """A CSV line for each request, in the order of arrival. Times are seconds after the start."""
     rows = [
         {

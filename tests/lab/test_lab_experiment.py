@@ -20,7 +20,7 @@ from splitlearn.lab import experiment
 from splitlearn.lab.analysis.findings import METRICS, findings_of
 from splitlearn.lab.analysis.flags_table import flags_table
 from splitlearn.lab.design import AA
-from splitlearn.lab.experiment import Experiment, Progress, exclusive
+from splitlearn.lab.experiment import Experiment, ExperimentProgress, exclusive
 from splitlearn.lab.records import FIRST_PASS, Trial
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import Store
@@ -239,6 +239,6 @@ def test_an_experiment_that_cannot_be_is_refused_by_the_name_of_what_is_wrong(
 
 def test_progress_tells_the_remaining_time_from_the_second_block_on(runs: Runs, tmp_path: Path) -> None:
     with _store(runs, tmp_path) as store:
-        states: list[Progress] = list(Experiment(runs, store).go())
+        states: list[ExperimentProgress] = list(Experiment(runs, store).go())
     assert all(state.remaining_s is None for state in states if state.phase.startswith(("first pass", "block 1")))
     assert all(state.remaining_s for state in states if state.phase.startswith("block 2"))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import signal, stats
 
 from splitlearn.errors import InputError
-from splitlearn.lab.stats import Decision, decide, drift, effect, looks, withheld
+from splitlearn.lab.stats import Decision, Effect, decide, drift, effect, looks, withheld
 
 Times = NDArray[np.float64]
 DELTA = 0.02
@@ -162,6 +162,60 @@ def test_of_many_flags_any_without_effect_is_called_in_at_most_5_percent_of_expe
         found += called >= set("567")
     assert wrong / 200 <= 0.05
     assert found / 200 >= 0.9
+
+
+def _adaptive(times: Times, max_pairs: int) -> dict[str, Decision]:
+    """An experiment as the lab runs it, over `times` [pairs, arms], of which the last two are the baseline and the
+    baseline again: questions that a look decides keep their pairs and drop out; the A/A check is gone on with in one
+    block of four once it is passed; a verdict stands only where the check is passed or the effect is beyond it."""
+    arms, schedule = times.T.tolist(), looks(max_pairs)
+    pairs_of, checked = {str(arm): 0 for arm in range(len(arms) - 2)}, list[int]()
+    going_on, standing = set(pairs_of), dict[str, Decision]()
+    for block in range(max_pairs):
+        last = _noise(arms, checked)
+        passed = block >= schedule[0] and last is not None and withheld(last, DELTA) is None
+        checked += [block] * (not passed or block % 4 == 0)
+        pairs_of |= dict.fromkeys(going_on, block + 1)
+        if block + 1 not in schedule:
+            continue
+        floor = _noise(arms, checked)
+        assert floor is not None
+        cut = {name: (arms[int(name)][:count], arms[-2][:count]) for name, count in pairs_of.items()}
+        found = decide(cut, DELTA, len(schedule))
+        standing = {n: d for n, d in found.items() if withheld(floor, DELTA) is None or d.effect.beyond(floor)}
+        going_on = set(pairs_of) - {name for name, each in standing.items() if each.verdict != "inconclusive"}
+        if not going_on:
+            break
+    return standing
+
+
+def _noise(arms: list[list[float]], blocks: list[int]) -> Effect | None:
+    if len(blocks) < 2:
+        return None
+    return effect([arms[-1][block] for block in blocks], [arms[-2][block] for block in blocks])
+
+
+@pytest.mark.parametrize(("seed", "outliers"), [(21, 0.0), (22, 0.05)])
+def test_flags_that_drop_out_when_decided_and_a_thinned_check_keep_false_verdicts_below_5_percent(
+    seed: int, outliers: float
+) -> None:
+    wrong = found = 0
+    for one in _simulated(seed, 200, 72, (1, 1, 1, 1, 1.05, 1.8, 1, 1), outliers):
+        standing = _adaptive(one, 72)
+        called = {name for name, each in standing.items() if each.verdict in CALLED}
+        missed = {n for n, each in standing.items() if n in "45" and each.verdict == "no measurable effect"}
+        wrong += bool(called & set("0123") or missed)
+        found += "5" in called
+    assert wrong / 200 <= 0.05
+    assert found / 200 >= 0.95
+
+
+def test_a_large_effect_stands_beside_a_noisy_check_and_a_small_one_does_not() -> None:
+    noise = effect(*_with_moments(0, 0.1, 20))
+    assert withheld(noise, DELTA) is not None
+    assert effect(*_with_moments(0.6, 0.1, 20)).beyond(noise)
+    assert effect(*_with_moments(-0.6, 0.1, 20)).beyond(noise)
+    assert not effect(*_with_moments(0.04, 0.01, 20)).beyond(noise)
 
 
 def test_an_effect_of_delta_is_called_not_measurable_in_at_most_its_half_of_alpha() -> None:

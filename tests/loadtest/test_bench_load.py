@@ -15,7 +15,7 @@ from splitlearn.arms.spec import ArmSpec
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.flags.selection import FlagSet
 from splitlearn.loadtest.driver import Measurement, Outcome
-from splitlearn.loadtest.plan import Job
+from splitlearn.loadtest.plan import LoadRequest
 from splitlearn.loadtest.recording import Recording
 from splitlearn.runtime.progress import silent
 from tests.conftest import TinyFactory
@@ -100,7 +100,7 @@ def test_nothing_of_sessions_that_were_cut_short_stays_at_the_server(spec: ArmSp
 
 def test_refusals_are_told_apart_by_what_was_said() -> None:
     def refused(reason: str, after_s: float) -> Outcome:
-        return Outcome(0, Job(0, 2), 1.0, 1.5, 1.5 + after_s, "rejected", reason, ())
+        return Outcome(0, LoadRequest(0, 2), 1.0, 1.5, 1.5 + after_s, "rejected", reason, ())
 
     outcomes = [refused("sessions are waiting already", 0.02)] * 80 + [refused(f"{WAITED} 2 s", WAIT_S + 0.05)] * 6
     full, waited = overload.told(Measurement(tuple(outcomes), 10.0, 0.0))

@@ -26,7 +26,7 @@ from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.loadtest.clients import Client
 from splitlearn.loadtest.driver import NOT_BEGUN, NOT_ENDED, Measurement, Outcome, State, drive
-from splitlearn.loadtest.plan import Job, Levels, LoadTest, arrivals, jobs
+from splitlearn.loadtest.plan import Levels, LoadRequest, LoadTest, arrivals, load_requests
 from splitlearn.loadtest.recording import Recording, record
 from splitlearn.loadtest.summary import Summary
 from splitlearn.runtime.progress import silent
@@ -74,14 +74,14 @@ class Paced:
     """A client whose every token takes a while; it keeps the jobs that it was given."""
 
     def __init__(self, token_s: float = 0.01) -> None:
-        self.jobs: list[Job] = []
+        self.jobs: list[LoadRequest] = []
         self._token_s = token_s
         self._closed = threading.Event()
 
     def warm(self) -> None:
         return
 
-    def answer(self, job: Job) -> Generator[float, None, None]:
+    def answer(self, job: LoadRequest) -> Generator[float, None, None]:
         self.jobs.append(job)
         for _ in range(job.new_tokens):
             self._closed.wait(self._token_s)
@@ -94,7 +94,7 @@ class Paced:
 class Hanging(Paced):
     """Gives one token and then none, and does not end when it is closed either."""
 
-    def answer(self, job: Job) -> Generator[float, None, None]:
+    def answer(self, job: LoadRequest) -> Generator[float, None, None]:
         yield time.perf_counter()
         threading.Event().wait(60)
 
@@ -102,7 +102,7 @@ class Hanging(Paced):
 class Refused(Paced):
     """Is never let in."""
 
-    def answer(self, job: Job) -> Generator[float, None, None]:
+    def answer(self, job: LoadRequest) -> Generator[float, None, None]:
         for left in range(job.new_tokens):
             raise TrunkFull(f"no room for {job.new_tokens - left} tokens")
         yield 0.0
@@ -113,10 +113,10 @@ def driven(clients: Sequence[Client], asked: LoadTest, grace_s: float = 30.0) ->
 
 
 def test_the_same_seed_gives_the_same_requests_and_each_stream_others() -> None:
-    one, again, other = (list(islice(jobs(ASKED, stream), 200)) for stream in (0, 0, 1))
+    one, again, other = (list(islice(load_requests(ASKED, stream), 200)) for stream in (0, 0, 1))
     assert one == again
     assert one != other
-    assert one != list(islice(jobs(replace(ASKED, seed=1), 0), 200))
+    assert one != list(islice(load_requests(replace(ASKED, seed=1), 0), 200))
     assert {job.prompt for job in one} == {0, 1, 2}
     assert {job.new_tokens for job in one} == {2, 3, 4, 5, 6, 7, 8}
 
@@ -134,7 +134,7 @@ def test_closed_loop_a_client_begins_its_next_request_when_the_last_one_ended() 
     measured = driven(clients, ASKED)
     for number, client in enumerate(clients):
         own = [outcome for outcome in measured.outcomes if outcome.client == number]
-        assert [outcome.job for outcome in own] == client.jobs == list(islice(jobs(ASKED, number), len(own)))
+        assert [outcome.job for outcome in own] == client.jobs == list(islice(load_requests(ASKED, number), len(own)))
         assert all(before.ended_s <= after.arrived_s for before, after in pairwise(own))
         assert all(outcome.arrived_s < ASKED.duration_s for outcome in own)
     assert {outcome.state for outcome in measured.outcomes} == {"done"}
@@ -184,7 +184,7 @@ def test_a_load_that_is_stopped_ends_with_what_there_is() -> None:
 
 
 def outcome(state: State, arrived_s: float, *token_s: float) -> Outcome:
-    job = Job(0, max(2, len(token_s)))
+    job = LoadRequest(0, max(2, len(token_s)))
     return Outcome(0, job, arrived_s, arrived_s, 10.0, state, "" if state == "done" else "why", token_s)
 
 
