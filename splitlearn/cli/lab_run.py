@@ -10,17 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.progress import BarColumn, TextColumn
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
 
 from splitlearn.arms.runs import Runs
+from splitlearn.cli.lab_table import flags_rows
 from splitlearn.config import Config
-from splitlearn.lab.analysis.findings import METRIC_NAMES, SERVICE, Findings, findings_of
+from splitlearn.lab.analysis.findings import SERVICE, Findings, findings_of
+from splitlearn.lab.analysis.flags_table import flags_table
 from splitlearn.lab.analysis.pairing import ServiceLevel
 from splitlearn.lab.experiment import Experiment, ExperimentProgress, exclusive
+from splitlearn.lab.preflight import preflight
 from splitlearn.lab.report import data, exports
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import FILE, FOLDER, Store
-from splitlearn.runtime.console import PlainTable, bars_on, console, label_column
+from splitlearn.runtime.console import console
 from splitlearn.runtime.progress import on_console
 from splitlearn.runtime.terminal import say, visible
 
@@ -31,7 +36,10 @@ def run(asked: ExperimentRequest, config: Config, out: Path | None, *, as_json: 
     command = shlex.join(["python", "-m", "splitlearn", *sys.argv[1:]])
     with exclusive(config), on_console() as progress, Runs(config, progress) as runs:
         runs.check_trunk()
-        with Store.create(folder / FILE, setup(runs, asked, command)) as store:
+        made = setup(runs, asked, command)
+        for line in preflight(runs, made).lines():
+            say(line, stderr=True)
+        with Store.create(folder / FILE, made) as store:
             _go(runs, store)
     _end(folder, as_json)
 
@@ -72,8 +80,8 @@ def _go(runs: Runs, store: Store) -> None:
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
         with _watch() as see:
-            for state in Experiment(runs, store, stop).go():
-                see(state)
+            for progress in Experiment(runs, store, stop).go():
+                see(progress)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -88,23 +96,16 @@ def _end(folder: Path, as_json: bool) -> None:
 
 
 def _print(found: Findings, folder: Path) -> None:
-    """The verdicts on stdout."""
+    """The flags table and the check on stdout."""
     ended = found.finished or "It has not finished: go on with --resume"
-    say(f"{found.setup.model}, design {found.setup.design}, {found.blocks} pairs. {ended}.")
-    table = PlainTable("flag", "arm", "metric", "with / without", "verdict", "pairs")
-    for row in found.rows:
-        effect = row.effect
-        ratio = f"{effect.ratio:.3f} [{effect.low:.3f}, {effect.high:.3f}]" if effect else ""
-        table.add_row(
-            row.question.flag,
-            row.question.kind,
-            METRIC_NAMES[row.metric],
-            ratio,
-            row.text,
-            str(effect.pairs) if effect else "",
-        )
-    console().print(table)
-    say(f"Ratios are of times: below 1 the flag makes it faster. Report: {folder / 'report.html'}")
+    say(f"{found.setup.model}, design {found.setup.design}, {found.blocks} blocks. {ended}.")
+    table = flags_table(found)
+    console().print(flags_rows(table.rows))
+    console().print(flags_rows(table.controls))
+    say(
+        "Ratios are of times, the row's to those of all flags (design without) or of the row that lacks the flag: "
+        f"above 1 the row is slower. Verdicts are about the flag. Report: {folder / 'report.html'}"
+    )
 
 
 See = Callable[[ExperimentProgress], None]
@@ -112,43 +113,41 @@ See = Callable[[ExperimentProgress], None]
 
 @contextmanager
 def _watch() -> Iterator[See]:
-    """Shows states on stderr: a bar with the remaining time on a terminal, a line for each block elsewhere."""
+    """Shows progress on stderr: the flags table as it grows on a terminal, a line for each block elsewhere."""
     shown = console(stderr=True)
     if not shown.is_terminal:
         yield _Lines().see
         return
-    columns = (label_column(), BarColumn(), TextColumn("{task.fields[left]}", markup=False))
-    with bars_on(shown, *columns, auto_refresh=False) as bars:
-        task = bars.add_task("starting", total=None, left="")
+    with Live(console=shown, auto_refresh=False, redirect_stdout=False, vertical_overflow="visible") as live:
+        yield lambda progress: live.update(_growing(progress), refresh=True)
 
-        def see(state: ExperimentProgress) -> None:
-            total = None if state.remaining_s is None else state.elapsed_s + state.remaining_s
-            bars.update(
-                task, description=visible(_label(state)), completed=state.elapsed_s, total=total, left=_left(state)
-            )
-            bars.refresh()
 
-        yield see
+def _growing(progress: ExperimentProgress) -> Group:
+    lines = [Text(visible(line)) for line in (progress.discarded, f"{_label(progress)} {_left(progress)}") if line]
+    return Group(flags_rows(flags_table(progress.findings).rows), *lines)
 
 
 class _Lines:
-    """One plain line for each phase that is not just another arm of the same block."""
+    """One plain line for the first pass, each block, and each block that did not count."""
 
     def __init__(self) -> None:
-        self._last = ""
+        self._last = self._discarded = ""
 
-    def see(self, state: ExperimentProgress) -> None:
-        kind = state.phase.partition(":")[0]
-        if kind != self._last:
-            self._last = kind
-            say(f"{_label(state)} {_left(state)}", stderr=True)
+    def see(self, progress: ExperimentProgress) -> None:
+        if progress.discarded != self._discarded:
+            self._discarded = progress.discarded
+            say(progress.discarded, stderr=True)
+        stage = progress.phase.partition(",")[0]
+        if stage != self._last:
+            self._last = stage
+            say(f"{_label(progress)} {_left(progress)}".rstrip(), stderr=True)
 
 
-def _label(state: ExperimentProgress) -> str:
-    return f"{state.phase} ({state.blocks} pairs so far)"
+def _label(progress: ExperimentProgress) -> str:
+    return f"{progress.phase} ({progress.blocks} blocks so far)"
 
 
-def _left(state: ExperimentProgress) -> str:
-    if state.remaining_s is None:
+def _left(progress: ExperimentProgress) -> str:
+    if progress.remaining_s is None:
         return ""
-    return f"about {max(1, round(state.remaining_s / 60))} min left" if state.remaining_s >= 1 else ""
+    return f"about {max(1, round(progress.remaining_s / 60))} min left" if progress.remaining_s >= 1 else ""

@@ -35,7 +35,7 @@ def folder(findings: Findings, tmp_path_factory: pytest.TempPathFactory) -> Path
     return where
 
 
-EXPORTS = ("results.json", "verdicts.csv", "pairs.csv", "trials.csv", "report.html", "report.md")
+EXPORTS = ("results.json", "flags.csv", "verdicts.csv", "pairs.csv", "trials.csv", "report.html", "report.md")
 
 
 class Page(HTMLParser):
@@ -75,7 +75,7 @@ def test_the_json_has_everything_and_its_trials_read_back(findings: Findings, fo
 
 
 def test_the_csv_files_read_back_with_the_figures_of_the_json(folder: Path) -> None:
-    verdicts, pairs, runs = (pd.read_csv(folder / name) for name in EXPORTS[1:4])
+    verdicts, pairs, runs = (pd.read_csv(folder / name) for name in EXPORTS[2:5])
     read = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert list(verdicts["ratio"]) == [row["ratio"] for row in read["verdicts"]]
     chosen = pairs.query("flag == 'inference_mode' and kind == 'full' and metric == 'tpot_s'")
@@ -120,7 +120,7 @@ def test_tables_have_headers_with_a_scope(page: Page) -> None:
     heads = [attributes for tag, attributes in page.tags if tag == "th"]
     assert heads
     assert all(attributes.get("scope") in ("col", "row") for attributes in heads)
-    assert sum(tag == "table" for tag, _ in page.tags) == 5
+    assert sum(tag == "table" for tag, _ in page.tags) == 6
 
 
 def test_a_failed_flag_is_a_failure_on_the_page_and_in_markdown() -> None:
@@ -141,7 +141,7 @@ def test_markdown_keeps_its_tables_whole_whatever_the_text() -> None:
     assert "refused \\| by the &lt;script>" in text
     assert "<script>" not in text and "<img" not in text
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 4
+    assert len(tables) == 5
     for lines in tables:
         assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
 

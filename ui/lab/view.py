@@ -55,7 +55,7 @@ def report(findings: Findings) -> str:
     ended = f"Ended: {findings.finished}." if findings.finished else "Not finished: these are the figures so far."
     prompts = f"{len(setup.prompts)} prompt{'s' * (len(setup.prompts) != 1)}"
     what = (
-        f"{setup.model}, design {setup.design}: {len(setup.plan.arms)} arms in each block, n = {findings.blocks} whole "
+        f"{setup.model}, design {setup.design}: {len(setup.plan.arms)} arms, n = {findings.blocks} whole "
         f"blocks, {setup.max_new_tokens} tokens a run, {prompts}. {ended}"
     )
     return (
@@ -72,6 +72,7 @@ def details(findings: Findings) -> str:
     prompts = "".join(f"<pre>{escape(prompt)}</pre>" for prompt in setup.prompts)
     return (
         f"<h3>How to repeat it</h3><pre>{escape(setup.command)}</pre>"
+        + _folded("The baseline against itself (A/A)", _table(tables.controls(findings), "Check"))
         + _folded("Arms: percentiles, service level, time unattributed", _table(tables.arms(findings), "Arms"))
         + _folded("Did both sides do the same work?", _table(tables.work(findings), "Same work"))
         + _folded("What was published of the earlier system", _table(tables.claims(findings), "Claims"))

@@ -1,8 +1,6 @@
 """The charts of an experiment, as plotly figures: intervals, raw pairs, and where the time went.
 
-Backgrounds are transparent, for light and dark pages. A ratio beyond REACH is drawn at the edge of its chart, as a
-triangle with the figure beside it. Otherwise one flag that makes everything ten times faster would press all others,
-and the band of no effect, into one line.
+Backgrounds are transparent, for light and dark pages. Ratios lie on a log axis as wide as the data.
 """
 
 import math
@@ -16,12 +14,13 @@ from splitlearn.lab.analysis.pairing import ArmFigures
 from splitlearn.metrics import LEDGER_ORDER
 from splitlearn.reporting.charts import PART_COLOURS, new_figure
 
-REACH = 1.25
-LEAST_REACH = 1.05
 DELTA_BAND = "rgba(0,158,115,0.20)"
 NOISE_BAND = "rgba(213,94,0,0.55)"
-# Few enough for a phone; the widest ones within the chart are shown.
-TICKS = ((0.8, 0.9, 1, 1.1, 1.25), (0.9, 0.95, 1, 1.05, 1.1), (0.95, 0.98, 1, 1.02, 1.05))
+# Two pairs can give an interval of many powers of ten: it is drawn up to here.
+WIDEST = 100.0
+MOST_TICKS = 7
+# The likeliest to be kept first.
+TICKS = (1.0, 0.5, 2.0, 0.1, 10.0, 0.01, 100.0, 0.8, 1.25, 0.9, 1.1, 0.2, 5.0, 0.02, 50.0, 0.05, 20.0, 0.95, 1.05)
 # A bar longer than LONGEST_BAR times the median is cut off, with CUT and its length beside it.
 LONGEST_BAR = 2.0
 CUT = "// "
@@ -34,11 +33,11 @@ OTHER_COLOUR = "#808890"
 def forest(findings: Findings, kind: Kind, metric: Metric) -> Any:
     """The interval of each question, with the band of no effect (filled) and the noise floor (dashed)."""
     rows = [row for row in findings.rows if row.question.kind == kind and row.metric == metric and row.effect]
-    reach = _reach([end for row in rows if row.effect for end in (row.effect.low, row.effect.high)], findings)
+    axis = _axis([end for row in rows if row.effect for end in (row.effect.low, row.effect.high)], findings)
     title = f"{METRIC_NAMES[metric]}, {kind}: ratio with / without, n = {findings.blocks} blocks"
-    figure = _ratio_figure(title, [row.question.flag for row in rows], reach)
+    figure = _ratio_figure(title, [row.question.flag for row in rows], axis)
     for row in rows:
-        _interval(figure, row, reach)
+        _interval(figure, row)
     _bands(figure, findings, rows)
     return figure
 
@@ -47,11 +46,11 @@ def dots(findings: Findings, kind: Kind, metric: Metric) -> Any:
     """The ratio of each pair; hover for its block."""
     compared = [found for found in findings.evidence.values() if found.question.kind == kind and found.compared(metric)]
     ratios = [one / other for found in compared for _, one, other in found.compared(metric)]
-    reach = _reach(ratios, findings)
+    axis = _axis(ratios, findings)
     title = f"{METRIC_NAMES[metric]}, {kind}: each of {findings.blocks} blocks"
-    figure = _ratio_figure(title, [found.question.flag for found in compared], reach)
+    figure = _ratio_figure(title, [found.question.flag for found in compared], axis)
     for found in compared:
-        _dots(figure, found, metric, reach)
+        _dots(figure, found, metric)
     _bands(figure, findings, [])
     return figure
 
@@ -89,26 +88,23 @@ def words(arms: Sequence[ArmFigures]) -> list[str]:
     return [word for word in LEDGER_ORDER if any(word in arm.ledger for arm in arms)]
 
 
-def _interval(figure: Any, row: Row, reach: float) -> None:
+def _interval(figure: Any, row: Row) -> None:
     effect = row.effect
     if effect is None:
         return
-    low, high, middle = (min(max(end, 1 / reach), reach) for end in (effect.low, effect.high, effect.ratio))
+    low, high = max(effect.low, 1 / WIDEST), min(effect.high, WIDEST)
     colour = VERDICT_COLOURS.get(row.verdict, OTHER_COLOUR)
     text = f"{effect.ratio:.3f} [{effect.low:.3f}, {effect.high:.3f}], n = {effect.pairs} pairs"
-    outside = middle != effect.ratio
     figure.add_scatter(
-        x=[middle],
+        x=[effect.ratio],
         y=[row.question.flag],
-        mode="markers+text" if outside else "markers",
-        text=[f"{effect.ratio:.2f}"],
-        textposition="middle right" if middle < 1 else "middle left",
-        marker={"size": 10, "color": colour, "symbol": _symbol(effect.ratio, reach)},
+        mode="markers",
+        marker={"size": 10, "color": colour},
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [high - middle],
-            "arrayminus": [middle - low],
+            "array": [max(0.0, high - effect.ratio)],
+            "arrayminus": [max(0.0, effect.ratio - low)],
             "color": colour,
             "thickness": 2,
         },
@@ -116,28 +112,16 @@ def _interval(figure: Any, row: Row, reach: float) -> None:
     )
 
 
-def _dots(figure: Any, found: Evidence, metric: Metric, reach: float) -> None:
+def _dots(figure: Any, found: Evidence, metric: Metric) -> None:
     pairs = found.compared(metric)
-    ratios = [one / other for _, one, other in pairs]
     figure.add_scatter(
-        x=[min(max(ratio, 1 / reach), reach) for ratio in ratios],
+        x=[one / other for _, one, other in pairs],
         y=[found.question.flag] * len(pairs),
         mode="markers",
-        marker={
-            "size": 8,
-            "opacity": 0.55,
-            "color": DOT,
-            "symbol": [_symbol(ratio, reach) for ratio in ratios],
-        },
-        customdata=[[block, ratio] for (block, _, _), ratio in zip(pairs, ratios, strict=True)],
-        hovertemplate="%{y}, block %{customdata[0]}: ratio %{customdata[1]:.3f}<extra></extra>",
+        marker={"size": 8, "opacity": 0.55, "color": DOT},
+        customdata=[block for block, _, _ in pairs],
+        hovertemplate="%{y}, block %{customdata}: ratio %{x:.3f}<extra></extra>",
     )
-
-
-def _symbol(ratio: float, reach: float) -> str:
-    if ratio > reach:
-        return "triangle-right"
-    return "triangle-left" if ratio < 1 / reach else "circle"
 
 
 def _bands(figure: Any, findings: Findings, rows: Sequence[Row]) -> None:
@@ -150,18 +134,22 @@ def _bands(figure: Any, findings: Findings, rows: Sequence[Row]) -> None:
     figure.add_vline(x=1, line={"color": "rgba(128,128,128,0.9)", "width": 1})
 
 
-def _reach(values: Sequence[float], findings: Findings) -> float:
-    """The axis's reach to both sides of 1, as a factor."""
-    widest = max((max(value, 1 / value) for value in values), default=1.0) * 1.01
-    return min(REACH, max(widest, LEAST_REACH, 1 + 2 * findings.setup.delta))
+def _axis(values: Sequence[float], findings: Findings) -> tuple[float, float]:
+    """The lowest and highest ratio that the axis shows: all values, and twice the band of no effect."""
+    least = 1 + 2 * findings.setup.delta
+    low, high = min([*values, 1 / least]), max([*values, least])
+    return max(low, 1 / WIDEST) / 1.03, min(high, WIDEST) * 1.03
 
 
-def _ratio_figure(title: str, names: Sequence[str], reach: float) -> Any:
+def _ratio_figure(title: str, names: Sequence[str], axis: tuple[float, float]) -> Any:
     figure = _rows(title, names)
-    edge = math.log10(reach) * 1.04
-    ticks = next((ticks for ticks in TICKS if math.log10(ticks[-1]) <= edge), TICKS[-1])
+    low, high = (math.log10(end) for end in axis)
+    ticks = list[float]()
+    for tick in (tick for tick in TICKS if low <= math.log10(tick) <= high):
+        if all(abs(math.log10(tick / other)) >= (high - low) / MOST_TICKS for other in ticks):
+            ticks.append(tick)
     texts = [f"{tick:g}" for tick in ticks]
-    figure.update_xaxes(type="log", range=[-edge, edge], tickvals=ticks, ticktext=texts, tickangle=0)
+    figure.update_xaxes(type="log", range=[low, high], tickvals=ticks, ticktext=texts, tickangle=0)
     return figure
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from splitlearn.lab.analysis.findings import METRICS, Findings, Row
+from splitlearn.lab.analysis.flags_table import flags_table
 from splitlearn.lab.published_claims import claim
 from splitlearn.lab.stats import Effect
 
@@ -54,6 +55,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
         "finished": findings.finished,
         "service_level": asdict(findings.service),
         "blocks": findings.blocks,
+        "flags_table": flags_table(findings).as_json(),
         "left_out": [asdict(turn) for turn in findings.left_out],
         "verdicts": [_verdict(findings, row) for row in findings.rows],
         "noise": [asdict(floor) for floor in findings.noise],

@@ -8,6 +8,7 @@ from typing import Any
 
 from splitlearn.arms.compare import KINDS
 from splitlearn.lab.analysis.findings import METRICS, Findings
+from splitlearn.lab.analysis.flags_table import flags_table
 from splitlearn.lab.environment import differences
 from splitlearn.lab.report import charts, data, tables
 from splitlearn.reporting.charts import PART_COLOURS
@@ -18,12 +19,13 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def write_exports(findings: Findings, folder: Path) -> list[Path]:
-    """Write results.json, verdicts.csv, pairs.csv, trials.csv, report.html and report.md into `folder`.
+    """Write results.json, flags.csv, verdicts.csv, pairs.csv, trials.csv, report.html and report.md into `folder`.
 
     Creates the folder if needed. Returns the paths.
     """
     texts = {
         "results.json": json.dumps(data.as_json(findings), indent=1, allow_nan=False) + "\n",
+        "flags.csv": flags_table(findings).as_csv(),
         "verdicts.csv": csv(data.verdicts(findings)),
         "pairs.csv": csv(data.pairs(findings)),
         "trials.csv": csv(data.trials(findings)),
@@ -44,6 +46,7 @@ def html(findings: Findings) -> str:
         method=_method(findings),
         warnings=tables.warnings(findings),
         verdicts=tables.verdicts(findings),
+        controls=tables.controls(findings),
         work=tables.work(findings),
         arms=tables.arms(findings),
         claims=tables.claims(findings),
@@ -68,13 +71,13 @@ def markdown(findings: Findings) -> str:
         *(f"**{tables.plain(warning)}**" for warning in tables.warnings(findings)),
         "## Verdicts",
         tables.markdown_table(tables.verdicts(findings)),
+        _folded("The baseline against itself (A/A)", tables.controls(findings)),
         "## Did both sides do the same work?",
         tables.markdown_table(tables.work(findings)),
         "## Arms",
         "Medians over n runs; percentiles only where there are enough values (72 for p95, 368 for p99).",
         tables.markdown_table(tables.arms(findings)),
-        "## What was published of the earlier system",
-        tables.markdown_table(tables.claims(findings)),
+        _folded("What was published of the earlier system", tables.claims(findings)),
         "## How to repeat it",
         f"```\n{findings.setup.command}\n```",
         "## Environment",
@@ -92,6 +95,10 @@ def compare_two(one: Findings, other: Findings) -> str:
     table = tables.markdown_table(tables.side_by_side(one.rows, other.rows))
     same = "Both ran in the same environment with the same settings."
     return "\n\n".join([names, warning if differing else same, table]) + "\n"
+
+
+def _folded(name: str, table: tables.Table) -> str:
+    return f"<details><summary>{name}</summary>\n\n{tables.markdown_table(table)}\n\n</details>"
 
 
 def _code(text: str) -> str:
@@ -116,7 +123,7 @@ def _other_settings(one: Findings, other: Findings) -> Iterator[str]:
 def _summary(findings: Findings) -> str:
     setup = findings.setup
     return (
-        f"Design {setup.design!r}: {len(setup.plan.arms)} arms in each block, n = {findings.blocks} whole blocks,"
+        f"Design {setup.design!r}: {len(setup.plan.arms)} arms, n = {findings.blocks} whole blocks,"
         f" {setup.max_new_tokens} tokens a run, {len(setup.prompts)} prompt{'s' * (len(setup.prompts) != 1)},"
         f" seed {setup.seed}."
     )
