@@ -27,6 +27,7 @@ BENCHES = (
     "samples",
     "head_overlap",
     "links",
+    "link_cost",
     "cuts",
     "overlap",
     "flips",
