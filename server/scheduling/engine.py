@@ -114,7 +114,7 @@ class Engine:
         """The client of the session named `key` drops that step and those before it. False: no such session."""
         session = self._table.find(key)
         if session is not None:
-            session.unwanted = step_id
+            session.drops["last"] = step_id
         return session is not None
 
     def close(self, session: EngineSession) -> None:
@@ -161,7 +161,7 @@ class Engine:
         library keeps 5 MB of buffers for each thread that multiplied matrices, and none for a single row.
         """
         alone = self._awaited_until_locked(pending.began + self.limits.gather_s) <= pending.began
-        return alone and self._stage.computes_on_caller(pending.left) and not pending.unwanted()
+        return alone and self._stage.computes_on_caller(pending.left) and not pending.dropped()
 
     def _run_here(self, pending: QueuedStep) -> None:
         if self._table.hold(pending.session):
@@ -209,7 +209,7 @@ class Engine:
         now = time.perf_counter()
         for pending in tuple(self._pending):
             session = pending.session
-            if pending.unwanted():
+            if pending.dropped():
                 self._end_locked(pending, StepUnwanted())
             elif session.closed or now > pending.began + session.timeout_s:
                 why = "its session has ended" if session.closed else "it waited for longer than its client does"

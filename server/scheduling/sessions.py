@@ -8,14 +8,18 @@ from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from statistics import median_low
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from server.auth.gate import Quota
 from server.scheduling.admission import Admission, Reservation
 from server.scheduling.scheduler import NEVER
 from splitlearn.errors import SplitlearnError
 from splitlearn.stages.base import StageInput, StageOutput
+from splitlearn.stages.engine import DROPS, DropMark
 from splitlearn.stages.session import LocalSession
 
 # A client is awaited for so many times its usual pause, plus the slack.
@@ -63,8 +67,7 @@ class EngineSession:
     pace: Pace = field(default_factory=Pace)
     pending: "QueuedStep | None" = None
     computed: int = 0
-    unwanted: int = 0
-    """The last step that its client dropped, with all before it."""
+    drops: NDArray[Any] = field(default_factory=lambda: np.zeros(1, DROPS))
     users: int = 0
     """Forwards and copies that use its memory now."""
     closed: bool = False
@@ -120,9 +123,15 @@ class QueuedStep:
         """Tokens still to be computed."""
         return self.step.x.shape[1] - self.done
 
-    def unwanted(self) -> bool:
+    @property
+    def mark(self) -> DropMark | None:
+        """Of a step that its client may drop."""
+        return DropMark(self.session.drops, self.step.number) if self.step.uncertain else None
+
+    def dropped(self) -> bool:
         """Whether its client dropped it."""
-        return self.step.uncertain and self.step.number <= self.session.unwanted
+        mark = self.mark
+        return mark is not None and mark.dropped()
 
     def piece(self, tokens: int) -> StageInput:
         """The next `tokens` as the stage's input."""
@@ -132,7 +141,7 @@ class QueuedStep:
             self.session.cache,
             step.position + self.done,
             x,
-            unwanted=self.unwanted if step.uncertain else None,
+            mark=self.mark,
             # The same for all pieces.
             rope_length=step.rope_length or step.position + step.x.shape[1],
         )

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from splitlearn.events import StageTiming, TokenEvent
+from splitlearn.events import Recovery, StageTiming, TokenEvent
 from splitlearn.metrics import UNATTRIBUTED
 
 
@@ -42,7 +42,7 @@ class Ledger:
     def add(self, sample: int, timing: StageTiming) -> None:
         """Count what a stage says of a step of `sample`."""
         for name, spent in timing.ledger.items():
-            self.spend(name, spent)
+            self.parts[name] += spent
         self.timings[sample].append(timing)
 
     def close_step(self, outcomes: Sequence[Outcome], at: float) -> list[TokenEvent]:
@@ -54,18 +54,22 @@ class Ledger:
         return events
 
     def _event(self, outcome: Outcome, at: float, parts: dict[str, float]) -> TokenEvent:
-        timings = self.timings[outcome.sample]
+        compile_s, overlapped_s, up, down, recoveries = 0.0, 0.0, 0, 0, list[Recovery]()
+        for timing in self.timings[outcome.sample]:
+            compile_s, overlapped_s = compile_s + timing.compile_s, overlapped_s + timing.overlapped_s
+            up, down = up + timing.bytes_up, down + timing.bytes_down
+            recoveries += timing.recoveries
         return TokenEvent(
             outcome.token_ids,
             outcome.text,
             at,
             parts,
-            compile_s=sum(timing.compile_s for timing in timings),
-            bytes_up=sum(timing.bytes_up for timing in timings),
-            bytes_down=sum(timing.bytes_down for timing in timings),
-            recoveries=tuple(recovery for timing in timings for recovery in timing.recoveries),
+            compile_s=compile_s,
+            bytes_up=up,
+            bytes_down=down,
+            recoveries=tuple(recoveries),
             drafts=outcome.drafts,
-            overlapped_s=sum(timing.overlapped_s for timing in timings),
+            overlapped_s=overlapped_s,
             head_start=self.started_right,
             sample=outcome.sample,
         )

@@ -10,6 +10,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from splitlearn.kernels.atomics import atomic_load
 from splitlearn.kernels.decode_attention import ANY_ORDER, power_of_two
 from splitlearn.kernels.jit import compiled
 from splitlearn.kernels.thread_team import attention, floats, product
@@ -83,10 +84,13 @@ class KVPlace(NamedTuple):
 
 
 @compiled
-def step(x: Any, layers: Any, first: Any, last: Any, kv: Any, turn: Any, record: Any) -> None:
-    """Take `x` [1, H], in place, through the layers `[first, last)` of a Layers; each layer's key and value are written
-    behind those in `kv`, a KVPlace. `turn` [2, size] are cos and sin. `record` is that of a team
-    (kernels/thread_team.py)."""
+def step(x: Any, layers: Any, kv: Any, turn: Any, drops: Any, number: Any, record: Any) -> Any:
+    """Take `x` [1, H], in place, through all of a Layers; each layer's key and value are written behind those in `kv`,
+    a KVPlace. `turn` [2, size] are cos and sin. `record` is that of a team (kernels/thread_team.py).
+
+    Before each layer the field `last` of the record `drops` is read, which another thread may set. False, and the rest
+    is left out, where it has come to `number`.
+    """
     team, (groups, _, size), position = record[0], kv.shape, kv.start + kv.length
     heads, rows = layers.n_heads * size, groups * size
     normed, result = np.empty_like(x), np.empty_like(x)
@@ -95,7 +99,9 @@ def step(x: Any, layers: Any, first: Any, last: Any, kv: Any, turn: Any, record:
     gate_and_up, up = wide.reshape(1, 2 * layers.inner), wide[1:]
     query, key = projected[0, :heads].reshape(-1, size), projected[0, heads : heads + rows].reshape(groups, size)
     value = projected[0, heads + rows :].reshape(groups, size)
-    for layer in range(first, last):
+    for layer in range(len(layers.norms)):
+        if atomic_load(drops[0], "last") >= number:
+            return False
         norms, addresses = layers.norms[layer], kv.addresses[layer]
         _norm(x[0], norms[0], layers.eps, normed[0])
         _products(team, layers, layer, QUERY, VALUE, normed, projected)
@@ -111,6 +117,7 @@ def step(x: Any, layers: Any, first: Any, last: Any, kv: Any, turn: Any, record:
         _gate(wide[0], wide[1])
         _products(team, layers, layer, DOWN, DOWN, up, result)
         x += result
+    return True
 
 
 @numba.njit  # type: ignore[untyped-decorator]

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from splitlearn.events import StageTiming
+from splitlearn.stages.engine import DropMark
 from splitlearn.stages.settings import SessionSettings
 
 
@@ -29,16 +30,16 @@ class StageInput:
     """A step of one session: `x` is token ids int64 [1, T] at a first stage, otherwise a hidden state [1, T, H].
 
     `position` is the number of tokens before the first of `x`. Lower than the cached length it means: truncate to here.
-    `logits` is for how many of the last positions a last stage gives logits. `unwanted` tells, at any time, whether the
-    step is of no use any more: a stage may then raise StepUnwanted. `rope_length` is the least length of the sequence
-    by which rotary embeddings are made (models/rope.py): that of the prompt; 0 is that which the step ends at.
+    `logits` is for how many of the last positions a last stage gives logits. `mark` tells whether the step was dropped,
+    at any time: a stage may then raise StepUnwanted. `rope_length` is the least length of the sequence by which rotary
+    embeddings are made (models/rope.py): that of the prompt; 0 is that which the step ends at.
     """
 
     session: Any
     position: int
     x: torch.Tensor
     logits: int = 1
-    unwanted: Callable[[], bool] | None = None
+    mark: DropMark | None = None
     rope_length: int = 0
 
 

@@ -4,12 +4,14 @@
 token after others faster, and hand every other step to the eager engine.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -17,13 +19,28 @@ from splitlearn.models.cut import CutModel, forward
 from splitlearn.runtime import private_apis
 from splitlearn.runtime.torch_threads import computing_one_token
 
+DROPS = np.dtype([("last", np.int64)])
+"""Of a session: the last of its steps that its client dropped, with all before it."""
+
+
+class DropMark(NamedTuple):
+    """A step that its client may drop: of a session with `drops`, a record of DROPS, the step `number`. A kernel reads
+    the record itself while it computes, without Python."""
+
+    drops: NDArray[Any]
+    number: int
+
+    def dropped(self) -> bool:
+        """Whether nobody needs the step any more."""
+        return bool(self.number <= self.drops["last"][0])
+
 
 @dataclass(frozen=True)
 class SessionStep:
     """A step of one session: token ids [1, T] or a hidden state [1, T, H], after the `position` tokens in `cache`.
 
     A last stage gives the logits of the last `logits` tokens, 0 for all. `rope_length` and `arguments` are those of
-    `models.cut.forward`. `unwanted` says, at any time, that nobody needs the step any more.
+    `models.cut.forward`. `mark` is that of `StageInput`.
     """
 
     cache: Any
@@ -32,7 +49,7 @@ class SessionStep:
     logits: int = 0
     rope_length: int = 0
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    unwanted: Callable[[], bool] | None = None
+    mark: DropMark | None = None
 
     @property
     def decodes(self) -> bool:
@@ -62,7 +79,7 @@ class Engine(Protocol):
     def compute(self, step: SessionStep) -> Tensor:
         """The hidden state [1, T, H] or the logits [1, logits, V]; the cache holds the new tokens afterwards.
 
-        Raises StepUnwanted where `unwanted` says so in time; the cache is then as it was.
+        Raises StepUnwanted where the step is dropped in time; the cache is then as it was.
         """
 
 

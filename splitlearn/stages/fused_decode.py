@@ -22,7 +22,7 @@ from splitlearn.layers.block_linear import BlockLinear
 from splitlearn.models.cut import CutModel, body_of, layers_of
 from splitlearn.models.rope import GROWING
 from splitlearn.runtime import private_apis
-from splitlearn.stages.engine import Eager, Engine, SessionStep
+from splitlearn.stages.engine import DROPS, DropMark, Eager, Engine, SessionStep
 from splitlearn.stages.verify import reason_against, with_tokens_by
 
 # In the order of the kernel.
@@ -34,13 +34,12 @@ FULL = "full_attention"
 # may depend on the position and show itself after thousands of tokens: Ministral 3 scales queries from the 16,384th on.
 ALLOWED = {"getattr", "sliding_window"}
 TURNS = 256
-# Of a step that may be dropped: between two calls of the kernel, which take 10 us more, somebody looks.
-LAYERS_AT_ONCE = 4
 # A token is computed by half of the threads that are set. Client and trunk compute at the same time
 # (generation/head_overlap.py): on one machine they would otherwise take each other's cores.
 CORES_EACH = 2
 # Helpers come 0.1 to 0.4 ms late. A thread reads fewer bytes of weights than these in that time.
 HELPED_BYTES = 8 << 20
+_NEVER = DropMark(np.zeros(1, DROPS), 1)
 
 
 def threads_for(size: int) -> int:
@@ -105,16 +104,13 @@ class Fused:
 
     def token(self, step: SessionStep) -> torch.Tensor:
         """The hidden state [1, 1, H] or the logits [1, 1, V] of one token, by the kernel."""
-        x, unwanted, at = step.x, step.unwanted, cast(KVAddresses, step.cache.addresses)
+        x, at = step.x, cast(KVAddresses, step.cache.addresses)
         hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
         place = self._kernel.KVPlace(at.layers, at.shape, at.start, step.position)
-        layers, turn = len(self._layers.norms), self._turn(step.position)
-        at_once = layers if unwanted is None else LAYERS_AT_ONCE
+        turn, (drops, number) = self._turn(step.position), step.mark or _NEVER
         with self._team.leading() as record:
-            for begin in range(0, layers, at_once):
-                if begin and unwanted is not None and unwanted():
-                    raise StepUnwanted
-                self._kernel.step(hidden, self._layers, begin, min(begin + at_once, layers), place, turn, record)
+            if not self._kernel.step(hidden, self._layers, place, turn, drops, number, record):
+                raise StepUnwanted
             step.cache.grow(1)
             if self._head is None:
                 return torch.from_numpy(hidden[None])

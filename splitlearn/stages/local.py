@@ -215,7 +215,7 @@ class LocalStage:
             return
         row, value = wrong
         position = item.position + item.x.shape[1] - output.x.shape[1] + row
-        again = partial(self._step, replace(item, unwanted=None), self.eager)
+        again = partial(self._step, replace(item, mark=None), self.eager)
         raise NotFinite(nonfinite.told(self.cut, value, position, self.dtype, again))
 
     def compute(self, batch: Sequence[StageInput]) -> list[StageOutput]:
@@ -260,4 +260,4 @@ class LocalStage:
 def _session_step(item: StageInput) -> SessionStep:
     session: LocalSession = item.session
     arguments = session.settings.forward_arguments
-    return SessionStep(session.cache, item.position, item.x, item.logits, item.rope_length, arguments, item.unwanted)
+    return SessionStep(session.cache, item.position, item.x, item.logits, item.rope_length, arguments, item.mark)

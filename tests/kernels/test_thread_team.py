@@ -25,6 +25,7 @@ from splitlearn.kernels.thread_team import Team
 THREADS = (2, 3, 4, 8)  # more than a small machine has cores
 TOKENS, LAYERS, GROUPS, SIZE, N_HEADS, INNER = 300, 3, 2, 32, 6, 320
 WIDTH, TURN = N_HEADS * SIZE, np.full((2, SIZE), 0.7, np.float32)
+DROPS = np.zeros(1, [("last", np.int64)])
 SHAPES = [(WIDTH, WIDTH), *[(GROUPS * SIZE, WIDTH)] * 2, (WIDTH, WIDTH), *[(INNER, WIDTH)] * 2, (WIDTH, INNER)]
 
 
@@ -46,7 +47,7 @@ def _decode(team: Team, layers: Layers, tokens: int = TOKENS) -> NDArray[np.floa
     for token in range(tokens):
         place = KVPlace(addresses, (GROUPS, tokens, SIZE), 0, token)
         with team.leading() as record:
-            llama_decode.step(x, layers, 0, LAYERS, place, TURN, record)
+            assert llama_decode.step(x, layers, place, TURN, DROPS, 1, record)
         x /= np.abs(x).max()
         outs.append(x.copy())
     return np.concatenate(outs)
