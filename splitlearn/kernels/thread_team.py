@@ -79,7 +79,8 @@ class Team:
 
     def __init__(self, threads: int, pool: Executor | None = None, work: int | None = None) -> None:
         self._work = work_on_share.address if work is None else work
-        self._pool, self._record, self._alone = pool, self._new_record(threads), self._new_record(1)
+        self._pool, self._record = pool, self._new_record(threads)
+        self._alone = self._new_record(1).tobytes()
         self._helpers: list[Future[None] | None] = [None] * (threads - 1)
         self._busy = Lock()
         if self._helpers:
@@ -101,7 +102,7 @@ class Team:
 
     def alone(self) -> NDArray[Any]:
         """The record of a team without helpers."""
-        return self._alone.copy()
+        return np.frombuffer(bytearray(self._alone), TEAM)  # 0.4 us, where to fill the fields takes 2
 
     def _wake(self) -> None:
         pool = helpers() if self._pool is None else self._pool
