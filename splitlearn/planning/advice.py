@@ -8,15 +8,18 @@ from splitlearn.planning.costs import CutCost, Rates, best
 SAME = 0.02
 """Differences in TPOT below this share are none."""
 BUSY = 0.2
-"""Cores that other programs use, from which on it is said."""
+"""Cores that other programs use, from which on the machine counts as busy."""
+DOUBT = 1.5
+"""Up to this ratio, either way, a busy machine decides nothing: it slows one arm down more than the other."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """`helps`: whether the fastest cut has less TPOT than the full model. `chosen` is the cut for the client's memory,
+    """`helps`: whether the fastest cut has less TPOT than the full model; None where a busy machine leaves that open.
+    `chosen` is the cut for the client's memory,
     the fastest one without a limit; None if none fits."""
 
-    helps: bool
+    helps: bool | None
     fastest: CutCost
     smallest: CutCost
     chosen: CutCost | None
@@ -29,7 +32,7 @@ def advise(found: Sequence[CutCost], rates: Rates, client_memory_bytes: float | 
     fastest = min(found, key=lambda cost: (cost.tpot_s, cost.client_memory_bytes))
     smallest = min(found, key=lambda cost: (cost.client_memory_bytes, cost.tpot_s))
     chosen = fastest if client_memory_bytes is None else best(found, client_memory_bytes)
-    helps = fastest.tpot_s < (1 - SAME) * rates.full_tpot_s
+    helps = _helps(fastest.tpot_s / rates.full_tpot_s, rates)
     return Advice(
         helps,
         fastest,
@@ -40,18 +43,25 @@ def advise(found: Sequence[CutCost], rates: Rates, client_memory_bytes: float | 
     )
 
 
-def _help(helps: bool, fastest: CutCost, smallest: CutCost, rates: Rates) -> str:
+def _helps(ratio: float, rates: Rates) -> bool | None:
+    if rates.others_cpu >= BUSY and 1 / DOUBT < ratio < DOUBT:
+        return None
+    return ratio < 1 - SAME
+
+
+def _help(helps: bool | None, fastest: CutCost, smallest: CutCost, rates: Rates) -> str:
     full, ratio = f"{_ms(rates.full_tpot_s)} a token", fastest.tpot_s / rates.full_tpot_s
     cut = f"the fastest cut, trunk layers {_range(fastest)}, takes {_ms(fastest.tpot_s)} a token ({ratio:.2f} times)"
     memory = f"the client needs {_mb(smallest.client_memory_bytes)} at least, against {_mb(rates.full_memory_bytes)}"
-    others = f" Other programs used {rates.others_cpu:.1f} cores meanwhile: measure again when they do not."
-    busy = others if rates.others_cpu >= BUSY else ""
-    if helps:
-        return f"Splitting is faster here: {cut}, the full model alone {full}; {memory}.{busy}"
     alone = f"the full model alone takes {full}, {cut}"
+    if helps is None:
+        busy = f"other programs used {rates.others_cpu:.1f} cores meanwhile, so measure again"
+        return f"Whether splitting is faster here is open: {busy}. So far {alone}; {memory}."
+    if helps:
+        return f"Splitting is faster here: {cut}, the full model alone {full}; {memory}."
     if smallest.client_memory_bytes < rates.full_memory_bytes:
-        return f"Splitting is not faster here: {alone}. It saves memory: {memory}.{busy}"
-    return f"Splitting does not help here: {alone}, and {memory}.{busy}"
+        return f"Splitting is not faster here: {alone}. It saves memory: {memory}."
+    return f"Splitting does not help here: {alone}, and {memory}."
 
 
 def _where(chosen: CutCost | None, smallest: CutCost, rates: Rates, limit: float | None) -> str:

@@ -110,10 +110,13 @@ def test_a_faster_trunk_near_by_is_said_to_help_and_one_far_away_is_not() -> Non
     assert far.does_it_help.startswith("Splitting is not faster here: the full model alone takes 32.0 ms")
 
 
-def test_a_busy_machine_is_said_to_have_been_busy() -> None:
-    found = cut_costs(MODEL, RATES, NEAR, 50)
-    assert "Other programs" not in advise(found, RATES).does_it_help
-    assert "Other programs used 1.5 cores" in advise(found, replace(RATES, others_cpu=1.5)).does_it_help
+def test_a_busy_machine_decides_nothing_unless_the_difference_is_large() -> None:
+    busy = replace(RATES, others_cpu=1.5)
+    open_ = advise(cut_costs(MODEL, replace(busy, full_tpot_s=0.016), NEAR, 50), replace(busy, full_tpot_s=0.016))
+    assert open_.helps is None
+    assert "open: other programs used 1.5 cores meanwhile" in open_.does_it_help
+    assert advise(cut_costs(MODEL, busy, NEAR, 50), busy).helps is True
+    assert advise(cut_costs(MODEL, busy, Link(rtt_ms=50), 50), busy).helps is False
 
 
 def test_a_client_too_small_is_told_what_the_least_is() -> None:
