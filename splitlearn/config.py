@@ -167,7 +167,7 @@ class GenerationConfig(_Section):
     """What a request has when nothing else is said."""
 
     prompt: str = "Explain in two sentences why the sky is blue."
-    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 96
     chat: Annotated[bool | str, BeforeValidator(valid_chat)] = True
     """Whether the model's chat template is applied, or the name of one of several."""
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 COMPUTING = ("torch", "transformers", "numba", "accelerate", "safetensors")
 SHOWING = ("gradio", "plotly", "pandas")
 SAY = "\nprint(*(name for name in {names!r} if name in sys.modules))"
-OF_THE_PAGE = ("ui.compare.tab", "ui.lab.tab", "ui.trunk.tab", "ui.app", "splitlearn.lab.job")
+OF_THE_PAGE = ("ui.page", "ui.compare.tab", "ui.lab.tab", "ui.trunk.tab", "ui.app", "splitlearn.lab.job")
 LIGHT = (
     "server.__main__",
     "splitlearn",

@@ -136,9 +136,9 @@ def _page(startup: Startup, port: int, login: Login, repeat: list[str]) -> None:
     with private_apis.without_stub_files():
         import gradio  # noqa: F401  # before what imports it
     from ui.compare.actions import Handlers
-    from ui.compare.tab import Page
     from ui.guard.hosts import Hosts
     from ui.guard.security import guarded
+    from ui.page import Page
     from ui.theme import CSS, THEME
 
     settings = startup.runs.config.ui

@@ -4,12 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from splitlearn.breakdown import check_pairs
 from splitlearn.checkpoints.chat_template import DEFAULT
 from splitlearn.config import GenerationConfig
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.analysis.pairing import ServiceLevel
 from splitlearn.lab.request import DELTA, MINUTES, PROMPTS_LIMIT, ExperimentRequest
+from splitlearn.link import words
+from splitlearn.link.emulated import NONE, Link
 from splitlearn.sampling import SamplingParams
 
 PAIRS = 20
@@ -33,6 +36,18 @@ def request(typed: Mapping[str, object]) -> GenerationRequest:
         sampling=sampling,
         samples=whole("samples", typed["samples"]),
     )
+
+
+def pairs(typed: Mapping[str, object]) -> int:
+    """How often each arm runs. Raises InputError."""
+    chosen = whole("pairs", typed["pairs"])
+    check_pairs(chosen)
+    return chosen
+
+
+def link(typed: Mapping[str, object]) -> Link:
+    """The emulated link. Raises InputError."""
+    return words.parse(str(typed["link"] or NONE))
 
 
 RAW, CHAT = "raw", "chat"

@@ -1,8 +1,11 @@
-"""Colours and spacing. Text and buttons pass WCAG AA in light and dark, which Gradio's own theme does not."""
+"""The look of the page: type scale, spacing, colours.
+
+Text and buttons pass WCAG AA in light and dark, control borders 3:1, which Gradio's own theme does not."""
 
 import gradio as gr
 
 FONTS = ["system-ui", "Segoe UI", "Roboto", "sans-serif"]  # what the machine has, in every weight
+BORDER, BORDER_DARK = "#7c8798", "#7f8ca1"  # of controls: 3:1 to what is around them
 
 THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONTS).set(
     body_text_color_subdued="*neutral_600",
@@ -11,6 +14,19 @@ THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONTS)
     block_info_text_color_dark="*neutral_300",
     block_label_text_color="*neutral_700",
     block_title_text_color="*neutral_700",
+    block_border_width="0px",
+    block_background_fill="transparent",
+    block_background_fill_dark="transparent",
+    block_padding="0px",
+    block_shadow="none",
+    input_border_color=BORDER,
+    input_border_color_dark=BORDER_DARK,
+    checkbox_border_color=BORDER,
+    checkbox_border_color_dark=BORDER_DARK,
+    checkbox_label_border_color=BORDER,
+    checkbox_label_border_color_dark=BORDER_DARK,
+    button_secondary_border_color=BORDER,
+    button_secondary_border_color_dark=BORDER_DARK,
     button_primary_background_fill="*primary_600",
     button_primary_background_fill_hover="*primary_700",
     button_primary_background_fill_dark="*primary_600",
@@ -21,61 +37,98 @@ THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONTS)
 )
 
 CSS = """
-.gradio-container > main { max-width: 1240px !important; margin: 0 auto !important; padding: 12px !important; }
+:root { --sl-full: #0072b2; --sl-split: #009e73; --sl-gap: 12px; --sl-line: #cbd5e1; --sl-panel: #f8fafc; }
+.dark { --sl-full: #56b4e9; --sl-split: #2dd4a7; --sl-line: #475569; --sl-panel: #172033; }
+.gradio-container main { max-width: 1240px !important; margin: 0 auto !important; padding: 16px !important; }
 .gradio-container .html-container { padding: 0; }
-:is(#error, #flags-error):not(:has(.sl-error)), #share-link:not(:has(.sl-note)), #result:not(:has(section)),
+:is(#error, #flags-error, #lab-error):not(:has(.sl-error)), #share-link:not(:has(.sl-note)), #time:not(:has(section)),
 #startup:not(:has(.sl-note, .sl-error)), #split-facts:not(:has(p)) {
   display: none; }
-.sl-title h1 { font-size: 1.35rem; margin: 0; }
+.sl-title h1 { font-size: 1.5rem; letter-spacing: -.02em; margin: 0; }
+.gradio-container .form { background: transparent; border: 0; }
+.gradio-container .html-container h2 { font-size: 1.15rem; margin: 0; }
+.gradio-container .html-container h3 { font-size: 1rem; margin: 12px 0 4px; }
 .sl-facts, .sl-small { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0; overflow-wrap: anywhere; }
-.sl-card, .sl-result { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px;
-  background: var(--block-background-fill); color: var(--body-text-color); }
-.sl-full { border-top: 3px solid #0072b2; }
-.sl-split { border-top: 3px solid #009e73; }
+.sl-purpose { max-width: 75ch; margin: 0 0 10px; }
+.sl-ways { display: grid; gap: 6px; font-size: .85rem; }
+.sl-way { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; }
+.sl-way b { flex: 0 0 3rem; }
+.sl-way i { color: var(--body-text-color-subdued); font-style: normal; font-size: .75rem; }
+.sl-way i::after { content: " \\2192"; }
+.sl-box { border: 2px solid var(--sl-full); border-radius: 6px; padding: 3px 10px; }
+.sl-way-full .sl-box { flex: 1 1 220px; } .sl-way-split .sl-box { border-color: var(--sl-split); flex: 1 1 150px; }
+.sl-way-split .sl-far { border-style: dashed; flex-grow: 3; }
+.sl-status { min-height: 1.4em; margin: 0; font-size: .9rem; color: var(--body-text-color-subdued); }
+#examples { flex-wrap: wrap; gap: 6px; }
+#examples button { border: 1px solid var(--sl-line); flex: 0 0 auto; white-space: nowrap; width: auto; }
+#actions { align-items: center; } #actions > button { align-self: center; min-height: 44px; }
+.sl-card, .sl-result, .sl-time { border: 1px solid var(--sl-line); border-radius: 10px; padding: 14px;
+  background: var(--sl-panel); color: var(--body-text-color); }
+.sl-full { border-top: 4px solid var(--sl-full); }
+.sl-split { border-top: 4px solid var(--sl-split); }
+.sl-result { min-height: 3.5rem; scroll-margin-top: 8px; }
 .sl-card header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 10px; }
-.sl-card h3 { margin: 0; font-size: 1.05rem; }
 .sl-what, .sl-state { color: var(--body-text-color-subdued); font-size: .85rem; }
 .sl-state { margin-left: auto; }
+@property --sl-seconds { syntax: "<integer>"; inherits: false; initial-value: 0; }
+.sl-clock { animation: sl-clock 3600s steps(3600) forwards; counter-reset: seconds var(--sl-seconds); }
+.sl-clock::after { content: ", " counter(seconds) " s"; }
+@keyframes sl-clock { to { --sl-seconds: 3600; } }
 .sl-busy { height: 3px; margin-top: 6px; border-radius: 2px; background: linear-gradient(90deg, transparent,
   var(--primary-500), transparent) 0 0 / 40% 100% no-repeat; animation: sl-busy 1.4s linear infinite; }
 .sl-busy[hidden] { display: block; visibility: hidden; } /* keeps its place, so that nothing jumps */
 @keyframes sl-busy { from { background-position: -70% 0; } to { background-position: 170% 0; } }
 @media (prefers-reduced-motion: reduce) { .sl-busy { animation: none; background-position: 50% 0; } }
-.sl-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(92px, 1fr)); gap: 6px; margin: 8px 0; }
-.sl-tiles > div { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 5px 6px; }
-.sl-tiles dt { color: var(--body-text-color-subdued); font-size: .72rem; }
-.sl-card .sl-tiles dt { white-space: nowrap; }
-.sl-tiles dd { margin: 0; white-space: nowrap; font-size: 1.05rem; font-weight: 600;
-  font-variant-numeric: tabular-nums; }
-.sl-result .sl-tiles, .sl-server .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); }
+.sl-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(92px, 1fr)); gap: 8px; margin: 8px 0; }
+.sl-tiles dt { color: var(--body-text-color-subdued); font-size: .75rem; }
+.sl-tiles dd { margin: 0; font-size: 1.1rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.sl-tiles dd small { font-weight: 400; font-size: .75rem; color: var(--body-text-color-subdued); }
+.sl-card .sl-tiles dd { white-space: nowrap; }
+.sl-hero { grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); }
+.sl-hero .sl-big dd { font-size: 1.9rem; line-height: 1.1; }
+.sl-hero .sl-big small { display: block; line-height: 1.4; }
+.sl-server .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); }
+.sl-why { margin: 4px 0; } .sl-doubt { font-weight: 600; }
+.sl-term { position: relative; }
+.sl-term button { all: unset; cursor: help; border-bottom: 1px dotted currentColor; }
+.sl-term button:focus-visible { outline: 2px solid var(--primary-500); outline-offset: 2px; }
+.sl-term [role=tooltip] { position: absolute; left: 0; top: 1.5em; z-index: 20; width: max-content;
+  max-width: min(260px, 70vw); padding: 6px 8px; border-radius: 6px; border: 1px solid var(--sl-line);
+  background: var(--body-background-fill); color: var(--body-text-color); font-size: .8rem; font-weight: 400;
+  line-height: 1.35; white-space: normal; visibility: hidden; }
+.sl-term:hover [role=tooltip], .sl-term button:focus + [role=tooltip] { visibility: visible; }
 /* Reversed, the box stays scrolled to its end while text comes in. */
 .sl-answer { display: flex; flex-direction: column-reverse; justify-content: flex-end; min-height: 7rem;
   max-height: 22rem; overflow-y: auto; }
 .sl-prompt { margin-top: .5rem; font-size: .85rem; }
 .sl-seen { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow-y: auto; margin-top: .5rem; }
 .sl-answer > div { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: auto; line-height: 1.5; }
+.sl-waterfall td { width: 40%; white-space: nowrap; } .sl-waterfall tr:last-child { font-weight: 600; }
+.sl-bar { display: block; height: 10px; border-radius: 2px; min-width: 2px; }
+.sl-answer-time { display: block; width: 100%; height: 88px; }
 .sl-error { border: 1px solid #b91c1c; border-left-width: 5px; border-radius: 6px; padding: 8px 12px;
   background: #fef2f2; color: #7f1d1d; overflow-wrap: anywhere; }
 .dark .sl-error { background: #450a0a; color: #fecaca; border-color: #f87171; }
-.sl-note { border: 1px solid var(--border-color-primary); border-left: 5px solid var(--primary-500);
+.sl-note { border: 1px solid var(--sl-line); border-left: 5px solid var(--primary-500);
   border-radius: 6px; padding: 8px 12px; overflow-wrap: anywhere; }
 .sl-verdict { margin: 0; font-size: 1.05rem; font-weight: 600; overflow-wrap: anywhere; }
 .sl-same { color: #166534; } .dark .sl-same { color: #86efac; }
 .sl-differ { color: #9a3412; } .dark .sl-differ { color: #fdba74; }
 .sl-scroll { overflow-x: auto; margin: 8px 0; }
 .sl-table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
-.sl-table th, .sl-table td { border: 1px solid var(--border-color-primary); padding: 4px 8px; text-align: left;
+.sl-table th, .sl-table td { border: 1px solid var(--sl-line); padding: 4px 8px; text-align: left;
   color: var(--body-text-color); }
 .sl-table thead th { background: var(--background-fill-secondary); }
 .sl-table tbody th { font-weight: 500; }
 .sl-measured .sl-table td, .sl-measured .sl-table th { white-space: nowrap; }
 .sl-off { color: var(--body-text-color-subdued); }
 .sl-on { color: #166534; } .dark .sl-on { color: #86efac; }
-.sl-badge { display: inline-block; border: 1px solid var(--border-color-primary); border-radius: 4px;
+.sl-badge { display: inline-block; border: 1px solid var(--sl-line); border-radius: 4px;
   padding: 0 5px; margin: 0 3px 0 0; font-size: .72rem; color: var(--body-text-color); }
 .sl-rounding { border-color: #b45309; } .sl-exact { border-color: #15803d; } .sl-lossy { border-color: #b91c1c; }
 #folded { flex-wrap: wrap; align-items: flex-start; }
-#folded > * { min-width: min(100%, 320px) !important; }
+#folded > * { min-width: min(100%, 320px) !important; border: 1px solid var(--sl-line); border-radius: 8px;
+  padding: 8px 12px; }
 #folded > *:has(> button.open) { flex-basis: 100%; }
 .gradio-container button[role=tab][aria-selected=true] { color: var(--primary-600); }
 .dark button[role=tab][aria-selected=true] { color: var(--primary-300); }
@@ -86,14 +139,14 @@ CSS = """
 .sl-flag { gap: 2px !important; }
 .sl-progress { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: center; font-size: .9rem; }
 .sl-progress progress { flex: 1 1 240px; height: 12px; appearance: none; border: 0;
-  border-radius: 6px; overflow: hidden; background: var(--border-color-primary); }
-.sl-progress progress::-webkit-progress-bar { background: var(--border-color-primary); }
+  border-radius: 6px; overflow: hidden; background: var(--sl-line); }
+.sl-progress progress::-webkit-progress-bar { background: var(--sl-line); }
 .sl-progress progress::-webkit-progress-value { background: var(--primary-600); }
 .sl-progress progress::-moz-progress-bar { background: var(--primary-600); }
-.sl-report h3 { font-size: 1.05rem; margin: 14px 0 2px; } .sl-report p { margin: 2px 0; }
+.sl-report p { margin: 2px 0; }
 .sl-report pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; padding: 8px; border-radius: 6px;
-  border: 1px solid var(--border-color-primary); color: var(--body-text-color); max-height: 22rem; overflow-y: auto; }
-.sl-report details { margin: 8px 0; } .sl-report summary { cursor: pointer; font-weight: 600; }
+  border: 1px solid var(--sl-line); color: var(--body-text-color); max-height: 22rem; overflow-y: auto; }
+.gradio-container details { margin: 8px 0; } .gradio-container summary { cursor: pointer; font-weight: 600; }
 .sl-cell-number { white-space: nowrap; text-align: right; } .sl-cell-long { min-width: 10rem; }
 .sl-cell-faster { color: #166534; font-weight: 600; } .dark .sl-cell-faster { color: #86efac; }
 .sl-cell-slower { color: #9a3412; font-weight: 600; } .dark .sl-cell-slower { color: #fdba74; }

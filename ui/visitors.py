@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
 import psutil
+from gradio import Request
 
 Value = TypeVar("Value")
 PREFIX = "splitlearn-page-"
@@ -48,6 +49,37 @@ class LeastRecent(Generic[Value]):
         """Drop the value of `key`, if it has one."""
         if key in self._values:
             self._drop(self._values.pop(key))
+
+
+def visitor(request: Request) -> str:
+    """What tells one open page from another."""
+    return str(request.session_hash)
+
+
+class Line:
+    """Who runs and who waits, in order: Gradio runs the calls of all visitors one after the other, first come first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._visitors: list[str] = []
+
+    def join(self, visitor: str) -> int:
+        """Stand at the end, where the visitor does not stand yet. Returns her place: 0 runs, 1 is next."""
+        with self._lock:
+            if visitor not in self._visitors:
+                self._visitors.append(visitor)
+            return self._visitors.index(visitor)
+
+    def leave(self, visitor: str) -> None:
+        """The visitor's run has ended, or she has left."""
+        with self._lock:
+            if visitor in self._visitors:
+                self._visitors.remove(visitor)
+
+    def place(self, visitor: str) -> int:
+        """The place of `visitor`; 0 for one who does not wait."""
+        with self._lock:
+            return self._visitors.index(visitor) if visitor in self._visitors else 0
 
 
 class Stops:

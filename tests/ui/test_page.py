@@ -89,12 +89,12 @@ def test_one_press_shows_both_answers_their_figures_and_that_they_are_identical(
         assert all(any(letter.isdigit() for letter in value) for value in shown.values())
     assert figures(page, "full")["Tokens"] == figures(page, "split")["Tokens"]
     result = page.locator("#result").inner_text()
-    for part in ("TTFT split/full (n = 1)", "TPOT split/full (n = 1)", "Bytes up", "full", "client", "trunk"):
+    for part in ("TTFT, split / full", "TPOT, split / full", "3 pairs", "Bytes up", "Split takes"):
         assert part in result
-    page.locator("#result .sl-prompt summary").click()
-    expect(page.locator("#result .sl-prompt mark")).to_have_text(["<|user|>", "<|end|>", "<|assistant|>"])
-    expect(page.locator("#ledger .js-plotly-plot")).to_be_visible()
-    expect(page.locator("#ledger-table")).to_contain_text("wire")
+    page.locator("#time .sl-prompt summary").click()
+    expect(page.locator("#time .sl-prompt mark")).to_have_text(["<|user|>", "<|end|>", "<|assistant|>"])
+    expect(page.locator("#time svg")).to_be_visible()
+    expect(page.locator("#time table")).to_contain_text("wire")
 
 
 def test_several_samples_are_shown_each_by_itself(page: Page) -> None:
@@ -137,7 +137,7 @@ def test_flags_of_each_side_follow_the_words_and_the_matrix_shows_them(page: Pag
     type_into(words, "full:all client:use_cache trunk:none")
     words.blur()
     expect(page.locator("#flag-use_cache input")).not_to_be_checked()  # the sides differ
-    page.get_by_role("tab", name="Flags by side").click()
+    fold_out(page, "by-side")
     row = page.locator("#matrix tr", has_text="use_cache")
     assert row.locator("td").all_inner_texts()[1:] == ["applied", "applied", "available"]
 

@@ -9,6 +9,7 @@ import pytest
 
 from splitlearn import config
 from splitlearn.arms.startup import Part, Startup
+from splitlearn.events import KINDS
 from tests.conftest import TinyFactory
 from tests.support.page import running, write_config
 from tests.support.trunk import settings
@@ -31,8 +32,16 @@ def handlers(tiny_model: TinyFactory) -> Iterator[Handlers]:
 
 
 def typed(handlers: Handlers) -> dict[str, object]:
-    first = inputs.at_first(handlers.runs.config.generation) | {"max_new_tokens": "6"}
-    return {**first, "prompt": "Why is the sky blue?", "form": inputs.RAW, "ignore_eos": True, "stop": ""}
+    first = inputs.at_first(handlers.runs.config.generation) | {"max_new_tokens": "6", "link": "none"}
+    return {
+        **first,
+        "prompt": "Why is the sky blue?",
+        "pairs": 1,
+        "link": "none",
+        "form": inputs.RAW,
+        "ignore_eos": True,
+        "stop": "",
+    }
 
 
 def compare(handlers: Handlers) -> list[ComparisonView]:
@@ -52,9 +61,10 @@ def test_a_comparison_asked_for_before_the_arms_are_loaded_starts_by_itself_unle
     loaded = list(early)[-1]
     late = compare(handlers)
     assert "warming" not in {shown.full.state for shown in late}
-    assert loaded.both
-    for one, other in zip(loaded.both, late[-1].both or (), strict=True):
-        assert one.metrics.token_ids == other.metrics.token_ids
+    one, other = loaded.pairs, late[-1].pairs
+    assert one is not None and other is not None
+    for kind in KINDS:
+        assert one.typical(kind).metrics.token_ids == other.typical(kind).metrics.token_ids
 
 
 def test_wrong_input_is_named_at_once_while_arms_are_loaded(handlers: Handlers) -> None:

@@ -15,16 +15,27 @@ from splitlearn.errors import InputError, SplitlearnError, TrunkUnavailable
 from splitlearn.events import Done, GenerationRequest, Recovery, TokenEvent
 from splitlearn.flags.registry import SIDES, Place
 from splitlearn.flags.selection import FlagSet, availability, parse
+from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics
 from ui import inputs
-from ui.compare import charts, session, view
+from ui.compare import session, view
 from ui.compare.session import ArmView, ComparisonView
+from ui.compare.time import picture
 from ui.flags import flag_words
 
 KNOWN = availability(dict.fromkeys(SIDES, Place("cpu", "there is no Python tokenizer", has_compiler=True)))
 REQUEST = GenerationRequest("Why?")
 TYPED = {"max_new_tokens": "8", "temperature": "0,5", "top_k": "0", "top_p": "1", "repetition_penalty": "1"}
-TYPED |= {"seed": "7", "samples": "2", "prompt": "Why?", "form": "raw", "ignore_eos": "", "stop": "\n\nEnd\n"}
+TYPED |= {
+    "seed": "7",
+    "samples": "2",
+    "prompt": "Why?",
+    "pairs": "1",
+    "link": "none",
+    "form": "raw",
+    "ignore_eos": "",
+    "stop": "\n\nEnd\n",
+}
 
 
 def report(kind: Kind, ids: Sequence[int], text: str = "Because.") -> ArmReport:
@@ -43,7 +54,7 @@ def report(kind: Kind, ids: Sequence[int], text: str = "Because.") -> ArmReport:
 
 def both(full: Sequence[int], split: Sequence[int], text: str = "Because.") -> ComparisonView:
     reports = [report("full", full, text), report("split", split, text)]
-    one, other = (ArmView(each.kind, "done", each.metrics, each) for each in reports)
+    one, other = (ArmView(each.kind, "done", each.metrics, (each,)) for each in reports)
     return ComparisonView(one, other)
 
 
@@ -53,7 +64,9 @@ class ScriptedRuns:
     def __init__(self, full: Sequence[Item | SplitlearnError], split: Sequence[Item | SplitlearnError]) -> None:
         self.items = {"full": full, "split": split}
 
-    def stream(self, kind: Kind, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[Item]:
+    def stream(
+        self, kind: Kind, flags: FlagSet, request: GenerationRequest, stop: threading.Event, link: Link | None
+    ) -> Iterator[Item]:
         for item in self.items[kind]:
             if isinstance(item, SplitlearnError):
                 raise item
@@ -76,7 +89,7 @@ TOKEN = TokenEvent((1,), "a", 0.01, {"unattributed": 0.01})
 
 def test_the_full_result_stays_when_the_split_arm_fails() -> None:
     last = states(ScriptedRuns([TOKEN, report("full", [1])], [TOKEN, TrunkUnavailable("It has gone.")]))[-1]
-    assert last.full.report is not None
+    assert last.full.reports
     assert (last.split.state, last.split.error) == ("failed", "It has gone.")
     assert last.split.metrics is not None  # what came before the failure
     assert "Split: It has gone." in view.errors(last)
@@ -126,7 +139,7 @@ def test_each_sample_has_its_text_and_a_difference_in_any_is_named() -> None:
     both_texts = Texts(tokens=(*full.texts.tokens, *split.texts.tokens))
     one = replace(full, others=(split.metrics,), texts=both_texts)
     two = replace(split, others=(other.metrics,), texts=Texts(tokens=(*split.texts.tokens, *other.texts.tokens)))
-    arms = [ArmView(each.kind, "done", each.metrics, each, others=each.others) for each in (one, two)]
+    arms = [ArmView(each.kind, "done", each.metrics, (each,), others=each.others) for each in (one, two)]
     card = view.card(arms[1])
     assert "Sample 1" in card and "Because." in card and "Sample 2" in card and "Why not?" in card
     assert "TPS (all 2)" in card and "200.0 /s" in card
@@ -152,12 +165,12 @@ def test_the_first_difference_is_named_with_both_tokens(full: list[int], split: 
     assert said in view.result(both(full, split), "default")
 
 
-def test_the_ledger_bars_add_up_to_the_time_per_token() -> None:
-    shown = both([1, 2, 3], [1, 2, 3]).both
-    assert shown is not None
-    figure = charts.ledger(*shown)
-    full = sum(bar.x[1] for bar in figure.data)
-    assert full == pytest.approx((shown[0].metrics.tpot_s or 0) * 1e3)
+def test_the_parts_of_a_token_add_up_to_its_time() -> None:
+    pairs = both([1, 2, 3], [1, 2, 3]).pairs
+    assert pairs is not None
+    said = picture(pairs)
+    assert said.count(">9.00 ms") == 2 and said.count(">1.00 ms") == 2  # model and unattributed, in both arms
+    assert said.count("10.00 ms") == 2
 
 
 @pytest.mark.parametrize(
@@ -183,7 +196,7 @@ def test_one_flag_changes_on_every_side_that_can_have_it() -> None:
 def test_a_prompt_is_shown_as_the_model_sees_it_with_control_tokens_marked() -> None:
     shown = both([1, 2, 3], [1, 2, 3])
     texts = Texts(prompt=(("<|user|>", True), ("<b>Hi", False)))
-    said = view.prompt(shown.with_arm(replace(shown.full, report=replace(report("full", [1, 2, 3]), texts=texts))))
+    said = view.prompt(shown.with_arm(replace(shown.full, reports=(replace(report("full", [1, 2, 3]), texts=texts),))))
     assert "<mark>&lt;|user|&gt;</mark>&lt;b&gt;Hi" in said
     assert view.prompt(ComparisonView()) == ""
 

@@ -15,7 +15,7 @@ from ui.compare.session import ArmView, ComparisonView
 from ui.flags import flag_words
 from ui.lab.actions import Lab
 from ui.trunk.monitor import Monitor
-from ui.visitors import Downloads, Stops
+from ui.visitors import Downloads, Line, Stops
 
 MEASURING = (
     "The machine is measuring an experiment; a comparison now would disturb it. The Lab tab shows how far it is, and "
@@ -33,6 +33,7 @@ class Handlers:
         self.startup = startup
         self.runs = runs = startup.runs
         self.stops = Stops()
+        self.line = Line()
         self.downloads = Downloads()
         self.lab = Lab(Job(runs, Path(FOLDER), options), self.downloads)
         self.monitor = Monitor(runs, lambda: runs.busy or self.lab.job.running)
@@ -53,7 +54,13 @@ class Handlers:
     def leave(self, visitor: str) -> None:
         """The page of that visitor was closed: end her run, and any that waits, and remove what is hers."""
         self.stops.stop(visitor)
+        self.line.leave(visitor)
         self.downloads.forget(visitor)
+
+    def begin(self, visitor: str) -> int:
+        """A comparison was asked for: what was stopped before does not stop it. Returns her place in the line."""
+        self.stops.begin(visitor)
+        return self.line.join(visitor)
 
     def compare(self, typed: Mapping[str, object], words: str, visitor: str) -> Iterator[ComparisonView]:
         """Run what was typed through both arms, once they are loaded; not while an experiment is being measured."""
@@ -61,7 +68,7 @@ class Handlers:
             yield ComparisonView(error=MEASURING)
             return
         try:
-            request = inputs.request(typed)
+            request, pairs, link = inputs.request(typed), inputs.pairs(typed), inputs.link(typed)
             check(words)
         except SplitlearnError as error:
             yield ComparisonView(error=str(error))
@@ -76,5 +83,5 @@ class Handlers:
         except SplitlearnError as error:
             yield ComparisonView(error=str(error))
             return
-        with closing(session.compare(self.runs, flags, request, stop)) as states:  # type: ignore[type-var]  # a generator
+        with closing(session.compare(self.runs, flags, request, stop, pairs, link)) as states:  # type: ignore[type-var]  # a generator
             yield from states

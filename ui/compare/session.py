@@ -1,6 +1,5 @@
 """One comparison as a page follows it: what each side shows at any moment. Nothing of Gradio here."""
 
-import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -8,27 +7,31 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from splitlearn.arms.compare import KINDS
+from splitlearn.arms.compare import KINDS, Pairs, turns
 from splitlearn.arms.runs import ArmReport, Restart, Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import Event, GenerationRequest
 from splitlearn.flags.selection import FlagSet
+from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics, of_samples
+from splitlearn.runtime.load import reading
 
 DRAW_S = 0.1  # drawing oftener takes time from the run on a machine with few cores
-State = Literal["idle", "waiting", "warming", "loading", "compiled", "running", "done", "stopped", "failed"]
+State = Literal[
+    "idle", "waiting", "warming", "loading", "compiled", "running", "again", "between", "done", "stopped", "failed"
+]
 
 
 @dataclass(frozen=True)
 class ArmView:
-    """What one side shows: `metrics` of what came so far, `report` once the run is complete, `error` if it failed;
-    `others` are of the samples after the first."""
+    """What one side shows: `metrics` of what came so far, or of the typical one of its `reports`, one for each complete
+    run; `error` if it failed; `others` are of the samples after the first."""
 
     kind: Kind
     state: State = "idle"
     metrics: RunMetrics | None = None
-    report: ArmReport | None = None
+    reports: tuple[ArmReport, ...] = ()
     error: str = ""
     others: tuple[RunMetrics, ...] = ()
 
@@ -40,11 +43,14 @@ class ArmView:
 
 @dataclass(frozen=True)
 class ComparisonView:
-    """Both sides, and an error that concerns both."""
+    """Both sides after some of `asked` pairs, and an error that concerns both. `others_cpu` is what other programs have
+    used of the processor so far, in cores."""
 
     full: ArmView = ArmView("full")
     split: ArmView = ArmView("split")
     error: str = ""
+    asked: int = 1
+    others_cpu: float = 0.0
 
     def of(self, kind: Kind) -> ArmView:
         """The side of that kind."""
@@ -55,22 +61,38 @@ class ComparisonView:
         return replace(self, full=arm) if arm.kind == "full" else replace(self, split=arm)
 
     @property
-    def both(self) -> tuple[ArmReport, ArmReport] | None:
-        """The reports of full and split, when both are complete."""
-        full, split = self.full.report, self.split.report
-        return (full, split) if full and split else None
+    def pairs(self) -> Pairs | None:
+        """The complete pairs, once there is one."""
+        n = min(len(self.full.reports), len(self.split.reports))
+        return Pairs(self.full.reports[:n], self.split.reports[:n]) if n else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of it will run any more."""
+        return all(arm.state in ("done", "stopped", "failed") for arm in (self.full, self.split))
 
 
-def compare(runs: Runs, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[ComparisonView]:
-    """Run both arms, one after the other in random order; a state for each moment worth drawing.
+def compare(
+    runs: Runs,
+    flags: FlagSet,
+    request: GenerationRequest,
+    stop: threading.Event,
+    pairs: int = 1,
+    link: Link | None = None,
+) -> Iterator[ComparisonView]:
+    """Run both arms `pairs` times, one after the other in random order; a state for each moment worth drawing.
 
-    An arm that fails leaves the other one alone, unless the request itself is at fault.
+    An arm that fails leaves the other one alone, unless the request itself is at fault. `link` None is that of the
+    configuration.
     """
-    shown = ComparisonView(ArmView("full", "waiting"), ArmView("split", "waiting"))
+    before = reading(None)
+    shown = ComparisonView(ArmView("full", "waiting"), ArmView("split", "waiting"), asked=pairs)
     yield shown
-    for kind in random.sample(KINDS, len(KINDS)):
+    for kind in turns(pairs):
+        if shown.of(kind).state in ("failed", "stopped"):
+            continue
         try:
-            for arm in _follow(runs, kind, flags, request, stop):
+            for arm in _follow(runs, shown.of(kind), flags, request, stop, link):
                 shown = shown.with_arm(arm)
                 yield shown
         except InputError as error:
@@ -79,34 +101,49 @@ def compare(runs: Runs, flags: FlagSet, request: GenerationRequest, stop: thread
         except SplitlearnError as error:
             shown = shown.with_arm(replace(shown.of(kind), state="failed", error=str(error)))
             yield shown
+        shown = replace(shown, others_cpu=reading(before).others_cpu)
+    yield _ended(shown)
+
+
+def _ended(shown: ComparisonView) -> ComparisonView:
+    for kind in KINDS:
+        arm = shown.of(kind)
+        shown = shown.with_arm(replace(arm, state="done") if arm.state == "between" else arm)
+    return shown
 
 
 def _follow(
-    runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest, stop: threading.Event
+    runs: Runs, arm: ArmView, flags: FlagSet, request: GenerationRequest, stop: threading.Event, link: Link | None
 ) -> Iterator[ArmView]:
-    """One arm's run, at most one state in DRAW_S while tokens come."""
+    """One run of `arm`. Its tokens are drawn the first time, at most one state in DRAW_S."""
     if stop.is_set():
-        yield ArmView(kind, "stopped")
+        yield replace(arm, state="stopped")
         return
-    yield ArmView(kind, "loading")
+    first = not arm.reports
+    yield replace(arm, state="loading" if first else "again")
     events: list[Event] = []
     report, drawn = None, 0.0
-    with closing(runs.stream(kind, flags, request, stop)) as items:  # type: ignore[type-var]  # a generator
+    with closing(runs.stream(arm.kind, flags, request, stop, link=link)) as items:  # type: ignore[type-var]  # a generator
         for item in items:
             if isinstance(item, ArmReport):
                 report = item
             elif isinstance(item, Restart):
                 events.clear()
-                yield ArmView(kind, "compiled")
+                yield replace(arm, state="compiled")
             else:
                 events.append(item)
-                if time.monotonic() - drawn >= DRAW_S:
+                if first and time.monotonic() - drawn >= DRAW_S:
                     drawn = time.monotonic()
-                    yield _view(kind, "running", of_samples(events, request.samples))
+                    yield _with(arm, "running", of_samples(events, request.samples))
     samples = report.samples if report else of_samples(events, request.samples)
     complete = report is not None and all(each.finish_reason != "cancelled" for each in samples)
-    yield _view(kind, "done" if complete else "stopped", samples, report if complete else None)
+    if report is not None and complete:
+        reports = (*arm.reports, report)
+        typical = Pairs(reports, reports).typical(arm.kind)
+        yield replace(_with(arm, "between", typical.samples), reports=reports)
+    else:
+        yield _with(arm, "stopped", samples if first else arm.samples)
 
 
-def _view(kind: Kind, state: State, samples: Sequence[RunMetrics], report: ArmReport | None = None) -> ArmView:
-    return ArmView(kind, state, samples[0] if samples else None, report, others=tuple(samples[1:]))
+def _with(arm: ArmView, state: State, samples: Sequence[RunMetrics]) -> ArmView:
+    return replace(arm, state=state, metrics=samples[0] if samples else None, others=tuple(samples[1:]))

@@ -1,30 +1,35 @@
 """What the page shows of one comparison, as HTML: a card for each side, and what follows from both."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 
+from splitlearn.arms.compare import Pairs
 from splitlearn.arms.model import Model
 from splitlearn.arms.runs import ArmReport
 from splitlearn.arms.startup import Part
+from splitlearn.breakdown import Ratio
 from splitlearn.config import Config
-from splitlearn.metrics import RunMetrics, first_difference, recovery_sentence, tps_of_all
+from splitlearn.metrics import RunMetrics, recovery_sentence, tps_of_all
 from splitlearn.runtime import cgroups
 from ui.compare.session import ArmView, ComparisonView, State
-from ui.format import MISSING, rate, ratio, seconds, size
+from ui.format import MISSING, rate, seconds, size
+from ui.html import error, folded, head_row, note, small, table, tile
 
 TITLES = {"full": ("Full", "whole model, one local process"), "split": ("Split", "client here, trunk behind gRPC")}
 STATES: dict[State, str] = {
     "idle": "not run yet",
-    "waiting": "waiting",
+    "waiting": "waits for its turn",
     "warming": "starts by itself once both arms are loaded",
     "loading": "loading and warming up",
     "compiled": "compiled; running again for the measurement",
     "running": "running",
+    "again": "measuring again",
+    "between": "measured",
     "done": "done",
     "stopped": "stopped",
     "failed": "failed",
 }
+BUSY: frozenset[State] = frozenset({"warming", "loading", "compiled"})
 REASONS = {"eos": "ended by itself", "length": "token limit reached", "stop": "stop string met", "cancelled": "stopped"}
 FIGURES: dict[str, tuple[str, Callable[[RunMetrics], str]]] = {
     "TTFT": ("Time to first token: from the prompt's submission to token 1", lambda run: seconds(run.ttft_s)),
@@ -39,33 +44,47 @@ HEAD_STARTS = "Steps that were begun with the right token, of those that were be
 SHIPPED = (
     "More bytes each way for each token, if the KV cache crossed the wire: KV bytes per token times the mean context"
 )
+RATIO = (
+    "{} of split / {} of full: the geometric mean of the pairs, with the least and the most. Above 1, split is slower"
+)
+UP, DOWN = (
+    "From the client to the trunk, for each decoded token",
+    "From the trunk to the client, for each decoded token",
+)
+MEMORY = "Peak memory of the client's process beyond its imports, and of the full model's"
+RECOVERED = "a trunk was lost meanwhile"
+EMPTY = (
+    "Press Compare. Here you see whether both answers have the same tokens, how much longer a token takes in split, "
+    "and what for."
+)
+QUIET_CPU = 0.25  # as in the lab: what other programs may use before a figure is in doubt
 
 
 def card(arm: ArmView) -> str:
     """One side: its state, its figures, its answer."""
     title, what = TITLES[arm.kind]
-    busy = arm.state in {"warming", "loading", "compiled"}
     state = REASONS[arm.metrics.finish_reason] if arm.state == "done" and arm.metrics else STATES[arm.state]
-    run = arm.metrics
-    tiles = "".join(_tile(name, figure(run) if run else MISSING, why) for name, (why, figure) in FIGURES.items())
-    if arm.others:
-        tiles += _tile(f"TPS (all {len(arm.samples)})", rate(tps_of_all(arm.samples)), ALL)
-    if run and run.drafts:
-        tiles += _tile("Drafts", f"{run.drafts_accepted} of {run.drafts}", DRAFTS)
-    if run and run.head_starts:
-        tiles += _tile("Head starts", f"{run.head_starts_right} of {run.head_starts}", HEAD_STARTS)
     return (
         f'<section class="sl-card sl-{arm.kind}" aria-label="{title} model" data-state="{arm.state}">'
-        f'<header><h3>{title}</h3><span class="sl-what">{what}</span>'
-        f'<span class="sl-state" role="status">{state}</span></header>'
-        f'<div class="sl-busy" {"" if busy else "hidden"}></div>'
-        f'<dl class="sl-tiles">{tiles}</dl>{_recoveries(arm)}{_answer(arm)}</section>'
+        f'<header><h2>{title}</h2><span class="sl-what">{what}</span>'
+        f'<span class="sl-state">{state}{_clock(arm)}</span></header>'
+        f'<div class="sl-busy" {"" if arm.state in BUSY else "hidden"}></div>'
+        f'<dl class="sl-tiles">{_figures(arm)}</dl>{_recoveries(arm)}{_answer(arm)}</section>'
     )
 
 
-def error(message: str) -> str:
-    """The box that says what is wrong; empty when nothing is."""
-    return f'<div class="sl-error" role="alert">{escape(message)}</div>' if message else ""
+def status(shown: ComparisonView, place: int = 0) -> str:
+    """One line beside the buttons: what happens now. `place` is this visitor's in the line, 0 for the one who runs."""
+    if place:
+        return f"Another visitor's comparison is running. You are number {place} in line; yours starts by itself."
+    for arm in (shown.full, shown.split):
+        if arm.state in (*BUSY, "running", "again"):
+            turn = f", run {len(arm.reports) + 1} of {shown.asked}" if shown.asked > 1 else ""
+            first = " The first time takes longer." if arm.state == "loading" else ""
+            return f"{TITLES[arm.kind][0]}{turn}: {STATES[arm.state]}.{first}"
+    if shown.ended:
+        return "Stopped." if "stopped" in (shown.full.state, shown.split.state) else "Done."
+    return ""
 
 
 def errors(shown: ComparisonView) -> str:
@@ -75,34 +94,28 @@ def errors(shown: ComparisonView) -> str:
 
 
 def result(shown: ComparisonView, flags: str) -> str:
-    """What follows from both reports: are the tokens the same, what does splitting cost; empty before that."""
-    if shown.both is None:
-        return ""
-    full, split = shown.both
-    one, other = full.metrics, split.metrics
-    steps = max(1, other.n_tokens - 1)
-    tiles = (
-        _tile("TTFT split/full (n = 1)", ratio(other.ttft_s, one.ttft_s), "One run of each"),
-        _tile("TPOT split/full (n = 1)", ratio(other.tpot_s, one.tpot_s), "One run of each"),
-        _tile("Bytes up per token", size(other.decode_bytes_up / steps), "To the trunk, for each decoded token"),
-        _tile("Bytes down per token", size(other.decode_bytes_down / steps), "From the trunk, for each decoded token"),
-        _tile("KV cache, were it shipped", size(split.kv_shipped_bytes), SHIPPED),
-    )
+    """What follows from both arms: are the tokens the same, what does splitting cost. Says what will be here before."""
+    pairs = shown.pairs
+    if pairs is None:
+        return f'<section class="sl-result" aria-label="Comparison"><p class="sl-small">{EMPTY}</p></section>'
+    full, split = pairs.typical("full"), pairs.typical("split")
+    why = pairs.difference.sentence() if pairs.difference else ""
     return (
-        f'<section class="sl-result" aria-label="Comparison">{_verdict(full, split)}'
-        f'<dl class="sl-tiles">{"".join(tiles)}</dl>{_memory(full, split)}'
-        f'<p class="sl-small">Flags: {escape(flags)}. {_how(full, split)}</p></section>'
+        f'<section class="sl-result" aria-label="Comparison">{_verdict(pairs)}'
+        f'<dl class="sl-tiles sl-hero">{"".join(_ratios(pairs, full, split))}</dl>'
+        f'<p class="sl-why">{escape(why)}</p>{_doubts(shown, pairs)}'
+        f"{folded('Memory and how it was measured', _memory(full, split) + small(_how(full, split, flags)))}</section>"
     )
 
 
 def prompt(shown: ComparisonView) -> str:
     """What the model saw of the prompt, folded away, with its control tokens marked; empty before both reports."""
-    if shown.both is None:
+    if shown.pairs is None:
         return ""
-    full = shown.both[0]
+    full = shown.pairs.typical("full")
     text = "".join(f"<mark>{escape(text)}</mark>" if control else escape(text) for text, control in full.texts.prompt)
-    summary = f"The prompt as the model sees it: {full.metrics.prompt_tokens} tokens, control tokens marked"
-    return f'<details class="sl-prompt"><summary>{summary}</summary><div class="sl-seen">{text}</div></details>'
+    name = f"The prompt as the model sees it: {full.metrics.prompt_tokens} tokens, control tokens marked"
+    return folded(name, f'<div class="sl-seen">{text}</div>', "sl-prompt")
 
 
 def facts(config: Config, model: Model | None) -> str:
@@ -111,9 +124,7 @@ def facts(config: Config, model: Model | None) -> str:
     if model is None:
         parts += [config.model.dtype]
     else:
-        plan, device = model.plan, model.capabilities.place.device
-        parts += [f"{config.model.dtype} on {escape(device)}"]
-        parts += [f"trunk layers [{plan.start}, {plan.end}) of {plan.n_layers}"]
+        parts += [f"{config.model.dtype} on {escape(model.capabilities.place.device)}"]
     parts += [f"trunk: {escape(', '.join(config.trunk.address))}"]
     return f'<p class="sl-facts">{" &middot; ".join(parts)}</p>'
 
@@ -126,8 +137,7 @@ def split_facts(config: Config, model: Model | None) -> str:
     where = "started by this program" if trunk.embedded else f"at {' or '.join(trunk.address)}"
     client = f"[0, {plan.start}) and [{plan.end}, {plan.n_layers})"
     said = f"Split: the client has layers {client}, the trunk [{plan.start}, {plan.end}). Trunk server {where}."
-    here = f"This program may use {cgroups.machine()}."
-    return f'<p class="sl-small">{escape(said)} config.yaml sets both. {escape(here)}</p>'
+    return small(f"{said} config.yaml sets both. This program may use {cgroups.machine()}.")
 
 
 def startup(parts: Mapping[str, Part], running: bool) -> str:
@@ -146,31 +156,21 @@ def _reasons(parts: Mapping[str, Part], state: str) -> str:
     return "; ".join(f"{name}: {part.detail.rstrip('.')}" for name, part in parts.items() if part.state == state)
 
 
-def note(message: str) -> str:
-    """Something a visitor should know; empty when there is nothing."""
-    linked = re.sub(r"https?://[^\s<]+", lambda url: f'<a href="{url[0]}">{url[0]}</a>', escape(message))
-    return f'<div class="sl-note" role="status">{linked}</div>' if message else ""
+def _clock(arm: ArmView) -> str:
+    """Seconds that count by themselves, drawn by the browser: nothing is sent while something loads."""
+    return '<span class="sl-clock" aria-hidden="true"></span>' if arm.state in BUSY else ""
 
 
-def table(head: str, rows: Iterable[Iterable[str]], name: str) -> str:
-    """A table that scrolls inside its own box; the first cell of each row is its header. Cells are HTML."""
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
-    )
-    return (
-        f'<div class="sl-scroll" tabindex="0" role="region" aria-label="{name}">'
-        f'<table class="sl-table"><thead>{head}</thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def head_row(*names: str) -> str:
-    """One line of column headers."""
-    cells = "".join(f'<th scope="col">{name}</th>' for name in names)
-    return f"<tr>{cells}</tr>"
-
-
-def _tile(name: str, value: str, why: str) -> str:
-    return f'<div title="{why}"><dt>{name}</dt><dd>{value}</dd></div>'
+def _figures(arm: ArmView) -> str:
+    run = arm.metrics
+    tiles = [tile(name, figure(run) if run else MISSING, why, arm.kind) for name, (why, figure) in FIGURES.items()]
+    if arm.others:
+        tiles.append(tile(f"TPS (all {len(arm.samples)})", rate(tps_of_all(arm.samples)), ALL, arm.kind))
+    if run and run.drafts:
+        tiles.append(tile("Drafts", f"{run.drafts_accepted} of {run.drafts}", DRAFTS, arm.kind))
+    if run and run.head_starts:
+        tiles.append(tile("Head starts", f"{run.head_starts_right} of {run.head_starts}", HEAD_STARTS, arm.kind))
+    return "".join(tiles)
 
 
 def _answer(arm: ArmView) -> str:
@@ -179,7 +179,8 @@ def _answer(arm: ArmView) -> str:
     if len(texts) > 1:
         texts = [f'<p class="sl-small">Sample {number}</p>{text}' for number, text in enumerate(texts, 1)]
     shown = "".join(texts) or f'<span class="sl-small">{waiting}</span>'
-    return f'<div class="sl-answer" tabindex="0" role="region" aria-label="Answer"><div>{shown}</div></div>'
+    name = f"{TITLES[arm.kind][0]} model's answer"
+    return f'<div class="sl-answer" tabindex="0" role="region" aria-label="{name}"><div dir="auto">{shown}</div></div>'
 
 
 def _recoveries(arm: ArmView) -> str:
@@ -188,19 +189,49 @@ def _recoveries(arm: ArmView) -> str:
     return f'<p class="sl-small" role="status">{escape(said)}</p>' if said else ""
 
 
-def _verdict(full: ArmReport, split: ArmReport) -> str:
-    differ = first_difference(full.samples, split.samples)
+def _verdict(pairs: Pairs) -> str:
+    differ = pairs.divergence
     if differ is None:
-        tokens = sum(each.n_tokens for each in full.samples)
+        tokens = sum(each.n_tokens for each in pairs.full[0].samples)
         return f'<p class="sl-verdict sl-same">Identical: all {tokens} tokens are the same.</p>'
-    sample, at = differ
-    both = [report.texts.tokens[sample] for report in (full, split)]
-    pairs = [repr(texts[at]) if at < len(texts) else "nothing" for texts in both]
-    where = f" of sample {sample + 1}" if full.others else ""
+    full, split = ("nothing" if text is None else repr(text) for text in differ.tokens)
+    where = f" of sample {differ.sample + 1}" if differ.full.others else ""
     return (
-        f'<p class="sl-verdict sl-differ">The tokens differ from token {at + 1}{where} on: '
-        f"full has {escape(pairs[0])}, split has {escape(pairs[1])}.</p>"
+        f'<p class="sl-verdict sl-differ">The tokens differ from token {differ.at + 1}{where} on: '
+        f"full has {escape(full)}, split has {escape(split)}.</p>"
     )
+
+
+def _ratios(pairs: Pairs, full: ArmReport, split: ArmReport) -> list[str]:
+    steps = max(1, split.metrics.n_tokens - 1)
+    memory = f"{_beyond(split)} <small>of {_beyond(full)}</small>"
+    return [
+        tile("TPOT, split / full", _ratio(pairs.tpot), RATIO.format("TPOT", "TPOT"), "result", "sl-big"),
+        tile("TTFT, split / full", _ratio(pairs.ttft), RATIO.format("TTFT", "TTFT"), "result", "sl-big"),
+        tile("Client memory", memory, MEMORY, "result"),
+        tile("Bytes up per token", size(split.metrics.decode_bytes_up / steps), UP, "result"),
+        tile("Bytes down per token", size(split.metrics.decode_bytes_down / steps), DOWN, "result"),
+        tile("KV cache, were it shipped", size(split.kv_shipped_bytes), SHIPPED, "result"),
+    ]
+
+
+def _ratio(found: Ratio | None) -> str:
+    if found is None:
+        return f"{MISSING} <small>{RECOVERED}</small>"
+    pairs = "1 pair" if found.n == 1 else f"{found.least:.2f} to {found.most:.2f}, {found.n} pairs"
+    return f"{found.mean:.2f}\N{MULTIPLICATION SIGN} <small>{pairs}</small>"
+
+
+def _doubts(shown: ComparisonView, pairs: Pairs) -> str:
+    """What a reader has to know before she trusts the ratio."""
+    said = []
+    if shown.others_cpu > QUIET_CPU:
+        said.append(f"Other programs used {shown.others_cpu:.1f} cores meanwhile: do not trust a small difference.")
+    if pairs.tpot and pairs.tpot.n > 1 and pairs.tpot.covers_one:
+        said.append("Some pairs say that split is faster, some that it is slower.")
+    if len(pairs.counted) < len(pairs.full):
+        said.append("A run in which a trunk was lost is not in the ratio.")
+    return f'<p class="sl-small sl-doubt">{escape(" ".join(said))}</p>' if said else ""
 
 
 def _memory(full: ArmReport, split: ArmReport) -> str:
@@ -213,12 +244,19 @@ def _memory(full: ArmReport, split: ArmReport) -> str:
     return table(head_row("Peak memory", "model and run", "imports alone"), rows, "Memory")
 
 
-def _how(full: ArmReport, split: ArmReport) -> str:
+def _beyond(report: ArmReport) -> str:
+    return size(report.peak_rss_bytes - report.import_rss_bytes)
+
+
+def _how(full: ArmReport, split: ArmReport, flags: str) -> str:
     threads = f"{full.threads} threads" if full.threads != 1 else "1 thread"
-    trunk = f"; trunk at {escape(split.trunk_address or '')}" if split.trunk else ""
+    trunk = f"; trunk at {split.trunk_address or ''}" if split.trunk else ""
     compiled = "".join(
         f" Compiling took {seconds(arm.compile_s)} in the {arm.kind} arm, not counted above."
         for arm in (full, split)
         if arm.compile_s
     )
-    return f"Each arm in a warm process with {threads}{trunk}, in random order.{compiled}"
+    return (
+        f"Flags: {flags}. Each arm in a warm process with {threads}{trunk}, in random order.{compiled} "
+        "Figures of an arm are those of its median run."
+    )

@@ -4,7 +4,7 @@ from html import escape
 
 from splitlearn.flags.registry import FLAGS, SIDES, Flag, Side
 from splitlearn.flags.selection import Availability, FlagSet
-from ui.compare.view import head_row, table
+from ui.html import head_row, table
 
 
 def about(flag: Flag, why_not: str | None) -> str:

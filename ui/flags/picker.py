@@ -10,7 +10,7 @@ from splitlearn.arms.runs import Runs
 from splitlearn.errors import SplitlearnError
 from splitlearn.flags.registry import FLAGS, SIDES, Flag
 from splitlearn.flags.selection import Availability, FlagSet, parse
-from ui.compare import view
+from ui import html
 from ui.flags import badges, flag_words
 
 Updates = dict[Any, Any]
@@ -25,10 +25,9 @@ WORDS_HELP = (
 
 
 class Picker:
-    """Made inside a `gr.Blocks`; `connect` makes it live. `matrix` is where flag by side is shown."""
+    """Made inside a `gr.Blocks`; `connect` makes it live."""
 
-    def __init__(self, matrix: Any, at_first: str) -> None:
-        self.matrix = matrix
+    def __init__(self, at_first: str) -> None:
         self.preset = gr.Radio(list(flag_words.NAMES), label="Set of flags", info=PRESETS_HELP)
         self.auto = gr.HTML("", elem_id="auto")
         gr.Markdown("The same on every side where a flag acts:", elem_classes="sl-small")
@@ -47,6 +46,8 @@ class Picker:
         self.error = gr.HTML("", elem_id="flags-error")
         with gr.Accordion("Advanced: choose for each side", open=False, elem_id="sides"):
             self.sides = {side: gr.CheckboxGroup([], label=f"Applied on {side}") for side in SIDES}
+        with gr.Accordion("Flags by side: applied, available, or why not", open=False, elem_id="by-side"):
+            self.matrix = gr.HTML("", elem_id="matrix")
 
     @property
     def outputs(self) -> list[Any]:
@@ -63,7 +64,7 @@ class Picker:
                 known = flag_words.available(runs)
                 flags = flags_of(known)
             except SplitlearnError as problem:
-                return {self.error: view.error(str(problem))}
+                return {self.error: html.error(str(problem))}
             # What was typed stays as it is: the ladder of the lab adds flags in the order of these words.
             words = {} if typed is not None else {self.words: flag_words.words(flags, known)}
             return {**self.show(flags, known, typed), **words, self.error: ""}

@@ -17,11 +17,11 @@ from splitlearn.errors import SplitlearnError
 from splitlearn.lab.analysis.findings import METRICS
 from splitlearn.lab.job import JobStatus
 from splitlearn.lab.report import charts
-from ui import inputs
-from ui.compare import view as compare_view
+from ui import html, inputs
 from ui.flags.picker import Updates
 from ui.lab.actions import Lab, Opened
 from ui.lab.view import breakdown_key, details, progress, report, so_far
+from ui.visitors import visitor
 
 HELP = (
     "Measures what each chosen flag does, in full and in split: every arm once in each block, in random order, always "
@@ -170,7 +170,7 @@ class LabTab:
             await asyncio.to_thread(act)
             yield {self.error: ""}
         except SplitlearnError as error:
-            yield {self.error: compare_view.error(str(error))}
+            yield {self.error: html.error(str(error))}
             if not self.lab.job.running:
                 return
         async for updates in self._follow(given, request):
@@ -222,7 +222,7 @@ class LabTab:
 
     def _ended(self, seen: JobStatus, given: dict[Any, Any], request: gr.Request) -> Updates:
         name = seen.folder.name
-        broken = {self.error: compare_view.error(seen.error)} if seen.error else {}
+        broken = {self.error: html.error(seen.error)} if seen.error else {}
         drawn = {**self._opened(name, given, request), **broken}
         return {**self._idle(name), **drawn, self.progress: progress(seen)}
 
@@ -239,7 +239,7 @@ class LabTab:
         try:
             inputs.service_level(self._typed(given))
         except SplitlearnError as error:
-            return {self.error: compare_view.error(str(error))}
+            return {self.error: html.error(str(error))}
         return {self.error: ""}
 
     def _opened(self, name: str, given: dict[Any, Any], request: gr.Request) -> Updates:
@@ -247,7 +247,7 @@ class LabTab:
         try:
             return {**self._draw(self.lab.open(name, self._typed(given), visitor(request))), self.beside: ""}
         except SplitlearnError as error:
-            return {self.error: compare_view.error(str(error))}
+            return {self.error: html.error(str(error))}
 
     def _compare(self, given: dict[Any, Any]) -> Updates:
         """The chosen experiment held against the other one."""
@@ -255,7 +255,7 @@ class LabTab:
             text = self.lab.beside(given[self.chosen], given[self.other], self._typed(given))
             return {self.beside: text, self.error: ""}
         except SplitlearnError as error:
-            return {self.error: compare_view.error(str(error))}
+            return {self.error: html.error(str(error))}
 
     def _stop(self) -> Any:
         self.lab.job.stop()
@@ -288,11 +288,6 @@ class LabTab:
     def _empty(self) -> Updates:
         """No report."""
         return {self.beside: "", self.report: "", self.drawn: gr.Column(visible=False)}
-
-
-def visitor(request: gr.Request) -> str:
-    """What tells one open page from another."""
-    return str(request.session_hash)
 
 
 def _id(name: str) -> str:

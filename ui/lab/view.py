@@ -10,8 +10,8 @@ from splitlearn.lab.analysis.pairing import ArmFigures
 from splitlearn.lab.job import JobStatus
 from splitlearn.lab.report import charts, tables
 from splitlearn.reporting.charts import PART_COLOURS
-from ui.compare.view import head_row, table
 from ui.format import MISSING, rate, seconds, size
+from ui.html import head_row, table
 
 MOST_WARNINGS = 3
 METHOD = (

@@ -6,7 +6,7 @@ from typing import Any
 
 from splitlearn.reporting.charts import new_figure
 from splitlearn.runtime import hardware
-from ui.compare import view
+from ui import html
 from ui.format import MISSING, rate, seconds, size
 from ui.trunk.monitor import KEPT_S, Figures, ServerView
 
@@ -34,9 +34,9 @@ CHARTS: dict[str, Lines] = {
 def card(shown: ServerView, paused: bool = False) -> str:
     """How the trunk is; or, in a sentence, that it does not answer."""
     if paused:
-        return view.note(PAUSED)
+        return html.note(PAUSED)
     if shown.look is None:
-        return view.error(shown.error) if shown.error else view.note("Asking the trunk server how it is.")
+        return html.error(shown.error) if shown.error else html.note("Asking the trunk server how it is.")
     look, at = shown.look, shown.figures[-1]
     said, state = look.description, "serving" if look.serving else "not serving: it lets nobody in"
     what = (
@@ -105,4 +105,4 @@ def _refusals(at: Figures) -> str:
     rows = [(escape(cause), escape(code), f"{count:.0f}") for (cause, code), count in at.refusals.items() if count]
     if not rows:
         return '<p class="sl-small">Nothing was refused since it started.</p>'
-    return view.table(view.head_row("Refused for", "gRPC code", "since it started"), rows, "Refusals")
+    return html.table(html.head_row("Refused for", "gRPC code", "since it started"), rows, "Refusals")

@@ -1,0 +1,32 @@
+"""The first thing that a visitor sees: what is compared, as a picture in words."""
+
+from html import escape
+
+from splitlearn.arms.model import Model
+
+PURPOSE = (
+    "One prompt, two ways. Full runs the whole model in one process. Split keeps both ends on the client and the "
+    "layers between on a server: for devices that cannot hold the model. "
+    "The tokens are the same; here you see what it costs."
+)
+
+
+def picture(model: Model | None) -> str:
+    """Client, trunk server, client: which layers are where. Without figures before the model is read."""
+    plan = model.plan if model else None
+    bottom = f"layers 0 to {plan.start - 1}" if plan and plan.start else "no layers" if plan else "first layers"
+    trunk = f"layers {plan.start} to {plan.end - 1}" if plan else "layers between"
+    top = f"layers {plan.end} to {plan.n_layers - 1}" if plan and plan.end < plan.n_layers else "last layers"
+    top = "no layers" if plan and plan.end == plan.n_layers else top
+    whole = f"all {plan.n_layers} layers" if plan else "all layers"
+    return (
+        f'<p class="sl-purpose">{escape(PURPOSE)}</p>'
+        '<div class="sl-ways" role="img" aria-label="Full: '
+        f"{whole} in one process. Split: {bottom} on the client, {trunk} on the trunk server, {top} on the client."
+        '"><div class="sl-way sl-way-full"><b>Full</b><span class="sl-box">embeddings, '
+        f"{whole}, LM head</span></div>"
+        '<div class="sl-way sl-way-split"><b>Split</b>'
+        f'<span class="sl-box">client: embeddings, {bottom}</span><i>gRPC</i>'
+        f'<span class="sl-box sl-far">trunk server: {trunk}, KV cache</span><i>gRPC</i>'
+        f'<span class="sl-box">client: {top}, LM head</span></div></div>'
+    )

@@ -1,0 +1,128 @@
+"""The page: its head, its tabs, and what is shown while the program loads."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import gradio as gr
+
+from splitlearn.arms.startup import MODEL, TRUNK
+from splitlearn.errors import InputError
+from splitlearn.flags.selection import parse
+from ui import html, inputs
+from ui.compare import intro, view
+from ui.compare.actions import Handlers
+from ui.compare.tab import AnswersTab
+from ui.flags import flag_words
+from ui.flags.picker import Updates
+from ui.lab.tab import LabTab
+from ui.login import Sharing
+from ui.trunk.tab import NAME, ServerTab
+from ui.visitors import visitor
+
+TICK_S = 0.5
+POLL_S = 0.1
+# Calls that wait for their turn, of all visitors.
+MOST_WAITING = 64
+
+
+class Page:
+    """One page of the program; `blocks` is what Gradio launches."""
+
+    def __init__(self, handlers: Handlers, sharing: Sharing) -> None:
+        self.handlers = handlers
+        self.runs = handlers.runs
+        self.sharing = sharing
+        with gr.Blocks(title="splitlearn", analytics_enabled=False, fill_width=True) as self.blocks:
+            self._head()
+            self._tabs()
+            self._connect()
+        # Calls that go past the queue would run beside each other.
+        self.blocks.queue(api_open=False, max_size=MOST_WAITING)
+
+    def _head(self) -> None:
+        gr.Markdown("# splitlearn", elem_classes="sl-title")
+        self.facts = gr.HTML(view.facts(self.runs.config, None), elem_id="facts")
+        self.intro = gr.HTML(intro.picture(None), elem_id="intro")
+        self.link = gr.HTML(html.note(self.sharing.message), elem_id="share-link")
+        self.startup = gr.HTML("", elem_id="startup")
+        self.timer = gr.Timer(TICK_S)
+        self.tick = gr.Timer(2 * TICK_S, active=False)
+
+    def _tabs(self) -> None:
+        with gr.Tabs(selected="answers", overflow_behavior="wrap") as self.tabs:
+            with gr.Tab("Answers", id="answers"):
+                self.answers = AnswersTab(self.handlers)
+            with gr.Tab("Lab", id="lab") as tab:
+                self.lab_error = gr.HTML("", elem_id="lab-error")
+                self.lab = LabTab(self.handlers.lab, tab, self.runs.config.generation)
+            with gr.Tab(NAME, id="server"):
+                self.server = ServerTab(self.handlers.monitor)
+
+    def _connect(self) -> None:
+        answers = self.answers
+        answers.connect(self.tick)
+        seen = [self.link, self.startup, self.timer]
+        read = [self.facts, self.intro, answers.split_facts, answers.fields["form"], answers.error]
+        # Each page that is opened while the model is loaded has one of these waiting. One that waits holds no thread.
+        self.blocks.load(
+            self._open,
+            None,
+            [*answers.picker.outputs, *seen, *read],
+            show_progress="hidden",
+            concurrency_limit=None,
+        )
+        self.blocks.unload(self._leave)
+        self.timer.tick(self._see, None, seen, show_progress="hidden", concurrency_limit=None)
+        # What is being loaded is shown again: a comparison may load more.
+        answers.compare.click(lambda: gr.Timer(active=True), None, self.timer, queue=False, show_progress="hidden")
+        self.server.connect(self.tabs)
+        self.lab.connect(answers.picker.words, answers.fields["prompt"], self.lab_error)
+
+    async def _open(self) -> AsyncIterator[Updates]:
+        """A page was opened: what is known of the model once it is read, then the flags that can be applied once the
+        trunk has been asked. The words of the flags are there already, and a quick visitor may have typed others."""
+        yield self._see()
+        while not self.handlers.startup.settled(MODEL):
+            await asyncio.sleep(POLL_S)
+        yield await asyncio.to_thread(self._read)
+        while not self.handlers.startup.settled(MODEL, TRUNK):
+            await asyncio.sleep(POLL_S)
+        yield await asyncio.to_thread(self._flags)
+
+    def _read(self) -> Updates:
+        """What is known of the model."""
+        if self.handlers.startup.failure:
+            return self._see()
+        model, config = self.runs.model, self.runs.config
+        return {
+            **self._see(),
+            self.facts: view.facts(config, model),
+            self.intro: intro.picture(model),
+            self.answers.split_facts: view.split_facts(config, model),
+            self.answers.fields["form"]: gr.Radio(inputs.forms(model.capabilities.chat_templates)),
+        }
+
+    def _flags(self) -> Updates:
+        """The flags as they are available now, as the configuration has them."""
+        if self.handlers.startup.failure:
+            return self._see()
+        known, said, picker = flag_words.available(self.runs), {}, self.answers.picker
+        try:
+            flags = parse(self.runs.config.flags, known)
+        except InputError as error:  # a flag that config.yaml names and that cannot be applied here now
+            flags, said = parse("auto", known), {picker.words: "auto", self.answers.error: html.error(str(error))}
+        return {**picker.show(flags, known, self.runs.config.flags), **self._see(), **said}
+
+    def _leave(self, request: gr.Request) -> None:
+        self.handlers.leave(visitor(request))
+        self.lab.leave(visitor(request))
+
+    def _see(self) -> Updates:
+        """What goes on in the background."""
+        startup = self.handlers.startup
+        running = startup.running
+        return {
+            self.link: html.note(self.sharing.message),
+            self.startup: view.startup(startup.parts(), running),
+            self.timer: gr.Timer(active=running or self.sharing.state == "asked"),
+        }
