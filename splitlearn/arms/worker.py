@@ -28,12 +28,12 @@ def start(spec: ArmSpec) -> Child:
 
 @dataclass
 class Worker:
-    """A running worker process. `warm` has the flags, samples and tokens that it was warmed up with; `compile_s` the
+    """A running worker process. `warm` has how many tokens it was warmed up with, by flags and samples; `compile_s` the
     seconds of compilation so far, by flags."""
 
     child: Child
     ready: ArmReady
-    warm: set[tuple[FlagSet, int, int]] = field(default_factory=set)
+    warm: dict[tuple[FlagSet, int], int] = field(default_factory=dict)
     compile_s: dict[FlagSet, float] = field(default_factory=lambda: defaultdict(float))
     ran_at: float = 0.0
 
@@ -65,13 +65,13 @@ class Worker:
 
     def warm_up(self, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> None:
         """Run a few tokens of `request`, unless as many samples and tokens were run with these flags a moment ago."""
-        tokens = min(WARM_UP_TOKENS, request.max_new_tokens)
+        tokens, key = min(WARM_UP_TOKENS, request.max_new_tokens), (flags, request.samples)
         rested = time.monotonic() - self.ran_at > REST_S
-        if rested or (flags, request.samples, tokens) not in self.warm:
+        if rested or tokens > self.warm.get(key, 0):
             short = replace(request, max_new_tokens=tokens)
             self.compile_s[flags] += compile_seconds(self.generate(flags, short, stop))
             if not stop.is_set():
-                self.warm.add((flags, request.samples, tokens))
+                self.warm[key] = tokens
 
     def generate(self, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[Event | ArmEnd]:
         """What the worker sends for one request under `flags`, up to its ArmEnd. Raises the error that it sends

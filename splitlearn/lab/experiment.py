@@ -7,7 +7,7 @@ The first pass runs each arm once with few tokens: the baselines, then no flags,
 and warms each arm, and gives the first figures; its order is fixed, so no verdict rests on it.
 
 Each block runs the arms of the questions that are still open, once each, in an order shuffled anew, on one prompt, to a
-fixed number of tokens. Every run begins with PREFILLS runs of one token, for TTFT. The A/A check runs in each block
+fixed number of tokens. After every run come PREFILLS runs of one token, for TTFT. The A/A check runs in each block
 until it is passed at a look, then in one block of AA_EVERY. Other programs' load discards nothing: it is stored with
 the run, and the random order protects the pairs. A block in which the trunk was lost runs again, and so does an
 interrupted one (a kill, a cancellation), since the two runs of a pair must lie close in time; whole blocks stay.
@@ -42,8 +42,8 @@ from splitlearn.lab.store import Store
 from splitlearn.runtime.load import Reading, reading
 from splitlearn.sampling import SamplingParams
 
-FIRST_PASS_TOKENS = 16
-# Runs of one token before each run: TTFT is the median of theirs and its own.
+FIRST_PASS_TOKENS, FIRST_PASS_PREFILLS = 16, 1
+# Runs of one token after each run: TTFT is the median of theirs and its own.
 PREFILLS = 4
 # Once the A/A check is passed, one block in so many goes on with it.
 AA_EVERY = 4
@@ -197,9 +197,10 @@ class Experiment:
     def _run(self, arm: Arm, place: Place, prompt: str, tokens: int) -> Trial | None:
         """One run, stored. None if it was stopped."""
         before = reading(None, self._trunk)
-        prefills = [self._report(arm, self._request(arm, prompt, 1)) for _ in range(PREFILLS)]
         report = self._report(arm, self._request(arm, prompt, tokens))
-        if report is None:
+        count = FIRST_PASS_PREFILLS if place.block == FIRST_PASS else PREFILLS
+        prefills = [self._report(arm, self._request(arm, prompt, 1)) for _ in range(count)]
+        if report is None or None in prefills:
             return None
         after = reading(before, self._trunk)
         load = Load(after.at_s, after.others_cpu + after.stolen_cpu, _disturbance(before, after))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from splitlearn.arms.runs import Runs
 from splitlearn.lab.design import CACHE, Arm, first_pass
-from splitlearn.lab.experiment import FIRST_PASS_TOKENS, PREFILLS
+from splitlearn.lab.experiment import FIRST_PASS_PREFILLS, FIRST_PASS_TOKENS, PREFILLS
 from splitlearn.lab.records import Setup
 from splitlearn.runtime.cgroups import cpus
 from splitlearn.runtime.load import reading
@@ -67,8 +67,10 @@ def preflight(runs: Runs, setup: Setup) -> Preflight:
     processes = Counter(process_of(runs, arm) for arm in arms)
     token_s = weights / READ_BYTES_S
     loading_s = len(processes) * (LOAD_S + LOAD_READS * token_s)
-    first_s = loading_s + sum(_run_s(arm, FIRST_PASS_TOKENS, token_s) for arm in first_pass(setup.plan))
-    block_s = sum(_run_s(arm, setup.max_new_tokens, token_s) for arm in arms)
+    first_s = loading_s + sum(
+        _run_s(arm, FIRST_PASS_TOKENS, FIRST_PASS_PREFILLS, token_s) for arm in first_pass(setup.plan)
+    )
+    block_s = sum(_run_s(arm, setup.max_new_tokens, PREFILLS, token_s) for arm in arms)
     before = reading(None)
     time.sleep(SAMPLE_S)
     now = reading(before)
@@ -90,9 +92,9 @@ def process_of(runs: Runs, arm: Arm) -> tuple[object, ...]:
     return arm.kind, flags, arm.copy
 
 
-def _run_s(arm: Arm, tokens: int, token_s: float) -> float:
+def _run_s(arm: Arm, tokens: int, prefills: int, token_s: float) -> float:
     cached = CACHE in (arm.flags.full if arm.kind == "full" else arm.flags.client)
-    return token_s * ((PREFILLS + 1) * PROMPT_STEPS + tokens * (1 if cached else UNCACHED))
+    return token_s * ((prefills + 1) * PROMPT_STEPS + tokens * (1 if cached else UNCACHED))
 
 
 def _text(seconds: float) -> str:

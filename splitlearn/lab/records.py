@@ -135,7 +135,7 @@ class Trial:
 
     @classmethod
     def of(cls, report: "ArmReport", prefills_s: tuple[float, ...], arm: str, place: Place, load: Load) -> "Trial":
-        """The trial of a run's report; `prefills_s` are the times to the first token of the short runs before it."""
+        """The trial of a run's report; `prefills_s` are the times to the first token of the short runs beside it."""
         metrics, trunk = report.metrics, report.trunk
         prefills_s = (*prefills_s, metrics.ttft_s)
         return cls(
