@@ -16,6 +16,8 @@ from ui.flags import flag_words
 from ui.flags.picker import Updates
 from ui.lab.tab import LabTab
 from ui.login import Sharing
+from ui.model.tab import NAME as MODEL_TAB
+from ui.model.tab import ModelTab
 from ui.trunk.tab import NAME, ServerTab
 from ui.visitors import visitor
 
@@ -52,6 +54,8 @@ class Page:
         with gr.Tabs(selected="answers", overflow_behavior="wrap") as self.tabs:
             with gr.Tab("Answers", id="answers"):
                 self.answers = AnswersTab(self.handlers)
+            with gr.Tab(MODEL_TAB, id="model") as tab:
+                self.model = ModelTab(self.handlers.planner, tab)
             with gr.Tab("Lab", id="lab") as tab:
                 self.lab_error = gr.HTML("", elem_id="lab-error")
                 self.lab = LabTab(self.handlers.lab, tab, self.runs.config.generation)
@@ -77,6 +81,7 @@ class Page:
         answers.compare.click(lambda: gr.Timer(active=True), None, self.timer, queue=False, show_progress="hidden")
         self.server.connect(self.tabs)
         self.lab.connect(answers.picker.words, answers.fields["prompt"], self.lab_error)
+        self.model.connect(answers.picker.words, self._read, [*seen, *read])
 
     async def _open(self) -> AsyncIterator[Updates]:
         """A page was opened: what is known of the model once it is read, then the flags that can be applied once the

@@ -4,6 +4,8 @@ Text and buttons pass WCAG AA in light and dark, control borders 3:1, which Grad
 
 import gradio as gr
 
+from ui.model import style as model_style
+
 FONTS = ["system-ui", "Segoe UI", "Roboto", "sans-serif"]  # what the machine has, in every weight
 BORDER, BORDER_DARK = "#7c8798", "#7f8ca1"  # of controls: 3:1 to what is around them
 
@@ -36,7 +38,7 @@ THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONTS)
     input_placeholder_color="*neutral_500",
 )
 
-CSS = """
+PAGE = """
 :root { --sl-full: #0072b2; --sl-split: #009e73; --sl-gap: 12px; --sl-line: #cbd5e1; --sl-panel: #f8fafc; }
 .dark { --sl-full: #56b4e9; --sl-split: #2dd4a7; --sl-line: #475569; --sl-panel: #172033; }
 .gradio-container main { max-width: 1240px !important; margin: 0 auto !important; padding: 16px !important; }
@@ -157,3 +159,4 @@ CSS = """
 .js-plotly-plot text { fill: var(--body-text-color) !important; }
 footer { display: none !important; }
 """
+CSS = PAGE + model_style.CSS

@@ -20,8 +20,8 @@ from splitlearn.arms.trunk_pool import TrunkPool
 from splitlearn.arms.worker import Worker, compile_seconds
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import TrunkFacts, check_served, describe, first_that_works, with_trunk
-from splitlearn.config import Config
-from splitlearn.errors import WorkFailed
+from splitlearn.config import Config, SplitConfig
+from splitlearn.errors import InputError, WorkFailed
 from splitlearn.events import Event, GenerationRequest
 from splitlearn.flags.registry import SIDES, Place
 from splitlearn.flags.selection import Availability, FlagSet, availability
@@ -261,6 +261,28 @@ class Runs:
             except BaseException:
                 self._workers.prune()
                 raise
+
+    def check_cut(self, plan: SplitPlan) -> None:
+        """Raise InputError for a cut that a remote trunk does not serve."""
+        if plan != self.plan and not self.config.trunk.embedded:
+            serves = f"{self.plan.start}:{self.plan.end}, the layers that the trunk server has"
+            raise InputError("cut", f"{plan.start}:{plan.end}", serves)
+
+    def split_at(self, plan: SplitPlan) -> None:
+        """Cut the model there from the next run on; waits for one that is under way. All arms are loaded anew.
+
+        Raises InputError for a cut that a remote trunk does not serve.
+        """
+        self.check_cut(plan)
+        if plan == self.plan:
+            return
+        with self._lock:
+            before, split = self._trunks, SplitConfig(start=plan.start, end=plan.end)
+            self.config = self.config.model_copy(update={"split": split})
+            self._model = replace(self.model, plan=plan)
+            self._trunks = TrunkPool(self.config, self._has_memory)
+            self._workers.close()
+            before.close()
 
     def _warm_worker(self, spec: ArmSpec, request: GenerationRequest, stop: threading.Event) -> Worker | None:
         """The worker of `spec`, loaded and warm. None when `stop` was set before."""

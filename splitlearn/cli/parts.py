@@ -89,14 +89,14 @@ def _report(
     progress: "Progress",
 ) -> "CutReport":
     from splitlearn.models.plan import SplitPlan
-    from splitlearn.planning.measure import check_cut, measure_cut, measure_rates, short_request
+    from splitlearn.planning.measure import measure_cut, measure_rates, short_request
     from splitlearn.planning.report import report_of
 
     runs.check_trunk()
     request, applied = short_request(runs.config.generation.prompt), runs.flags(flags)
     plans = [SplitPlan(start, end, model.n_layers) for start, end in ranges]
     for plan in plans:
-        check_cut(runs, plan)
+        runs.check_cut(plan)
     rates = measure_rates(runs, model, applied, request, progress)
     found = [measure_cut(runs, plan, applied, request, runs.link, progress) for plan in plans]
     if rates is None:  # nothing sets the cancellation here

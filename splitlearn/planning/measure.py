@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from splitlearn.arms.runs import ArmReport, Runs
 from splitlearn.config import SplitConfig
-from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, Kind
 from splitlearn.flags.registry import FLAGS, of_scope
 from splitlearn.flags.selection import FlagSet
@@ -98,19 +97,12 @@ def measure_cut(
     progress: Progress,
     cancelled: threading.Event | None = None,
 ) -> CutRun | None:
-    """One cut over an emulated link. None when it was cancelled. Raises as `check_cut`."""
-    check_cut(runs, plan)
+    """One cut over an emulated link. None when it was cancelled. Raises as `Runs.check_cut`."""
+    runs.check_cut(plan)
     stop = cancelled or threading.Event()
     with cut_at(runs, plan) as own:
         reports = _repeat(own, {"split": ("split", flags)}, request, link, progress, stop)["split"]
     return None if stop.is_set() else cut_run(plan, reports)
-
-
-def check_cut(runs: Runs, plan: SplitPlan) -> None:
-    """Raise InputError for a cut that a remote trunk does not serve."""
-    if plan != runs.plan and not runs.config.trunk.embedded:
-        serves = f"{runs.plan.start}:{runs.plan.end}, the layers that the trunk server has"
-        raise InputError("cut", f"{plan.start}:{plan.end}", serves)
 
 
 def cut_run(plan: SplitPlan, reports: list[ArmReport]) -> CutRun:

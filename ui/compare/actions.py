@@ -14,6 +14,7 @@ from ui.compare import session
 from ui.compare.session import ArmView, ComparisonView
 from ui.flags import flag_words
 from ui.lab.actions import Lab
+from ui.model.actions import Planner
 from ui.trunk.monitor import Monitor
 from ui.visitors import Downloads, Line, Stops
 
@@ -36,6 +37,7 @@ class Handlers:
         self.line = Line()
         self.downloads = Downloads()
         self.lab = Lab(Job(runs, Path(FOLDER), options), self.downloads)
+        self.planner = Planner(startup, self.stops, self.line, lambda: MEASURING if self.lab.job.running else "")
         self.monitor = Monitor(runs, lambda: runs.busy or self.lab.job.running)
 
     def __enter__(self) -> "Handlers":

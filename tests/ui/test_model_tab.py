@@ -1,0 +1,127 @@
+"""The tab "Model and cut" in a real browser: a cut is looked at, measured, and taken for the comparison."""
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import BrowserContext, Locator, Page, expect
+
+from tests.conftest import TinyFactory
+from tests.support.page import CHROMIUM, FORBIDDEN, open_page, running, type_into, write_config
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+]
+RUN_MS = 120_000
+
+
+@pytest.fixture(scope="module")
+def page(browser: BrowserContext, tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """The tab of an app with a model of six layers, of which the trunk has [2, 4)."""
+    config = write_config(tmp_path_factory.mktemp("page"), model={"name": str(tiny_model().folder)})
+    with running(config) as app:
+        opened = open_page(browser, app.warm_url())
+        opened.get_by_role("tab", name="Model and cut").click()
+        expect(opened.locator("#model-facts dl")).to_be_visible()
+        yield opened
+        opened.close()
+        assert not FORBIDDEN
+
+
+def cut(page: Page) -> Locator:
+    """The lines for config.yaml, which name the chosen cut."""
+    return page.locator("#model-yaml textarea")
+
+
+def lines(start: int, end: int) -> str:
+    return f"split:\n  start: {start}\n  end: {end}"
+
+
+def choose(page: Page, name: str, layer: int) -> None:
+    field = page.locator(f"#model-{name} input[type=number]")
+    field.fill(str(layer))
+    field.press("Enter")
+
+
+def test_the_model_is_drawn_with_its_cut_and_every_fact_has_its_definition_by_keyboard(page: Page) -> None:
+    picture = page.locator("#model-picture svg[role=img]")
+    assert "the trunk 2 to 4" in (picture.get_attribute("aria-label") or "")
+    expect(cut(page)).to_have_value(lines(2, 4))
+    fact = page.locator("#model-facts dl > div").filter(has=page.get_by_role("button", name="Attention", exact=True))
+    expect(fact.locator("dd")).to_have_text("GQA: 4 heads of 12, 2 for keys and values")
+    fact.get_by_role("button").focus()
+    expect(fact.get_by_role("tooltip")).to_contain_text("arXiv:2305.13245")
+    expect(page.locator("#model-advice")).to_contain_text("Measure this machine")
+
+
+def test_a_cut_is_moved_by_keyboard_and_by_dragging_and_the_other_gives_way(page: Page) -> None:
+    choose(page, "start", 5)
+    expect(cut(page)).to_have_value(lines(5, 6))
+    choose(page, "end", 4)
+    expect(cut(page)).to_have_value(lines(3, 4))
+    expect(page.locator("#model-start input[type=number]")).to_have_value("3")
+    page.locator("#model-start input[type=range]").press("ArrowLeft")
+    expect(cut(page)).to_have_value(lines(2, 4))
+    handle, picture = page.locator("[data-cut=end] circle"), page.locator("#model-picture svg[role=img]")
+    handle.scroll_into_view_if_needed()
+    box, room = handle.bounding_box(), picture.bounding_box()
+    assert box is not None
+    assert room is not None
+    page.mouse.move(box["x"] + 6, box["y"] + 6)
+    page.mouse.down()
+    page.mouse.move(room["x"] + room["width"], box["y"], steps=3)
+    page.mouse.up()
+    expect(cut(page)).to_have_value(lines(2, 6))
+    expect(page.locator("#model-end input[type=number]")).to_have_value("6")
+    choose(page, "end", 4)
+    expect(cut(page)).to_have_value(lines(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("context", "many", "Context, tokens: 'many' cannot be used; expected a whole number."),
+        ("context", "9999", "Context, tokens: 9999 cannot be used; expected 1 to 512"),
+        ("memory", "-3", "Client memory limit, MB: '-3' cannot be used; expected megabytes above 0"),
+        ("link", "<b>fast</b>", "Link: '<b>fast</b>' cannot be used; expected a preset"),
+    ],
+)
+def test_what_cannot_be_used_is_named_as_its_field_is(page: Page, name: str, value: str, said: str) -> None:
+    field = page.locator(f"#model-{name} textarea, #model-{name} input").first
+    before = field.input_value()
+    type_into(field, value)
+    field.press("Enter")
+    expect(page.locator("#model-error")).to_contain_text(said)
+    type_into(field, before)
+    field.press("Enter")
+    expect(page.locator("#model-error .sl-error")).to_have_count(0)
+
+
+def test_a_measured_cut_is_chosen_by_keyboard_run_and_taken_for_the_comparison(page: Page) -> None:
+    page.locator("#model-measure").click()
+    dots = page.locator("#model-pareto [role=button]")
+    expect(dots.first).to_be_visible(timeout=RUN_MS)
+    expect(page.locator("#model-advice")).to_contain_text("Without a limit of memory, cut at")
+    chosen = page.locator("#model-pareto [role=button][tabindex='0']")
+    chosen.focus()
+    before = cut(page).input_value()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Enter")
+    expect(cut(page)).not_to_have_value(before)
+    expect(page.locator("#model-pareto [aria-pressed=true]")).to_be_focused()
+    choose(page, "start", 1)
+    choose(page, "end", 5)
+    expect(page.locator("#model-chosen")).to_contain_text("chosen, [1, 5)")
+    page.locator("#model-measure-cut").click()
+    expect(page.locator("#model-pareto .sl-mark").first).to_be_visible(timeout=RUN_MS)
+    expect(page.locator("#model-chosen")).to_contain_text("×")
+    expect(page.locator("#model-adopt")).to_be_enabled()
+    page.locator("#model-adopt").click()
+    expect(page.locator("#model-status")).to_contain_text("the trunk has layers [1, 5)", timeout=RUN_MS)
+    expect(page.locator("#intro")).to_contain_text("trunk server: layers 1 to 4")
+    for width, height in ((320, 800), (1280, 800)):
+        page.set_viewport_size({"width": width, "height": height})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_role("tab", name="Answers").click()
+    page.locator("#compare").click()
+    expect(page.locator("#result .sl-verdict")).to_contain_text("Identical", timeout=RUN_MS)

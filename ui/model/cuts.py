@@ -1,0 +1,100 @@
+"""Which cut to choose, as HTML: the advice, the figures of the chosen cut, and the cuts that nothing beats."""
+
+import time
+from collections.abc import Sequence
+from html import escape
+
+from splitlearn.models.plan import SplitPlan
+from splitlearn.planning.costs import CutCost
+from splitlearn.planning.measure import REPEATS, TOKENS, CutRun
+from splitlearn.planning.report import CutReport
+from splitlearn.runtime.progress import Step
+from ui import html
+from ui.format import MISSING, ratio, seconds, size
+from ui.model.pareto import distinct
+
+EMPTY = (
+    "Here will be: whether splitting helps on these machines, where to cut, and TPOT and memory of every cut at once. "
+    f"Press “Measure this machine”: full and split run {REPEATS} times each, {TOKENS} tokens a run. That is half a "
+    "minute, and more while something is still loaded."
+)
+
+
+def empty() -> str:
+    """What stands there before anything was measured."""
+    return f'<section class="sl-result" aria-label="Advice">{html.small(EMPTY)}</section>'
+
+
+def advice(report: CutReport, words: str, at_s: float, other_words: bool) -> str:
+    """Two sentences, and what they rest on. `words` are the flags of the measurement, `other_words` whether the flags
+    chosen now are others."""
+    said = report.advice
+    how = (
+        f"Predicted from runs with the flags {words} at {time.strftime('%H:%M', time.localtime(at_s))}, over the link: "
+        f"{report.link.summary}; memory for {report.context:,} tokens."
+    )
+    now = " The flags chosen now are others: measure again for them." if other_words else ""
+    return (
+        f'<section class="sl-result sl-advice" aria-label="Advice"><p>{escape(said.does_it_help)}</p>'
+        f"<p>{escape(said.where_to_cut)}</p>{html.small(how + now)}</section>"
+    )
+
+
+def chosen(report: CutReport, plan: SplitPlan) -> str:
+    """The chosen cut beside the one that is compared now, and what was measured of it."""
+    cost, now = report.cost(plan.start, plan.end), report.cost(report.plan.start, report.plan.end)
+    run = next((run for run in report.measured if (run.start, run.end) == (plan.start, plan.end)), None)
+    head = html.head_row("", f"compared now, {_range(now)}", f"chosen, {_range(cost)}", "chosen, measured", "off by")
+    return html.table(head, [_row(name, now, cost, run) for name in ROWS], "Figures of the chosen cut")
+
+
+def front(report: CutReport) -> str:
+    """The cuts that nothing beats, one of each that cost the same, as a table that opens."""
+    kept = {(cost.start, cost.end) for cost in report.front}
+    groups = [group for group in distinct(report.costs).values() if any((c.start, c.end) in kept for c in group)]
+    rows = [(_range(group[0]), *(_shown(name, group[0]) for name in ROWS)) for group in groups]
+    inner = html.table(html.head_row("Trunk layers", *ROWS), rows, "Cuts that nothing beats")
+    return html.folded(f"Cuts that nothing beats, as a table: {len(rows)}", inner)
+
+
+def progress(step: Step) -> str:
+    """How far a measurement is."""
+    label = escape(step.label)
+    if not step.total:
+        return f'<div class="sl-progress"><span>{label}</span></div>'
+    bar = f'<progress value="{step.done:g}" max="{step.total:g}" aria-label="Progress"></progress>'
+    return f'<div class="sl-progress"><span>{label}: {step.done:g} of {step.total:g} runs</span>{bar}</div>'
+
+
+def said(text: str) -> str:
+    """One line on what happened."""
+    return f'<div class="sl-note">{escape(text)}</div>' if text else ""
+
+
+ROWS = {
+    "TPOT": ("tpot_s", seconds),
+    "TTFT": ("ttft_s", seconds),
+    "Client memory": ("client_memory_bytes", size),
+    "Trunk memory": ("trunk_memory_bytes", size),
+    "Trunk KV cache": ("trunk_kv_bytes", size),
+    "Bytes up, a token": ("bytes_up", size),
+    "Bytes down, a token": ("bytes_down", size),
+    "Client computes": ("client_compute_share", lambda share: f"{share:.0%}"),
+}
+"""The figures of a cut: the fields of CutCost and of CutRun, and how they are written."""
+
+
+def _row(name: str, now: CutCost, cost: CutCost, run: CutRun | None) -> Sequence[str]:
+    field, shown = ROWS[name]
+    found = getattr(run, field, None)
+    measured = MISSING if found is None else shown(found)
+    return name, _shown(name, now), _shown(name, cost), measured, ratio(found, getattr(cost, field))
+
+
+def _shown(name: str, cost: CutCost) -> str:
+    field, shown = ROWS[name]
+    return shown(getattr(cost, field))
+
+
+def _range(cost: CutCost) -> str:
+    return f"[{cost.start}, {cost.end})"

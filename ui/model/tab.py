@@ -1,0 +1,287 @@
+"""The tab "Model and cut": what the model is made of, what each cut of it costs, and a cut for the comparison."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from splitlearn.errors import InputError, SplitlearnError
+from splitlearn.link.emulated import NONE
+from splitlearn.link.words import PRESETS
+from splitlearn.models.plan import SplitPlan
+from splitlearn.planning.anatomy import Anatomy
+from splitlearn.runtime.progress import Step
+from ui import html
+from ui.flags.picker import Updates
+from ui.model import cuts, view
+from ui.model.actions import USUAL_CONTEXT, Planner, Question
+from ui.model.pareto import PRESS, pareto
+from ui.model.picture import DRAG, picture
+from ui.visitors import visitor
+
+NAME = "Model and cut"
+LABELS = {"start": "Trunk begins at layer", "end": "Trunk ends before layer", "context": "Context, tokens"}
+LABELS |= {"memory": "Client memory limit, MB", "link": "Link"}
+WHAT = (
+    "The client keeps the embeddings, the layers outside the cuts, the final norm and the LM head. The trunk server "
+    "has the layers between the cuts and their KV cache. Drag a cut, or use the fields."
+)
+ALL = (
+    "Lower is faster, further left is a smaller client. Press a point to choose its cut; the arrow keys go from point "
+    "to point."
+)
+SPEAKS = "element.setAttribute('role', 'status')"
+LIVE: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+
+
+class ModelTab:
+    """Made inside `tab`; `connect` makes it live."""
+
+    def __init__(self, planner: Planner, tab: Any) -> None:
+        self.planner, self.tab = planner, tab
+        self.fields: dict[str, Any] = {}
+        gr.HTML(f'<h2>The model</h2><p class="sl-small">{WHAT}</p>', elem_classes="sl-report")
+        self.picture = gr.HTML("", js_on_load=DRAG, elem_id="model-picture")
+        self._range()
+        self.error = gr.HTML("", elem_id="model-error")
+        self.facts = gr.HTML("", elem_id="model-facts")
+        self.parts = gr.HTML("", elem_id="model-parts")
+        gr.HTML("<h2>Where to cut</h2>", elem_classes="sl-report")
+        self._client()
+        self._buttons()
+        self.advice = gr.HTML(cuts.empty(), elem_id="model-advice")
+        self._cuts()
+
+    def _range(self) -> None:
+        with gr.Row():
+            for name, info in (
+                ("start", "The client has the layers before it."),
+                ("end", "The client has this layer and those behind it."),
+            ):
+                self.fields[name] = gr.Slider(
+                    0,
+                    1,
+                    value=0,
+                    step=1,
+                    label=LABELS[name],
+                    info=info,
+                    min_width=260,
+                    buttons=[],
+                    elem_id=f"model-{name}",
+                )
+
+    def _client(self) -> None:
+        infos = {
+            "context": "Prompt and answer: what the KV caches hold.",
+            "memory": "What a client process may take, libraries included. Empty: no limit.",
+        }
+        with gr.Row():
+            for name, info in infos.items():
+                self.fields[name] = gr.Textbox(
+                    "", label=LABELS[name], info=info, min_width=240, elem_id=f"model-{name}"
+                )
+            self.fields["link"] = gr.Dropdown(
+                [(preset.label, name) for name, preset in PRESETS.items()],
+                value=self.planner.runs.config.trunk.link or NONE,
+                allow_custom_value=True,
+                label=LABELS["link"],
+                info="Predictions are for it; or words such as rtt=50ms,up=10mbit,down=100mbit.",
+                min_width=240,
+                elem_id="model-link",
+            )
+
+    def _buttons(self) -> None:
+        with gr.Row():
+            self.measure = gr.Button("Measure this machine", variant="primary", min_width=180, elem_id="model-measure")
+            self.measure_cut = gr.Button("Measure this cut", min_width=160, elem_id="model-measure-cut")
+            self.adopt = gr.Button("Adopt this cut", min_width=160, elem_id="model-adopt")
+            self.stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="model-stop")
+        self.status = gr.HTML("", js_on_load=SPEAKS, elem_id="model-status")
+
+    def _cuts(self) -> None:
+        with gr.Column(visible=False) as self.known:
+            self.chosen = gr.HTML("", elem_id="model-chosen")
+            gr.HTML(f'<h3>All cuts</h3><p class="sl-small">{ALL}</p>', elem_classes="sl-report")
+            self.pareto = gr.HTML("", js_on_load=PRESS, elem_id="model-pareto")
+            self.front = gr.HTML("", elem_id="model-front")
+        self.yaml = gr.Textbox(
+            "",
+            label="The chosen cut for config.yaml",
+            info="Adopt is for this page and until it ends. These lines are for every start, and for a trunk server.",
+            lines=3,
+            interactive=False,
+            buttons=["copy"],
+            elem_id="model-yaml",
+        )
+
+    def connect(self, words: Any, look: Callable[[], Updates], looked: list[Any]) -> None:
+        """Make it live. `words` are the chosen flags; `look` draws, in `looked`, what the rest of the page says of the
+        split."""
+        self.words = words
+        ends = [self.fields["start"], self.fields["end"]]
+        given, drawn = {*self.fields.values(), words}, [*self._drawings, self.error]
+        self.tab.select(self._come, given, [*drawn, *ends, self.fields["context"]], concurrency_limit=None, **LIVE)
+        for name, other in (("start", "end"), ("end", "start")):
+            moved = partial(self._moved, name)
+            gr.on([self.fields[name].input], moved, given, [*drawn, self.fields[other]], **LIVE)
+        for shown in (self.picture, self.pareto):
+            shown.cut(self._picked, given, [*drawn, *ends], **LIVE)
+        typed = [each for name in ("context", "memory") for each in _ways(self.fields[name])]
+        typed += [self.fields["link"].input]
+        gr.on(typed, self._draw, given, drawn, **LIVE)
+        self._run(self.measure, self._measure, given, drawn)
+        self._run(self.measure_cut, self._measure_cut, given, drawn)
+        adopted = self._run(self.adopt, self._adopt, given, drawn)
+        adopted.then(look, None, looked, show_progress="hidden", api_visibility="private")
+        self.stop.click(self._stop, None, self.stop, queue=False, show_progress="hidden", api_visibility="private")
+
+    @property
+    def _drawings(self) -> list[Any]:
+        cut = [self.picture, self.facts, self.parts, self.yaml]
+        return [*cut, self.advice, self.known, self.chosen, self.pareto, self.front]
+
+    @property
+    def _actions(self) -> list[Any]:
+        return [self.measure, self.measure_cut, self.adopt, self.stop]
+
+    def _run(self, button: Any, run: Callable[..., Any], given: set[Any], drawn: list[Any]) -> Any:
+        """Begin at once, run when no other run is under way, and set the buttons back whatever happened."""
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        begun = button.click(self._begin, None, [*self._actions, self.status, self.error], queue=False, **quiet)
+        ran = begun.then(run, given, [*drawn, self.status], concurrency_id="runs", concurrency_limit=1, **quiet)
+        return ran.then(self._end, None, self._actions, queue=False, **quiet)
+
+    def _enabled(self, running: bool) -> Updates:
+        return {each: gr.Button(interactive=running == (each is self.stop)) for each in self._actions}
+
+    def _begin(self, request: gr.Request) -> Updates:
+        place = self.planner.begin(visitor(request))
+        said = f"Another visitor's run is under way. You are number {place} in line." if place else "Beginning"
+        return {**self._enabled(running=True), self.status: cuts.progress(Step(said)), self.error: ""}
+
+    def _end(self, request: gr.Request) -> Updates:
+        self.planner.line.leave(visitor(request))
+        return self._enabled(running=False)
+
+    def _stop(self, request: gr.Request) -> Any:
+        self.planner.stops.stop(visitor(request))
+        return gr.Button(interactive=False)
+
+    async def _come(self, given: dict[Any, Any]) -> AsyncIterator[Updates]:
+        """The tab was opened: read the model, and show the cut that is compared unless another one is chosen."""
+        if not self.planner.is_read:
+            yield {self.facts: cuts.said("Reading what the model is made of: some seconds, once.")}
+        try:
+            anatomy = await asyncio.to_thread(self.planner.anatomy)
+        except SplitlearnError as error:
+            yield {self.facts: "", self.error: html.error(str(error))}
+            return
+        yield await asyncio.to_thread(self._first, anatomy, given)
+
+    def _first(self, anatomy: Anatomy, given: Mapping[Any, Any]) -> Updates:
+        n, plan, context = anatomy.n_layers, self.planner.runs.plan, self.fields["context"]
+        fresh = not given[context]
+        values = dict(given)
+        if fresh:
+            usual = str(min(USUAL_CONTEXT, view.context_of(anatomy)))
+            values |= {self.fields["start"]: plan.start, self.fields["end"]: plan.end, context: usual}
+        start, end = values[self.fields["start"]], values[self.fields["end"]]
+        return {
+            **self._draw(values),
+            self.facts: view.facts(anatomy),
+            self.fields["start"]: gr.Slider(value=start, minimum=0, maximum=n - 1),
+            self.fields["end"]: gr.Slider(value=end, minimum=1, maximum=n),
+            context: values[context],
+        }
+
+    def _moved(self, name: str, given: dict[Any, Any]) -> Updates:
+        """One end was moved: the other one gives way."""
+        start, end = self.fields["start"], self.fields["end"]
+        values = dict(given)
+        if isinstance(given[start], int) and isinstance(given[end], int) and given[start] >= given[end]:
+            values |= {end: given[start] + 1} if name == "start" else {start: given[end] - 1}
+        other = end if name == "start" else start
+        return {**self._draw(values), other: values[other]}
+
+    def _picked(self, given: dict[Any, Any], event: gr.EventData) -> Updates:
+        """A cut was dragged, or a point pressed. What the browser says is checked as what is typed."""
+        try:
+            values = {**given, self.fields["start"]: event.start, self.fields["end"]: event.end}
+            plan = self._question(values).plan
+        except (AttributeError, TypeError, SplitlearnError) as error:
+            return {self.error: html.error(str(error))}
+        return {**self._draw(values), self.fields["start"]: plan.start, self.fields["end"]: plan.end}
+
+    def _question(self, given: Mapping[Any, Any]) -> Question:
+        try:
+            return self.planner.question({name: given[field] for name, field in self.fields.items()})
+        except InputError as error:  # by the words that stand at the field
+            raise InputError(LABELS.get(error.field, error.field), error.value, error.expected) from error
+
+    def _draw(self, given: Mapping[Any, Any]) -> Updates:
+        """The picture and the figures for what the fields say."""
+        try:
+            question = self._question(given)
+            report = self.planner.report(question)
+        except SplitlearnError as error:
+            return {self.error: html.error(str(error))}
+        anatomy, plan, measured = self.planner.anatomy(), question.plan, self.planner.measured
+        size = float(anatomy.hidden_size * anatomy.bytes_per_value)
+        up, down = (report.rates.bytes_up, report.rates.bytes_down) if report else (size, size)
+        shown: Updates = {
+            self.error: "",
+            self.picture: picture(anatomy, plan, up, down),
+            self.parts: view.parts(anatomy, plan),
+            self.yaml: f"split:\n  start: {plan.start}\n  end: {plan.end}",
+        }
+        if report is None or measured is None:
+            return shown
+        other = given[self.words] != measured.words
+        return {
+            **shown,
+            self.advice: cuts.advice(report, measured.words, measured.at_s, other),
+            self.known: gr.Column(visible=True),
+            self.chosen: cuts.chosen(report, plan),
+            self.pareto: pareto(report, plan),
+            self.front: cuts.front(report),
+        }
+
+    def _measure(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+        yield from self._follow(given, lambda: self.planner.measure(given[self.words] or "", visitor(request)))
+
+    def _measure_cut(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+        yield from self._follow(
+            given,
+            lambda: self.planner.measure_cut(self._question(given), given[self.words] or "", visitor(request)),
+        )
+
+    def _follow(self, given: dict[Any, Any], begin: Callable[[], Iterator[Step]]) -> Iterator[Updates]:
+        try:
+            for step in begin():
+                yield {self.status: cuts.progress(step)}
+        except SplitlearnError as error:
+            yield {self.status: "", self.error: html.error(str(error))}
+            return
+        yield {**self._draw(given), self.status: ""}
+
+    def _adopt(self, given: dict[Any, Any]) -> Updates:
+        try:
+            plan = self._question(given).plan
+            self.planner.adopt(plan)
+        except SplitlearnError as error:
+            return {self.status: "", self.error: html.error(str(error))}
+        return {**self._draw(given), self.status: cuts.said(_adopted(plan))}
+
+
+def _adopted(plan: SplitPlan) -> str:
+    return (
+        f"From now on the trunk has layers [{plan.start}, {plan.end}), for every visitor of this page until the "
+        "program ends. The next comparison loads both arms first."
+    )
+
+
+def _ways(field: Any) -> list[Any]:
+    """How a typed value is given."""
+    return [field.submit, field.blur]
