@@ -20,6 +20,7 @@ from splitlearn.errors import InputError, TrunkUnavailable, WorkerDied, WorkFail
 from splitlearn.events import Done, GenerationRequest, TokenEvent
 from splitlearn.flags.selection import FlagSet
 from splitlearn.lab.environment import trunk_pid
+from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.progress import silent
 from splitlearn.sampling import SamplingParams
 from tests.conftest import TinyFactory
@@ -209,6 +210,27 @@ def test_a_trunk_elsewhere_that_is_started_again_serves_the_same_client(files: M
                     report(made, "split", flags=OWN_FLAGS)
             trunk.start()
             assert eventually(lambda: found_again(made) == wanted, 30)
+
+
+def test_another_cut_gives_the_same_tokens_from_a_trunk_with_those_layers(files: ModelFiles) -> None:
+    with Runs(config.parse(settings(files)), silent) as runs:
+        before, there, running = report(runs, "split"), runs.describe_trunk(), set(forks_of())
+        assert (there.start, there.end) != (1, 5)
+        runs.split_at(SplitPlan(1, 5, files.n_layers))
+        after, there = report(runs, "split"), runs.describe_trunk()
+        assert (there.start, there.end) == (1, 5)
+        assert after.metrics.token_ids == before.metrics.token_ids
+        assert len(set(forks_of()) - running) == 2  # a worker and a trunk
+        assert len([each for each in running if each.is_running()]) <= len(running) - 2  # those of the cut before
+
+
+def test_a_trunk_elsewhere_is_not_cut_differently(files: ModelFiles) -> None:
+    parsed = config.with_trunk(config.parse(settings(files)), "127.0.0.1:1")
+    with Runs(parsed, silent) as runs:
+        plan = runs.plan
+        with pytest.raises(InputError, match=f"cut: '1:5' .*{plan.start}:{plan.end}, the layers that the trunk"):
+            runs.split_at(SplitPlan(1, 5, files.n_layers))
+        assert runs.plan == plan
 
 
 def test_an_input_error_leaves_the_worker_as_it_is(runs: Runs) -> None:

@@ -137,9 +137,8 @@ def split_facts(config: Config, model: Model | None) -> str:
     where = "started by this program" if trunk.embedded else f"at {' or '.join(trunk.address)}"
     client = f"[0, {plan.start}) and [{plan.end}, {plan.n_layers})"
     said = f"Split: the client has layers {client}, the trunk [{plan.start}, {plan.end}). Trunk server {where}."
-    return small(
-        f"{said} config.yaml sets both; the tab Model and cut takes another cut. This program may use {cgroups.machine()}."
-    )
+    how = "config.yaml sets both; the tab Model and cut takes another cut."
+    return small(f"{said} {how} This program may use {cgroups.machine()}.")
 
 
 def startup(parts: Mapping[str, Part], running: bool) -> str:
