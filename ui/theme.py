@@ -86,7 +86,7 @@ PAGE = """
 .sl-tiles dd { margin: 0; font-size: 1.1rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .sl-tiles dd small { font-weight: 400; font-size: .75rem; color: var(--body-text-color-subdued); }
 .sl-card .sl-tiles dd { white-space: nowrap; }
-.sl-hero { grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); }
+.sl-hero { grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); }
 .sl-hero .sl-big dd { font-size: 1.9rem; line-height: 1.1; }
 .sl-hero .sl-big small { display: block; line-height: 1.4; }
 .sl-server .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); }

@@ -225,6 +225,10 @@ def test_a_trunk_killed_in_the_middle_is_started_again_and_its_answer_goes_on(pa
     fold_out(page, "settings")
     setting(page, "max_new_tokens", "450")
     page.get_by_label("Ignore the end token").check()
+    page.locator("#pairs").get_by_label("1", exact=True).check()
+    fold_out(page, "flags")
+    page.get_by_label("none", exact=True).check()  # without a KV cache the run takes many seconds
+    expect(page.locator("#flag-words textarea, #flag-words input")).to_have_value("none")
     page.locator("#compare").click()
     expect(page.locator("#split section")).to_have_attribute("data-state", "running", timeout=RUN_MS)
     expect(page.locator("#split section[data-state=running] .sl-answer")).to_contain_text(re.compile(r"\w"))
@@ -242,7 +246,7 @@ def test_nothing_scrolls_sideways_and_the_figures_come_early(
     page = open_page(browser, url, width, height)
     compares(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    top = page.locator("#full .sl-tiles").bounding_box()
+    top = page.locator("#result .sl-tiles").bounding_box()
     assert top is not None
     assert top["y"] + top["height"] < height
     page.close()

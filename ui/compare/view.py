@@ -186,7 +186,9 @@ def _answer(arm: ArmView) -> str:
 
 def _recoveries(arm: ArmView) -> str:
     """A sentence for each time that the trunk was lost and found again."""
-    said = " ".join(recovery_sentence(*recovered) for each in arm.samples for recovered in each.recoveries)
+    runs = [sample for report in arm.reports for sample in report.samples]
+    now = [] if any(arm.metrics is run for run in runs) else list(arm.samples)
+    said = " ".join(recovery_sentence(*recovered) for each in (*runs, *now) for recovered in each.recoveries)
     return f'<p class="sl-small" role="status">{escape(said)}</p>' if said else ""
 
 
