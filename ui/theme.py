@@ -47,7 +47,7 @@ PAGE = """
 #startup:not(:has(.sl-note, .sl-error)), #split-facts:not(:has(p)) {
   display: none; }
 .sl-title h1 { font-size: 1.5rem; letter-spacing: -.02em; margin: 0; }
-.gradio-container .form { background: transparent; border: 0; }
+.gradio-container .form { background: transparent; border: 0; gap: var(--sl-gap); }
 .gradio-container .html-container h2 { font-size: 1.15rem; margin: 0; }
 .gradio-container .html-container h3 { font-size: 1rem; margin: 12px 0 4px; }
 .sl-facts, .sl-small { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0; overflow-wrap: anywhere; }
@@ -116,7 +116,7 @@ PAGE = """
 .sl-verdict { margin: 0; font-size: 1.05rem; font-weight: 600; overflow-wrap: anywhere; }
 .sl-same { color: #166534; } .dark .sl-same { color: #86efac; }
 .sl-differ { color: #9a3412; } .dark .sl-differ { color: #fdba74; }
-.sl-scroll { overflow-x: auto; margin: 8px 0; }
+.sl-scroll { overflow-x: auto; margin: 8px 0; contain: inline-size; } /* a wide table widens nothing around it */
 .sl-table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 .sl-table th, .sl-table td { border: 1px solid var(--sl-line); padding: 4px 8px; text-align: left;
   color: var(--body-text-color); }

@@ -12,7 +12,7 @@ CSS = """
 .sl-parts .sl-cut { cursor: ew-resize; touch-action: none; }
 .sl-swatch.sl-client { background: var(--sl-client); } .sl-swatch.sl-trunk { background: var(--sl-trunk); }
 #model-facts .sl-tiles { grid-template-columns: repeat(auto-fill, minmax(min(100%, 200px), 1fr)); }
-.sl-advice p { margin: 0 0 6px; font-size: 1.05rem; font-weight: 600; overflow-wrap: anywhere; }
+.sl-advice p:not(.sl-small) { margin: 0 0 6px; font-size: 1.05rem; font-weight: 600; overflow-wrap: anywhere; }
 .sl-pareto > svg { display: block; width: 100%; height: 300px; overflow: visible; font-size: 12px; }
 .sl-pareto svg text { fill: var(--body-text-color); font-variant-numeric: tabular-nums; }
 .sl-pareto svg line { stroke: var(--sl-line); }
