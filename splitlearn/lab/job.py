@@ -16,6 +16,7 @@ from splitlearn.errors import SplitlearnError, as_error
 from splitlearn.lab.analysis.findings import Findings, findings_of
 from splitlearn.lab.analysis.pairing import ServiceLevel
 from splitlearn.lab.experiment import Experiment, ExperimentProgress, exclusive
+from splitlearn.lab.preflight import Preflight, preflight
 from splitlearn.lab.report import exports
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import FILE, Store
@@ -30,8 +31,8 @@ SETTLE_S = 0.15
 class JobStatus:
     """An experiment of this process at one moment.
 
-    `findings` covers the runs so far. `ended` is "" while it runs, then how it ended. `error` is why it broke
-    off.
+    `findings` covers the runs so far; `flags_table(findings)` is its view. `ended` is "" while it runs,
+    then how it ended. `error` is why it broke off.
     """
 
     folder: Path
@@ -72,6 +73,10 @@ class Job:
     def latest(self) -> JobStatus | None:
         """The running experiment, or the last one; None before the first."""
         return self._status
+
+    def preflight(self, request: ExperimentRequest) -> Preflight:
+        """What the experiment would take; looks for a second how busy the machine is. Raises as `start`."""
+        return preflight(self.runs, setup(self.runs, request, ""))
 
     def start(self, request: ExperimentRequest) -> None:
         """Begin an experiment. Raises InputError for an impossible request, SetupError while another one runs."""

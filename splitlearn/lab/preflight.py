@@ -64,7 +64,7 @@ class Preflight:
 def preflight(runs: Runs, setup: Setup) -> Preflight:
     """What the experiment of `setup` will take on this machine now."""
     arms, weights = setup.plan.arms, runs.files.weights.stat().st_size
-    processes = Counter(process_of(runs, arm) for arm in arms)
+    processes = Counter(_process_of(runs, arm) for arm in arms)
     token_s = weights / READ_BYTES_S
     loading_s = len(processes) * (LOAD_S + LOAD_READS * token_s)
     first_s = loading_s + sum(
@@ -86,7 +86,7 @@ def preflight(runs: Runs, setup: Setup) -> Preflight:
     )
 
 
-def process_of(runs: Runs, arm: Arm) -> tuple[object, ...]:
+def _process_of(runs: Runs, arm: Arm) -> tuple[object, ...]:
     """What tells the arm's worker process from others; split arms also differ by their trunk's flags."""
     flags = runs.spec(arm.kind, arm.flags).loaded().flags
     return arm.kind, flags, arm.copy
