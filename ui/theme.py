@@ -102,6 +102,7 @@ PAGE = """
 /* Reversed, the box stays scrolled to its end while text comes in. */
 .sl-answer { display: flex; flex-direction: column-reverse; justify-content: flex-end; min-height: 7rem;
   max-height: 22rem; overflow-y: auto; }
+mark { background: #fde68a; color: #1e293b; border-radius: 3px; }
 .sl-prompt { margin-top: .5rem; font-size: .85rem; }
 .sl-seen { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow-y: auto; margin-top: .5rem; }
 .sl-answer > div { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: auto; line-height: 1.5; }

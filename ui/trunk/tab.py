@@ -28,7 +28,9 @@ class ServerTab:
             with gr.Row():
                 for title in pair:
                     name = f"server-{title.split()[0].lower()}"
-                    self.plots[title] = gr.Plot(show_label=False, container=False, min_width=320, elem_id=name)
+                    self.plots[title] = gr.Plot(
+                        show_label=False, container=False, min_width=320, elem_id=name, visible=False
+                    )
 
     def connect(self, tabs: Any) -> None:
         """The timer runs while this tab of `tabs` is the one that is seen."""
@@ -52,5 +54,5 @@ class ServerTab:
             while self._monitor.measuring():
                 await asyncio.sleep(LOOK_S)
         shown = await asyncio.to_thread(self._monitor.see)
-        plots = {plot: gr.Plot(view.picture(shown, title)) for title, plot in self.plots.items()}
+        plots = {plot: gr.Plot(view.picture(shown, title), visible=True) for title, plot in self.plots.items()}
         yield {self.card: view.card(shown), **plots}
