@@ -1,4 +1,4 @@
-"""What a model, its tokenizer and this machine allow: found by a child process, so that this one needs no torch."""
+"""What a model, its tokenizer and this machine allow. A child process finds it, so that this one needs no torch."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from splitlearn.runtime import process
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about. `device` and `dtype` are the config's names, `chat` what prompts are given as."""
+    """What is asked about. `device` and `dtype` are the config's names, `chat` its `generation.chat`."""
 
     files: ModelFiles
     draft: ModelFiles | None
@@ -28,9 +28,10 @@ class Capabilities:
     kv_bytes: tuple[int, ...]
 
 
-def find(question: Question) -> Capabilities:
-    """The answer. Raises InputError for a device that is not there, a chat template that the model does not have and a
-    draft model with another vocabulary, ModelError for a tokenizer or a template that cannot be used."""
+def ask(question: Question) -> Capabilities:
+    """The answer of a new child process: seconds. Raises InputError for a device that is not there, a chat template
+    that the model does not have and a draft model with another vocabulary, ModelError for a tokenizer or a template
+    that cannot be used."""
     found: Capabilities = process.ask(
         "The process that reads the model", "splitlearn.arms.capabilities_main:answer", question
     )

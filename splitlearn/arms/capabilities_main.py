@@ -1,4 +1,4 @@
-"""The child process behind `capabilities.find`: it has torch and transformers."""
+"""The child process behind `capabilities.ask`: it has torch and transformers."""
 
 from dataclasses import replace
 from multiprocessing.connection import Connection

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from splitlearn.arms import capabilities
-from splitlearn.arms.capabilities import Capabilities
+from splitlearn.arms import capabilities_cache
+from splitlearn.arms.capabilities import Capabilities, Question
 from splitlearn.checkpoints import catalogue
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.config import Config
 from splitlearn.errors import InputError
 from splitlearn.models.plan import SplitPlan
-from splitlearn.runtime.progress import Progress, Step
+from splitlearn.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,9 @@ class Model:
         Raises InputError and ModelError."""
         files, draft = catalogue.prepare(config.model, progress), _draft(config, progress)
         plan = SplitPlan.of(config.split.start, config.split.end, files.n_layers)
-        progress(Step("Reading the model's tokenizer and settings"))
         model = config.model
-        question = capabilities.Question(files, draft, model.device, model.dtype, config.generation.chat)
-        return cls(files, draft, plan, capabilities.find(question))
+        question = Question(files, draft, model.device, model.dtype, config.generation.chat)
+        return cls(files, draft, plan, capabilities_cache.find(question, catalogue.cache_folder(model), progress))
 
     def trunk_kv_bytes(self) -> int:
         """What a token takes in the trunk's KV cache."""

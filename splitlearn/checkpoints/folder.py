@@ -13,14 +13,13 @@ same model have the same digest, wherever the folder is.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from splitlearn.errors import WeightsDamaged
-from splitlearn.runtime import private_apis
+from splitlearn.runtime import atomic_file, private_apis
 from splitlearn.runtime.progress import Progress, Step
 
 FORMAT = 1
@@ -184,11 +183,7 @@ def _note_times(folder: Path, manifest: dict[str, dict[str, dict[str, object]]],
 
 
 def _write(folder: Path, manifest: Mapping[str, object]) -> None:
-    """Replace the manifest in one step, so that a reader never sees half of it."""
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{MANIFEST}", delete=False, encoding="utf-8") as draft:
-        json.dump(manifest, draft, indent=2)
-    Path(draft.name).chmod(0o644)  # a temporary file is the owner's alone; containers share this folder between users
-    Path(draft.name).replace(folder / MANIFEST)
+    atomic_file.write(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 
 def _scaled(length: int | None, config: Mapping[str, Any]) -> int | None:

@@ -48,8 +48,13 @@ def describe() -> dict[str, Any]:
 def vector_instructions(cpuinfo: Path = CPUINFO) -> str | None:
     """The widest vector instructions of this processor: avx512 or avx2; None for another one, or where Linux's
     /proc/cpuinfo does not say."""
-    flags = set(_line_of(cpuinfo, "flags").split())
+    flags = set(instruction_sets(cpuinfo).split())
     return "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else None
+
+
+def instruction_sets(cpuinfo: Path = CPUINFO) -> str:
+    """The processor's instruction sets, as Linux names them; empty where it does not say."""
+    return _line_of(cpuinfo, "flags") or _line_of(cpuinfo, "Features")  # x86, Arm
 
 
 def usable(found: Mapping[str, Any]) -> str:
