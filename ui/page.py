@@ -21,6 +21,7 @@ from ui.model.tab import ModelTab
 from ui.trunk.tab import NAME, ServerTab
 from ui.visitors import visitor
 
+LAB_FLAGS_HELP = "In words, as chosen on the Answers tab until you type others here: each of them is measured."
 TICK_S = 0.5
 POLL_S = 0.1
 # Calls that wait for their turn, of all visitors.
@@ -57,6 +58,9 @@ class Page:
             with gr.Tab(MODEL_TAB, id="model") as tab:
                 self.model = ModelTab(self.handlers.planner, tab)
             with gr.Tab("Lab", id="lab") as tab:
+                self.lab_flags = gr.Textbox(
+                    self.runs.config.flags, label="Flags", info=LAB_FLAGS_HELP, elem_id="lab-flags", max_lines=1
+                )
                 self.lab_error = gr.HTML("", elem_id="lab-error")
                 self.lab = LabTab(self.handlers.lab, tab, self.runs.config.generation)
             with gr.Tab(NAME, id="server"):
@@ -80,7 +84,10 @@ class Page:
         # What is being loaded is shown again: a comparison may load more.
         answers.compare.click(lambda: gr.Timer(active=True), None, self.timer, queue=False, show_progress="hidden")
         self.server.connect(self.tabs)
-        self.lab.connect(answers.picker.words, answers.fields["prompt"], self.lab_error)
+        answers.picker.words.change(
+            lambda words: words, answers.picker.words, self.lab_flags, queue=False, show_progress="hidden"
+        )
+        self.lab.connect(self.lab_flags, answers.fields["prompt"], self.lab_error)
         self.model.connect(answers.picker.words, self._read, [*seen, *read])
 
     async def _open(self) -> AsyncIterator[Updates]:

@@ -48,7 +48,7 @@ def press(browser: BrowserContext) -> str:
     """Press the one button of a fresh page, and give what it then says: its verdict, or what went wrong."""
     page = open_page(browser, PAGE)
     page.locator("#compare").click()
-    said = page.locator("#result section, #error [role=alert]").first
+    said = page.locator("#result .sl-verdict, #error [role=alert]").first
     said.wait_for(timeout=240_000)
     return said.inner_text()
 
@@ -64,7 +64,7 @@ def cut(browser: BrowserContext) -> str:
     answer.wait_for(timeout=240_000)
     compose("kill", "trunk")
     compose("start", "trunk")
-    page.locator("#result section, #error [role=alert]").first.wait_for(timeout=240_000)
+    page.locator("#result .sl-verdict, #error [role=alert]").first.wait_for(timeout=240_000)
     return "\n".join(page.locator("#result, #error, #split section").all_inner_texts())
 
 

@@ -84,9 +84,7 @@ def setting(page: Page, name: str, value: str) -> None:
 
 def ask(page: Page, pairs: str, flags: str = FLAG) -> None:
     """Everything that an experiment needs to be short."""
-    page.locator("#flags > button").click()
-    expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled()  # the flags are there
-    setting(page, "flag-words", flags)
+    setting(page, "lab-flags", flags)
     page.locator("#lab-advanced > button").click()
     page.get_by_label("A fixed number of pairs").check()
     setting(page, "lab-pairs", pairs)
@@ -98,7 +96,7 @@ def ends(page: Page, said: str) -> None:
 
 
 def error(page: Page) -> str:
-    shown = page.locator("#error .sl-error")
+    shown = page.locator("#lab-error .sl-error")
     expect(shown).to_be_visible()
     return shown.inner_text()
 
@@ -123,7 +121,7 @@ def test_before_any_experiment_a_service_level_is_checked_as_it_is_typed(page: P
     assert "decode_tps: 'many' cannot be used" in error(page)
     type_into(typed, "30")
     typed.press("Enter")
-    expect(page.locator("#error .sl-error")).to_have_count(0)
+    expect(page.locator("#lab-error .sl-error")).to_have_count(0)
 
 
 def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
@@ -180,6 +178,7 @@ def test_while_one_runs_another_is_refused_and_so_is_a_comparison_and_a_stopped_
     other.locator("#lab-start").click()
     assert "Another experiment is running" in error(other)
     expect(other.locator("#lab-progress")).to_contain_text("Measuring")
+    other.get_by_role("tab", name="Answers").click()
     setting(other, "prompt", "What I typed")
     other.locator("#compare").click()
     expect(other.locator("#error")).to_contain_text("The machine is measuring an experiment")
@@ -240,9 +239,9 @@ def asking(browser: BrowserContext, url: str) -> Iterator[Page]:
         ("lab-pairs", "x", "pairs: 'x' "),
         ("lab-delta", "5", "delta: 5.0 "),
         ("lab-tokens", "1", "max_new_tokens: 1 "),
-        ("prompt", "  ", "prompts: '' "),
-        ("flag-words", "none", "at least one flag"),
-        ("flag-words", "no_such_flag", "no_such_flag"),
+        ("prompts", "\n".join(["Why?"] * 1001), "prompts: "),
+        ("lab-flags", "none", "at least one flag"),
+        ("lab-flags", "no_such_flag", "no_such_flag"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_begun(asking: Page, folder: Path, field: str, value: str, said: str) -> None:
@@ -250,8 +249,8 @@ def test_bad_input_is_named_and_nothing_is_begun(asking: Page, folder: Path, fie
     right = asking.locator(f"#{field}").locator("input, textarea").first.input_value()
     setting(asking, field, value)
     asking.locator("#lab-start").click()
-    expect(asking.locator("#error .sl-error")).to_contain_text(said)
-    expect(asking.locator("#error .sl-error")).to_contain_text("expected")
+    expect(asking.locator("#lab-error .sl-error")).to_contain_text(said)
+    expect(asking.locator("#lab-error .sl-error")).to_contain_text("expected")
     assert sorted((folder / "lab").glob("*")) == before
     expect(asking.locator("#lab-start")).to_be_enabled()
     setting(asking, field, right)
