@@ -239,7 +239,6 @@ def asking(browser: BrowserContext, url: str) -> Iterator[Page]:
         ("lab-pairs", "x", "pairs: 'x' "),
         ("lab-delta", "5", "delta: 5.0 "),
         ("lab-tokens", "1", "max_new_tokens: 1 "),
-        ("prompts", "\n".join(["Why?"] * 1001), "prompts: "),
         ("lab-flags", "none", "at least one flag"),
         ("lab-flags", "no_such_flag", "no_such_flag"),
     ],

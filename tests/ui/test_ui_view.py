@@ -11,6 +11,7 @@ import pytest
 from splitlearn.arms.runs import ArmReport, Item, Restart, Runs
 from splitlearn.arms.spec import Kind, Texts
 from splitlearn.client.served import TrunkFacts
+from splitlearn.config import GenerationConfig
 from splitlearn.errors import InputError, SplitlearnError, TrunkUnavailable
 from splitlearn.events import Done, GenerationRequest, Recovery, TokenEvent
 from splitlearn.flags.registry import SIDES, Place
@@ -235,3 +236,10 @@ def test_what_cannot_be_used_names_its_field(field: str, value: str | None) -> N
     with pytest.raises(InputError) as caught:
         inputs.request({**TYPED, field: value})
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("lines", ["  ", "Why?\n" * 1001])
+def test_an_experiment_without_a_prompt_or_with_too_many_is_refused(lines: str) -> None:
+    typed = {**inputs.lab_at_first(GenerationConfig()), "design": "without", "limit": "decided", "prompts": lines}
+    with pytest.raises(InputError, match="prompts"):
+        inputs.asked(typed, "default", "  ")

@@ -72,7 +72,10 @@ class LabTab:
                 for name in ("minutes", "pairs", "delta", "tokens", "order_seed"):
                     self._text(name, first)
             self.fields["prompts"] = gr.Textbox(
-                first["prompts"], label="Prompts, one on each line; none: that of the Answers tab", lines=2, elem_id="prompts"
+                first["prompts"],
+                label="Prompts, one on each line; none: that of the Answers tab",
+                lines=2,
+                elem_id="prompts",
             )
         with gr.Row():
             self.start = gr.Button("Start", variant="primary", scale=3, min_width=160, elem_id="lab-start")
