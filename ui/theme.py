@@ -38,13 +38,14 @@ THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONTS)
     input_placeholder_color="*neutral_500",
 )
 
+# Gradio puts its own prefix behind every comma: a list inside :has() would look for that prefix below the element.
 PAGE = """
 :root { --sl-full: #0072b2; --sl-split: #009e73; --sl-gap: 12px; --sl-line: #cbd5e1; --sl-panel: #f8fafc; }
 .dark { --sl-full: #56b4e9; --sl-split: #2dd4a7; --sl-line: #475569; --sl-panel: #172033; }
 .gradio-container main { max-width: 1240px !important; margin: 0 auto !important; padding: 16px !important; }
 .gradio-container .html-container { padding: 0; }
 :is(#error, #flags-error, #lab-error):not(:has(.sl-error)), #share-link:not(:has(.sl-note)), #time:not(:has(section)),
-#startup:not(:has(.sl-note, .sl-error)), #split-facts:not(:has(p)) {
+#startup:not(:has(.sl-note)):not(:has(.sl-error)), #split-facts:not(:has(p)) {
   display: none; }
 .sl-title h1 { font-size: 1.5rem; letter-spacing: -.02em; margin: 0; }
 .gradio-container .form { background: transparent; border: 0; gap: var(--sl-gap); }

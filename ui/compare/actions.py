@@ -86,4 +86,7 @@ class Handlers:
             yield ComparisonView(error=str(error))
             return
         with closing(session.compare(self.runs, flags, request, stop, pairs, link)) as states:  # type: ignore[type-var]  # a generator
-            yield from states
+            for shown in states:
+                yield shown
+        if shown.pairs and shown.ended:
+            self.planner.learn(words, flags, shown.pairs, link, shown.others_cpu)

@@ -6,19 +6,29 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from splitlearn.arms.compare import Pairs
+from splitlearn.arms.runs import ArmReport
 from splitlearn.arms.startup import ANY_PROMPT, Startup
-from splitlearn.errors import InputError, SetupError
+from splitlearn.errors import InputError, SetupError, SplitlearnError
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.selection import FlagSet, parse
 from splitlearn.link.emulated import Link
 from splitlearn.models.plan import SplitPlan
 from splitlearn.planning import anatomy as planning
 from splitlearn.planning.anatomy import Anatomy
-from splitlearn.planning.costs import Rates
-from splitlearn.planning.measure import CutRun, measure_cut, measure_rates, short_request
+from splitlearn.planning.costs import CutCost, Rates, cut_cost
+from splitlearn.planning.measure import (
+    CutRun,
+    arms_of,
+    measure_cut,
+    measure_rates,
+    measured_at,
+    rates_from,
+    short_request,
+)
 from splitlearn.planning.report import CutReport, report_of
 from splitlearn.runtime.progress import Progress, Step
 from ui import inputs
@@ -28,6 +38,8 @@ from ui.visitors import Line, Stops
 
 USUAL_CONTEXT = 2048
 POLL_S = 0.1
+FEWEST, FEWEST_TOKENS = 3, 16
+"""Runs of each arm, and tokens of each run, from which rates are taken."""
 Found = TypeVar("Found")
 
 
@@ -105,6 +117,11 @@ class Planner:
             self._report = key, report_of(*about, runs)
         return self._report[1]
 
+    def short(self, question: Question, rates: Rates) -> CutCost:
+        """The chosen cut with as few tokens as the runs have: what a measured cut is held against."""
+        plan = question.plan
+        return cut_cost(self.anatomy(), rates, question.link, rates.context, plan.start, plan.end)
+
     def measure(self, words: str, visitor: str) -> Iterator[Step]:
         """Measure the rates with the flags `words`; a step for each thing worth saying."""
         stop = yield from self._ready(visitor)
@@ -114,6 +131,22 @@ class Planner:
         )
         if rates is not None:
             self.measured = Measurement(words, flags, rates, time.time())
+
+    def learn(self, words: str, flags: FlagSet, pairs: Pairs, link: Link, others_cpu: float) -> None:
+        """Take the rates from a comparison, if it shows them and nothing was measured with these flags.
+
+        It shows them when the trunk was near and kept, the client's flags are the full model's, and there were some
+        runs of some tokens.
+        """
+        runs, usable = self.runs, [*zip(pairs.full, pairs.split, strict=True)]
+        usable = [pair for pair in usable if all(_shows_rates(report) for report in pair)]
+        apart = link != Link() or "whole" in arms_of(flags) or measured_at(runs) != runs.plan
+        if apart or len(usable) < FEWEST or (self.measured and self.measured.flags == flags):
+            return
+        full, split = zip(*usable, strict=True)
+        with suppress(SplitlearnError):  # a model whose structure cannot be read: the tab says so
+            rates = rates_from(runs, self.anatomy(), flags, runs.plan, {"full": [*full], "split": [*split]})
+            self.measured = Measurement(words, flags, replace(rates, others_cpu=others_cpu), time.time())
 
     def measure_cut(self, question: Question, words: str, visitor: str) -> Iterator[Step]:
         """Run the cut of `question` with the flags of the prediction, which is measured first where there is none."""
@@ -178,6 +211,12 @@ def follow(work: Callable[[Progress], Found], stop: threading.Event) -> Generato
         stop.set()
         thread.join()
         raise
+
+
+def _shows_rates(report: ArmReport) -> bool:
+    """Whether a run of a comparison can stand for others: one sample of some tokens, and no trunk was lost."""
+    metrics = report.metrics
+    return not report.others and not metrics.recoveries and metrics.n_tokens >= FEWEST_TOKENS
 
 
 def _memory(typed: object) -> float | None:

@@ -1,7 +1,6 @@
 """Which cut to choose, as HTML: the advice, the figures of the chosen cut, and the cuts that nothing beats."""
 
 import time
-from collections.abc import Sequence
 from html import escape
 
 from splitlearn.models.plan import SplitPlan
@@ -16,7 +15,7 @@ from ui.model.pareto import distinct
 EMPTY = (
     "Here will be: whether splitting helps on these machines, where to cut, and TPOT and memory of every cut at once. "
     f"Press “Measure this machine”: full and split run {REPEATS} times each, {TOKENS} tokens a run. That is half a "
-    "minute, and more while something is still loaded."
+    "minute, and more while something is still loaded. A comparison of three runs on the Answers tab does, too."
 )
 
 
@@ -40,12 +39,19 @@ def advice(report: CutReport, words: str, at_s: float, other_words: bool) -> str
     )
 
 
-def chosen(report: CutReport, plan: SplitPlan) -> str:
-    """The chosen cut beside the one that is compared now, and what was measured of it."""
+def chosen(report: CutReport, plan: SplitPlan, short: CutCost) -> str:
+    """The chosen cut beside the one that is compared now. Once it was run: what was measured beside `short`, its
+    prediction for as few tokens as the run had."""
     cost, now = report.cost(plan.start, plan.end), report.cost(report.plan.start, report.plan.end)
     run = next((run for run in report.measured if (run.start, run.end) == (plan.start, plan.end)), None)
-    head = html.head_row("", f"compared now, {_range(now)}", f"chosen, {_range(cost)}", "chosen, measured", "off by")
-    return html.table(head, [_row(name, now, cost, run) for name in ROWS], "Figures of the chosen cut")
+    heads, rows = [f"compared now, {_range(now)}", f"chosen, {_range(cost)}"], list(ROWS)
+    beside: dict[str, tuple[str, ...]] = {name: (_shown(name, now), _shown(name, cost)) for name in rows}
+    if run is not None:
+        heads += [f"for {report.rates.context} tokens", "measured", "measured / predicted"]
+        beside = {name: (*cells, *_measured(name, short, run)) for name, cells in beside.items()}
+    return html.table(
+        html.head_row("Figure", *heads), [(name, *beside[name]) for name in rows], "Figures of the chosen cut"
+    )
 
 
 def front(report: CutReport) -> str:
@@ -84,11 +90,10 @@ ROWS = {
 """The figures of a cut: the fields of CutCost and of CutRun, and how they are written."""
 
 
-def _row(name: str, now: CutCost, cost: CutCost, run: CutRun | None) -> Sequence[str]:
+def _measured(name: str, short: CutCost, run: CutRun) -> tuple[str, str, str]:
     field, shown = ROWS[name]
-    found = getattr(run, field, None)
-    measured = MISSING if found is None else shown(found)
-    return name, _shown(name, now), _shown(name, cost), measured, ratio(found, getattr(cost, field))
+    found, predicted = getattr(run, field, None), getattr(short, field)
+    return shown(predicted), MISSING if found is None else shown(found), ratio(found, predicted)
 
 
 def _shown(name: str, cost: CutCost) -> str:

@@ -25,7 +25,7 @@ CSS = """
 .sl-ring { fill: none; stroke: var(--body-text-color); stroke-width: 2; pointer-events: none; }
 .sl-ring.sl-now { stroke-dasharray: 3 2; }
 .sl-mark { fill: none; stroke: #d55e00; stroke-width: 2; pointer-events: none; }
-#model-status:not(:has(.sl-progress, .sl-note)), #model-error:not(:has(.sl-error)),
-#model-facts:not(:has(.sl-tiles, .sl-note)) { display: none; }
+#model-status:not(:has(.sl-progress)):not(:has(.sl-note)), #model-error:not(:has(.sl-error)),
+#model-facts:not(:has(.sl-tiles)):not(:has(.sl-note)) { display: none; }
 #model-yaml textarea { font-family: ui-monospace, monospace; }
 """

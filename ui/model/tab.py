@@ -243,7 +243,7 @@ class ModelTab:
             **shown,
             self.advice: cuts.advice(report, measured.words, measured.at_s, other),
             self.known: gr.Column(visible=True),
-            self.chosen: cuts.chosen(report, plan),
+            self.chosen: cuts.chosen(report, plan, self.planner.short(question, measured.rates)),
             self.pareto: pareto(report, plan),
             self.front: cuts.front(report),
         }
