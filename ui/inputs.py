@@ -32,10 +32,15 @@ def request(typed: Mapping[str, object]) -> GenerationRequest:
         max_new_tokens=whole("max_new_tokens", typed["max_new_tokens"]),
         chat=chat(str(typed["form"])),
         ignore_eos=bool(typed["ignore_eos"]),
-        stop=tuple(line for line in str(typed["stop"] or "").splitlines() if line),
+        stop=_stops(typed["stop"]),
         sampling=sampling,
         samples=whole("samples", typed["samples"]),
     )
+
+
+def _stops(typed: object) -> tuple[str, ...]:
+    """The stop strings: a list, or one on each line of a field."""
+    return tuple(typed) if isinstance(typed, list) else tuple(line for line in str(typed or "").splitlines() if line)
 
 
 def pairs(typed: Mapping[str, object]) -> int:

@@ -9,6 +9,7 @@ from splitlearn.arms.startup import MODEL, TRUNK
 from splitlearn.errors import InputError
 from splitlearn.flags.selection import parse
 from ui import html, inputs
+from ui.api.endpoints import Api
 from ui.compare import intro, view
 from ui.compare.actions import Handlers
 from ui.compare.tab import AnswersTab
@@ -39,6 +40,9 @@ class Page:
             self._head()
             self._tabs()
             self._connect()
+            for listener in self.blocks.fns.values():  # what the page calls is the page's alone
+                listener.api_visibility = "private"
+            Api(handlers).connect()
         # Calls that go past the queue would run beside each other.
         self.blocks.queue(api_open=False, max_size=MOST_WAITING)
 

@@ -70,6 +70,11 @@ class Line:
                 self._visitors.append(visitor)
             return self._visitors.index(visitor)
 
+    def enter(self, visitor: str) -> None:
+        """Stand before all others: Gradio gave the turn to one who did not join before, a call of the API."""
+        with self._lock:
+            self._visitors = [visitor, *(other for other in self._visitors if other != visitor)]
+
     def leave(self, visitor: str) -> None:
         """The visitor's run has ended, or she has left."""
         with self._lock:

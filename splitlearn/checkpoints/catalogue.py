@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
@@ -79,6 +80,19 @@ class ModelStatus:
     folder: Path | None
     cached_bytes: int
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; licence, bytes to fetch and description are null for a model that is not of the catalogue."""
+        entry, folder = self.entry, self.folder
+        return {
+            "name": self.name,
+            "source": self.source,
+            "licence": entry and entry.licence,
+            "download_bytes": entry and entry.download_bytes,
+            "description": entry and entry.description,
+            "folder": folder and str(folder),
+            "cached_bytes": self.cached_bytes,
+        }
+
 
 def prepare(model: ModelConfig, progress: Progress) -> ModelFiles:
     """Return the checked files of the configured model; fetch and convert them first if the cache lacks them.
@@ -124,6 +138,11 @@ def catalogue_status(model: ModelConfig) -> list[ModelStatus]:
             folder = manifest.parent
             rows[folder] = _status(folder.name, source_of(folder), None, folder)
     return list(rows.values())
+
+
+def as_json(model: ModelConfig) -> dict[str, Any]:
+    """The object that `models --json` prints."""
+    return {"cache": str(cache_folder(model)), "models": [each.as_json() for each in catalogue_status(model)]}
 
 
 def cache_folder(model: ModelConfig) -> Path:
