@@ -131,7 +131,8 @@ class Page:
 
     def _leave(self, request: gr.Request) -> None:
         self.handlers.leave(visitor(request))
-        self.lab.leave(visitor(request))
+        self.lab.watches.leave(visitor(request))
+        self.answers.flag_table.watches.leave(visitor(request))
 
     def _see(self) -> Updates:
         """What goes on in the background."""

@@ -4,6 +4,7 @@ Text and buttons pass WCAG AA in light and dark, control borders 3:1, which Grad
 
 import gradio as gr
 
+from ui.flag_table import style as flag_table_style
 from ui.model import style as model_style
 
 FONTS = ["system-ui", "Segoe UI", "Roboto", "sans-serif"]  # what the machine has, in every weight
@@ -161,4 +162,4 @@ mark { background: #fde68a; color: #1e293b; border-radius: 3px; }
 .js-plotly-plot text { fill: var(--body-text-color) !important; }
 footer { display: none !important; }
 """
-CSS = PAGE + model_style.CSS
+CSS = PAGE + model_style.CSS + flag_table_style.CSS

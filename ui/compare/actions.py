@@ -57,7 +57,8 @@ class Handlers:
         """The page of that visitor was closed: end her run, and any that waits, and remove what is hers."""
         self.stops.stop(visitor)
         self.line.leave(visitor)
-        self.downloads.forget(visitor)
+        for mine in (visitor, f"{visitor} flags"):
+            self.downloads.forget(mine)
 
     def begin(self, visitor: str) -> int:
         """A comparison was asked for: what was stopped before does not stop it. Returns her place in the line."""

@@ -14,6 +14,7 @@ from ui.compare import time, view
 from ui.compare.actions import Handlers
 from ui.compare.examples import EXAMPLES
 from ui.compare.session import ArmView, ComparisonView
+from ui.flag_table.panel import FlagTable
 from ui.flags.picker import Picker, Updates
 from ui.visitors import visitor
 
@@ -55,6 +56,7 @@ class AnswersTab:
             with gr.Column(min_width=320):
                 self.split = gr.HTML(view.card(ArmView("split")), elem_id="split")
         self.time = gr.HTML("", elem_id="time")
+        self.flag_table = FlagTable(self.handlers, self.compare_flags)
 
     @property
     def drawn(self) -> list[Any]:
@@ -71,6 +73,7 @@ class AnswersTab:
         self.look = gr.HTML(html.small(EXAMPLES[0].look), elem_id="look")
         with gr.Row(elem_id="actions"):
             self.compare = gr.Button("Compare", variant="primary", scale=3, min_width=140, elem_id="compare")
+            self.compare_flags = gr.Button("Compare flags", scale=2, min_width=140, elem_id="compare-flags")
             self.stop = gr.Button("Stop", interactive=False, scale=1, min_width=80, elem_id="stop")
             self.fields["pairs"] = gr.Radio(
                 PAIRS, value=3, label="Runs of each", info=PAIRS_HELP, scale=2, min_width=240, elem_id="pairs"
@@ -108,6 +111,7 @@ class AnswersTab:
     def connect(self, tick: Any) -> None:
         """Make it live. `tick` is the timer that runs while this visitor waits for her turn."""
         self.picker.connect(self.handlers.runs)
+        self.flag_table.connect(self.fields["prompt"], self.picker.words)
         self.tick = tick
         for button, example in zip(self.examples, EXAMPLES, strict=True):
             chosen = {self.fields["prompt"]: example.prompt, self.look: html.small(example.look)}

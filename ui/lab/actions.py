@@ -40,6 +40,10 @@ class Lab:
             raise SetupError(f"There are {MOST_EXPERIMENTS} experiments in {folder}. Remove some, then start again.")
         self.job.start(inputs.asked(typed, flags, prompt))
 
+    def preflight(self, typed: Mapping[str, Any], flags: str, prompt: str) -> list[str]:
+        """What the experiment will take, in sentences. Looks a second how busy the machine is. Raises as `start`."""
+        return self.job.preflight(inputs.asked(typed, flags, prompt)).lines()
+
     def resume(self, name: str | None) -> None:
         """Go on with the experiment called `name`."""
         self.job.resume(self._folder(name))

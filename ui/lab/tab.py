@@ -5,9 +5,7 @@ It draws only when the experiment says that it has gone on, which it does betwee
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from typing import Any
-from weakref import WeakValueDictionary
 
 import gradio as gr
 
@@ -21,6 +19,7 @@ from ui import html, inputs
 from ui.flags.picker import Updates
 from ui.lab.actions import Lab, Opened
 from ui.lab.view import breakdown_key, details, progress, report, so_far
+from ui.lab.watch import Watches
 from ui.visitors import visitor
 
 HELP = (
@@ -46,18 +45,13 @@ LABELS = {
 }
 
 
-class _Watching:
-    """What tells the watch that a page began last from those before."""
-
-
 class LabTab:
     """Made inside `tab`; `connect` makes it live."""
 
     def __init__(self, lab: Lab, tab: Any, generation: GenerationConfig) -> None:
         self.lab, self.tab = lab, tab
         self.fields: dict[str, Any] = {}
-        # The watch itself holds its value, so that there are as many as there are watches.
-        self._watching: WeakValueDictionary[str, _Watching] = WeakValueDictionary()
+        self.watches = Watches(lab.job)
         self._question(inputs.lab_at_first(generation))
         self._kept(inputs.lab_at_first(generation))
         self._results()
@@ -138,10 +132,6 @@ class LabTab:
     def _controls(self) -> list[Any]:
         return [self.start, self.stop, self.resume, self.chosen, self.other]
 
-    def leave(self, gone: str) -> None:
-        """The page of that visitor was closed: what it watches goes on without it."""
-        self._watching.pop(gone, None)
-
     async def _come(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
         """The tab was opened: show what runs, or else what was chosen here, or what ran last."""
         latest = self.lab.job.latest
@@ -181,36 +171,13 @@ class LabTab:
 
     async def _follow(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
         """What the experiment says, as it says it, until it ends, the page is closed or watches anew."""
-        mine, before = _Watching(), None
-        self._watching[visitor(request)] = mine
-        async for seen in self._seen():
-            if self._watching.get(visitor(request)) is not mine:
-                return
+        before = None
+        async for seen in self.watches.follow(visitor(request)):
             if seen.ended:
                 yield await asyncio.to_thread(self._ended, seen, given, request)
             else:
                 yield self._running(before, seen)
             before = seen
-
-    async def _seen(self) -> AsyncIterator[JobStatus]:
-        """The experiment as it is now, then each time that it has gone on, to its end; nothing if there is none."""
-        loop, changed, shown = asyncio.get_running_loop(), asyncio.Event(), None
-
-        def wake() -> None:
-            with suppress(RuntimeError):  # the page has ended
-                loop.call_soon_threadsafe(changed.set)
-
-        with self.lab.job.calling(wake):
-            while shown is None or not shown.ended:
-                changed.clear()
-                latest = self.lab.job.latest
-                if latest is None:
-                    return
-                if latest is shown:
-                    await changed.wait()
-                    continue
-                shown = latest
-                yield shown
 
     def _running(self, before: JobStatus | None, seen: JobStatus) -> Updates:
         """Little is drawn: the words each time, the verdicts with each block."""

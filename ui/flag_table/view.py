@@ -1,0 +1,151 @@
+"""The flags table as HTML: what each flag brings, full beside split. Figures are those of splitlearn's flags_table."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+
+from splitlearn.events import KINDS, Kind
+from splitlearn.lab.analysis.flags_table import ArmCells, FlagRow, FlagsTable, Ratio
+from splitlearn.metrics import LEDGER_ORDER
+from ui.format import MISSING, rate, seconds, size
+from ui.html import folded, head_row, small, table, term
+
+EMPTY = (
+    "Press Compare flags: a row for each flag, with what leaving it out costs, in full and in split. The first numbers "
+    "come within seconds, and get surer until you press Stop."
+)
+NOWHERE = "does not act here"
+WIDTH, HEIGHT = 120, 14
+LEAST_SPAN = math.log(1.25)  # the axis shows at least 0.8 to 1.25
+ORDERS = [("As listed", "listed"), ("Largest effect on TPOT first", "effect")]
+RATIO_OF = {
+    "without": "time without the flag / time with all flags; above 1, the flag helps",
+    "alone": "time with this flag alone / time without it; below 1, the flag helps",
+    "ladder": "time with the flags up to this one / time with those before",
+}
+COLUMNS: Mapping[str, tuple[str, Callable[[ArmCells], str]]] = {
+    "TTFT": ("Time to first token, median", lambda cells: seconds(cells.ttft_s)),
+    "TPOT": ("Time per output token after the first, median", lambda cells: seconds(cells.tpot_s)),
+    "TPS (request)": ("Tokens per second of the whole request", lambda cells: rate(cells.tps)),
+    "TPS (decode)": ("Tokens per second after the first: 1 / TPOT", lambda cells: rate(cells.decode_tps)),
+    "Load": ("Time to load the weights", lambda cells: seconds(cells.load_s)),
+    "Added memory": (
+        "Peak memory beyond that of the row it is compared with; of split, client and trunk",
+        lambda cells: MISSING if cells.memory_change_bytes is None else size(cells.memory_change_bytes),
+    ),
+    "n": ("Runs behind the medians", lambda cells: f"{cells.n} (first pass)" if cells.first_pass else str(cells.n)),
+}
+
+
+def section(found: FlagsTable | None, order: str = "listed") -> str:
+    """The whole of it; says what will be here while there is nothing."""
+    if found is None:
+        return f'<section class="sl-result" aria-label="Flags">{small(EMPTY)}</section>'
+    rows = _ordered(found.rows, order)
+    axis = _axis((*found.rows, *found.controls))
+    what = f"{found.model}; ratios are {RATIO_OF[found.design]}. {found.blocks} whole blocks."
+    controls = _table(found.controls, axis, "Controls") if found.controls else ""
+    changes = "".join(_change(row) for row in rows)
+    return (
+        f'<section class="sl-result sl-flag-table" aria-label="Flags">{_table(rows, axis, "Flags, full and split")}'
+        f"{small(what)}{folded('Controls: the same against the same', controls)}"
+        f"{folded('What each row changed in the time of a token, and the command that repeats it', changes)}</section>"
+    )
+
+
+def _ordered(rows: Sequence[FlagRow], order: str) -> list[FlagRow]:
+    """Baselines first; then the flags as listed, or the one whose ratio is farthest from 1."""
+    if order != "effect":
+        return list(rows)
+    return sorted(rows, key=lambda row: (row.role == "flag", -_effect(row)))
+
+
+def _effect(row: FlagRow) -> float:
+    ratios = [cells.tpot_ratio.ratio for cells in row.cells.values() if cells.tpot_ratio and cells.tpot_ratio.ratio]
+    return max((abs(math.log(ratio)) for ratio in ratios), default=0.0)
+
+
+def _axis(rows: Iterable[FlagRow]) -> tuple[float, float]:
+    """The ends of the log axis that all bars share: as wide as the data, with 1 in it."""
+    found = [cells.tpot_ratio for row in rows for cells in row.cells.values() if cells.tpot_ratio]
+    ends = [at for each in found for at in (each.ratio, each.low, each.high) if at]
+    logs = [math.log(at) for at in ends]
+    return min([-LEAST_SPAN, *logs]), max([LEAST_SPAN, *logs])
+
+
+def _table(rows: Iterable[FlagRow], axis: tuple[float, float], name: str) -> str:
+    listed = [(_name(row), *_cells(row, axis)) for row in rows]
+    groups = ["TPOT ratio", "Verdict on TPOT", "TTFT ratio", *COLUMNS]
+    head = head_row("Flags", *(f"{_column(group, name)} {kind}" for group in groups for kind in KINDS))
+    return table(head, listed, name)
+
+
+def _column(group: str, where: str) -> str:
+    about = {
+        "TPOT ratio": "Geometric mean of the pairs with its interval; the axis is logarithmic, the line is 1",
+        "Verdict on TPOT": "What the pairs say of the flag so far",
+        "TTFT ratio": "Geometric mean of the pairs with its interval",
+    }
+    return term(group, about.get(group) or COLUMNS[group][0], f"{where}-{group}")
+
+
+def _name(row: FlagRow) -> str:
+    return f'<span class="sl-row-{row.role}">{escape(row.name)}</span>'
+
+
+def _cells(row: FlagRow, axis: tuple[float, float]) -> list[str]:
+    written: list[Callable[[Kind, ArmCells], str]] = [
+        lambda kind, cells: _bar(kind, cells.tpot_ratio, axis),
+        lambda _, cells: _verdict(cells),
+        lambda _, cells: _ratio(cells.ttft_ratio),
+        *(_plain(figure) for _, figure in COLUMNS.values()),
+    ]
+    return [each(kind, row.cells[kind]) if kind in row.cells else NOWHERE for each in written for kind in KINDS]
+
+
+def _plain(figure: Callable[[ArmCells], str]) -> Callable[[Kind, ArmCells], str]:
+    return lambda _, cells: escape(figure(cells))
+
+
+def _verdict(cells: ArmCells) -> str:
+    if cells.unavailable:
+        return escape(f"unavailable: {cells.unavailable}")
+    return escape(cells.tpot_ratio.verdict) if cells.tpot_ratio else MISSING
+
+
+def _ratio(found: Ratio | None) -> str:
+    if found is None or found.ratio is None:
+        return MISSING
+    interval = "" if found.low is None or found.high is None else f" ({found.low:.2f} to {found.high:.2f})"
+    return f"{found.ratio:.2f}\N{MULTIPLICATION SIGN}{interval}"
+
+
+def _bar(kind: Kind, found: Ratio | None, axis: tuple[float, float]) -> str:
+    """The point and the interval on the log axis, with the figures."""
+    if found is None or found.ratio is None:
+        return MISSING
+
+    def x(value: float) -> float:
+        return 4 + (math.log(value) - axis[0]) / (axis[1] - axis[0]) * (WIDTH - 8)
+
+    low, high = found.low or found.ratio, found.high or found.ratio
+    middle = HEIGHT / 2
+    return (
+        f'<svg class="sl-interval sl-of-{kind}" viewBox="0 0 {WIDTH} {HEIGHT}" aria-hidden="true">'
+        f'<line class="sl-one" x1="{x(1):.1f}" x2="{x(1):.1f}" y1="0" y2="{HEIGHT}"/>'
+        f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{middle}" y2="{middle}" stroke="currentColor"/>'
+        f'<circle cx="{x(found.ratio):.1f}" cy="{middle}" r="4" fill="currentColor"/></svg>{_ratio(found)}'
+    )
+
+
+def _change(row: FlagRow) -> str:
+    """What a row changed against the one it is compared with, part by part, and its command."""
+    parts = {kind: cells.breakdown_change_us or {} for kind, cells in row.cells.items()}
+    names = [name for name in LEDGER_ORDER if any(name in of for of in parts.values())]
+    rows = [(name, *(_microseconds(parts.get(kind, {}).get(name)) for kind in KINDS)) for name in names]
+    changed = table(head_row("Part", *KINDS), rows, f"What {row.name} changed") if rows else ""
+    return f"<h3>{escape(row.name)}</h3>{changed}<pre>{escape(row.command)}</pre>"
+
+
+def _microseconds(value: float | None) -> str:
+    return MISSING if value is None else f"{value:+.0f} \N{MICRO SIGN}s"
