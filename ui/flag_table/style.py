@@ -8,5 +8,7 @@ CSS = """
 .sl-flag-table .sl-split-column { border-left: 3px solid var(--sl-split) !important; }
 .sl-interval { display: block; width: 120px; height: 14px; }
 .sl-interval .sl-one { stroke: var(--body-text-color-subdued); stroke-dasharray: 2 2; }
-.sl-interval.sl-of-full { color: var(--sl-full); } .sl-interval.sl-of-split { color: var(--sl-split); }
+.sl-interval .sl-range { stroke-width: 2; }
+.sl-of-full circle { fill: var(--sl-full); } .sl-of-full .sl-range { stroke: var(--sl-full); }
+.sl-of-split circle { fill: var(--sl-split); } .sl-of-split .sl-range { stroke: var(--sl-split); }
 """

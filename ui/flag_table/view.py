@@ -133,8 +133,8 @@ def _bar(kind: Kind, found: Ratio | None, axis: tuple[float, float]) -> str:
     return (
         f'<svg class="sl-interval sl-of-{kind}" viewBox="0 0 {WIDTH} {HEIGHT}" aria-hidden="true">'
         f'<line class="sl-one" x1="{x(1):.1f}" x2="{x(1):.1f}" y1="0" y2="{HEIGHT}"/>'
-        f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{middle}" y2="{middle}" stroke="currentColor"/>'
-        f'<circle cx="{x(found.ratio):.1f}" cy="{middle}" r="4" fill="currentColor"/></svg>{_ratio(found)}'
+        f'<line class="sl-range" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{middle}" y2="{middle}"/>'
+        f'<circle cx="{x(found.ratio):.1f}" cy="{middle}" r="4"/></svg>{_ratio(found)}'
     )
 
 
