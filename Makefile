@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTO := splitlearn/wire/trunk.proto
 
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-compose check proto docs bench clean weights chromium iptables
+.PHONY: help install run test test-compose check proto docs screenshots bench clean weights chromium iptables
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -33,6 +33,9 @@ proto: .venv/installed-test ## generate the wire protocol's Python code from tru
 
 docs: .venv/installed ## generate docs/flags.md (docs/families.md: python -m splitlearn.stages.equivalence, minutes)
 	$(BIN)/python -m splitlearn flags --markdown >docs/flags.md
+
+screenshots: .venv/installed-test weights chromium ## take the pictures of docs/tour.md from the running page (minutes)
+	$(BIN)/python -m tests.support.screenshots
 
 bench: .venv/installed-bench weights ## the side-by-side measurements of bench/
 	$(BIN)/python -m bench

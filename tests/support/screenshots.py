@@ -1,0 +1,71 @@
+"""Takes the pictures of docs/screenshots/ from the running page with the default model: `make screenshots`."""
+
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from playwright.sync_api import Page, expect
+
+from splitlearn.config import Config
+from tests.support.page import ROOT, chromium, open_page, running, write_config
+
+FOLDER = ROOT / "docs" / "screenshots"
+RUN_MS = 600_000
+SETTLED_MS = 1_500
+SIZES = {1280: 900, 390: 844}
+
+
+def compare(page: Page) -> None:
+    """A comparison to its end."""
+    page.locator("#compare").click()
+    expect(page.locator("#time section")).to_be_visible(timeout=RUN_MS)
+
+
+def flags(page: Page) -> None:
+    """The first pass of Compare flags."""
+    page.locator("#compare-flags").click()
+    expect(page.locator("#ft-progress")).to_contain_text("block 2", timeout=RUN_MS)
+    page.locator("#ft-stop").click()
+    expect(page.locator("#compare-flags")).to_be_enabled(timeout=RUN_MS)
+
+
+def model(page: Page) -> None:
+    """The model, its cuts and their costs, by the rates of this machine."""
+    page.get_by_role("tab", name="Model and cut").click()
+
+
+def lab(page: Page) -> None:
+    """The experiment that Compare flags began, in the Lab."""
+    page.get_by_role("tab", name="Lab").click()
+    expect(page.locator("#lab-report h3").first).to_be_visible(timeout=RUN_MS)
+
+
+SHOTS: Mapping[str, Callable[[Page], None]] = {"compare": compare, "flags": flags, "lab": lab, "model": model}
+
+
+def main() -> int:
+    """Each picture at each size, light and dark. What one shot did is there for the next."""
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        usual = Config()
+        config = write_config(Path(folder), flags=usual.flags, runs={"threads": None})
+        with running(config, folder=Path(folder)) as app, chromium() as browser:
+            page = open_page(browser, app.warm_url())
+            for name, act in SHOTS.items():
+                act(page)
+                _take(page, name)
+    return 0
+
+
+def _take(page: Page, name: str) -> None:
+    for width, height in SIZES.items():
+        page.set_viewport_size({"width": width, "height": height})
+        for theme in ("light", "dark"):
+            page.evaluate("theme => document.body.classList.toggle('dark', theme === 'dark')", theme)
+            page.wait_for_timeout(SETTLED_MS)  # until what is drawn has come to rest
+            page.screenshot(path=FOLDER / f"{name}-{width}-{theme}.png", full_page=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
