@@ -102,7 +102,8 @@ PAGE = """
   line-height: 1.35; white-space: normal; visibility: hidden; }
 .sl-term:hover [role=tooltip], .sl-term button:focus + [role=tooltip] { visibility: visible; }
 @media (max-width: 640px) { /* at the screen's foot, where it cannot be cut off */
-  .sl-term [role=tooltip] { position: fixed; left: 12px; right: 12px; top: auto; bottom: 12px; width: auto; max-width: none; }
+  .sl-term [role=tooltip] { position: fixed; left: 12px; right: 12px; top: auto; bottom: 12px; width: auto;
+    max-width: none; }
 }
 /* Reversed, the box stays scrolled to its end while text comes in. */
 .sl-answer { display: flex; flex-direction: column-reverse; justify-content: flex-end; min-height: 7rem;
