@@ -23,6 +23,9 @@
 Each message is one or two sentences for the user, who needs no traceback.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class SplitlearnError(Exception):
     """The root: catch this to catch all of them."""
@@ -32,7 +35,8 @@ class InputError(SplitlearnError):
     """A value that cannot be used. `field` is its name for people: a config key, an option, a wire field."""
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"{field}: {value!r} cannot be used; expected {expected}.")
+        end = "" if expected.endswith("?") else "."
+        super().__init__(f"{field}: {value!r} cannot be used; expected {expected}{end}")
         self.field = field
         self.value = value
         self.expected = expected
@@ -41,6 +45,13 @@ class InputError(SplitlearnError):
         """Pickle the three parts; a value of no plain type becomes text."""
         plain = isinstance(self.value, str | int | float | None)
         return type(self), (self.field, self.value if plain else repr(self.value), self.expected)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, to end what an InputError expects: X is the name in `known` that `word` resembles most,
+    whatever its case. Empty if it resembles none."""
+    names = {name.casefold(): name for name in known}
+    return "".join(f"; did you mean {names[near]}?" for near in get_close_matches(word.casefold(), names, n=1))
 
 
 class StepUnwanted(SplitlearnError):

@@ -27,7 +27,7 @@ from splitlearn.checkpoints import convert, download, inspection
 from splitlearn.checkpoints.download import HubSource, PipSource
 from splitlearn.checkpoints.folder import FORMAT, MANIFEST, ModelFiles, open_folder, seal, source_of
 from splitlearn.config import ModelConfig
-from splitlearn.errors import InputError, ModelError
+from splitlearn.errors import InputError, ModelError, did_you_mean
 from splitlearn.runtime.progress import Progress, Step
 
 # The most characters of a local folder's name in its cache folder's name.
@@ -165,9 +165,9 @@ def _source(name: str) -> PipSource | HubSource | Path:
         return inspection.find(here)
     if _HUB_ID.fullmatch(name):
         return HubSource(name)
-    known = ", ".join(entry.name for entry in CATALOGUE)
-    wanted = f"one of {known}, a hub id owner/name, a folder with a config.json, or a .gguf file"
-    raise InputError("model.name", name, wanted)
+    known = [entry.name for entry in CATALOGUE]
+    wanted = f"one of {', '.join(known)}, a hub id owner/name, a folder with a config.json, or a .gguf file"
+    raise InputError("model.name", name, wanted + did_you_mean(name, known))
 
 
 def _local(name: str) -> Path | None:

@@ -7,7 +7,7 @@ The words of the command line, the page and config.yaml are the same: `auto`, `d
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from splitlearn.errors import InputError
+from splitlearn.errors import InputError, did_you_mean
 from splitlearn.flags import auto
 from splitlearn.flags.auto import Rule
 from splitlearn.flags.registry import FLAGS, SIDES, Flag, Place, Side
@@ -171,7 +171,9 @@ def _side(name: str, group: str) -> Side:
     for side in SIDES:
         if side == name:
             return side
-    raise InputError("flags", group, f"groups that begin with one of: {', '.join(f'{side}:' for side in SIDES)}")
+    known = [f"{side}:" for side in SIDES]
+    expected = f"groups that begin with one of: {', '.join(known)}"
+    raise InputError("flags", group, expected + did_you_mean(f"{name}:", known))
 
 
 def _group(words: str, side: Side, available: Availability, asked: Side | None) -> frozenset[str]:
@@ -218,8 +220,9 @@ def _entry(word: str) -> tuple[str, str]:
     """One word as (flag name, its canonical text). Raises InputError for an unknown flag or choice."""
     name, equals, choice = word.partition("=")
     if name not in FLAGS:
-        known = ", ".join([*SETS, *PRESETS, *FLAGS])
-        raise InputError("flags", name, f"one of: {known}")
+        known = [*SETS, *PRESETS, *FLAGS]
+        meant = did_you_mean(name, known)
+        raise InputError("flags", name, f"a flag or a set of flags{meant}" if meant else f"one of: {', '.join(known)}")
     flag = FLAGS[name]
     if equals and choice not in flag.choices:
         raise InputError(f"flags: {name}", choice, f"one of: {', '.join(flag.choices)}")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from splitlearn.errors import InputError
+from splitlearn.errors import InputError, did_you_mean
 from splitlearn.link.emulated import NONE, WORDS, Link
 
 EXPECTED = "a preset ({}), or words such as rtt=50ms,jitter=5ms,up=10mbit,down=100mbit,loss=0.1%"
@@ -83,7 +83,7 @@ def _word(part: str, text: str, field: str) -> tuple[str, float]:
     word, _, value = part.partition("=")
     known = WORDS.get(word.strip())
     if known is None:
-        raise InputError(field, text, EXPECTED.format(", ".join(PRESETS)))
+        raise InputError(field, text, EXPECTED.format(", ".join(PRESETS)) + did_you_mean(text, PRESETS))
     name, unit = known
     found = _VALUE.fullmatch(value.strip())
     scale = _UNITS[unit].get(found[2]) if found else None

@@ -32,7 +32,9 @@ def run(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int:
     except typer.TyperException as error:
         said = " ".join(error.format_message().split()).removesuffix(".")
         said += "" if said.endswith("?") else ";"
-        raise SplitlearnError(f"{said} `{name} --help` lists what there is.") from error
+        context = getattr(error, "ctx", None)  # of the command whose option is wrong
+        command = context.command_path if context else name
+        raise SplitlearnError(f"{said} `{command} --help` lists what there is.") from error
     except typer.Abort:
         raise KeyboardInterrupt from None
     status = found() if callable(found) else found
