@@ -83,6 +83,8 @@ class Page:
             show_progress="hidden",
             concurrency_limit=None,
         )
+        table = answers.flag_table
+        self.blocks.load(table.come, None, table.drawn, show_progress="hidden", concurrency_limit=None)
         self.blocks.unload(self._leave)
         self.timer.tick(self._see, None, seen, show_progress="hidden", concurrency_limit=None)
         # What is being loaded is shown again: a comparison may load more.

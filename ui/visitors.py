@@ -81,6 +81,11 @@ class Line:
             if visitor in self._visitors:
                 self._visitors.remove(visitor)
 
+    @property
+    def taken(self) -> bool:
+        """Whether anybody runs or waits."""
+        return bool(self._visitors)
+
     def place(self, visitor: str) -> int:
         """The place of `visitor`; 0 for one who does not wait."""
         with self._lock:

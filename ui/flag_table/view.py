@@ -30,8 +30,8 @@ COLUMNS: Mapping[str, tuple[str, Callable[[ArmCells], str]]] = {
     "TPS (decode)": ("Tokens per second after the first: 1 / TPOT", lambda cells: rate(cells.decode_tps)),
     "Load": ("Time to load the weights", lambda cells: seconds(cells.load_s)),
     "Added memory": (
-        "Peak memory beyond that of the row it is compared with; of split, client and trunk",
-        lambda cells: MISSING if cells.memory_change_bytes is None else size(cells.memory_change_bytes),
+        "Peak memory beyond what the imports take; of split, client and trunk",
+        lambda cells: size(cells.added_bytes),
     ),
     "n": ("Runs behind the medians", lambda cells: f"{cells.n} (first pass)" if cells.first_pass else str(cells.n)),
 }
@@ -45,19 +45,29 @@ def section(found: FlagsTable | None, order: str = "listed") -> str:
     axis = _axis((*found.rows, *found.controls))
     what = f"{found.model}; ratios are {RATIO_OF[found.design]}. {found.blocks} whole blocks."
     controls = _table(found.controls, axis, "Controls") if found.controls else ""
-    changes = "".join(_change(row) for row in rows)
     return (
         f'<section class="sl-result sl-flag-table" aria-label="Flags">{_table(rows, axis, "Flags, full and split")}'
-        f"{small(what)}{folded('Controls: the same against the same', controls)}"
-        f"{folded('What each row changed in the time of a token, and the command that repeats it', changes)}</section>"
+        f"{small(what)}{small(_left_out(found))}{folded('Controls: the same against the same', controls)}</section>"
     )
+
+
+def changes(found: FlagsTable) -> str:
+    """For each row what it changed in the time of a token, and the command that repeats it."""
+    rows = "".join(folded(row.name, _change(row)) for row in found.rows)
+    return f"<h3>What each row changed in the time of a token, and the command that repeats it</h3>{rows}"
+
+
+def _left_out(found: FlagsTable) -> str:
+    """Which arms cannot run; the verdict has each one's reason."""
+    arms = [cells.arm for row in found.rows for cells in row.cells.values() if cells.unavailable]
+    return f"Left out: {'; '.join(arms)}. The verdict says why." if arms else ""
 
 
 def _ordered(rows: Sequence[FlagRow], order: str) -> list[FlagRow]:
     """Baselines first; then the flags as listed, or the one whose ratio is farthest from 1."""
     if order != "effect":
         return list(rows)
-    return sorted(rows, key=lambda row: (row.role == "flag", -_effect(row)))
+    return sorted(rows, key=lambda row: -_effect(row) if row.role == "flag" else -math.inf)
 
 
 def _effect(row: FlagRow) -> float:
@@ -144,7 +154,7 @@ def _change(row: FlagRow) -> str:
     names = [name for name in LEDGER_ORDER if any(name in of for of in parts.values())]
     rows = [(name, *(_microseconds(parts.get(kind, {}).get(name)) for kind in KINDS)) for name in names]
     changed = table(head_row("Part", *KINDS), rows, f"What {row.name} changed") if rows else ""
-    return f"<h3>{escape(row.name)}</h3>{changed}<pre>{escape(row.command)}</pre>"
+    return f"{changed}<pre>{escape(row.command)}</pre>"
 
 
 def _microseconds(value: float | None) -> str:

@@ -58,10 +58,10 @@ class ArmCells:
     """One row's figures for full or for split: seconds, bytes, tokens per second.
 
     `n` runs are behind the medians; `first_pass` says that it is the one of the first pass. `tps` is of the request,
-    `decode_tps` after the first token. `peak_bytes` is client and trunk together; `memory_change_bytes` against the
-    reference. `breakdown_us` has microseconds per token after the first by part, `breakdown_change_us` how much more
-    than in the reference. `others_cpu` is how many cores other programs took meanwhile (mean). `unavailable` is why the
-    arm cannot be run, or "".
+    `decode_tps` after the first token. `peak_bytes` is client and trunk together, `added_bytes` without what the
+    imports take, `memory_change_bytes` the peak's change against the reference. `breakdown_us` has microseconds per
+    token after the first by part, `breakdown_change_us` how much more than in the reference. `others_cpu` is how many
+    cores other programs took meanwhile (mean). `unavailable` is why the arm cannot be run, or "".
     """
 
     arm: str
@@ -75,6 +75,7 @@ class ArmCells:
     load_s: float | None = None
     compile_s: float | None = None
     peak_bytes: float | None = None
+    added_bytes: float | None = None
     memory_change_bytes: float | None = None
     ttft_ratio: Ratio | None = None
     tpot_ratio: Ratio | None = None
@@ -210,6 +211,7 @@ def _cells(findings: Findings, place: _Place) -> ArmCells:
         load_s=median(run.load_s for run in runs),
         compile_s=median(run.compile_s for run in runs),
         peak_bytes=median(run.peak_bytes for run in runs),
+        added_bytes=median(run.added_bytes for run in runs),
         breakdown_us=_microseconds(breakdown_per_token(runs)),
         others_cpu=fmean(run.others_cpu for run in runs),
     )
