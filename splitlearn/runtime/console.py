@@ -5,7 +5,7 @@ A module of its own since rich takes a tenth of a second to import, which a refu
 
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +13,7 @@ from rich.text import Text
 from splitlearn.runtime import terminal
 
 WIDE = 100_000
+ROOM = 8
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -30,16 +31,27 @@ class _Console(Console):
 
 
 class PlainTable(Table):
-    """A table whose cells are other people's text. Long cells fold; none is cut."""
+    """A table whose cells are other people's text. Long cells fold; none is cut.
+
+    The first column has names to be typed: it folds only where that would leave the others less than ROOM each.
+    """
 
     def __init__(self, *heads: str, **options: Any) -> None:
         super().__init__(**options)
         for head in heads:
-            self.add_column(Text(head), overflow="fold")
+            self.add_column(_for_stdout(head), overflow="fold")
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
-        """Add a row of strings, written as they are, or of rich's styled texts."""
-        super().add_row(*(Text(_for_stdout(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
+        """Add a row of strings, or of texts that have one style each. Raises TypeError for anything else."""
+        super().add_row(*map(_for_stdout, cells), **options)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw the table as wide as `options` allow."""
+        first, *others = self.columns
+        whole = max((cell.cell_len for cell in first.cells if isinstance(cell, Text)), default=0)
+        frame = 3 * len(self.columns) + 1
+        first.no_wrap = options.max_width - frame - whole >= ROOM * len(others)
+        return super().__rich_console__(console, options)
 
 
 def label_column() -> TextColumn:
@@ -58,5 +70,9 @@ def bars() -> Progress:
     return bars_on(console(stderr=True), *columns)
 
 
-def _for_stdout(text: str) -> str:
-    return terminal.visible(text) if terminal.is_terminal() else text
+def _for_stdout(cell: RenderableType | None) -> Text:
+    """The text of a cell, with its style; on a terminal with pictures in the place of control characters."""
+    if not isinstance(cell, str | Text):
+        raise TypeError(f"a cell is a string or a Text, not {type(cell).__name__}")
+    plain, style = (cell, "") if isinstance(cell, str) else (cell.plain, cell.style)
+    return Text(terminal.visible(plain) if terminal.is_terminal() else plain, style)

@@ -4,10 +4,12 @@ import io
 import logging
 import os
 import pty
+import re
 import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -15,8 +17,10 @@ from rich.text import Text
 
 from server.__main__ import main as serve
 from splitlearn.arms.compare import Comparison, Pairs
+from splitlearn.checkpoints.catalogue import CATALOGUE, ModelStatus
 from splitlearn.cli import main as command_line
 from splitlearn.cli import tables as tables
+from splitlearn.flags.registry import FLAGS
 from splitlearn.flags.selection import parse
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime import console as runtime_console
@@ -125,6 +129,41 @@ def test_a_narrow_terminal_folds_cells_and_cuts_none(stdout: Replace, monkeypatc
     table.add_row("w" * 100 + "\x1b[2J")
     runtime_console.console().print(table)
     assert out.written.count("w") == 100 and "\x1b[2J" not in out.written and "…" not in out.written
+
+
+def names_in(written: str) -> list[str]:
+    """The first column of a table, a line of a cell each."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", written)
+    return [line.split("│")[1].strip() for line in plain.splitlines() if line.startswith("│")]
+
+
+@pytest.mark.parametrize(("columns", "whole"), [("80", True), ("40", False)])
+def test_names_to_be_typed_are_all_there_and_on_one_line_where_the_terminal_has_room(
+    columns: str, whole: bool, stdout: Replace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("TERM", "xterm")
+    models = [ModelStatus(entry.name, str(entry.source), entry, None, 0) for entry in CATALOGUE]
+    for names, show in (
+        (list(FLAGS), partial(tables.print_flags, KNOWN, parse("none", KNOWN))),
+        ([entry.name for entry in CATALOGUE], partial(tables.print_models, models, Path("cache"))),
+    ):
+        out = stdout(terminal=True)
+        show()
+        found = [name for name in names_in(out.written) if name]
+        assert "".join(found) == "".join(names) and "…" not in out.written
+        assert not whole or found == names
+
+
+def test_a_reason_of_a_hostile_trunk_reaches_the_terminal_without_control_characters(
+    stdout: Replace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")  # no styles: whatever control character there is comes from the trunk
+    out = stdout(terminal=True)
+    hostile = KNOWN.with_side("trunk", dict.fromkeys(FLAGS, "no\x1b[2J \x9b2J \x1b]0;title"), KNOWN.auto["trunk"])
+    tables.print_flags(hostile, parse("none", KNOWN))
+    assert "\x1b" not in out.written and "\x9b" not in out.written
+    assert all(word in out.written for word in ("no␛[2J", "\\x9b2J", "␛]0;title"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
