@@ -51,7 +51,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, to end what an InputError expects: X is the name in `known` that `word` resembles most,
     whatever its case. Empty if it resembles none."""
     names = {name.casefold(): name for name in known}
-    return "".join(f"; did you mean {names[near]}?" for near in get_close_matches(word.casefold(), names, n=1))
+    # difflib's usual cutoff of 0.6 takes "nonsense" for "none".
+    near = get_close_matches(word.casefold(), names, n=1, cutoff=0.7)
+    return f"; did you mean {names[near[0]]}?" if near else ""
 
 
 class StepUnwanted(SplitlearnError):

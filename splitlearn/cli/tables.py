@@ -14,6 +14,7 @@ from splitlearn.checkpoints.catalogue import ModelStatus
 from splitlearn.events import TokenEvent
 from splitlearn.flags.registry import FLAGS, SIDES
 from splitlearn.flags.selection import Availability, FlagSet
+from splitlearn.flags.states import states
 from splitlearn.metrics import LEDGER_ORDER, RunMetrics, recovery_sentence, tps_of_all
 from splitlearn.runtime.console import PlainTable, console
 from splitlearn.runtime.progress import Progress, Step
@@ -83,13 +84,10 @@ def print_flags(available: Availability, applied: FlagSet) -> None:
     """The matrix of flag by side: applied, available, unavailable and why."""
     say("Flags, with config.yaml's choice")
     table = PlainTable("flag", "fidelity", *SIDES)
-    for name, flag in FLAGS.items():
-        states = []
-        for side in SIDES:
-            reason = available[side][name]
-            chosen = any(text.partition("=")[0] == name for text in applied.of(side))
-            states.append(Text(reason, "dim") if reason else Text("applied", "bold") if chosen else Text("available"))
-        table.add_row(name, flag.fidelity, *states)
+    styles = {"applied": "bold", "available": "", "unavailable": "dim"}
+    for name, sides in states(available, applied).items():
+        cells = [Text(found.reason or found.state, styles[found.state]) for found in sides.values()]
+        table.add_row(name, FLAGS[name].fidelity, *cells)
     console().print(table)
 
 

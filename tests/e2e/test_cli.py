@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from splitlearn.checkpoints.catalogue import CATALOGUE
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.cli import main as command_line
+from splitlearn.flags.registry import FLAGS
 from tests.client.test_remote import free_port
 from tests.conftest import ROOT, TinyFactory
 from tests.support.trunk import Trunk, environment, serve, settings
@@ -425,6 +427,28 @@ def test_flags_lists_each_side(
     said = capsys.readouterr().out
     for word in ("use_cache", "applied", "needs a CUDA device", "does not act on this side"):
         assert word in said
+
+
+def test_flags_as_json_is_one_object_with_each_flag_and_side(
+    folder: Path, capsys: pytest.CaptureFixture[str], refusal: Refusal
+) -> None:
+    assert command_line.main(["flags", "--json", "--config", str(folder / "config.yaml")]) == 0
+    found = {flag["name"]: flag for flag in json.loads(capsys.readouterr().out)["flags"]}
+    assert list(found) == list(FLAGS)
+    assert found["use_cache"]["full"] == {"state": "applied", "choice": "on", "reason": None}
+    assert found["use_fast"]["trunk"] == {"state": "unavailable", "choice": None, "reason": "does not act on this side"}
+    assert "without --json" in refusal.of(folder, "flags", "--json", "--markdown")
+
+
+def test_models_as_json_is_one_object_with_the_catalogue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPLITLEARN_CACHE", str(tmp_path / "empty"))
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main(["models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cache"].startswith(str(tmp_path))
+    assert [(model["name"], model["folder"]) for model in found["models"]] == [(each.name, None) for each in CATALOGUE]
 
 
 def test_the_page_of_flags_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
