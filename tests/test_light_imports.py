@@ -1,18 +1,17 @@
-"""What starts at once imports nothing heavy: each check runs in a fresh interpreter.
+"""What starts at once imports nothing heavy. A fresh interpreter does all of a list, and says after which of it
+something heavy was there: each alone imports no more than all together.
 
 That the page's process never imports torch is held by every test that runs a page (tests/support/without_torch.py).
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 COMPUTING = ("torch", "transformers", "numba", "accelerate", "safetensors")
 SHOWING = ("gradio", "plotly", "pandas")
-SAY = "\nprint(*(name for name in {names!r} if name in sys.modules))"
 OF_THE_PAGE = ("ui.page", "ui.compare.tab", "ui.lab.tab", "ui.trunk.tab", "ui.app", "splitlearn.lab.job")
 LIGHT = (
     "server.__main__",
@@ -40,35 +39,39 @@ AT_ONCE = (
 )
 
 
-def imported_by(code: str, names: tuple[str, ...]) -> list[str]:
-    """Which of `names` a fresh interpreter has imported after `code`."""
-    said = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{code}{SAY.format(names=names)}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return said.stdout.splitlines()[-1].split()
-
-
-@pytest.mark.parametrize("module", LIGHT)
-def test_what_a_command_imports_at_first_is_light(module: str) -> None:
-    assert imported_by(f"import {module}", (*COMPUTING, *SHOWING)) == []
-
-
-@pytest.mark.parametrize("module", OF_THE_PAGE)
-def test_the_page_imports_nothing_that_computes(module: str) -> None:
-    assert imported_by(f"import {module}", COMPUTING) == []
-
-
-@pytest.mark.parametrize("line", AT_ONCE)
-def test_what_a_command_says_at_once_needs_nothing_heavy(line: str) -> None:
+def heavy_after(steps: dict[str, str], heavy: tuple[str, ...]) -> dict[str, list[str]]:
+    """Run the code of `steps` in a fresh interpreter, one after the other: after which of them, by name, it has
+    imported something of `heavy`."""
     code = f"""
-from splitlearn.cli.main import main
-try:
-    main({line.split()!r})
-except SystemExit:
-    pass
+import contextlib, io, json, sys
+found = {{}}
+for name, code in {steps!r}.items():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        exec(code)
+    found[name] = [each for each in {heavy!r} if each in sys.modules]
+print(json.dumps({{name: imported for name, imported in found.items() if imported}}))
 """
-    assert imported_by(code, (*COMPUTING, *SHOWING)) == []
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(said.stdout)  # type: ignore[no-any-return]
+
+
+def test_what_a_command_imports_at_first_is_light() -> None:
+    assert heavy_after({module: f"import {module}" for module in LIGHT}, (*COMPUTING, *SHOWING)) == {}
+
+
+def test_the_page_imports_nothing_that_computes() -> None:
+    assert heavy_after({module: f"import {module}" for module in OF_THE_PAGE}, COMPUTING) == {}
+
+
+def test_what_a_command_says_at_once_needs_nothing_heavy() -> None:
+    code = """
+from splitlearn.cli.main import main
+with contextlib.suppress(SystemExit):
+    main({words!r})
+"""
+    steps = {line: code.format(words=line.split()) for line in AT_ONCE}
+    assert heavy_after(steps, (*COMPUTING, *SHOWING)) == {}
+
+
+def test_what_is_heavy_is_named_with_what_imported_it() -> None:
+    assert heavy_after({"light": "pass", "heavy": "import colorsys"}, ("colorsys",)) == {"heavy": ["colorsys"]}

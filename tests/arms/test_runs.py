@@ -6,11 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from server.__main__ import main
 from splitlearn import config
 from splitlearn.arms.runs import ArmReport, Item, Runs
 from splitlearn.arms.spec import Kind
@@ -300,13 +303,24 @@ def test_ctrl_c_at_the_terminal_does_not_reach_the_workers(runs: Runs) -> None:
     assert not gone(worker.pid)
 
 
-def test_a_trunk_that_compiles_is_waited_for_longer_than_one_that_does_not(tiny_model: TinyFactory) -> None:
+def serve_traced(arguments: list[str]) -> int:
+    """The server's `main`, where to compile is to trace alone. tests/flags/test_fidelity.py has inductor make code."""
+    torch.compile = partial(torch.compile, backend="eager")
+    return main(arguments)
+
+
+def test_a_trunk_that_compiles_is_waited_for_longer_than_one_that_does_not(
+    tiny_model: TinyFactory, tmp_path: Path
+) -> None:
     compiled = FlagSet(full=CACHED, client=CACHED, trunk=CACHED | {"torch_compile"})
-    parsed = config.parse(settings(tiny_model("llama", n_layers=3), trunk={"timeout_s": 0.5}))
-    with Runs(parsed, silent) as impatient:
-        done = report(impatient, "split", flags=compiled)
-        assert done.compile_s > parsed.trunk.timeout_s
-        assert done.metrics.n_tokens == SHORT.max_new_tokens
+    sections = settings(tiny_model("llama", n_layers=3), trunk={"timeout_s": 0.5})
+    flags = {"flags": "trunk:" + ",".join(compiled.trunk)}
+    with forked(sections | flags, tmp_path, serve_traced) as trunk:
+        parsed = config.with_trunk(config.parse(sections), trunk.address)
+        with Runs(parsed, silent) as impatient:
+            done = report(impatient, "split", flags=compiled)
+    assert done.compile_s > parsed.trunk.timeout_s
+    assert done.metrics.n_tokens == SHORT.max_new_tokens
 
 
 def prompt_tokens(runs: Runs) -> float:

@@ -1,13 +1,10 @@
-"""`python -m splitlearn lab` and `report`, as a person runs them; a kill in the middle loses nothing."""
+"""The commands `lab` and `report`; a kill in the middle loses nothing."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +16,8 @@ from splitlearn.lab.records import FIRST_PASS
 from splitlearn.lab.store import Store
 from tests.conftest import TinyFactory
 from tests.e2e.test_cli import Refusal, configured, refusal, run
-from tests.support.trunk import Trunk, environment, eventually, serve, settings
+from tests.support.forks import Fork
+from tests.support.trunk import Trunk, eventually, serve, settings
 
 __all__ = ["refusal"]
 
@@ -43,11 +41,21 @@ def folder(files: ModelFiles, trunk: Trunk, tmp_path: Path) -> Path:
     return configured(tmp_path, settings(files, trunk={"address": trunk.address}))
 
 
+@contextmanager
+def begun(folder: Path, *arguments: str) -> Iterator[Fork]:
+    """The command in `folder`; killed at the end."""
+    process = Fork(command_line.main, arguments, folder, folder / "errors")
+    try:
+        yield process
+    finally:
+        process.close()
+
+
 def test_lab_measures_and_report_shows_it_again(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def report(*arguments: str) -> str:
-        """What it prints, in this process: to start one takes eight seconds."""
+        """What it prints, in this process."""
         capsys.readouterr()
         assert command_line.main(("report", *arguments)) == 0
         return capsys.readouterr().out
@@ -70,16 +78,12 @@ def test_lab_measures_and_report_shows_it_again(
 
 
 def test_a_killed_experiment_goes_on_without_losing_or_repeating_a_run(folder: Path) -> None:
-    command = [sys.executable, "-m", "splitlearn", *LAB, "--pairs", "3", "--out", "found"]
     file = folder / "found" / "experiment.sqlite"
-    with subprocess.Popen(
-        command, cwd=folder, env=environment(), stderr=subprocess.PIPE, start_new_session=True
-    ) as one:
+    with begun(folder, *LAB, "--pairs", "3", "--out", "found"):
         assert eventually(lambda: file.exists() and _count(file) >= 14, within_s=120)
-        os.kill(one.pid, signal.SIGKILL)
     before = _stored(file)
-    done = run(folder, "lab", "--resume", "found")
-    assert done.returncode == 0, done.stderr
+    with begun(folder, "lab", "--resume", "found", "--config", "config.yaml") as other:
+        assert other.wait(200) == 0, (folder / "errors").read_text()
     after = _stored(file)
     assert [key for key in after if key in before] == before
     with Store.open(file) as store:
@@ -137,13 +141,10 @@ def test_a_folder_that_holds_an_experiment_is_not_written_over(folder: Path, ref
 
 
 def test_a_second_experiment_is_refused_while_one_runs(folder: Path, refusal: Refusal) -> None:
-    command = [sys.executable, "-m", "splitlearn", *LAB, "--pairs", "50", "--out", "first"]
-    with subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE) as first:
-        try:
-            assert eventually(lambda: (folder / "first" / "experiment.sqlite").exists(), within_s=60)
-            time.sleep(0.2)
-            refused = refusal.of(folder, *LAB, "--out", "second")
-        finally:
-            first.send_signal(signal.SIGINT)
+    file = folder / "first" / "experiment.sqlite"
+    with begun(folder, *LAB, "--pairs", "50", "--out", "first") as first:
+        assert eventually(lambda: file.exists() and _count(file) > 0, within_s=120)
+        refused = refusal.of(folder, *LAB, "--out", "second")
+        first.send_signal(signal.SIGINT)
+        assert first.wait(60) == 0, "Ctrl-C ends the run that is under way, and says how to go on"
     assert "Another experiment is running" in refused
-    assert first.returncode == 0, "Ctrl-C ends the run that is under way, and says how to go on"

@@ -27,6 +27,7 @@ from splitlearn.client.served import describe
 from splitlearn.wire import PROTOCOL, SERVICE
 from splitlearn.wire import trunk_pb2 as pb
 from tests.conftest import TinyFactory
+from tests.support.forks import Fork
 from tests.support.trunk import (
     PLAN,
     Raw,
@@ -40,7 +41,6 @@ from tests.support.trunk import (
     serve,
     serve_here,
     settings,
-    start,
     step,
     tensor_of,
 )
@@ -474,10 +474,12 @@ def test_health_is_serving_and_reflection_lists_the_service(trunk: Trunk) -> Non
 
 def test_a_port_that_is_taken_is_one_clear_line(trunk: Trunk, files: ModelFiles, tmp_path: Path) -> None:
     host, _, port = trunk.address.partition(":")
-    process = start(settings(files), tmp_path, "--port", port)
-    said, _ = process.communicate(timeout=60)
+    (tmp_path / "config.yaml").write_text(str(settings(files)))
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--port", port]
+    process = Fork(server_main.main, arguments, tmp_path, tmp_path / "server.err")
+    assert (process.wait(60), process.stdout.read()) == (2, "")
+    process.close()
     last = (tmp_path / "server.err").read_text().splitlines()[-1]
-    assert (process.returncode, said) == (2, "")
     assert last.startswith(f"error: server.port: cannot listen on {host}:{port}")
 
 

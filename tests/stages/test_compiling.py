@@ -1,7 +1,8 @@
 """A compiled stage gives what it gave, and layers that are alike are compiled once.
 
 What is proven here is what gets traced and how often, so nothing is turned into machine code: the traced graph runs
-as it is. tests/flags/test_fidelity.py runs code that inductor made.
+as it is. Where only traces are counted, it is not prepared for code either, which takes most of the time.
+tests/flags/test_fidelity.py runs code that inductor made.
 """
 
 from collections.abc import Iterator
@@ -32,12 +33,19 @@ ENDS = (5, 6, 7, 9, 10, 11, 12)
 
 @pytest.fixture(autouse=True)
 def _traced_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test traces from nothing. `aot_eager` does all that inductor does before it writes code: it turns what a
-    graph changes in place, such as a KV cache, into inputs and outputs."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    """Each test traces from nothing."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def _prepared(_traced_afresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`aot_eager` does all that inductor does before it writes code: it turns what a graph changes in place, such as a
+    KV cache, into inputs and outputs."""
+    compile_eagerly: Any = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compile_eagerly.func, backend="aot_eager"))
 
 
 def _stage(files: ModelFiles, spec: loading.StageSpec, flags: frozenset[str] = FLAGS) -> LocalStage:
@@ -57,6 +65,7 @@ def _outputs(stage: LocalStage, flags: frozenset[str]) -> list[torch.Tensor]:
     return outs
 
 
+@pytest.mark.usefixtures("_prepared")
 @pytest.mark.parametrize(
     ("family", "spec", "cache"),
     [
@@ -77,6 +86,7 @@ def test_a_stage_compiled_by_layers_gives_what_it_gave(
         torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
 
 
+@pytest.mark.usefixtures("_prepared")
 def test_a_compiled_stage_attends_by_the_kernel_and_its_tokens_are_those_of_generate(
     tiny_model: TinyFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from server.__main__ import main
 from splitlearn.client.served import describe
 from splitlearn.errors import TrunkError
 from tests.client.test_remote import free_port
-from tests.support.forks import Fork
+from tests.support.forks import Fork, Main
 from tests.support.trunk import eventually
 
 START_S = 60.0
@@ -22,9 +22,10 @@ START_S = 60.0
 
 class Forked:
     """The server of `config` at `address`, to be killed and started again there; `pid` is that of the process that runs
-    now."""
+    now, which runs `command`."""
 
-    def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, config: Mapping[str, Any], folder: Path, command: Main) -> None:
+        self._command = command
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
         self._folder = folder
@@ -43,7 +44,7 @@ class Forked:
     def start(self) -> None:
         """Start it, and wait until it serves."""
         arguments = ["--config", str(self._config)]
-        self._server = Fork(main, arguments, self._folder, self._config.with_suffix(".err"))
+        self._server = Fork(self._command, arguments, self._folder, self._config.with_suffix(".err"))
         assert eventually(self._serves, START_S)
 
     def kill(self) -> None:
@@ -75,9 +76,9 @@ def _state(stat: Path) -> str:
 
 
 @contextmanager
-def forked(config: Mapping[str, Any], folder: Path) -> Iterator[Forked]:
+def forked(config: Mapping[str, Any], folder: Path, command: Main = main) -> Iterator[Forked]:
     """Such a server for as long as the context is open."""
-    made = Forked(config, folder)
+    made = Forked(config, folder, command)
     try:
         yield made
     finally:
