@@ -73,6 +73,7 @@ class Page:
     def _connect(self) -> None:
         answers = self.answers
         answers.connect(self.tick)
+        answers.history.connect(self.blocks)
         seen = [self.link, self.startup, self.timer]
         read = [self.facts, self.intro, answers.split_facts, answers.fields["form"], answers.error]
         # Each page that is opened while the model is loaded has one of these waiting. One that waits holds no thread.
@@ -85,6 +86,7 @@ class Page:
         )
         table = answers.flag_table
         self.blocks.load(table.come, None, table.drawn, show_progress="hidden", concurrency_limit=None)
+        self.blocks.load(answers.open, None, [answers.status, self.tick], queue=False, show_progress="hidden")
         self.blocks.unload(self._leave)
         self.timer.tick(self._see, None, seen, show_progress="hidden", concurrency_limit=None)
         # What is being loaded is shown again: a comparison may load more.

@@ -86,6 +86,16 @@ class Line:
         """Whether anybody runs or waits."""
         return bool(self._visitors)
 
+    def has(self, visitor: str) -> bool:
+        """Whether the visitor runs or waits."""
+        with self._lock:
+            return visitor in self._visitors
+
+    def others(self, visitor: str) -> int:
+        """How many visitors are in the line besides `visitor`."""
+        with self._lock:
+            return sum(each != visitor for each in self._visitors)
+
     def place(self, visitor: str) -> int:
         """The place of `visitor`; 0 for one who does not wait."""
         with self._lock:

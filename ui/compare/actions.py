@@ -13,8 +13,10 @@ from ui import inputs
 from ui.compare import session
 from ui.compare.session import ArmView, ComparisonView
 from ui.flags import flag_words
+from ui.history.actions import Historian
 from ui.lab.actions import Lab
 from ui.model.actions import Planner
+from ui.network.actions import Network
 from ui.trunk.monitor import Monitor
 from ui.visitors import Downloads, Line, Stops
 
@@ -36,8 +38,10 @@ class Handlers:
         self.stops = Stops()
         self.line = Line()
         self.downloads = Downloads()
+        self.historian = Historian(runs, self.downloads, options)
         self.lab = Lab(Job(runs, Path(FOLDER), options), self.downloads)
-        self.planner = Planner(startup, self.stops, self.line, lambda: MEASURING if self.lab.job.running else "")
+        self.planner = Planner(startup, self.stops, self.line, self._measuring)
+        self.network = Network(startup, self._measuring)
         self.monitor = Monitor(runs, lambda: runs.busy or self.lab.job.running)
 
     def __enter__(self) -> "Handlers":
@@ -53,12 +57,17 @@ class Handlers:
         self.lab.job.close()
         self.monitor.close()
 
+    def _measuring(self) -> str:
+        return MEASURING if self.lab.job.running else ""
+
     def leave(self, visitor: str) -> None:
         """The page of that visitor was closed: end her run, and any that waits, and remove what is hers."""
         self.stops.stop(visitor)
         self.line.leave(visitor)
         for mine in (visitor, f"{visitor} flags"):
             self.downloads.forget(mine)
+        self.historian.leave(visitor)
+        self.network.leave(visitor)
 
     def begin(self, visitor: str) -> int:
         """A comparison was asked for: what was stopped before does not stop it. Returns her place in the line."""

@@ -7,8 +7,6 @@ from typing import Any
 import gradio as gr
 
 from splitlearn.checkpoints.chat_template import DEFAULT
-from splitlearn.link.emulated import NONE
-from splitlearn.link.words import PRESETS
 from ui import html, inputs
 from ui.compare import time, view
 from ui.compare.actions import Handlers
@@ -16,6 +14,8 @@ from ui.compare.examples import EXAMPLES
 from ui.compare.session import ArmView, ComparisonView
 from ui.flag_table.panel import FlagTable
 from ui.flags.picker import Picker, Updates
+from ui.history.panel import HistoryPanel
+from ui.network.panel import NetworkPanel
 from ui.visitors import visitor
 
 # Text fields, not gr.Number: that hands over an empty value for "x", and nobody could be told what was wrong.
@@ -30,7 +30,6 @@ NUMBERS = {
 }
 PAIRS = [("1", 1), ("3", 3), ("10", 10)]
 PAIRS_HELP = "Runs of each arm, in turns. More of them show how far the ratio varies."
-LINK_HELP = "Delays the bytes between client and trunk for real; or words such as rtt=50ms,up=10mbit,down=100mbit."
 # The cards come into view whatever is unfolded, at once for those who want no motion.
 TO_RESULT = """() => document.getElementById('result').scrollIntoView({block: 'start',
   behavior: matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth'})"""
@@ -49,6 +48,9 @@ class AnswersTab:
                 self._settings()
             with gr.Accordion("Optimization flags", open=False, elem_id="flags"):
                 self.picker = Picker(self.config.flags)
+            with gr.Accordion("Network", open=False, elem_id="network"):
+                self.network = NetworkPanel(handlers.network)
+                self.fields["link"] = self.network.link
         self.result = gr.HTML(view.result(ComparisonView(), ""), elem_id="result")
         with gr.Row(equal_height=True, elem_id="cards"):
             with gr.Column(min_width=320):
@@ -56,7 +58,9 @@ class AnswersTab:
             with gr.Column(min_width=320):
                 self.split = gr.HTML(view.card(ArmView("split")), elem_id="split")
         self.time = gr.HTML("", elem_id="time")
+        self.history = HistoryPanel(handlers.historian)
         self.flag_table = FlagTable(self.handlers, self.compare_flags)
+        self.history.lines()
 
     @property
     def drawn(self) -> list[Any]:
@@ -87,15 +91,6 @@ class AnswersTab:
         with gr.Row():
             for name, (label, info) in NUMBERS.items():
                 self.fields[name] = gr.Textbox(first[name], label=label, info=info, min_width=240, elem_id=name)
-            self.fields["link"] = gr.Dropdown(
-                [(preset.label, name) for name, preset in PRESETS.items()],
-                value=self.config.trunk.link or NONE,
-                allow_custom_value=True,
-                label="Link to the trunk",
-                info=LINK_HELP,
-                min_width=240,
-                elem_id="link",
-            )
         self.fields["form"] = gr.Radio(
             inputs.forms(_named(generation.chat)),
             value=inputs.form(generation.chat),
@@ -112,6 +107,7 @@ class AnswersTab:
         """Make it live. `tick` is the timer that runs while this visitor waits for her turn."""
         self.picker.connect(self.handlers.runs)
         self.flag_table.connect(self.fields["prompt"], self.picker.words)
+        self.network.connect(self.history.kept)
         self.tick = tick
         for button, example in zip(self.examples, EXAMPLES, strict=True):
             chosen = {self.fields["prompt"]: example.prompt, self.look: html.small(example.look)}
@@ -124,15 +120,15 @@ class AnswersTab:
             [self.compare.click, self.fields["prompt"].submit],
             self._begin,
             None,
-            [*buttons, *self.drawn, tick],
+            [*buttons, *self.drawn, self.history.share, tick],
             queue=False,
             show_progress="hidden",
         )
         begun.then(None, None, None, js=TO_RESULT)
         ran = begun.then(
             self._compare,
-            {*self.fields.values(), self.picker.words},
-            [*self.drawn, tick],
+            {*self.fields.values(), self.picker.words, self.history.kept},
+            [*self.drawn, *self.history.outputs, self.network.costs, tick],
             concurrency_id="runs",
             concurrency_limit=1,
             show_progress="hidden",
@@ -151,6 +147,7 @@ class AnswersTab:
             **self._changes(ComparisonView(), shown, "", place),
             self.result: view.result(shown, ""),
             self.time: "",
+            **self.history.begin(),
             self.compare: gr.Button(interactive=False),
             self.stop: gr.Button(interactive=True),
             self.tick: gr.Timer(active=place > 0),
@@ -162,11 +159,22 @@ class AnswersTab:
         return {**buttons, self.tick: gr.Timer(active=False)}
 
     def _wait(self, request: gr.Request) -> Updates:
-        """The place in the line, while there is one."""
-        place = self.handlers.line.place(visitor(request))
+        """The place in the line, while there is one; to one who is not in it, whether others are."""
+        who = visitor(request)
+        place = self.handlers.line.place(who)
         if place > 0:
             return {self.status: _status(view.status(ComparisonView(), place))}
-        return {self.tick: gr.Timer(active=False)}
+        if self.handlers.line.has(who):  # hers runs, and says itself how it goes
+            return {self.tick: gr.Timer(active=False)}
+        return self.open(request)
+
+    def open(self, request: gr.Request) -> Updates:
+        """A page was opened: say whether a comparison runs, and look again until none does."""
+        who = visitor(request)
+        if self.handlers.line.has(who):  # she was quick, and has pressed Compare
+            return {self.status: gr.skip()}
+        others = self.handlers.line.others(who)
+        return {self.status: _status(view.elsewhere(others)), self.tick: gr.Timer(active=others > 0)}
 
     def _compare(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Draw only what changed."""
@@ -176,6 +184,9 @@ class AnswersTab:
         for shown in self.handlers.compare(typed, words, visitor(request)):
             yield self._changes(before, shown, words)
             before = shown
+        if before.ended and before.pairs is not None:  # once, when nothing is timed any more
+            entries, updates = self.history.finish(before, typed, words, given[self.history.kept], request)
+            yield {**updates, **self.network.finish(before, entries, typed["link"], request)}
 
     def _changes(self, before: ComparisonView, shown: ComparisonView, words: str, place: int = 0) -> Updates:
         updates: Updates = {self.error: view.errors(shown), self.status: _status(view.status(shown, place))}

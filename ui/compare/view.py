@@ -87,6 +87,12 @@ def status(shown: ComparisonView, place: int = 0) -> str:
     return ""
 
 
+def elsewhere(others: int) -> str:
+    """For a page that was just opened, or loaded again: others run and wait. Empty when nobody does."""
+    said = f"A comparison is running. If you press Compare, yours is number {others} in line and starts by itself."
+    return said if others else ""
+
+
 def errors(shown: ComparisonView) -> str:
     """What went wrong in a comparison, each arm by its name."""
     said = [f"{TITLES[arm.kind][0]}: {arm.error}" for arm in (shown.full, shown.split) if arm.error]

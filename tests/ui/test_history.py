@@ -1,0 +1,150 @@
+"""The history of comparisons, their files and the Network panel in a real browser, with hostile texts."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import BrowserContext, Page, expect
+
+from tests.conftest import TinyFactory
+from tests.support.page import CHROMIUM, FORBIDDEN, open_page, running, type_into, write_config
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+]
+RUN_MS = 120_000
+IMAGE, FORMULA = "<img src=x onerror=alert(1)>", "=1+1"
+
+
+@pytest.fixture(scope="module")
+def url(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    config = write_config(tmp_path_factory.mktemp("page"), model={"name": str(tiny_model().folder)})
+    with running(config) as app:
+        yield app.warm_url()
+
+
+@pytest.fixture(scope="module")
+def page(browser: BrowserContext, url: str) -> Iterator[Page]:
+    """A page on which two hostile prompts were compared, loaded once more since."""
+    opened = open_page(browser, url)
+    opened.on("dialog", lambda said: FORBIDDEN.append(f"dialog {said.message}"))
+    for number, prompt in enumerate((IMAGE, FORMULA), 1):
+        compare(opened, prompt, number)
+    opened.reload()
+    yield opened
+    opened.close()
+    assert not FORBIDDEN
+
+
+def compare(page: Page, prompt: str, lines: int) -> None:
+    """Compare once each; wait until the history has so many lines."""
+    type_into(page.locator("#prompt textarea"), prompt)
+    page.locator("#pairs").get_by_text("1", exact=True).click()
+    page.locator("#compare").click()
+    expect(page.locator("#history tbody tr")).to_have_count(lines, timeout=RUN_MS)
+    expect(page.locator("#compare")).to_be_enabled()
+
+
+def number(page: Page, name: str, value: str) -> None:
+    """Type a figure of the link."""
+    box = page.locator(f"#link-{name}").locator("input, textarea").first
+    type_into(box, value)
+    box.press("Enter")
+
+
+def saved(page: Page, button: str, folder: Path) -> Path:
+    """What a button downloads."""
+    with page.expect_download() as found:
+        page.locator(button).click()
+    path = folder / found.value.suggested_filename
+    found.value.save_as(path)
+    return path
+
+
+def test_a_reload_shows_every_comparison_newest_first_with_hostile_prompts_as_text(page: Page) -> None:
+    lines = page.locator("#history tbody tr")
+    expect(lines).to_have_count(2)
+    expect(lines.nth(0)).to_contain_text(FORMULA)
+    expect(lines.nth(1)).to_contain_text(IMAGE)
+    expect(lines.nth(1)).to_contain_text("identical")
+    expect(page.locator("#history img")).to_have_count(0)
+
+
+def test_two_lines_are_pinned_by_keyboard_and_show_what_differs_and_where_the_answers_part(page: Page) -> None:
+    for number in (1, 2):
+        box = page.locator(f"#pin-{number} input")
+        box.focus()
+        for _ in range(number):
+            box.press("ArrowDown")
+        box.press("Enter")
+    shown = page.locator("#pinned section")
+    for text in (IMAGE, FORMULA, "TPOT, split", "second / first", "python -m splitlearn compare"):
+        expect(shown).to_contain_text(text)
+    expect(shown.locator("img")).to_have_count(0)
+
+
+def test_the_history_downloads_as_json_and_as_csv_that_no_spreadsheet_computes(page: Page, tmp_path: Path) -> None:
+    rows = list(csv.DictReader(saved(page, "#history-csv", tmp_path).read_text().splitlines()))
+    assert [row["prompt"] for row in rows] == [f"'{FORMULA}", IMAGE]
+    assert all(float(row["split_tpot_s"]) > 0 and row["identical"] == "True" for row in rows)
+    kept = json.loads(saved(page, "#history-json", tmp_path).read_text())
+    assert [entry["prompt"] for entry in kept] == [FORMULA, IMAGE]
+
+
+def test_a_comparison_is_shared_as_one_file_that_needs_no_network(page: Page, tmp_path: Path) -> None:
+    compare(page, IMAGE, 3)
+    command = page.locator("#command textarea").input_value()
+    assert f"--prompt '{IMAGE}'" in command
+    times = list(csv.DictReader(saved(page, "#share-times", tmp_path).read_text().splitlines()))
+    assert {row["arm"] for row in times} == {"full", "split"}
+    file = saved(page, "#share-page", tmp_path)
+    opened, said = page.context.new_page(), list[str]()
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("request", lambda asked: said.append(asked.url) if not asked.url.startswith("file:") else None)
+    opened.goto(file.as_uri())
+    for text in ("Identical", IMAGE, "Where the time goes", "python -m splitlearn compare", "TPS (decode)"):
+        expect(opened.locator("body")).to_contain_text(text)
+    expect(opened.locator("img")).to_have_count(0)
+    opened.set_viewport_size({"width": 320, "height": 800})
+    assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    opened.close()
+    assert not said
+
+
+def test_a_typed_link_is_answered_from_the_comparison_before_and_measured_by_the_next(page: Page) -> None:
+    page.locator("#network > button").click()
+    costs = page.locator("#link-costs")
+    expect(costs.locator("tbody tr")).to_have_count(7)
+    number(page, "rtt_ms", "20")
+    expect(page.locator("#link input").first).to_have_value("rtt=20ms")
+    expect(costs).to_contain_text("Over 20 ms, split would take about")
+    page.locator("#link-measure").click()
+    expect(page.locator("#link-real")).to_contain_text("The real link:")
+    number(page, "jitter_ms", "30")
+    expect(page.locator("#link-error")).to_contain_text("Jitter, ms: 30.0 cannot be used; expected a number from 0 to")
+    number(page, "jitter_ms", "0")
+    expect(page.locator("#link-error .sl-error")).to_have_count(0)
+    compare(page, IMAGE, 4)
+    row = costs.locator("tbody tr").filter(has_text="20 ms")
+    expect(row).to_contain_text("chosen")
+    expect(row.locator("td").nth(1)).to_contain_text("s")
+    assert "--link rtt=20ms" in page.locator("#command textarea").input_value()
+
+
+def test_a_page_that_opens_while_another_one_compares_says_so_and_her_place(
+    browser: BrowserContext, url: str, page: Page
+) -> None:
+    page.locator("#pairs").get_by_text("10", exact=True).click()
+    page.locator("#compare").click()
+    expect(page.locator("#stop")).to_be_enabled()
+    other = browser.new_page()
+    other.goto(url)
+    expect(other.locator("#status")).to_contain_text("A comparison is running. If you press Compare, yours is number 1")
+    page.locator("#stop").click()
+    expect(page.locator("#compare")).to_be_enabled()
+    expect(other.locator("#status")).not_to_contain_text("running")
+    other.close()

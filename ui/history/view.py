@@ -1,0 +1,121 @@
+"""The history of comparisons as HTML: the table, and two of them side by side. Pure functions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from itertools import zip_longest
+
+from ui.format import MISSING, rate, ratio, seconds
+from ui.history.record import Entry, Figures, Spread, shorter
+from ui.html import head_row, small, table
+
+EMPTY = "Each comparison becomes a line here. Your browser keeps the last 50, also when you reload the page."
+PIN = "Choose two lines to see them side by side: what differs, the figures, and where the answers part."
+HEAD = (
+    *("When (UTC)", "Prompt", "Flags", "Link", "Runs", "TPOT split / full", "Tokens"),
+    *("TTFT full", "TTFT split", "TPOT full", "TPOT split", "TPS full", "TPS split"),
+)
+FIGURES: Mapping[str, Callable[[Entry], float | None]] = {
+    "TTFT, full": lambda entry: entry.full.ttft_s,
+    "TTFT, split": lambda entry: entry.split.ttft_s,
+    "TPOT, full": lambda entry: entry.full.tpot_s,
+    "TPOT, split": lambda entry: entry.split.tpot_s,
+    "TPS (request), full": lambda entry: entry.full.tps,
+    "TPS (request), split": lambda entry: entry.split.tps,
+}
+
+
+def history(entries: Sequence[Entry]) -> str:
+    """A line for each comparison, newest first; says what will be here while there is none."""
+    if not entries:
+        return small(EMPTY)
+    return f'<div class="sl-history">{table(head_row(*HEAD), map(_line, entries), "History of comparisons")}</div>'
+
+
+def pinned(one: Entry | None, other: Entry | None) -> str:
+    """Two comparisons side by side."""
+    if one is None or other is None:
+        return small(PIN)
+    names = [escape(f"{each.when:%m-%d %H:%M:%S}") for each in (one, other)]
+    return (
+        f'<section class="sl-result sl-pinned" aria-label="Two comparisons side by side">'
+        f"<h3>What differs</h3>{_settings(one, other, names)}<h3>Figures</h3>{_figures(one, other, names)}"
+        f"<h3>Answers</h3>{_answers(one, other, names)}<h3>To repeat them</h3>{_commands(one, other)}</section>"
+    )
+
+
+def both(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
+    """Two answers in their pieces as HTML; the first piece that differs is marked, at the end with a sign for it."""
+    at = next((n for n, (a, b) in enumerate(zip_longest(one, other)) if a != b), None)
+    return _marked(one, at), _marked(other, at)
+
+
+def spread(found: Spread | None) -> str:
+    """A ratio with its range."""
+    if found is None:
+        return MISSING
+    pairs = "1 pair" if found.n == 1 else f"{found.least:.2f} to {found.most:.2f}"
+    return f"{found.mean:.2f}\N{MULTIPLICATION SIGN} ({pairs})"
+
+
+def verdict(entry: Entry) -> str:
+    """Whether both arms gave the same tokens."""
+    return "identical" if entry.differs_at is None else f"differ from token {entry.differs_at + 1} on"
+
+
+def _line(entry: Entry) -> list[str]:
+    cells = [f"{entry.when:%Y-%m-%d %H:%M:%S}", shorter(entry.prompt, 60), shorter(entry.flags, 60), entry.link]
+    cells += [str(entry.pairs), spread(entry.tpot), verdict(entry)]
+    cells += [*(seconds(each) for each in (entry.full.ttft_s, entry.split.ttft_s))]
+    cells += [seconds(entry.full.tpot_s), seconds(entry.split.tpot_s), rate(entry.full.tps), rate(entry.split.tps)]
+    return [escape(cell) for cell in cells]
+
+
+def _settings(one: Entry, other: Entry, names: Sequence[str]) -> str:
+    a, b = one.said, other.said
+    differ = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    if not differ:
+        return small("Nothing: the same settings, run again.")
+    rows = [[escape(name), *(escape(each.get(name, MISSING)) for each in (a, b))] for name in differ]
+    return table(head_row("Setting", *names), rows, "Settings that differ")
+
+
+def _figures(one: Entry, other: Entry, names: Sequence[str]) -> str:
+    rows = []
+    for name, figure in FIGURES.items():
+        a, b = figure(one), figure(other)
+        shown = rate if name.startswith("TPS") else seconds
+        rows.append([name, shown(a), shown(b), ratio(b, a)])
+    rows.append(["TPOT split / full", spread(one.tpot), spread(other.tpot), ""])
+    rows.append(["Tokens of full and split", verdict(one), verdict(other), ""])
+    return table(head_row("Figure", *names, "second / first"), rows, "Figures of both")
+
+
+def _answers(one: Entry, other: Entry, names: Sequence[str]) -> str:
+    """Full beside full; split too, where it is another answer than full."""
+    apart = one.differs_at is not None or other.differs_at is not None
+    kinds = [("Full", one.full, other.full), *([("Split", one.split, other.split)] if apart else [])]
+    return "".join(_beside(name if apart else "Full and split", a, b, names) for name, a, b in kinds)
+
+
+def _beside(kind: str, one: Figures, other: Figures, names: Sequence[str]) -> str:
+    said = "the same" if one.answer == other.answer else "the first token that differs is marked"
+    shown = "".join(
+        f'<div><b>{name}</b><div class="sl-seen" dir="auto" tabindex="0" role="region" '
+        f'aria-label="{kind}, answer of {name}">{text}</div></div>'
+        for name, text in zip(names, both(one.answer, other.answer), strict=True)
+    )
+    return f'{small(f"{kind}: {said}.")}<div class="sl-two">{shown}</div>'
+
+
+def _commands(one: Entry, other: Entry) -> str:
+    return "".join(
+        f"<pre>{escape(each.command)}</pre>" if each.command else small("The command was too long to be kept.")
+        for each in (one, other)
+    )
+
+
+def _marked(pieces: Sequence[str], at: int | None) -> str:
+    if at is None:
+        return escape("".join(pieces))
+    before, token, rest = "".join(pieces[:at]), "".join(pieces[at : at + 1]), "".join(pieces[at + 1 :])
+    return f"{escape(before)}<mark>{escape(token) or '(ended)'}</mark>{escape(rest)}"
