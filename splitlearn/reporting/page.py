@@ -11,10 +11,10 @@ from plotly.offline import get_plotlyjs
 SHELL = Path(__file__).parent
 
 
-def render(template: Path, *, charts: bool = True, **values: Any) -> str:
+def render(template: Path, *, plotly: bool = True, **values: Any) -> str:
     """The page that `template` makes of `values`. It extends page.html.jinja (blocks: style, header, main).
 
-    With `charts` it has plotly's script, 4.8 MB.
+    With `plotly` it has plotly's script, 4.8 MB.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, SHELL]),
@@ -22,7 +22,7 @@ def render(template: Path, *, charts: bool = True, **values: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    return environment.get_template(template.name).render(plotly_js=get_plotlyjs() if charts else "", **values)
+    return environment.get_template(template.name).render(plotly_js=get_plotlyjs() if plotly else "", **values)
 
 
 def chart_html(figures: Sequence[Any]) -> list[str]:

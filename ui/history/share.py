@@ -28,7 +28,7 @@ def page(shown: ComparisonView, entry: Entry, command: str, environment: Mapping
     full, split = both(entry.full.answer, entry.split.answer)
     return render(
         TEMPLATE,
-        charts=False,
+        plotly=False,
         title=f"Full and split: {entry.model}",
         when=f"{entry.when:%Y-%m-%d %H:%M:%S} UTC",
         look=Markup(PAGE),
