@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
 from splitlearn.arms.compare import KINDS, Pairs
 from splitlearn.metrics import LEDGER_ORDER
@@ -31,11 +30,11 @@ def page(shown: ComparisonView, entry: Entry, command: str, environment: Mapping
         plotly=False,
         title=f"Full and split: {entry.model}",
         when=f"{entry.when:%Y-%m-%d %H:%M:%S} UTC",
-        look=Markup(PAGE),
-        result=Markup(view.result(shown, entry.flags)),
-        time=Markup(time.picture(pairs)),
+        look=PAGE,
+        result=view.result(shown, entry.flags),
+        time=time.picture(pairs),
         figures=[(name, view.FIGURES[name][0], *_figures(pairs, name)) for name in view.FIGURES],
-        answers=[("Full", Markup(full)), ("Split", Markup(split))],
+        answers=[("Full", full), ("Split", split)],
         settings=entry.said,
         command=command,
         environment=json.dumps(environment, indent=2, default=str),
