@@ -38,7 +38,7 @@ VARIABLE = "SPLITLEARN_FLOODED_TOKEN"
 
 
 @dataclass(frozen=True)
-class Seen:
+class Measurement:
     """What a client and the server's process saw in one stretch: milliseconds, answers, bytes."""
 
     itl_ms: Sequence[float]
@@ -117,7 +117,7 @@ def flooding(name: str, address: str) -> Iterator[None]:
         child.stop()
 
 
-def _look(own: Runs, trunk: EmbeddedTrunk) -> Seen:
+def _look(own: Runs, trunk: EmbeddedTrunk) -> Measurement:
     request = GenerationRequest(own.config.generation.prompt, max_new_tokens=TOKENS, ignore_eos=True)
     health_ms, error, events = _health_ms(trunk.address), "", list[Event]()
     try:
@@ -128,8 +128,8 @@ def _look(own: Runs, trunk: EmbeddedTrunk) -> Seen:
         error = str(broke)[:200]
     metrics, rss = RunMetrics.from_events(events), psutil.Process(trunk.pid).memory_info().rss
     if metrics is None:
-        return Seen((), float("nan"), health_ms, rss, error)
-    return Seen([1e3 * itl for itl in metrics.itl_s], 1e3 * metrics.ttft_s, health_ms, rss, error)
+        return Measurement((), float("nan"), health_ms, rss, error)
+    return Measurement([1e3 * itl for itl in metrics.itl_s], 1e3 * metrics.ttft_s, health_ms, rss, error)
 
 
 def _health_ms(address: str) -> float | None:

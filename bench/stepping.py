@@ -28,7 +28,7 @@ class Trunk:
 
 
 @dataclass
-class Seen:
+class StepTimes:
     """One session's single-token steps: when each answer came, and the trunk's own time for it, in seconds."""
 
     answered: list[float] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Walk:
         self._states, self._position = trunk.states, 0
         self._sender = Sender(trunk.spec)
         self._stream = self._sender.open(length + more)
-        self.seen = Seen()
+        self.times = StepTimes()
 
     def prompt(self, tokens: int) -> None:
         """The first `tokens` positions in one step."""
@@ -61,8 +61,8 @@ class Walk:
     def go(self, steps: int) -> None:
         """So many steps, each as soon as the one before is answered."""
         for _ in range(steps):
-            self.seen.trunk_s.append(self._step(1))
-            self.seen.answered.append(time.perf_counter())
+            self.times.trunk_s.append(self._step(1))
+            self.times.answered.append(time.perf_counter())
 
     def until(self, stop: threading.Event) -> None:
         """Steps until `stop` is set."""
@@ -99,7 +99,7 @@ def side_by_side(trunk: Trunk, lengths: Sequence[int], steps: int) -> Run:
     """One session for each of `lengths`; once all have their prompts, each makes `steps` steps as fast as it can."""
     with walks(trunk, lengths, steps + WARM_UP) as (pool, made):
         list(pool.map(lambda walk: walk.go(steps + WARM_UP), made))
-    return run_of([walk.seen for walk in made])
+    return run_of([walk.times for walk in made])
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def admission(trunk: Trunk, lengths: Sequence[int], prompt: int, steps: int) -> 
     with walks(trunk, lengths, trunk.states.shape[1] - max(lengths)) as (pool, made):
         running = [pool.submit(walk.until, stop) for walk in made]
         try:
-            while min(len(walk.seen.answered) for walk in made) < steps + WARM_UP and not any(
+            while min(len(walk.times.answered) for walk in made) < steps + WARM_UP and not any(
                 each.done() for each in running
             ):
                 time.sleep(POLL_S)
@@ -132,16 +132,16 @@ def admission(trunk: Trunk, lengths: Sequence[int], prompt: int, steps: int) -> 
             stop.set()
         for each in running:
             each.result()
-    found = [split(walk.seen, began, ended) for walk in made]
+    found = [split(walk.times, began, ended) for walk in made]
     longest = max(interval for _, during in found for interval in during)
     before, during = (median(fmean(values) for values in side) for side in zip(*found, strict=True))
     return Admission(before, during, longest, ended - began)
 
 
-def split(seen: Seen, began: float, ended: float) -> tuple[list[float], list[float]]:
+def split(times: StepTimes, began: float, ended: float) -> tuple[list[float], list[float]]:
     """The intervals that were over before `began`, and those that have a part of the time up to `ended`."""
     before, during = [], []
-    for start, end in zip(seen.answered[WARM_UP:], seen.answered[WARM_UP + 1 :], strict=False):
+    for start, end in zip(times.answered[WARM_UP:], times.answered[WARM_UP + 1 :], strict=False):
         if end <= began:
             before.append(end - start)
         elif start < ended:
@@ -149,10 +149,10 @@ def split(seen: Seen, began: float, ended: float) -> tuple[list[float], list[flo
     return before, during
 
 
-def run_of(seen: Sequence[Seen]) -> Run:
+def run_of(times: Sequence[StepTimes]) -> Run:
     """A forward has one duration, which the trunk tells to each session in it: as many equal ones as there are sessions
     are a step that carried all."""
-    told = Counter(value for each in seen for value in set(each.trunk_s[WARM_UP:]))
-    whole = [value for value, sessions in told.items() if sessions == len(seen)]
-    tpot = median(fmean(each.intervals()[WARM_UP:]) for each in seen)
-    return Run(median(whole) if whole else None, len(whole) * len(seen) / told.total(), tpot)
+    told = Counter(value for each in times for value in set(each.trunk_s[WARM_UP:]))
+    whole = [value for value, sessions in told.items() if sessions == len(times)]
+    tpot = median(fmean(each.intervals()[WARM_UP:]) for each in times)
+    return Run(median(whole) if whole else None, len(whole) * len(times) / told.total(), tpot)

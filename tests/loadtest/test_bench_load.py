@@ -8,7 +8,7 @@ from bench import overload
 from bench.batched import Batched, Contexts
 from bench.overload import WAIT_S, WAITED
 from bench.soak import soak
-from bench.stepping import Seen, Trunk, admission, mixed, run_of, side_by_side, split
+from bench.stepping import StepTimes, Trunk, admission, mixed, run_of, side_by_side, split
 from splitlearn import config
 from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import ArmSpec
@@ -55,17 +55,17 @@ def test_mixed_lengths_have_the_context_of_as_many_equal_ones(count: int) -> Non
 
 def test_a_step_that_carried_all_sessions_is_known_by_their_equal_times() -> None:
     trunk_s = ([9.0, 9.0, 0.5, 0.1, 0.3], [9.0, 9.0, 0.5, 0.2, 0.3])
-    found = run_of([Seen([float(at) for at in range(5)], list(values)) for values in trunk_s])
+    found = run_of([StepTimes([float(at) for at in range(5)], list(values)) for values in trunk_s])
     assert found.trunk_s == pytest.approx(0.4)
     assert found.whole == pytest.approx(4 / 6)
     assert found.tpot_s == pytest.approx(1.0)
-    apart = run_of([Seen([float(at) for at in range(4)], [9.0, 9.0, value, value]) for value in (0.1, 0.2)])
+    apart = run_of([StepTimes([float(at) for at in range(4)], [9.0, 9.0, value, value]) for value in (0.1, 0.2)])
     assert (apart.trunk_s, apart.whole) == (None, 0.0)
 
 
 def test_a_wait_for_a_token_belongs_to_the_prompt_if_any_of_it_does() -> None:
-    seen = Seen([float(at) for at in range(8)], [])  # the first two are the warm-up
-    assert split(seen, began=4.5, ended=5.5) == ([1.0, 1.0], [1.0, 1.0])
+    times = StepTimes([float(at) for at in range(8)], [])  # the first two are the warm-up
+    assert split(times, began=4.5, ended=5.5) == ([1.0, 1.0], [1.0, 1.0])
 
 
 def test_sessions_step_side_by_side_and_beside_a_long_prompt(spec: ArmSpec, files: ModelFiles) -> None:

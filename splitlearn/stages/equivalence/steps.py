@@ -40,7 +40,7 @@ SCRIPTS = (
 
 
 @dataclass(frozen=True)
-class Fed:
+class StepRange:
     """A step as the decode loop takes it: the tokens `[begin, end)` at position `begin`, for the logits of those from
     `start` on."""
 
@@ -50,19 +50,19 @@ class Fed:
     rope_length: int
 
 
-def steps_of(stage: CutModel, prompt: int, ends: Sequence[int]) -> list[Fed]:
+def steps_of(stage: CutModel, prompt: int, ends: Sequence[int]) -> list[StepRange]:
     """The steps of a text with such a prompt. One that would grow past the length at which a model's sequences are
     computed anew ends there, and the next one begins at the first token (generation/generator.py)."""
     limit = rope_restart(body_of(stage).config)
-    found, start, rope_length = list[Fed](), 0, prompt
+    found, start, rope_length = list[StepRange](), 0, prompt
     for end in ends:
         if limit is not None and prompt <= limit and start <= limit < end:
             if start < limit:
-                found.append(Fed(start, start, limit, rope_length))
+                found.append(StepRange(start, start, limit, rope_length))
             start, rope_length = limit, end
-            found.append(Fed(0, start, end, rope_length))
+            found.append(StepRange(0, start, end, rope_length))
         else:
-            found.append(Fed(start, start, end, rope_length))
+            found.append(StepRange(start, start, end, rope_length))
         start = end
     return found
 
