@@ -1,7 +1,7 @@
 """The public functions behind `import splitlearn`: stages in this process, and a comparison in processes of its own."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from splitlearn import config
@@ -207,20 +207,10 @@ def _spec(kind: Kind, settings: Config, flags: str) -> ArmSpec:
     plan = SplitPlan.of(split.start, split.end, files.n_layers)
     addresses = () if kind == "full" or settings.trunk.embedded else settings.trunk.address
     shown = channel.credentials(settings.trunk) if addresses else channel.NONE
-    spec = ArmSpec(
-        kind,
-        files,
-        plan,
-        place.device,
-        model.dtype,
-        settings.runs.threads,
-        selection.FlagSet(),
-        addresses,
-        settings.trunk.timeout_s,
-        shown,
-    )
+    arm = partial(ArmSpec.of, kind, settings, files, plan, place.device)
+    served = arm(selection.FlagSet()).served()
     for address in addresses:
         said = describe(address, shown)
-        check_served(said, spec.served(), address)
+        check_served(said, served, address)
         known = with_trunk(known, said)
-    return replace(spec, flags=selection.parse(flags, known))
+    return arm(selection.parse(flags, known), addresses, shown)

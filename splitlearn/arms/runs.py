@@ -310,21 +310,9 @@ class Runs:
 
     def spec(self, kind: Kind, flags: FlagSet, addresses: tuple[str, ...] = ()) -> ArmSpec:
         """What a worker of this arm is told; `addresses` are those of its trunk."""
-        split = kind == "split"
-        own = replace(flags, full=frozenset()) if split else FlagSet(full=flags.full)
-        threads, timeout_s = self.config.runs.threads, self.config.trunk.timeout_s
-        return ArmSpec(
-            kind,
-            self.files,
-            self.plan,
-            self.device,
-            self.dtype,
-            threads,
-            own,
-            addresses,
-            timeout_s,
-            credentials=self.credentials if split else NONE,
-            draft=self.model.draft,
+        shown = self.credentials if kind == "split" else NONE
+        return ArmSpec.of(
+            kind, self.config, self.files, self.plan, self.device, flags, addresses, shown, self.model.draft
         )
 
     def _has_room(self, count: int) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import Served, TrunkFacts
+from splitlearn.config import Config
 from splitlearn.events import Kind as Kind
 from splitlearn.flags.registry import SIDES, of_scope
 from splitlearn.flags.selection import FlagSet
@@ -33,6 +34,35 @@ class ArmSpec:
     draft: ModelFiles | None = None
     copy: int = 0
     via: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        kind: Kind,
+        config: Config,
+        files: ModelFiles,
+        plan: SplitPlan,
+        device: str,
+        flags: FlagSet,
+        addresses: tuple[str, ...] = (),
+        credentials: Credentials = NONE,
+        draft: ModelFiles | None = None,
+    ) -> "ArmSpec":
+        """The arm `kind` of `config`, with the `flags` of its sides; only the split arm shows the `credentials`."""
+        split = kind == "split"
+        return cls(
+            kind,
+            files,
+            plan,
+            device,
+            config.model.dtype,
+            config.runs.threads,
+            replace(flags, full=frozenset()) if split else FlagSet(full=flags.full),
+            addresses,
+            config.trunk.timeout_s,
+            credentials if split else NONE,
+            draft,
+        )
 
     def __hash__(self) -> int:
         return hash((self.kind, self.files.digest, self.flags, self.addresses, self.copy, self.via))
