@@ -3,6 +3,10 @@
 CSS = """
 .sl-flag-table .sl-table { white-space: nowrap; }
 .sl-flag-table th:first-child { position: sticky; left: 0; z-index: 1; background: var(--sl-panel); }
+@media (max-width: 640px) { /* the names leave room for the figures */
+  .sl-flag-table .sl-table th:first-child { min-width: 6rem; max-width: 7rem; white-space: normal;
+    overflow-wrap: anywhere; }
+}
 .sl-flag-table .sl-row-all, .sl-flag-table .sl-row-none { font-weight: 700; }
 .sl-interval { display: block; width: 120px; height: 14px; }
 .sl-interval .sl-one { stroke: var(--body-text-color-subdued); stroke-dasharray: 2 2; }
