@@ -5,6 +5,7 @@ names the key as it is written in the file (`split.start`), the value, and what 
 which flags exist: `flags/registry.py` does.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -35,6 +36,8 @@ def valid_addresses(value: object) -> tuple[str, ...]:
     return found
 
 
+# No segment begins with a dot, so that none is "..".
+_ROOT_PATH = re.compile(r"(https?://[A-Za-z0-9.-]+(:\d{1,5})?)?(/[\w~-][\w.~-]*)*/?", re.ASCII)
 _ADDRESSES = f"'{EMBEDDED}', or {address.ADDRESS}; or a list of addresses"
 
 
@@ -43,6 +46,13 @@ def valid_chat(value: object) -> bool | str:
     if isinstance(value, bool) or (isinstance(value, str) and value.strip()):
         return value
     raise ValueError("true, false, or the name of one of the model's chat templates")
+
+
+def root_path(text: str) -> str:
+    """Where a proxy serves the page: "", a path or a whole URL, without a slash at the end. Raises ValueError."""
+    if not _ROOT_PATH.fullmatch(text):
+        raise ValueError('a path such as "/splitlearn", or a URL such as "https://page.example/splitlearn"')
+    return text.removesuffix("/")
 
 
 def _address(text: str, count: int) -> str:
@@ -62,6 +72,7 @@ File = Annotated[Path, Field(strict=False)]
 Host = Annotated[str, AfterValidator(address.host)]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """The name of an environment variable that holds a secret, never the secret itself."""
+RootPath = Annotated[str, AfterValidator(root_path)]
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
 """A name such as a browser asks for: no scheme, no port, no wildcard."""
 
@@ -181,12 +192,14 @@ class RunsConfig(_Section):
 
 class UiConfig(_Section):
     """The page. `auth` names the environment variable that holds `user:password`; `allowed_hosts` are names, without
-    ports, by which the page is reached besides `host` and those of loopback."""
+    ports, by which the page is reached besides `host` and those of loopback. `root_path` is where a proxy serves it."""
 
     host: Host = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
     allow_open: bool = False
     allowed_hosts: Annotated[tuple[HostName, ...], Field(strict=False)] = ()
+    root_path: RootPath = ""
+    mcp: bool = False
     share: bool = False
     auth: Variable = "SPLITLEARN_AUTH"
 

@@ -5,6 +5,7 @@ import signal
 import threading
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,8 +89,15 @@ def _start(options: Options) -> None:
     proxies.settle(settings.ui.host)
     login = page_login.login(settings.ui.auth, settings.ui.share, options.share_without_login)
     page_login.check_open(settings.ui, login)
+    _check_mcp(settings.ui.mcp)
     port = ports.check("ui.", settings.ui.host, settings.ui.port)
     _serve(settings, port, login, _repeat(options))
+
+
+def _check_mcp(wanted: bool) -> None:
+    """Raises SetupError where the package for it is not installed."""
+    if wanted and find_spec("mcp") is None:
+        raise SetupError("ui.mcp: true needs the package mcp, which is not installed; docs/api.md says how.")
 
 
 def _settings(options: Options) -> Config:
@@ -162,13 +170,16 @@ def _page(startup: Startup, port: int, login: Login, repeat: list[str]) -> None:
             state_session_capacity=MOST_STATES,
             max_file_size=1,  # of uploads, which are refused before it counts
             enable_monitoring=False,
-            mcp_server=False,
+            root_path=settings.root_path,
+            mcp_server=settings.mcp,
             num_workers=0,  # processes that would serve files on ports of their own
             footer_links=[],
             run_history=False,
             ssr_mode=False,
         )
         demo.server.config.encoded_headers.clear()  # which program serves it
+        if settings.mcp:
+            private_apis.mcp_calls_as(demo, login)
         try:
             say(f"The page is on {address.url(settings.host, port)}")
             if settings.share:

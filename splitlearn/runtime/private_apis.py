@@ -106,6 +106,15 @@ def page_queue(blocks: Any) -> Any:
     return blocks._queue
 
 
+def mcp_calls_as(page: Any, login: tuple[str, str] | None) -> None:
+    """gradio: let the MCP tools of the launched `page` log in: they call it by HTTP."""
+    from gradio.mcp import Client
+
+    quiet = {"download_files": False, "verbose": False, "analytics_enabled": False}
+    headers = {"x-gradio-user": "mcp"}
+    page.mcp_server_obj._client_instance = Client(page.local_url, auth=login, headers=headers, **quiet)
+
+
 @contextmanager
 def without_stub_files() -> Iterator[None]:
     """gradio: inside, importing it writes no .pyi files beside its components, which takes two fifths of the import.

@@ -1,13 +1,18 @@
-"""The public API of the page, called by name as another program does."""
+"""The public API of the page, called by name as another program does, through a proxy with a path of its own."""
 
+import asyncio
 import json
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import httpx
 import pytest
 from gradio_client import Client
@@ -18,11 +23,20 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.config import ModelConfig
 from splitlearn.models.plan import SplitPlan
 from splitlearn.planning import anatomy
+from splitlearn.runtime import private_apis
 from tests.conftest import ROOT, TinyFactory
 from tests.support.page import START_S, App, running, write_config
+from tests.support.sub_path import proxied
 from tests.support.trunk import environment, eventually
+from ui.guard.hosts import Hosts
+from ui.guard.security import guarded
+from ui.login import Sharing
 
 SHORT = {"prompt": "Why?", "max_new_tokens": 4, "flags": "use_cache", "ignore_eos": True}
+PATH, LOGIN = "/lab", ("ada", "cobalt-Harbor-42")
+BLOCKS = re.findall(r"```python( mcp)?\n(.*?)```", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.DOTALL)
+HAS_MCP = find_spec("mcp") is not None
+needs_mcp = pytest.mark.skipif(not HAS_MCP, reason="needs the package mcp (docs/api.md)")
 EXPERIMENT = {"flags": "use_cache", "max_new_tokens": 4, "prompts": "Why?"}
 
 
@@ -54,9 +68,10 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
 @pytest.fixture(scope="module")
 def served(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("api")
-    config = write_config(folder, model={"name": str(files.folder)})
-    with running(config, folder=folder) as app:
-        yield Served(app, app.warm_url(), config)
+    ui = {"port": 0, "root_path": PATH, "mcp": HAS_MCP}
+    config = write_config(folder, model={"name": str(files.folder)}, ui=ui)
+    with running(config, folder=folder) as app, proxied(app.warm_url(), PATH) as url:
+        yield Served(app, url, config)
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +193,90 @@ def _compares(client: Client) -> bool:
         return bool(client.predict(**SHORT, api_name="/compare")["identical_tokens"])
     except AppError:
         return False
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(block, marks=needs_mcp if kind else ()) for kind, block in BLOCKS],
+    ids=range(len(BLOCKS)),
+)
+def test_the_examples_of_the_docs_run_as_written(block: str, served: Served, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(block, encoding="utf-8")
+    command, variables = [sys.executable, "script.py"], {**os.environ, "SPLITLEARN_PAGE": served.url}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "compare_flags" in done.stdout if "mcp" in block else done.stdout.strip()
+
+
+@needs_mcp
+def test_the_mcp_tools_are_the_endpoints_and_say_what_cannot_be_used(served: Served) -> None:
+    async def ask(session: Any) -> None:
+        tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+        assert set(tools) == {"compare", "compare_flags", "plan_cut", "models"}
+        assert "1 to 100" in tools["compare"].inputSchema["properties"]["pairs"]["description"]
+        refused = await session.call_tool("compare", {"max_new_tokens": 0})
+        assert refused.isError
+        assert "max_new_tokens: 0 cannot be used" in refused.content[0].text
+
+    asyncio.run(_over_mcp(served.url, ask))
+
+
+@needs_mcp
+def test_of_mcp_only_its_one_path_is_there_and_for_no_other_site(served: Served) -> None:
+    for path in ("mcp/sse", "mcp/schema", "mcp/messages/", "mcp/http"):
+        assert httpx.get(f"{served.url}/gradio_api/{path}").status_code == 404
+    for headers in ({"Origin": "http://elsewhere.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert httpx.post(f"{served.url}/gradio_api/mcp/", json={}, headers=headers).status_code == 403
+    assert (
+        httpx.post(f"{served.url}/gradio_api/mcp/", json={}, headers={"Host": "elsewhere.example"}).status_code == 400
+    )
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[str]:
+    """A page with one endpoint behind guard and login."""
+
+    def double(number: int = 1) -> int:
+        """Twice the number."""
+        return 2 * number
+
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        gr.api(double)
+    blocks.queue(api_open=False)
+    lifespan = guarded(Hosts("127.0.0.1", (), Sharing.of(False)))
+    quiet = {"quiet": True, "prevent_thread_lock": True, "ssr_mode": False, "run_history": False}
+    blocks.launch(auth=LOGIN, mcp_server=HAS_MCP, app_kwargs={"lifespan": lifespan}, **quiet)
+    if HAS_MCP:
+        private_apis.mcp_calls_as(blocks, LOGIN)
+    yield blocks.local_url.rstrip("/")
+    blocks.close(verbose=False)
+
+
+def test_where_there_is_a_login_a_program_has_to_log_in(locked: str) -> None:
+    with pytest.raises(ValueError, match="login"):
+        Client(locked, verbose=False)
+    with pytest.raises(ValueError, match="login"):
+        Client(locked, auth=("ada", "wrong"), verbose=False)
+    assert Client(locked, auth=LOGIN, verbose=False).predict(21, api_name="/double") == 42
+
+
+@needs_mcp
+def test_where_there_is_a_login_an_mcp_client_has_to_log_in(locked: str) -> None:
+    assert httpx.post(f"{locked}/gradio_api/mcp/", json={}).status_code == 401
+    answer = httpx.post(f"{locked}/login", data=dict(zip(("username", "password"), LOGIN, strict=True)))
+    cookie = "; ".join(each.partition(";")[0] for each in answer.headers.get_list("set-cookie"))
+
+    async def ask(session: Any) -> None:
+        assert (await session.call_tool("double", {"number": 21})).content[0].text == "42"
+
+    asyncio.run(_over_mcp(locked, ask, {"Cookie": cookie}))
+
+
+async def _over_mcp(url: str, ask: Callable[[Any], Awaitable[None]], headers: dict[str, str] | None = None) -> None:
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    address = f"{url}/gradio_api/mcp/"
+    async with streamablehttp_client(address, headers) as (read, write, _), ClientSession(read, write) as session:
+        await session.initialize()
+        await ask(session)

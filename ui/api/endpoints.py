@@ -5,6 +5,7 @@ What runs a model is a generator: first objects with `progress`, a sentence on w
 waits for its turn with the page's own runs, takes the same values, and is refused with the same sentences.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
@@ -67,7 +68,7 @@ class Api:
         stop: list[str] | None = None,
         chat: bool | str | None = None,
         ignore_eos: bool = False,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[Answer | str]:
         """Run one prompt through the full and the split model: the object of `splitlearn compare --json`.
 
         Args:
@@ -103,7 +104,7 @@ class Api:
                 for shown in states:
                     yield _compared(shown)
             yield {"progress": "Reading what the machine and the link are."}
-            yield self._comparison(shown, typed, words, who)
+            yield _answer(self._comparison(shown, typed, words, who), request)
 
     def compare_flags(
         self,
@@ -115,7 +116,7 @@ class Api:
         prompts: str | None = None,
         delta: float = 0.02,
         seed: int = 0,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[Answer | str]:
         """Measure what each flag does, in full and in split, with the lab's experiment: the flags table as an object.
 
         Takes minutes. Meanwhile nothing else is compared. The experiment stays in the list of the Lab tab.
@@ -146,7 +147,7 @@ class Api:
             self.handlers.lab.start(typed, words, settings.prompt)
             for status in self.turns.experiment(who):
                 yield {"progress": _measured(status)}
-            yield _table(status)
+            yield _answer(_table(status), request)
 
     def plan_cut(
         self,
@@ -158,7 +159,7 @@ class Api:
         link: str | None = None,
         flags: str | None = None,
         measure: bool = False,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[Answer | str]:
         """Measure what each cut of the model costs here: the object of `splitlearn parts --cuts --json`.
 
         Args:
@@ -191,11 +192,12 @@ class Api:
             if report is None:  # nothing was measured
                 raise SplitlearnError(ENDED)
             parts = [asdict(part) for part in parts_of(anatomy, question.plan, report.context)]
-            yield {"anatomy": asdict(anatomy), "context": report.context, "parts": parts, "cuts": report.as_json()}
+            model, cuts = asdict(anatomy), report.as_json()
+            yield _answer({"anatomy": model, "context": report.context, "parts": parts, "cuts": cuts}, request)
 
-    def models(self) -> Answer:
+    def models(self, request: gr.Request) -> Answer | str:
         """List the models of the catalogue and of the cache: the object of `splitlearn models --json`."""
-        return catalogue.as_json(self.runs.config.model)
+        return _answer(catalogue.as_json(self.runs.config.model), request)
 
     def _flags(self, words: object) -> str:
         return given.text("flags", self.runs.config.flags if words is None else words)
@@ -213,6 +215,11 @@ class Api:
         stop = self.handlers.stops.signal(who)
         cost = link_cost(runs, inputs.request(typed), flags, found.split, cancelled=stop)
         return {**found.as_json(), "link": cost and cost.as_json()}
+
+
+def _answer(found: Answer, request: gr.Request) -> Answer | str:
+    """What the caller is given. As an MCP tool's result Gradio would write an object in Python's words: JSON is text."""
+    return json.dumps(found) if request.headers.get("x-gradio-user") == "mcp" else found
 
 
 def _compared(shown: ComparisonView) -> Answer:

@@ -41,6 +41,8 @@ KNOWN = re.compile(
     rf"/config/?|/logout|{API}/(info/?|token/?|heartbeat/{SESSION_NAME}|queue/(join|data|status)|run/\w+/?|cancel|reset/?)"
     rf"|{API}/file=(?!/*[a-zA-Z][a-zA-Z0-9+.-]+:).*"
 )
+# With ui.mcp. Gradio has more paths for it, such as an older transport; no client needs them.
+MCP = re.compile(rf"{API}/mcp/?")
 CALLS = re.compile(rf"{API}/(queue/join|run/\w+/?)")
 
 
@@ -118,7 +120,7 @@ class Guard:
             raise Refusal(405, "Method: expected GET, HEAD or POST.", {"Allow": "GET, HEAD, POST"})
         if OPEN.fullmatch(path):
             return
-        if not KNOWN.fullmatch(path):
+        if not (KNOWN.fullmatch(path) or (MCP.fullmatch(path) and self._page.get_blocks().mcp_server)):
             raise Refusal(404, "Not found.")
         if self._page.auth is not None and self._user(request) is None:
             raise Refusal(401, "Not logged in.")
