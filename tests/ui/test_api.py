@@ -70,7 +70,9 @@ def served(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("api")
     ui = {"port": 0, "root_path": PATH, "mcp": HAS_MCP}
     config = write_config(folder, model={"name": str(files.folder)}, ui=ui)
-    with running(config, folder=folder) as app, proxied(app.warm_url(), PATH) as url:
+    # A cache of its own: an experiment of somebody else on this machine is none of this page's.
+    own = {"SPLITLEARN_CACHE": str(folder / "cache")}
+    with running(config, environment=own, folder=folder) as app, proxied(app.warm_url(), PATH) as url:
         yield Served(app, url, config)
 
 
@@ -138,7 +140,8 @@ def test_a_cut_is_planned_and_run(client: Client, files: ModelFiles) -> None:
     assert {(cut["start"], cut["end"]) for cut in found["cuts"]["cuts"]} >= {(1, 5), (2, 4)}
 
 
-def test_models_are_those_of_the_command_line(client: Client) -> None:
+def test_models_are_those_of_the_command_line(client: Client, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPLITLEARN_CACHE", str(served.config.parent / "cache"))
     assert client.predict(api_name="/models") == catalogue.as_json(ModelConfig())
 
 

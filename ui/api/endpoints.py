@@ -218,7 +218,7 @@ class Api:
 
 
 def _answer(found: Answer, request: gr.Request) -> Answer | str:
-    """What the caller is given. As an MCP tool's result Gradio would write an object in Python's words: JSON is text."""
+    """What the caller is given: JSON as text for MCP, where Gradio would write an object in Python's words."""
     return json.dumps(found) if request.headers.get("x-gradio-user") == "mcp" else found
 
 
