@@ -103,8 +103,8 @@ def chaos(
         for child in children:
             if isinstance(ready := child.receive(), SplitlearnError):
                 raise ready
-        wanted = {request.prompt: _ask(children[0], request).token_ids for request in requests}
-        trial = _Trial(wanted, kills, order, kill)
+        wanted = {request.prompt: _ask(children[0], spec.flags, request).token_ids for request in requests}
+        trial = _Trial(spec.flags, wanted, kills, order, kill)
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(lambda number: trial.client(number, children[number], requests), range(CLIENTS)))
     finally:
@@ -117,9 +117,15 @@ class _Trial:
     """What the clients' threads share: when the next kill is, and what was found."""
 
     def __init__(
-        self, wanted: dict[str, tuple[int, ...]], kills: int, order: random.Random, kill: Callable[[], None]
+        self,
+        flags: FlagSet,
+        wanted: dict[str, tuple[int, ...]],
+        kills: int,
+        order: random.Random,
+        kill: Callable[[], None],
     ) -> None:
         self.found = Found()
+        self._flags = flags
         self._wanted = wanted
         self._kills = kills
         self._order = order
@@ -135,7 +141,7 @@ class _Trial:
                 return
             began: list[Event] = []
             try:
-                metrics = _ask(child, request, began, lambda: self._token(number))
+                metrics = _ask(child, self._flags, request, began, lambda: self._token(number))
             except TrunkUnavailable as error:
                 if began:
                     self.found.broken.append(str(error))
@@ -169,10 +175,12 @@ class _Trial:
             self._waiting_for = set(range(CLIENTS))
 
 
-def _ask(child: Child, request: GenerationRequest, events: list[Event] | None = None, token: Any = None) -> RunMetrics:
+def _ask(
+    child: Child, flags: FlagSet, request: GenerationRequest, events: list[Event] | None = None, token: Any = None
+) -> RunMetrics:
     """One answer of a worker; its events are added to `events` as they come, `token()` is called for each token."""
     seen: list[Event] = [] if events is None else events
-    child.send(request)
+    child.send((flags, request))
     while not isinstance(item := child.receive(), ArmEnd):
         if isinstance(item, SplitlearnError):
             raise item

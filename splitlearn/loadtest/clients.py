@@ -42,7 +42,7 @@ class RealClient:
 
     def __init__(self, spec: ArmSpec, prompts: Sequence[str], chat: bool | str) -> None:
         self._prompts, self._chat = prompts, chat
-        self._child = start(spec)
+        self._flags, self._child = spec.flags, start(spec)
 
     def warm(self) -> None:
         """Wait until the model is loaded, then run a short request."""
@@ -55,7 +55,7 @@ class RealClient:
     def answer(self, job: LoadRequest) -> Generator[float, None, None]:
         """Yield token times: the first by this process's clock, pipe included, the others by the worker's."""
         chosen = GenerationRequest(self._prompts[job.prompt], job.new_tokens, chat=self._chat, ignore_eos=True)
-        self._child.send(chosen)
+        self._child.send((self._flags, chosen))
         offset: float | None = None
         while not isinstance(item := raised(self._child.receive()), ArmEnd):
             if isinstance(item, TokenEvent):

@@ -144,7 +144,7 @@ def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
     expect(again.locator("#lab-forest-full-ttft_s .js-plotly-plot")).to_be_visible()
     files = exports(again, tmp_path)
     (kept,) = Path(tempfile.gettempdir()).glob(f"{PREFIX}{app.process.pid}-*")
-    assert len(list(kept.iterdir())) == 1
+    assert len(list(kept.iterdir())) == 2  # the exports, and the flags table of the Answers tab
     results = json.loads(files["results.json"].read_text())
     assert (results["finished"], results["blocks"]) == ("2 pairs, as asked", 2)
     command = results["setup"]["command"]

@@ -83,6 +83,7 @@ class FlagTable:
 
     async def come(self, request: gr.Request) -> AsyncIterator[Updates]:
         """The page was opened: show the experiment that runs, or the last one."""
+        yield {self.error: ""}  # Gradio empties the outputs of a call that yields nothing
         async for updates in self._follow(visitor(request), ""):
             yield updates
 
