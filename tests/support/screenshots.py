@@ -25,7 +25,7 @@ def compare(page: Page) -> None:
 def flags(page: Page) -> None:
     """The first pass of Compare flags."""
     page.locator("#compare-flags").click()
-    expect(page.locator("#ft-progress")).to_contain_text("block 2", timeout=RUN_MS)
+    expect(page.locator("#ft-progress")).to_contain_text("block 1", timeout=RUN_MS)
     page.locator("#ft-stop").click()
     expect(page.locator("#compare-flags")).to_be_enabled(timeout=RUN_MS)
 
