@@ -31,7 +31,7 @@ IMPORTS = "import torch, transformers"
 API = "/gradio_api"
 POLL_S, TIMEOUT_S = 0.1, 600.0
 FIRST = re.compile(r'data-state=\\"(?:running|done)\\"')
-TTFT = re.compile(r'(Full|Split) model\\" data-state=\\"done\\".*?<dt>TTFT</dt><dd>([\d.]+) (m?s)</dd>')
+TTFT = re.compile(r'(Full|Split) model\\" data-state=\\"done\\".*?>TTFT</button>.*?<dd>([\d.]+) (m?s)</dd>')
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +16,7 @@ from splitlearn.config import ModelConfig
 from splitlearn.runtime import progress, proxies
 from tests.support.scheduling import DURATIONS, Durations
 from tests.support.tiny import make_converted
+from tests.support.trunk import TrunkHere, serve_here
 
 TinyFactory = Callable[..., ModelFiles]
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model: TinyFactory) -> ModelFiles:
+    """A tiny Llama, for the files that need no other model."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def here(files: ModelFiles) -> Iterator[TrunkHere]:
+    """A trunk server of `files` in this process."""
+    with serve_here(files) as running:
+        yield running
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from splitlearn.planning.costs import CutCost, Rates, best
 
-SAME = 0.02
-"""Differences in TPOT below this share are none."""
+ERROR = 1.15
+"""How far a predicted TPOT may be off, either way (docs/results/cuts.md): a ratio within it decides nothing."""
 BUSY = 0.2
 """Cores that other programs use, from which on the machine counts as busy."""
 DOUBT = 1.5
@@ -15,9 +15,9 @@ DOUBT = 1.5
 
 @dataclass(frozen=True)
 class Advice:
-    """`helps`: whether the fastest cut has less TPOT than the full model; None where a busy machine leaves that open.
-    `chosen` is the cut for the client's memory,
-    the fastest one without a limit; None if none fits."""
+    """`helps`: whether the fastest cut has less TPOT than the full model; None where the error of the prediction or a
+    busy machine leaves that open. `chosen` is the cut for the client's memory, the fastest one without a limit; None if
+    none fits."""
 
     helps: bool | None
     fastest: CutCost
@@ -44,9 +44,8 @@ def advise(found: Sequence[CutCost], rates: Rates, client_memory_bytes: float | 
 
 
 def _helps(ratio: float, rates: Rates) -> bool | None:
-    if rates.others_cpu >= BUSY and 1 / DOUBT < ratio < DOUBT:
-        return None
-    return ratio < 1 - SAME
+    doubt = DOUBT if rates.others_cpu >= BUSY else ERROR
+    return None if 1 / doubt < ratio < doubt else ratio < 1
 
 
 def _help(helps: bool | None, fastest: CutCost, smallest: CutCost, rates: Rates) -> str:
@@ -55,13 +54,18 @@ def _help(helps: bool | None, fastest: CutCost, smallest: CutCost, rates: Rates)
     memory = f"the client needs {_mb(smallest.client_memory_bytes)} at least, against {_mb(rates.full_memory_bytes)}"
     alone = f"the full model alone takes {full}, {cut}"
     if helps is None:
-        busy = f"other programs used {rates.others_cpu:.1f} cores meanwhile, so measure again"
-        return f"Whether splitting is faster here is open: {busy}. So far {alone}; {memory}."
+        return f"Whether splitting is faster here is open: {_why_open(rates)}. So far {alone}; {memory}."
     if helps:
         return f"Splitting is faster here: {cut}, the full model alone {full}; {memory}."
     if smallest.client_memory_bytes < rates.full_memory_bytes:
         return f"Splitting is not faster here: {alone}. It saves memory: {memory}."
     return f"Splitting does not help here: {alone}, and {memory}."
+
+
+def _why_open(rates: Rates) -> str:
+    if rates.others_cpu >= BUSY:
+        return f"other programs used {rates.others_cpu:.1f} cores meanwhile, so measure again"
+    return f"predictions may be {ERROR - 1:.0%} off, so measure this cut"
 
 
 def _where(chosen: CutCost | None, smallest: CutCost, rates: Rates, limit: float | None) -> str:

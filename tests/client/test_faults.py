@@ -60,17 +60,6 @@ def request(number: int = 0, tokens: int = TOKENS) -> GenerationRequest:
 
 
 @pytest.fixture(scope="module")
-def files(tiny_model: TinyFactory) -> ModelFiles:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def here(files: ModelFiles) -> Iterator[TrunkHere]:
-    with serve_here(files) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def undisturbed(here: TrunkHere, files: ModelFiles) -> list[RunMetrics]:
     """What each question is answered when nothing happens."""
     with client(files, here.address) as asking:

@@ -1,6 +1,6 @@
 """Prompts in pieces, several of which are under way at once: the same answer, also when the trunk is lost meanwhile."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import cast
@@ -17,25 +17,13 @@ from splitlearn.generation.generator import Generator
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.metrics import RunMetrics
 from splitlearn.stages import loading
-from tests.conftest import TinyFactory
 from tests.support.client import CACHED
 from tests.support.proxy import proxy
-from tests.support.trunk import PLAN, TrunkHere, hidden, serve_here, served
+from tests.support.trunk import PLAN, TrunkHere, hidden, served
 from tests.support.words import generation_of, load_of, session_of
 
 LENGTHS = [9, 9, 9, 4]
 REQUEST = GenerationRequest("the quick brown fox jumps over the lazy dog and runs on", 12, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def files(tiny_model: TinyFactory) -> ModelFiles:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def here(files: ModelFiles) -> Iterator[TrunkHere]:
-    with serve_here(files) as running:
-        yield running
 
 
 def _pieces(files: ModelFiles) -> list[tuple[int, torch.Tensor]]:

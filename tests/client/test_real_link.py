@@ -1,6 +1,5 @@
 """The real link to a trunk, measured by calls with padding."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -12,19 +11,7 @@ from splitlearn.wire import MAX_PADDING_BYTES
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import open_channel
 from splitlearn.wire.stub import DESCRIBE, TrunkStub
-from tests.conftest import TinyFactory
 from tests.support.trunk import TrunkHere, serve_here
-
-
-@pytest.fixture(scope="module")
-def files(tiny_model: TinyFactory) -> ModelFiles:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def here(files: ModelFiles) -> Iterator[TrunkHere]:
-    with serve_here(files) as running:
-        yield running
 
 
 def test_the_answer_has_the_padding_that_was_asked_for_and_ignores_the_requests_own(here: TrunkHere) -> None:

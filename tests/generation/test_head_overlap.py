@@ -1,7 +1,6 @@
 """A step that is begun with the first part of the logits: the tokens are those without it, whatever was guessed."""
 
 from collections import deque
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,17 +33,6 @@ KINDS = {
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3")
 HEADS = (*FAMILIES, "opt", "bloom", "gpt_neox", "ctrl", "cohere", "granite", "olmo")
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def files(tiny_model: TinyFactory) -> ModelFiles:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def here(files: ModelFiles) -> Iterator[TrunkHere]:
-    with serve_here(files) as running:
-        yield running
 
 
 @pytest.fixture

@@ -119,6 +119,14 @@ def test_a_busy_machine_decides_nothing_unless_the_difference_is_large() -> None
     assert advise(cut_costs(MODEL, busy, Link(rtt_ms=50), 50), busy).helps is False
 
 
+def test_a_difference_within_the_error_of_the_prediction_is_left_open_on_a_quiet_machine_too() -> None:
+    for full_s, helps in ((1.1, None), (0.9, None), (1.2, True), (0.8, False)):
+        fastest = min(cost.tpot_s for cost in cut_costs(MODEL, RATES, NEAR, 50))
+        found = advise(cut_costs(MODEL, RATES, NEAR, 50), replace(RATES, full_tpot_s=full_s * fastest))
+        assert found.helps is helps
+        assert ("predictions may be 15% off" in found.does_it_help) == (helps is None)
+
+
 def test_a_client_too_small_is_told_what_the_least_is() -> None:
     found = cut_costs(MODEL, RATES, NEAR, 50)
     fits = advise(found, RATES, 306 * MB)

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 
 import grpc
@@ -22,23 +21,11 @@ from splitlearn.stages.session import LocalSession
 from splitlearn.wire import SERVICE
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import open_channel
-from tests.conftest import TinyFactory
 from tests.support.client import CACHED
-from tests.support.trunk import Raw, TrunkHere, hidden, opening, serve, serve_here, served, settings, step, tensor_of
+from tests.support.trunk import Raw, TrunkHere, hidden, opening, serve, served, settings, step, tensor_of
 from tests.support.words import load_of, session_of
 
 FAST = CACHED | {"low_cpu_mem_usage", "cache", "output_attentions", "output_hidden_states", "weight_dtype"}
-
-
-@pytest.fixture(scope="module")
-def files(tiny_model: TinyFactory) -> ModelFiles:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def here(files: ModelFiles) -> Iterator[TrunkHere]:
-    with serve_here(files) as running:
-        yield running
 
 
 def _drop(address: str, request: bytes) -> None:

@@ -141,6 +141,17 @@ def running(
 
 
 @contextmanager
+def measuring(folder: Path, model: Path, **sections: object) -> Iterator[App]:
+    """An app in `folder` for tests that measure: it keeps its experiments there, and has a cache of its own, so that an
+    experiment of somebody else on this machine is none of its."""
+    usual = {"model": {"name": str(model)}, "generation": {"max_new_tokens": 4}}
+    config = write_config(folder, **{**usual, **sections})
+    environment = {"PYTHONPATH": str(ROOT), "SPLITLEARN_CACHE": str(folder / "cache")}
+    with running(config, environment=environment, folder=folder) as started:
+        yield started
+
+
+@contextmanager
 def chromium() -> Iterator[BrowserContext]:
     """A Chromium without windows; `open_page` opens the app's page in it.
 
@@ -175,3 +186,8 @@ def type_into(box: Locator, value: str) -> None:
         if box.input_value() == value:
             return
     raise AssertionError(f"the field does not keep {value!r}")
+
+
+def setting(page: Page, name: str, value: str) -> None:
+    """Fill the field called `name`."""
+    type_into(page.locator(f"#{name}").locator("input, textarea").first, value)

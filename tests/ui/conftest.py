@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import BrowserContext
+from playwright.sync_api import BrowserContext, Page
 
-from tests.support.page import chromium
+from tests.support.page import FORBIDDEN, App, chromium, open_page
 
 
 @pytest.fixture(scope="module")
@@ -16,3 +16,18 @@ def browser() -> Iterator[BrowserContext]:
     """
     with chromium() as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def url(app: App) -> str:
+    """Where the page of the file's `app` is, once both arms are warm."""
+    return app.warm_url()
+
+
+@pytest.fixture
+def page(browser: BrowserContext, url: str) -> Iterator[Page]:
+    """A fresh visitor's page."""
+    opened = open_page(browser, url)
+    yield opened
+    opened.close()
+    assert not FORBIDDEN

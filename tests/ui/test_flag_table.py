@@ -12,7 +12,7 @@ from splitlearn.lab.analysis.flags_table import FlagsTable, flags_table
 from splitlearn.lab.analysis.pairing import ServiceLevel
 from splitlearn.lab.job import read_experiment
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, FORBIDDEN, ROOT, open_page, running, write_config
+from tests.support.page import CHROMIUM, App, measuring, open_page
 from ui.flag_table.view import EMPTY
 from ui.format import rate, seconds
 
@@ -33,21 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(tiny_model: TinyFactory, folder: Path) -> Iterator[str]:
-    model, generation = {"name": str(tiny_model().folder)}, {"max_new_tokens": 4}
-    config = write_config(folder, flags=FLAG, model=model, generation=generation)
-    # A cache of its own: an experiment of somebody else on this machine is none of this page's.
-    environment = {"PYTHONPATH": str(ROOT), "SPLITLEARN_CACHE": str(folder / "cache")}
-    with running(config, environment=environment, folder=folder) as started:
-        yield started.warm_url()
-
-
-@pytest.fixture
-def page(browser: BrowserContext, url: str) -> Iterator[Page]:
-    opened = open_page(browser, url)
-    yield opened
-    opened.close()
-    assert not FORBIDDEN
+def app(tiny_model: TinyFactory, folder: Path) -> Iterator[App]:
+    with measuring(folder, tiny_model().folder, flags=FLAG) as started:
+        yield started
 
 
 def stored(folder: Path) -> FlagsTable:

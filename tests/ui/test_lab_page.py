@@ -17,13 +17,12 @@ from tests.support.page import (
     CHROMIUM,
     FORBIDDEN,
     PATIENCE_MS,
-    ROOT,
     SETTLED_MS,
     App,
+    measuring,
     open_page,
-    running,
+    setting,
     type_into,
-    write_config,
 )
 from ui.visitors import PREFIX
 
@@ -45,17 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def app(tiny_model: TinyFactory, folder: Path) -> Iterator[App]:
-    model, generation = {"name": str(tiny_model().folder)}, {"max_new_tokens": 4}
-    config = write_config(folder, model=model, generation=generation)
-    # A cache of its own: an experiment of somebody else on this machine is none of this page's.
-    environment = {"PYTHONPATH": str(ROOT), "SPLITLEARN_CACHE": str(folder / "cache")}
-    with running(config, environment=environment, folder=folder) as started:
+    with measuring(folder, tiny_model().folder) as started:
         yield started
-
-
-@pytest.fixture(scope="module")
-def url(app: App) -> str:
-    return app.warm_url()
 
 
 @pytest.fixture
@@ -76,10 +66,6 @@ def open_lab(browser: BrowserContext, url: str) -> Page:
     opened.get_by_role("tab", name="Lab").click()
     expect(opened.locator("#lab-start")).to_be_visible()
     return opened
-
-
-def setting(page: Page, name: str, value: str) -> None:
-    type_into(page.locator(f"#{name}").locator("input, textarea").first, value)
 
 
 def ask(page: Page, pairs: str, flags: str = FLAG) -> None:

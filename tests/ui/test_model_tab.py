@@ -120,7 +120,6 @@ def test_a_measured_cut_is_chosen_by_keyboard_run_and_taken_for_the_comparison(p
     expect(cut(page)).not_to_have_value(before)
     expect(page.locator("#model-pareto [aria-pressed=true]")).to_be_focused()
     choose(page, "start", 1)
-    expect(page.locator("#model-chosen")).to_contain_text("chosen, [1, ")  # its answer sets both fields
     choose(page, "end", 5)
     expect(page.locator("#model-chosen")).to_contain_text("chosen, [1, 5)")
     page.locator("#model-measure-cut").click()

@@ -10,7 +10,7 @@ from playwright.sync_api import BrowserContext, Page, Route, TimeoutError, expec
 
 from splitlearn.checkpoints.folder import ModelFiles
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, FORBIDDEN, App, open_page, running, type_into, write_config
+from tests.support.page import CHROMIUM, FORBIDDEN, App, open_page, running, setting, type_into, write_config
 
 pytestmark = [
     pytest.mark.browser,
@@ -28,25 +28,8 @@ def app(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> It
         yield started
 
 
-@pytest.fixture(scope="module")
-def url(app: App) -> str:
-    return app.warm_url()
-
-
-@pytest.fixture
-def page(browser: BrowserContext, url: str) -> Iterator[Page]:
-    opened = open_page(browser, url)
-    yield opened
-    opened.close()
-    assert not FORBIDDEN
-
-
 def fold_out(page: Page, name: str) -> None:
     page.locator(f"#{name} > button").click()
-
-
-def setting(page: Page, name: str, value: str) -> None:
-    type_into(page.locator(f"#{name}").locator("input, textarea").first, value)
 
 
 def verdict(page: Page, timeout_ms: int = RUN_MS) -> str:

@@ -197,13 +197,12 @@ class ModelTab:
         }
 
     def _moved(self, name: str, given: dict[Any, Any]) -> Updates:
-        """One end was moved: the other one gives way."""
+        """One end was moved: the other one gives way. It is written only then: she may have typed another meanwhile."""
         start, end = self.fields["start"], self.fields["end"]
-        values = dict(given)
+        moved: Updates = {}
         if isinstance(given[start], int) and isinstance(given[end], int) and given[start] >= given[end]:
-            values |= {end: given[start] + 1} if name == "start" else {start: given[end] - 1}
-        other = end if name == "start" else start
-        return {**self._draw(values), other: values[other]}
+            moved = {end: given[start] + 1} if name == "start" else {start: given[end] - 1}
+        return {**self._draw({**given, **moved}), **moved}
 
     def _picked(self, given: dict[Any, Any], event: gr.EventData) -> Updates:
         """A cut was dragged, or a point pressed. What the browser says is checked as what is typed."""
