@@ -14,12 +14,12 @@ from splitlearn.checkpoints import catalogue
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.config import ModelConfig
 from splitlearn.runtime import progress, proxies
+from tests.support import ROOT
 from tests.support.scheduling import DURATIONS, Durations
 from tests.support.tiny import make_converted
 from tests.support.trunk import TrunkHere, serve_here
 
 TinyFactory = Callable[..., ModelFiles]
-ROOT = Path(__file__).parents[1]
 proxies.settle()  # for what tests themselves ask on this machine
 # A slow or busy machine is no failure: neither a deadline nor a health check looks at the clock.
 hypothesis.settings.register_profile(

@@ -10,7 +10,8 @@ import pytest
 import splitlearn
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError, TrunkRefused
-from tests.conftest import ROOT, TinyFactory
+from tests.conftest import TinyFactory
+from tests.support import ROOT
 from tests.support.trunk import environment, serve_here
 
 PROMPT = "Why is the sky blue?"

@@ -13,7 +13,8 @@ from splitlearn.config import ModelConfig
 from splitlearn.errors import InputError, ModelError
 from splitlearn.runtime import device
 from splitlearn.runtime.progress import Step, silent
-from tests.conftest import ROOT, TinyFactory
+from tests.conftest import TinyFactory
+from tests.support import ROOT
 from tests.support import prepare as command
 from tests.support.forks import Fork
 from tests.support.tiny import make_checkpoint

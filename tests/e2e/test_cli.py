@@ -16,7 +16,8 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.cli import main as command_line
 from splitlearn.flags.registry import FLAGS
 from tests.client.test_remote import free_port
-from tests.conftest import ROOT, TinyFactory
+from tests.conftest import TinyFactory
+from tests.support import ROOT
 from tests.support.trunk import Trunk, environment, serve, settings
 
 ARM = {

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from splitlearn.cli.main import main
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 COMMANDS = ("compare", "fetch", "flags", "lab", "loadtest", "models", "parts", "report", "serve-trunk", "ui")
 

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from splitlearn.checkpoints.folder import ModelFiles
-from tests.conftest import ROOT, TinyFactory
+from tests.conftest import TinyFactory
+from tests.support import ROOT
 from tests.support.trunk import settings
 
 PACKAGES = ("splitlearn", "server", "ui")

@@ -15,7 +15,8 @@ from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime import cgroups, hardware, process
 from splitlearn.stages.loading import Placement, client_specs, full_specs, load, trunk_specs
 from splitlearn.stages.settings import LoadSettings
-from tests.conftest import ROOT, TinyFactory
+from tests.conftest import TinyFactory
+from tests.support import ROOT
 from tests.support.trunk import serve_here
 
 GB = 1_000_000_000

@@ -12,7 +12,8 @@ import yaml
 
 from splitlearn.client.served import describe
 from splitlearn.runtime import proxies
-from tests.conftest import ROOT, TinyFactory
+from tests.conftest import TinyFactory
+from tests.support import ROOT
 from tests.support.trunk import serve_here
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there: who asks it fails at once

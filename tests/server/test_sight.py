@@ -19,7 +19,8 @@ import yaml
 from server.monitoring.metrics import ENDS, GAUGES, REFUSALS, Metrics
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.probe import TrunkProbe
-from tests.conftest import ROOT, TinyFactory
+from tests.conftest import TinyFactory
+from tests.support import ROOT
 from tests.support.trunk import Raw, Trunk, eventually, hidden, opening, serve, settings, step
 from ui.trunk.monitor import Series, parse, quantile
 

@@ -23,9 +23,9 @@ import psutil
 import yaml
 from playwright.sync_api import BrowserContext, Locator, Page, expect, sync_playwright
 
+from tests.support import ROOT
 from tests.support.trunk import listens
 
-ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_TORCH = Path(__file__).with_name("without_torch.py")
 CHROMIUM = Path("/usr/bin/chromium")
 START_S = 90.0

@@ -7,13 +7,13 @@ them only roughly: they may be old, and from another machine.
 
 import json
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 DURATIONS = ROOT / "tests" / "data" / "durations.json"
 # For a file that was not measured yet: early, since a late one could end alone.
 UNKNOWN_S = 60.0

@@ -8,7 +8,8 @@ from pathlib import Path
 from playwright.sync_api import Page, expect
 
 from splitlearn.config import Config
-from tests.support.page import ROOT, chromium, open_page, running, write_config
+from tests.support import ROOT
+from tests.support.page import chromium, open_page, running, write_config
 
 FOLDER = ROOT / "docs" / "screenshots"
 RUN_MS = 600_000

@@ -36,7 +36,7 @@ from splitlearn.wire import PROTOCOL, READY, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.hidden_states import Plain, Rows
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.forks import Fork
 
 PLAN = SplitPlan(2, 4, 6)

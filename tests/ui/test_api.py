@@ -24,7 +24,8 @@ from splitlearn.config import ModelConfig
 from splitlearn.models.plan import SplitPlan
 from splitlearn.planning import anatomy
 from splitlearn.runtime import private_apis
-from tests.conftest import ROOT, TinyFactory
+from tests.conftest import TinyFactory
+from tests.support import ROOT
 from tests.support.page import START_S, App, running, write_config
 from tests.support.sub_path import proxied
 from tests.support.trunk import environment, eventually
