@@ -13,6 +13,7 @@ from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
 from pkgutil import resolve_name
+from threading import Lock
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,19 +33,23 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONSAFEPATH": "1"} | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
 
 
+_environment_lock = Lock()  # two threads that start children at once would each restore what the other had set
+
+
 @contextmanager
 def as_parent() -> Iterator[None]:
     """Have what is started inside, by a library that takes no environment, get that of `environment`."""
-    before = dict(os.environ)
-    os.environ.update(environment())
-    try:
-        yield
-    finally:
-        for name in ("PYTHONSAFEPATH", "PYTHONPATH"):
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                os.environ.pop(name, None)
+    with _environment_lock:
+        before = dict(os.environ)
+        os.environ.update(environment())
+        try:
+            yield
+        finally:
+            for name in ("PYTHONSAFEPATH", "PYTHONPATH"):
+                if name in before:
+                    os.environ[name] = before[name]
+                else:
+                    os.environ.pop(name, None)
 
 
 def own(name: str) -> Any:

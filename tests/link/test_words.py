@@ -70,7 +70,7 @@ def test_a_link_is_checked_however_it_is_made() -> None:
 @given(links(), st.integers(0, 10_000_000))
 def test_loss_and_bandwidth_only_ever_add_to_the_delay(link: Link, size: int) -> None:
     for way in (link.up, link.down):
-        least = link.rtt_ms / 2e3 + way.transfer_s(size)
+        least = link.rtt_ms / 1e3 / 2 + way.transfer_s(size)
         assert way.expected_s(size) >= least
         if not link.loss_percent:
             assert way.expected_s(size) == least
