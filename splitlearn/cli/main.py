@@ -17,14 +17,14 @@ from splitlearn.cli.lab import lab
 from splitlearn.cli.loadtest import loadtest
 from splitlearn.cli.models import fetch, models
 from splitlearn.cli.parts import parts
-from splitlearn.cli.programs import ALL_OF_THEM, serve_trunk, ui
+from splitlearn.cli.programs import PASS_ON, Commands, serve_trunk, ui
 from splitlearn.cli.report import report
 from splitlearn.errors import SplitlearnError
 from splitlearn.runtime import command_line, home
 from splitlearn.runtime.terminal import guarded, say
 
 NAME = "splitlearn"
-app = command_line.program(help="Compare full and split inference of a causal language model.")
+app = command_line.program(cls=Commands, help="Compare full and split inference of a causal language model.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,4 +65,4 @@ def _options(
 for _command in (compare, lab, report, loadtest, fetch, models, parts, flags):
     app.command()(_command)
 for _program in (serve_trunk, ui):
-    app.command(add_help_option=False, context_settings=ALL_OF_THEM)(_program)
+    app.command(add_help_option=False, context_settings=PASS_ON)(_program)

@@ -2,14 +2,28 @@
 
 import os
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from splitlearn.runtime import programs
 from splitlearn.runtime.command_line import Job
 
-ALL_OF_THEM = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """For typer: every option goes to the program, --help as well."""
+APPS = {"serve-trunk": "server.__main__:app", "ui": "ui.app:app"}
+"""Where the command lines of the two programs are defined."""
+
+
+class Commands(TyperGroup):
+    """The commands of `splitlearn`. For shell completion, those of the two programs are their own command lines."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # typer's types for these are private
+        name, command, rest = super().resolve_command(ctx, args)
+        if ctx.resilient_parsing and name in APPS:  # true for completion only
+            command = typer.main.get_command(programs.own(APPS[name]))
+        return name, command, rest
 
 
 def serve_trunk(context: typer.Context) -> Job:

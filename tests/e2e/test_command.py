@@ -46,9 +46,16 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "offered"), [("splitlearn lo", "loadtest"), ("splitlearn compare --max", "--max-new")]
+    ("words", "offered"),
+    [
+        ("splitlearn lo", "loadtest"),
+        ("splitlearn compare --max", "--max-new"),
+        ("splitlearn serve-trunk --metrics-p", "--metrics-port"),
+        ("splitlearn serve-trunk --port 0 to", "token"),
+        ("splitlearn ui --share-w", "--share-without-login"),
+    ],
 )
-def test_the_shell_completes_commands_and_options(words: str, offered: str) -> None:
+def test_the_shell_completes_commands_and_the_options_of_each(words: str, offered: str) -> None:
     asked = {"_SPLITLEARN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     code = "import sys; sys.argv[0] = 'splitlearn'; from splitlearn.cli.main import main; sys.exit(main())"
     done = subprocess.run(
