@@ -1,7 +1,6 @@
 """The public API: its list, full and split through it, and the code of docs/library.md."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError, TrunkRefused
 from tests.conftest import TinyFactory
 from tests.support import ROOT
+from tests.support.children import output_of
 from tests.support.trunk import environment, serve_here
 
 PROMPT = "Why is the sky blue?"
@@ -76,8 +76,4 @@ def test_what_cannot_be_loaded_is_said_by_name(files: ModelFiles) -> None:
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_the_page_of_the_library_runs_as_written(block: str, default_model: ModelFiles, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(block, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert output_of([sys.executable, "script.py"], tmp_path, environment()).strip()

@@ -5,11 +5,10 @@ That the page's process never imports torch is held by every test that runs a pa
 """
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support.children import output_of
+
 COMPUTING = ("torch", "transformers", "numba", "accelerate", "safetensors")
 SHOWING = ("gradio", "plotly", "pandas")
 OF_THE_PAGE = ("ui.page", "ui.compare.tab", "ui.lab.tab", "ui.trunk.tab", "ui.app", "splitlearn.lab.job")
@@ -51,8 +50,7 @@ for name, code in {steps!r}.items():
     found[name] = [each for each in {heavy!r} if each in sys.modules]
 print(json.dumps({{name: imported for name, imported in found.items() if imported}}))
 """
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return json.loads(said.stdout)  # type: ignore[no-any-return]
+    return json.loads(output_of([sys.executable, "-c", code]))  # type: ignore[no-any-return]
 
 
 def test_what_a_command_imports_at_first_is_light() -> None:

@@ -1,12 +1,12 @@
 """What the program imports is what requirements.txt pins; what is generated is what its source gives."""
 
 import ast
-import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from splitlearn.flags.docs_page import markdown
+from tests.support.children import output_of
 
 ROOT = Path(__file__).parents[1]
 OURS = {"splitlearn", "server", "ui", "app"}
@@ -53,7 +53,7 @@ def test_no_package_is_pinned_twice() -> None:
 def test_generated_protocol_code_is_what_the_proto_file_gives(tmp_path: Path) -> None:
     out = [f"--python_out={tmp_path}", f"--pyi_out={tmp_path}"]
     protoc = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *out, "splitlearn/wire/trunk.proto"]
-    subprocess.run(protoc, cwd=ROOT, check=True)
+    output_of(protoc)
     for made in (tmp_path / "splitlearn/wire").iterdir():
         kept = ROOT / "splitlearn/wire" / made.name
         assert kept.read_text() == made.read_text(), f"{kept.name} is not current: run make proto"

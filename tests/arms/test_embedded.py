@@ -17,6 +17,7 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import check_served, describe
 from splitlearn.errors import SetupError
 from tests.conftest import TinyFactory
+from tests.support.children import output_of
 from tests.support.trunk import environment, eventually, forks_of, gone, listens, served, settings
 
 # A program such as the page: an embedded trunk and a worker for each arm; it says so when both have run, and goes on.
@@ -132,4 +133,4 @@ from splitlearn.runtime import programs
 found = programs.own("server.auth.tokens:make")
 assert found.__module__ == "server.auth.tokens" and sys.modules["server"].__path__
 """
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), check=True)
+    output_of([sys.executable, "-c", program], tmp_path, environment())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.children import output_of
 from tests.support.page import CHROMIUM
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +32,7 @@ BRING_UP = ROOT.parent / "shared" / "tools" / "compose-e2e"
     ids=lambda command: command[0],
 )
 def test_container_and_yaml_files_pass_their_linter(command: list[str]) -> None:
-    run = subprocess.run([BIN / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    output_of([BIN / command[0], *command[1:]])
 
 
 @pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]], ids=["base", "gpu"])
@@ -41,8 +41,7 @@ def test_compose_accepts_the_files(files: list[str]) -> None:
     if shutil.which("docker") is None or subprocess.run([*compose, "version"], capture_output=True).returncode:
         pytest.skip("docker compose is not installed")
     options = [word for name in files for word in ("-f", name)]
-    run = subprocess.run([*compose, *options, "config", "-q"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    output_of([*compose, *options, "config", "-q"])
 
 
 def test_the_page_and_prometheus_are_published_on_loopback_and_nothing_else_is() -> None:

@@ -15,6 +15,7 @@ import yaml
 from splitlearn.checkpoints.folder import ModelFiles
 from tests.conftest import TinyFactory
 from tests.support import ROOT
+from tests.support.children import output_of
 from tests.support.trunk import settings
 
 PACKAGES = ("splitlearn", "server", "ui")
@@ -29,11 +30,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in _tracked(*PACKAGES, "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    output_of([sys.executable, "-m", "venv", "--without-pip", str(venv)])
     (packages,) = venv.glob("lib/python3*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "--quiet"]
-    subprocess.run([*pip, "--no-index", "--no-deps", "--no-build-isolation", str(source)], check=True, cwd=folder)
+    output_of([*pip, "--no-index", "--no-deps", "--no-build-isolation", str(source)], folder)
     yield packages
 
 
@@ -47,8 +48,7 @@ def decoy(tmp_path: Path) -> Path:
 
 
 def _tracked(*paths: str) -> list[str]:
-    said = subprocess.run(["git", "ls-files", *paths], cwd=ROOT, check=True, capture_output=True, text=True)
-    return said.stdout.splitlines()
+    return output_of(["git", "ls-files", *paths]).splitlines()
 
 
 def splitlearn(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,5 @@
 """What a person writes about flags becomes a set for each side, or an error that names what is wrong."""
 
-import subprocess
 import sys
 from collections.abc import Mapping
 
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from splitlearn.errors import InputError
 from splitlearn.flags.registry import FLAGS, SIDES, Place, Side
 from splitlearn.flags.selection import PRESETS, FlagSet, applied_of, availability, chosen_in, parse, why_not
+from tests.support.children import output_of
 
 HERE = availability(dict.fromkeys(SIDES, Place("cpu", no_python_tokenizer="only one tokenizer", has_compiler=True)))
 UNAVAILABLE = {"use_fast", "cudnn_benchmark", "cuda_graph", "draft_model"}
@@ -90,7 +90,7 @@ def test_a_flag_says_where_it_cannot_be_applied(flag: str, place: Place, reason:
 
 def test_words_are_checked_without_torch() -> None:
     code = "import sys; from splitlearn.flags.selection import check; check('fast'); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    output_of([sys.executable, "-c", code])
 
 
 def test_on_a_gpu_tokens_are_recorded_at_first_and_what_is_for_a_cpu_is_not_applied() -> None:

@@ -1,6 +1,5 @@
 """Machine code is kept for later processes, never for other code than there is, and not needed."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from splitlearn.kernels import jit
+from tests.support.children import output_of
 from tests.support.trunk import environment
 
 CALLER = """
@@ -37,11 +37,7 @@ def step(x):
 def _run(folder: Path, adds: int) -> list[str]:
     (folder / "caller.py").write_text(CALLER)
     (folder / "called.py").write_text(CALLED.format(adds))
-    command = [sys.executable, "caller.py"]
-    done = subprocess.run(
-        command, cwd=folder, env=environment(PYTHONDONTWRITEBYTECODE="1"), capture_output=True, text=True, check=True
-    )
-    return done.stdout.split()
+    return output_of([sys.executable, "caller.py"], folder, environment(PYTHONDONTWRITEBYTECODE="1")).split()
 
 
 def test_what_is_kept_is_used_until_a_function_that_it_calls_changes_in_another_file(tmp_path: Path) -> None:

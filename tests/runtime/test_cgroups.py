@@ -1,7 +1,6 @@
 """What a process may use is read off its control groups, of either version and any depth; nonsense limits nothing."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from splitlearn.runtime import cgroups, hardware, process
 from splitlearn.stages.loading import Placement, client_specs, full_specs, load, trunk_specs
 from splitlearn.stages.settings import LoadSettings
 from tests.conftest import TinyFactory
-from tests.support import ROOT
+from tests.support.children import output_of
 from tests.support.trunk import serve_here
 
 GB = 1_000_000_000
@@ -157,10 +156,8 @@ def test_a_real_group_is_seen_by_a_process_in_it() -> None:
             "print(c.memory_limit(), c.cpus(), process.default_threads())"
         )
         groups = " ".join(f"{folder}/cgroup.procs" for folder in folders)
-        said = subprocess.run(
-            ["sh", "-c", f'for f in {groups}; do echo $$ >$f; done; exec "$@"', "sh", sys.executable, "-c", code],
-            capture_output=True, text=True, check=True, cwd=ROOT,
-        ).stdout  # fmt: skip
+        join = f'for f in {groups}; do echo $$ >$f; done; exec "$@"'
+        said = output_of(["sh", "-c", join, "sh", sys.executable, "-c", code])
     finally:
         for folder in folders:
             folder.rmdir()

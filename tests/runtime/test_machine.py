@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
 
 from splitlearn.runtime import environment, hardware
+from tests.support.children import output_of
 
 
 @pytest.fixture
@@ -22,12 +22,12 @@ def test_the_commit_says_whether_there_are_changes(tmp_path: Path) -> None:
     if shutil.which("git") is None:
         pytest.skip("needs git")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    subprocess.run([*git, "init", "--quiet"], check=True)
+    output_of([*git, "init", "--quiet"])
     (tmp_path / "file").write_text("one")
-    subprocess.run([*git, "add", "file"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "-m", "one"], check=True)
-    subprocess.run([*git, "tag", "-a", "-m", "v1", "v1"], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    output_of([*git, "add", "file"])
+    output_of([*git, "commit", "--quiet", "-m", "one"])
+    output_of([*git, "tag", "-a", "-m", "v1", "v1"])
+    head = output_of([*git, "rev-parse", "HEAD"]).strip()
     assert hardware.commit(tmp_path) == head
     (tmp_path / "results").write_text("not tracked")
     assert hardware.commit(tmp_path) == head

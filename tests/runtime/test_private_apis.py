@@ -1,7 +1,6 @@
 """What the program uses of other libraries' private APIs does what it is used for."""
 
 import os
-import subprocess
 import sys
 import threading
 from concurrent import futures
@@ -15,6 +14,8 @@ import torch
 from transformers import BertTokenizer, LlamaConfig, LlamaForCausalLM
 
 from splitlearn.runtime import private_apis
+from tests.support import ROOT
+from tests.support.children import output_of
 
 
 def _config() -> LlamaConfig:
@@ -127,6 +128,6 @@ def test_a_component_defined_without_stub_files_works_and_has_none(tmp_path: Pat
         "import with_stub\n"
         "assert without_stub.Field(label='x').change and gradio.Textbox(label='y').change\n"
     )
-    path = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2])))
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    output_of([sys.executable, "-c", code], environment={**os.environ, "PYTHONPATH": path})
     assert [stub.name for stub in tmp_path.glob("*.pyi")] == ["with_stub.pyi"]

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from splitlearn.planning import anatomy
 from splitlearn.runtime import private_apis
 from tests.conftest import TinyFactory
 from tests.support import ROOT
+from tests.support.children import output_of
 from tests.support.page import START_S, App, running, write_config
 from tests.support.sub_path import proxied
 from tests.support.trunk import environment, eventually
@@ -56,9 +56,7 @@ class Served:
     def command(self, *words: str) -> Any:
         """What the command line prints with the same settings."""
         command = [sys.executable, "-m", "splitlearn", *words, "--json", "--config", str(self.config)]
-        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(output_of(command, environment=environment()))
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +204,8 @@ def _compares(client: Client) -> bool:
 )
 def test_the_examples_of_the_docs_run_as_written(block: str, served: Served, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(block, encoding="utf-8")
-    command, variables = [sys.executable, "script.py"], {**os.environ, "SPLITLEARN_PAGE": served.url}
-    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert "compare_flags" in done.stdout if "mcp" in block else done.stdout.strip()
+    said = output_of([sys.executable, "script.py"], tmp_path, {**os.environ, "SPLITLEARN_PAGE": served.url})
+    assert "compare_flags" in said if "mcp" in block else said.strip()
 
 
 @needs_mcp
