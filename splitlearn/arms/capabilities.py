@@ -1,4 +1,4 @@
-"""What a model, its tokenizer and this machine allow. A child process finds it, so that this one needs no torch."""
+"""What a model, its tokenizer and this machine can do. A child process finds out, so that this one needs no torch."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from splitlearn.runtime import process
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about. `device` and `dtype` are the config's names, `chat` its `generation.chat`."""
+    """The model and settings to find out about, as config.yaml names them; `chat` is `generation.chat`."""
 
     files: ModelFiles
     draft: ModelFiles | None

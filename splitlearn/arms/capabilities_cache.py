@@ -1,8 +1,8 @@
-"""Capabilities that were found before, in a file of the cache folder: reading them takes no child process.
+"""A cache of capabilities, in a file of the cache folder: what was found before takes no child process.
 
     <cache>/v1/capabilities.json      the last MOST answers, each under a digest of all that it depends on
 
-Only answers are stored, never errors. A file that is no such file is ignored and written anew.
+Only answers are stored, never errors. A damaged file is ignored and replaced.
 """
 
 import hashlib
@@ -69,7 +69,7 @@ def _read(path: Path) -> dict[str, Capabilities]:
 
 
 def _write(path: Path, contents: _Contents) -> None:
-    with suppress(OSError):  # a cache that cannot be written: each start asks
+    with suppress(OSError):  # without the file, each start asks a child process
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_file.write(path, json.dumps(asdict(contents), indent=2))
 

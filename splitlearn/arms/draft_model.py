@@ -1,7 +1,7 @@
-"""Drafts of a second, smaller model with the same vocabulary, loaded whole beside a client's stages or the full model.
+"""Drafts by a second, smaller model with the same vocabulary, loaded whole beside a client's stages or the full model.
 
-Its words cost time, so they are made one by one as they are asked for. What it says never changes an answer: drafts are
-verified (generation/speculation.py). So its weights are in 4 bits wherever there are kernels for that.
+A draft takes time, so each is computed only when it is asked for. Drafts are verified (generation/speculation.py) and
+never change an answer, so the weights are in 4 bits wherever there are kernels for that.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ from splitlearn.stages.loading import Placement
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.settings import SessionSettings
 
-# Of a model that names no limit.
 LONGEST = 4096
+"""Tokens that a draft model sees, where it names no context length."""
 
 
 def check_vocabulary(draft: ModelFiles, files: ModelFiles) -> None:
@@ -36,8 +36,8 @@ def check_vocabulary(draft: ModelFiles, files: ModelFiles) -> None:
 
 
 def load(files: ModelFiles, placement: Placement) -> tuple[Callable[[], "DraftModel"], float]:
-    """Load the draft model whole: what makes a proposer for each answer, and the seconds that loading took. Raises as
-    `loading.load`."""
+    """Load the draft model whole. Returns a function that makes a proposer for an answer, and the seconds of loading.
+    Raises as `loading.load`."""
     own = settings(frozenset((FAST if placement.device.type == "cpu" else FAST_IN_ANY).split(",")))
     loaded = loading.load(files, loading.full_specs(files.n_layers), own.load, placement)
     size = Tokens.load(files.folder, use_fast=True).size
@@ -46,8 +46,9 @@ def load(files: ModelFiles, placement: Placement) -> tuple[Callable[[], "DraftMo
 
 
 class DraftModel:
-    """Guesses that the draft model's own greedy answer follows `sequence`; of one answer, which it follows from step to
-    step with a KV cache of its own. Of its logits the first `size` are tokens; it sees at most `longest`."""
+    """The proposer of one answer: it drafts the draft model's own greedy continuation of the answer so far.
+
+    It keeps a KV cache from step to step. The first `size` logits are tokens. It sees at most `longest` tokens."""
 
     costs = True
 
@@ -58,12 +59,12 @@ class DraftModel:
         self._rope_length = 0
 
     def propose(self, sequence: Sequence[int]) -> tuple[Sequence[int], int]:
-        """Up to as many tokens as a step may have drafts, each made when it is first looked at."""
+        """As many drafts as a step may have, each computed when it is first looked at."""
         room = self._longest - len(sequence)
         return _Ahead(self, sequence, max(0, min(COUNTS[-1], room))), 0
 
     def ahead(self, sequence: Sequence[int], count: int) -> list[int]:
-        """The `count` tokens that this model would say after `sequence`."""
+        """The `count` tokens with which this model continues `sequence`."""
         most = min(len(self._fed), len(sequence) - 1)
         position = next((at for at in range(most) if self._fed[at] != sequence[at]), most)
         position = self._begin(position, len(sequence))
@@ -78,8 +79,8 @@ class DraftModel:
         return found
 
     def _begin(self, position: int, tokens: int) -> int:
-        """`position`, where a sequence of `tokens` goes on; or 0, at first and where it has grown to a length at which
-        all is computed anew."""
+        """Where a step of a sequence of `tokens` begins: at `position`, or at 0 for the first step and where the
+        sequence has outgrown the length up to which its rotary embeddings hold."""
         limit = self._stage.rope_restart
         if self._fed and (limit is None or self._rope_length > limit or tokens <= limit):
             return position
@@ -94,7 +95,7 @@ class DraftModel:
 
 
 class _Ahead(Sequence[int]):
-    """The tokens that follow `sequence`, `most` of them."""
+    """The `most` tokens that continue `sequence`."""
 
     def __init__(self, model: DraftModel, sequence: Sequence[int], most: int) -> None:
         self._model, self._sequence, self._most = model, sequence, most

@@ -23,8 +23,8 @@ class Model:
 
     @classmethod
     def read(cls, config: Config, progress: Progress) -> "Model":
-        """Fetch and convert the weights where the cache has none, then read all but them: seconds, or minutes at first.
-        Raises InputError and ModelError."""
+        """Fetch and convert the weights if the cache lacks them, then read everything else. Takes seconds, at first
+        minutes. Raises InputError and ModelError."""
         files, draft = catalogue.prepare(config.model, progress), _draft(config, progress)
         plan = SplitPlan.of(config.split.start, config.split.end, files.n_layers)
         model = config.model

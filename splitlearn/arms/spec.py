@@ -1,5 +1,4 @@
-"""What a worker process is told and what it sends back: records alone, so that the page's process can read them
-without torch."""
+"""The records that go to a worker process and come back. The page's process reads them without torch."""
 
 from dataclasses import dataclass, replace
 
@@ -18,8 +17,8 @@ CANCEL = "cancel"
 @dataclass(frozen=True)
 class ArmSpec:
     """All that a worker needs to know. `device` and `dtype` are torch's names. `addresses` are the trunk's, none for
-    the full arm, and `via` where to connect for each of them over an emulated link; `draft` is the model that drafts,
-    where the flags ask for one; `copy` tells apart workers that are otherwise the same."""
+    the full arm; over an emulated link `via` says where to connect for each of them. `draft` is the draft model, if one
+    is configured. `copy` tells apart workers that are otherwise the same."""
 
     kind: Kind
     files: ModelFiles
@@ -68,8 +67,7 @@ class ArmSpec:
         return hash((self.kind, self.files.digest, self.flags, self.addresses, self.copy, self.via))
 
     def loaded(self) -> "ArmSpec":
-        """What the worker process is started with: without session flags, which each generation brings. Arms that
-        differ in nothing else share a process."""
+        """This without session flags, which each generation brings. Arms that differ only in those share a process."""
         kept = {side: of_scope(self.flags.of(side), "load", "process") for side in SIDES}
         return replace(self, flags=FlagSet(**kept))
 
@@ -80,7 +78,7 @@ class ArmSpec:
 
 @dataclass(frozen=True)
 class ArmReady:
-    """A worker has loaded its stages: seconds that it took, and what its imports alone hold in memory."""
+    """A worker has loaded its stages: the seconds it took, and the memory that its imports alone hold."""
 
     load_s: float
     import_rss_bytes: int
@@ -89,8 +87,8 @@ class ArmReady:
 
 @dataclass(frozen=True)
 class Texts:
-    """What a generation's token ids stand for. `prompt` is what the model saw, in pieces, each with whether it is a
-    control token; `tokens` has the text of each token alone, for each sample."""
+    """The text of a generation's token ids. `prompt` is what the model saw: runs of text and single control tokens,
+    each with whether it is one. `tokens` has the text of each token alone, for each sample."""
 
     prompt: tuple[tuple[str, bool], ...] = ()
     tokens: tuple[tuple[str, ...], ...] = ()

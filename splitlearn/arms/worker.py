@@ -1,4 +1,4 @@
-"""An arm's worker process as the program that started it sees it: loaded once, then one generation after another."""
+"""An arm's worker process, seen from the process that started it: it loads once, then runs one generation at a time."""
 
 import threading
 import time
@@ -14,9 +14,9 @@ from splitlearn.runtime import process
 from splitlearn.runtime.process import Child, raised
 
 WARM_UP_TOKENS = 8
-# A worker that has rested for so long is warmed up again: a trunk server closes a connection after 60 s without calls,
-# and connecting again would be in the next run's TTFT.
 REST_S = 45.0
+"""Seconds without a run after which a worker is warmed up again. A trunk server closes a connection after 60 s without
+calls, and the next run's TTFT would include a new connection."""
 CANCEL_TIMEOUT_S = 2.0
 POLL_S = 0.05
 
@@ -28,7 +28,7 @@ def start(spec: ArmSpec) -> Child:
 
 @dataclass
 class Worker:
-    """A running worker process. `warm` has how many tokens it was warmed up with, by flags and samples; `compile_s` the
+    """A running worker process. `warm` is how many tokens it was warmed up with, by flags and samples. `compile_s` is
     seconds of compilation so far, by flags."""
 
     child: Child
@@ -64,7 +64,7 @@ class Worker:
         self.child.stop()
 
     def warm_up(self, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> None:
-        """Run a few tokens of `request`, unless as many samples and tokens were run with these flags a moment ago."""
+        """Run a few tokens of `request`, unless as many were run with these flags and samples within REST_S."""
         tokens, key = min(WARM_UP_TOKENS, request.max_new_tokens), (flags, request.samples)
         rested = time.monotonic() - self.ran_at > REST_S
         if rested or tokens > self.warm.get(key, 0):
@@ -81,7 +81,7 @@ class Worker:
         try:
             while not ended and not stop.is_set():
                 if not self.child.connection.poll():
-                    stop.wait(POLL_S)  # not for the worker: a token that wakes somebody up takes it 0.1 ms longer
+                    stop.wait(POLL_S)  # not on the pipe: to wake a reader takes the worker 0.1 ms of each token
                     continue
                 item = self.child.receive()
                 ended = isinstance(item, ArmEnd | SplitlearnError)
@@ -92,7 +92,7 @@ class Worker:
                 self._cancel()
 
     def _cancel(self) -> None:
-        """Have the worker end its run; one that is in the middle of something long is ended itself."""
+        """Ask the worker to end its run. If it takes longer than CANCEL_TIMEOUT_S, end the process."""
         deadline = time.monotonic() + CANCEL_TIMEOUT_S
         try:
             self.child.send(CANCEL)

@@ -1,8 +1,7 @@
-"""One way of running a prompt, in a worker process of its own: what it loads, and the life of the worker.
+"""A worker process: it loads one arm, then runs generations until its parent ends it.
 
-The worker loads its stages, says `ArmReady`, then answers each (flags, request) with events and an `ArmEnd`, or an
-error. The flags of a request may differ from those it was loaded with in session flags. It looks for a cancellation
-between two steps.
+The worker sends `ArmReady`, then answers each (flags, request) with events and an `ArmEnd`, or with an error. A request
+may have other session flags than those that were loaded. The worker looks for a cancellation between two steps.
 """
 
 import pickle
@@ -29,15 +28,15 @@ from splitlearn.runtime import process
 from splitlearn.stages import loading
 from splitlearn.stages.base import Stage
 
-# How long a trunk that compiles is waited for, where trunk.timeout_s is less: its first steps say nothing until all its
-# layers are compiled, which took 26 of them more than two minutes on two cores.
 COMPILE_TIMEOUT_S = 1800.0
+"""The least timeout for a trunk that compiles. Its first step waits until all layers are compiled, for 26 layers on two
+cores more than two minutes."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm in memory: what generates under the flags it was loaded with and under others that differ in session
-    flags, its trunk if that is remote, and what loading took."""
+    """A loaded arm. `answers` generates under the flags it was loaded with, `under` makes the generator for others that
+    differ in session flags. `trunk` is its remote trunk, if it has one."""
 
     answers: Generator
     under: Callable[[FlagSet], Generator]
@@ -46,7 +45,7 @@ class Arm:
 
 
 def work(connection: Connection, spec: ArmSpec) -> None:
-    """A worker's life: an ArmReady, then for each request its events and an ArmEnd; for what fails, the error."""
+    """Load the arm, then serve requests, until the parent closes `connection` or kills the process."""
     try:
         arm = load(spec)
     except Exception as error:
@@ -56,14 +55,14 @@ def work(connection: Connection, spec: ArmSpec) -> None:
     loading_peak = process.peak_resident_bytes()
     while True:
         message = connection.recv()
-        if message == CANCEL:  # of a generation that had ended by itself
+        if message == CANCEL:  # the generation had ended before it came
             continue
         try:
             flags, request = message
             answers, events = arm.under(flags), list[Event]()
             process.reset_peak()
             for event in _until_cancelled(answers.stream(request), connection):
-                # What send() does, with a pickler that is written in C from end to end: a third less time.
+                # connection.send() pickles in Python: this takes a third less time.
                 connection.send_bytes(pickle.dumps(event, pickle.HIGHEST_PROTOCOL))
                 events.append(event)
             peak = max(loading_peak, process.peak_resident_bytes())
@@ -74,7 +73,7 @@ def work(connection: Connection, spec: ArmSpec) -> None:
 
 
 def load(spec: ArmSpec) -> Arm:
-    """Load an arm into this process, whose threads and other process-wide settings it sets."""
+    """Load an arm into this process. Sets torch's threads and other settings of the whole process."""
     local = _local_settings(spec)
     threads = loading.prepare_process(local.process, spec.threads)
     before = process.resident_bytes()
@@ -93,7 +92,7 @@ def load(spec: ArmSpec) -> Arm:
 
 
 def _until_cancelled(events: abc.Generator[Event, None, None], connection: Connection) -> Iterator[Event]:
-    """The events up to a cancellation; closing the generation then frees its sessions, the trunk's too."""
+    """The events up to a cancellation. Leaving closes the generation, which frees its sessions, also the trunk's."""
     with closing(events):
         for event in events:
             yield event
@@ -103,7 +102,7 @@ def _until_cancelled(events: abc.Generator[Event, None, None], connection: Conne
 
 
 def _texts(tokens: Tokens, events: Iterable[Event], request: GenerationRequest) -> Texts:
-    """What the ids of a generation stand for: this process has the tokenizer, the one that shows them has none."""
+    """The texts of a generation's ids. They are made here, since the page's process has no tokenizer."""
     samples = of_samples(events, request.samples)
     if not samples:
         return Texts()
@@ -123,22 +122,22 @@ def _specs(spec: ArmSpec) -> list[loading.StageSpec]:
 
 
 def open_trunk(spec: ArmSpec) -> RemoteStage | None:
-    """The trunk's stage with its channel warm and the engine for the trunk's flags loaded."""
+    """The remote trunk's stage, None if the arm has none. A first session connects, and starts a variant if need be."""
     if not spec.addresses:
         return None
-    trunk = RemoteStage(spec.addresses, spec.served(), patience_s(spec), spec.credentials, spec.via)
+    trunk = RemoteStage(spec.addresses, spec.served(), step_timeout_s(spec), spec.credentials, spec.via)
     trunk.open(settings(spec.flags.trunk).session, max_length=1).close()
     return trunk
 
 
-def patience_s(spec: ArmSpec) -> float:
-    """How long the trunk is waited for, in seconds: longer where it compiles."""
+def step_timeout_s(spec: ArmSpec) -> float:
+    """How long a step may take at the trunk, in seconds."""
     compiles = settings(spec.flags.trunk).load.compile_stage is not None
     return max(spec.timeout_s, COMPILE_TIMEOUT_S) if compiles else spec.timeout_s
 
 
 def read_tokens(spec: ArmSpec) -> Tokens:
-    """The arm's tokenizer. It takes 80 MB while it is read and a sixth of that afterwards: so before the weights."""
+    """The arm's tokenizer. Reading it takes 80 MB, of which a sixth stays, so it is read before the weights."""
     use_fast = _local_settings(spec).generation.use_fast_tokenizer
     tokens = Tokens.load(spec.files.folder, use_fast=use_fast)
     process.trim_heap()
@@ -146,7 +145,7 @@ def read_tokens(spec: ArmSpec) -> Tokens:
 
 
 def _load_draft(spec: ArmSpec) -> tuple[list[Callable[[], Proposer]], float]:
-    """What makes the draft model's proposers, if the flags ask for one, and the seconds that loading it took."""
+    """Functions that make the draft model's proposers, none if the flags ask for no drafts; the seconds of loading."""
     if spec.draft is None or not _local_settings(spec).generation.draft_model:
         return [], 0.0
     make, load_s = draft_model.load(spec.draft, loading.Placement.of(spec.device, spec.dtype))
@@ -160,8 +159,8 @@ def generator(
     tokens: Tokens,
     drafting: Sequence[Callable[[], Proposer]] = (),
 ) -> Generator:
-    """The decode loop over the arm's local stages, with the trunk after the first of them, and `drafting` behind the
-    flags' own proposers."""
+    """The decode loop over the arm's local stages. A remote trunk comes after the first stage, the proposers of
+    `drafting` after those of the flags."""
     local = _local_settings(spec)
     links = [Link(stage, local.session) for stage in stages]
     if trunk is not None:

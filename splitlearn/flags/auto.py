@@ -13,7 +13,7 @@ VECTORS = ("avx512", "avx2")
 
 @dataclass(frozen=True)
 class Rule:
-    """Where `holds(vector, device, dtype)`, `auto` means `preset`. `when` is the condition in words."""
+    """`auto` means `preset` where `holds(vector, device, dtype)` is true. `when` is that condition in words."""
 
     when: str
     preset: str

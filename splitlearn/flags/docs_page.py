@@ -21,7 +21,7 @@ This table has flags by side. `python -m splitlearn flags` and the page show the
 server: applied, available, or unavailable and why.
 """
 
-# A place where everything that can be missing is missing, so that each flag says what it needs.
+# A place that lacks everything, so that each flag says what it needs.
 _POOREST = Place(
     "cpu",
     no_python_tokenizer="the model has only one tokenizer, Rust or Python",

@@ -1,4 +1,4 @@
-"""THE one place where an optimization flag is defined.
+"""Every optimization flag, defined once.
 
 A `Flag` is a record; `FLAGS` is the registry that everything else iterates. Each choice of a flag changes `Settings`:
 the seams that the owners of loading, cache, forward pass, sampler and so on apply without knowing which flag asked.
@@ -33,7 +33,7 @@ LOCAL: frozenset[Side] = frozenset({"full", "client"})
 
 @dataclass(frozen=True)
 class Settings:
-    """What a side's flags come to, by who applies it. `process` is called once in a process's life."""
+    """What the applied flags of a side add up to, by the code that applies it. `process` is called once a process."""
 
     process: tuple[Callable[[], None], ...]
     load: LoadSettings
@@ -43,8 +43,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Place:
-    """What decides whether a flag can be applied: device, the model's tokenizer, layers and dtype, oneDNN's products of
-    it, a draft model, installed tools. `vector` names the processor's vector instructions (runtime/hardware.py)."""
+    """What decides whether a process can apply a flag: device, dtype, processor, model and installed tools.
+
+    Each `no_...` says why something is missing, None where it is there: a Python tokenizer, truncation of the KV cache,
+    oneDNN's products in this dtype, a draft model. `vector` names the vector instructions (runtime/hardware.py)."""
 
     device: str
     no_python_tokenizer: str | None = None
@@ -126,12 +128,12 @@ def _on(**changes: object) -> Mapping[str, Apply]:
 
 
 def _in_process(*calls: Callable[[], None]) -> Apply:
-    """A choice that makes `calls` once in the process."""
+    """A choice that calls each of `calls` once in a process."""
     return lambda settings: replace(settings, process=(*settings.process, *calls))
 
 
 def _asks_for(output: str, **changes: object) -> Mapping[str, Apply]:
-    """Choices of a flag whose optimization is not to ask the model for `output`: off asks for it."""
+    """Choices of a flag that saves the model an `output`: the off arm asks for it."""
 
     def ask(settings: Settings) -> Settings:
         return _set(forward_arguments={**settings.session.forward_arguments, output: True}, **changes)(settings)
@@ -155,12 +157,13 @@ def _benchmark_cudnn() -> None:
 
 
 def _keep(kind: Import) -> Apply:
-    """Only the kind of a cache changes: without `use_cache` there is still none."""
+    """A choice that changes the kind of the KV cache. Without `use_cache` there is still none."""
     return lambda settings: _set(new_cache=kind)(settings) if settings.session.new_cache else settings
 
 
 def _blocks(bits: int) -> Apply:
-    """The LM head has 8 bits at least: a logit is one product, where a hidden state is a sum of many layers'."""
+    """A choice that stores weights in blocks of `bits`. The LM head gets at least 8: a logit is one product, where a
+    hidden state is the sum of many layers' products."""
 
     def apply(settings: Settings) -> Settings:
         from splitlearn.layers.block_linear import BlockLinear
@@ -305,9 +308,9 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "row_attention",
             "row_attention",
-            "Computes the attention of a single token in a kernel compiled on this machine, not in torch's sdpa. On "
-            "a CPU in float32. The compiler takes 100 MB of memory in each process.",
-            "sdpa for any number of tokens.",
+            "Computes the attention of a single token in a kernel compiled on this machine, not in torch's sdpa, on "
+            "a CPU in float32. Its compiler takes 100 MB of memory in each process.",
+            "Uses sdpa for any number of tokens.",
             _on(sdpa=Import("splitlearn.layers.kernel_attention:NAME")),
             fidelity="rounding",
             scope="load",
@@ -318,9 +321,9 @@ FLAGS: Mapping[str, Flag] = {
             "weight_prepack",
             "weight_prepack",
             "Stores linear layers' weights in the order in which they are read, on a CPU. onednn: in the layout of "
-            "oneDNN's products. blocks: in the layout of a kernel compiled on this machine, in float32. It takes one "
-            "token through all layers of a stage in one call, if they are like Llama's and the cache is reserved. The "
-            "compiler takes 100 MB of memory in each process.",
+            "oneDNN's products. blocks: in the layout of a kernel compiled on this machine, in float32. That kernel "
+            "takes one token through all layers of a stage in one call, if they are like Llama's and the cache is "
+            "reserved. Its compiler takes 100 MB of memory in each process.",
             "Linear layers' weights are plain matrices.",
             {
                 "off": _same,
@@ -397,9 +400,10 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "prompt_lookup",
             "prompt_lookup",
-            "Drafts the tokens that followed the last few before, in the prompt or the answer. One step verifies "
-            "several, as many as pay. The output does not change; TPOT falls where an answer quotes.",
-            "One token for each step.",
+            "Looks for an earlier place with the same last few tokens, in the prompt or the answer, and drafts what "
+            "followed there. One step verifies several drafts. The output does not change; TPOT falls where an answer "
+            "quotes.",
+            "Decodes one token in each step.",
             {"off": _same, "on": _looking_up},
             sides=LOCAL,
             fidelity="rounding",
@@ -409,9 +413,9 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "draft_model",
             "draft_model",
-            "Drafts tokens with a second, smaller model (model.draft), where prompt_lookup has none. It is loaded "
+            "Drafts tokens with a second, smaller model (model.draft), where prompt_lookup finds none. It is loaded "
             "whole beside the arm's own layers, with weights in 4 bits on a CPU. The output does not change.",
-            "No second model.",
+            "Loads no second model.",
             _on(draft_model=True),
             sides=LOCAL,
             fidelity="rounding",

@@ -1,4 +1,4 @@
-"""Which flags are applied on which side: parsing what a person wrote, presets, and what can be applied where.
+"""Which flags are applied on which side: the words for them, presets, and what can be applied where.
 
 The words of the command line, the page and config.yaml are the same: `auto`, `default`, `all`, `none`, a preset, a list
 `use_cache,float32_matmul_precision=high`, or groups for sides, `full:all client:use_cache trunk:none`.
@@ -16,13 +16,13 @@ DOES_NOT_ACT = "does not act on this side"
 SETS = ("auto", "default", "all", "none")
 """Words that stand for a whole set, beside the presets."""
 
-NINE = (
+EARLIER_FULL = (
     "low_cpu_mem_usage,use_fast,inference_mode,float32_matmul_precision,cudnn_benchmark,torch_compile,use_cache,"
     "output_attentions,output_hidden_states"
 )
-THREE = "low_cpu_mem_usage,torch_compile,use_cache"
-TWO = "low_cpu_mem_usage,use_cache"
-CACHES = "use_cache,cache=static,torch_compile"
+EARLIER_CLIENT = "low_cpu_mem_usage,torch_compile,use_cache"
+EARLIER_LIBRARY = "low_cpu_mem_usage,use_cache"
+CACHE_LADDER = "use_cache,cache=static,torch_compile"
 FAST_IN_ANY = (
     "low_cpu_mem_usage,use_fast,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
 )
@@ -50,19 +50,19 @@ PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
     ),
     "earlier-full": (
         "The earlier system's full model: nine flags, on every side.",
-        _on_every_side(NINE),
+        _on_every_side(EARLIER_FULL),
     ),
     "earlier-client": (
         "The earlier system's comparison: its full model with nine flags against its split client with three.",
-        {"full": NINE, "client": THREE, "trunk": THREE},
+        {"full": EARLIER_FULL, "client": EARLIER_CLIENT, "trunk": EARLIER_CLIENT},
     ),
     "earlier-library": (
         "The earlier system's library: two flags, on every side.",
-        _on_every_side(TWO),
+        _on_every_side(EARLIER_LIBRARY),
     ),
     "cache-ladder": (
         "For the ladder: dynamic cache, static cache, static cache and torch.compile.",
-        _on_every_side(CACHES),
+        _on_every_side(CACHE_LADDER),
     ),
 }
 
@@ -137,10 +137,10 @@ def why_not(name: str, side: Side, place: Place) -> str | None:
 
 
 def parse(text: str, available: Availability) -> FlagSet:
-    """Read the words of a person. Raises InputError for an unknown flag, side or choice, and for a conflict.
+    """Parse flags as a person writes them. Raises InputError for an unknown flag, side or choice, and for a conflict.
 
-    A flag asked for by name must be available on some side, or on the side that is named; what `auto`, `default`, `all`
-    and the presets ask for is applied where it can be.
+    A flag that is named must be available on the side that is named with it, or on any side. Flags of `auto`,
+    `default`, `all` and the presets are applied where they are available.
     """
     groups = text.split()
     if not any(":" in group for group in groups):
@@ -158,7 +158,7 @@ def parse(text: str, available: Availability) -> FlagSet:
 
 
 def check(text: str) -> None:
-    """Raise InputError for words that could be meant nowhere, before anything is known of what is available."""
+    """Raise InputError for words that no machine could apply. It needs no knowledge of what is available here."""
     reasons = {side: {name: _never(flag, side) for name, flag in FLAGS.items()} for side in SIDES}
     parse(text, Availability(reasons, dict.fromkeys(SIDES, auto.RULES[-1])))
 
@@ -192,7 +192,7 @@ def _group(words: str, side: Side, available: Availability, asked: Side | None) 
 
 
 def chosen_in(words: Sequence[str]) -> dict[str, str]:
-    """Each flag that is named in `words`, with its canonical text. Raises InputError for an unknown flag or choice, and
+    """The flags named in `words`, each with its canonical text. Raises InputError for an unknown flag or choice, and
     for two choices of one flag."""
     chosen: dict[str, str] = {}
     for word in words:
@@ -230,7 +230,7 @@ def _entry(word: str) -> tuple[str, str]:
 
 
 def _check_available(name: str, side: Side, available: Availability, asked: Side | None) -> None:
-    """A flag asked for by name and to be had nowhere it was asked for is an error, not a silent omission."""
+    """Raise InputError for a flag that is named and available on none of the sides it is meant for."""
     reasons = {asked: available[side][name]} if asked else {other: available[other][name] for other in SIDES}
     if all(reasons.values()):
         said = "; ".join(f"{where}: {reason}" for where, reason in reasons.items())

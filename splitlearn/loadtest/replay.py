@@ -10,7 +10,7 @@ from contextlib import suppress
 import grpc
 
 from splitlearn.arms.spec import ArmSpec
-from splitlearn.arms.worker_main import patience_s
+from splitlearn.arms.worker_main import step_timeout_s
 from splitlearn.client.session_stream import Stream, opening_of
 from splitlearn.errors import TrunkFull
 from splitlearn.flags.registry import settings
@@ -31,15 +31,15 @@ class Sender:
         self._stream: Stream | None = None
         self._settings = settings(spec.flags.trunk).session
         self.use_cache = self._settings.new_cache is not None
-        self._patience_s = patience_s(spec)
-        self.wait_s = self._patience_s + ANSWER_S
+        self._step_timeout_s = step_timeout_s(spec)
+        self.wait_s = self._step_timeout_s + ANSWER_S
 
     def open(self, max_length: int) -> Stream:
         """Open a session; waits for room at the trunk for as long as its client waits."""
         spec, address = self._spec, self._spec.addresses[0]
         via = spec.via[0] if spec.via else None
         channel, self._channel = self._channel or open_channel(address, spec.credentials, via), None
-        opening = opening_of(self._served, self._settings, max_length, self._patience_s)
+        opening = opening_of(self._served, self._settings, max_length, self._step_timeout_s)
         stream = self._stream = Stream(channel, address, self._served, opening)
         try:
             stream.open(self.wait_s)
