@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import gradio as gr
 
@@ -15,15 +16,18 @@ from ui.compare.actions import Handlers
 from ui.compare.tab import AnswersTab
 from ui.flags import flag_words
 from ui.flags.picker import Updates
+from ui.keyboard import KEYBOARD
 from ui.lab.tab import LabTab
 from ui.login import Sharing
 from ui.model.tab import NAME as MODEL_TAB
 from ui.model.tab import ModelTab
+from ui.models.panel import ModelsPanel
 from ui.trunk.tab import NAME, ServerTab
 from ui.visitors import visitor
 
 LAB_FLAGS_HELP = "In words, as chosen on the Answers tab until you type others here: each of them is measured."
 TICK_S = 0.5
+PROMPT: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
 POLL_S = 0.1
 # Calls that wait for their turn, of all visitors.
 MOST_WAITING = 64
@@ -60,6 +64,7 @@ class Page:
             with gr.Tab("Answers", id="answers"):
                 self.answers = AnswersTab(self.handlers)
             with gr.Tab(MODEL_TAB, id="model") as tab:
+                self.models = ModelsPanel(self.handlers.chooser)
                 self.model = ModelTab(self.handlers.planner, tab)
             with gr.Tab("Lab", id="lab") as tab:
                 self.lab_flags = gr.Textbox(
@@ -71,6 +76,7 @@ class Page:
                 self.server = ServerTab(self.handlers.monitor)
 
     def _connect(self) -> None:
+        self.blocks.load(None, None, None, js=KEYBOARD)
         answers = self.answers
         answers.connect(self.tick)
         answers.history.connect(self.blocks)
@@ -98,6 +104,10 @@ class Page:
         )
         self.lab.connect(self.lab_flags, answers.fields["prompt"], self.lab_error)
         self.model.connect(answers.picker.words, self._read, [*seen, *read])
+        loaded = self.models.connect().then(
+            lambda: {**self._read(), **self._flags()}, None, [*answers.picker.outputs, *seen, *read], **PROMPT
+        )
+        loaded.then(self.model.anew, self.model.given, self.model.all, **PROMPT)
 
     async def _open(self) -> AsyncIterator[Updates]:
         """A page was opened: what is known of the model once it is read, then the flags that can be applied once the

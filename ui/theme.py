@@ -7,6 +7,7 @@ import gradio as gr
 from ui.flag_table import style as flag_table_style
 from ui.history import style as history_style
 from ui.model import style as model_style
+from ui.models import style as models_style
 
 FONTS = ["system-ui", "Segoe UI", "Roboto", "sans-serif"]  # what the machine has, in every weight
 BORDER, BORDER_DARK = "#7c8798", "#7f8ca1"  # of controls: 3:1 to what is around them
@@ -46,8 +47,8 @@ PAGE = """
 .dark { --sl-full: #56b4e9; --sl-split: #2dd4a7; --sl-line: #475569; --sl-panel: #172033; }
 .gradio-container main { max-width: 1240px !important; margin: 0 auto !important; padding: 16px !important; }
 .gradio-container .html-container { padding: 0; }
-:is(#error, #flags-error, #lab-error, #link-error):not(:has(.sl-error)),
-#share-link:not(:has(.sl-note)), #time:not(:has(section)),
+:is(#error, #flags-error, #lab-error, #link-error, #models-error):not(:has(.sl-error)),
+#share-link:not(:has(.sl-note)), #models-note:not(:has(.sl-note)), #time:not(:has(section)),
 #startup:not(:has(.sl-note)):not(:has(.sl-error)), #split-facts:not(:has(p)) {
   display: none; }
 .sl-title h1 { font-size: 1.5rem; letter-spacing: -.02em; margin: 0; }
@@ -168,4 +169,4 @@ mark { background: #fde68a; color: #1e293b; border-radius: 3px; }
 .js-plotly-plot text { fill: var(--body-text-color) !important; }
 footer { display: none !important; }
 """
-CSS = PAGE + model_style.CSS + flag_table_style.CSS + history_style.CSS
+CSS = PAGE + model_style.CSS + models_style.CSS + flag_table_style.CSS + history_style.CSS

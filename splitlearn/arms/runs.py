@@ -175,7 +175,7 @@ class Runs:
             applied = self._first_flags if latest is None else latest
         return (self._trunks.address(applied),)
 
-    @cached_property
+    @property
     def _first_flags(self) -> frozenset[str]:
         """The trunk's flags of the configuration."""
         return parse_flags(self.config.flags, self.availability_here).trunk
@@ -201,7 +201,7 @@ class Runs:
         """Which flags can be applied where: here for full and client; for the trunk, what its server says."""
         return with_trunk(self.availability_here, self.describe_trunk())
 
-    @cached_property
+    @property
     def availability_here(self) -> Availability:
         """Which flags can be applied in processes of this machine; without a look at the trunk server."""
         return availability(dict.fromkeys(SIDES, self.here))
@@ -274,15 +274,23 @@ class Runs:
         Raises InputError for a cut that a remote trunk does not serve.
         """
         self.check_cut(plan)
-        if plan == self.plan:
-            return
+        if plan != self.plan:
+            split = SplitConfig(start=plan.start, end=plan.end)
+            self.use(self.config.model_copy(update={"split": split}), replace(self.model, plan=plan))
+
+    def use(self, config: Config, model: Model) -> None:
+        """Run `model`, which was read with the settings `config`, from the next run on; waits for one that is under
+        way. All arms are loaded anew, and the embedded trunk. Only for one that is embedded."""
         with self._lock:
-            before, split = self._trunks, SplitConfig(start=plan.start, end=plan.end)
-            self.config = self.config.model_copy(update={"split": split})
-            self._model = replace(self.model, plan=plan)
-            self._trunks = TrunkPool(self.config, self._has_memory)
+            before = self._trunks
+            self.config, self._model = config, model
+            self._trunks = TrunkPool(config, self._has_memory)
             self._workers.close()
             before.close()
+
+    def pids(self) -> list[int]:
+        """The processes of the arms and embedded trunks that are loaded."""
+        return [*(worker.child.pid for worker in self._workers), *self._trunks.pids()]
 
     def _warm_worker(self, spec: ArmSpec, request: GenerationRequest, stop: threading.Event) -> Worker | None:
         """The worker of `spec`, loaded and warm. None when `stop` was set before."""

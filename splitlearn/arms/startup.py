@@ -71,11 +71,12 @@ class Startup:
         """Whether these parts are loaded, failed or left for later; whatever they are once nothing is loaded."""
         return not self.running or all(self._parts[name].state not in ("waiting", "loading") for name in names)
 
-    def begin(self) -> None:
-        """Load what is not loaded. Does nothing while that goes on, and once nothing has failed."""
+    def begin(self, anew: bool = False) -> None:
+        """Load what is not loaded. Does nothing while that goes on, and once nothing has failed, unless `anew`: another
+        model is to be loaded."""
         with self._beginning:
             failed = any(part.state == "failed" for part in self._parts.values())
-            if self._stop.is_set() or self.running or not failed and self._thread is not None:
+            if self._stop.is_set() or self.running or not (failed or anew or self._thread is None):
                 return
             self._parts = dict.fromkeys(self._parts, Part())
             self._thread = threading.Thread(target=self._run, daemon=True)

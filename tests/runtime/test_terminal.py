@@ -143,7 +143,7 @@ def test_names_to_be_typed_are_all_there_and_on_one_line_where_the_terminal_has_
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("TERM", "xterm")
-    models = [ModelStatus(entry.name, str(entry.source), entry, None, 0) for entry in CATALOGUE]
+    models = [ModelStatus(entry.name, str(entry.source), entry, None, 0, None) for entry in CATALOGUE]
     for names, show in (
         (list(FLAGS), partial(tables.print_flags, KNOWN, parse("none", KNOWN))),
         ([entry.name for entry in CATALOGUE], partial(tables.print_models, models, Path("cache"))),

@@ -16,6 +16,7 @@ from ui.flags import flag_words
 from ui.history.actions import Historian
 from ui.lab.actions import Lab
 from ui.model.actions import Planner
+from ui.models.actions import Chooser
 from ui.network.actions import Network
 from ui.trunk.monitor import Monitor
 from ui.visitors import Downloads, Line, Stops
@@ -41,6 +42,7 @@ class Handlers:
         self.historian = Historian(runs, self.downloads, options)
         self.lab = Lab(Job(runs, Path(FOLDER), options), self.downloads)
         self.planner = Planner(startup, self.stops, self.line, self._measuring)
+        self.chooser = Chooser(startup, self.planner)
         self.network = Network(startup, self._measuring)
         self.monitor = Monitor(runs, lambda: runs.busy or self.lab.job.running)
 

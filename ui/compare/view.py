@@ -143,7 +143,7 @@ def split_facts(config: Config, model: Model | None) -> str:
     where = "started by this program" if trunk.embedded else f"at {' or '.join(trunk.address)}"
     client = f"[0, {plan.start}) and [{plan.end}, {plan.n_layers})"
     said = f"Split: the client has layers {client}, the trunk [{plan.start}, {plan.end}). Trunk server {where}."
-    how = "config.yaml sets both; the tab Model and cut takes another cut."
+    how = "config.yaml sets both; the tab Model and cut takes another model or cut."
     return small(f"{said} {how} This program may use {cgroups.machine()}.")
 
 

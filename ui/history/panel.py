@@ -97,7 +97,8 @@ class HistoryPanel:
 
     def _made(self, made: Finish) -> Updates:
         files = {button: gr.DownloadButton(value=str(made.files[name])) for name, button in self.files.items()}
-        cut = f"The trunk has layers {made.entry.cut}: `split` in config.yaml."
+        entry = made.entry
+        cut = f"The model is {entry.model}, and the trunk has layers {entry.cut}: model.name and split in config.yaml."
         return {self.share: gr.Column(visible=True), self.command: made.command, self.cut: html.small(cut), **files}
 
     def _open(self, kept: object, request: gr.Request) -> Updates:

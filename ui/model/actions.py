@@ -83,6 +83,12 @@ class Planner:
         """Whether the anatomy is there without waiting."""
         return self._anatomy is not None
 
+    def forget(self) -> None:
+        """Another model is in use: nothing that was read or measured holds for it."""
+        with self._lock:
+            self._anatomy = self.measured = self._report = None
+            self._cuts.clear()
+
     def begin(self, visitor: str) -> int:
         """Something was asked for: what was stopped before does not stop it. Returns her place in the line."""
         self.stops.begin(visitor)
@@ -124,7 +130,7 @@ class Planner:
 
     def measure(self, words: str, visitor: str) -> Iterator[Step]:
         """Measure the rates with the flags `words`; a step for each thing worth saying."""
-        stop = yield from self._ready(visitor)
+        stop = yield from self.ready(visitor)
         flags, request = self._flags(words), self._request()
         rates = yield from follow(
             lambda progress: measure_rates(self.runs, self.anatomy(), flags, request, progress, stop), stop
@@ -150,7 +156,7 @@ class Planner:
 
     def measure_cut(self, question: Question, words: str, visitor: str) -> Iterator[Step]:
         """Run the cut of `question` with the flags of the prediction, which is measured first where there is none."""
-        stop = yield from self._ready(visitor)
+        stop = yield from self.ready(visitor)
         if self.measured is None:
             yield from self.measure(words, visitor)
         if self.measured is None:  # it was stopped
@@ -165,12 +171,12 @@ class Planner:
     def adopt(self, plan: SplitPlan) -> None:
         """Compare with this cut from now on. Raises InputError for a trunk server that has other layers, and SetupError
         while an experiment is measured."""
-        self._check()
+        self.check()
         self.runs.split_at(plan)
 
-    def _ready(self, visitor: str) -> Generator[Step, None, threading.Event]:
+    def ready(self, visitor: str) -> Generator[Step, None, threading.Event]:
         """Wait until what loads in the background is loaded."""
-        self._check()
+        self.check()
         stop = self.stops.signal(visitor)
         self._startup.begin()
         if self._startup.running:
@@ -178,7 +184,8 @@ class Planner:
             self._startup.wait(stop)
         return stop
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise SetupError while an experiment is measured."""
         if said := self._measuring():
             raise SetupError(said)
 

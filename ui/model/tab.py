@@ -15,6 +15,7 @@ from splitlearn.planning.anatomy import Anatomy
 from splitlearn.runtime.progress import Step
 from ui import html
 from ui.flags.picker import Updates
+from ui.guard.owner import check_owner
 from ui.model import cuts, view
 from ui.model.actions import USUAL_CONTEXT, Planner, Question
 from ui.model.pareto import PRESS, pareto
@@ -120,9 +121,10 @@ class ModelTab:
         """Make it live. `words` are the chosen flags; `look` draws, in `looked`, what the rest of the page says of the
         split."""
         self.words = words
+        self.given = {*self.fields.values(), words}
         ends = [self.fields["start"], self.fields["end"]]
-        given, drawn = {*self.fields.values(), words}, [*self._drawings, self.error]
-        self.tab.select(self._come, given, [*drawn, *ends, self.fields["context"]], concurrency_limit=None, **LIVE)
+        given, drawn = self.given, [*self._drawings, self.error]
+        self.tab.select(self._come, given, self.all, concurrency_limit=None, **LIVE)
         for name, other in (("start", "end"), ("end", "start")):
             moved = partial(self._moved, name)
             gr.on([self.fields[name].input], moved, given, [*drawn, self.fields[other]], **LIVE)
@@ -136,6 +138,12 @@ class ModelTab:
         adopted = self._run(self.adopt, self._adopt, given, drawn)
         adopted.then(look, None, looked, show_progress="hidden", api_visibility="private")
         self.stop.click(self._stop, None, self.stop, queue=False, show_progress="hidden", api_visibility="private")
+
+    @property
+    def all(self) -> list[Any]:
+        """All that another model is shown in."""
+        ends = [self.fields[name] for name in ("start", "end", "context")]
+        return [*self._drawings, self.error, self.status, *ends]
 
     @property
     def _drawings(self) -> list[Any]:
@@ -179,6 +187,13 @@ class ModelTab:
             yield {self.facts: "", self.error: html.error(str(error))}
             return
         yield await asyncio.to_thread(self._first, anatomy, given)
+
+    async def anew(self, given: dict[Any, Any]) -> AsyncIterator[Updates]:
+        """Another model is in use: show it and its cut, and nothing that was measured of the one before."""
+        gone: Updates = {self.advice: cuts.empty(), self.known: gr.Column(visible=False)}
+        yield gone | {self.chosen: "", self.pareto: "", self.front: "", self.status: ""}
+        async for updates in self._come({**given, self.fields["context"]: ""}):
+            yield updates
 
     def _first(self, anatomy: Anatomy, given: Mapping[Any, Any]) -> Updates:
         n, plan, context = anatomy.n_layers, self.planner.runs.plan, self.fields["context"]
@@ -265,8 +280,9 @@ class ModelTab:
             return
         yield {**self._draw(given), self.status: ""}
 
-    def _adopt(self, given: dict[Any, Any]) -> Updates:
+    def _adopt(self, given: dict[Any, Any], request: gr.Request) -> Updates:
         try:
+            check_owner(request)
             plan = self._question(given).plan
             self.planner.adopt(plan)
         except SplitlearnError as error:

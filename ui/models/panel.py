@@ -1,0 +1,103 @@
+"""The panel "Choose another model": what is cached or in the catalogue, and loading it for all visitors."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import gradio as gr
+
+from splitlearn.errors import SplitlearnError
+from splitlearn.runtime.progress import Step
+from ui import html
+from ui.flags.picker import Updates
+from ui.guard.owner import ONLY_OWNER, check_owner, is_owner
+from ui.model import cuts
+from ui.models import view
+from ui.models.actions import Chooser
+from ui.visitors import visitor
+
+SPEAKS = "element.setAttribute('role', 'status')"
+WHAT = "It is loaded for every visitor of this page until the program ends, with its usual cut."
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+class ModelsPanel:
+    """Made inside a tab; `connect` makes it live."""
+
+    def __init__(self, chooser: Chooser) -> None:
+        self.chooser = chooser
+        with gr.Accordion("Choose another model", open=False, elem_id="models") as self.fold:
+            self.note = gr.HTML("", elem_id="models-note")
+            self.list = gr.HTML(html.small("Looking for models."), elem_id="models-list")
+            with gr.Column() as self.own:
+                self.choice = gr.Radio([], label="Model", info=WHAT, elem_id="models-choice")
+                with gr.Row():
+                    self.load = gr.Button("Load this model", variant="primary", min_width=180, elem_id="models-load")
+                    self.stop = gr.Button("Stop loading", interactive=False, min_width=120, elem_id="models-stop")
+        self.status = gr.HTML("", js_on_load=SPEAKS, elem_id="models-status")
+        self.error = gr.HTML("", elem_id="models-error")
+
+    @property
+    def drawn(self) -> list[Any]:
+        """What the list is shown in."""
+        return [self.note, self.list, self.own, self.choice]
+
+    def connect(self) -> Any:
+        """Make it live. Gives the event after which another model may be in use."""
+        self.fold.expand(self._come, None, self.drawn, concurrency_limit=None, **QUIET)
+        buttons = [self.load, self.stop]
+        begun = self.load.click(self._begin, None, [*buttons, self.status, self.error], queue=False, **QUIET)
+        ran = begun.then(
+            self._load,
+            self.choice,
+            [*self.drawn, self.status, self.error],
+            concurrency_id="runs",
+            concurrency_limit=1,
+            **QUIET,
+        )
+        self.stop.click(self._stop, None, self.stop, queue=False, **QUIET)
+        return ran.then(self._end, None, buttons, queue=False, **QUIET)
+
+    async def _come(self, request: gr.Request) -> AsyncIterator[Updates]:
+        """The list was opened: what is known at once, then what the model hub says."""
+        for probe in (False, True):
+            yield await asyncio.to_thread(self._list, request, probe)
+
+    def _list(self, request: gr.Request, probe: bool) -> Updates:
+        chooser = self.chooser
+        choices, may = chooser.choices(probe), is_owner(request)
+        shown = choices if may else [choice for choice in choices if choice.name == chooser.name]
+        possible = [(choice.status.name, choice.name) for choice in choices if not choice.why_not]
+        return {
+            self.note: html.note(chooser.fixed or ("" if may else ONLY_OWNER)),
+            self.list: view.models(shown, chooser.name, chooser.failures if may else {}, probe),
+            self.own: gr.Column(visible=may and not chooser.fixed),
+            self.choice: gr.Radio(choices=possible, value=chooser.name),
+        }
+
+    def _begin(self, request: gr.Request) -> Updates:
+        place = self.chooser.planner.begin(visitor(request))
+        said = f"Another visitor's run is under way. You are number {place} in line." if place else "Beginning"
+        return {**self._enabled(loading=True), self.status: cuts.progress(Step(said)), self.error: ""}
+
+    def _load(self, name: object, request: gr.Request) -> Iterator[Updates]:
+        try:
+            check_owner(request)
+            for step in self.chooser.choose(name, visitor(request)):
+                yield {self.status: cuts.progress(step)}
+        except SplitlearnError as error:
+            yield {**self._list(request, probe=True), self.status: "", self.error: html.error(str(error))}
+            return
+        said = cuts.said(f"In use: {self.chooser.name}.")
+        yield {**self._list(request, probe=True), self.status: said, self.error: ""}
+
+    def _stop(self, request: gr.Request) -> Any:
+        self.chooser.planner.stops.stop(visitor(request))
+        return gr.Button(interactive=False)
+
+    def _end(self, request: gr.Request) -> Updates:
+        self.chooser.planner.line.leave(visitor(request))
+        return self._enabled(loading=False)
+
+    def _enabled(self, loading: bool) -> Updates:
+        return {each: gr.Button(interactive=loading == (each is self.stop)) for each in (self.load, self.stop)}
