@@ -166,9 +166,9 @@ def _blocks(bits: int) -> Apply:
     hidden state is the sum of many layers' products."""
 
     def apply(settings: Settings) -> Settings:
-        from splitlearn.layers.block_linear import BlockLinear
+        from splitlearn.layers.block_linear import in_one_memory
 
-        layer, head = (partial(BlockLinear, bits=each) for each in (bits, max(bits, 8)))
+        layer, head = (partial(in_one_memory, each) for each in (bits, max(bits, 8)))
         return _set(linear=layer, head=head, engine=Import("splitlearn.stages.fused_decode:of"), weight_bits=bits)(
             settings
         )
@@ -327,7 +327,7 @@ FLAGS: Mapping[str, Flag] = {
             "Linear layers' weights are plain matrices.",
             {
                 "off": _same,
-                "onednn": _set(linear=Import("splitlearn.layers.onednn_linear:PrepackedLinear")),
+                "onednn": _set(linear=Import("splitlearn.layers.onednn_linear:each_packed")),
                 "blocks": _blocks(32),
             },
             applied="onednn",

@@ -29,15 +29,35 @@ def bits_of(size: int) -> int:
     return next(bits for bits in BITS if block_bytes(bits) == size)
 
 
+def shape_in_blocks(n: int, k: int, bits: int) -> tuple[int, int, int]:
+    """The shape of the blocks of a matrix [n, k]: [ceil(n / LANES), ceil(k / GROUP), bytes of a block]."""
+    return -(-n // LANES), -(-k // GROUP), block_bytes(bits)
+
+
 def to_blocks(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """The blocks of `weight` [N, K], uint8 [ceil(N / LANES), ceil(K / GROUP), bytes of a block], padded with zeros.
+    """The blocks of `weight` [N, K], uint8 of `shape_in_blocks`, padded with zeros."""
+    n, k = weight.shape
+    blocks = torch.empty(shape_in_blocks(n, k, bits), dtype=torch.uint8)
+    fill_blocks(blocks, weight, bits)
+    return blocks
+
+
+def fill_blocks(blocks: torch.Tensor, weight: torch.Tensor, bits: int) -> None:
+    """Set `blocks`, of `shape_in_blocks`, to those of `weight` [N, K].
 
     With 4 and 8 bits, a group's offset is its smallest value, and its scale (largest - smallest) / (2**bits - 1).
     """
-    whole = pad(weight.float(), (0, -weight.shape[1] % GROUP, 0, -weight.shape[0] % LANES))
-    values = whole.view(len(whole) // LANES, LANES, -1, GROUP).transpose(1, 2)
+    n, k = weight.shape
+    whole = pad(weight, (0, -k % GROUP, 0, -n % LANES)) if n % LANES or k % GROUP else weight
+    values = whole.view(len(blocks), LANES, -1, GROUP).transpose(1, 2)
     if bits == 32:
-        return values.transpose(2, 3).contiguous().view(torch.uint8).flatten(2)
+        blocks.view(torch.float32).view(*blocks.shape[:2], GROUP, LANES).copy_(values.transpose(2, 3))
+    else:
+        blocks.copy_(_few_bits(values.float(), bits))
+
+
+def _few_bits(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """The blocks of `values` [groups, count, LANES, GROUP], of 4 or 8 bits."""
     low, high = values.amin(-1), values.amax(-1)
     scale, offset = ((high - low) / (2**bits - 1)).half(), low.half()
     steps = scale.float().masked_fill(scale == 0, 1.0).unsqueeze(-1)

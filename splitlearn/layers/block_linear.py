@@ -6,8 +6,9 @@ float32 takes 20.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -15,7 +16,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from splitlearn.errors import NotFinite
-from splitlearn.kernels.block_format import GROUP, LANES, SCALES_BYTES, bits_of, from_blocks, memory, to_blocks
+from splitlearn.kernels.block_format import (
+    GROUP,
+    LANES,
+    SCALES_BYTES,
+    bits_of,
+    fill_blocks,
+    from_blocks,
+    memory,
+    shape_in_blocks,
+)
 
 OP = "block_linear"
 # Products of numbers from which on they are shared among threads, of which each has to be woken: 10 million take 1.0
@@ -66,6 +76,18 @@ _library.impl(OP, _product, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake(f"splitlearn::{OP}", _shape_of_product, lib=_library)
 
 
+def in_one_memory(
+    bits: int, shapes: Sequence[tuple[int, int]]
+) -> Callable[[Iterable[torch.Tensor], torch.Tensor | None], "BlockLinear"]:
+    """Makes layers with weights of these shapes [out, in] of their pieces and bias, one after the other as they are
+    called for; their blocks lie in that order in one piece of memory."""
+    sizes = [math.prod(shape_in_blocks(*shape, bits)) for shape in shapes]
+    room = memory(sum(sizes))
+    places = (room[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True))
+    left = zip(shapes, places, strict=True)
+    return lambda pieces, bias: BlockLinear(pieces, bias, bits, *next(left))
+
+
 def _check_scales(blocks: torch.Tensor, bits: int) -> None:
     scales = blocks[:, :, : SCALES_BYTES if bits < 32 else 0].contiguous().view(torch.float16)
     if not bool(scales.isfinite().all()):
@@ -73,26 +95,30 @@ def _check_scales(blocks: torch.Tensor, bits: int) -> None:
 
 
 class BlockLinear(nn.Module):
-    """`x @ weight.T + bias` for x [..., in]; `pieces` are the rows of `weight` [out, in], some at a time.
+    """`x @ weight.T + bias` for x [..., in]; `pieces` are the rows of `weight` [out, in], whole blocks of them at a
+    time.
 
-    `array` holds the blocks, of `bits` bits; `whole` says that nothing had to be filled up. Raises NotFinite for
-    weights that such blocks cannot hold.
+    `array`, of the size of its blocks, holds them then, of `bits` bits; `whole` says that nothing had to be filled up.
+    Raises NotFinite for weights that such blocks cannot hold.
     """
 
-    def __init__(self, pieces: Iterable[torch.Tensor], bias: torch.Tensor | None, bits: int) -> None:
+    def __init__(
+        self,
+        pieces: Iterable[torch.Tensor],
+        bias: torch.Tensor | None,
+        bits: int,
+        shape: tuple[int, int],
+        array: NDArray[np.uint8],
+    ) -> None:
         super().__init__()
-        made, self.out_features = [], 0
+        self.bits, (self.out_features, self.in_features), self.array = bits, shape, array
+        self._blocks = torch.from_numpy(array).view(shape_in_blocks(*shape, bits))
+        filled = 0
         for piece in pieces:
-            made.append(to_blocks(piece, bits))
-            _check_scales(made[-1], bits)
-            self.out_features, self.in_features = self.out_features + len(piece), piece.shape[1]
-        shape = (sum(map(len, made)), *made[0].shape[1:])
-        self.bits, self.array, filled = bits, memory(math.prod(shape)), 0
-        while made:  # each piece is given up before the next is copied
-            part = made.pop(0).view(-1).numpy()
-            self.array[filled : filled + len(part)] = part
+            part = self._blocks[filled : filled + -(-len(piece) // LANES)]
+            fill_blocks(part, piece, bits)
+            _check_scales(part, bits)
             filled += len(part)
-        self._blocks = torch.from_numpy(self.array).view(shape)
         self.whole = not (self.out_features % LANES or self.in_features % GROUP)
         self.bias = bias
         self(torch.zeros(1, self.in_features))  # what compiles does so now, not in the first answer

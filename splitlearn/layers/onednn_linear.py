@@ -6,7 +6,7 @@ With the weights in oneDNN's blocked layout a row takes 0.45 (one thread) or 0.3
 order.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -40,6 +40,11 @@ def why_not(dtype: str) -> str | None:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "needs a torch that was built with oneDNN"
     return None if private_apis.mkldnn_supports(dtype) else f"this processor has no products of {dtype}"
+
+
+def each_packed(shapes: Sequence[tuple[int, int]]) -> type["PrepackedLinear"]:
+    """Makes layers with weights of any shapes, each in memory of its own."""
+    return PrepackedLinear
 
 
 class PrepackedLinear(nn.Module):

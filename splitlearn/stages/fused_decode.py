@@ -204,8 +204,13 @@ def _linears(layer: Any) -> list[Any]:
 
 
 def _gathered(linears: Sequence[BlockLinear]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The blocks of all linears in one piece of memory, where they are from now on; where each begins, and the end."""
-    ends = np.array([0, *accumulate(len(linear.array) for linear in linears)])
+    """The blocks of all linears in one piece of memory; where each begins, and the end. They are moved there if they do
+    not lie so."""
+    arrays = [linear.array for linear in linears]
+    ends = np.array([0, *accumulate(map(len, arrays))])
+    starts = np.array([array.ctypes.data for array in arrays])
+    if (starts - starts[0] == ends[:-1]).all():
+        return np.lib.stride_tricks.as_strided(arrays[0], (int(ends[-1]),)), ends
     blocks = memory(int(ends[-1]))
     for linear, begin, end in zip(linears, ends[:-1], ends[1:], strict=True):
         linear.move(blocks[begin:end])

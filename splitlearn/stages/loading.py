@@ -203,10 +203,14 @@ def _replace_linears(
 ) -> None:
     """Put what `wanted` makes of their weights in the place of the linear layers and of the LM head."""
     module: Any = cut.module
-    head = module.get_output_embeddings() if cut.last else None
-    for path, layer in list(module.named_modules()):
-        make = (layer is head and wanted.head) or wanted.linear
-        if make is not None and type(layer) in LINEAR:
+    head = module.get_output_embeddings() if cut.last and wanted.head else None
+    linears = [(path, layer) for path, layer in module.named_modules() if type(layer) in LINEAR]
+    for kind, makes in ((True, wanted.head), (False, wanted.linear)):
+        some = [(path, layer) for path, layer in linears if (layer is head) is kind]
+        if makes is None or not some:
+            continue
+        make = makes([_shape(layer) for _, layer in some])
+        for path, layer in some:
             whole = partial(get, cut.full_name(join(path, "weight")))
             bias = None if layer.bias is None else get(cut.full_name(join(path, "bias"))).to(dtype, copy=True)
             try:
@@ -214,6 +218,12 @@ def _replace_linears(
             except NotFinite as error:
                 raise NotFinite(f"{cut.full_name(join(path, 'weight'))}: {error} {_IN_BLOCKS}") from error
             trim_heap()
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    """Of the weight [out, in]."""
+    n, k = linear.weight.shape
+    return (k, n) if type(linear) is Conv1D else (n, k)
 
 
 def _pieces(whole: Callable[[], torch.Tensor], transposed: bool, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -4,7 +4,7 @@ Each owner of a seam applies what it is given here and does not know which flag 
 makes these records of the flags' words. The defaults are what runs when every flag is off.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -17,6 +17,9 @@ from splitlearn.stages.engine import Eager, Engine
 from splitlearn.wire.hidden_states import Plain, Rows
 
 MakeLinear = Callable[[Iterable[torch.Tensor], torch.Tensor | None], nn.Module]
+"""Makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out]."""
+MakeLinears = Callable[[Sequence[tuple[int, int]]], MakeLinear]
+"""Given the shapes of some layers' weights, what makes one of these layers after the other, in that order."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class LoadSettings:
 
     `assign_weights` takes tensors from the file without a second copy. `attention` None is what transformers chooses
     for the model: sdpa, but eager for those without it (bloom, gemma2); `sdpa` is what attends where sdpa is chosen.
-    `linear` makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out];
-    None leaves the model's own. `head` is the same for the LM head, where that differs. `weight_bits` are about those
+    `linear` makes what stands for the linear layers; None leaves the model's own. `head` is the same for the LM head,
+    where that differs. `weight_bits` are about those
     that each weight takes then, None for as many as the dtype has. `compile_stage` compiles a stage that has its
     weights. `engine` makes of its eager engine one that computes a token faster; None where it cannot.
     """
@@ -34,8 +37,8 @@ class LoadSettings:
     assign_weights: bool = False
     attention: str | None = None
     sdpa: str = "sdpa"
-    linear: MakeLinear | None = None
-    head: MakeLinear | None = None
+    linear: MakeLinears | None = None
+    head: MakeLinears | None = None
     weight_bits: int | None = None
     engine: Callable[[Eager], Engine | None] | None = None
     compile_stage: Callable[[CutModel], CutModel] | None = None

@@ -14,7 +14,7 @@ from splitlearn.kernels.block_format import BITS, GROUP, LANES, block_bytes, fro
 from splitlearn.kernels.block_matmul import multiply
 from splitlearn.lab.logit_fidelity import FixedInput
 from splitlearn.lab.logits import logits
-from splitlearn.layers.block_linear import MANY, BlockLinear
+from splitlearn.layers.block_linear import MANY, BlockLinear, in_one_memory
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.torch_threads import computing_on
 from splitlearn.stages import loading
@@ -76,7 +76,7 @@ def test_the_products_are_those_of_the_matrix_that_the_blocks_stand_for(bits: in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_of_any_size_gives_the_products_of_its_weight(bits: int, biased: bool, dtype: torch.dtype) -> None:
     weight, bias = torch.randn(37, 41), torch.randn(37).to(dtype) if biased else None
-    layer = BlockLinear([weight[:16], weight[16:32], weight[32:]], bias, bits)
+    layer = in_one_memory(bits, [(37, 41)])([weight[:16], weight[16:32], weight[32:]], bias)
     x = torch.randn(1, 5, 41).to(dtype)
     expected = linear(x.float(), layer.weight, None if bias is None else bias.float())
     assert layer(x).dtype is dtype
@@ -89,14 +89,30 @@ def test_a_layer_of_any_size_gives_the_products_of_its_weight(bits: int, biased:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_threads_share_the_product_of_many_rows(bits: int, threads: int) -> None:
-    layer, x = BlockLinear([torch.randn(80, 64)], None, bits), torch.randn(-(-MANY // (80 * 64)), 64)
+    layer, x = _layer(torch.randn(80, 64), bits=bits), torch.randn(-(-MANY // (80 * 64)), 64)
     with computing_on(threads):
         found = layer(x)
     torch.testing.assert_close(found, linear(x, layer.weight), rtol=1e-4, atol=1e-4)
 
 
+def _layer(weight: torch.Tensor, bias: torch.Tensor | None = None, bits: int = 4) -> BlockLinear:
+    rows, width = weight.shape
+    return in_one_memory(bits, [(rows, width)])([weight], bias)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_layers_lie_one_after_the_other_and_keep_to_their_own(bits: int) -> None:
+    weights = [torch.randn(n, k) for n, k in ((37, 41), (16, 64), (80, 32))]
+    make = in_one_memory(bits, [(37, 41), (16, 64), (80, 32)])
+    layers = [make([weight], None) for weight in weights]
+    starts = [layer.array.ctypes.data for layer in layers]
+    assert np.diff(starts).tolist() == [len(layer.array) for layer in layers[:-1]]
+    for layer, weight in zip(layers, weights, strict=True):
+        assert torch.equal(layer.weight, from_blocks(to_blocks(weight, bits), *weight.shape))
+
+
 def test_a_layer_compiles_without_a_break() -> None:
-    layer = BlockLinear([torch.randn(12, 8)], torch.randn(12), 4)
+    layer = _layer(torch.randn(12, 8), torch.randn(12))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.inference_mode():
         for rows in (1, 5):

@@ -12,7 +12,7 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.kvcache.layers import reserved
 from splitlearn.kvcache.pool import KVPool, KVShape
-from splitlearn.layers.block_linear import BlockLinear
+from splitlearn.layers.block_linear import in_one_memory
 from splitlearn.models.cut import CutModel, body_of, forward, layers_of
 from splitlearn.stages import fused_decode, loading
 from splitlearn.stages.base import StageInput
@@ -169,7 +169,7 @@ def _turns_otherwise_further_on(cut: CutModel) -> None:
 
 def _has_a_layer_of_another_size(cut: CutModel) -> None:
     layer: Any = layers_of(cut)[1]
-    layer.mlp.up_proj = BlockLinear([torch.randn(32, WIDTH)], None, 4)
+    layer.mlp.up_proj = in_one_memory(4, [(32, WIDTH)])([torch.randn(32, WIDTH)], None)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +182,6 @@ def test_what_a_few_tokens_would_not_show_is_looked_for(default_model: ModelFile
 
 
 def test_a_linear_layer_that_had_to_be_filled_up_is_not_taken() -> None:
-    assert BlockLinear([torch.randn(32, 64)], None, 4).whole
-    assert not BlockLinear([torch.randn(31, 64)], None, 4).whole
-    assert not BlockLinear([torch.randn(32, 63)], None, 4).whole
+    shapes = [(32, 64), (31, 64), (32, 63)]
+    make = in_one_memory(4, shapes)
+    assert [make([torch.randn(*shape)], None).whole for shape in shapes] == [True, False, False]
