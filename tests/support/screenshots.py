@@ -5,15 +5,16 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import FloatRect, Page, expect
 
 from splitlearn.config import Config
 from tests.support import ROOT
 from tests.support.page import chromium, open_page, running, write_config
 
 FOLDER = ROOT / "docs" / "screenshots"
-RUN_MS = 600_000
+RUN_MS = 1_800_000
 SETTLED_MS = 1_500
+MARGIN = 16
 SIZES = {1280: 900, 390: 844}
 
 
@@ -24,9 +25,9 @@ def compare(page: Page) -> None:
 
 
 def flags(page: Page) -> None:
-    """The first pass of Compare flags."""
+    """Compare flags: the first pass, and blocks until the ratios have intervals."""
     page.locator("#compare-flags").click()
-    expect(page.locator("#ft-progress")).to_contain_text("block 1", timeout=RUN_MS)
+    expect(page.locator("#ft-progress")).to_contain_text("block 4", timeout=RUN_MS)
     page.locator("#ft-stop").click()
     expect(page.locator("#compare-flags")).to_be_enabled(timeout=RUN_MS)
 
@@ -56,6 +57,8 @@ def main() -> int:
             for name, act in SHOTS.items():
                 act(page)
                 _take(page, name)
+                if name == "compare":
+                    _take_answers(page)
     return 0
 
 
@@ -66,6 +69,19 @@ def _take(page: Page, name: str) -> None:
             page.evaluate("theme => document.body.classList.toggle('dark', theme === 'dark')", theme)
             page.wait_for_timeout(SETTLED_MS)  # until what is drawn has come to rest
             page.screenshot(path=FOLDER / f"{name}-{width}-{theme}.png", full_page=True)
+
+
+def _take_answers(page: Page) -> None:
+    """The page down to the two answers, for the README."""
+    width, height = next(iter(SIZES.items()))
+    page.set_viewport_size({"width": width, "height": height})
+    page.evaluate("document.body.classList.remove('dark'); scrollTo(0, 0)")
+    page.wait_for_timeout(SETTLED_MS)
+    box = page.locator("#cards").bounding_box()
+    assert box is not None
+    bottom = box["y"] + box["height"] + MARGIN
+    clip: FloatRect = {"x": 0, "y": 0, "width": width, "height": bottom}
+    page.screenshot(path=FOLDER / "answers.png", full_page=True, clip=clip)
 
 
 if __name__ == "__main__":
