@@ -72,6 +72,16 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class Reconnecting:
+    """The trunk at `lost` is lost, and the client is about to try for the `attempt`th time (from 1) to reach one,
+    `seconds` after the step began. It comes within a step; the next event says that the answer goes on."""
+
+    attempt: int
+    seconds: float
+    lost: str
+
+
+@dataclass(frozen=True)
 class StageTiming:
     """The cost of one step of one stage.
 

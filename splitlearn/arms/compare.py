@@ -60,7 +60,7 @@ class Pairs:
     def counted(self) -> list[tuple[RunMetrics, RunMetrics]]:
         """The metrics of each pair in which no trunk was lost: those that may be divided."""
         pairs = zip(self.full, self.split, strict=True)
-        return [(full.metrics, split.metrics) for full, split in pairs if not _recovered(split)]
+        return [(full.metrics, split.metrics) for full, split in pairs if not _recoveries(split)]
 
     @property
     def ttft(self) -> Ratio | None:
@@ -131,7 +131,7 @@ class Comparison:
             "pairs": len(self.pairs.full),
             "ratios": {"ttft": _ratio(self.pairs.ttft), "tpot": _ratio(self.pairs.tpot)},
             "difference_per_token": _difference(self.pairs.difference),
-            "every_run": {kind: [_times(report.metrics) for report in self.pairs.of(kind)] for kind in KINDS},
+            "every_run": {kind: [_run(report) for report in self.pairs.of(kind)] for kind in KINDS},
             "other_programs_cores": self.others_cpu,
             "identical_tokens": differ is None,
             "first_divergence": None if differ is None else differ.at,
@@ -226,12 +226,15 @@ def _difference(found: Difference | None) -> dict[str, float] | None:
     return None if found is None else {f"{name}_s": spent for name, spent in asdict(found).items()}
 
 
-def _times(metrics: RunMetrics) -> dict[str, float | None]:
-    return {"ttft_s": metrics.ttft_s, "tpot_s": metrics.tpot_s, "e2el_s": metrics.e2el_s}
+def _run(report: ArmReport) -> dict[str, float | None]:
+    metrics = report.metrics
+    times = {"ttft_s": metrics.ttft_s, "tpot_s": metrics.tpot_s, "e2el_s": metrics.e2el_s}
+    return {**times, "recoveries": _recoveries(report)}
 
 
-def _recovered(report: ArmReport) -> bool:
-    return any(sample.recoveries for sample in report.samples)
+def _recoveries(report: ArmReport) -> int:
+    """How often a trunk was lost within the run."""
+    return sum(len(sample.recoveries) for sample in report.samples)
 
 
 def _sample_as_json(metrics: RunMetrics) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from functools import cached_property
 from splitlearn.arms.model import Model
 from splitlearn.arms.spec import ArmEnd, ArmSpec, Kind, Texts
 from splitlearn.arms.trunk_pool import TrunkPool
-from splitlearn.arms.worker import Worker, compile_seconds
+from splitlearn.arms.worker import Message, Worker, compile_seconds
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import TrunkFacts, check_served, describe, first_that_works, with_trunk
 from splitlearn.config import Config, SplitConfig
 from splitlearn.errors import InputError, WorkFailed
-from splitlearn.events import Event, GenerationRequest
+from splitlearn.events import Event, GenerationRequest, Reconnecting
 from splitlearn.flags.registry import SIDES, Place
 from splitlearn.flags.selection import Availability, FlagSet, availability
 from splitlearn.flags.selection import check as check_flags
@@ -93,7 +93,7 @@ class Restart:
     """The run that was under way compiled something: what it showed is void, and it begins again."""
 
 
-Item = Event | Restart | ArmReport
+Item = Event | Reconnecting | Restart | ArmReport
 
 
 class Runs:
@@ -337,14 +337,14 @@ class Runs:
     ) -> Iterator[Item]:
         """The run that counts, and those before it in which something was compiled."""
         for restarts in itertools.count():
-            seen: list[Event | ArmEnd] = []
+            seen: list[Message] = []
             for item in worker.generate(spec.flags, request, stop):
                 seen.append(item)
                 if not isinstance(item, ArmEnd):
                     yield item
             compiled = compile_seconds(seen)
             worker.compile_s[spec.flags] += compiled
-            found = of_samples((item for item in seen if not isinstance(item, ArmEnd)), request.samples)
+            found = of_samples((item for item in seen if isinstance(item, Event)), request.samples)
             if compiled and not stop.is_set():
                 if restarts == MOST_RESTARTS:
                     raise WorkFailed(f"{1 + restarts} runs in a row compiled something: nothing is measured. {ASIDE}")

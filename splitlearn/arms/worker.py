@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec
 from splitlearn.errors import SplitlearnError, WorkerDied
-from splitlearn.events import Event, GenerationRequest, TokenEvent
+from splitlearn.events import Event, GenerationRequest, Reconnecting, TokenEvent
 from splitlearn.flags.selection import FlagSet
 from splitlearn.runtime import process
 from splitlearn.runtime.process import Child, raised
@@ -19,6 +19,7 @@ REST_S = 45.0
 calls, and the next run's TTFT would include a new connection."""
 CANCEL_TIMEOUT_S = 2.0
 POLL_S = 0.05
+Message = Event | Reconnecting | ArmEnd
 
 
 def start(spec: ArmSpec) -> Child:
@@ -73,7 +74,7 @@ class Worker:
             if not stop.is_set():
                 self.warm[key] = tokens
 
-    def generate(self, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[Event | ArmEnd]:
+    def generate(self, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[Message]:
         """What the worker sends for one request under `flags`, up to its ArmEnd. Raises the error that it sends
         instead."""
         self.child.send((flags, request))

@@ -1,7 +1,8 @@
 """A worker process: it loads one arm, then runs generations until its parent ends it.
 
 The worker sends `ArmReady`, then answers each (flags, request) with events and an `ArmEnd`, or with an error. A request
-may have other session flags than those that were loaded. The worker looks for a cancellation between two steps.
+may have other session flags than those that were loaded. The worker looks for a cancellation between two steps. It
+sends `Reconnecting` within a step.
 """
 
 import pickle
@@ -16,7 +17,7 @@ from splitlearn.arms import draft_model
 from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec, Texts
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.errors import as_error
-from splitlearn.events import Event, GenerationRequest
+from splitlearn.events import Event, GenerationRequest, Reconnecting
 from splitlearn.flags.registry import Settings, settings
 from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.chain import Link
@@ -31,6 +32,7 @@ from splitlearn.stages.base import Stage
 COMPILE_TIMEOUT_S = 1800.0
 """The least timeout for a trunk that compiles. Its first step waits until all layers are compiled, for 26 layers on two
 cores more than two minutes."""
+Watch = Callable[[Reconnecting], None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Arm:
 def work(connection: Connection, spec: ArmSpec) -> None:
     """Load the arm, then serve requests, until the parent closes `connection` or kills the process."""
     try:
-        arm = load(spec)
+        arm = load(spec, connection.send)
     except Exception as error:
         connection.send(as_error(error, "loading the model"))
         return
@@ -72,15 +74,16 @@ def work(connection: Connection, spec: ArmSpec) -> None:
             connection.send(as_error(error, "generating"))
 
 
-def load(spec: ArmSpec) -> Arm:
-    """Load an arm into this process. Sets torch's threads and other settings of the whole process."""
+def load(spec: ArmSpec, watch: Watch = lambda notice: None) -> Arm:
+    """Load an arm into this process. Sets torch's threads and other settings of the whole process. `watch` sees each
+    try to reach a lost trunk."""
     local = _local_settings(spec)
     threads = loading.prepare_process(local.process, spec.threads)
     before = process.resident_bytes()
     tokens = read_tokens(spec)
     tokenizer_bytes = process.resident_bytes() - before
     loaded = loading.load(spec.files, _specs(spec), local.load, loading.Placement.of(spec.device, spec.dtype))
-    trunk = open_trunk(spec)
+    trunk = open_trunk(spec, watch)
     drafting, draft_load_s = _load_draft(spec)
     ready = ArmReady(loaded.load_s + draft_load_s, loaded.import_rss_bytes - tokenizer_bytes, threads)
 
@@ -121,11 +124,11 @@ def _specs(spec: ArmSpec) -> list[loading.StageSpec]:
     return [bottom, *rest] if spec.addresses else [bottom, *loading.trunk_specs(spec.plan), *rest]
 
 
-def open_trunk(spec: ArmSpec) -> RemoteStage | None:
+def open_trunk(spec: ArmSpec, watch: Watch = lambda notice: None) -> RemoteStage | None:
     """The remote trunk's stage, None if the arm has none. A first session connects, and starts a variant if need be."""
     if not spec.addresses:
         return None
-    trunk = RemoteStage(spec.addresses, spec.served(), step_timeout_s(spec), spec.credentials, spec.via)
+    trunk = RemoteStage(spec.addresses, spec.served(), step_timeout_s(spec), spec.credentials, spec.via, watch)
     trunk.open(settings(spec.flags.trunk).session, max_length=1).close()
     return trunk
 

@@ -11,7 +11,7 @@ from splitlearn.arms.link_cost import LinkCost
 from splitlearn.arms.runs import ArmReport, Item, Restart
 from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.catalogue import ModelStatus
-from splitlearn.events import TokenEvent
+from splitlearn.events import Reconnecting, TokenEvent
 from splitlearn.flags.registry import FLAGS, SIDES
 from splitlearn.flags.selection import Availability, FlagSet
 from splitlearn.flags.states import states
@@ -22,10 +22,17 @@ from splitlearn.runtime.terminal import say
 
 
 def watch(progress: Progress, limit: int) -> Watch:
-    """Shows how many tokens each arm has."""
+    """Shows how many tokens each arm has, and that it reconnects to its trunk."""
     seen: Counter[Kind] = Counter()
+    lost: set[str] = set()
 
     def show(kind: Kind, item: Item) -> None:
+        if isinstance(item, Reconnecting):
+            lost.add(item.lost)
+            progress(Step(f"Reconnecting to the trunk server at {item.lost}"))
+            return
+        while lost:
+            progress(Step(f"Reconnecting to the trunk server at {lost.pop()}", 1, 1))
         if isinstance(item, Restart):
             seen[kind] = 0
         elif isinstance(item, TokenEvent):

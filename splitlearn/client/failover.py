@@ -13,7 +13,7 @@ a refusal, a full trunk that says when to try again, and a dead one need differe
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from splitlearn.client.endpoint import Endpoint
 from splitlearn.client.served import Served
@@ -27,9 +27,11 @@ LEAST_WAIT_S = 1.0
 
 
 class RetryBudget:
-    """The tries for one thing, all within `timeout_s`. `errors` has the last error of each address."""
+    """The tries for one thing, all within `timeout_s`. `errors` has the last error of each address. `announce` is given
+    the number of each try, before the pause that comes before it."""
 
     def __init__(self, timeout_s: float, addresses: int) -> None:
+        self.announce: Callable[[int], None] = _ignore
         self._until = time.monotonic() + timeout_s
         self._addresses = addresses
         self._pauses = 0
@@ -44,6 +46,7 @@ class RetryBudget:
         """Sleep until the next round: `due_s` and a random time. Raises `error()` if that is too late."""
         pause = due_s + random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self._pauses))
         self._pauses += 1
+        self.announce(self._pauses)
         if time.monotonic() + pause > self._until:
             raise self.error()
         time.sleep(pause)
@@ -157,6 +160,10 @@ class Endpoints:
 
     def _begin_with(self, address: str) -> None:
         self._order.rotate(-self._order.index(address))
+
+
+def _ignore(attempt: int) -> None:
+    """For tries that nobody watches."""
 
 
 def _resting(endpoint: Endpoint) -> TrunkUnavailable:

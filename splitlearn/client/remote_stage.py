@@ -19,7 +19,7 @@ from splitlearn.client.failover import Endpoints, RetryBudget
 from splitlearn.client.served import Served, TrunkFacts
 from splitlearn.client.session_stream import Opening, Receipt, Sent, Stream, opening_of
 from splitlearn.errors import TrunkUnavailable
-from splitlearn.events import Recovery, StageTiming
+from splitlearn.events import Reconnecting, Recovery, StageTiming
 from splitlearn.stages.base import PendingStep, StageInput, StageOutput
 from splitlearn.stages.settings import SessionSettings
 from splitlearn.wire import trunk_pb2 as pb
@@ -31,7 +31,7 @@ TOLD = 0.9
 
 class RemoteStage:
     """The trunk at the first of `addresses` that works; `via` is that of `Endpoints`. `facts` holds what the trunk last
-    said of itself. Raises TrunkError throughout."""
+    said of itself. `watch` sees each try to reach a lost trunk as it comes. Raises TrunkError throughout."""
 
     def __init__(
         self,
@@ -40,8 +40,10 @@ class RemoteStage:
         timeout_s: float,
         shown: Credentials = NONE,
         via: Sequence[str] = (),
+        watch: Callable[[Reconnecting], None] = lambda notice: None,
     ) -> None:
         self.served = served
+        self.watch = watch
         self.facts = TrunkFacts()
         self._endpoints = Endpoints(addresses, served, timeout_s, shown, via)
 
@@ -152,6 +154,9 @@ class RemoteSession:
             output = self._stream.answer(receipt, budget.wait_s())
         except TrunkUnavailable as error:
             lost = self._stream.address
+            budget.announce = lambda attempt: self._stage.watch(
+                Reconnecting(attempt, time.perf_counter() - started, lost)
+            )
             output = self._recover(receipt.sent, error, budget)
             spent = time.perf_counter() - started
             recovery = Recovery(spent, lost, self._stream.address, position)

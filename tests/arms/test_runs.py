@@ -20,7 +20,7 @@ from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.probe import TrunkProbe
 from splitlearn.errors import InputError, TrunkUnavailable, WorkerDied, WorkFailed
-from splitlearn.events import Done, GenerationRequest, TokenEvent
+from splitlearn.events import Done, GenerationRequest, Reconnecting, TokenEvent
 from splitlearn.flags.selection import FlagSet
 from splitlearn.lab.environment import trunk_pid
 from splitlearn.models.plan import SplitPlan
@@ -179,7 +179,13 @@ def test_a_worker_that_is_killed_between_runs_is_replaced(runs: Runs) -> None:
 def test_an_embedded_trunk_that_is_killed_is_started_again_and_the_answer_goes_on(runs: Runs) -> None:
     wanted, address = report(runs, "split", LONG, OWN_FLAGS).metrics, runs.trunk_address()
     server = psutil.Process(trunk_pid(address))
-    *_, last = interrupted(runs, "split", server.kill, OWN_FLAGS)
+    *items, last = interrupted(runs, "split", server.kill, OWN_FLAGS)
+    notices = [item for item in items if isinstance(item, Reconnecting)]
+    assert [(notice.attempt, notice.lost) for notice in notices] == [(n + 1, address) for n in range(len(notices))]
+    after = items[items.index(notices[-1]) + 1]  # told while it lasts, not with the answer
+    assert isinstance(after, TokenEvent)
+    assert after.recoveries
+    assert after.recoveries[0].seconds >= notices[-1].seconds
     assert isinstance(last, ArmReport)
     assert last.metrics.token_ids == wanted.token_ids
     assert last.metrics.text == wanted.text

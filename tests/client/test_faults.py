@@ -23,7 +23,7 @@ from splitlearn.client.circuit_breaker import COOL_DOWN_S, FAILURES, LONGEST_S, 
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.client.served import describe, first_that_works
 from splitlearn.errors import TrunkFull, TrunkRefused, TrunkUnavailable
-from splitlearn.events import GenerationRequest, Recovery
+from splitlearn.events import GenerationRequest, Reconnecting, Recovery
 from splitlearn.flags.selection import FlagSet
 from splitlearn.metrics import RunMetrics, recovery_sentence
 from splitlearn.runtime.progress import silent
@@ -100,13 +100,17 @@ def test_a_connection_that_is_cut_at_any_token_costs_no_token(
     between: Proxy, files: ModelFiles, undisturbed: list[RunMetrics]
 ) -> None:
     cuts = random.Random(7).sample(range(1, TOKENS), 12)
+    notices: list[Reconnecting] = []
     with client(files, between.address) as asking:
+        asking.stage.watch = notices.append
         before = threading.active_count(), psutil.Process().num_fds()
         found = asking.ask(request(), lambda tokens: between.cut() if tokens in cuts else None)
         check_same(found, undisturbed[0])
         assert [token for token, _ in found.recoveries] == [cut + 1 for cut in sorted(cuts)]
         assert all(recovery.replayed_tokens == found.prompt_tokens + token - 2 for token, recovery in found.recoveries)
         assert found.ledger["recover"] == pytest.approx(sum(recovery.seconds for _, recovery in found.recoveries))
+        assert [notice.attempt for notice in notices].count(1) == len(cuts)  # each loss is told when it is noticed
+        assert {notice.lost for notice in notices} == {between.address}
         assert asking.ask(request()).recoveries == ()
         assert eventually(lambda: threading.active_count() <= before[0] + 4), threading.enumerate()
         assert eventually(lambda: psutil.Process().num_fds() <= before[1] + 8)

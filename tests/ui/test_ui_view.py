@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import cast
 
 import pytest
@@ -13,7 +14,7 @@ from splitlearn.arms.spec import Kind, Texts
 from splitlearn.client.served import TrunkFacts
 from splitlearn.config import GenerationConfig
 from splitlearn.errors import InputError, SplitlearnError, TrunkUnavailable
-from splitlearn.events import Done, GenerationRequest, Recovery, TokenEvent
+from splitlearn.events import Done, GenerationRequest, Reconnecting, Recovery, TokenEvent
 from splitlearn.flags.registry import SIDES, Place
 from splitlearn.flags.selection import FlagSet, availability, parse
 from splitlearn.link.emulated import Link
@@ -133,6 +134,27 @@ def test_a_trunk_that_was_lost_and_found_is_told_on_its_card() -> None:
     said = view.card(ArmView("split", "running", lost))
     assert "The trunk at a:1 was lost at token 2; reconnected to b:2 in 0.8 s, with 34 tokens replayed." in said
     assert "was lost" not in view.card(ArmView("split", "running", metrics))
+
+
+def test_a_trunk_that_is_lost_is_told_while_it_is_looked_for_and_no_longer() -> None:
+    lost = Reconnecting(2, 1.4, "a:1")
+    items: list[Item | SplitlearnError] = [TOKEN, lost, TOKEN, report("split", [1])]
+    seen = states(ScriptedRuns([report("full", [1])], items))
+    at = next(n for n, shown in enumerate(seen) if shown.split.lost)
+    assert "Reconnecting to the trunk server (attempt 2" in view.card(seen[at].split)
+    assert view.status(seen[at]) == "Split: the trunk server was lost. Reconnecting, attempt 2."
+    assert seen[at].split.metrics is not None  # what has come so far stays
+    changes = [state for state, _ in groupby(shown.split.state for shown in seen[at:])]
+    assert changes == ["reconnecting", "running", "between", "done"]
+    assert not any("Reconnecting" in view.card(shown.split) for shown in seen[at + 1 :])
+
+
+def test_a_trunk_that_is_lost_in_a_later_run_is_told_as_well() -> None:
+    items: list[Item | SplitlearnError] = [TOKEN, Reconnecting(1, 0.1, "a:1"), TOKEN, report("split", [1])]
+    runs = cast(Runs, ScriptedRuns([report("full", [1])], items))
+    seen = [shown.split.state for shown in session.compare(runs, FlagSet(), REQUEST, threading.Event(), pairs=2)]
+    changes = [state for state, _ in groupby(seen)]
+    assert changes[-5:] == ["again", "reconnecting", "again", "between", "done"]
 
 
 def test_each_sample_has_its_text_and_a_difference_in_any_is_named() -> None:

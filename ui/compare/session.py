@@ -4,14 +4,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from splitlearn.arms.compare import KINDS, Pairs, turns
-from splitlearn.arms.runs import ArmReport, Restart, Runs
+from splitlearn.arms.runs import ArmReport, Item, Restart, Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.errors import InputError, SplitlearnError
-from splitlearn.events import Event, GenerationRequest
+from splitlearn.events import Event, GenerationRequest, Reconnecting
 from splitlearn.flags.selection import FlagSet
 from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics, of_samples
@@ -19,14 +19,25 @@ from splitlearn.runtime.load import reading
 
 DRAW_S = 0.1  # drawing oftener takes time from the run on a machine with few cores
 State = Literal[
-    "idle", "waiting", "warming", "loading", "compiled", "running", "again", "between", "done", "stopped", "failed"
+    "idle",
+    "waiting",
+    "warming",
+    "loading",
+    "compiled",
+    "running",
+    "reconnecting",
+    "again",
+    "between",
+    "done",
+    "stopped",
+    "failed",
 ]
 
 
 @dataclass(frozen=True)
 class ArmView:
     """What one side shows: `metrics` of what came so far, or of the typical one of its `reports`, one for each complete
-    run; `error` if it failed; `others` are of the samples after the first."""
+    run; `error` if it failed; `others` are of the samples after the first; `lost` while it reconnects to its trunk."""
 
     kind: Kind
     state: State = "idle"
@@ -34,6 +45,7 @@ class ArmView:
     reports: tuple[ArmReport, ...] = ()
     error: str = ""
     others: tuple[RunMetrics, ...] = ()
+    lost: Reconnecting | None = None
 
     @property
     def samples(self) -> tuple[RunMetrics, ...]:
@@ -99,7 +111,7 @@ def compare(
             yield ComparisonView(error=str(error))
             return
         except SplitlearnError as error:
-            shown = shown.with_arm(replace(shown.of(kind), state="failed", error=str(error)))
+            shown = shown.with_arm(replace(shown.of(kind), state="failed", error=str(error), lost=None))
             yield shown
         shown = replace(shown, others_cpu=reading(before).others_cpu)
     yield _ended(shown)
@@ -115,34 +127,69 @@ def _ended(shown: ComparisonView) -> ComparisonView:
 def _follow(
     runs: Runs, arm: ArmView, flags: FlagSet, request: GenerationRequest, stop: threading.Event, link: Link | None
 ) -> Iterator[ArmView]:
-    """One run of `arm`. Its tokens are drawn the first time, at most one state in DRAW_S."""
+    """One run of `arm`."""
     if stop.is_set():
         yield replace(arm, state="stopped")
         return
-    first = not arm.reports
-    yield replace(arm, state="loading" if first else "again")
-    events: list[Event] = []
-    report, drawn = None, 0.0
+    yield replace(arm, state="again" if arm.reports else "loading")
+    drawing = _Drawing(arm, request.samples)
     with closing(runs.stream(arm.kind, flags, request, stop, link=link)) as items:  # type: ignore[type-var]  # a generator
         for item in items:
-            if isinstance(item, ArmReport):
-                report = item
-            elif isinstance(item, Restart):
-                events.clear()
-                yield replace(arm, state="compiled")
-            else:
-                events.append(item)
-                if first and time.monotonic() - drawn >= DRAW_S:
-                    drawn = time.monotonic()
-                    yield _with(arm, "running", of_samples(events, request.samples))
-    samples = report.samples if report else of_samples(events, request.samples)
-    complete = report is not None and all(each.finish_reason != "cancelled" for each in samples)
-    if report is not None and complete:
-        reports = (*arm.reports, report)
-        typical = Pairs(reports, reports).typical(arm.kind)
-        yield replace(_with(arm, "between", typical.samples), reports=reports)
-    else:
-        yield _with(arm, "stopped", samples if first else arm.samples)
+            drawn = drawing.take(item)
+            if drawn is not None:
+                yield drawn
+    yield drawing.end()
+
+
+@dataclass
+class _Drawing:
+    """What one more run of `arm` shows as its items come. Its tokens are drawn the first time."""
+
+    arm: ArmView
+    samples: int
+    events: list[Event] = field(default_factory=list)
+    report: ArmReport | None = None
+    drawn_at: float = 0.0
+    lost: bool = False
+
+    def take(self, item: Item) -> ArmView | None:
+        """What to draw after `item`; None for nothing new."""
+        if isinstance(item, ArmReport):
+            self.report = item
+        elif isinstance(item, Restart):
+            self.events.clear()
+            return replace(self.arm, state="compiled")
+        elif isinstance(item, Reconnecting):
+            self.lost = True
+            return replace(_with(self.arm, "reconnecting", self.so_far), lost=item)
+        else:
+            self.events.append(item)
+            return self._token()
+        return None
+
+    def _token(self) -> ArmView | None:
+        """At most one state in DRAW_S, and one after a reconnection."""
+        found, self.lost = self.lost, False
+        if self.arm.reports:
+            return replace(self.arm, state="again") if found else None
+        if not found and time.monotonic() - self.drawn_at < DRAW_S:
+            return None
+        self.drawn_at = time.monotonic()
+        return _with(self.arm, "running", self.so_far)
+
+    @property
+    def so_far(self) -> tuple[RunMetrics, ...]:
+        """What there is to show: this run's samples the first time, then those of the runs before."""
+        return self.arm.samples if self.arm.reports else of_samples(self.events, self.samples)
+
+    def end(self) -> ArmView:
+        """The state after the run."""
+        if self.report is None or any(each.finish_reason == "cancelled" for each in self.report.samples):
+            first = self.report.samples if self.report else self.so_far
+            return _with(self.arm, "stopped", self.arm.samples if self.arm.reports else first)
+        reports = (*self.arm.reports, self.report)
+        typical = Pairs(reports, reports).typical(self.arm.kind)
+        return replace(_with(self.arm, "between", typical.samples), reports=reports)
 
 
 def _with(arm: ArmView, state: State, samples: Sequence[RunMetrics]) -> ArmView:

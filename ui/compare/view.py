@@ -9,6 +9,7 @@ from splitlearn.arms.runs import ArmReport
 from splitlearn.arms.startup import Part
 from splitlearn.breakdown import Ratio
 from splitlearn.config import Config
+from splitlearn.events import Reconnecting
 from splitlearn.metrics import RunMetrics, recovery_sentence, tps_of_all
 from splitlearn.runtime import cgroups
 from ui.compare.session import ArmView, ComparisonView, State
@@ -23,6 +24,7 @@ STATES: dict[State, str] = {
     "loading": "loading and warming up",
     "compiled": "compiled; running again for the measurement",
     "running": "running",
+    "reconnecting": "reconnecting",
     "again": "measuring again",
     "between": "measured",
     "done": "done",
@@ -67,8 +69,8 @@ def card(arm: ArmView) -> str:
     return (
         f'<section class="sl-card sl-{arm.kind}" aria-label="{title} model" data-state="{arm.state}">'
         f'<header><h2>{title}</h2><span class="sl-what">{what}</span>'
-        f'<span class="sl-state">{state}{_clock(arm)}</span></header>'
-        f'<div class="sl-busy" {"" if arm.state in BUSY else "hidden"}></div>'
+        f'<span class="sl-state">{state}{_clock() if arm.state in BUSY else ""}</span></header>'
+        f'<div class="sl-busy" {"" if arm.lost or arm.state in BUSY else "hidden"}></div>'
         f'<dl class="sl-tiles">{_figures(arm)}</dl>{_recoveries(arm)}{_answer(arm)}</section>'
     )
 
@@ -78,13 +80,19 @@ def status(shown: ComparisonView, place: int = 0) -> str:
     if place:
         return f"Another visitor's comparison is running. You are number {place} in line; yours starts by itself."
     for arm in (shown.full, shown.split):
-        if arm.state in (*BUSY, "running", "again"):
+        if arm.state in (*BUSY, "running", "reconnecting", "again"):
             turn = f", run {len(arm.reports) + 1} of {shown.asked}" if shown.asked > 1 else ""
-            first = " The first time takes longer." if arm.state == "loading" else ""
-            return f"{TITLES[arm.kind][0]}{turn}: {STATES[arm.state]}.{first}"
+            return f"{TITLES[arm.kind][0]}{turn}: {_now(arm)}"
     if shown.ended:
         return "Stopped." if "stopped" in (shown.full.state, shown.split.state) else "Done."
     return ""
+
+
+def _now(arm: ArmView) -> str:
+    if arm.lost:
+        return f"the trunk server was lost. Reconnecting, attempt {arm.lost.attempt}."
+    first = " The first time takes longer." if arm.state == "loading" else ""
+    return f"{STATES[arm.state]}.{first}"
 
 
 def elsewhere(others: int) -> str:
@@ -163,9 +171,9 @@ def _reasons(parts: Mapping[str, Part], state: str) -> str:
     return "; ".join(f"{name}: {part.detail.rstrip('.')}" for name, part in parts.items() if part.state == state)
 
 
-def _clock(arm: ArmView) -> str:
-    """Seconds that count by themselves, drawn by the browser: nothing is sent while something loads."""
-    return '<span class="sl-clock" aria-hidden="true"></span>' if arm.state in BUSY else ""
+def _clock(since: float = 0.0) -> str:
+    """Seconds that count on from `since` by themselves, drawn by the browser: nothing is sent while something loads."""
+    return f'<span class="sl-clock" style="animation-delay:-{since:.1f}s" aria-hidden="true"></span>'
 
 
 def _figures(arm: ArmView) -> str:
@@ -191,11 +199,17 @@ def _answer(arm: ArmView) -> str:
 
 
 def _recoveries(arm: ArmView) -> str:
-    """A sentence for each time that the trunk was lost and found again."""
+    """A sentence for each time that the trunk was lost and found again, and what is done about it now."""
     runs = [sample for report in arm.reports for sample in report.samples]
     now = [] if any(arm.metrics is run for run in runs) else list(arm.samples)
     said = " ".join(recovery_sentence(*recovered) for each in (*runs, *now) for recovered in each.recoveries)
-    return f'<p class="sl-small" role="status">{escape(said)}</p>' if said else ""
+    now_lost = _reconnecting(arm.lost) if arm.lost else ""
+    return f'<p class="sl-small">{escape(said)} {now_lost}</p>' if said or now_lost else ""
+
+
+def _reconnecting(lost: Reconnecting) -> str:
+    at = _clock(lost.seconds)
+    return f"Reconnecting to the trunk server (attempt {lost.attempt}{at}). The answer goes on once it is back."
 
 
 def _verdict(pairs: Pairs) -> str:
