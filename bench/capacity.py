@@ -38,10 +38,8 @@ FLAGS = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hid
 SIZES = (1, 8, 16, 32)
 LENGTH = 100
 STEPS = 24
-BLOCKS = 10
 RUNNING = 8
 PROMPT = 2000
-ADMISSIONS = 6
 # A long prompt goes in pieces between the steps of others.
 TIMEOUT_S = 600.0
 REAL = (1, 2, 4, 8, 16)
@@ -50,26 +48,27 @@ TEXT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8")
 ALONE, DIRECT = "unbatched", "server without batching"
 
 
-def main(runs: Runs) -> None:
+def main(runs: Runs, blocks: int = 10) -> None:
     """Measure and write docs/results/capacity.md."""
+    admissions = max(2, blocks // 2)
     with Runs(with_room(runs.config, ServerConfig(max_sessions=2 * max(SIZES))), silent) as own:
         trunk = recorded(own)
-        found = _steps(own, trunk)
+        found = _steps(own, trunk, blocks)
         lengths = mixed(RUNNING, LENGTH)
-        prompts = [admission(trunk, lengths, PROMPT, STEPS) for _ in range(ADMISSIONS)]
+        prompts = [admission(trunk, lengths, PROMPT, STEPS) for _ in range(admissions)]
         real = [_real(own, clients) for clients in REAL]
         said = environment(own)
     text = (
         f"Single-token steps with `{FLAGS}`, from {LENGTH} tokens of context on average: {LENGTH // 5} to "
         f"{LENGTH * 9 // 5} at the trunk, equal in the plain forward, the same in total. {STEPS} steps a run, all arms "
-        f"in random order in each of {BLOCKS} blocks; medians, and geometric mean ratios with 95% intervals. *Trunk "
+        f"in random order in each of {blocks} blocks; medians, and geometric mean ratios with 95% intervals. *Trunk "
         "step*: the trunk's own time for a step that carried all sessions. *TPOT*: as the replaying clients saw it, "
         "which run on the same cores. Threads of the trunk and of the plain forward: "
         f"{said['trunk']['threads']} each.\n\n"
         "One client alone, its TPOT against that at a server that computes each step by itself at once, all else being "
         "the same; and against one sequence through the same layers in a loop, without a server:\n\n"
         f"{table(_alone(found))}\n\n"
-        f"{RUNNING} sessions decode while a prompt of {PROMPT} tokens is admitted, {ADMISSIONS} times:\n\n"
+        f"{RUNNING} sessions decode while a prompt of {PROMPT} tokens is admitted, {admissions} times:\n\n"
         f"{table(_prompts(prompts))}\n\n"
         "Real clients (with bottom and top of their own, on the same cores), closed-loop for "
         f"{REAL_S:g} s, once each:\n\n{table(real)}\n\n"
@@ -95,7 +94,7 @@ def recorded(runs: Runs) -> Trunk:
     return Trunk(spec, states[:, :PROMPT].contiguous())
 
 
-def _steps(runs: Runs, trunk: Trunk) -> dict[str, list[Run]]:
+def _steps(runs: Runs, trunk: Trunk, blocks: int) -> dict[str, list[Run]]:
     """What each block found: the trunk and the plain forward at each size, and one sequence unbatched."""
     data = Plain(DTYPES[trunk.spec.dtype]).to_bytes(trunk.states[:, : LENGTH + STEPS + WARM_UP])
     plain, direct = Batched(trunk.spec, Contexts(data, LENGTH, SIZES)), Unbatched(runs.config)
@@ -105,7 +104,7 @@ def _steps(runs: Runs, trunk: Trunk) -> dict[str, list[Run]]:
         arms[f"plain {n}"] = partial(plain.run, n, STEPS)
         arms[f"trunk {n}"] = partial(side_by_side, trunk, mixed(n, LENGTH), STEPS)
     try:
-        return warm_blocks(arms, BLOCKS)
+        return warm_blocks(arms, blocks)
     finally:
         plain.stop()
         direct.stop()

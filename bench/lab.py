@@ -1,13 +1,13 @@
 """The lab's method on the default model: experiments about flags whose effect is known.
 
 Ten experiments, of the full model and of the split one in turn, each ask about one flag that does nothing (two
-byte-identical arms); an eleventh asks about a flag that makes a step 3% longer and one that makes it 0.2% longer, and a
-twelfth, of at most ten minutes, about one that makes the prefill 5% longer. What each is called is the result.
+byte-identical arms); an eleventh asks about a flag that makes a step 3% longer and one that makes it 0.2% longer. What
+each is called is the result. `python -m bench ttft` does the same for a longer prefill.
 """
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from bench.report import write
 from splitlearn.arms.compare import KINDS, environment
 from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import Kind
-from splitlearn.lab.analysis.findings import METRIC_NAMES, Findings, Metric, findings_of
+from splitlearn.lab.analysis.findings import Findings, findings_of
 from splitlearn.lab.design import AA, plan
 from splitlearn.lab.experiment import Experiment, exclusive
 from splitlearn.lab.request import ExperimentRequest, setup
@@ -26,7 +26,6 @@ from splitlearn.runtime import process
 EXPERIMENTS, PAIRS = 10, 40
 PLANTED_PAIRS = 150
 TOKENS = 16
-MINUTES = 10.0
 COMMAND = "python -m bench lab"
 APPLIED = "low_cpu_mem_usage,inference_mode,use_cache,output_attentions,output_hidden_states"
 NOTHING, *WAITING = planted.PLANTED
@@ -38,9 +37,8 @@ def main(runs: Runs) -> None:
     """Measure and write docs/results/lab.md."""
     with exclusive(runs.config), tempfile.TemporaryDirectory() as kept:
         folder = Path(kept)
-        same = [_experiment(runs, folder, seed, KINDS[seed % 2], [NOTHING], PAIRS) for seed in range(EXPERIMENTS)]
-        apart = _experiment(runs, folder, EXPERIMENTS, "full", WAITING, PLANTED_PAIRS)
-        prefill = in_prefill(runs, folder)
+        same = [experiment(runs, folder, seed, KINDS[seed % 2], [NOTHING], PAIRS) for seed in range(EXPERIMENTS)]
+        apart = experiment(runs, folder, EXPERIMENTS, "full", WAITING, PLANTED_PAIRS)
     text = (
         f"{EXPERIMENTS} experiments of {PAIRS} pairs, half of them in full and half in split, about a flag that does "
         f"nothing, then one of {PLANTED_PAIRS} pairs about two flags that wait for a share of each step. {TOKENS} "
@@ -48,22 +46,26 @@ def main(runs: Runs) -> None:
         "A/A interval is wider than delta or does not cover 1."
     )
     verdicts = [_row(same, NOTHING, kind) for kind in KINDS] + [_row([apart], flag, "full") for flag in WAITING]
-    verdicts.append(_row([prefill], planted.PREFILL, "full", "ttft_s"))
     write("lab", "What the lab says of flags whose effect is known", text, verdicts, environment(runs))
 
 
-def in_prefill(runs: Runs, folder: Path) -> Findings:
-    """The experiment about the flag that makes the prefill longer: until it is decided, at most MINUTES."""
-    return _experiment(runs, folder, EXPERIMENTS + 1, "full", [planted.PREFILL], None)
-
-
-def _experiment(runs: Runs, folder: Path, seed: int, kind: Kind, about: Sequence[str], pairs: int | None) -> Findings:
+def experiment(
+    runs: Runs,
+    folder: Path,
+    seed: int,
+    kind: Kind,
+    about: Sequence[str],
+    pairs: int | None,
+    minutes: float | None = None,
+    enough: Callable[[Findings], bool] = lambda findings: False,
+) -> Findings:
+    """An experiment about planted flags in arms of `kind`, of so many pairs or minutes, or until there is `enough`."""
     sides = {"full": "none", "client": "none", "trunk": "none"}
     applied = f"{APPLIED},{','.join(about)}"
     sides |= {"full": applied} if kind == "full" else {"client": applied, "trunk": APPLIED}
     words = " ".join(f"{side}:{flags}" for side, flags in sides.items())
     made = setup(
-        runs, ExperimentRequest(words, pairs=pairs, minutes=MINUTES, max_new_tokens=TOKENS, seed=seed), COMMAND
+        runs, ExperimentRequest(words, pairs=pairs, minutes=minutes, max_new_tokens=TOKENS, seed=seed), COMMAND
     )
     asked = plan("without", made.flags, list(about))
     # Without the question about all flags together: its arm has no KV cache, and would take half of the time.
@@ -73,20 +75,21 @@ def _experiment(runs: Runs, folder: Path, seed: int, kind: Kind, about: Sequence
     with Store.create(folder / f"{seed}.sqlite", replace(made, plan=asked)) as store:
         for progress in Experiment(runs, store).go():
             print(f"experiment {seed + 1}, {kind}: {progress.phase}", flush=True)
+            if enough(progress.findings):
+                break
         return findings_of(store)
 
 
-def _row(found: list[Findings], flag: str, kind: Kind, metric: Metric = "tpot_s") -> dict[str, str]:
-    rows = [row for findings in found for row in findings.rows if row.metric == metric and row.question.kind == kind]
+def _row(found: list[Findings], flag: str, kind: Kind) -> dict[str, str]:
+    rows = [row for findings in found for row in findings.rows if row.metric == "tpot_s" and row.question.kind == kind]
     own = [row for row in rows if row.question.flag == flag]
     noise = [row.effect for row in rows if row.question.flag == AA and row.effect]
     counted = Counter(row.verdict for row in own)
     return {
         "flag": flag,
         "arm": kind,
-        "metric": METRIC_NAMES[metric],
-        "planted": f"{planted.PLANTED.get(flag, planted.PREFILL_SHARE):.1%}",
-        "verdicts": ", ".join(f"{verdict}: {count}" for verdict, count in counted.most_common()),
+        "planted": f"{planted.PLANTED[flag]:.1%}",
+        "TPOT verdicts": ", ".join(f"{verdict}: {count}" for verdict, count in counted.most_common()),
         "ratios": "; ".join(str(row.effect) for row in own),
         "A/A": "; ".join(f"[{effect.low:.3f}, {effect.high:.3f}]" for effect in noise),
     }

@@ -7,11 +7,12 @@ The first pass runs each arm once with few tokens: the baselines, then no flags,
 and warms each arm, and gives the first figures; its order is fixed, so no verdict rests on it.
 
 Each block runs the arms of the questions that are still open, once each, in an order shuffled anew, on one prompt, to a
-fixed number of tokens. After every run come PREFILLS runs of one token, for TTFT. The A/A check runs in each block
-until it is passed at a look, then in one block of AA_EVERY. Other programs' load discards nothing: it is stored with
-the run, and the random order protects the pairs. A block in which the trunk was lost runs again, and so does an
-interrupted one (a kill, a cancellation), since the two runs of a pair must lie close in time; whole blocks stay.
-Nothing is yielded while a run is timed, so a page that draws does not disturb it.
+fixed number of tokens. Before that come PREFILLS rounds for TTFT: in each, every arm generates one token, in the
+block's order and in the reverse of it by turns (A B B A A B ...), so that the prefills of a pair lie close in time. The
+A/A check runs in each block until it is passed at a look, then in one block of AA_EVERY. Other programs' load discards
+nothing: it is stored with the run, and the random order protects the pairs. A block in which the trunk was lost runs
+again, and so does an interrupted one (a kill, a cancellation), since the two runs of a pair must lie close in time;
+whole blocks stay. Nothing is yielded while a run is timed, so a page that draws does not disturb it.
 """
 
 import os
@@ -19,7 +20,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,8 +44,9 @@ from splitlearn.runtime.load import Reading, reading
 from splitlearn.sampling import SamplingParams
 
 FIRST_PASS_TOKENS, FIRST_PASS_PREFILLS = 16, 1
-# Runs of one token after each run: TTFT is the median of theirs and its own.
-PREFILLS = 4
+# Rounds of one token in a block. Of eight and the run itself, other programs leave one in peace in most blocks, also
+# where they take most of the machine (docs/lab.md).
+PREFILLS = 8
 # Once the A/A check is passed, one block in so many goes on with it.
 AA_EVERY = 4
 # Worth a word beside a run: the clock fell below this share.
@@ -139,7 +141,8 @@ class Experiment:
             if self.stop.is_set():
                 return
             try:
-                self._run(arm, Place(FIRST_PASS, 0, order, len(arms)), self.setup.prompts[0], tokens)
+                prompt, place = self.setup.prompts[0], Place(FIRST_PASS, 0, order, len(arms))
+                self._run(arm, place, prompt, tokens, self._prefill([arm] * FIRST_PASS_PREFILLS, prompt))
             except InputError:
                 raise
             except SplitlearnError as error:
@@ -154,13 +157,19 @@ class Experiment:
         order = random.Random(f"{self.setup.seed} {number} {attempt}")
         prompt, arms = self.setup.prompts[number % len(self.setup.prompts)], self._arms(number)
         started, lost = time.monotonic(), False
-        again = f" (attempt {attempt})" if attempt > 1 else ""
-        for at, arm in enumerate(order.sample(arms, len(arms))):
-            yield self._progress(f"block {number + 1}{again}, {at + 1} of {len(arms)}: {arm.name}")
+        name = f"block {number + 1}{f' (attempt {attempt})' if attempt > 1 else ''}"
+        arms = order.sample(arms, len(arms))
+        yield self._progress(f"{name}: first tokens of {len(arms)} arms")
+        prefills: list[tuple[Arm, float]] = []
+        for turn in range(PREFILLS):
+            prefills += self._prefill(arms[:: -1 if turn % 2 else 1], prompt)
+        for at, arm in enumerate(arms):
+            yield self._progress(f"{name}, {at + 1} of {len(arms)}: {arm.name}")
             if self.stop.is_set():
                 self.store.discard(number, attempt, "interrupted")
                 return
-            trial = self._run(arm, Place(number, attempt, at, len(arms)), prompt, self.setup.max_new_tokens)
+            place = Place(number, attempt, at, len(arms))
+            trial = self._run(arm, place, prompt, self.setup.max_new_tokens, prefills)
             lost = lost or (trial is not None and bool(trial.bad))
         if lost:
             self.store.discard(number, attempt, LOST)
@@ -194,17 +203,23 @@ class Experiment:
         """Whether the A/A check was passed, at a look or after the first."""
         return findings.blocks >= self.setup.looks[0] and findings.passed(kind)
 
-    def _run(self, arm: Arm, place: Place, prompt: str, tokens: int) -> Trial | None:
-        """One run, stored. None if it was stopped."""
+    def _prefill(self, arms: Sequence[Arm], prompt: str) -> list[tuple[Arm, float]]:
+        """The TTFT of a run of one token, of each of `arms` in their order; fewer if it was stopped."""
+        reports = [(arm, self._report(arm, self._request(arm, prompt, 1))) for arm in arms]
+        return [(arm, report.metrics.ttft_s) for arm, report in reports if report]
+
+    def _run(
+        self, arm: Arm, place: Place, prompt: str, tokens: int, prefills: Sequence[tuple[Arm, float]]
+    ) -> Trial | None:
+        """One run, stored with its own of the `prefills` before it. None if it was stopped."""
         before = reading(None, self._trunk)
         report = self._report(arm, self._request(arm, prompt, tokens))
-        count = FIRST_PASS_PREFILLS if place.block == FIRST_PASS else PREFILLS
-        prefills = [self._report(arm, self._request(arm, prompt, 1)) for _ in range(count)]
-        if report is None or None in prefills:
+        if report is None:
             return None
         after = reading(before, self._trunk)
         load = Load(after.at_s, after.others_cpu + after.stolen_cpu, _disturbance(before, after))
-        trial = Trial.of(report, tuple(each.metrics.ttft_s for each in prefills if each), arm.name, place, load)
+        own = tuple(ttft_s for each, ttft_s in prefills if each == arm)
+        trial = Trial.of(report, own, arm.name, place, load)
         self.store.add(trial)
         return trial
 

@@ -46,6 +46,16 @@ def test_a_planted_effect_is_found_on_its_row_and_on_no_other() -> None:
     assert findings.decided
 
 
+def test_prefills_that_were_disturbed_do_not_change_the_ratio_of_ttft() -> None:
+    def disturbed(arm: Arm, trial: Trial) -> Trial:
+        slow = 3 * trial.ttft_s
+        return replace(trial, prefills_s=(slow, trial.ttft_s, slow), ttft_s=slow) if arm.name == WITHOUT else trial
+
+    findings = analyse(SETUP, trials(SETUP, change=disturbed), {})
+    assert row(findings, "inference_mode", "full", "ttft_s").verdict == "no measurable effect"
+    assert next(arm.ttft_s for arm in findings.arms if arm.arm == WITHOUT) > 0.5, "the table shows the median run"
+
+
 def test_the_ledger_names_the_part_that_changed() -> None:
     findings = analyse(SETUP, trials(SETUP, {("without use_cache, split", "tpot_s"): 1.5}), {})
     ledger = findings.evidence["use_cache, split"].ledger

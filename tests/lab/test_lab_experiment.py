@@ -119,6 +119,28 @@ def test_ttft_is_the_median_of_several_prefills(runs: Runs, tmp_path: Path) -> N
     assert all(trial.ttft_s == median(trial.prefills_s) for trial in trials)
 
 
+def test_the_prefills_of_a_block_go_round_the_arms_to_and_fro(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, asked = runs.stream, list[tuple[Kind, object, int, int]]()
+
+    def noted(kind: Kind, flags: object, request: Any, stop: object, copy: int) -> Iterator[Item]:
+        asked.append((kind, flags, copy, request.max_new_tokens))
+        return stream(kind, flags, request, stop, copy)  # type: ignore[arg-type]
+
+    with _store(runs, tmp_path) as store:
+        count = len(store.setup.plan.arms)
+        for progress in Experiment(runs, store).go():
+            if progress.phase.startswith("block 1: first tokens"):
+                monkeypatch.setattr(runs, "stream", noted)
+    block = asked[: 3 * count]
+    one, other, last = (block[at : at + count] for at in (0, count, 2 * count))
+    assert one == other[::-1]
+    assert [each[:3] for each in one] == [each[:3] for each in last]
+    assert {each[3] for each in one + other} == {1}
+    assert {each[3] for each in last} == {4}
+
+
 def test_the_first_pass_shows_the_baselines_and_no_flags_before_the_flags(runs: Runs, tmp_path: Path) -> None:
     with _store(runs, tmp_path, replace(ASKED, flags="use_cache,inference_mode")) as store:
         for progress in Experiment(runs, store).go():
@@ -146,7 +168,7 @@ def test_arms_of_decided_questions_drop_out_and_a_passed_check_runs_in_one_block
         factor = 2.0 if arm.startswith(("no flags", "without use_cache")) else 1.0
         ttft = factor * draw.lognormvariate(0, 0.3 if arm.startswith("without inference_mode") else 1e-4)
         tpot = factor * draw.lognormvariate(0, 1e-4)
-        return replace(original(report, prefills_s, arm, *rest), ttft_s=ttft, tpot_s=tpot)
+        return replace(original(report, prefills_s, arm, *rest), ttft_s=ttft, prefills_s=(ttft,), tpot_s=tpot)
 
     monkeypatch.setattr(Trial, "of", made_up)
     monkeypatch.setattr(experiment, "PREFILLS", 0)

@@ -22,6 +22,7 @@ from splitlearn.lab.stats import Decision, Effect, decide, drift, effect, looks,
 Times = NDArray[np.float64]
 DELTA = 0.02
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "recorded_tpot.json").read_text())
+BUSY = np.array(json.loads((Path(__file__).parents[1] / "data" / "recorded_ttft.json").read_text())["ttft_s"])
 CALLED = ("faster", "slower")
 
 
@@ -50,6 +51,18 @@ def _resampled(seed: int, experiments: int, pairs: int, planted: float) -> Times
     blocks = ((starts + np.arange(10)) % len(recorded)).reshape(experiments, -1)[:, :pairs]
     sides = rng.integers(2, size=blocks.shape)
     return np.stack([recorded[blocks, sides] * planted, recorded[blocks, 1 - sides]], axis=-1)
+
+
+def _quickest(seed: int, experiments: int, pairs: int, planted: float, prefills: int = 9) -> Times:
+    """Times [experiments, pairs, 2], each the quickest of so many prefills in turns, from those recorded on a busy
+    machine: stretches of 6 successive rounds; two of the three arms, drawn anew, the first slowed by `planted`."""
+    rng = np.random.default_rng(seed)
+    count = pairs * prefills
+    starts = rng.integers(len(BUSY), size=(experiments, math.ceil(count / 6), 1))
+    rounds = ((starts + np.arange(6)) % len(BUSY)).reshape(experiments, -1)[:, :count]
+    arms = rng.random((experiments, pairs, 1, 3)).argsort(-1)[..., :2]
+    times: Times = BUSY[rounds.reshape(experiments, pairs, prefills, 1), arms].min(axis=2)
+    return times * np.array([planted, 1])
 
 
 def _one(treated: list[float], control: list[float], looks_in_all: int = 1) -> Decision:
@@ -108,6 +121,11 @@ def test_planted_effects_are_found_in_the_record() -> None:
     assert _share(_resampled(8, 100, 1200, 1.05), "slower") >= 0.9
     assert _share(_resampled(9, 100, 2400, 1.03), "slower") >= 0.9
     assert _share(_resampled(10, 100, 2400, 1.002), "no measurable effect") >= 0.9
+
+
+def test_5_percent_of_ttft_is_found_beside_other_programs_and_nothing_where_there_is_nothing() -> None:
+    assert _share(_quickest(13, 200, 72, 1), *CALLED) <= 0.05
+    assert _share(_quickest(14, 100, 72, 1.05), "slower") >= 0.8
 
 
 @pytest.mark.parametrize(("mean", "verdict"), [(0.05, "slower"), (-0.03, "faster"), (0.001, "no measurable effect")])
