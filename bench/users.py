@@ -183,6 +183,7 @@ def _rows(everybody: Sequence[User]) -> list[dict[str, Any]]:
         others = [run for other in everybody if other is not user for run in other.runs]
         found += [check(run, others) for run in user.runs]
     done = [run for user in everybody for run in user.runs if run.started_s and run.ended_s]
+    assert done, [said for user in everybody for said in user.errors]
     waits = [run.started_s - run.pressed_s for run in done if run.started_s]
     figures = {
         "comparisons that ended, each user": ", ".join(str(len(user.runs)) for user in everybody),
