@@ -61,8 +61,8 @@ def _quickest(seed: int, experiments: int, pairs: int, planted: float, prefills:
     starts = rng.integers(len(BUSY), size=(experiments, math.ceil(count / 6), 1))
     rounds = ((starts + np.arange(6)) % len(BUSY)).reshape(experiments, -1)[:, :count]
     arms = rng.random((experiments, pairs, 1, 3)).argsort(-1)[..., :2]
-    times: Times = BUSY[rounds.reshape(experiments, pairs, prefills, 1), arms].min(axis=2)
-    return times * np.array([planted, 1])
+    times: Times = BUSY[rounds.reshape(experiments, pairs, prefills, 1), arms].min(axis=2) * np.array([planted, 1])
+    return times
 
 
 def _one(treated: list[float], control: list[float], looks_in_all: int = 1) -> Decision:

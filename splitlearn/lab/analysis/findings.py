@@ -102,11 +102,13 @@ class Evidence:
         Other programs only ever make a prefill longer, so the quickest of several tells most of the flag.
         """
         values = [
-            (pair.block, *(min(run.prefills_s) if metric == "ttft_s" else run.tpot_s for run in pair.runs))
-            for pair in self.pairs
-            if not pair.unequal
+            (p.block, _time_s(p.treated, metric), _time_s(p.control, metric)) for p in self.pairs if not p.unequal
         ]
         return [(block, one, other) for block, one, other in values if one and other]
+
+
+def _time_s(run: Trial, metric: Metric) -> float | None:
+    return min(run.prefills_s) if metric == "ttft_s" else run.tpot_s
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,6 @@ class Pair:
     control: Trial
 
     @property
-    def runs(self) -> tuple[Trial, Trial]:
-        """The treated one first."""
-        return self.treated, self.control
-
-    @property
     def unequal(self) -> str:
         """Why the two cannot be compared: how their work differs; "" if it does not."""
         one, other = self.treated, self.control
