@@ -1,6 +1,6 @@
 """The log and the counters of one call of Session: what came, what went, and how it ended.
 
-The counting of a message comes after the message is handed on, so that no client waits for it.
+A message is counted after it was handed on, so that no client waits for the counting.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import grpc
 import prometheus_client
 
 from server.monitoring import logs
-from server.monitoring.metrics import End, Kind, Metrics, cause_of
+from server.monitoring.metrics import End, Metrics, TokenKind, cause_of
 from splitlearn.errors import SplitlearnError
 from splitlearn.wire.status import code_of
 
@@ -24,7 +24,7 @@ _numbers = itertools.count(1)
 
 
 class CallLog:
-    """One call. Its end is logged once, with the first reason that was given for it."""
+    """The log of one call. Its end is logged once, with the cause that was set last."""
 
     def __init__(self, metrics: Metrics, context: grpc.ServicerContext) -> None:
         self._metrics, self._context = metrics, context
@@ -59,21 +59,21 @@ class CallLog:
         logs.tell(log, "session opened", **self._who, waited_ms=round(waited_s * 1e3))
 
     def proxied(self, answers: Iterator[bytes]) -> Iterator[bytes]:
-        """The same messages, of another server on this machine, which counts the session."""
+        """The answers of a variant, which counts the session itself."""
         for answer in answers:
             if self._opened is None:
                 self._opened, self._proxied = time.perf_counter(), True
                 logs.tell(log, "session proxied", **self._who)
             yield answer
 
-    def stepped(self, kinds: Mapping[Kind, int], tokens: int, answered: int, waited_s: float) -> None:
+    def stepped(self, kinds: Mapping[TokenKind, int], tokens: int, answered: int, waited_s: float) -> None:
         """A step of `tokens` was computed, and `answered` of its positions sent back."""
         self._metrics.stepped(kinds, waited_s)
         self._counts["tokens_in"] += tokens
         self._counts["tokens_out"] += answered
 
     def refused(self, error: SplitlearnError) -> None:
-        """The call fails with `error`. Says nothing where the client has gone and cannot hear it."""
+        """The call fails with `error`. Nothing is logged if the client has gone already."""
         if not self._context.is_active():
             return
         cause, code = cause_of(error), code_of(error).name

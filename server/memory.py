@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Memory:
-    """`take` promises memory to a new server: as much as this one took to load, and a KV pool."""
+    """Promises memory to new servers: as much as this one took to load, and a KV pool."""
 
     def __init__(self, runtime: TrunkRuntime) -> None:
         self._device, self._pool = runtime.placement.device, runtime.admission.pool
@@ -42,12 +42,12 @@ class Memory:
         return kv_bytes
 
     def loaded(self, server: object) -> None:
-        """Its weights are in memory now, and no longer a promise."""
+        """The server's weights are in memory now, so they count as used and not as promised."""
         with self._lock:
             self._promised[server] -= self._copy[self._device if self._device in self._copy else CPU]
 
     def give_back(self, server: object) -> None:
-        """It has ended. Repeated, or for an unknown server, it does nothing."""
+        """The server has ended. Does nothing for an unknown one."""
         with self._lock:
             self._promised.pop(server, None)
 

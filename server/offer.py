@@ -18,8 +18,9 @@ from splitlearn.wire.status import status_of
 
 
 class Offer:
-    """`part_bytes`: the most bytes of a tensor in one message. Raises InputError for a limit on messages into which
-    not even the hidden state of one token fits."""
+    """Answers Describe, and checks what a session asks for. `part_bytes` is the largest tensor of one message.
+
+    Raises InputError for a limit on messages that is too small for the hidden state of one token."""
 
     def __init__(self, runtime: TrunkRuntime, variants: Variants, limits: ServerConfig) -> None:
         self._runtime, self._variants, self._limits = runtime, variants, limits
@@ -54,7 +55,7 @@ class Offer:
         )
 
     def flags(self, opening: pb.Open) -> frozenset[str]:
-        """The flags of a session that may be opened. Raises InputError and TrunkRefused for one that may not."""
+        """The flags of a session. Raises InputError and TrunkRefused for one that cannot be served."""
         self._check_served(opening)
         limit = self._longest()
         if opening.max_length < 1 or (limit is not None and opening.max_length > limit):
@@ -69,7 +70,7 @@ class Offer:
         return applied_of(chosen)
 
     def _check_served(self, opening: pb.Open) -> None:
-        """Raises TrunkRefused that names all in which the client's trunk differs from this one."""
+        """Raise TrunkRefused, with every difference, if the client wants another trunk than this one."""
         files, plan = self._runtime.files, self._runtime.plan
         differing = [
             f"{what} is {ours}, not {theirs!r}"
@@ -100,7 +101,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _padding(request: bytes, context: grpc.ServicerContext) -> int:
-    """The bytes of padding that a DescribeRequest asks for; ends the call if it asks for too many, or is none."""
+    """The bytes of padding that a DescribeRequest asks for. Ends the call for too many, and for another message."""
     try:
         asked = pb.DescribeRequest.FromString(request).answer_padding
     except DecodeError:

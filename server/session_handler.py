@@ -9,7 +9,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from server.call_log import CallLog
-from server.monitoring.metrics import Kind
+from server.monitoring.metrics import TokenKind
 from server.scheduling.engine import Engine, StepAnswer
 from server.scheduling.sessions import EngineSession, Step
 from splitlearn.errors import InputError, StepUnwanted
@@ -178,7 +178,7 @@ def _times(**seconds: float) -> bytes:
     return pb.ServerMessage(result=seconds).SerializeToString()
 
 
-def _kinds(step: Step, before: int, recomputes: bool) -> dict[Kind, int]:
+def _kinds(step: Step, before: int, recomputes: bool) -> dict[TokenKind, int]:
     """How many tokens of a step are of which kind, after `before` tokens of its session.
 
     Positions whose answer the client does not want are a replay after failover. So is, without a KV cache, the prefix
@@ -186,7 +186,7 @@ def _kinds(step: Step, before: int, recomputes: bool) -> dict[Kind, int]:
     """
     tokens = step.x.shape[1]
     known = min(before, tokens) if recomputes else tokens - step.wanted
-    kind: Kind = "decode" if before or known else "prompt"
+    kind: TokenKind = "decode" if before or known else "prompt"
     return {"replay": known, kind: tokens - known} if known else {kind: tokens}
 
 

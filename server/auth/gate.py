@@ -20,15 +20,15 @@ from splitlearn.wire import TOKEN_HEADER, TOKEN_SCHEME
 
 DENIED = "a valid token is needed"
 CALLS_BESIDE = 8
-"""Calls at once of a token beside its sessions, and of a connection that shows none, where tokens are asked for."""
+"""How many calls at once a token may have beside its sessions, and a connection without the token that it needs."""
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose call it is. Calls of one `key` share a `limit` of calls at once (None: no limit). `known` is false where a
-    token is required and the call shows no valid one."""
+    """The client of a call. All calls of one `key` share a `limit` of calls at once (None: no limit). `known` is false
+    where a token is required and the call has no valid one."""
 
     key: str
     limit: int | None
@@ -84,7 +84,7 @@ class _Account:
 
 
 class Quota:
-    """One session's part of its token's limits; without an account there are none. `holder` is its caller's key."""
+    """One session's share of its token's limits; no limits without an account. `holder` is the caller's key."""
 
     def __init__(self, holder: str = "", account: _Account | None = None) -> None:
         self.holder = holder
@@ -115,7 +115,7 @@ class Quota:
 
 
 class Access:
-    """The tokens that are valid. Without any, every client is let in."""
+    """Lets clients in that have a valid token; all clients if there are no tokens."""
 
     def __init__(self, tokens: Sequence[Token] = ()) -> None:
         self._accounts = [_Account(token) for token in tokens]
@@ -131,7 +131,7 @@ class Access:
         return quota
 
     def caller(self, context: grpc.ServicerContext) -> Caller:
-        """Whose call it is."""
+        """The client of a call."""
         try:
             account = self._account(context.invocation_metadata() or ())
         except TrunkDenied:

@@ -14,14 +14,14 @@ from splitlearn.wire import pem
 
 @dataclass(frozen=True)
 class Security:
-    """Which clients are let in, and over which credentials (None: plaintext)."""
+    """Who may connect, and over which credentials (None: plaintext)."""
 
     access: Access
     credentials: grpc.ServerCredentials | None
 
     @classmethod
     def of(cls, settings: ServerConfig) -> "Security":
-        """As configured. Raises InputError for an unusable file, SetupError for a server open to a network."""
+        """Read what `settings` name. Raises InputError for a file that cannot be used, SetupError as `_check_open`."""
         _check_open(settings)
         access = Access(tokens.load(settings.tokens) if settings.tokens else ())
         return cls(access, _credentials(settings.tls))
@@ -43,7 +43,8 @@ def _credentials(tls: ServerTls) -> grpc.ServerCredentials | None:
 
 
 def _check_open(settings: ServerConfig) -> None:
-    """Beyond loopback there must be TLS and a way to know clients. Anybody can read a token sent in plaintext."""
+    """Raise SetupError for a server beyond loopback without TLS or a way to know its clients. In plaintext anybody
+    could read a token."""
     tls = settings.tls
     guarded = tls.certificate is not None and (tls.client_ca is not None or settings.tokens is not None)
     if guarded or settings.allow_open or is_loopback(settings.host):
@@ -51,6 +52,6 @@ def _check_open(settings: ServerConfig) -> None:
     lacking = "server.tls" if tls.certificate is None else "server.tokens or server.tls.client_ca"
     raise SetupError(
         f"server.host: {settings.host!r} is reached from other machines, and {lacking} is not set. Set server.tls with "
-        "server.tokens or server.tls.client_ca (docs/access.md), or listen on 127.0.0.1, or, where everybody who can "
-        "reach it may use it, say --allow-open (server.allow_open)."
+        "server.tokens or server.tls.client_ca (docs/access.md), or listen on 127.0.0.1, or give --allow-open "
+        "(server.allow_open) where everybody who reaches it may use it."
     )

@@ -1,4 +1,4 @@
-"""Bearer tokens: the file that `server.tokens` names, and how one is made. Of a token its SHA-256 alone is kept."""
+"""Bearer tokens: reads the file that `server.tokens` names, and makes new ones. The file has only their SHA-256."""
 
 import hashlib
 import secrets
@@ -26,7 +26,7 @@ class Token(BaseModel):
     expires: datetime | date | None = None
 
     def expired(self) -> bool:
-        """Whether its time is over; a date without a time ends at its first moment, and both are UTC if not said."""
+        """Whether it has expired. A date without a time is its first moment; without a time zone it is UTC."""
         if self.expires is None:
             return False
         end = self.expires
@@ -35,7 +35,7 @@ class Token(BaseModel):
 
 
 def load(path: Path) -> tuple[Token, ...]:
-    """The tokens of a file. Raises InputError for one that cannot be used; what it holds is not repeated."""
+    """The tokens of a file. Raises InputError for a file that cannot be used, without quoting it."""
     setting, shape = "server.tokens", "a YAML list of entries as `python -m server token NAME` prints them"
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -56,12 +56,12 @@ def load(path: Path) -> tuple[Token, ...]:
 
 
 def digest(secret: str) -> str:
-    """What is kept of a token."""
+    """SHA-256 in hex: all that the tokens' file has of a token."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def make(name: str) -> tuple[str, str]:
-    """A new secret, and the entry for the tokens' file that lets in who has it."""
+    """A new token, and its entry for the tokens' file."""
     secret = secrets.token_urlsafe(SECRET_BYTES)
     entry = {"name": name, "sha256": digest(secret), "sessions": 2, "tokens_per_second": 200.0}
     return secret, yaml.safe_dump([entry], sort_keys=False, allow_unicode=True)

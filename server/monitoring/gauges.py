@@ -36,7 +36,7 @@ def connect(runtime: TrunkRuntime, variants: Variants, limits: ServerConfig) -> 
 
 
 def what(runtime: TrunkRuntime) -> dict[str, str]:
-    """What is served, and by which versions."""
+    """The build info: what is served, by which versions."""
     plan = runtime.plan
     return {
         "model": runtime.files.name,

@@ -1,9 +1,9 @@
-"""What this server says of itself while it runs: one JSON object a line on stderr, for programs and people alike.
+"""The server's log: one JSON object a line on stderr.
 
     tell(log, "session closed", session=3, cause="done")
 
-There is one form only: a line of JSON is read by eye as well, and two forms would be two things to get wrong. Values
-from clients are not written: of an error only its kind and the places in the code, since its words may quote them.
+Nothing that comes from a client is written. Of an error only its type and the places in the code are, since its message
+may quote a client.
 """
 
 import json
@@ -39,7 +39,7 @@ class JsonLines(logging.Formatter):
 
 
 def start(level: int) -> None:
-    """Write records of this server from `level` on to stderr, and of libraries what warns."""
+    """Write to stderr: records of this server from `level` on, and warnings of libraries."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -48,19 +48,19 @@ def start(level: int) -> None:
 
 
 def tell(log: logging.Logger, event: str, **fields: object) -> None:
-    """Write `event` with `fields`, which must be no values of a client's."""
+    """Write `event` with `fields`, none of which may come from a client."""
     log.info(event, extra={"fields": fields})
 
 
 class _Refusals:
-    """Which refusals are written: the first of each second. The next one tells how many were not."""
+    """Chooses the refusals to write: the first of each second. The next line says how many were left out."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._second, self._written, self._left_out = 0, 0, 0
 
     def fields(self) -> dict[str, object] | None:
-        """What to add to a line; None for one that is left out."""
+        """Fields to add to a line; None for a line that is left out."""
         with self._lock:
             second = int(time.monotonic())
             if second != self._second:
@@ -77,14 +77,14 @@ _refusals = _Refusals()
 
 
 def refused(log: logging.Logger, **fields: object) -> None:
-    """Write that something was refused, REFUSED_A_SECOND times in a second at most; metrics count all of them."""
+    """Write that something was refused, at most REFUSED_A_SECOND times a second. Metrics count every one."""
     more = _refusals.fields()
     if more is not None:
         tell(log, "refused", **fields, **more)
 
 
 def failed(log: logging.Logger, event: str, error: BaseException, **fields: object) -> None:
-    """Write that something broke: the kind of what was raised first, and where."""
+    """Write that something broke: the type of the first error, and where."""
     first = error.__cause__ or error
     log.error(event, extra={"fields": fields}, exc_info=(type(first), first, first.__traceback__))
 
