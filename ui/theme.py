@@ -43,18 +43,20 @@ THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONTS)
 
 # Gradio puts its own prefix behind every comma: a list inside :has() would look for that prefix below the element.
 PAGE = """
-:root { --sl-full: #0072b2; --sl-split: #009e73; --sl-gap: 12px; --sl-line: #cbd5e1; --sl-panel: #f8fafc; }
-.dark { --sl-full: #56b4e9; --sl-split: #2dd4a7; --sl-line: #475569; --sl-panel: #172033; }
+:root { --sl-full: #0072b2; --sl-split: #009e73; --sl-gap: 12px; --sl-line: #d7dee8; --sl-panel: #f8fafc;
+  --sl-hover: #eef2f7; }
+.dark { --sl-full: #56b4e9; --sl-split: #2dd4a7; --sl-line: #3b4a60; --sl-panel: #172033; --sl-hover: #1f2b42; }
 .gradio-container main { max-width: 1240px !important; margin: 0 auto !important; padding: 16px !important; }
 .gradio-container .html-container { padding: 0; }
 :is(#error, #flags-error, #lab-error, #link-error, #models-error):not(:has(.sl-error)),
 #share-link:not(:has(.sl-note)), #models-note:not(:has(.sl-note)), #time:not(:has(section)),
 #startup:not(:has(.sl-note)):not(:has(.sl-error)), #split-facts:not(:has(p)) {
   display: none; }
-.sl-title h1 { font-size: 1.5rem; letter-spacing: -.02em; margin: 0; }
+.sl-title h1 { font-size: 1.9rem; font-weight: 750; letter-spacing: -.03em; margin: 0; }
+.gradio-container .wrap:has(> .wrap-inner) { border-color: var(--input-border-color); }
 .gradio-container .form { background: transparent; border: 0; gap: var(--sl-gap); }
-.gradio-container .html-container h2 { font-size: 1.15rem; margin: 0; }
-.gradio-container .html-container h3 { font-size: 1rem; margin: 12px 0 4px; }
+.gradio-container .html-container h2 { font-size: 1.3rem; font-weight: 700; letter-spacing: -.01em; margin: 0; }
+.gradio-container .html-container h3 { font-size: 1rem; font-weight: 650; margin: 16px 0 6px; }
 .sl-facts, .sl-small { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0; overflow-wrap: anywhere; }
 .sl-purpose { max-width: 75ch; margin: 0 0 10px; }
 .sl-ways { display: grid; gap: 6px; font-size: .85rem; }
@@ -88,12 +90,14 @@ PAGE = """
 @media (prefers-reduced-motion: reduce) { .sl-busy { animation: none; background-position: 50% 0; } }
 .sl-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(92px, 1fr)); gap: 8px; margin: 8px 0; }
 .sl-tiles dt { color: var(--body-text-color-subdued); font-size: .75rem; }
-.sl-tiles dd { margin: 0; font-size: 1.1rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.sl-tiles dd { margin: 0; font-size: 1.15rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .sl-tiles dd small { font-weight: 400; font-size: .75rem; color: var(--body-text-color-subdued); }
+.sl-card .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(82px, 1fr)); }
 .sl-card .sl-tiles dd { white-space: nowrap; }
+#cards .html-container, #cards .prose, .sl-card { height: 100%; box-sizing: border-box; }
 .sl-hero { grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); }
-.sl-hero .sl-big dd { font-size: 1.9rem; line-height: 1.1; }
-.sl-hero .sl-big small { display: block; line-height: 1.4; }
+.sl-hero .sl-big dd { font-size: 2.6rem; font-weight: 700; letter-spacing: -.02em; line-height: 1.1; }
+.sl-hero .sl-big small { display: block; line-height: 1.4; letter-spacing: 0; }
 .sl-server .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); }
 .sl-why { margin: 4px 0; } .sl-doubt { font-weight: 600; }
 .sl-term { position: relative; }
@@ -115,8 +119,11 @@ mark { background: #fde68a; color: #1e293b; border-radius: 3px; }
 .sl-prompt { margin-top: .5rem; font-size: .85rem; }
 .sl-seen { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow-y: auto; margin-top: .5rem; }
 .sl-answer > div { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: auto; line-height: 1.5; }
-.sl-waterfall td { width: 40%; white-space: nowrap; } .sl-waterfall tr:last-child { font-weight: 600; }
-.sl-bar { display: block; height: 10px; border-radius: 2px; min-width: 2px; }
+.sl-waterfall td { width: 42%; white-space: nowrap; } .sl-waterfall tbody tr:last-child { font-weight: 700; }
+.sl-waterfall .sl-table th, .sl-waterfall .sl-table td { padding-block: 3px; }
+.sl-part { display: grid; grid-template-columns: minmax(0, 1fr) 5rem; align-items: center; gap: 8px; }
+.sl-part > :last-child { text-align: right; }
+.sl-bar { display: block; height: 14px; border-radius: 3px; min-width: 2px; }
 .sl-answer-time { display: block; width: 100%; height: 88px; }
 .sl-error { border: 1px solid #b91c1c; border-left-width: 5px; border-radius: 6px; padding: 8px 12px;
   background: #fef2f2; color: #7f1d1d; overflow-wrap: anywhere; }
@@ -127,10 +134,12 @@ mark { background: #fde68a; color: #1e293b; border-radius: 3px; }
 .sl-same { color: #166534; } .dark .sl-same { color: #86efac; }
 .sl-differ { color: #9a3412; } .dark .sl-differ { color: #fdba74; }
 .sl-scroll { overflow-x: auto; margin: 8px 0; contain: inline-size; } /* a wide table widens nothing around it */
+.gradio-container .prose table.sl-table, .gradio-container .sl-table tr { border: 0; }
 .sl-table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
-.sl-table th, .sl-table td { border: 1px solid var(--sl-line); padding: 4px 8px; text-align: left;
+.sl-table th, .sl-table td { border: 0; border-bottom: 1px solid var(--sl-line); padding: 6px 10px; text-align: left;
   color: var(--body-text-color); }
-.sl-table thead th { background: var(--background-fill-secondary); }
+.sl-table thead th { border-bottom-width: 2px; color: var(--body-text-color-subdued); font-size: .78rem; }
+.sl-table tbody tr:hover > * { background: var(--sl-hover); }
 .sl-table tbody th { font-weight: 500; }
 .sl-measured .sl-table td, .sl-measured .sl-table th { white-space: nowrap; }
 .sl-off { color: var(--body-text-color-subdued); }

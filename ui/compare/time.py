@@ -39,7 +39,9 @@ def _waterfall(full: RunMetrics, split: RunMetrics) -> str:
         if any(spent):
             cells = [_cell(name, start[name] / most, each, most) for start, each in zip(began, spent, strict=True)]
             rows.append((term(name, PARTS[name], "time"), *cells))
-    total = [f"{sum(parts.values()) * 1e3:.2f} ms" for parts in arms]
+    total = [
+        f'<span class="sl-part"><span></span><span>{sum(parts.values()) * 1e3:.2f} ms</span></span>' for parts in arms
+    ]
     rows.append(("all (TPOT)", *total))
     head = head_row("Part", "Full", "Split")
     return f'<h3>One token after the first</h3><div class="sl-waterfall">{table(head, rows, "Time of one token")}</div>'
@@ -55,7 +57,8 @@ def _cell(name: str, start: float, spent: float, most: float) -> str:
     if not spent:
         return ""
     style = f"margin-left:{start:.2%};width:{max(spent / most, 0.002):.2%};background:{PART_COLOURS[name]}"
-    return f'<span class="sl-bar" style="{style}"></span>{spent * 1e3:.2f} ms'
+    bar = f'<span class="sl-track"><span class="sl-bar" style="{style}"></span></span>'
+    return f'<span class="sl-part">{bar}<span>{spent * 1e3:.2f} ms</span></span>'
 
 
 def _answer(full: RunMetrics, split: RunMetrics) -> str:

@@ -26,6 +26,10 @@ HELP = (
     "Measures what each chosen flag does, in full and in split: every arm once in each block, in random order, always "
     "to its token limit. It goes on when this page is closed; open it again to see how far it is."
 )
+EMPTY = (
+    "No experiment yet. Press Start: a first pass takes about two minutes, and the verdicts come as blocks come in. "
+    "What was measured stays on this machine and is listed here."
+)
 DESIGNS = [("All flags but one", "without"), ("Each flag alone", "alone"), ("Ladder: one after another", "ladder")]
 LIMITS = [("Until every verdict is decided", "decided"), ("A fixed number of pairs", "pairs")]
 EXPORTS = ("report.html", "results.json", "verdicts.csv", "pairs.csv", "trials.csv")
@@ -34,14 +38,14 @@ DRAW: dict[str, Callable[..., Any]] = {
     "dots": charts.dots,
     "ledger": charts.breakdown,
 }
-LABELS = {
-    "minutes": "At most so many minutes",
-    "pairs": "Pairs, if fixed",
-    "delta": "Delta: a ratio this near to 1 is no effect",
-    "tokens": "Tokens of each run",
-    "order_seed": "Seed of the order",
-    "ttft_ms": "TTFT under, ms",
-    "decode_tps": "More than, tokens per second",
+NUMBERS = {
+    "minutes": ("Minutes at most", "It ends then, decided or not."),
+    "pairs": ("Pairs", "For a fixed number: runs of each arm."),
+    "delta": ("Delta", "A ratio this near to 1 is no effect."),
+    "tokens": ("Tokens of each run", "More of them make TPOT surer."),
+    "order_seed": ("Seed of the order", "The same seed gives the same order of runs."),
+    "ttft_ms": ("TTFT under, ms", "A run that is slower does not count as good."),
+    "decode_tps": ("Tokens per second, more than", "A run that is slower does not count as good."),
 }
 
 
@@ -59,15 +63,24 @@ class LabTab:
     def _question(self, first: dict[str, str]) -> None:
         gr.HTML(f'<p class="sl-small">{HELP}</p>')
         with gr.Row():
-            self.fields["design"] = gr.Radio(DESIGNS, value="without", label="Design", min_width=300)
-            self.fields["limit"] = gr.Radio(LIMITS, value="decided", label="How long", min_width=300)
+            self.fields["design"] = gr.Radio(
+                DESIGNS, value="without", label="Design", info="What each flag is held against.", min_width=300
+            )
+            self.fields["limit"] = gr.Radio(
+                LIMITS,
+                value="decided",
+                label="How long",
+                info="Until intervals decide, or a number.",
+                min_width=300,
+            )
         with gr.Accordion("Advanced: limits, delta, tokens, prompts", open=False, elem_id="lab-advanced"):
             with gr.Row():
                 for name in ("minutes", "pairs", "delta", "tokens", "order_seed"):
                     self._text(name, first)
             self.fields["prompts"] = gr.Textbox(
                 first["prompts"],
-                label="Prompts, one on each line; none: that of the Answers tab",
+                label="Prompts",
+                info="One on each line. Without any, that of the Answers tab is used.",
                 lines=2,
                 elem_id="prompts",
             )
@@ -77,16 +90,22 @@ class LabTab:
         self.progress = gr.HTML("", elem_id="lab-progress")
 
     def _text(self, name: str, first: dict[str, str]) -> None:
-        self.fields[name] = gr.Textbox(first[name], label=LABELS[name], elem_id=f"lab-{name}", min_width=140)
+        label, info = NUMBERS[name]
+        self.fields[name] = gr.Textbox(first[name], label=label, info=info, elem_id=f"lab-{name}", min_width=160)
 
     def _kept(self, first: dict[str, str]) -> None:
-        with gr.Row(equal_height=False):
-            self.chosen = gr.Dropdown([], value=None, label="Experiments", scale=3, min_width=280, elem_id="lab-chosen")
-            self.other = gr.Dropdown([], value=None, label="Beside", scale=3, min_width=280, elem_id="lab-other")
-            self.resume = gr.Button("Resume", interactive=False, scale=1, min_width=80, elem_id="lab-resume")
+        self.none = gr.HTML(html.small(EMPTY))
+        with gr.Column(visible=False) as self.kept:
+            with gr.Row(equal_height=False):
+                self.chosen = self._list("Experiments", "What was measured on this machine.", "lab-chosen")
+                self.other = self._list("Beside", "Another one, to hold it against.", "lab-other")
+                self.resume = gr.Button("Resume", interactive=False, scale=1, min_width=80, elem_id="lab-resume")
         with gr.Accordion("Service level", open=False, elem_id="lab-levels"), gr.Row():
             for name in ("ttft_ms", "decode_tps"):
                 self._text(name, first)
+
+    def _list(self, label: str, info: str, name: str) -> Any:
+        return gr.Dropdown([], value=None, label=label, info=info, scale=3, min_width=280, elem_id=name)
 
     def _results(self) -> None:
         self.beside = gr.Markdown("", elem_id="lab-beside", elem_classes="sl-beside")
@@ -130,7 +149,7 @@ class LabTab:
 
     @property
     def _controls(self) -> list[Any]:
-        return [self.start, self.stop, self.resume, self.chosen, self.other]
+        return [self.start, self.stop, self.none, self.kept, self.resume, self.chosen, self.other]
 
     async def _come(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
         """The tab was opened: show what runs, or else what was chosen here, or what ran last."""
@@ -186,6 +205,7 @@ class LabTab:
             lists = dict.fromkeys((self.chosen, self.other), gr.Dropdown(interactive=False))
             updates |= {**self._empty(), **lists, self.resume: gr.Button(interactive=False)}
             updates |= {self.start: gr.Button(interactive=False), self.stop: gr.Button(interactive=True)}
+            updates[self.none] = gr.HTML(visible=False)
         if seen.findings is not None and (before is None or before.findings is not seen.findings):
             updates[self.report] = so_far(seen.findings)
         return updates
@@ -242,6 +262,8 @@ class LabTab:
         return {
             self.start: gr.Button(interactive=True),
             self.stop: gr.Button(interactive=False),
+            self.none: gr.HTML(visible=not kept),
+            self.kept: gr.Column(visible=bool(kept)),
             self.resume: gr.Button(interactive=unfinished),
             self.chosen: gr.Dropdown(choices=choices, value=name, interactive=True),
             self.other: gr.Dropdown(choices=choices, value=None, interactive=True),

@@ -22,6 +22,7 @@ class ServerTab:
         self._monitor = monitor
         self.timer = gr.Timer(EVERY_S, active=False)
         self.card = gr.HTML(view.card(ServerView()), elem_id="server-card")
+        gr.HTML(view.meanings())
         self.plots: dict[str, Any] = {}
         titles = list(view.CHARTS)
         for pair in (titles[:2], titles[2:]):

@@ -48,14 +48,20 @@ def card(shown: ServerView, paused: bool = False) -> str:
         *(escape(words) for words in (hardware.usable(said.machine),) if words),
         *(f"{name} {escape(said.machine[name])}" for name in ("torch", "transformers") if said.machine.get(name)),
     )
-    tiles = "".join(f'<div title="{why}"><dt>{name}</dt><dd>{value}</dd></div>' for name, value, why in _tiles(at))
+    tiles = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, (_, value) in _tiles(at).items())
     return (
         f'<section class="sl-card sl-split sl-server" aria-label="Trunk server" data-serving="{look.serving}">'
-        f'<header><h3>Trunk server</h3><span class="sl-what">{escape(look.address)}</span>'
+        f'<header><h2>Trunk server</h2><span class="sl-what">{escape(look.address)}</span>'
         f'<span class="sl-state" role="status">{state}</span></header>'
         f'<p class="sl-facts">{" &middot; ".join(what)}</p>'
         f'<dl class="sl-tiles">{tiles}</dl>{_refusals(at)}</section>'
     )
+
+
+def meanings() -> str:
+    """What each figure is. Beside the card and not in it: that is drawn again each second, under a reader's finger."""
+    rows = [(name, why) for name, (why, _) in _tiles(Figures(0.0, {}, {})).items()]
+    return html.folded("What these figures mean", html.table(html.head_row("Figure", "What it is"), rows, "Meanings"))
 
 
 def picture(shown: ServerView, title: str) -> Any:
@@ -71,22 +77,23 @@ def picture(shown: ServerView, title: str) -> Any:
     return figure
 
 
-def _tiles(at: Figures) -> list[tuple[str, str, str]]:
+def _tiles(at: Figures) -> dict[str, tuple[str, str]]:
+    """Each figure's name, what it is, and its value."""
     now, rates = at.now, at.rates
-    return [
-        ("Sessions", _of(at, "sessions", "sessions_limit"), "Open now, of those that may be"),
-        ("Waiting", _of(at, "sessions_waiting", "sessions_waiting_limit"), "Sessions that wait for room"),
-        ("Steps waiting", f"{now.get('steps_waiting', 0):.0f}", "Steps that wait for a forward"),
-        ("Batch", MISSING if at.batch is None else f"{at.batch:.1f}", "Sessions that share a forward, mean"),
-        ("TPS (prompt)", rate(rates.get("tokens_total_prompt")), "Prompt tokens a second, of all sessions"),
-        ("TPS (decode)", rate(rates.get("tokens_total_decode")), "Decoded tokens a second, of all sessions"),
-        ("Step p50", seconds(at.step_p50_s), "Half of the forwards took no longer"),
-        ("Step p95", seconds(at.step_p95_s), "95% of the forwards took no longer"),
-        ("KV blocks", _of(at, "kv_blocks_used", "kv_blocks"), "Blocks of KV memory that sessions have, of all"),
-        ("Bytes in", _speed(rates.get("received_bytes_total")), "Of sessions' messages from clients"),
-        ("Bytes out", _speed(rates.get("sent_bytes_total")), "Of sessions' messages to clients"),
-        ("Proxied", f"{now.get('sessions_proxied', 0):.0f}", "Sessions at servers with other flags, not in here"),
-    ]
+    return {
+        "Sessions": ("Open now, of those that may be", _of(at, "sessions", "sessions_limit")),
+        "Waiting": ("Sessions that wait for room", _of(at, "sessions_waiting", "sessions_waiting_limit")),
+        "Steps waiting": ("Steps that wait for a forward", f"{now.get('steps_waiting', 0):.0f}"),
+        "Batch": ("Sessions that share a forward, mean", MISSING if at.batch is None else f"{at.batch:.1f}"),
+        "TPS (prompt)": ("Prompt tokens a second, of all sessions", rate(rates.get("tokens_total_prompt"))),
+        "TPS (decode)": ("Decoded tokens a second, of all sessions", rate(rates.get("tokens_total_decode"))),
+        "Step p50": ("Half of the forwards took no longer", seconds(at.step_p50_s)),
+        "Step p95": ("95% of the forwards took no longer", seconds(at.step_p95_s)),
+        "KV blocks": ("Blocks of KV memory that sessions have, of all", _of(at, "kv_blocks_used", "kv_blocks")),
+        "Bytes in": ("Of sessions' messages from clients", _speed(rates.get("received_bytes_total"))),
+        "Bytes out": ("Of sessions' messages to clients", _speed(rates.get("sent_bytes_total"))),
+        "Proxied": ("Sessions at servers with other flags, not in here", f"{now.get('sessions_proxied', 0):.0f}"),
+    }
 
 
 def _of(at: Figures, name: str, limit: str) -> str:
