@@ -158,7 +158,7 @@ def test_while_one_runs_another_is_refused_and_so_is_a_comparison_and_a_stopped_
 ) -> None:
     other = open_lab(browser, url)
     ask(other, "2")
-    ask(page, "3")  # long enough for a slow browser to stop it
+    ask(page, "6")  # long enough for a slow browser to stop it
     page.locator("#lab-start").click()
     expect(page.locator("#lab-progress")).to_contain_text("Measuring")
     other.locator("#lab-start").click()
@@ -179,7 +179,7 @@ def test_while_one_runs_another_is_refused_and_so_is_a_comparison_and_a_stopped_
     expect(page.locator("#lab-report")).to_contain_text("Not finished")
     page.locator("#lab-resume").click()
     expect(page.locator("#lab-progress")).to_contain_text("Measuring")
-    ends(page, "Ended: 3 pairs, as asked")
+    ends(page, "Ended: 6 pairs, as asked")
     expect(page.locator("#lab-resume")).to_be_disabled()
 
 
