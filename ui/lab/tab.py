@@ -95,11 +95,10 @@ class LabTab:
 
     def _kept(self, first: dict[str, str]) -> None:
         self.none = gr.HTML(html.small(EMPTY))
-        with gr.Column(visible=False) as self.kept:
-            with gr.Row(equal_height=False):
-                self.chosen = self._list("Experiments", "What was measured on this machine.", "lab-chosen")
-                self.other = self._list("Beside", "Another one, to hold it against.", "lab-other")
-                self.resume = gr.Button("Resume", interactive=False, scale=1, min_width=80, elem_id="lab-resume")
+        with gr.Row(equal_height=False, visible=False) as self.kept:
+            self.chosen = self._list("Experiments", "What was measured on this machine.", "lab-chosen")
+            self.other = self._list("Beside", "Another one, to hold it against.", "lab-other")
+            self.resume = gr.Button("Resume", interactive=False, scale=1, min_width=80, elem_id="lab-resume")
         with gr.Accordion("Service level", open=False, elem_id="lab-levels"), gr.Row():
             for name in ("ttft_ms", "decode_tps"):
                 self._text(name, first)
@@ -263,7 +262,7 @@ class LabTab:
             self.start: gr.Button(interactive=True),
             self.stop: gr.Button(interactive=False),
             self.none: gr.HTML(visible=not kept),
-            self.kept: gr.Column(visible=bool(kept)),
+            self.kept: gr.Row(visible=bool(kept)),
             self.resume: gr.Button(interactive=unfinished),
             self.chosen: gr.Dropdown(choices=choices, value=name, interactive=True),
             self.other: gr.Dropdown(choices=choices, value=None, interactive=True),
