@@ -33,8 +33,8 @@ LONGEST_S = 300.0
 BAD_STATUS = 400
 MOST_LISTED = 3
 # What a page shows, read at once.
-LOOK = """() => Object.fromEntries(Object.entries({status: '#status', error: '#error', verdict: '#result .sl-verdict',
-  full: '#full .sl-answer', split: '#split .sl-answer'}).map(([name, where]) =>
+LOOK = """() => Object.fromEntries(Object.entries({status: '#status', error: '#error .sl-error',
+  verdict: '#result .sl-verdict', full: '#full .sl-answer', split: '#split .sl-answer'}).map(([name, where]) =>
   [name, document.querySelector(where)?.textContent.trim() ?? '']))"""
 READY = "() => !document.querySelector('#compare').disabled"
 
