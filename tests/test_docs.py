@@ -9,7 +9,7 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from bench.__main__ import BENCHES
+from bench.__main__ import BENCHES, SIZES
 from server.__main__ import app as server
 from splitlearn.cli.main import app as splitlearn
 from tests.support import ROOT
@@ -28,8 +28,8 @@ COMMAND = re.compile(
 
 
 def _options() -> dict[str, set[str]]:
-    """The options of every command of the three programs, and "" for all of them."""
-    found: dict[str, set[str]] = {"": {"--help"}}
+    """The options of every command of the three programs, and under "" all of them and those of bench."""
+    found: dict[str, set[str]] = {"": {"--help", *(f"--{size}" for size in SIZES)}}
     for name, app in PROGRAMS.items():
         top = get_command(app)
         below = top.commands if isinstance(top, TyperGroup) else {}
@@ -73,7 +73,7 @@ def _takes(program: str, words: list[str]) -> bool:
     if program == "make":
         return {*words} <= {*TARGETS}
     if program == "bench":
-        return {*words} <= {*BENCHES}
+        return {*words} <= {*BENCHES, "NAME"}
     if program.startswith("splitlearn."):
         return not words and (ROOT / program.replace(".", "/") / "__main__.py").exists()
     if words[:1] == ["COMMAND"] or words in ([], ["--install-completion"]):  # the last would be done
