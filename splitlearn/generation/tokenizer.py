@@ -40,7 +40,7 @@ class Tokens:
         when it cannot be read.
         """
         tokenizer = _read(folder)
-        if not use_fast and python_tokenizer_available(folder) is None:
+        if not use_fast and _why_no_python(folder, tokenizer) is None:
             python = private_apis.python_tokenizer_class(tokenizer)
             tokenizer = python.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         try:
@@ -187,9 +187,12 @@ def python_tokenizer_available(folder: Path) -> str | None:
     BertTokenizer (some GPT-2 models have it), beside which its Python class was kept as BertTokenizerLegacy: it gives
     the same ids, and text with a space before punctuation.
     """
+    return _why_no_python(folder, _read(folder))
+
+
+def _why_no_python(folder: Path, tokenizer: Any) -> str | None:
     from transformers import TokenizersBackend, __version__
 
-    tokenizer = _read(folder)
     name = type(tokenizer).__name__
     if not isinstance(tokenizer, TokenizersBackend):
         return f"transformers {__version__} has only a Python tokenizer for this model ({name})"

@@ -27,19 +27,13 @@ from splitlearn.errors import SetupError, SplitlearnError, WorkerDied
 from splitlearn.runtime import cgroups, environment, programs
 
 ASK_TIMEOUT_S = 1.0
-# What the fork server imports (270 MB), and what a worker holds before it loads weights.
-IMPORTS_BYTES = 450_000_000
+# What the fork server imports (330 MB), and what a worker adds before it loads weights (60 MB, the tokenizer).
+IMPORTS_BYTES = 400_000_000
 STOP_TIMEOUT_S = 5.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _MMAPPED_BYTES, _SPARE_BYTES = 8 << 20, 16 << 20
-# What every child needs, imported once; transformers would otherwise import its larger half on first use.
-PRELOAD = [
-    "splitlearn.arms.worker_main",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.modeling_utils",
-    "transformers.convert_slow_tokenizer",
-]
+# What the fork server imports: what every child needs.
+PRELOAD = ["splitlearn.arms.preload"]
 
 
 def _context() -> ForkServerContext:

@@ -131,3 +131,14 @@ def test_a_component_defined_without_stub_files_works_and_has_none(tmp_path: Pat
     path = os.pathsep.join((str(tmp_path), str(ROOT)))
     output_of([sys.executable, "-c", code], environment={**os.environ, "PYTHONPATH": path})
     assert [stub.name for stub in tmp_path.glob("*.pyi")] == ["with_stub.pyi"]
+
+
+def test_models_are_imported_without_scipy_where_it_is_said_to_be_missing() -> None:
+    code = """
+import sys
+from splitlearn.runtime import private_apis
+private_apis.without_scipy()
+from transformers import LlamaForCausalLM
+print("scipy" in sys.modules)
+"""
+    assert output_of([sys.executable, "-c", code]) == "False\n"
