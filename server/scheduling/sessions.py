@@ -18,8 +18,7 @@ from server.auth.gate import Quota
 from server.scheduling.admission import Admission, Reservation
 from server.scheduling.scheduler import NEVER
 from splitlearn.errors import SplitlearnError
-from splitlearn.stages.base import StageInput, StageOutput
-from splitlearn.stages.engine import DROPS, DropMark
+from splitlearn.stages.base import DROPS, DropMark, StageInput, StageOutput
 from splitlearn.stages.session import LocalSession
 
 # A client is awaited for so many times its usual pause, plus the slack.

@@ -6,13 +6,29 @@ stream. A stage's weights and a session's cache are two things, so that one stag
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from splitlearn.events import StageTiming
-from splitlearn.stages.engine import DropMark
 from splitlearn.stages.settings import SessionSettings
+
+DROPS = np.dtype([("last", np.int64)])
+"""Of a session: the last of its steps that its client dropped, with all before it."""
+
+
+class DropMark(NamedTuple):
+    """A step that its client may drop: of a session with `drops`, a record of DROPS, the step `number`. A kernel reads
+    the record itself while it computes, without Python."""
+
+    drops: NDArray[Any]
+    number: int
+
+    def dropped(self) -> bool:
+        """Whether nobody needs the step any more."""
+        return bool(self.number <= self.drops["last"][0])
 
 
 class Session(Protocol):
@@ -30,9 +46,9 @@ class StageInput:
     """A step of one session: `x` is token ids int64 [1, T] at a first stage, otherwise a hidden state [1, T, H].
 
     `position` is the number of tokens before the first of `x`. Lower than the cached length it means: truncate to here.
-    `logits` is for how many of the last positions a last stage gives logits. `mark` tells whether the step was dropped,
-    at any time: a stage may then raise StepUnwanted. `rope_length` is the least length of the sequence by which rotary
-    embeddings are made (models/rope.py): that of the prompt; 0 is that which the step ends at.
+    `logits` is for how many of the last positions a last stage gives logits, 0 for all. `mark` tells whether the step
+    was dropped, at any time: a stage may then raise StepUnwanted. `rope_length` is the least length of the sequence by
+    which rotary embeddings are made (models/rope.py): that of the prompt; 0 is that which the step ends at.
     """
 
     session: Any
@@ -41,6 +57,11 @@ class StageInput:
     logits: int = 1
     mark: DropMark | None = None
     rope_length: int = 0
+
+    @property
+    def decodes(self) -> bool:
+        """True for one token after others."""
+        return self.position > 0 and self.x.shape[1] == 1
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from splitlearn.models.cut import LAYER_NUMBERS, CutModel, layers_of
 from splitlearn.runtime import private_apis
-from splitlearn.stages.engine import SessionStep
+from splitlearn.stages.base import StageInput
 from splitlearn.stages.verify import own_forward, reason_against
 
 # Of one piece of code: first and later pieces of a prompt, a single token, each in every kind of cache and of layer.
@@ -62,10 +62,10 @@ def _compile(modules: Sequence[nn.Module]) -> None:
 def _become_alike(cut: CutModel, layers: Sequence[nn.Module]) -> bool:
     """Give all layers the number 0 and a cache of their own, if their outputs stay the same."""
 
-    def alike(steps: Sequence[SessionStep]) -> list[torch.Tensor]:
+    def alike(steps: Sequence[StageInput]) -> list[torch.Tensor]:
         with ExitStack() as undo:
             _renumber(layers, undo)
-            return own_forward(cut, steps)
+            return [own_forward(cut, step) for step in steps]
 
     if reason_against(cut, alike) is not None:
         return False

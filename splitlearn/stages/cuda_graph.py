@@ -16,8 +16,7 @@ the device for a value, the stage is computed by the eager engine.
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -27,7 +26,8 @@ from splitlearn.kvcache.layers import ReservedCache, ReservedLayer
 from splitlearn.kvcache.pool import KVPool, PooledCache
 from splitlearn.models.cut import body_of, dtype_of, example, forward
 from splitlearn.models.rope import is_pure
-from splitlearn.stages.engine import Eager, Engine, SessionStep
+from splitlearn.stages.base import StageInput
+from splitlearn.stages.engine import Eager, TokenEngine
 from splitlearn.stages.verify import reason_against, with_tokens_by
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ LEAST_WINDOW = 256
 MOST_GRAPHS = 64
 
 
-def of(eager: Eager, capture: Capture | None = None) -> Engine | None:
+def of(eager: Eager, capture: Capture | None = None) -> TokenEngine | None:
     """The captured engine of a stage; None, and a warning, where it cannot be captured."""
     cut, captured = eager.cut, None
     if is_pure(cut.module):
@@ -78,12 +78,13 @@ def on_cuda(device: torch.device) -> Capture:
 
 
 class Captured:
-    """One token after others by a replay, over a cache in a pool; all else by the eager engine."""
+    """One token after others by a replay, over a cache in a pool, where a later one will lie, too."""
 
     name, window = "captured", LEAST_WINDOW
+    caches: type[Cache] = PooledCache
 
     def __init__(self, eager: Eager, capture: Capture) -> None:
-        self._eager, self._capture, self._capture_s = eager, capture, 0.0
+        self._cut, self._capture, self.compile_s = eager.cut, capture, 0.0
         # Graphs end with the pool for which they were captured: no other memory can come to lie where theirs did.
         self._graphs: WeakKeyDictionary[KVPool, Graphs] = WeakKeyDictionary()
         self._first: Body | None = None
@@ -95,22 +96,9 @@ class Captured:
         self._position = _Crossing(torch.Size(), torch.long, eager.device)
         self._out = None if eager.cut.last else _Crossing(torch.Size((1, 1, width)), dtype, eager.device)
 
-    @property
-    def compile_s(self) -> float:
-        """Seconds of compiling and capturing."""
-        return self._eager.compile_s + self._capture_s
-
-    def takes(self, cache: Cache | None, arguments: Mapping[str, Any]) -> bool:
-        """With a cache in a pool, where a later one will lie, too, and no arguments of one's own."""
-        return isinstance(cache, PooledCache) and not arguments
-
-    def compute(self, step: SessionStep) -> torch.Tensor:
-        """The hidden state [1, T, H], of one token on the host, or the logits [1, logits, V] on the device."""
-        return self.token(step) if step.decodes else self._eager.compute(step)
-
-    def token(self, step: SessionStep) -> torch.Tensor:
-        """The hidden state [1, 1, H] or the logits [1, 1, V] of one token, by a replay."""
-        cache: PooledCache = step.cache
+    def token(self, step: StageInput) -> torch.Tensor:
+        """By a replay: the hidden state [1, 1, H] on the host, or the logits [1, 1, V] on the device."""
+        cache: PooledCache = step.session.cache
         if cache not in self._clean:
             self._clear(cache, step.position)
         self._in.host.copy_(step.x)
@@ -138,7 +126,7 @@ class Captured:
     def _captured(self, windows: Cache) -> Body:
         def body() -> torch.Tensor:
             x, position = self._in.brought(), self._position.brought()
-            out = forward(self._eager.cut, x, position, windows, logits_to_keep=1)
+            out = forward(self._cut, x, position, windows, logits_to_keep=1)
             return out if self._out is None else self._out.taken(out)
 
         body()  # compiles where the stage is compiled, which is counted there
@@ -146,7 +134,7 @@ class Captured:
         body()
         graph = self._capture(body)
         self._first = self._first or graph
-        self._capture_s += time.perf_counter() - began
+        self.compile_s += time.perf_counter() - began
         return graph
 
     def _clear(self, cache: PooledCache, position: int) -> None:

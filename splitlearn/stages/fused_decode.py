@@ -5,7 +5,7 @@ A stage that fails either is computed by the eager engine.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, cast
 
@@ -22,7 +22,8 @@ from splitlearn.layers.block_linear import BlockLinear
 from splitlearn.models.cut import CutModel, body_of, layers_of
 from splitlearn.models.rope import GROWING
 from splitlearn.runtime import private_apis
-from splitlearn.stages.engine import DROPS, DropMark, Eager, Engine, SessionStep
+from splitlearn.stages.base import DROPS, DropMark, StageInput
+from splitlearn.stages.engine import Eager, TokenEngine
 from splitlearn.stages.verify import reason_against, with_tokens_by
 
 # In the order of the kernel.
@@ -47,7 +48,7 @@ def threads_for(size: int) -> int:
     return max(1, torch.get_num_threads() // CORES_EACH) if size >= HELPED_BYTES else 1
 
 
-def of(eager: Eager) -> Engine | None:
+def of(eager: Eager) -> TokenEngine | None:
     """The fused engine of a stage, or None for layers that are not such as Llama's."""
     cut = eager.cut
     layers: list[Any] = list(layers_of(cut))
@@ -57,24 +58,24 @@ def of(eager: Eager) -> Engine | None:
         return None
     if len({tuple((linear.out_features, linear.in_features) for linear in _linears(layer)) for layer in layers}) > 1:
         return None
-    fused = Fused(eager, layers)
+    fused = Fused(cut, layers)
     return fused if reason_against(cut, with_tokens_by(cut, fused.token)) is None else None
 
 
 class Fused:
-    """One token after others in one call of a kernel, over a reserved cache; all else by the eager engine.
+    """One token after others in one call of a kernel, over a reserved cache, whose memory the kernel can read.
 
     The stage's linear layers have their blocks in its memory: one after the other as they are read, in huge pages where
     there are any, a token takes 0.93 to 0.96 times as long as with memory of their own.
     """
 
     name, compile_s, window = "fused", 0.0, 0
+    caches: type[Cache] = ReservedCache
 
-    def __init__(self, eager: Eager, layers: Sequence[Any]) -> None:
+    def __init__(self, cut: CutModel, layers: Sequence[Any]) -> None:
         from splitlearn.kernels import llama_decode, thread_team  # they load a compiler
 
-        self._eager, self._kernel = eager, llama_decode
-        body, first = body_of(eager.cut), layers[0]
+        self._kernel, body, first = llama_decode, body_of(cut), layers[0]
         linears = [linear for layer in layers for linear in _linears(layer)]
         blocks, ends = _gathered(linears)
         norms = [getattr(layer, name).weight.detach() for layer in layers for name in NORMS]
@@ -89,29 +90,22 @@ class Fused:
             scale=float(first.self_attn.scaling),
         )
         self._rotary, self._turns = body.rotary_emb, np.empty((0, 2, first.self_attn.head_dim), np.float32)
-        self._embedding = body.embed_tokens.weight.detach().numpy() if eager.cut.first else None
-        self._head = _Head(eager.cut) if eager.cut.last else None
+        self._embedding = body.embed_tokens.weight.detach().numpy() if cut.first else None
+        self._head = _Head(cut) if cut.last else None
         size = len(blocks) + (0 if self._head is None else self._head.size)
         self._team = thread_team.Team(threads_for(size))
 
-    def takes(self, cache: Cache | None, arguments: Mapping[str, Any]) -> bool:
-        """With a reserved cache, whose memory the kernel can read, and no arguments of one's own."""
-        return isinstance(cache, ReservedCache) and not arguments
-
-    def compute(self, step: SessionStep) -> torch.Tensor:
-        """The hidden state [1, T, H], or the logits [1, logits, V]."""
-        return self.token(step) if step.decodes else self._eager.compute(step)
-
-    def token(self, step: SessionStep) -> torch.Tensor:
+    def token(self, step: StageInput) -> torch.Tensor:
         """The hidden state [1, 1, H] or the logits [1, 1, V] of one token, by the kernel."""
-        x, at = step.x, cast(KVAddresses, step.cache.addresses)
+        x, cache = step.x, step.session.cache
+        at: KVAddresses = cache.addresses
         hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
         place = self._kernel.KVPlace(at.layers, at.shape, at.start, step.position)
         turn, (drops, number) = self._turn(step.position), step.mark or _NEVER
         with self._team.leading() as record:
             if not self._kernel.step(hidden, self._layers, place, turn, drops, number, record):
                 raise StepUnwanted
-            step.cache.grow(1)
+            cache.grow(1)
             if self._head is None:
                 return torch.from_numpy(hidden[None])
             logits = self._head.new()

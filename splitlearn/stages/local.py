@@ -25,7 +25,7 @@ from splitlearn.models.cut import CutModel, body_of, example
 from splitlearn.models.structure import rope_restart
 from splitlearn.stages import nonfinite
 from splitlearn.stages.base import StageInput, StageOutput
-from splitlearn.stages.engine import Eager, Engine, SessionStep
+from splitlearn.stages.engine import Eager, TokenEngine
 from splitlearn.stages.equivalence import SHARED_FORWARD, STATIC_CACHE
 from splitlearn.stages.ragged_batch import RaggedStage
 from splitlearn.stages.session import LocalSession
@@ -48,7 +48,7 @@ class StageInfo:
 class LocalStage:
     """A cut model on a device of this process. `word` is the time breakdown's name for its time.
 
-    `faster` computes one token after others in the sessions that it takes. `allows` says what else the architecture was
+    `faster` computes one token after others in the sessions that suit it. `allows` says what else the architecture was
     found to do exactly with sessions of any lengths (stages/equivalence/together.py).
     """
 
@@ -56,7 +56,7 @@ class LocalStage:
     word: str
     dtype: torch.dtype
     hidden_size: int
-    faster: Engine | None = None
+    faster: TokenEngine | None = None
     allows: Callable[[], frozenset[str]] = frozenset
 
     @property
@@ -70,8 +70,8 @@ class LocalStage:
         return self.eager.device
 
     @property
-    def _fastest(self) -> Engine:
-        return self.faster or self.eager
+    def _window(self) -> int:
+        return 0 if self.faster is None else self.faster.window
 
     def describe(self) -> StageInfo:
         """How it computes."""
@@ -81,7 +81,7 @@ class LocalStage:
                 weights[layer.form] += 1
             elif type(layer) in (nn.Linear, Conv1D):
                 weights[str(self.dtype).removeprefix("torch.")] += 1
-        return StageInfo(self._fastest.name, weights)
+        return StageInfo((self.faster or self.eager).name, weights)
 
     def computes_on_caller(self, tokens: int) -> bool:
         """Whether a step of so many tokens is computed by the calling thread alone."""
@@ -90,7 +90,7 @@ class LocalStage:
     def block_tokens(self, least: int) -> int:
         """Tokens of a block of KV memory, at least `least`: sessions of like lengths should have like windows, where an
         engine is bound to windows of their memory."""
-        window = self._fastest.window or 1
+        window = self._window or 1
         return -(-least // window) * window
 
     def session(
@@ -102,10 +102,10 @@ class LocalStage:
         shares: bool = False,
         release: Callable[[], None] | None = None,
     ) -> LocalSession:
-        """A session with this cache, computed by the fastest engine that takes it."""
-        faster = self.faster is not None and self.faster.takes(cache, settings.forward_arguments)
-        engine = self.faster if faster and self.faster else self.eager
-        return LocalSession(cache, settings, max_length, engine, shares=shares, release=release)
+        """A session with this cache, whose tokens the fastest engine computes that it suits."""
+        faster = None if settings.forward_arguments else self.faster
+        token = faster.token if faster is not None and isinstance(cache, faster.caches) else self.eager.compute
+        return LocalSession(cache, settings, max_length, token, shares=shares, release=release)
 
     def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
         """A new session; a cache is made only when the settings keep one. Raises InputError for a kind of cache over
@@ -130,7 +130,7 @@ class LocalStage:
 
     def _stands(self, settings: SessionSettings) -> bool:
         """Whether sessions should lie where earlier ones did."""
-        return bool(self._fastest.window) and settings.new_cache is reserved and self._pools()
+        return bool(self._window) and settings.new_cache is reserved and self._pools()
 
     def _opened_in(
         self, pool: KVPool, settings: SessionSettings, max_length: int, count: int, *, shares: bool
@@ -152,9 +152,7 @@ class LocalStage:
         """
         words = settings.words
         if words not in self._tried:
-            self._tried[words] = (
-                self._pools() and self._ragged.agrees(settings.forward_arguments) and SHARED_FORWARD in self._allowed
-            )
+            self._tried[words] = self._pools() and self._ragged.agrees(settings) and SHARED_FORWARD in self._allowed
         return self._tried[words]
 
     def _pools(self) -> bool:
@@ -193,7 +191,7 @@ class LocalStage:
 
     @cached_property
     def _standing(self) -> StandingPool:
-        return StandingPool(self.pool, self._fastest.window)
+        return StandingPool(self.pool, self._window)
 
     @cached_property
     def _tried(self) -> dict[frozenset[str], bool]:
@@ -215,36 +213,38 @@ class LocalStage:
             return
         row, value = wrong
         position = item.position + item.x.shape[1] - output.x.shape[1] + row
-        again = partial(self._step, replace(item, mark=None), self.eager)
+        again = partial(self._step, replace(item, mark=None), self.eager.compute)
         raise NotFinite(nonfinite.told(self.cut, value, position, self.dtype, again))
 
     def compute(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """`step` without the check of what comes out."""
         if len(batch) > 1 and all(item.session.shares for item in batch) and not self._replays(batch):
             return self._together(batch)
-        return [self._step(item, item.session.engine) for item in batch]
+        return [self._step(item, item.session.token if item.decodes else self.eager.compute) for item in batch]
 
     def _replays(self, batch: Sequence[StageInput]) -> bool:
         """Whether the steps are replays, and so few that they take less one after the other than in a forward."""
-        few = bool(self._fastest.window) and len(batch) <= MOST_REPLAYED
+        few = bool(self._window) and len(batch) <= MOST_REPLAYED
         return few and all(item.x.shape[1] == 1 for item in batch)
 
-    def _step(self, item: StageInput, engine: Engine) -> StageOutput:
-        session, started, compiled = item.session, time.perf_counter(), engine.compile_s
+    def _compile_s(self) -> float:
+        return self.eager.compile_s + (0.0 if self.faster is None else self.faster.compile_s)
+
+    def _step(self, item: StageInput, compute: Callable[[StageInput], torch.Tensor]) -> StageOutput:
+        session, started, compiled = item.session, time.perf_counter(), self._compile_s()
         session.make_room(item.position, item.x.shape[1])
         with session.settings.gradient_guard():
-            out = engine.compute(_session_step(item))
+            out = compute(item)
         session.length = item.position + item.x.shape[1]
-        return StageOutput(out, self._timing(out, started, engine.compile_s - compiled))
+        return StageOutput(out, self._timing(out, started, self._compile_s() - compiled))
 
     def _together(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """One forward. Compiled stages have none: see RaggedStage."""
         started = time.perf_counter()
         for item in batch:
             item.session.make_room(item.position, item.x.shape[1])
-        settings = batch[0].session.settings
-        with settings.gradient_guard():
-            out = self._ragged.forward([_session_step(item) for item in batch], settings.forward_arguments)
+        with batch[0].session.settings.gradient_guard():
+            out = self._ragged.forward(batch)
         for item in batch:
             item.session.length = item.position + item.x.shape[1]
         timings = chain([self._timing(out[0], started, 0.0)], repeat(StageTiming({})))
@@ -255,9 +255,3 @@ class LocalStage:
         if out.device.type != "cpu":
             torch.accelerator.synchronize(out.device)
         return StageTiming({self.word: time.perf_counter() - started}, compile_s=compile_s)
-
-
-def _session_step(item: StageInput) -> SessionStep:
-    session: LocalSession = item.session
-    arguments = session.settings.forward_arguments
-    return SessionStep(session.cache, item.position, item.x, item.logits, item.rope_length, arguments, item.mark)

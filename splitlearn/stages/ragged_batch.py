@@ -9,7 +9,7 @@ the same.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, cast
@@ -21,8 +21,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from splitlearn.models import rope
 from splitlearn.models.cut import CutModel
 from splitlearn.runtime import private_apis
-from splitlearn.stages.engine import SessionStep
+from splitlearn.stages.base import StageInput
 from splitlearn.stages.ragged_attention import NAME, RaggedBatch, with_batch
+from splitlearn.stages.settings import SessionSettings
 from splitlearn.stages.verify import reason_against
 
 
@@ -36,23 +37,22 @@ class RaggedStage:
         self._device = next(cut.module.parameters()).device
         self._own, self._cut = cut, replace(cut, module=_attending(cut.module, {}))
 
-    def agrees(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether the layers give in one forward what they give apart, with `arguments` for the model's forward.
+    def agrees(self, settings: SessionSettings) -> bool:
+        """Whether the layers give in one forward what they give apart, in sessions with `settings`.
 
         A family whose attention does not go through transformers' interface, or that does more with keys and values
         than keep them, shows it here. A compiled stage would be compiled anew for each mix of sessions.
         """
-        if self._own.compiled:
-            return False
-        return reason_against(self._own, lambda steps: self.forward(steps, arguments), arguments=arguments) is None
+        return not self._own.compiled and reason_against(self._own, self.forward, settings) is None
 
-    def forward(self, steps: Sequence[SessionStep], arguments: Mapping[str, Any] | None = None) -> Sequence[Tensor]:
+    def forward(self, steps: Sequence[StageInput]) -> Sequence[Tensor]:
         """One step of each session: a hidden state [1, T, H], or logits [1, logits, V], for each.
 
-        All caches must be of one pool; each holds the positions before its step, and its new tokens afterwards.
+        All caches must be of one pool; each holds the positions before its step, and its new tokens afterwards. All
+        sessions have the same arguments for the model's forward.
         """
         cut, device, tokens = self._cut, self._device, [step.x.shape[1] for step in steps]
-        caches, positions = [step.cache for step in steps], [step.position for step in steps]
+        caches, positions = [step.session.cache for step in steps], [step.position for step in steps]
         ends = list(map(sum, zip(positions, tokens, strict=True)))
         at = torch.cat([torch.arange(*part) for part in zip(positions, ends, strict=True)])
         starts = torch.tensor([cache.slot.start for cache in caches]).repeat_interleave(torch.tensor(tokens))
@@ -62,12 +62,12 @@ class RaggedStage:
         if "position_ids" in cut.accepts:
             call["position_ids"] = at.to(device).unsqueeze(0)
         with rope.computing([(step.rope_length, count) for step, count in zip(steps, tokens, strict=True)]):
-            found = self._run(call | dict(arguments or {}), steps)
+            found = self._run(call | dict(steps[0].session.settings.forward_arguments), steps)
         for cache, count in zip(caches, tokens, strict=True):
             cache.grow(count)
         return found
 
-    def _run(self, call: dict[str, Any], steps: Sequence[SessionStep]) -> Sequence[Tensor]:
+    def _run(self, call: dict[str, Any], steps: Sequence[StageInput]) -> Sequence[Tensor]:
         tokens = [step.x.shape[1] for step in steps]
         if not self._cut.last:
             return torch.split(self._cut.module(**call).last_hidden_state, tokens, dim=1)

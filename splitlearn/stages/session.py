@@ -1,31 +1,34 @@
-"""A session of a stage in this process: its cache, its flags, and the engine that computes its steps."""
+"""A session of a stage in this process: its cache, its flags, and what computes its tokens."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from splitlearn.errors import InputError
 from splitlearn.kvcache.layers import ReservedCache
 from splitlearn.runtime.torch_threads import computing_on
-from splitlearn.stages.engine import Engine
+from splitlearn.stages.base import StageInput
 from splitlearn.stages.settings import SessionSettings
 
 
 @dataclass
 class LocalSession:
-    """A session's cache and what its flags ask of each step. `length` counts the tokens that the cache holds."""
+    """A session's cache and what its flags ask of each step. `length` counts the tokens that the cache holds.
+
+    `token` computes one token after others. `shares` says whether its steps can share a forward with those of others in
+    its pool. `release` gives the cache's memory back, where a pool keeps it for later sessions.
+    """
 
     cache: Cache | None
     settings: SessionSettings
     max_length: int
-    engine: Engine
+    token: Callable[[StageInput], Tensor]
     length: int = 0
     shares: bool = False
-    """Whether its steps can share a forward with those of others in its pool."""
     release: Callable[[], None] | None = None
-    """Gives the cache's memory back, where a pool keeps it for later sessions."""
 
     def fork(self, other: "LocalSession", tokens: int) -> None:
         """Copy the first `tokens` of the other session's cache."""

@@ -7,14 +7,17 @@ makes these records of the flags' words. The defaults are what runs when every f
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
 from splitlearn.models.cut import CutModel
-from splitlearn.stages.engine import Eager, Engine
 from splitlearn.wire.hidden_states import Plain, Rows
+
+if TYPE_CHECKING:
+    from splitlearn.stages.engine import Eager, TokenEngine
 
 MakeLinear = Callable[[Iterable[torch.Tensor], torch.Tensor | None], nn.Module]
 """Makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out]."""
@@ -40,7 +43,7 @@ class LoadSettings:
     linear: MakeLinears | None = None
     head: MakeLinears | None = None
     weight_bits: int | None = None
-    engine: Callable[[Eager], Engine | None] | None = None
+    engine: "Callable[[Eager], TokenEngine | None] | None" = None
     compile_stage: Callable[[CutModel], CutModel] | None = None
 
 

@@ -7,35 +7,34 @@ This is the only such check, and `agree` the only rule for what counts as roundi
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from splitlearn.kvcache.pool import KVPool, Slot, shapes_of
 from splitlearn.models.cut import CutModel, dtype_of, eagerly, example, forward
-from splitlearn.stages.engine import SessionStep
+from splitlearn.stages.base import StageInput
+from splitlearn.stages.session import LocalSession
+from splitlearn.stages.settings import SessionSettings
 
 ROUNDS = ((3, 2), (1, 2), (1,))
 """In each round, how many tokens come to the first session and to the second."""
 SESSION_TOKENS = 5
 
-
-Candidate = Callable[[Sequence[SessionStep]], Sequence[Tensor]]
+Candidate = Callable[[Sequence[StageInput]], Sequence[Tensor]]
 """Gives the outputs of the steps of a round, all positions of each, and extends their caches."""
 
 
-def reason_against(cut: CutModel, candidate: Candidate, *, arguments: Mapping[str, Any] | None = None) -> str | None:
-    """Why `candidate` cannot take the place of the stage's own forward with `arguments`, or None when it can.
-
-    A compiled stage runs eagerly meanwhile.
-    """
+def reason_against(cut: CutModel, candidate: Candidate, settings: SessionSettings | None = None) -> str | None:
+    """Why `candidate` cannot take the place of the stage's own forward in sessions with `settings`, or None when it
+    can. A compiled stage runs eagerly meanwhile."""
+    settings = settings or SessionSettings()
     try:
         with torch.inference_mode(), eagerly(cut):
-            own = _outputs(cut, partial(own_forward, cut, arguments=arguments))
-            found = _outputs(cut, candidate)
+            own = _outputs(cut, lambda steps: [own_forward(cut, step) for step in steps], settings)
+            found = _outputs(cut, candidate, settings)
             near = rounding(dtype_of(cut))
             same = all(agree(one, other.to(one.device), near) for one, other in zip(own, found, strict=True))
     except Exception as error:  # each family's layers fail in their own way
@@ -43,20 +42,15 @@ def reason_against(cut: CutModel, candidate: Candidate, *, arguments: Mapping[st
     return None if same else "its output differs from that of the model's own forward"
 
 
-def own_forward(
-    cut: CutModel, steps: Sequence[SessionStep], *, arguments: Mapping[str, Any] | None = None
-) -> list[Tensor]:
-    """The candidate that every other one is compared with: the model's own forward, one session after the other."""
-    return [forward(cut, step.x, step.position, step.cache, arguments=arguments) for step in steps]
+def own_forward(cut: CutModel, step: StageInput) -> Tensor:
+    """All positions of a step by the model's own forward, with which every candidate is compared."""
+    session: LocalSession = step.session
+    return forward(cut, step.x, step.position, session.cache, arguments=session.settings.forward_arguments)
 
 
-def with_tokens_by(cut: CutModel, one_token: Callable[[SessionStep], Tensor]) -> Candidate:
+def with_tokens_by(cut: CutModel, one_token: Callable[[StageInput], Tensor]) -> Candidate:
     """The candidate that computes steps of one token by `one_token`, and longer ones by the model's own forward."""
-
-    def candidate(steps: Sequence[SessionStep]) -> list[Tensor]:
-        return [one_token(step) if step.x.shape[1] == 1 else own_forward(cut, [step])[0] for step in steps]
-
-    return candidate
+    return lambda steps: [one_token(step) if step.x.shape[1] == 1 else own_forward(cut, step) for step in steps]
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -72,15 +66,16 @@ def agree(own: Tensor, found: Tensor, near: float) -> bool:
     return math.isfinite(most) and torch.allclose(own, found, rtol=near, atol=near * most)
 
 
-def _outputs(cut: CutModel, candidate: Candidate) -> list[Tensor]:
+def _outputs(cut: CutModel, candidate: Candidate, settings: SessionSettings) -> list[Tensor]:
     x = example(cut, 2 * SESSION_TOKENS)
     pool = KVPool(shapes_of(cut, x[:, :1]), 2, SESSION_TOKENS, dtype_of(cut), x.device)
     caches = [pool.cache(Slot(at * SESSION_TOKENS, SESSION_TOKENS)) for at in range(2)]
+    sessions = [LocalSession(cache, settings, SESSION_TOKENS, partial(own_forward, cut)) for cache in caches]
     found, ends = list[Tensor](), [0, 0]
     for tokens in ROUNDS:
         steps = [
-            SessionStep(cache, end, x[:, at * SESSION_TOKENS + end :][:, :count])
-            for at, (cache, end, count) in enumerate(zip(caches, ends, tokens, strict=False))
+            StageInput(session, end, x[:, at * SESSION_TOKENS + end :][:, :count], logits=0)
+            for at, (session, end, count) in enumerate(zip(sessions, ends, tokens, strict=False))
         ]
         found += candidate(steps)
         ends = [end + count for end, count in zip(ends, (*tokens, 0), strict=False)]

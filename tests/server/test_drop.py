@@ -14,8 +14,7 @@ from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.client.session_stream import Stream
 from splitlearn.errors import StepUnwanted, TrunkFailed
 from splitlearn.stages import loading
-from splitlearn.stages.base import StageInput
-from splitlearn.stages.engine import DROPS, DropMark
+from splitlearn.stages.base import DROPS, DropMark, StageInput
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.session import LocalSession
 from splitlearn.wire import SERVICE

@@ -8,9 +8,9 @@ from splitlearn.kvcache.layers import reserved
 from splitlearn.models.cut import example, forward
 from splitlearn.runtime.torch_threads import computing_on
 from splitlearn.stages import fused_decode, loading
-from splitlearn.stages.engine import SessionStep
+from splitlearn.stages.base import StageInput
 from splitlearn.stages.local import LocalStage
-from tests.support.words import load_of
+from tests.support.words import load_of, session_of
 
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 FLAGS = frozenset({"low_cpu_mem_usage", "use_cache", "cache", "output_attentions", "weight_dtype"})
@@ -25,9 +25,10 @@ def _stage(files: ModelFiles, spec: loading.StageSpec, threads: int) -> LocalSta
 def _outs(stage: LocalStage, steps: int = 40) -> torch.Tensor:
     x, cache = example(stage.cut, 5), reserved(stage.cut.end - stage.cut.start, 5 + steps)
     assert stage.faster is not None
+    session = stage.session(cache, session_of(FLAGS), 5 + steps)
     with torch.inference_mode():
         forward(stage.cut, x[:, :4], 0, cache)
-        outs = [stage.faster.compute(SessionStep(cache, 4 + at, x[:, 4:])) for at in range(steps)]
+        outs = [stage.faster.token(StageInput(session, 4 + at, x[:, 4:])) for at in range(steps)]
     return torch.cat(outs)
 
 

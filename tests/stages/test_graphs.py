@@ -11,7 +11,7 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.kvcache.pool import KVPool, Slot
 from splitlearn.stages import cuda_graph, loading, local
 from splitlearn.stages.base import StageInput
-from splitlearn.stages.engine import Engine
+from splitlearn.stages.engine import TokenEngine
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.session import LocalSession
 from tests.conftest import TinyFactory
@@ -37,7 +37,7 @@ def _stage(files: ModelFiles, spec: loading.StageSpec, where: str) -> LocalStage
     return loading.load(files, [spec], load_of(FLAGS), loading.Placement(torch.device(where), torch.float32)).stages[0]
 
 
-def _of(stage: LocalStage, where: str) -> Engine | None:
+def _of(stage: LocalStage, where: str) -> TokenEngine | None:
     return cuda_graph.of(stage.eager, record if where == "cpu" else None)
 
 

@@ -16,7 +16,7 @@ from splitlearn.layers.block_linear import in_one_memory
 from splitlearn.models.cut import CutModel, body_of, forward, layers_of
 from splitlearn.stages import fused_decode, loading
 from splitlearn.stages.base import StageInput
-from splitlearn.stages.engine import Engine, SessionStep
+from splitlearn.stages.engine import TokenEngine
 from splitlearn.stages.local import LocalStage
 from tests.conftest import TinyFactory
 from tests.support.words import load_of, session_of
@@ -36,7 +36,7 @@ def _stage(files: ModelFiles, spec: loading.StageSpec = TRUNK, flags: frozenset[
     return loading.load(files, [spec], load_of(flags), PLACEMENT).stages[0]
 
 
-def _fused(stage: LocalStage) -> Engine:
+def _fused(stage: LocalStage) -> TokenEngine:
     assert stage.faster is not None and stage.faster.name == "fused"
     return stage.faster
 
@@ -52,16 +52,11 @@ def _pooled(layers: int, max_length: int) -> Cache:
 
 def _run(stage: LocalStage, cache: Cache, x: torch.Tensor, *, fused: bool) -> torch.Tensor:
     """Five positions at once, then one by one; back by two, and once more. All in one call each, or none."""
-    outs, engine = list[torch.Tensor](), _fused(stage) if fused else stage.eager
-    with torch.inference_mode():
-        outs.append(forward(stage.cut, x[:, :5], 0, cache))
-        for at in (5, 6, 7, 8, -2, 7, 8, 9, 10, 11):
-            if at < 0:
-                cache.crop(at)
-                continue
-            token = x[:, at : at + 1]
-            outs.append(engine.compute(SessionStep(cache, at, token)))
-    return torch.cat(outs, dim=1)
+    assert _fused(stage)
+    stage = stage if fused else replace(stage, faster=None)
+    session, ats = stage.session(cache, session_of(FLAGS), 12), (5, 6, 7, 8, 7, 8, 9, 10, 11)
+    items = [StageInput(session, at, x[:, at : at + 1]) for at in ats]
+    return torch.cat([stage.step([item])[0].x for item in (StageInput(session, 0, x[:, :5], 5), *items)], dim=1)
 
 
 @pytest.mark.parametrize("kind", ["reserved", "pooled"])
@@ -93,7 +88,7 @@ def test_positions_further_on_are_turned_as_the_model_turns_them(default_model: 
     with torch.inference_mode():
         for cache in (one, other):
             forward(stage.cut, x[:, :far], 0, cache)
-        found = _fused(stage).compute(SessionStep(one, far, x[:, far:]))
+        found = _fused(stage).token(StageInput(stage.session(one, session_of(FLAGS), far + 1), far, x[:, far:]))
         expected = forward(stage.cut, x[:, far:], far, other)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -107,8 +102,8 @@ def test_a_session_is_computed_by_the_fused_engine_if_its_cache_is_reserved_and_
     settings = replace(
         session_of(FLAGS - {"cache"} | {cache} if cache else FLAGS - {"use_cache"}), forward_arguments=arguments
     )
-    engine = stage.open(settings, 16).engine
-    assert (engine.name == "fused") == (cache == "cache=reserved" and not arguments)
+    token = stage.open(settings, 16).token
+    assert (token == _fused(stage).token) == (cache == "cache=reserved" and not arguments)
 
 
 def test_a_first_token_and_several_at_once_come_out_of_a_fused_session_as_of_any_other(
@@ -117,7 +112,7 @@ def test_a_first_token_and_several_at_once_come_out_of_a_fused_session_as_of_any
     stage, x, settings = _stage(default_model), torch.randn(1, 6, WIDTH), session_of(FLAGS | {"output_hidden_states"})
     plain = replace(stage, faster=None)
     found, expected = (each.open(settings, 16) for each in (stage, plain))
-    assert (found.engine.name, expected.engine.name) == ("fused", "eager")
+    assert (found.token, expected.token) == (_fused(stage).token, plain.eager.compute)
     for begin, end in ((0, 1), (1, 4), (4, 5), (5, 6)):
         outs = [
             each.step([StageInput(session, begin, x[:, begin:end])])[0].x

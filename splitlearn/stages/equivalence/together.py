@@ -6,19 +6,22 @@ its window may have 4,096 tokens.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from splitlearn.kvcache.layers import static
-from splitlearn.kvcache.pool import KVPool, PooledCache, shapes_of
+from splitlearn.kvcache.pool import KVPool, Slot, shapes_of
 from splitlearn.models.cut import CutModel
-from splitlearn.stages.engine import SessionStep
+from splitlearn.stages.base import StageInput
 from splitlearn.stages.equivalence.judge import TOLERANCE, TOTAL, Text
 from splitlearn.stages.equivalence.steps import LONG, SHORT, Script, cut_whole, run_steps, steps_of
 from splitlearn.stages.ragged_batch import RaggedStage
-from splitlearn.stages.verify import agree
+from splitlearn.stages.session import LocalSession
+from splitlearn.stages.settings import SessionSettings
+from splitlearn.stages.verify import agree, own_forward
 
 SHARED_FORWARD, STATIC_CACHE = "shared forward", "static cache"
 ENDS = ((SHORT, LONG), (SHORT + 3, LONG + 1), (SHORT + 6, LONG + 2), (TOTAL - 1, TOTAL - 1))
@@ -51,24 +54,18 @@ def _static(stage: CutModel, texts: Sequence[Text]) -> list[Tensor]:
 
 def _ragged(stage: CutModel, texts: Sequence[Text]) -> list[Tensor]:
     pool = KVPool(shapes_of(stage, texts[0].ids[:, :1]), len(texts), TOTAL, torch.float32, torch.device("cpu"))
-    runs = [pool.reserve(TOTAL) for _ in texts]
-    caches = [PooledCache(pool, run) for run in runs if run is not None]
+    caches = [pool.cache(Slot(at * TOTAL, TOTAL)) for at in range(len(texts))]
+    sessions = [LocalSession(cache, SessionSettings(), TOTAL, partial(own_forward, stage)) for cache in caches]
     logits, ragged = [list[Tensor]() for _ in texts], RaggedStage(stage)
     ways = [steps_of(stage, text.prompt, [end[at] for end in ENDS]) for at, text in enumerate(texts)]
     for steps in zip_longest(*ways):
         taking = [(at, step) for at, step in enumerate(steps) if step is not None]
+        parts = []
         for at, step in taking:
             caches[at].crop(step.begin - caches[at].get_seq_length())
-        parts = [
-            SessionStep(
-                caches[at],
-                step.begin,
-                texts[at].ids[:, step.begin : step.end],
-                step.end - step.start,
-                step.rope_length,
-            )
-            for at, step in taking
-        ]
+            ids = texts[at].ids[:, step.begin : step.end]
+            rows = step.end - step.start
+            parts.append(StageInput(sessions[at], step.begin, ids, rows, rope_length=step.rope_length))
         for (at, _), out in zip(taking, ragged.forward(parts), strict=True):
             logits[at].append(out[0])
     return [torch.cat(own) for own in logits]
