@@ -4,6 +4,7 @@
 stream. A stage's weights and a session's cache are two things, so that one stage can serve many sessions.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -74,6 +75,14 @@ class StageOutput:
 
     x: torch.Tensor
     timing: StageTiming
+
+
+def timed(word: str, outs: Sequence[torch.Tensor], began: float, compile_s: float = 0.0) -> list[StageOutput]:
+    """The outputs of a forward that began at `began`, once they are there. The first has the time of all, as `word`."""
+    if outs[0].device.type != "cpu":
+        torch.accelerator.synchronize(outs[0].device)
+    timing = StageTiming({word: time.perf_counter() - began}, compile_s=compile_s)
+    return [StageOutput(outs[0], timing), *(StageOutput(out, StageTiming({})) for out in outs[1:])]
 
 
 class Stage(Protocol):

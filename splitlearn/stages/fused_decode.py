@@ -7,7 +7,7 @@ A stage that fails either is computed by the eager engine.
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from splitlearn.runtime import private_apis
 from splitlearn.stages.base import DROPS, DropMark, StageInput
 from splitlearn.stages.engine import Eager, TokenEngine
 from splitlearn.stages.verify import reason_against, with_tokens_by
+
+if TYPE_CHECKING:
+    from splitlearn.kernels.thread_team import Team
 
 # In the order of the kernel.
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -91,9 +94,10 @@ class Fused:
         )
         self._rotary, self._turns = body.rotary_emb, np.empty((0, 2, first.self_attn.head_dim), np.float32)
         self._embedding = body.embed_tokens.weight.detach().numpy() if cut.first else None
-        self._head = _Head(cut) if cut.last else None
-        size = len(blocks) + (0 if self._head is None else self._head.size)
+        module: Any = cut.module
+        size = len(blocks) + (len(module.get_output_embeddings().array) if cut.last else 0)
         self._team = thread_team.Team(threads_for(size))
+        self._head = FusedHead(cut, 1.0, self._team) if cut.last else None
 
     def token(self, step: StageInput) -> torch.Tensor:
         """The hidden state [1, 1, H] or the logits [1, 1, V] of one token, by the kernel."""
@@ -106,11 +110,7 @@ class Fused:
             if not self._kernel.step(hidden, self._layers, place, turn, drops, number, record):
                 raise StepUnwanted
             cache.grow(1)
-            if self._head is None:
-                return torch.from_numpy(hidden[None])
-            logits = self._head.new()
-            self._head.fill(logits, hidden, self._head.linear.array, record)
-            return torch.from_numpy(logits[None])
+            return torch.from_numpy(hidden[None]) if self._head is None else self._head.logits(hidden, record)
 
     def _turn(self, position: int) -> NDArray[np.float32]:
         """cos and sin [2, size] of a position; computed for TURNS of them at once."""
@@ -123,63 +123,53 @@ class Fused:
         return turn
 
 
-class _Head:
-    """The final norm and the LM head of one hidden state, whose blocks have `size` bytes."""
-
-    def __init__(self, cut: CutModel) -> None:
-        from splitlearn.kernels import llama_decode  # loads a compiler
-
-        module: Any = cut.module
-        self.linear: BlockLinear = module.get_output_embeddings()
-        self.size = len(self.linear.array)
-        self._kernel, norm = llama_decode.head, body_of(cut).norm
-        self._norm, self._eps = norm.weight.detach().numpy(), norm.variance_epsilon
-
-    def new(self) -> NDArray[np.float32]:
-        """Memory for logits [1, V]."""
-        return np.empty((1, self.linear.out_features), np.float32)
-
-    def fill(
-        self,
-        logits: NDArray[np.float32],
-        hidden: NDArray[np.float32],
-        blocks: NDArray[np.uint8],
-        record: NDArray[Any],
-    ) -> None:
-        """Set `logits` [1, n] to those of `hidden` [1, H] by the outputs that have `blocks`."""
-        self._kernel(hidden, self._norm, self._eps, blocks, self.linear.bits, logits, record)
-
-
 class FusedHead:
-    """The LM head's engine (stages/head.py) by the kernel, norm included, for steps of one token."""
+    """The final norm and the LM head of one token by the kernel; `share` of the logits can be had first.
+
+    It has a `team` of threads of its own where it is not given one.
+    """
 
     by_kernel = True
 
-    def __init__(self, cut: CutModel, share: float) -> None:
-        from splitlearn.kernels import thread_team  # loads a compiler
+    def __init__(self, cut: CutModel, share: float, team: "Team | None" = None) -> None:
+        from splitlearn.kernels import llama_decode, thread_team  # they load a compiler
 
-        self._head = _Head(cut)
-        self._cut_at = self._head.linear.cut(share)
-        self._team = thread_team.Team(threads_for(self._head.size))
+        module: Any = cut.module
+        self._linear: BlockLinear = module.get_output_embeddings()
+        self._kernel, norm = llama_decode.head, body_of(cut).norm
+        self._norm, self._eps = norm.weight.detach().numpy(), norm.variance_epsilon
+        self._cut_at = self._linear.cut(share)
+        self._team = team or thread_team.Team(threads_for(len(self._linear.array)))
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
         """The logits [1, 1, V] of a hidden state [1, 1, H]."""
-        logits = self._head.new()
         with self._team.leading() as record:
-            self._head.fill(logits, x.numpy()[0], self._head.linear.array, record)
+            return self.logits(x.numpy()[0], record)
+
+    def logits(self, hidden: NDArray[np.float32], record: NDArray[Any]) -> torch.Tensor:
+        """The logits [1, 1, V] of `hidden` [1, H], by the threads of a team's `record`."""
+        logits = self._new()
+        self._fill(logits, hidden, self._linear.array, record)
         return torch.from_numpy(logits[None])
 
     def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
         """Of one token the first logits [1, 1, k], and what computes the others and gives all."""
-        logits, hidden, (at, first, others) = self._head.new(), x.numpy()[0], self._cut_at
+        logits, hidden, (at, first, others) = self._new(), x.numpy()[0], self._cut_at
         with self._team.leading() as record:
-            self._head.fill(logits[:, :at], hidden, first, record)
+            self._fill(logits[:, :at], hidden, first, record)
 
         def finish() -> torch.Tensor:
-            self._head.fill(logits[:, at:], hidden, others, self._team.alone())  # the trunk computes meanwhile
+            self._fill(logits[:, at:], hidden, others, self._team.alone())  # the trunk computes meanwhile
             return torch.from_numpy(logits[None])
 
         return torch.from_numpy(logits[None, :, :at]), finish
+
+    def _new(self) -> NDArray[np.float32]:
+        return np.empty((1, self._linear.out_features), np.float32)
+
+    def _fill(self, logits: NDArray[Any], hidden: NDArray[Any], blocks: NDArray[Any], record: NDArray[Any]) -> None:
+        """Set `logits` [1, n] to those of `hidden` [1, H] by the outputs that have `blocks`."""
+        self._kernel(hidden, self._norm, self._eps, blocks, self._linear.bits, logits, record)
 
 
 def head_of(cut: CutModel, share: float) -> FusedHead | None:

@@ -11,21 +11,20 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from splitlearn.errors import NotFinite
-from splitlearn.events import StageTiming
 from splitlearn.kvcache.layers import reserved
 from splitlearn.layers.block_linear import BlockLinear
 from splitlearn.layers.onednn_linear import PrepackedLinear
 from splitlearn.models.cut import CutModel, forward
 from splitlearn.runtime.torch_threads import computing_one_token
-from splitlearn.stages import fused_decode, nonfinite
-from splitlearn.stages.base import PendingLogits, StageInput, StageOutput
+from splitlearn.stages import nonfinite
+from splitlearn.stages.base import PendingLogits, StageInput, StageOutput, timed
+from splitlearn.stages.fused_decode import FusedHead, head_of
 from splitlearn.stages.settings import SessionSettings
 
 FIRST = 1 / 4
@@ -35,20 +34,6 @@ FIRST = 1 / 4
 Part = Callable[[torch.Tensor], torch.Tensor]
 
 
-class HeadEngine(Protocol):
-    """What computes logits."""
-
-    @property
-    def by_kernel(self) -> bool:
-        """Whether one token's logits are computed without torch."""
-
-    def whole(self, x: torch.Tensor) -> torch.Tensor:
-        """The logits [1, T, V] of hidden states [1, T, H]."""
-
-    def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]] | None:
-        """Of one token the first logits [1, 1, k], and what computes the others and gives all; None if it cannot."""
-
-
 @dataclass(frozen=True)
 class TorchEngine:
     """Computes logits with torch: `head` of what `prepare` makes of hidden states, or in `parts`."""
@@ -56,14 +41,16 @@ class TorchEngine:
     prepare: Part
     head: Part
     parts: Sequence[Part]
-    by_kernel: bool = False
+
+    by_kernel = False
+    """Whether one token's logits are computed without torch, as by `fused_decode.FusedHead`."""
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
-        """See HeadEngine."""
+        """The logits [1, T, V] of hidden states [1, T, H]."""
         return self.head(self.prepare(x))
 
     def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]] | None:
-        """See HeadEngine."""
+        """Of one token the first logits [1, 1, k], and what computes the others and gives all; None if it cannot."""
         if not self.parts:
             return None
         part, *others = self.parts
@@ -96,7 +83,7 @@ class Head:
     dtype: torch.dtype
     threads: int
     precision: str
-    engine: HeadEngine
+    engine: TorchEngine | FusedHead
 
     def open(self, settings: SessionSettings, max_length: int) -> HeadSession:
         """A session, which holds no memory."""
@@ -107,15 +94,9 @@ class Head:
 
         Samples whose caches are reserved share one product, as they share forwards. Raises NotFinite.
         """
-        if len(batch) == 1 or any(item.session.settings.new_cache is not reserved for item in batch):
-            return [self._step(item) for item in batch]
-        began, sizes = time.perf_counter(), [item.logits for item in batch]
-        out = self._whole(torch.cat([_last(item) for item in batch], dim=1), batch[0], alone=False)
-        timings = [self._timing(out, began), *(StageTiming({}) for _ in batch[1:])]
-        outputs = [StageOutput(own, each) for own, each in zip(torch.split(out, sizes, dim=1), timings, strict=True)]
-        for item, output in zip(batch, outputs, strict=True):
-            self._check(item, output.x)
-        return outputs
+        shared = len(batch) > 1 and all(item.session.settings.new_cache is reserved for item in batch)
+        groups = [batch] if shared else [[item] for item in batch]
+        return [output for group in groups for output in self._together(group)]
 
     def logits_in_parts(self, item: StageInput) -> PendingLogits | None:
         """The first logits of one token, and what computes the others; None for a head that cannot be parted.
@@ -130,27 +111,30 @@ class Head:
         if parts is None:
             return None
         first, others = parts
-        return PendingLogits(first, self._timing(first, began), partial(self._finish, item, others))
+        return PendingLogits(first, timed(self.word, [first], began)[0].timing, partial(self._finish, item, others))
 
     def _finish(self, item: StageInput, others: Callable[[], torch.Tensor]) -> StageOutput:
         began = time.perf_counter()
         with self._settings(item, alone=_alone(item)):
             out = others()
-        timing = self._timing(out, began)
-        self._check(item, out)
-        return StageOutput(out, timing)
+        return self._outputs([item], [out], began)[0]
 
-    def _step(self, item: StageInput) -> StageOutput:
-        began = time.perf_counter()
-        out = self._whole(_last(item), item, alone=_alone(item))
-        timing = self._timing(out, began)
-        self._check(item, out)
-        return StageOutput(out, timing)
+    def _together(self, batch: Sequence[StageInput]) -> list[StageOutput]:
+        began, alone = time.perf_counter(), len(batch) == 1 and _alone(batch[0])
+        x = torch.cat([_last(item) for item in batch], dim=1).to(self.device)
+        with self._settings(batch[0], alone=alone):
+            out = _whole(self.cut, x) if self.engine.by_kernel and not alone else self.engine.whole(x)
+        return self._outputs(batch, torch.split(out, [_last(item).shape[1] for item in batch], dim=1), began)
 
-    def _whole(self, x: torch.Tensor, item: StageInput, *, alone: bool) -> torch.Tensor:
-        x = x.to(self.device)
-        with self._settings(item, alone=alone):
-            return _whole(self.cut, x) if self.engine.by_kernel and not alone else self.engine.whole(x)
+    def _outputs(self, batch: Sequence[StageInput], outs: Sequence[torch.Tensor], began: float) -> list[StageOutput]:
+        outputs = timed(self.word, outs, began)
+        for item, output in zip(batch, outputs, strict=True):
+            nonfinite.check(self.cut, item, output.x, partial(self._again, item))
+        return outputs
+
+    def _again(self, item: StageInput) -> torch.Tensor:
+        with item.session.settings.gradient_guard():
+            return _whole(self.cut, _last(item).to(self.device))
 
     def _settings(self, item: StageInput, *, alone: bool) -> AbstractContextManager[object]:
         """Torch's settings for a step of one token, which is `alone`, or of several."""
@@ -162,27 +146,8 @@ class Head:
             settings.enter_context(computing_one_token(self.threads, self.precision))
         return settings
 
-    def _timing(self, out: torch.Tensor, began: float) -> StageTiming:
-        if out.device.type != "cpu":
-            torch.accelerator.synchronize(out.device)
-        return StageTiming({self.word: time.perf_counter() - began})
 
-    def _check(self, item: StageInput, logits: torch.Tensor) -> None:
-        """Raise NotFinite that names where it began if the logits of `item` cannot be sampled from."""
-        wrong = nonfinite.wrong_place(logits, logits=True)
-        if wrong is None:
-            return
-        row, value = wrong
-        position, x = item.position + item.x.shape[1] - item.logits + row, _last(item).to(self.device)
-
-        def again() -> torch.Tensor:
-            with item.session.settings.gradient_guard():
-                return _whole(self.cut, x)
-
-        raise NotFinite(nonfinite.told(self.cut, value, position, self.dtype, again))
-
-
-def engine_of(cut: CutModel, example: torch.Tensor) -> HeadEngine:
+def engine_of(cut: CutModel, example: torch.Tensor) -> TorchEngine | FusedHead:
     """The fastest exact way to compute the logits of such a stage without layers.
 
     Each is first held against the causal LM's own forward, on `example` [1, 1, H]: norm and head called one after the
@@ -190,7 +155,7 @@ def engine_of(cut: CutModel, example: torch.Tensor) -> HeadEngine:
     LM does something with the logits, its own forward computes them, once for each part.
     """
     on_cpu, module = example.device.type == "cpu", cast(Any, cut.module)
-    if on_cpu and (fused := fused_decode.head_of(cut, FIRST)) is not None:
+    if on_cpu and (fused := head_of(cut, FIRST)) is not None:
         return fused
     head = module.get_output_embeddings()
     rows = _parts(head) if on_cpu else ()

@@ -8,15 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain, repeat
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
-from splitlearn.errors import FamilyRefused, InputError, NotFinite
-from splitlearn.events import StageTiming
+from splitlearn.errors import FamilyRefused, InputError
 from splitlearn.kvcache.layers import reserved, static
 from splitlearn.kvcache.pool import KVPool, KVShape, StandingPool, shapes_of
 from splitlearn.layers.block_linear import BlockLinear
@@ -24,7 +22,7 @@ from splitlearn.layers.onednn_linear import PrepackedLinear
 from splitlearn.models.cut import CutModel, body_of, example
 from splitlearn.models.structure import rope_restart
 from splitlearn.stages import nonfinite
-from splitlearn.stages.base import StageInput, StageOutput
+from splitlearn.stages.base import StageInput, StageOutput, timed
 from splitlearn.stages.engine import Eager, TokenEngine
 from splitlearn.stages.equivalence import SHARED_FORWARD, STATIC_CACHE
 from splitlearn.stages.ragged_batch import RaggedStage
@@ -208,13 +206,8 @@ class LocalStage:
 
     def check(self, item: StageInput, output: StageOutput) -> None:
         """Raise NotFinite that names the layer where it began if `output`, of `item`, holds NaN or Inf."""
-        wrong = nonfinite.wrong_place(output.x, logits=self.cut.last)
-        if wrong is None:
-            return
-        row, value = wrong
-        position = item.position + item.x.shape[1] - output.x.shape[1] + row
         again = partial(self._step, replace(item, mark=None), self.eager.compute)
-        raise NotFinite(nonfinite.told(self.cut, value, position, self.dtype, again))
+        nonfinite.check(self.cut, item, output.x, again)
 
     def compute(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """`step` without the check of what comes out."""
@@ -236,7 +229,7 @@ class LocalStage:
         with session.settings.gradient_guard():
             out = compute(item)
         session.length = item.position + item.x.shape[1]
-        return StageOutput(out, self._timing(out, started, self._compile_s() - compiled))
+        return timed(self.word, [out], started, self._compile_s() - compiled)[0]
 
     def _together(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """One forward. Compiled stages have none: see RaggedStage."""
@@ -247,11 +240,4 @@ class LocalStage:
             out = self._ragged.forward(batch)
         for item in batch:
             item.session.length = item.position + item.x.shape[1]
-        timings = chain([self._timing(out[0], started, 0.0)], repeat(StageTiming({})))
-        return [StageOutput(own, timing) for own, timing in zip(out, timings, strict=False)]
-
-    def _timing(self, out: torch.Tensor, started: float, compile_s: float) -> StageTiming:
-        """What was spent since `started`, once `out` is there."""
-        if out.device.type != "cpu":
-            torch.accelerator.synchronize(out.device)
-        return StageTiming({self.word: time.perf_counter() - started}, compile_s=compile_s)
+        return timed(self.word, out, started)

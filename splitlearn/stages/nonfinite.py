@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitlearn.models.cut import CutModel, body_of, eagerly, layers_of
+from splitlearn.errors import NotFinite
+from splitlearn.models.cut import CutModel, body_of, dtype_of, eagerly, layers_of
+from splitlearn.stages.base import StageInput
 from splitlearn.wire.codec import where_not_finite
 
 HALF_MOST = 65504
@@ -33,20 +35,24 @@ def wrong_place(x: Tensor, *, logits: bool) -> tuple[int, float] | None:
     return (int(rows[0]), float(largest[rows[0]])) if len(rows) else None
 
 
-def told(cut: CutModel, value: float, position: int, dtype: torch.dtype, again: Callable[[], object]) -> str:
-    """What a person is told of `value`, which a stage gave at `position`: where it began, and what helps.
+def check(cut: CutModel, item: StageInput, x: Tensor, again: Callable[[], object]) -> None:
+    """Raise NotFinite that says where it began, and what helps, if `x`, the output for `item`, cannot be used.
 
-    `again` repeats the step that went wrong, from the cache as it was before it.
+    `again` repeats the step, from the cache as it was before it.
     """
+    wrong = wrong_place(x, logits=cut.last)
+    if wrong is None:
+        return
+    row, value = wrong
+    position, dtype = item.position + item.x.shape[1] - x.shape[1] + row, dtype_of(cut)
     found = first_not_finite(cut, again)
     where = f"in the layers [{cut.start}, {cut.end})" if found is None else f"first in {found[0]}"
     weights = [] if found is None else _not_finite_weights(*found)
     said = f"The model's numbers are not finite: {value} at position {position}, {where}."
     if weights:
         named = ", ".join(cut.full_name(name) for name in weights[:3])
-        said = f"{said} Its weights hold what is not finite: {named}."
-        return f"{said} {_help_weights(dtype)}"
-    return f"{said} {_help(dtype)}"
+        raise NotFinite(f"{said} Its weights hold what is not finite: {named}. {_help_weights(dtype)}")
+    raise NotFinite(f"{said} {_help(dtype)}")
 
 
 def first_not_finite(cut: CutModel, again: Callable[[], object]) -> tuple[str, nn.Module, str] | None:
