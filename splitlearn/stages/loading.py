@@ -7,7 +7,7 @@ file. Stages that are loaded together share a tied tensor, so a client's embeddi
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -294,7 +294,7 @@ def _layers(
         _give_own_row(cut)
     if wanted.compile_stage is not None:
         cut = wanted.compile_stage(cut)
-    allows = partial(equivalence.allows, config)
+    allows = cache(partial(equivalence.allows, config))
     eager = Eager(cut, placement.device, _row_threads(placement), torch.get_float32_matmul_precision())
     faster = None if wanted.engine is None else wanted.engine(eager)
     if faster is not None and faster.window and equivalence.STATIC_CACHE not in allows():

@@ -6,7 +6,7 @@ Steps of several sessions share a forward where their caches lie in one pool (st
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -56,6 +56,7 @@ class LocalStage:
     hidden_size: int
     faster: TokenEngine | None = None
     allows: Callable[[], frozenset[str]] = frozenset
+    _tried: dict[frozenset[str], bool] = field(init=False, default_factory=dict, compare=False)
 
     @property
     def cut(self) -> CutModel:
@@ -108,32 +109,21 @@ class LocalStage:
     def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
         """A new session; a cache is made only when the settings keep one. Raises InputError for a kind of cache over
         which the layers would answer otherwise."""
-        if settings.new_cache is static and STATIC_CACHE not in self._allowed:
-            raise InputError("cache", "static", "dynamic or reserved for this model: it counts masked keys, too")
-        if self._stands(settings):
-            return self._opened_in(self._standing.with_room(max_length, 1), settings, max_length, 1, shares=False)[0]
-        layers = self.cut.end - self.cut.start
-        cache = settings.new_cache(layers, max_length) if settings.new_cache else None
-        return self.session(cache, settings, max_length)
+        return self.open_together(settings, max_length, 1)[0]
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[LocalSession]:
         """Sessions whose steps can be one forward, where the settings reserve the cache and the layers permit it."""
-        shares = settings.new_cache is reserved and self.packs(settings)
-        if self._stands(settings):
+        new_cache, layers = settings.new_cache, self.cut.end - self.cut.start
+        if new_cache is static and STATIC_CACHE not in self.allows():
+            raise InputError("cache", "static", "dynamic or reserved for this model: it counts masked keys, too")
+        shares = count > 1 and new_cache is reserved and self.packs(settings)
+        if self._window and new_cache is reserved and self._pools():  # a later session should lie where this one does
             pool = self._standing.with_room(max_length, count)
-            return self._opened_in(pool, settings, max_length, count, shares=shares)
-        if shares:
-            return self._opened_in(self.pool(count, max_length), settings, max_length, count, shares=True)
-        return [self.open(settings, max_length) for _ in range(count)]
-
-    def _stands(self, settings: SessionSettings) -> bool:
-        """Whether sessions should lie where earlier ones did."""
-        return bool(self._window) and settings.new_cache is reserved and self._pools()
-
-    def _opened_in(
-        self, pool: KVPool, settings: SessionSettings, max_length: int, count: int, *, shares: bool
-    ) -> list[LocalSession]:
-        """Sessions beside each other in `pool`, which has room for them."""
+        elif shares:
+            pool = self.pool(count, max_length)
+        else:
+            caches = [None if new_cache is None else new_cache(layers, max_length) for _ in range(count)]
+            return [self.session(cache, settings, max_length) for cache in caches]
         sessions = []
         for _ in range(count):
             run = pool.reserve(max_length)
@@ -150,7 +140,7 @@ class LocalStage:
         """
         words = settings.words
         if words not in self._tried:
-            self._tried[words] = self._pools() and self._ragged.agrees(settings) and SHARED_FORWARD in self._allowed
+            self._tried[words] = self._pools() and self._ragged.agrees(settings) and SHARED_FORWARD in self.allows()
         return self._tried[words]
 
     def _pools(self) -> bool:
@@ -167,7 +157,7 @@ class LocalStage:
     @cached_property
     def kv_shapes(self) -> list[tuple[KVShape, KVShape]]:
         """What each layer keeps of a token. Raises FamilyRefused where that is not keys and values."""
-        return shapes_of(self.cut, self._example[:, :1])
+        return shapes_of(self.cut, example(self.cut, 1))
 
     @cached_property
     def rope_restart(self) -> int | None:
@@ -175,25 +165,12 @@ class LocalStage:
         return rope_restart(body_of(self.cut).config)
 
     @cached_property
-    def _example(self) -> torch.Tensor:
-        """Something to try the stage with: 8 token ids, or as many rows of a hidden state."""
-        return example(self.cut, 8)
-
-    @cached_property
     def _ragged(self) -> RaggedStage:
         return RaggedStage(self.cut)
 
     @cached_property
-    def _allowed(self) -> frozenset[str]:
-        return self.allows()
-
-    @cached_property
     def _standing(self) -> StandingPool:
         return StandingPool(self.pool, self._window)
-
-    @cached_property
-    def _tried(self) -> dict[frozenset[str], bool]:
-        return {}
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """One step of each session; of several in one forward where they can share it, for which their flags are the
