@@ -17,7 +17,7 @@ import torch
 
 from splitlearn.client.failover import Endpoints, RetryBudget
 from splitlearn.client.served import Served, TrunkFacts
-from splitlearn.client.session_stream import Opening, Receipt, Sent, Stream, opening_of
+from splitlearn.client.session_stream import Opening, Sent, Stream, opening_of
 from splitlearn.errors import TrunkUnavailable
 from splitlearn.events import Reconnecting, Recovery, StageTiming
 from splitlearn.stages.base import PendingStep, StageInput, StageOutput
@@ -109,27 +109,25 @@ class RemoteSession:
     def step(self, position: int, x: torch.Tensor, *, rope_length: int = 0) -> StageOutput:
         """Send `x` [1, T, H] and wait for the trunk's answer to all of it, from another trunk if this one is lost."""
         started = time.perf_counter()
-        self._send(position, x, rope_length)
-        return self._finish(position, Receipt.blocking(self._pending[-1]), started)
+        return self._finish(position, self._send(position, x, rope_length), started)
 
     def begin(self, position: int, x: torch.Tensor, *, uncertain: bool = False, rope_length: int = 0) -> PendingStep:
         """Send `x`: the first half of `step`, and what does the second."""
-        self._send(position, x, rope_length, uncertain=uncertain)
-        sent, stream = self._pending[-1], self._stream
+        sent, drop = self._send(position, x, rope_length, uncertain=uncertain), self._stream.drop_step
 
         def finish() -> StageOutput:
             now = time.perf_counter()
-            return self._finish(position, Receipt.overlapped(sent, now), now)
+            return self._finish(position, sent, now, now)
 
         timing = StageTiming({"encode": sent.encode_s, "wire": sent.hand_over_s}, bytes_up=sent.size)
-        return PendingStep(timing, finish, partial(stream.drop_step, sent))
+        return PendingStep(timing, finish, partial(drop, sent))
 
     def fork(self, other: "RemoteSession", tokens: int) -> None:
         """Have the next step begin with what the trunk has of `other`."""
         self._sent = other._sent[: tokens * self._row_bytes]  # noqa: SLF001
         self._fork_of = other._stream.key  # noqa: SLF001
 
-    def _send(self, position: int, x: torch.Tensor, rope_length: int, *, uncertain: bool = False) -> None:
+    def _send(self, position: int, x: torch.Tensor, rope_length: int, *, uncertain: bool = False) -> Sent:
         kept, fork_of, self._fork_of = position * self._row_bytes, self._fork_of, b""
         self._rope_length = rope_length  # the same for all that is pending
         sent = self._stream.send(
@@ -143,21 +141,22 @@ class RemoteSession:
         self._pending.append(sent)
         del self._sent[kept:]
         self._sent += sent.data
+        return sent
 
-    def _finish(self, position: int, receipt: Receipt, started: float) -> StageOutput:
+    def _finish(self, position: int, sent: Sent, started: float, since: float | None = None) -> StageOutput:
         """The answer to the first pending step."""
         self._pending.popleft()
         budget = self._endpoints.budget()
         if self._recovered:
             return self._recovered.popleft()
         try:
-            output = self._stream.answer(receipt, budget.wait_s())
+            output = self._stream.answer(sent, budget.wait_s(), since)
         except TrunkUnavailable as error:
             lost = self._stream.address
             budget.announce = lambda attempt: self._stage.watch(
                 Reconnecting(attempt, time.perf_counter() - started, lost)
             )
-            output = self._recover(receipt.sent, error, budget)
+            output = self._recover(sent, error, budget)
             spent = time.perf_counter() - started
             recovery = Recovery(spent, lost, self._stream.address, position)
             timing = replace(output.timing, ledger={"recover": spent}, recoveries=(recovery,))
@@ -187,7 +186,7 @@ class RemoteSession:
             self._stream = self._open(budget, patient=True)
             try:
                 sent = self._stream.send(0, replay, answer_last=sum(sizes), rope_length=self._rope_length)
-                output = self._stream.answer(Receipt.blocking(sent), budget.wait_s())
+                output = self._stream.answer(sent, budget.wait_s())
             except TrunkUnavailable as again:
                 error = again
                 continue

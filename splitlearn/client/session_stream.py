@@ -71,40 +71,24 @@ class Sent:
     at: float
     size: int
 
+    def timing(self, server: pb.StepResult, received: float, size: int, since: float | None) -> StageTiming:
+        """Of an answer of `size` bytes that was there at `received` and is decoded now.
 
-@dataclass(frozen=True)
-class Receipt:
-    """From when on the client only waits for the answer to `sent`, and whether the answer's timing also has what
-    sending took."""
-
-    sent: Sent
-    since: float
-    with_sending: bool
-
-    @classmethod
-    def blocking(cls, sent: Sent) -> "Receipt":
-        """Of a step that was sent to be waited for at once."""
-        return cls(sent, sent.at, with_sending=True)
-
-    @classmethod
-    def overlapped(cls, sent: Sent, since: float) -> "Receipt":
-        """Of a step beside which the client worked until `since`; its sender has counted what sending took."""
-        return cls(sent, since, with_sending=False)
-
-    def timing(self, server: pb.StepResult, received: float, size: int) -> StageTiming:
-        """Of an answer of `size` bytes that was there at `received` and is decoded now. Of what the server spent,
-        the share that went by while the client still worked counts as overlapped."""
-        waited, spent = received - self.since, server.decode_s + server.queue_s + server.trunk_s + server.encode_s
+        None as `since`: the client only waited for it, and what sending took is counted here. Otherwise it worked until
+        `since`. Of what the server spent, the share that went by meanwhile counts as overlapped.
+        """
+        waited = received - (self.at if since is None else since)
+        encode_s, bytes_up = (self.encode_s, self.size) if since is None else (0.0, 0)
+        spent = server.decode_s + server.queue_s + server.trunk_s + server.encode_s
         share = min(1.0, waited / spent) if spent else 1.0
         ledger = {
-            "encode": (self.sent.encode_s if self.with_sending else 0.0) + share * server.encode_s,
+            "encode": encode_s + share * server.encode_s,
             "wire": max(0.0, waited - spent),
             "queue": share * server.queue_s,
             "trunk": share * server.trunk_s,
             "decode": time.perf_counter() - received + share * server.decode_s,
         }
-        bytes_up, overlapped_s = self.sent.size if self.with_sending else 0, (1 - share) * spent
-        return StageTiming(ledger, server.compile_s, bytes_up, size, overlapped_s=overlapped_s)
+        return StageTiming(ledger, server.compile_s, bytes_up, size, overlapped_s=(1 - share) * spent)
 
 
 class Stream:
@@ -140,7 +124,7 @@ class Stream:
 
     def step(self, position: int, x: torch.Tensor, wait_s: float) -> StageOutput:
         """Send `x` [1, T, H], in parts if it is long, and wait at most `wait_s` for each part of the answer."""
-        return self.answer(Receipt.blocking(self.send(position, x)), wait_s)
+        return self.answer(self.send(position, x), wait_s)
 
     def send(
         self,
@@ -158,9 +142,8 @@ class Stream:
         step can be dropped; `rope_length` is that of `StageInput`."""
         started = time.perf_counter()
         data = self._rows.to_bytes(x)
-        first: dict[str, object] = {"truncate": truncate, "fork_of": fork_of}
         each: dict[str, object] = {"answer_last": answer_last, "uncertain": uncertain, "rope_length": rope_length}
-        messages = self._encode(position, data, first, each)
+        messages = self._encode(position, data, {**each, "truncate": truncate, "fork_of": fork_of}, each)
         encoded = time.perf_counter()
         for message in messages:
             self._outgoing.put(message)
@@ -168,15 +151,16 @@ class Stream:
         wanted, handed_over_s = answer_last or x.shape[1], time.perf_counter() - encoded
         return Sent(self._steps, data, wanted, encoded - started, handed_over_s, encoded, sum(map(len, messages)))
 
-    def answer(self, receipt: Receipt, wait_s: float) -> StageOutput:
-        """The second half of `step`: the answer to what was sent. Steps must be asked for in the order of sending."""
-        sent, replies, results = receipt.sent, list[bytes](), list[pb.StepResult]()
+    def answer(self, sent: Sent, wait_s: float, since: float | None = None) -> StageOutput:
+        """The second half of `step`: the answer to what was sent. Steps must be asked for in the order of sending.
+        `since` is that of `Sent.timing`."""
+        replies, results = list[bytes](), list[pb.StepResult]()
         while not results or results[-1].more:
             replies.append(self._receive(wait_s))
             received = time.perf_counter()
             results.append(self._result(replies[-1], sent))
         out = self._decode(results, 0 if results[0].dropped and sent.step_id <= self._unwanted else sent.wanted)
-        return StageOutput(out, receipt.timing(results[-1], received, sum(map(len, replies))))
+        return StageOutput(out, sent.timing(results[-1], received, sum(map(len, replies)), since))
 
     def drop_step(self, sent: Sent) -> None:
         """Cancel `sent` at the trunk: its answer has no positions, unless it was computed before."""
@@ -231,7 +215,7 @@ class Stream:
     def _encode(
         self, position: int, data: bytes, first: Mapping[str, object], each: Mapping[str, object]
     ) -> list[bytes]:
-        """The messages of a step: what else the `first` of them says, and what `each` of them does."""
+        """The messages of a step: what else the `first` of them says, and what `each` later one does."""
         self._steps += 1
         hidden_size, messages = self._served.hidden_size, list[bytes]()
         size = codec.part_bytes(self._row_bytes, self._part_bytes)
@@ -242,8 +226,7 @@ class Stream:
                 "position": position + start // self._row_bytes,
                 "hidden": codec.fields(data[start : start + size], self._rows, hidden_size),
                 "more": start + size < len(data),
-                **({} if messages else first),
-                **each,
+                **(each if messages else first),
             }
             messages.append(pb.ClientMessage(step=step).SerializeToString())
         return messages

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from splitlearn.client.remote_stage import RemoteSession, RemoteStage
-from splitlearn.client.session_stream import Opening, Receipt, Sent
+from splitlearn.client.session_stream import Opening, Sent
 from splitlearn.errors import TrunkUnavailable
 from splitlearn.events import StageTiming
 from splitlearn.stages.base import PendingLogits, StageInput, StageOutput
@@ -151,12 +151,12 @@ class Server:
         self.queue.append((sent, compute))
         return sent
 
-    def answer(self, receipt: Receipt, wait_s: float) -> StageOutput:
+    def answer(self, asked: Sent, wait_s: float, since: float | None = None) -> StageOutput:
         if self.lost or self.trunks.loses():
             self.lost = True
             raise TrunkUnavailable("lost")
         sent, compute = self.queue.popleft()
-        assert sent is receipt.sent, "answers come in the order of sending"
+        assert sent is asked, "answers come in the order of sending"
         return StageOutput(compute(), StageTiming({}))
 
     def drop_step(self, sent: Sent) -> None:
