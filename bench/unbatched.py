@@ -11,14 +11,15 @@ from multiprocessing.connection import Connection
 from server.auth.tls import Security
 from server.build import TrunkRuntime, build
 from server.program import listen
-from server.scheduling.engine import Engine, StepAnswer
-from server.scheduling.sessions import EngineSession, Step
+from server.scheduling.engine import Engine
+from server.scheduling.sessions import EngineSession
 from server.service import TrunkService
 from server.variants import Variants
 from splitlearn.config import Config
+from splitlearn.events import StageTiming
 from splitlearn.runtime import process
 from splitlearn.runtime.progress import silent
-from splitlearn.stages.base import StageInput
+from splitlearn.stages.base import StageInput, StageOutput
 
 
 class Direct(Engine):
@@ -29,11 +30,11 @@ class Direct(Engine):
         super().__init__(runtime.stage, runtime.admission, runtime.engine.limits, runtime.metrics, thread)
         self._alone = runtime.stage
 
-    def step(self, session: EngineSession, step: Step) -> StepAnswer:
+    def step(self, session: EngineSession, item: StageInput, *, truncate: bool = False) -> StageOutput:
         """One forward for this step alone; nothing is waited for, checked or counted."""
         started = time.perf_counter()
-        output = self._alone.step([StageInput(session.cache, step.position, step.x, rope_length=step.rope_length)])[0]
-        return StepAnswer(output.x, time.perf_counter() - started, 0.0, 0.0)
+        output = self._alone.step([item])[0]
+        return StageOutput(output.x, StageTiming({"trunk": time.perf_counter() - started, "queue": 0.0}))
 
 
 class Unbatched:

@@ -10,9 +10,10 @@ from google.protobuf.message import DecodeError
 
 from server.call_log import CallLog
 from server.monitoring.metrics import TokenKind
-from server.scheduling.engine import Engine, StepAnswer
-from server.scheduling.sessions import EngineSession, Step
+from server.scheduling.engine import Engine
+from server.scheduling.sessions import EngineSession
 from splitlearn.errors import InputError, StepUnwanted
+from splitlearn.stages.base import DropMark, StageInput, StageOutput
 from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.hidden_states import converted
@@ -49,6 +50,17 @@ class Parts:
     tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a client asks for: the step's numbers, its input, and how many of the last positions it wants answers to."""
+
+    sequence_id: int
+    step_id: int
+    item: StageInput
+    truncate: bool
+    wanted: int
+
+
 class SessionHandler:
     """Takes the messages of `session` one by one; `parts` are of a step that is not whole yet."""
 
@@ -75,7 +87,7 @@ class SessionHandler:
         yield from self.encode(step, answer)
         if answer is not None:
             kinds = _kinds(step, before, self._session.recomputes)
-            self._log.stepped(kinds, step.x.shape[1], step.wanted, answer.queue_s)
+            self._log.stepped(kinds, step.item.x.shape[1], step.wanted, answer.timing.ledger["queue"])
 
     def assemble(self, message: pb.Step) -> Step | None:
         """The step that `message` completes; None where more parts are to come."""
@@ -92,35 +104,38 @@ class SessionHandler:
         self._watch.lap("decode")
         return step
 
-    def run(self, step: Step) -> StepAnswer | None:
+    def run(self, step: Step) -> StageOutput | None:
         """Have the engine compute a step. None where its client dropped it."""
         try:
-            return self._engine.step(self._session, step)
+            return self._engine.step(self._session, step.item, truncate=step.truncate)
         except StepUnwanted:
             return None
         finally:
             self._watch.lap("engine")
 
-    def encode(self, step: Step, answer: StepAnswer | None) -> Iterator[bytes]:
+    def encode(self, step: Step, answer: StageOutput | None) -> Iterator[bytes]:
         """The messages of an answer, in as many parts as it takes; the last one says what took how long."""
         seconds = self._watch.seconds
         if answer is None:
             took = {"decode_s": seconds["decode"], "trunk_s": seconds["engine"]}
-            yield _answer(step, step.position, dropped=True, **took)
+            yield _answer(step, step.item.position, dropped=True, **took)
             return
-        skipped = step.x.shape[1] - step.wanted
-        *parts, last = self._messages(step, step.position + skipped, answer.x[:, skipped:] if skipped else answer.x)
+        skipped, timing = step.item.x.shape[1] - step.wanted, answer.timing
+        x = answer.x[:, skipped:] if skipped else answer.x
+        *parts, last = self._messages(step, step.item.position + skipped, x)
         self._watch.lap("encode")
-        times = _times(
-            decode_s=seconds["decode"],
-            queue_s=answer.queue_s + seconds["throttled"],
-            trunk_s=answer.trunk_s,
-            encode_s=seconds["encode"],
-            compile_s=answer.compile_s,
+        times = pb.ServerMessage(
+            result={
+                "decode_s": seconds["decode"],
+                "queue_s": timing.ledger["queue"] + seconds["throttled"],
+                "trunk_s": timing.ledger["trunk"],
+                "encode_s": seconds["encode"],
+                "compile_s": timing.compile_s,
+            }
         )
         yield from parts
         # Protocol Buffers merge concatenated messages: so what encoding took can be in what it encoded.
-        yield last + times
+        yield last + times.SerializeToString()
 
     def _checked(self, message: pb.Step) -> Parts:
         """The parts so far, once `message` is checked against them and against what is served."""
@@ -142,16 +157,10 @@ class SessionHandler:
     def _whole(self, parts: Parts, last: pb.Step) -> Step:
         x = converted(self._read(b"".join(parts.values)), self._dtype)
         codec.check_finite(x, parts.position)
-        return Step(
-            parts.position,
-            x,
-            number=last.step_id,
-            sequence_id=last.sequence_id,
-            wanted=min(last.answer_last or parts.tokens, parts.tokens),
-            uncertain=last.uncertain,
-            truncate=parts.truncate,
-            rope_length=parts.rope_length,
-        )
+        mark = DropMark(self._session.drops, last.step_id) if last.uncertain else None
+        item = StageInput(self._session.cache, parts.position, x, mark=mark, rope_length=parts.rope_length)
+        wanted = min(last.answer_last or parts.tokens, parts.tokens)
+        return Step(last.sequence_id, last.step_id, item, parts.truncate, wanted)
 
     def _messages(self, step: Step, position: int, x: torch.Tensor) -> list[bytes]:
         """The answer `x` [1, T, H], from `position` on."""
@@ -170,12 +179,8 @@ class SessionHandler:
 
 def _answer(step: Step, position: int, **fields: object) -> bytes:
     # A dictionary, as in client/session_stream.py: a StepResult would be copied into the message.
-    result = {"sequence_id": step.sequence_id, "step_id": step.number, "position": position, **fields}
+    result = {"sequence_id": step.sequence_id, "step_id": step.step_id, "position": position, **fields}
     return pb.ServerMessage(result=result).SerializeToString()
-
-
-def _times(**seconds: float) -> bytes:
-    return pb.ServerMessage(result=seconds).SerializeToString()
 
 
 def _kinds(step: Step, before: int, recomputes: bool) -> dict[TokenKind, int]:
@@ -184,7 +189,7 @@ def _kinds(step: Step, before: int, recomputes: bool) -> dict[TokenKind, int]:
     Positions whose answer the client does not want are a replay after failover. So is, without a KV cache, the prefix
     that each step brings again.
     """
-    tokens = step.x.shape[1]
+    tokens = step.item.x.shape[1]
     known = min(before, tokens) if recomputes else tokens - step.wanted
     kind: TokenKind = "decode" if before or known else "prompt"
     return {"replay": known, kind: tokens - known} if known else {kind: tokens}

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +18,7 @@ from server.auth.gate import Quota
 from server.monitoring.metrics import Metrics
 from server.scheduling.admission import Admission
 from server.scheduling.scheduler import Batch, Limits, Turns, next_batch
-from server.scheduling.sessions import EngineSession, Pace, QueuedStep, SessionTable, Step
+from server.scheduling.sessions import EngineSession, Pace, QueuedStep, SessionTable
 from splitlearn.errors import (
     InputError,
     NotFinite,
@@ -30,19 +29,10 @@ from splitlearn.errors import (
     TrunkLate,
     as_error,
 )
+from splitlearn.events import StageTiming
 from splitlearn.flags.registry import settings
 from splitlearn.stages.base import StageInput, StageOutput
 from splitlearn.stages.local import LocalStage
-
-
-@dataclass(frozen=True)
-class StepAnswer:
-    """The answer to a step: hidden state [1, T, H], and seconds of computing, of waiting for it, and of compiling."""
-
-    x: torch.Tensor
-    trunk_s: float
-    queue_s: float
-    compile_s: float
 
 
 class Engine:
@@ -125,15 +115,17 @@ class Engine:
             holders = {each.quota.holder for each in left}
             self._turns = self._turns.only({each.group for each in left}, holders)
 
-    def step(self, session: EngineSession, step: Step) -> StepAnswer:
-        """Compute a step, in one forward with steps of other sessions where they can share it.
+    def step(self, session: EngineSession, item: StageInput, *, truncate: bool = False) -> StageOutput:
+        """Compute a step, in one forward with steps of other sessions where they can share it. To `truncate` allows a
+        position before the end of what is computed. The output's timing has what `trunk` and `queue` took.
 
         Raises InputError for a position that does not follow, TrunkLate when the step waited for longer than
         `session.timeout_s` or its session ended, StepUnwanted when its client dropped it.
         """
-        _check_position(session, step)
+        _check_position(session, item.position, truncate)
         began = time.perf_counter()
-        pending = QueuedStep(session, step, began, session.group, session.quota.holder)
+        tokens, holder = item.x.shape[1], session.quota.holder
+        pending = QueuedStep(group=session.group, holder=holder, left=tokens, session=session, item=item, began=began)
         with self._arrived:
             session.pace.stepped(began)
             session.pending = pending
@@ -149,9 +141,10 @@ class Engine:
         elif idle:
             self._thread.submit(self._run)
         pending.ended.result()
-        session.computed = step.position + step.x.shape[1]
+        session.computed = item.position + tokens
         x = pending.outputs[0] if len(pending.outputs) == 1 else torch.cat(pending.outputs, dim=1)
-        return StepAnswer(x, pending.trunk_s, time.perf_counter() - began - pending.trunk_s, pending.compile_s)
+        took = {"trunk": pending.trunk_s, "queue": time.perf_counter() - began - pending.trunk_s}
+        return StageOutput(x, StageTiming(took, compile_s=pending.compile_s))
 
     def _runs_here_locked(self, pending: QueuedStep) -> bool:
         """The lone client's shortcut: the thread that read its token computes it. Both wake-ups of a hand-over take 0.2
@@ -259,8 +252,8 @@ class Engine:
         return output
 
 
-def _check_position(session: EngineSession, step: Step) -> None:
-    if session.recomputes and step.position:
-        raise InputError("position", step.position, "0: without use_cache a step has the whole prefix")
-    if not session.recomputes and step.position < session.computed and not step.truncate:
-        raise InputError("position", step.position, f"{session.computed}, or truncate to go back from there")
+def _check_position(session: EngineSession, position: int, truncate: bool) -> None:
+    if session.recomputes and position:
+        raise InputError("position", position, "0: without use_cache a step has the whole prefix")
+    if not session.recomputes and position < session.computed and not truncate:
+        raise InputError("position", position, f"{session.computed}, or truncate to go back from there")

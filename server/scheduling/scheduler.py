@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 LEAST_PIECE = 16
 """Tokens of a forward that a prompt gets at least, or none: a forward reads all weights whatever it computes."""
@@ -23,28 +23,18 @@ WHOLE = sys.maxsize
 NEVER = -1
 
 
-class Step(Protocol):
-    """A waiting step. `left` tokens are still to be computed. `ran` is the number of the last forward that computed a
-    part of it, NEVER before the first. Steps of one `group` can share a forward."""
+@dataclass(eq=False, kw_only=True)
+class Waiting:
+    """A waiting step of the client `holder`. `left` tokens, 1 or more, are still to be computed. `ran` is the number of
+    the last forward that computed a part of it. Steps of one `group` can share a forward."""
 
-    @property
-    def group(self) -> Hashable:
-        """What must be equal for steps to share a forward."""
-
-    @property
-    def holder(self) -> Hashable:
-        """The client that the step counts for."""
-
-    @property
-    def left(self) -> int:
-        """Tokens still to be computed, 1 or more."""
-
-    @property
-    def ran(self) -> int:
-        """The last forward that it was part of."""
+    group: Hashable
+    holder: Hashable
+    left: int
+    ran: int = NEVER
 
 
-S = TypeVar("S", bound=Step)
+S = TypeVar("S", bound=Waiting)
 Batch = list[tuple[S, int]]
 """Steps, each with the number of its tokens that a forward computes."""
 
@@ -71,7 +61,7 @@ class Turns:
     groups: Mapping[Hashable, int] = field(default_factory=dict)
     holders: Mapping[Hashable, int] = field(default_factory=dict)
 
-    def after(self, batch: "Batch[S]", forward: int) -> "Turns":
+    def after(self, batch: Batch[S], forward: int) -> "Turns":
         """The turns once `batch` is computed, as forward number `forward`."""
         groups = {step.group: forward for step, _ in batch}
         holders = {step.holder: forward for step, _ in batch if step.left > 1}

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Hashable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median_low
 from typing import Any
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from server.auth.gate import Quota
 from server.scheduling.admission import Admission, Reservation
-from server.scheduling.scheduler import NEVER
+from server.scheduling.scheduler import Waiting
 from splitlearn.errors import SplitlearnError
-from splitlearn.stages.base import DROPS, DropMark, StageInput, StageOutput
+from splitlearn.stages.base import DROPS, StageInput, StageOutput
 from splitlearn.stages.session import LocalSession
 
 # A client is awaited for so many times its usual pause, plus the slack.
@@ -83,72 +83,37 @@ class EngineSession:
         return tuple(sorted(self.cache.settings.forward_arguments.items())) if self.shared else id(self)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a client asks for: `x` [1, T, H] from `position` on. `number` is its step id.
-
-    `wanted`: how many of the last positions it wants answers to. `uncertain`: it may be dropped. `truncate`:
-    `position` may be before the end of what is computed. `rope_length` is that of `StageInput`.
-    """
-
-    position: int
-    x: torch.Tensor
-    number: int = 0
-    sequence_id: int = 0
-    wanted: int = 1
-    uncertain: bool = False
-    truncate: bool = False
-    rope_length: int = 0
-
-
-@dataclass(eq=False)
-class QueuedStep:
-    """A step that waits or runs, of which `done` tokens are computed. `ended` is set with the end or the error."""
+@dataclass(eq=False, kw_only=True)
+class QueuedStep(Waiting):
+    """A step that waits or runs. `ended` is set with the end or the error."""
 
     session: EngineSession
-    step: Step
+    item: StageInput
     began: float
-    group: Hashable
-    holder: Hashable
     outputs: list[torch.Tensor] = field(default_factory=list)
-    done: int = 0
-    ran: int = NEVER
     trunk_s: float = 0.0
     compile_s: float = 0.0
     ended: Future[None] = field(default_factory=Future)
 
-    @property
-    def left(self) -> int:
-        """Tokens still to be computed."""
-        return self.step.x.shape[1] - self.done
-
-    @property
-    def mark(self) -> DropMark | None:
-        """Of a step that its client may drop."""
-        return DropMark(self.session.drops, self.step.number) if self.step.uncertain else None
-
     def dropped(self) -> bool:
         """Whether its client dropped it."""
-        mark = self.mark
+        mark = self.item.mark
         return mark is not None and mark.dropped()
 
     def piece(self, tokens: int) -> StageInput:
         """The next `tokens` as the stage's input."""
-        step = self.step
-        x = step.x if tokens == step.x.shape[1] else step.x[:, self.done : self.done + tokens]
-        return StageInput(
-            self.session.cache,
-            step.position + self.done,
-            x,
-            mark=self.mark,
-            # The same for all pieces.
-            rope_length=step.rope_length or step.position + step.x.shape[1],
-        )
+        item, whole = self.item, self.item.x.shape[1]
+        if tokens == whole:
+            return item
+        done = whole - self.left
+        rope_length = item.rope_length or item.position + whole  # the same for all pieces
+        x = item.x[:, done : done + tokens]
+        return replace(item, position=item.position + done, x=x, rope_length=rope_length)
 
     def add(self, output: StageOutput, seconds: float) -> None:
         """A piece is computed."""
         self.outputs.append(output.x)
-        self.done += output.x.shape[1]
+        self.left -= output.x.shape[1]
         self.trunk_s += seconds
         self.compile_s += output.timing.compile_s
 

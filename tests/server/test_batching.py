@@ -18,7 +18,7 @@ import torch
 from server.auth.gate import Quota
 from server.build import KV_SHARE
 from server.scheduling.engine import Engine
-from server.scheduling.sessions import EngineSession, Pace, Step
+from server.scheduling.sessions import EngineSession, Pace
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
@@ -273,10 +273,10 @@ def test_sessions_that_differ_in_what_no_forward_sees_share_one(
         first, *others = (opened(engine, flags) for flags in (*kinds, kinds[0]))
         monkeypatch.setattr(LocalStage, "compute", wait_and_step)
         with ThreadPoolExecutor(len(kinds) + 1) as pool:
-            asked = [pool.submit(engine.step, first, Step(0, x))]
+            asked = [pool.submit(engine.step, first, StageInput(first.cache, 0, x))]
             assert eventually(lambda: engine.running == 1)
             for count, each in enumerate(others, 1):
-                asked.append(pool.submit(engine.step, each, Step(0, x)))
+                asked.append(pool.submit(engine.step, each, StageInput(each.cache, 0, x)))
                 assert eventually(partial(_waits, engine, count))
             go_on.set()
             outputs = [each.result().x for each in asked]
@@ -310,7 +310,7 @@ def test_memory_that_a_branch_is_copied_into_is_nobody_elses_until_it_is_done(
     with serve_here(files, kv_block_tokens=64) as here:
         engine, pool = here.runtime.engine, here.runtime.admission.pool
         parent, child = (opened(engine, max_length=64) for _ in range(2))
-        engine.step(parent, Step(0, hidden(files, 9)))
+        engine.step(parent, StageInput(parent.cache, 0, hidden(files, 9)))
         with ThreadPoolExecutor(1) as thread:
             copied = thread.submit(engine.fork, child, parent.key, 9)
             assert begun.wait(60)
@@ -370,14 +370,14 @@ def test_a_session_that_goes_back_beside_one_that_is_refused_gets_its_answer(
     with serve_here(files) as here:
         engine = here.runtime.engine
         back, ahead, first = (opened(engine) for _ in range(3))
-        wanted = engine.step(back, Step(0, whole)).x[:, 8:]
+        wanted = engine.step(back, StageInput(back.cache, 0, whole)).x[:, 8:]
         monkeypatch.setattr(LocalStage, "compute", wait_and_step)
         with ThreadPoolExecutor(3) as pool:
-            led = pool.submit(engine.step, first, Step(0, other))
+            led = pool.submit(engine.step, first, StageInput(first.cache, 0, other))
             assert eventually(lambda: engine.running == 1)
-            again = pool.submit(engine.step, back, Step(8, whole[:, 8:], truncate=True))
+            again = pool.submit(engine.step, back, StageInput(back.cache, 8, whole[:, 8:]), truncate=True)
             assert eventually(lambda: engine.waiting == 1)
-            gap = pool.submit(engine.step, ahead, Step(3, other))
+            gap = pool.submit(engine.step, ahead, StageInput(ahead.cache, 3, other))
             assert eventually(lambda: engine.waiting == 2)
             go_on.set()
             assert led.result() is not None

@@ -1,22 +1,15 @@
 """What a forward takes, for any sessions: never over budget, decoders always, and everybody's turn comes."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.scheduling.scheduler import LEAST_PIECE, NEVER, Limits, Turns, next_batch
+from server.scheduling.scheduler import LEAST_PIECE, Limits, Turns, Waiting, next_batch
 
 
-@dataclass(eq=False)
-class Waiting:
-    """A step that waits."""
-
-    group: Hashable
-    holder: Hashable
-    left: int
-    ran: int = NEVER
+def step(group: int, holder: Hashable, left: int) -> Waiting:
+    return Waiting(group=group, holder=holder, left=left)
 
 
 class Run:
@@ -36,7 +29,7 @@ class Run:
         return batch
 
 
-steps = st.builds(Waiting, st.integers(0, 2), st.integers(0, 3), st.integers(1, 200))
+steps = st.builds(step, st.integers(0, 2), st.integers(0, 3), st.integers(1, 200))
 budgets = st.integers(1, 64)
 ANY_SPEED = settings(deadline=None)
 
@@ -71,9 +64,9 @@ def test_every_step_is_done_after_a_bounded_number_of_forwards(waiting: list[Wai
 @ANY_SPEED
 @given(st.integers(1, 60), budgets)
 def test_a_holder_of_one_prompt_waits_for_two_forwards_beside_a_holder_of_any_number(many: int, budget: int) -> None:
-    run = Run([Waiting(0, "many", 500) for _ in range(many)], budget, budget)
+    run = Run([step(0, "many", 500) for _ in range(many)], budget, budget)
     run.forward()
-    run.steps.append(one := Waiting(0, "one", min(LEAST_PIECE, budget) + 1))
+    run.steps.append(one := step(0, "one", min(LEAST_PIECE, budget) + 1))
     before = one.left
     run.forward()
     run.forward()
@@ -83,15 +76,15 @@ def test_a_holder_of_one_prompt_waits_for_two_forwards_beside_a_holder_of_any_nu
 @ANY_SPEED
 @given(st.integers(2, 20), st.integers(1, 1000))
 def test_equal_prompts_of_one_holder_take_turns_in_the_order_of_their_arrival(count: int, length: int) -> None:
-    waiting = [Waiting(0, "same", length + 1) for _ in range(count)]
+    waiting = [step(0, "same", length + 1) for _ in range(count)]
     run = Run(list(waiting), LEAST_PIECE, LEAST_PIECE)
     assert [run.forward()[-1][0] for _ in range(count)] == waiting  # behind those that have one token left
 
 
 def test_a_short_prompt_behind_a_long_one_is_done_with_the_next_forward_but_one() -> None:
-    run = Run([Waiting(0, "same", 1500)], 16, 256)
+    run = Run([step(0, "same", 1500)], 16, 256)
     assert [tokens for _, tokens in run.forward()] == [256]
-    run.steps.append(short := Waiting(0, "same", 16))
+    run.steps.append(short := step(0, "same", 16))
     run.forward()
     assert short.left == 0
 
@@ -99,10 +92,10 @@ def test_a_short_prompt_behind_a_long_one_is_done_with_the_next_forward_but_one(
 @ANY_SPEED
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=6), budgets)
 def test_groups_take_turns_however_much_one_of_them_brings(others: list[int], budget: int) -> None:
-    run = Run([Waiting(group, "same", 300) for group in others for _ in range(4)], budget, budget)
+    run = Run([step(group, "same", 300) for group in others for _ in range(4)], budget, budget)
     for _ in range(10):
         run.forward()
-    run.steps.append(token := Waiting(0, "late", 1))
+    run.steps.append(token := step(0, "late", 1))
     for _ in range(1 + len(set(others))):
         run.forward()
     assert token.left == 0
