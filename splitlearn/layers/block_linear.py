@@ -124,11 +124,6 @@ class BlockLinear(nn.Module):
         self(torch.zeros(1, self.in_features))  # what compiles does so now, not in the first answer
 
     @property
-    def form(self) -> str:
-        """How the weights are kept, as `LocalStage.describe` says it."""
-        return f"{self.bits} bits in blocks"
-
-    @property
     def weight(self) -> torch.Tensor:
         """The matrix [out, in] in float32 that the blocks stand for, made anew."""
         return from_blocks(self._blocks, self.out_features, self.in_features)

@@ -62,7 +62,6 @@ class PrepackedLinear(nn.Module):
         self.bias = bias
         self._biases = [None] * len(sizes) if bias is None else list(torch.split(bias, sizes))
 
-    form = "packed by oneDNN"
     """How the weights are kept, as `LocalStage.describe` says it."""
 
     @property

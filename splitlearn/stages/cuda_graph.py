@@ -80,7 +80,7 @@ def on_cuda(device: torch.device) -> Capture:
 class Captured:
     """One token after others by a replay, over a cache in a pool, where a later one will lie, too."""
 
-    name, window = "captured", LEAST_WINDOW
+    window = LEAST_WINDOW
     caches: type[Cache] = PooledCache
 
     def __init__(self, eager: Eager, capture: Capture) -> None:

@@ -25,7 +25,6 @@ class TokenEngine(Protocol):
     lie where an earlier one did.
     """
 
-    name: str
     caches: type[Cache]
     compile_s: float
     window: int
@@ -46,11 +45,6 @@ class Eager:
     device: torch.device
     token_threads: int
     precision: str
-
-    @property
-    def name(self) -> str:
-        """Eager, or in which way it is compiled."""
-        return f"compiled {self.cut.compiled}" if self.cut.compiled else "eager"
 
     @property
     def compile_s(self) -> float:

@@ -4,21 +4,16 @@ Steps of several sessions share a forward where their caches lie in one pool (st
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache
-from transformers.pytorch_utils import Conv1D
 
 from splitlearn.errors import FamilyRefused, InputError
 from splitlearn.kvcache.layers import reserved, static
 from splitlearn.kvcache.pool import KVPool, KVShape, StandingPool, shapes_of
-from splitlearn.layers.block_linear import BlockLinear
-from splitlearn.layers.onednn_linear import PrepackedLinear
 from splitlearn.models.cut import CutModel, body_of, example
 from splitlearn.models.structure import rope_restart
 from splitlearn.stages import nonfinite
@@ -32,14 +27,6 @@ from splitlearn.stages.settings import SessionSettings
 # On an H200 8 replays of SmolLM2's trunk took 22 ms one after the other, and 25 in one forward that is launched kernel
 # by kernel; 12 of them 32 and 31 (docs/results/gpu.md).
 MOST_REPLAYED = 8
-
-
-@dataclass(frozen=True)
-class StageInfo:
-    """How a stage computes: its fastest engine, and how many linear layers keep their weights in which form."""
-
-    engine: str
-    weights: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -71,16 +58,6 @@ class LocalStage:
     @property
     def _window(self) -> int:
         return 0 if self.faster is None else self.faster.window
-
-    def describe(self) -> StageInfo:
-        """How it computes."""
-        weights = Counter[str]()
-        for layer in self.cut.module.modules():
-            if isinstance(layer, BlockLinear | PrepackedLinear):
-                weights[layer.form] += 1
-            elif type(layer) in (nn.Linear, Conv1D):
-                weights[str(self.dtype).removeprefix("torch.")] += 1
-        return StageInfo((self.faster or self.eager).name, weights)
 
     def computes_on_caller(self, tokens: int) -> bool:
         """Whether a step of so many tokens is computed by the calling thread alone."""

@@ -16,6 +16,7 @@ from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.client.served import describe
 from splitlearn.errors import InputError
 from splitlearn.models.cut import layers_of
+from splitlearn.stages.fused_decode import Fused
 from splitlearn.wire import SERVICE
 from splitlearn.wire.channel import open_channel
 from tests.conftest import TinyFactory
@@ -109,7 +110,7 @@ def test_the_layer_is_named_where_a_token_goes_through_all_in_one_call(default_m
     plan, x = replace(PLAN, n_layers=default_model.n_layers), hidden(default_model, 4)
     with serve_here(default_model, f"trunk:{','.join(flags)}") as here, Raw(here.address) as raw:
         stage = here.runtime.stage
-        assert stage.describe().engine == "fused"
+        assert isinstance(stage.faster, Fused)
         raw.ask(opening(here.runtime.files, plan, flags=flags))
         raw.ask(step(x[:, :3], 0, 1))
         layer: Any = layers_of(stage.cut)[1]

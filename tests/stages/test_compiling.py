@@ -80,7 +80,7 @@ def test_a_stage_compiled_by_layers_gives_what_it_gave(
 ) -> None:
     flags = FLAGS | {cache}
     compiled = _by_layers(tiny_model(family), spec, flags)
-    assert compiled.describe().engine == "compiled by layers"
+    assert compiled.cut.compiled == "by layers"
     expected = _outputs(_stage(tiny_model(family), spec, flags), flags)
     for found, own in zip(_outputs(compiled, flags), expected, strict=True):
         torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))

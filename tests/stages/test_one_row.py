@@ -16,7 +16,6 @@ from splitlearn.layers.block_linear import in_one_memory
 from splitlearn.models.cut import CutModel, body_of, forward, layers_of
 from splitlearn.stages import fused_decode, loading
 from splitlearn.stages.base import StageInput
-from splitlearn.stages.engine import TokenEngine
 from splitlearn.stages.local import LocalStage
 from tests.conftest import TinyFactory
 from tests.support.words import load_of, session_of
@@ -36,8 +35,8 @@ def _stage(files: ModelFiles, spec: loading.StageSpec = TRUNK, flags: frozenset[
     return loading.load(files, [spec], load_of(flags), PLACEMENT).stages[0]
 
 
-def _fused(stage: LocalStage) -> TokenEngine:
-    assert stage.faster is not None and stage.faster.name == "fused"
+def _fused(stage: LocalStage) -> fused_decode.Fused:
+    assert isinstance(stage.faster, fused_decode.Fused)
     return stage.faster
 
 
