@@ -31,7 +31,6 @@ class Stopwatch:
         self._at = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """The time since the last lap was spent on `name`."""
         now = time.perf_counter()
         self.seconds[name] += now - self._at
         self._at = now
@@ -196,7 +195,6 @@ def _kinds(step: Step, before: int, recomputes: bool) -> dict[TokenKind, int]:
 
 
 def parse(raw: bytes, kind: str) -> pb.ClientMessage:
-    """A client's message, which must be of `kind`."""
     try:
         message = pb.ClientMessage.FromString(raw)
     except DecodeError as error:

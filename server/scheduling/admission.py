@@ -96,7 +96,6 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Sessions in the queue."""
         return len(self._queue)
 
     def acquire(
@@ -121,7 +120,6 @@ class Admission:
         return self._outcome(ticket, timeout_s)
 
     def release(self, reservation: Reservation) -> None:
-        """Give a reservation back."""
         with self._lock:
             self.sessions -= 1
             self._held[reservation.holder] -= 1
@@ -155,7 +153,6 @@ class Admission:
                 self._admit_locked()
 
     def _outcome(self, ticket: Ticket, timeout_s: float) -> Reservation:
-        """How the wait of `ticket` ended."""
         with self._lock:
             if ticket.reservation is not None:
                 return ticket.reservation
@@ -179,7 +176,6 @@ class Admission:
         last.wake.set()
 
     def _admit_locked(self) -> None:
-        """Admit sessions in their order as long as there is room."""
         now = time.monotonic()
         while self._queue and not self._draining:
             ticket = choose(self._queue, self._held, self._room_locked, now, min(LONGEST_KEPT_S, 2 * self._lasts_s))

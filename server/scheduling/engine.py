@@ -214,7 +214,6 @@ class Engine:
         pending.end(error)
 
     def _forward(self, batch: Batch[QueuedStep]) -> None:
-        """One forward of the stage; its outcomes go to the steps."""
         started = time.perf_counter()
         outcomes = self._outcomes([pending.piece(tokens) for pending, tokens in batch])
         spent = time.perf_counter() - started

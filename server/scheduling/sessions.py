@@ -38,12 +38,10 @@ class Pace:
         self._pauses: deque[float] = deque(maxlen=PAUSES)
 
     def stepped(self, now: float) -> None:
-        """The client sent its next step."""
         if self._answered is not None:
             self._pauses.append(now - self._answered)
 
     def answered(self, now: float) -> None:
-        """The client got its answer."""
         self._answered = now
         pause_s = median_low(self._pauses) if self._pauses else float("inf")
         self.due_s, self.overdue_s = now + pause_s, now + OVERDUE * min(pause_s, LONGEST_PAUSE_S) + SLACK_S
@@ -96,7 +94,6 @@ class QueuedStep(Waiting):
     ended: Future[None] = field(default_factory=Future)
 
     def dropped(self) -> bool:
-        """Whether its client dropped it."""
         mark = self.item.mark
         return mark is not None and mark.dropped()
 
@@ -111,7 +108,6 @@ class QueuedStep(Waiting):
         return replace(item, position=item.position + done, x=x, rope_length=rope_length)
 
     def add(self, output: StageOutput, seconds: float) -> None:
-        """A piece is computed."""
         self.outputs.append(output.x)
         self.left -= output.x.shape[1]
         self.trunk_s += seconds
@@ -140,7 +136,6 @@ class SessionTable:
         return tuple(self._sessions)
 
     def add(self, session: EngineSession) -> None:
-        """A session was opened."""
         with self._lock:
             self._sessions.append(session)
 

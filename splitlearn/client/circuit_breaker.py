@@ -26,17 +26,14 @@ class Breaker:
         return max(0.0, self._until - self._clock())
 
     def trying(self) -> None:
-        """A try begins."""
         if self.failures >= FAILURES:
             self._until = self._clock() + self._cool_down_s
 
     def failed(self) -> None:
-        """The try failed."""
         self.failures += 1
         if self.failures >= FAILURES:
             self._until = self._clock() + self._cool_down_s
             self._cool_down_s = min(2 * self._cool_down_s, LONGEST_S)
 
     def succeeded(self) -> None:
-        """The try succeeded."""
         self.failures, self._until, self._cool_down_s = 0, 0.0, COOL_DOWN_S

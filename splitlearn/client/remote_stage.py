@@ -78,16 +78,13 @@ class RemoteStage:
         return begin(item.position, item.x, uncertain=uncertain, rope_length=item.rope_length)
 
     def close(self) -> None:
-        """Close the channels and with them every session."""
         self._endpoints.close()
 
     def note_opened(self, opened: pb.Opened, address: str) -> None:
-        """Keep what the trunk of a new session said."""
         peak = self.facts.peak_rss_bytes if address == self.facts.address else 0
         self.facts = TrunkFacts(opened.threads, opened.load_s, opened.import_rss_bytes, peak, address)
 
     def note_peak(self, peak_rss_bytes: int) -> None:
-        """Keep what a session heard last."""
         self.facts = replace(self.facts, peak_rss_bytes=peak_rss_bytes)
 
 

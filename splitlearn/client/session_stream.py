@@ -116,7 +116,6 @@ class Stream:
         _watchdog.watch(self)
 
     def open(self, wait_s: float) -> pb.Opened:
-        """Send the opening message and wait for its reply."""
         self._outgoing.put(self._opening)
         opened = self._parse(self._receive(wait_s), "opened").opened
         self._part_bytes, self.key = opened.max_tensor_bytes, opened.key
@@ -201,11 +200,9 @@ class Stream:
         self.channel.close()
 
     def due_s(self) -> float:
-        """When the next reply must be here."""
         return self._deadline
 
     def overdue(self) -> None:
-        """It is not: whoever waits for it is told."""
         self._call.cancel()
 
     def _end(self) -> None:

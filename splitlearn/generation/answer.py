@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from splitlearn.events import FinishReason, GenerationRequest
+from splitlearn.events import FinishReason, GenerationRequest, TokenEvent
 from splitlearn.generation.chain import Chain, Step
 from splitlearn.generation.sampler import TopK, sample
 from splitlearn.generation.sequence import Sequence
 from splitlearn.generation.speculation import Speculation
-from splitlearn.generation.step_timing import Outcome
 from splitlearn.generation.stop_strings import StopStrings
 from splitlearn.generation.tokenizer import Detokenizer
 
@@ -66,8 +65,8 @@ class Answer:
             if ids[-1] != draft or ids[-1] in self.ends:
                 return
 
-    def end_step(self, seconds: float) -> Outcome:
-        """What the step, which took `seconds`, brought, up to a reason to end the answer."""
+    def end_step(self, seconds: float, at: float) -> TokenEvent:
+        """What the step, which took `seconds` and ended at `at`, brought, up to a reason to end the answer."""
         new, text, kept = self.sequence.ids[self._known :], "", 0
         if self.speculation is not None and self.sequence.computed:
             self.speculation.came(new, len(self._drafts), seconds)
@@ -76,7 +75,7 @@ class Answer:
             text += self.stops.feed(self.text.feed(new[kept]))
             kept += 1
             self.reason = self._reason(new[kept - 1], self._known + kept - self.prompt)
-        return Outcome(self.number, tuple(new[:kept]), text, len(self._drafts))
+        return TokenEvent(tuple(new[:kept]), text, at, {}, drafts=len(self._drafts), sample=self.number)
 
     def _reason(self, token: int, generated: int) -> FinishReason | None:
         if self.stops.found:

@@ -28,7 +28,6 @@ class Chain:
     rope_length: int
 
     def fork(self, other: "Chain", tokens: int) -> None:
-        """Go on from the first `tokens` that `other` has fed."""
         for own, theirs in zip(self.sessions, other.sessions, strict=True):
             own.fork(theirs, tokens)
 
@@ -49,7 +48,6 @@ class Step:
 
     @property
     def end(self) -> int:
-        """The position after the last of `ids`."""
         return self.position + self.ids.shape[1]
 
     def item(self, at: int, x: torch.Tensor) -> StageInput:

@@ -25,13 +25,10 @@ class InStep:
     ledger: Ledger
 
     def __call__(self, steps: Sequence[Step]) -> list[torch.Tensor]:
-        """The logits of each step."""
         states = [step.ids for step in steps]
         for at, stage in enumerate(self.stages):
             outputs = stage.step([step.item(at, x) for step, x in zip(steps, states, strict=True)])
-            for step, output in zip(steps, outputs, strict=True):
-                self.ledger.add(step.sample, output.timing)
-            states = [output.x for output in outputs]
+            states = [self.ledger.noted(step.sample, output) for step, output in zip(steps, outputs, strict=True)]
         return [x[0, -step.rows :] for step, x in zip(steps, states, strict=True)]
 
 
@@ -48,7 +45,6 @@ class ChunkedPrefill:
     otherwise: Forward
 
     def __call__(self, steps: Sequence[Step]) -> list[torch.Tensor]:
-        """The logits of each step."""
         if any(step.position == 0 and step.ids.shape[1] > self.chunk for step in steps):
             return [self._in_chunks(step) for step in steps]
         return self.otherwise(steps)
@@ -70,7 +66,7 @@ class ChunkedPrefill:
         """What comes out of a stage for each chunk; a remote one has one chunk more than it has answered."""
         if not isinstance(stage, WorksAhead):
             for step, x in flowing:
-                yield step, self._noted(step, stage.step([step.item(at, x)])[0])
+                yield step, self.ledger.noted(step.sample, stage.step([step.item(at, x)])[0])
             return
         pending: deque[tuple[Step, Callable[[], StageOutput]]] = deque()
         for step, x in flowing:
@@ -79,10 +75,6 @@ class ChunkedPrefill:
             pending.append((step, begun.finish))
             if len(pending) > 1:
                 before, finish = pending.popleft()
-                yield before, self._noted(before, finish())
+                yield before, self.ledger.noted(before.sample, finish())
         for step, finish in pending:
-            yield step, self._noted(step, finish())
-
-    def _noted(self, step: Step, output: StageOutput) -> torch.Tensor:
-        self.ledger.add(step.sample, output.timing)
-        return output.x
+            yield step, self.ledger.noted(step.sample, finish())

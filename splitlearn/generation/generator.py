@@ -127,7 +127,7 @@ def _decode(answers: Sequence[Answer], forward: Forward, ledger: Ledger) -> abc.
             answer.sample(rows)
         at = ledger.now()
         ledger.spend("sample", at - before)
-        yield from ledger.close_step([answer.end_step(at - began) for answer in live], at)
+        yield from ledger.close_step([answer.end_step(at - began, at) for answer in live], at)
         for answer in live:
             if answer.reason is not None:
                 text, ids = answer.stops.flush(answer.text.flush()), tuple(answer.sequence.ids[: answer.prompt])

@@ -19,7 +19,7 @@ import torch
 from splitlearn.generation.chain import Step
 from splitlearn.generation.speculation import TIMES, Record
 from splitlearn.generation.step_timing import Ledger
-from splitlearn.stages.base import LogitsInParts, PendingStep, Stage, StageOutput, WorksAhead
+from splitlearn.stages.base import LogitsInParts, PendingStep, Stage, WorksAhead
 
 
 def _times() -> deque[float]:
@@ -77,14 +77,14 @@ class HeadOverlap:
         (step,) = steps
         x, number = self._up_to_remote(step), len(self.near) + 1
         for at, stage in enumerate(self.far, number):
-            x = self._noted(stage.step([step.item(at, x)])[0])
+            x = self.ledger.noted(0, stage.step([step.item(at, x)])[0])
         item = step.item(number + len(self.far), x)
         pending = self.head.logits_in_parts(item) if step.more else None
         if pending is None:
-            return [self._noted(self.head.step([item])[0])[0, -step.rows :]]
+            return [self.ledger.noted(0, self.head.step([item])[0])[0, -step.rows :]]
         self.ledger.add(step.sample, pending.timing)
         self._start_next(step, pending.first)
-        return [self._noted(pending.finish())[0]]
+        return [self.ledger.noted(0, pending.finish())[0]]
 
     def _up_to_remote(self, step: Step) -> torch.Tensor:
         """What comes out of the remote stage: of the step that was started early, if that was the right one."""
@@ -119,7 +119,7 @@ class HeadOverlap:
     def _start(self, step: Step, *, uncertain: bool) -> PendingStep:
         x = step.ids
         for at, stage in enumerate(self.near):
-            x = self._noted(stage.step([step.item(at, x)])[0])
+            x = self.ledger.noted(0, stage.step([step.item(at, x)])[0])
         pending = self.remote.begin(step.item(len(self.near), x), uncertain=uncertain)
         self.ledger.add(step.sample, pending.timing)
         return pending
@@ -129,11 +129,7 @@ class HeadOverlap:
         if output.x.shape[1] == 1 and not output.timing.recoveries:
             spent = output.timing.ledger
             self.policy.steps.append(spent.get("queue", 0.0) + spent.get("trunk", 0.0) + output.timing.overlapped_s)
-        return self._noted(output)
-
-    def _noted(self, output: StageOutput) -> torch.Tensor:
-        self.ledger.add(0, output.timing)
-        return output.x
+        return self.ledger.noted(0, output)
 
 
 def overlapped(stages: Sequence[Stage], ledger: Ledger, ends: Collection[int]) -> HeadOverlap | None:

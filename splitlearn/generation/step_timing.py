@@ -3,20 +3,13 @@
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from splitlearn.events import Recovery, StageTiming, TokenEvent
 from splitlearn.metrics import UNATTRIBUTED
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step brought one sample: token ids, the text that can be shown, and how many drafts were fed."""
-
-    sample: int
-    token_ids: tuple[int, ...]
-    text: str
-    drafts: int
+from splitlearn.stages.base import StageOutput
 
 
 @dataclass
@@ -32,11 +25,9 @@ class Ledger:
     """Whether the step was started before its token was sampled, and with the right one (head_overlap.py)."""
 
     def now(self) -> float:
-        """Seconds since t0."""
         return time.perf_counter() - self.t0
 
     def spend(self, name: str, seconds: float) -> None:
-        """Count `seconds` under `name`."""
         self.parts[name] += seconds
 
     def add(self, sample: int, timing: StageTiming) -> None:
@@ -45,31 +36,32 @@ class Ledger:
             self.parts[name] += spent
         self.timings[sample].append(timing)
 
-    def close_step(self, outcomes: Sequence[Outcome], at: float) -> list[TokenEvent]:
-        """The events of a step whose tokens were on the host at `at`; begins the next interval there."""
+    def noted(self, sample: int, output: StageOutput) -> Tensor:
+        """The output of a step of `sample`, once what the stage says of it is counted."""
+        self.add(sample, output.timing)
+        return output.x
+
+    def close_step(self, events: Sequence[TokenEvent], at: float) -> list[TokenEvent]:
+        """The events of a step, whose tokens were on the host at `at`, with what it took; begins the next interval."""
         parts = dict(self.parts)
         parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
-        events = [self._event(outcome, at, parts) for outcome in outcomes]
+        whole = [self._with_times(event, parts) for event in events]
         self.since, self.parts, self.timings, self.started_right = at, defaultdict(float), defaultdict(list), None
-        return events
+        return whole
 
-    def _event(self, outcome: Outcome, at: float, parts: dict[str, float]) -> TokenEvent:
+    def _with_times(self, event: TokenEvent, parts: dict[str, float]) -> TokenEvent:
         compile_s, overlapped_s, up, down, recoveries = 0.0, 0.0, 0, 0, list[Recovery]()
-        for timing in self.timings[outcome.sample]:
+        for timing in self.timings[event.sample]:
             compile_s, overlapped_s = compile_s + timing.compile_s, overlapped_s + timing.overlapped_s
             up, down = up + timing.bytes_up, down + timing.bytes_down
             recoveries += timing.recoveries
-        return TokenEvent(
-            outcome.token_ids,
-            outcome.text,
-            at,
-            parts,
+        return replace(
+            event,
+            ledger=parts,
             compile_s=compile_s,
             bytes_up=up,
             bytes_down=down,
             recoveries=tuple(recoveries),
-            drafts=outcome.drafts,
             overlapped_s=overlapped_s,
             head_start=self.started_right,
-            sample=outcome.sample,
         )

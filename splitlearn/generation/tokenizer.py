@@ -54,13 +54,7 @@ class Tokens:
         return len(self._tokenizer)
 
     def vocabulary(self) -> dict[str, int]:
-        """The id of each token."""
         return dict(self._tokenizer.get_vocab())
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the model is one to chat with."""
-        return bool(self._templates)
 
     @property
     def chat_templates(self) -> tuple[str, ...]:
@@ -204,7 +198,6 @@ def _why_no_python(folder: Path, tokenizer: Any) -> str | None:
 
 
 def _read(folder: Path) -> Any:
-    """The tokenizer as transformers reads it."""
     from transformers import AutoTokenizer
 
     try:

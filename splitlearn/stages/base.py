@@ -28,7 +28,6 @@ class DropMark(NamedTuple):
     number: int
 
     def dropped(self) -> bool:
-        """Whether nobody needs the step any more."""
         return bool(self.number <= self.drops["last"][0])
 
 

@@ -86,7 +86,6 @@ class Head:
     engine: TorchEngine | FusedHead
 
     def open(self, settings: SessionSettings, max_length: int) -> HeadSession:
-        """A session, which holds no memory."""
         return HeadSession(settings)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:

@@ -87,12 +87,10 @@ class Loaded:
 
     @property
     def chain(self) -> tuple[Stage, ...]:
-        """All of them, in order."""
         return self.stages if self.head is None else (*self.stages, self.head)
 
 
 def full_specs(n_layers: int) -> list[StageSpec]:
-    """The whole model as one stage."""
     return [StageSpec("model", 0, n_layers, first=True, last=True)]
 
 
@@ -104,7 +102,6 @@ def client_specs(plan: SplitPlan) -> list[StageSpec]:
 
 
 def trunk_specs(plan: SplitPlan) -> list[StageSpec]:
-    """The trunk server's one stage."""
     return [StageSpec("trunk", plan.start, plan.end)]
 
 

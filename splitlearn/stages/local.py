@@ -47,12 +47,10 @@ class LocalStage:
 
     @property
     def cut(self) -> CutModel:
-        """The layers."""
         return self.eager.cut
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return self.eager.device
 
     @property

@@ -17,11 +17,9 @@ class PrefixSession:
     prefix: torch.Tensor | None = None
 
     def fork(self, other: "PrefixSession", tokens: int) -> None:
-        """Begin with what `other` was given."""
         self.prefix = None if other.prefix is None else other.prefix[:, :tokens]
 
     def close(self) -> None:
-        """Close the session at the wrapped stage."""
         self.session.close()
 
 
@@ -36,17 +34,14 @@ class PrefixStage:
     stage: Stage
 
     def open(self, settings: SessionSettings, max_length: int) -> PrefixSession:
-        """A session of the wrapped stage, with no prefix yet."""
         return PrefixSession(self.stage.open(settings, max_length))
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[PrefixSession]:
-        """Sessions that the wrapped stage opens together, if it can."""
         if isinstance(self.stage, OpensTogether):
             return [PrefixSession(session) for session in self.stage.open_together(settings, max_length, count)]
         return [self.open(settings, max_length) for _ in range(count)]
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """One step of each session: the wrapped stage's output for the whole prefix."""
         return self.stage.step([self._whole(item) for item in batch])
 
     def _whole(self, item: StageInput) -> StageInput:

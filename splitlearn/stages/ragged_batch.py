@@ -135,9 +135,7 @@ class _RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """As above."""
         return 0
 
     def get_max_length(self) -> int:
-        """As above."""
         return -1

@@ -41,7 +41,6 @@ class LocalSession:
                 self.make_room(tokens, 0)
 
     def close(self) -> None:
-        """Drop the cache."""
         if self.release is not None:
             self.release()
         self.cache, self.length, self.max_length, self.release = None, 0, 0, None

@@ -80,14 +80,14 @@ def test_special_tokens_are_no_text(tokens: Tokens) -> None:
 
 def test_chat_applies_the_template(tokens: Tokens) -> None:
     raw, chat = tokens.encode("The sky", chat=False), tokens.encode("The sky", chat=True)
-    assert tokens.has_chat_template
+    assert tokens.chat_templates
     assert chat[1 : 1 + len(raw)] == raw
     assert len(chat) == len(raw) + 3  # user, end, assistant
 
 
 def test_chat_without_a_template_is_the_raw_prompt(tiny_model: TinyFactory) -> None:
     tokens = Tokens.load(tiny_model(chat=False).folder, use_fast=True)
-    assert not tokens.has_chat_template
+    assert not tokens.chat_templates
     assert tokens.encode("The sky", chat=True) == tokens.encode("The sky", chat=False)
 
 
