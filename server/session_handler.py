@@ -68,7 +68,7 @@ class SessionHandler:
     ) -> None:
         self.parts: Parts | None = None
         self._engine, self._session, self._log = engine, session, log
-        self._dtype, self._hidden_size = dtype, hidden_size
+        self._dtype, self._hidden_size, self._max_length = dtype, hidden_size, session.cache.max_length
         self._rows = session.cache.settings.rows(dtype)
         self._read = self._rows.reader(hidden_size)
         self._watch = Stopwatch()
@@ -146,7 +146,7 @@ class SessionHandler:
             raise InputError("position", message.position, f"{expected}, the next part of step {parts.step_id}")
         if message.rope_length != parts.rope_length:
             raise InputError("rope_length", message.rope_length, f"{parts.rope_length}, as in the step's first part")
-        longest = self._session.max_length
+        longest = self._max_length
         if message.position + tokens > longest:
             raise InputError("position", message.position, f"at most {longest} tokens in all, as opened")
         if message.rope_length > longest:

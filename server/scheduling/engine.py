@@ -76,7 +76,7 @@ class Engine:
         except BaseException:  # of any kind: the reservation must not be lost with it
             self._admission.release(reservation)
             raise
-        session = EngineSession(flags, kept, max_length, timeout_s, reservation, quota, self.limits.shared)
+        session = EngineSession(flags, kept, timeout_s, reservation, quota)
         self._table.add(session)
         return session
 

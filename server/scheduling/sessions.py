@@ -53,12 +53,9 @@ class EngineSession:
 
     flags: frozenset[str]
     cache: LocalSession
-    max_length: int
     timeout_s: float
     reservation: Reservation
     quota: Quota
-    shared: bool = True
-    """Whether its steps can share a forward with those of other sessions."""
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
     """Names it to its client, who may drop a step by it or fork its session."""
     pace: Pace = field(default_factory=Pace)
@@ -78,7 +75,7 @@ class EngineSession:
     def group(self) -> Hashable:
         """Equal for sessions that can share a forward: what their flags change of what is computed. Wire format, cache
         and autograd's bookkeeping change nothing of it."""
-        return tuple(sorted(self.cache.settings.forward_arguments.items())) if self.shared else id(self)
+        return tuple(sorted(self.cache.settings.forward_arguments.items())) if self.cache.shares else id(self)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -24,6 +24,7 @@ from splitlearn.models.cut import CutModel, forward
 from splitlearn.runtime.torch_threads import computing_one_token
 from splitlearn.stages import nonfinite
 from splitlearn.stages.base import PendingLogits, StageInput, StageOutput, timed
+from splitlearn.stages.engine import Eager
 from splitlearn.stages.fused_decode import FusedHead, head_of
 from splitlearn.stages.settings import SessionSettings
 
@@ -74,16 +75,16 @@ class HeadSession:
 
 @dataclass(frozen=True)
 class Head:
-    """The LM head of a cut without layers. `word` is the time breakdown's name for its time; one token is computed by
-    `threads` threads, and `precision` is the process's own float32_matmul_precision."""
+    """The LM head of a cut without layers. `word` is the time breakdown's name for its time."""
 
-    cut: CutModel
+    eager: Eager
     word: str
-    device: torch.device
     dtype: torch.dtype
-    threads: int
-    precision: str
     engine: TorchEngine | FusedHead
+
+    @property
+    def cut(self) -> CutModel:
+        return self.eager.cut
 
     def open(self, settings: SessionSettings, max_length: int) -> HeadSession:
         return HeadSession(settings)
@@ -106,7 +107,7 @@ class Head:
         if self.engine.by_kernel and not alone:
             return None
         with self._settings(item, alone=alone):
-            parts = self.engine.in_parts(_last(item).to(self.device))
+            parts = self.engine.in_parts(_last(item).to(self.eager.device))
         if parts is None:
             return None
         first, others = parts
@@ -120,7 +121,7 @@ class Head:
 
     def _together(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         began, alone = time.perf_counter(), len(batch) == 1 and _alone(batch[0])
-        x = torch.cat([_last(item) for item in batch], dim=1).to(self.device)
+        x = torch.cat([_last(item) for item in batch], dim=1).to(self.eager.device)
         with self._settings(batch[0], alone=alone):
             out = _whole(self.cut, x) if self.engine.by_kernel and not alone else self.engine.whole(x)
         return self._outputs(batch, torch.split(out, [_last(item).shape[1] for item in batch], dim=1), began)
@@ -128,12 +129,12 @@ class Head:
     def _outputs(self, batch: Sequence[StageInput], outs: Sequence[torch.Tensor], began: float) -> list[StageOutput]:
         outputs = timed(self.word, outs, began)
         for item, output in zip(batch, outputs, strict=True):
-            nonfinite.check(self.cut, item, output.x, partial(self._again, item))
+            nonfinite.check(self.cut, self.dtype, item, output.x, partial(self._again, item))
         return outputs
 
     def _again(self, item: StageInput) -> torch.Tensor:
         with item.session.settings.gradient_guard():
-            return _whole(self.cut, _last(item).to(self.device))
+            return _whole(self.cut, _last(item).to(self.eager.device))
 
     def _settings(self, item: StageInput, *, alone: bool) -> AbstractContextManager[object]:
         """Torch's settings for a step of one token, which is `alone`, or of several."""
@@ -141,8 +142,8 @@ class Head:
             return nullcontext()
         settings = ExitStack()
         settings.enter_context(item.session.settings.gradient_guard())
-        if alone and self.device.type == "cpu":
-            settings.enter_context(computing_one_token(self.threads, self.precision))
+        if alone and self.eager.device.type == "cpu":
+            settings.enter_context(computing_one_token(self.eager.token_threads, self.eager.precision))
         return settings
 
 

@@ -6,7 +6,7 @@ file. Stages that are loaded together share a tied tensor, so a client's embeddi
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from splitlearn.checkpoints.folder import ALIGNMENT, ModelFiles, read_config
 from splitlearn.errors import ModelError, NotFinite, WeightsDamaged
 from splitlearn.kernels.block_format import LANES
-from splitlearn.models.cut import CutModel, carve
+from splitlearn.models.cut import CutModel, carve, example
 from splitlearn.models.plan import SplitPlan
 from splitlearn.models.structure import join
 from splitlearn.runtime import cgroups, private_apis
@@ -130,9 +130,12 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], wanted: LoadSettings, pl
     _fill(files, cuts, placement, wanted)
     for cut in cuts:
         cut.module.to(placement.device)
-    pairs, size = list(zip(cuts, specs, strict=True)), files.facts.hidden_size
-    stages = tuple(_layers(cut, spec, wanted, placement, config, size) for cut, spec in pairs if not spec.is_head)
-    head = next((_head(cut, spec, placement, size) for cut, spec in pairs if spec.is_head), None)
+    pairs, size = (
+        [(_eager(cut, placement), spec) for cut, spec in zip(cuts, specs, strict=True)],
+        files.facts.hidden_size,
+    )
+    stages = tuple(_layers(eager, spec, wanted, placement, config, size) for eager, spec in pairs if not spec.is_head)
+    head = next((_head(eager, spec, placement) for eager, spec in pairs if spec.is_head), None)
     return Loaded(stages, head, time.perf_counter() - started, imports)
 
 
@@ -285,33 +288,28 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool)
 
 
 def _layers(
-    cut: CutModel, spec: StageSpec, wanted: LoadSettings, placement: Placement, config: Any, hidden_size: int
+    eager: Eager, spec: StageSpec, wanted: LoadSettings, placement: Placement, config: Any, hidden_size: int
 ) -> LocalStage:
-    if cut.last:
-        _give_own_row(cut)
     if wanted.compile_stage is not None:
-        cut = wanted.compile_stage(cut)
+        eager = replace(eager, cut=wanted.compile_stage(eager.cut))
     allows = cache(partial(equivalence.allows, config))
-    eager = Eager(cut, placement.device, _row_threads(placement), torch.get_float32_matmul_precision())
     faster = None if wanted.engine is None else wanted.engine(eager)
     if faster is not None and faster.window and equivalence.STATIC_CACHE not in allows():
         faster = None  # a capture attends to masked memory of one length, too
     return LocalStage(eager, spec.word, placement.dtype, hidden_size, faster, allows)
 
 
-def _head(cut: CutModel, spec: StageSpec, placement: Placement, hidden_size: int) -> Head:
-    _give_own_row(cut)
-    made = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 1, hidden_size, generator=made).to(placement.device, placement.dtype)
-    precision, threads = torch.get_float32_matmul_precision(), _row_threads(placement)
-    with computing_one_token(threads, precision):
-        engine = engine_of(cut, x)
-    return Head(cut, spec.word, placement.device, placement.dtype, threads, precision, engine)
+def _head(eager: Eager, spec: StageSpec, placement: Placement) -> Head:
+    with computing_one_token(eager.token_threads, eager.precision):
+        engine = engine_of(eager.cut, example(eager.cut, 1))
+    return Head(eager, spec.word, placement.dtype, engine)
 
 
-def _give_own_row(cut: CutModel) -> None:
-    module: Any = cut.module
-    module.get_output_embeddings().register_forward_pre_hook(_with_own_row)
+def _eager(cut: CutModel, placement: Placement) -> Eager:
+    if cut.last:
+        module: Any = cut.module
+        module.get_output_embeddings().register_forward_pre_hook(_with_own_row)
+    return Eager(cut, placement.device, _row_threads(placement), torch.get_float32_matmul_precision())
 
 
 def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -159,7 +159,7 @@ class LocalStage:
     def check(self, item: StageInput, output: StageOutput) -> None:
         """Raise NotFinite that names the layer where it began if `output`, of `item`, holds NaN or Inf."""
         again = partial(self._step, replace(item, mark=None), self.eager.compute)
-        nonfinite.check(self.cut, item, output.x, again)
+        nonfinite.check(self.cut, self.dtype, item, output.x, again)
 
     def compute(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """`step` without the check of what comes out."""

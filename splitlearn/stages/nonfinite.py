@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from splitlearn.errors import NotFinite
-from splitlearn.models.cut import CutModel, body_of, dtype_of, eagerly, layers_of
+from splitlearn.models.cut import CutModel, body_of, eagerly, layers_of
 from splitlearn.stages.base import StageInput
 from splitlearn.wire.codec import where_not_finite
 
@@ -35,7 +35,7 @@ def wrong_place(x: Tensor, *, logits: bool) -> tuple[int, float] | None:
     return (int(rows[0]), float(largest[rows[0]])) if len(rows) else None
 
 
-def check(cut: CutModel, item: StageInput, x: Tensor, again: Callable[[], object]) -> None:
+def check(cut: CutModel, dtype: torch.dtype, item: StageInput, x: Tensor, again: Callable[[], object]) -> None:
     """Raise NotFinite that says where it began, and what helps, if `x`, the output for `item`, cannot be used.
 
     `again` repeats the step, from the cache as it was before it.
@@ -44,7 +44,7 @@ def check(cut: CutModel, item: StageInput, x: Tensor, again: Callable[[], object
     if wrong is None:
         return
     row, value = wrong
-    position, dtype = item.position + item.x.shape[1] - x.shape[1] + row, dtype_of(cut)
+    position = item.position + item.x.shape[1] - x.shape[1] + row
     found = first_not_finite(cut, again)
     where = f"in the layers [{cut.start}, {cut.end})" if found is None else f"first in {found[0]}"
     weights = [] if found is None else _not_finite_weights(*found)
