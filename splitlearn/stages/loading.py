@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from splitlearn.checkpoints.folder import ALIGNMENT, ModelFiles, read_config
 from splitlearn.errors import ModelError, NotFinite, WeightsDamaged
 from splitlearn.kernels.block_format import LANES
-from splitlearn.models.cut import CutModel, carve, example
+from splitlearn.models.cut import CutModel, carve
 from splitlearn.models.plan import SplitPlan
 from splitlearn.models.structure import join
 from splitlearn.runtime import cgroups, private_apis
@@ -130,12 +130,9 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], wanted: LoadSettings, pl
     _fill(files, cuts, placement, wanted)
     for cut in cuts:
         cut.module.to(placement.device)
-    pairs, size = (
-        [(_eager(cut, placement), spec) for cut, spec in zip(cuts, specs, strict=True)],
-        files.facts.hidden_size,
-    )
+    pairs, size = list(zip([_eager(cut, placement) for cut in cuts], specs, strict=True)), files.facts.hidden_size
     stages = tuple(_layers(eager, spec, wanted, placement, config, size) for eager, spec in pairs if not spec.is_head)
-    head = next((_head(eager, spec, placement) for eager, spec in pairs if spec.is_head), None)
+    head = next((_head(eager, spec, placement, size) for eager, spec in pairs if spec.is_head), None)
     return Loaded(stages, head, time.perf_counter() - started, imports)
 
 
@@ -299,9 +296,10 @@ def _layers(
     return LocalStage(eager, spec.word, placement.dtype, hidden_size, faster, allows)
 
 
-def _head(eager: Eager, spec: StageSpec, placement: Placement) -> Head:
+def _head(eager: Eager, spec: StageSpec, placement: Placement, hidden_size: int) -> Head:
+    x = torch.randn(1, 1, hidden_size, generator=torch.Generator().manual_seed(0))
     with computing_one_token(eager.token_threads, eager.precision):
-        engine = engine_of(eager.cut, example(eager.cut, 1))
+        engine = engine_of(eager.cut, x.to(placement.device, placement.dtype))
     return Head(eager, spec.word, placement.dtype, engine)
 
 
