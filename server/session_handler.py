@@ -117,11 +117,13 @@ class SessionHandler:
         seconds = self._watch.seconds
         if answer is None:
             took = {"decode_s": seconds["decode"], "trunk_s": seconds["engine"]}
-            yield _answer(step, step.item.position, dropped=True, **took)
+            yield _answer(step, position=step.item.position, dropped=True, **took)
             return
         skipped, timing = step.item.x.shape[1] - step.wanted, answer.timing
         x = answer.x[:, skipped:] if skipped else answer.x
-        *parts, last = self._messages(step, step.item.position + skipped, x)
+        data, position = self._rows.to_bytes(x), step.item.position + skipped
+        parts = codec.in_parts(data, self._rows, self._hidden_size, position)
+        *messages, last = [_answer(step, **part) for part in parts]
         self._watch.lap("encode")
         times = pb.ServerMessage(
             result={
@@ -132,7 +134,7 @@ class SessionHandler:
                 "compile_s": timing.compile_s,
             }
         )
-        yield from parts
+        yield from messages
         # Protocol Buffers merge concatenated messages: so what encoding took can be in what it encoded.
         yield last + times.SerializeToString()
 
@@ -161,24 +163,10 @@ class SessionHandler:
         wanted = min(last.answer_last or parts.tokens, parts.tokens)
         return Step(last.sequence_id, last.step_id, item, parts.truncate, wanted)
 
-    def _messages(self, step: Step, position: int, x: torch.Tensor) -> list[bytes]:
-        """The answer `x` [1, T, H], from `position` on."""
-        data, row = self._rows.to_bytes(x), self._rows.row_bytes(self._hidden_size)
-        size = codec.part_bytes(row)
-        return [
-            _answer(
-                step,
-                position + start // row,
-                hidden=codec.fields(data[start : start + size], self._rows, self._hidden_size),
-                more=start + size < len(data),
-            )
-            for start in range(0, len(data), size)
-        ]
 
-
-def _answer(step: Step, position: int, **fields: object) -> bytes:
+def _answer(step: Step, **fields: object) -> bytes:
     # A dictionary, as in client/session_stream.py: a StepResult would be copied into the message.
-    result = {"sequence_id": step.sequence_id, "step_id": step.step_id, "position": position, **fields}
+    result = {"sequence_id": step.sequence_id, "step_id": step.step_id, **fields}
     return pb.ServerMessage(result=result).SerializeToString()
 
 

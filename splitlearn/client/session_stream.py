@@ -6,7 +6,7 @@ compared): wire = round trip - what the server says it spent.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -100,7 +100,6 @@ class Stream:
         self.address = address
         self._served, self._opening, self._rows = served, opening.message, opening.rows
         self._dtype = codec.DTYPES[served.dtype]
-        self._row_bytes = self._rows.row_bytes(served.hidden_size)
         self._read = self._rows.reader(served.hidden_size)
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self.key = b""
@@ -140,9 +139,15 @@ class Stream:
         `fork_of` is the key of the stream whose session has the positions before `position`; only an `uncertain`
         step can be dropped; `rope_length` is that of `StageInput`."""
         started = time.perf_counter()
-        data = self._rows.to_bytes(x)
-        each: dict[str, object] = {"answer_last": answer_last, "uncertain": uncertain, "rope_length": rope_length}
-        messages = self._encode(position, data, {**each, "truncate": truncate, "fork_of": fork_of}, each)
+        data, self._steps = self._rows.to_bytes(x), self._steps + 1
+        each = {"sequence_id": 1, "step_id": self._steps, "answer_last": answer_last}
+        each |= {"uncertain": uncertain, "rope_length": rope_length}
+        first: dict[str, object] = {"truncate": truncate, "fork_of": fork_of}
+        parts = codec.in_parts(data, self._rows, self._served.hidden_size, position, self._part_bytes)
+        messages = [  # of dictionaries: a message of its own would be copied into the other, in twice the time
+            pb.ClientMessage(step={**part, **each, **({} if at else first)}).SerializeToString()
+            for at, part in enumerate(parts)
+        ]
         encoded = time.perf_counter()
         for message in messages:
             self._outgoing.put(message)
@@ -157,7 +162,9 @@ class Stream:
         while not results or results[-1].more:
             replies.append(self._receive(wait_s))
             received = time.perf_counter()
-            results.append(self._result(replies[-1], sent))
+            results.append(self._parse(replies[-1], "result").result)
+            if results[-1].step_id != sent.step_id:
+                raise TrunkFailed(f"The trunk answered step {results[-1].step_id} instead of step {sent.step_id}.")
         out = self._decode(results, 0 if results[0].dropped and sent.step_id <= self._unwanted else sent.wanted)
         return StageOutput(out, sent.timing(results[-1], received, sum(map(len, replies)), since))
 
@@ -209,25 +216,6 @@ class Stream:
         self._over = True
         _watchdog.drop(self)
 
-    def _encode(
-        self, position: int, data: bytes, first: Mapping[str, object], each: Mapping[str, object]
-    ) -> list[bytes]:
-        """The messages of a step: what else the `first` of them says, and what `each` later one does."""
-        self._steps += 1
-        hidden_size, messages = self._served.hidden_size, list[bytes]()
-        size = codec.part_bytes(self._row_bytes, self._part_bytes)
-        for start in range(0, len(data), size):
-            step = {  # a message of its own would be copied into the other: twice the time
-                "sequence_id": 1,
-                "step_id": self._steps,
-                "position": position + start // self._row_bytes,
-                "hidden": codec.fields(data[start : start + size], self._rows, hidden_size),
-                "more": start + size < len(data),
-                **(each if messages else first),
-            }
-            messages.append(pb.ClientMessage(step=step).SerializeToString())
-        return messages
-
     def _receive(self, wait_s: float) -> bytes:
         self._deadline = time.monotonic() + wait_s
         try:
@@ -252,12 +240,6 @@ class Stream:
             raise TrunkFailed(f"The trunk server at {self.address} sent another answer than {kinds[-1]!r}.")
         return message
 
-    def _result(self, reply: bytes, sent: Sent) -> pb.StepResult:
-        result = self._parse(reply, "result").result
-        if result.step_id != sent.step_id:
-            raise TrunkFailed(f"The trunk answered step {result.step_id} instead of step {sent.step_id}.")
-        return result
-
     def _decode(self, results: Sequence[pb.StepResult], wanted: int) -> torch.Tensor:
         """The answer [1, `wanted`, H], in the dtype that the trunk computed it in."""
         hidden_size = self._served.hidden_size
@@ -270,10 +252,7 @@ class Stream:
         if not wanted:
             return torch.empty(1, 0, hidden_size, dtype=self._dtype)
         data = b"".join(result.hidden.data for result in results)
-        return self._finite(converted(self._read(data), self._dtype))
-
-    def _finite(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`; raises TrunkFailed where the trunk sent NaN or Inf."""
+        x = converted(self._read(data), self._dtype)
         if (found := codec.where_not_finite(x)) is not None:
             plan, (row, value) = self._served.plan, found
             layers = f"its layers [{plan.start}, {plan.end})"

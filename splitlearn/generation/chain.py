@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from splitlearn.stages.base import LogitsInParts, OpensTogether, Session, Stage, StageInput
-from splitlearn.stages.head import HeadSession
 from splitlearn.stages.prefix import PrefixSession, PrefixStage
 from splitlearn.stages.settings import SessionSettings
 
@@ -55,7 +54,7 @@ class Step:
         all where the stage keeps nothing of earlier ones."""
         session = self.chain.sessions[at]
         new = self.ids.shape[1]
-        if x.shape[1] > new and not isinstance(session, PrefixSession | HeadSession):
+        if x.shape[1] > new and not isinstance(session, PrefixSession):
             x = x[:, -new:]
         return StageInput(session, self.end - x.shape[1], x, self.rows, rope_length=self.chain.rope_length)
 

@@ -1,6 +1,7 @@
 """Hidden states to messages and back; dtype, shape and bytes are checked against each other."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,6 +64,16 @@ def where_not_finite(x: torch.Tensor) -> tuple[int, float] | None:
         return None
     row, column = places[0].tolist()
     return row, float(x[0, row, column])
+
+
+def in_parts(data: bytes, rows: Rows, hidden_size: int, position: int, limit: int = 0) -> Iterator[dict[str, Any]]:
+    """The fields of the messages that take the rows of a hidden state, the first of which is at `position`; `limit` is
+    that of `part_bytes`."""
+    row = rows.row_bytes(hidden_size)
+    size = part_bytes(row, limit)
+    for start in range(0, len(data), size):
+        hidden, more = fields(data[start : start + size], rows, hidden_size), start + size < len(data)
+        yield {"position": position + start // row, "hidden": hidden, "more": more}
 
 
 def part_bytes(row_bytes: int, limit: int = 0) -> int:
