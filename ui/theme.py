@@ -46,12 +46,14 @@ PAGE = """
 :root { --sl-full: #0072b2; --sl-split: #009e73; --sl-gap: 12px; --sl-line: #d7dee8; --sl-panel: #f8fafc;
   --sl-hover: #eef2f7; }
 .dark { --sl-full: #56b4e9; --sl-split: #2dd4a7; --sl-line: #3b4a60; --sl-panel: #172033; --sl-hover: #1f2b42; }
-.gradio-container main { max-width: 1240px !important; margin: 0 auto !important; padding: 16px !important; }
+.gradio-container main { width: 100%; max-width: 1240px !important; margin: 0 auto !important;
+  padding: 16px !important; }
 .gradio-container .html-container { padding: 0; }
 :is(#error, #flags-error, #lab-error, #link-error, #models-error):not(:has(.sl-error)),
 #share-link:not(:has(.sl-note)), #models-note:not(:has(.sl-note)), #time:not(:has(section)),
 #startup:not(:has(.sl-note)):not(:has(.sl-error)), #split-facts:not(:has(p)) {
   display: none; }
+.gradio-container :focus-visible { outline: 2px solid var(--primary-500) !important; outline-offset: 2px; }
 .sl-title h1 { font-size: 1.9rem; font-weight: 750; letter-spacing: -.03em; margin: 0; }
 .gradio-container .wrap:has(> .wrap-inner) { border-color: var(--input-border-color); }
 .gradio-container .form { background: transparent; border: 0; gap: var(--sl-gap); }
@@ -157,7 +159,10 @@ mark { background: #fde68a; color: #1e293b; border-radius: 3px; }
 .sl-swatch { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: 6px; }
 .sl-flags { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
   gap: 8px; }
-.sl-flag { gap: 2px !important; }
+.sl-flag { gap: 2px !important; } .sl-flag.sl-cannot { display: none !important; }
+#flags-cannot p { display: block; font-weight: 400; }
+#flags-cannot ul { list-style: none; padding: 0; display: grid; gap: 8px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
 .sl-progress { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: center; font-size: .9rem; }
 .sl-progress progress { flex: 1 1 240px; height: 12px; appearance: none; border: 0;
   border-radius: 6px; overflow: hidden; background: var(--sl-line); }

@@ -15,6 +15,20 @@ pytestmark = [
 ]
 RUN_MS = 120_000
 WIDTHS = (320, 390, 768, 1280, 1920)
+# The element that has the focus: where it is on the page, and whether a line is around it or its label.
+FOCUS = """() => {
+  const at = document.activeElement;
+  if (!at || at === document.body) return null;
+  window.slKeys ??= new Map();
+  if (!window.slKeys.has(at)) window.slKeys.set(at, window.slKeys.size);
+  const around = [at, at.closest('label')].filter(Boolean).map(each => getComputedStyle(each));
+  return {
+    key: window.slKeys.get(at),
+    what: at.outerHTML.slice(0, 120),
+    top: at.getBoundingClientRect().top + scrollY,
+    outlined: around.some(style => style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 2),
+  };
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +58,10 @@ def tabs(page: Page) -> Iterator[str]:
     for tab in page.get_by_role("tab").all():
         tab.click()
         panel = page.get_by_role("tabpanel").filter(visible=True)
-        for fold in panel.locator("button.label-wrap:not(.open)").all():
-            if fold.is_visible():
-                fold.click()
+        folded = panel.locator("button.label-wrap:not(.open)").filter(visible=True)
+        while handles := folded.element_handles():
+            for handle in handles:
+                handle.click()
         panel.locator("details").evaluate_all("parts => parts.forEach(part => part.open = true)")
         yield tab.inner_text()
 
@@ -63,3 +78,59 @@ def test_no_tab_is_wider_than_any_screen(page: Page) -> None:
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} at {width}"
+
+
+def selected(page: Page) -> str:
+    """The tab that is shown, which is the one that has the focus."""
+    tab = page.locator("[role=tab][aria-selected=true]")
+    expect(tab).to_be_focused()
+    expect(tab).to_have_attribute("tabindex", "0")
+    expect(page.locator("[role=tab][tabindex='0']")).to_have_count(1)
+    return tab.inner_text()
+
+
+def test_arrow_keys_go_from_tab_to_tab_and_one_press_of_tab_leaves_them(page: Page) -> None:
+    names = page.get_by_role("tab").all_inner_texts()
+    page.get_by_role("tab").first.click()
+    page.keyboard.press("ArrowLeft")
+    assert selected(page) == names[-1]
+    page.keyboard.press("ArrowRight")
+    assert selected(page) == names[0]
+    for name in names[1:]:
+        page.keyboard.press("ArrowRight")
+        assert selected(page) == name
+    page.keyboard.press("Home")
+    assert selected(page) == names[0]
+    page.keyboard.press("End")
+    assert selected(page) == names[-1]
+    page.keyboard.press("Home")
+    page.keyboard.press("Tab")
+    expect(page.locator("#prompt textarea")).to_be_focused()
+    page.keyboard.press("Shift+Tab")
+    assert selected(page) == names[0]
+
+
+def test_an_accordion_says_whether_it_is_open_and_opens_by_keyboard(page: Page) -> None:
+    page.get_by_role("tab").first.click()
+    fold = page.locator("#settings > button")
+    before = fold.get_attribute("aria-expanded")
+    for said in ("true", "false", "true")[before == "true" :]:
+        fold.press("Enter")
+        expect(fold).to_have_attribute("aria-expanded", said)
+        expect(page.locator("#max_new_tokens")).to_be_visible(visible=said == "true")
+
+
+def test_the_keyboard_alone_goes_through_a_whole_tab_forwards_and_sees_where_it_is(page: Page) -> None:
+    next(tabs(page))
+    page.get_by_role("tab").first.focus()
+    places, seen = [], set()
+    while True:
+        page.keyboard.press("Tab")
+        found = page.evaluate(FOCUS)
+        if found is None or found["key"] in seen:
+            break
+        seen.add(found["key"])
+        places.append(found["top"])
+        assert found["outlined"], found
+    assert len(seen) > 40
+    assert all(after >= before - 120 for before, after in zip(places, places[1:], strict=False)), places

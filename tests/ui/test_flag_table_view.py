@@ -12,8 +12,9 @@ from splitlearn.lab.design import Design
 from splitlearn.lab.records import FIRST_PASS
 from tests.support.lab_trials import setup, trials
 from ui.flag_table import view
-from ui.format import MISSING, rate, seconds, size
+from ui.format import MISSING
 
+UNITS = (1e3, 1e3, 1, 1, 1e-6)
 EFFECTS = {
     ("without use_cache, full", "tpot_s"): 1.8,
     ("without inference_mode, split", "tpot_s"): 3.0,
@@ -42,9 +43,9 @@ def rows(html: str) -> dict[str, list[str]]:
 
 def figures(cells: ArmCells) -> list[str]:
     """What the table has to say of one arm, its ratios and verdict aside."""
-    times = [seconds(cells.ttft_s), seconds(cells.tpot_s), rate(cells.tps), rate(cells.decode_tps)]
-    runs = f"{cells.n} (first pass)" if cells.first_pass else str(cells.n)
-    return [*times, seconds(cells.load_s), size(cells.added_bytes), runs]
+    found = [cells.ttft_s, cells.tpot_s, cells.tps, cells.load_s, cells.added_bytes]
+    in_units = [None if each is None else each * unit for each, unit in zip(found, UNITS, strict=True)]
+    return [*map(view.plain, in_units), "first" if cells.first_pass else str(cells.n)]
 
 
 @pytest.mark.parametrize("design", ["without", "alone"])
@@ -90,9 +91,18 @@ def test_an_arm_that_cannot_run_is_named_with_the_reason_and_as_text() -> None:
     row = found.rows[-1]
     cells = {kind: replace(each, unavailable="<b>no & never</b>") for kind, each in row.cells.items()}
     drawn = view.section(replace(found, rows=(*found.rows[:-1], replace(row, cells=cells))))
-    assert "unavailable: &lt;b&gt;no &amp; never&lt;/b&gt;" in drawn
     assert "<b>no" not in drawn
-    assert f"Left out: {row.cells['full'].arm}; {row.cells['split'].arm}" in text(drawn)
+    assert rows(drawn)[row.name][2:4] == ["unavailable", "unavailable"]
+    why = "(<b>no & never</b>)"
+    assert f"Left out: {row.cells['full'].arm} {why}; {row.cells['split'].arm} {why}" in unescape(drawn)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.456, "0.46"), (4.567, "4.57"), (9.999, "10.0"), (45.67, "45.7"), (99.99, "100"), (4567.8, "4568")],
+)
+def test_a_figure_has_its_unit_in_the_head_and_as_many_digits_as_a_person_reads(value: float, shown: str) -> None:
+    assert view.plain(value) == shown
 
 
 def test_before_the_first_experiment_it_says_what_will_be_there() -> None:

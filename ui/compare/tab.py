@@ -7,6 +7,8 @@ from typing import Any
 import gradio as gr
 
 from splitlearn.checkpoints.chat_template import DEFAULT
+from splitlearn.config import ModelConfig
+from splitlearn.flags.registry import Place
 from ui import html, inputs
 from ui.compare import time, view
 from ui.compare.actions import Handlers
@@ -47,7 +49,7 @@ class AnswersTab:
             with gr.Accordion("Settings", open=False, elem_id="settings"):
                 self._settings()
             with gr.Accordion("Optimization flags", open=False, elem_id="flags"):
-                self.picker = Picker(self.config.flags)
+                self.picker = Picker(self.config.flags, _probably(self.config.model))
             with gr.Accordion("Network", open=False, elem_id="network"):
                 self.network = NetworkPanel(handlers.network)
                 self.fields["link"] = self.network.link
@@ -204,6 +206,11 @@ class AnswersTab:
 def _status(text: str) -> str:
     """A live region that is there before it speaks."""
     return f'<p class="sl-status" role="status" aria-live="polite">{escape(text)}</p>'
+
+
+def _probably(model: ModelConfig) -> Place:
+    """Where the arms compute, as far as it is known before torch is asked."""
+    return Place("cpu" if model.device == "auto" else model.device, dtype=model.dtype)
 
 
 def _named(chat: bool | str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from html import escape
 from splitlearn.events import KINDS, Kind
 from splitlearn.lab.analysis.flags_table import ArmCells, FlagRow, FlagsTable, Ratio
 from splitlearn.metrics import LEDGER_ORDER
-from ui.format import MISSING, rate, seconds, size
+from ui.format import MISSING
 from ui.html import folded, head_row, small, table, term
 
 EMPTY = (
@@ -15,7 +15,7 @@ EMPTY = (
     "come within seconds, and get surer until you press Stop."
 )
 NOWHERE = "does not act here"
-WIDTH, HEIGHT = 120, 14
+WIDTH, HEIGHT = 72, 14
 LEAST_SPAN = math.log(1.25)  # the axis shows at least 0.8 to 1.25
 ORDERS = [("As listed", "listed"), ("Largest effect on TPOT first", "effect")]
 RATIO_OF = {
@@ -23,17 +23,36 @@ RATIO_OF = {
     "alone": "time with this flag alone / time without it; below 1, the flag helps",
     "ladder": "time with the flags up to this one / time with those before",
 }
+
+
+def plain(value: float | None) -> str:
+    """A figure in three digits, whose unit is in its column's head."""
+    if value is None:
+        return MISSING
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
+
+
+RATIOS = {
+    "TPOT ratio": "Geometric mean of the pairs with its interval; the axis is logarithmic, the line is 1",
+    "Verdict on TPOT": "What the pairs say of the flag so far",
+    "TTFT ratio": "Geometric mean of the pairs with its interval",
+}
 COLUMNS: Mapping[str, tuple[str, Callable[[ArmCells], str]]] = {
-    "TTFT": ("Time to first token, median", lambda cells: seconds(cells.ttft_s)),
-    "TPOT": ("Time per output token after the first, median", lambda cells: seconds(cells.tpot_s)),
-    "TPS (request)": ("Tokens per second of the whole request", lambda cells: rate(cells.tps)),
-    "TPS (decode)": ("Tokens per second after the first: 1 / TPOT", lambda cells: rate(cells.decode_tps)),
-    "Load": ("Time to load the weights", lambda cells: seconds(cells.load_s)),
-    "Added memory": (
-        "Peak memory beyond what the imports take; of split, client and trunk",
-        lambda cells: size(cells.added_bytes),
+    "TTFT, ms": ("Time to first token, median", lambda cells: plain(_times(cells.ttft_s, 1e3))),
+    "TPOT, ms": ("Time per output token after the first, median", lambda cells: plain(_times(cells.tpot_s, 1e3))),
+    "TPS, tokens/s": (
+        "Tokens per second of the whole request. Those after the first are 1 / TPOT.",
+        lambda cells: plain(cells.tps),
     ),
-    "n": ("Runs behind the medians", lambda cells: f"{cells.n} (first pass)" if cells.first_pass else str(cells.n)),
+    "Load, s": ("Time to load the weights", lambda cells: plain(cells.load_s)),
+    "Added, MB": (
+        "Peak memory beyond what the imports take; of split, client and trunk",
+        lambda cells: plain(_times(cells.added_bytes, 1e-6)),
+    ),
+    "n": (
+        "Runs behind the medians; “first” is the one of the first pass, which is not counted",
+        lambda cells: "first" if cells.first_pass else str(cells.n),
+    ),
 }
 
 
@@ -58,9 +77,10 @@ def changes(found: FlagsTable) -> str:
 
 
 def _left_out(found: FlagsTable) -> str:
-    """Which arms cannot run; the verdict has each one's reason."""
-    arms = [cells.arm for row in found.rows for cells in row.cells.values() if cells.unavailable]
-    return f"Left out: {'; '.join(arms)}. The verdict says why." if arms else ""
+    """Which arms cannot run, and why."""
+    cells = [cells for row in found.rows for cells in row.cells.values() if cells.unavailable]
+    arms = [f"{each.arm} ({each.unavailable})" for each in cells]
+    return f"Left out: {'; '.join(arms)}." if arms else ""
 
 
 def _ordered(rows: Sequence[FlagRow], order: str) -> list[FlagRow]:
@@ -85,18 +105,18 @@ def _axis(rows: Iterable[FlagRow]) -> tuple[float, float]:
 
 def _table(rows: Iterable[FlagRow], axis: tuple[float, float], name: str) -> str:
     listed = [(_name(row), *_cells(row, axis)) for row in rows]
-    groups = ["TPOT ratio", "Verdict on TPOT", "TTFT ratio", *COLUMNS]
-    head = head_row("Flags", *(f"{_column(group, name)} {kind}" for group in groups for kind in KINDS))
-    return table(head, listed, name)
+    return table(_head(name), listed, name)
+
+
+def _head(where: str) -> str:
+    """Two lines: what a pair of columns shows, and which of them is full and which split."""
+    groups = "".join(f'<th scope="colgroup" colspan="2">{_column(group, where)}</th>' for group in (*RATIOS, *COLUMNS))
+    kinds = "".join(f'<th scope="col">{kind}</th>' for kind in KINDS) * (len(RATIOS) + len(COLUMNS))
+    return f'<tr><th scope="col" rowspan="2">Flags</th>{groups}</tr><tr>{kinds}</tr>'
 
 
 def _column(group: str, where: str) -> str:
-    about = {
-        "TPOT ratio": "Geometric mean of the pairs with its interval; the axis is logarithmic, the line is 1",
-        "Verdict on TPOT": "What the pairs say of the flag so far",
-        "TTFT ratio": "Geometric mean of the pairs with its interval",
-    }
-    return term(group, about.get(group) or COLUMNS[group][0], f"{where}-{group}")
+    return term(group, RATIOS.get(group) or COLUMNS[group][0], f"{where}-{group}")
 
 
 def _name(row: FlagRow) -> str:
@@ -108,26 +128,31 @@ def _cells(row: FlagRow, axis: tuple[float, float]) -> list[str]:
         lambda kind, cells: _bar(kind, cells.tpot_ratio, axis),
         lambda _, cells: _verdict(cells),
         lambda _, cells: _ratio(cells.ttft_ratio),
-        *(_plain(figure) for _, figure in COLUMNS.values()),
+        *(_figure(figure) for _, figure in COLUMNS.values()),
     ]
     return [each(kind, row.cells[kind]) if kind in row.cells else NOWHERE for each in written for kind in KINDS]
 
 
-def _plain(figure: Callable[[ArmCells], str]) -> Callable[[Kind, ArmCells], str]:
-    return lambda _, cells: escape(figure(cells))
+def _figure(figure: Callable[[ArmCells], str]) -> Callable[[Kind, ArmCells], str]:
+    return lambda _, cells: f'<span class="sl-figure">{escape(figure(cells))}</span>'
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
 
 
 def _verdict(cells: ArmCells) -> str:
     if cells.unavailable:
-        return escape(f"unavailable: {cells.unavailable}")
+        return "unavailable"
     return escape(cells.tpot_ratio.verdict) if cells.tpot_ratio else MISSING
 
 
 def _ratio(found: Ratio | None) -> str:
     if found is None or found.ratio is None:
         return MISSING
-    interval = "" if found.low is None or found.high is None else f" ({found.low:.2f} to {found.high:.2f})"
-    return f"{found.ratio:.2f}\N{MULTIPLICATION SIGN}{interval}"
+    known = found.low is not None and found.high is not None
+    interval = f"<small> {found.low:.2f} to {found.high:.2f}</small>" if known else ""
+    return f'<span class="sl-ratio">{found.ratio:.2f}\N{MULTIPLICATION SIGN}{interval}</span>'
 
 
 def _bar(kind: Kind, found: Ratio | None, axis: tuple[float, float]) -> str:

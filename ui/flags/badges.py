@@ -1,10 +1,11 @@
 """What the page shows of flags: badges, and the matrix of flag by side."""
 
+from collections.abc import Mapping
 from html import escape
 
 from splitlearn.flags.registry import FLAGS, SIDES, Flag, Side
 from splitlearn.flags.selection import Availability, FlagSet
-from ui.html import head_row, table
+from ui.html import folded, head_row, table
 
 
 def about(flag: Flag, why_not: str | None) -> str:
@@ -13,6 +14,15 @@ def about(flag: Flag, why_not: str | None) -> str:
     reason = f"<b>Unavailable: {escape(why_not)}.</b> " if why_not else ""
     fidelity = f'<span class="sl-badge sl-{flag.fidelity}">{flag.fidelity}</span>'
     return f'<p class="sl-small">{reason}{escape(flag.help)}</p>{sides}{fidelity}'
+
+
+def cannot(reasons: Mapping[str, str]) -> str:
+    """The flags that can act on no side here, each with the reason, folded."""
+    said = "".join(
+        f"<li><div><b>{escape(FLAGS[name].label)}</b></div>{about(FLAGS[name], why)}</li>"
+        for name, why in reasons.items()
+    )
+    return folded(f"Flags that cannot act here: {len(reasons)}", f"<ul>{said}</ul>" if said else "")
 
 
 def matrix(known: Availability, applied: FlagSet) -> str:

@@ -2,8 +2,8 @@
 
 from splitlearn.arms.runs import Runs
 from splitlearn.errors import SetupError, TrunkError
-from splitlearn.flags.registry import FLAGS, SIDES, Side
-from splitlearn.flags.selection import PRESETS, SETS, Availability, FlagSet, parse
+from splitlearn.flags.registry import FLAGS, SIDES, Place, Side
+from splitlearn.flags.selection import PRESETS, SETS, Availability, FlagSet, availability, parse
 
 NAMES = (*SETS, *PRESETS)
 
@@ -15,6 +15,12 @@ def available(runs: Runs) -> Availability:
     except (TrunkError, SetupError):
         here = runs.availability_here
         return here.with_side("trunk", dict.fromkeys(FLAGS, "the trunk does not answer"), here.auto["trunk"])
+
+
+def useful_first(place: Place) -> list[str]:
+    """All flags; those of the fastest set that leaves the tokens as they are at `place` come first."""
+    fastest = parse("auto", availability(dict.fromkeys(SIDES, place))).names()
+    return sorted(FLAGS, key=lambda name: name not in fastest)
 
 
 def words(flags: FlagSet, known: Availability) -> str:

@@ -8,12 +8,13 @@ import gradio as gr
 
 from splitlearn.arms.runs import Runs
 from splitlearn.errors import SplitlearnError
-from splitlearn.flags.registry import FLAGS, SIDES, Flag
+from splitlearn.flags.registry import FLAGS, SIDES, Flag, Place
 from splitlearn.flags.selection import Availability, FlagSet, parse
 from ui import html
 from ui.flags import badges, flag_words
 
 Updates = dict[Any, Any]
+CARD = ["sl-flag"]
 PRESETS_HELP = (
     "auto: the fastest set that leaves the tokens as they are. fast: weights in 4 bits. The earlier-* presets repeat "
     "an earlier system's comparison. They and 'all' compile: minutes at first. fast and 'all' are lossy."
@@ -25,19 +26,21 @@ WORDS_HELP = (
 
 
 class Picker:
-    """Made inside a `gr.Blocks`; `connect` makes it live."""
+    """Made inside a `gr.Blocks`; `connect` makes it live. `place` is where the arms probably compute: the flags of the
+    fastest set there come first. Those that turn out not to act here are folded."""
 
-    def __init__(self, at_first: str) -> None:
+    def __init__(self, at_first: str, place: Place) -> None:
         self.preset = gr.Radio(list(flag_words.NAMES), label="Set of flags", info=PRESETS_HELP)
         self.auto = gr.HTML("", elem_id="auto")
         gr.Markdown("The same on every side where a flag acts:", elem_classes="sl-small")
         self.flags: dict[str, Any] = {}
-        self.about: dict[str, Any] = {}
+        self.cards: dict[str, Any] = {}
         with gr.Row(elem_classes="sl-flags"):
-            for name, flag in FLAGS.items():
-                with gr.Column(elem_classes="sl-flag", min_width=200):
-                    self.flags[name] = _control(flag)
-                    self.about[name] = gr.HTML(badges.about(flag, None))
+            for name in flag_words.useful_first(place):
+                with gr.Column(elem_classes=CARD, min_width=200) as self.cards[name]:
+                    self.flags[name] = _control(FLAGS[name])
+                    gr.HTML(badges.about(FLAGS[name], None))
+        self.cannot = gr.HTML("", elem_id="flags-cannot")
         # In the same accordion as the controls: Gradio keeps no value for a field that was never on the screen but the
         # one that it began with.
         self.words = gr.Textbox(at_first, label="Flags in words", info=WORDS_HELP, elem_id="flag-words")
@@ -52,8 +55,8 @@ class Picker:
     @property
     def outputs(self) -> list[Any]:
         """All that a choice of flags is shown in."""
-        controls = [*self.flags.values(), *self.about.values(), *self.sides.values()]
-        return [self.preset, self.auto, *controls, self.words, self.matrix]
+        controls = [*self.flags.values(), *self.cards.values(), *self.sides.values()]
+        return [self.preset, self.auto, *controls, self.cannot, self.words, self.matrix]
 
     def connect(self, runs: Runs) -> None:
         """Let each control change the words, and the others with them; what cannot be used is said below the words."""
@@ -100,15 +103,19 @@ class Picker:
             control: _update(FLAGS[name], flag_words.choice_of(flags, name, known), why_not[name])
             for name, control in self.flags.items()
         }
-        about = {box: badges.about(FLAGS[name], why_not[name]) for name, box in self.about.items()}
+        cards = {
+            card: gr.Column(elem_classes=[*CARD, *(["sl-cannot"] if why_not[name] else [])])
+            for name, card in self.cards.items()
+        }
         sides = {
             group: gr.CheckboxGroup(choices=_texts(known[side]), value=sorted(flags.of(side)))
             for side, group in self.sides.items()
         }
         return {
             **controls,
-            **about,
+            **cards,
             **sides,
+            self.cannot: badges.cannot({name: reason for name, reason in why_not.items() if reason}),
             self.preset: typed if typed in flag_words.NAMES else flag_words.set_of(flags, known),
             self.auto: f'<p class="sl-small">{escape(flag_words.about_auto(known))}</p>',
             self.matrix: badges.matrix(known, flags),
