@@ -192,7 +192,8 @@ class RunsConfig(_Section):
 
 class UiConfig(_Section):
     """The page. `auth` names the environment variable that holds `user:password`; `allowed_hosts` are names, without
-    ports, by which the page is reached besides `host` and those of loopback. `root_path` is where a proxy serves it."""
+    ports, by which the page is reached besides `host` and those of loopback. `root_path` is where a proxy serves it.
+    `history_file` is whether comparisons are kept on disk; None for those of the owner of a page on loopback."""
 
     host: Host = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
@@ -200,6 +201,7 @@ class UiConfig(_Section):
     allowed_hosts: Annotated[tuple[HostName, ...], Field(strict=False)] = ()
     root_path: RootPath = ""
     mcp: bool = False
+    history_file: bool | None = None
     share: bool = False
     auth: Variable = "SPLITLEARN_AUTH"
 

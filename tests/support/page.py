@@ -103,9 +103,11 @@ class App:
 
 
 def write_config(folder: Path, **sections: object) -> Path:
-    """A config.yaml in `folder` for one thread and a free port, with `sections` over it."""
+    """A config.yaml in `folder` for one thread and a free port, with `sections` over it. What is compared goes into no
+    history on this machine."""
     path = folder / "config.yaml"
-    usual = {"flags": "default", "runs": {"threads": 1}, "ui": {"port": 0}}  # flags without kernels to compile
+    ui = {"port": 0, "history_file": False, **sections.pop("ui", {})}  # type: ignore[dict-item]  # plain YAML
+    usual = {"flags": "default", "runs": {"threads": 1}, "ui": ui}  # flags without kernels to compile
     path.write_text(yaml.safe_dump({**usual, **sections}))
     return path
 

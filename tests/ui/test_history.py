@@ -21,8 +21,10 @@ IMAGE, FORMULA = "<img src=x onerror=alert(1)>", "=1+1"
 
 @pytest.fixture(scope="module")
 def url(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    config = write_config(tmp_path_factory.mktemp("page"), model={"name": str(tiny_model().folder)})
-    with running(config) as app:
+    """An app that keeps a history on disk, in a cache of its own, as it does by default."""
+    folder = tmp_path_factory.mktemp("page")
+    config = write_config(folder, model={"name": str(tiny_model().folder)}, ui={"history_file": None})
+    with running(config, environment={"SPLITLEARN_CACHE": str(folder / "cache")}) as app:
         yield app.warm_url()
 
 
@@ -148,3 +150,21 @@ def test_a_page_that_opens_while_another_one_compares_says_so_and_her_place(
     expect(page.locator("#compare")).to_be_enabled()
     expect(other.locator("#status")).not_to_contain_text("running")
     other.close()
+
+
+def test_the_owner_finds_them_on_disk_and_somebody_behind_a_proxy_does_not(
+    page: Page, browser: BrowserContext, url: str
+) -> None:
+    page.locator("#earlier > button").click()
+    lines = page.locator("#earlier-list tbody tr")
+    expect(lines.filter(has_text=IMAGE).last).to_contain_text("identical")
+    expect(lines.filter(has_text=FORMULA).first).to_contain_text("[2, 4) of 6")
+    expect(page.locator("#earlier-list img")).to_have_count(0)
+    browser.set_extra_http_headers({"X-Forwarded-For": "203.0.113.7"})
+    try:
+        other = open_page(browser, url)
+        expect(other.locator("#history")).to_contain_text("Each comparison becomes a line here")
+        expect(other.locator("#earlier")).to_be_hidden()
+        other.close()
+    finally:
+        browser.set_extra_http_headers({})

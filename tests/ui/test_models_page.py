@@ -78,11 +78,11 @@ def test_who_comes_through_a_proxy_without_a_login_sees_the_model_and_cannot_cha
     try:
         page = open_page(browser, url)
         open_list(page)
-        expect(page.locator("#models-note")).to_contain_text("Only who runs this page may change that")
+        expect(page.locator("#models-note")).to_contain_text("Only who runs this page may do that")
         expect(page.locator("#models-list tbody tr")).to_have_count(1)
         expect(page.locator("#models-load")).to_be_hidden()
         page.locator("#model-adopt").click()
-        expect(page.locator("#model-error")).to_contain_text("Only who runs this page may change that")
+        expect(page.locator("#model-error")).to_contain_text("Only who runs this page may do that")
         page.close()
     finally:
         browser.set_extra_http_headers({})

@@ -9,7 +9,7 @@ from splitlearn.errors import SetupError
 
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 ONLY_OWNER = (
-    "Only who runs this page may change that: open it on its own machine by its loopback address, or set a login "
+    "Only who runs this page may do that: open it on its own machine by its loopback address, or set a login "
     "(ui.auth in config.yaml)."
 )
 

@@ -1,18 +1,26 @@
 """What is made of a comparison that has ended: its line in the history, its files, its command."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from splitlearn.arms.compare import environment
+from splitlearn.address import is_loopback
+from splitlearn.arms.compare import Comparison, Pairs, environment
 from splitlearn.arms.runs import Runs
+from splitlearn.checkpoints import catalogue
 from splitlearn.errors import SplitlearnError
+from splitlearn.flags.selection import parse
 from splitlearn.reporting.files import write_texts
+from splitlearn.runtime.terminal import say
 from ui import inputs
 from ui.compare.command import command
 from ui.compare.session import ComparisonView
+from ui.flags import flag_words
 from ui.history import record, share
+from ui.history.disk import DiskHistory
 from ui.history.record import Entry
 from ui.visitors import Downloads
 
@@ -34,9 +42,18 @@ class Historian:
 
     def __init__(self, runs: Runs, downloads: Downloads, options: Sequence[str]) -> None:
         self.runs, self._downloads, self._options = runs, downloads, options
+        self.disk = DiskHistory(catalogue.cache_folder(runs.config.model))
 
-    def finish(self, shown: ComparisonView, typed: Mapping[str, object], words: str, visitor: str) -> Finish | None:
-        """What is kept of `shown`; None where no pair was complete."""
+    def keeps(self, owner: bool) -> bool:
+        """Whether comparisons are kept on disk: of a visitor who is the owner of the page, or of any."""
+        ui = self.runs.config.ui
+        alone = is_loopback(ui.host) and not ui.share and not os.environ.get(ui.auth)
+        return alone and owner if ui.history_file is None else ui.history_file
+
+    def finish(
+        self, shown: ComparisonView, typed: Mapping[str, object], words: str, visitor: str, owner: bool
+    ) -> Finish | None:
+        """What is kept of `shown`; None where no pair was complete. `owner` is whether she runs the page."""
         pairs = shown.pairs
         if pairs is None:
             return None
@@ -44,8 +61,22 @@ class Historian:
         told = None if link == self.runs.link else str(link)
         repeat = command(request, words, shown.asked, told, self._options)
         made = record.entry(pairs, request, words, self.runs.files.name, self.runs.plan, str(link), repeat)
-        texts = {PAGE: share.page(shown, made, repeat, self._environment()), TIMES: share.times(pairs)}
+        around = self._environment()
+        if self.keeps(owner):
+            self._keep(shown, pairs, words, around, {"asked": request.prompt, "command": repeat})
+        texts = {PAGE: share.page(shown, made, repeat, around), TIMES: share.times(pairs)}
         return Finish(made, repeat, self._write(texts, f"{visitor} comparison"))
+
+    def _keep(
+        self, shown: ComparisonView, pairs: Pairs, words: str, environment: dict[str, Any], said: Mapping[str, str]
+    ) -> None:
+        """Append the comparison to the file. A disk that is full is no reason to lose the answer."""
+        runs, flags = self.runs, parse(words, flag_words.available(self.runs))
+        found = Comparison(runs.files.name, runs.plan, flags, pairs, shown.others_cpu, environment)
+        try:
+            self.disk.add({"when": datetime.now(UTC).isoformat(), **said, **found.as_json()})
+        except OSError as error:
+            say(f"warning: {self.disk.path} cannot be written ({error.strerror}).", stderr=True)
 
     def exports(self, entries: Sequence[Entry], visitor: str) -> Mapping[str, Path]:
         """The history as files."""

@@ -8,6 +8,7 @@ import gradio as gr
 from ui import html
 from ui.compare.session import ComparisonView
 from ui.flags.picker import Updates
+from ui.guard.owner import ONLY_OWNER, is_owner
 from ui.history import record, view
 from ui.history.actions import CSV, JSON, PAGE, TIMES, Finish, Historian
 from ui.history.record import Entry
@@ -49,6 +50,10 @@ class HistoryPanel:
         self.table = gr.HTML(view.history(()), elem_id="history")
         with gr.Column(visible=False, elem_id="history-more") as self.more:
             self._more()
+        with gr.Accordion(
+            "Earlier comparisons on this machine", open=False, visible=False, elem_id="earlier"
+        ) as self.earlier:
+            self.records = gr.HTML("", elem_id="earlier-list")
 
     def _more(self) -> None:
         with gr.Row():
@@ -75,7 +80,8 @@ class HistoryPanel:
     def connect(self, blocks: Any) -> None:
         """Make it live: what the browser has kept is shown when the page opens."""
         shown = [self.table, self.more, *self.exports.values(), *self.pins, self.pinned]
-        blocks.load(self._open, self.kept, shown, **AT_ONCE)
+        blocks.load(self._open, self.kept, [*shown, self.earlier], **AT_ONCE)
+        self.earlier.expand(self._earlier, None, self.records, **AT_ONCE)
         self.clear.click(self._clear, None, [self.kept, *shown], **AT_ONCE)
         for pin in self.pins:
             pin.input(self._pin, [self.kept, *self.pins], self.pinned, **AT_ONCE)
@@ -89,7 +95,7 @@ class HistoryPanel:
     ) -> tuple[Sequence[Entry], Updates]:
         """Show and keep the comparison that has ended. Gives all entries, newest first."""
         before = record.read(kept)
-        made = self.historian.finish(shown, typed, words, visitor(request))
+        made = self.historian.finish(shown, typed, words, visitor(request), is_owner(request))
         if made is None:
             return before, {}
         entries = record.add(made.entry, before)
@@ -102,7 +108,14 @@ class HistoryPanel:
         return {self.share: gr.Column(visible=True), self.command: made.command, self.cut: html.small(cut), **files}
 
     def _open(self, kept: object, request: gr.Request) -> Updates:
-        return self._show(record.read(kept), visitor(request))
+        mine = gr.Accordion(visible=is_owner(request))
+        return {**self._show(record.read(kept), visitor(request)), self.earlier: mine}
+
+    def _earlier(self, request: gr.Request) -> str:
+        """What the file holds, for the owner alone."""
+        if not is_owner(request):
+            return html.small(ONLY_OWNER)
+        return view.earlier(self.historian.disk.read(), self.historian.keeps(owner=True))
 
     def _clear(self, request: gr.Request) -> Updates:
         return {self.kept: [], **self._show((), visitor(request))}

@@ -5,6 +5,7 @@ from html import escape
 from itertools import zip_longest
 
 from ui.format import MISSING, rate, ratio, seconds
+from ui.history.disk import Earlier
 from ui.history.record import Entry, Figures, Spread, shorter
 from ui.html import head_row, small, table
 
@@ -13,6 +14,10 @@ PIN = "Choose two lines to see them side by side: what differs, the figures, and
 HEAD = (
     *("When (UTC)", "Prompt", "Flags", "Link", "Runs", "TPOT split / full", "Tokens"),
     *("TTFT full", "TTFT split", "TPOT full", "TPOT split", "TPS full", "TPS split"),
+)
+EARLIER = (
+    *("When (UTC)", "Prompt", "Model", "Trunk layers", "Flags", "TPOT split / full", "Tokens", "TPOT full"),
+    "TPOT split",
 )
 FIGURES: Mapping[str, Callable[[Entry], float | None]] = {
     "TTFT, full": lambda entry: entry.full.ttft_s,
@@ -29,6 +34,29 @@ def history(entries: Sequence[Entry]) -> str:
     if not entries:
         return small(EMPTY)
     return f'<div class="sl-history">{table(head_row(*HEAD), map(_line, entries), "History of comparisons")}</div>'
+
+
+def earlier(found: Earlier, kept: bool) -> str:
+    """The comparisons of the file on disk, newest first; `kept` is whether new ones go there."""
+    on = "Each comparison is added to it." if kept else "New comparisons are not added: ui.history_file in config.yaml."
+    file = f"The file is {found.path}, one JSON object a line. {on}"
+    skipped = f" Lines that are no comparison, and are left out: {found.skipped}." if found.skipped else ""
+    rows = [
+        [
+            f"{each.when:%Y-%m-%d %H:%M:%S}",
+            escape(shorter(each.asked, 60)),
+            escape(shorter(each.model, 60)),
+            f"[{each.split.start}, {each.split.end}) of {each.split.n_layers}",
+            escape(shorter(", ".join(each.flags), 60)),
+            MISSING if each.ratios.tpot is None else ratio(each.ratios.tpot.geometric_mean, 1),
+            "identical" if each.identical_tokens else "differ",
+            seconds(each.full.tpot_s),
+            seconds(each.split_run.tpot_s),
+        ]
+        for each in found.records
+    ]
+    listed = table(head_row(*EARLIER), rows, "Earlier comparisons") if rows else small("None yet.")
+    return f'<div class="sl-history">{listed}{small(file + skipped)}</div>'
 
 
 def pinned(one: Entry | None, other: Entry | None) -> str:
