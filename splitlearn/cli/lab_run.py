@@ -31,7 +31,7 @@ from splitlearn.runtime.terminal import say, visible
 
 
 def run(asked: ExperimentRequest, config: Config, out: Path | None, *, as_json: bool) -> None:
-    """A new experiment in the folder `out`; its exports lie there when it ends."""
+    """Run a new experiment in the folder `out`, and write its exports there."""
     folder = out or Path(FOLDER) / time.strftime("%Y-%m-%d-%H%M%S")
     command = shlex.join(["python", "-m", "splitlearn", *sys.argv[1:]])
     with exclusive(config), on_console() as progress, Runs(config, progress) as runs:
@@ -92,7 +92,7 @@ def _end(folder: Path, as_json: bool) -> None:
         say(json.dumps(data.as_json(found), indent=2))
     else:
         _print(found, folder)
-    exports.write_exports(found, folder)  # at last: a disk that is full takes no figures with it
+    exports.write_exports(found, folder)  # last, so that a full disk loses no figures
 
 
 def _print(found: Findings, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A load on a terminal: run it, write its exports, print its figures."""
+"""A load test on a terminal: run it, write its exports, print its figures."""
 
 import json
 import shlex
@@ -31,7 +31,7 @@ FOLDER = "loadtest"
 
 
 def run(asked: LoadTest, config: Config, out: Path | None, *, as_json: bool) -> None:
-    """Load the trunk as asked; the exports lie in `out` when it is over. Ctrl-C ends it early, with what there is."""
+    """Load the trunk as asked, then write the exports to `out`. Ctrl-C ends it early, with the figures so far."""
     folder = out or Path(FOLDER) / time.strftime("%Y-%m-%d-%H%M%S")
     make_folder(folder)
     with on_console() as progress, Runs(config, progress) as runs, _stop_on_interrupt() as stop:
@@ -40,7 +40,7 @@ def run(asked: LoadTest, config: Config, out: Path | None, *, as_json: bool) -> 
         say(json.dumps(report.as_json(found), indent=2))
     else:
         _print(found)
-    report.write_exports(found, folder)  # at last: a disk that is full takes no figures with it
+    report.write_exports(found, folder)  # last, so that a full disk loses no figures
     if not as_json:
         say(f"Report: {folder / 'report.html'}")
 
@@ -69,7 +69,7 @@ def measure(runs: Runs, asked: LoadTest, progress: Progress, stop: threading.Eve
 def clients_for(
     spec: ArmSpec, asked: LoadTest, chat: bool | str, progress: Progress
 ) -> AbstractContextManager[list[Client]]:
-    """The clients that are asked for; those that replay are given a fresh recording."""
+    """The clients: real ones, or ones that replay a recording made now."""
     if not asked.replay:
         return real_clients(spec, asked, chat, progress)
     return replay_clients(spec, asked, recordings_of(asked, spec, chat, progress), progress)

@@ -1,4 +1,4 @@
-"""`splitlearn models` and `splitlearn fetch`: what can be had, and having it."""
+"""`splitlearn models` and `splitlearn fetch`: lists the catalogue and the cache; fills the cache."""
 
 import json
 

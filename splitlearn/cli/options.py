@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they mean."""
+"""Options that several commands share, and the settings they make."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +26,7 @@ Flags = Annotated[
     ),
 ]
 Words = Annotated[list[str] | None, typer.Argument(metavar="SIDE:FLAGS", hidden=True)]
-"""What follows `--flags` and is no option: the groups of the other sides."""
+"""Words behind `--flags WORD` that are no options: the groups of the other sides."""
 Trunks = Annotated[str | None, typer.Option("--trunk", metavar="HOST:PORT[,...]", help="overrides trunk.address")]
 Link = Annotated[
     str | None,
@@ -37,7 +37,7 @@ MaxNewTokens = Annotated[
     int | None,
     typer.Option("--max-new-tokens", metavar="N", parser=whole("max_new_tokens"), help="of the longest answer"),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="S", parser=whole("seed"), help="of what is drawn")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="S", parser=whole("seed"), help="of all that is random")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="a new folder for the results")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout and nothing else there")]
 
@@ -60,5 +60,5 @@ def chosen_flags(flags: str | None, words: list[str] | None, config: "Config") -
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """Those of `values` that were given: the others keep their defaults."""
+    """Those of `values` that are not None; the others keep their defaults."""
     return {name: value for name, value in values.items() if value is not None}

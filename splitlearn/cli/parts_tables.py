@@ -1,4 +1,4 @@
-"""What `splitlearn parts` prints for people."""
+"""What `splitlearn parts` prints to read."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -40,13 +40,14 @@ def print_parts(found: Sequence[Part], context: int) -> None:
 
 
 def print_cuts(report: CutReport) -> None:
-    """The two sentences, and a row for each cut that nothing beats, for the configured one and for each measured one.
+    """The advice, and a row for each cut on the Pareto front, for the configured one and for each measured one.
 
     Cuts with as many layers in the trunk cost about the same, and are one row.
     """
     say(report.advice.does_it_help)
     say(report.advice.where_to_cut)
-    say(f"Predicted for {report.context:,} tokens and the link: {report.link.summary}. * marks what nothing beats.")
+    say(f"Predicted for {report.context:,} tokens and the link: {report.link.summary}.")
+    say("* marks the cuts of which no other one has both a lower TPOT and a smaller client.")
     heads = ["trunk layers", "TPOT", "TTFT", "client memory", "trunk memory", "trunk KV", "client computes"]
     runs = {(run.start, run.end): run for run in report.measured}
     table = PlainTable(*heads, *(["TPOT measured", "client measured", "trunk measured"] if runs else []))
@@ -77,7 +78,7 @@ def _runs(layers: Sequence[Layer]) -> Iterator[tuple[int, int, Layer]]:
 
 def _heads(layer: Layer) -> str:
     size = str(layer.key_size) if layer.key_size == layer.value_size else f"{layer.key_size} and {layer.value_size}"
-    return f"{layer.heads} of {size}, {layer.kv_heads} for KV"
+    return f"{layer.heads} of size {size}, {layer.kv_heads} for KV"
 
 
 def _mlp(layer: Layer) -> str:

@@ -1,4 +1,4 @@
-"""What the command line prints for people: tables on stdout, drawn by rich; answers as they are."""
+"""What the command line prints to read: tables on stdout, drawn by rich; answers as they are."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +65,7 @@ def print_comparison(found: Comparison) -> None:
 
 
 def print_link(cost: LinkCost) -> None:
-    """The emulated link beside the real one, and what it was to cost and cost."""
+    """The emulated link beside the real one; TTFT and TPOT, predicted and measured."""
     say(f"Link: measured {cost.real.summary}; emulated {cost.link.summary}.")
     table = PlainTable("split", "without the link", "predicted with it", "measured", "measured / predicted")
     for label, times in (("TTFT", cost.ttft), ("TPOT", cost.tpot)):
@@ -99,7 +99,7 @@ def print_flags(available: Availability, applied: FlagSet) -> None:
 
 
 def _conclusion(found: Comparison) -> Iterator[str]:
-    """What the pairs say, and how far to trust it."""
+    """The difference in a sentence, the range of the pairs, and the load of other programs."""
     pairs = found.pairs
     if pairs.difference is not None:
         yield pairs.difference.sentence()
@@ -107,7 +107,7 @@ def _conclusion(found: Comparison) -> Iterator[str]:
     said = [
         f"{name} {ratio.mean:.2f} ({ratio.least:.2f} to {ratio.most:.2f})" for name, ratio in ratios.items() if ratio
     ]
-    if said:
+    if said and len(pairs.full) > 1:  # of one pair, the table above has the ratios
         yield f"split / full, {len(pairs.counted)} of {len(pairs.full)} pairs, mean and range: {', '.join(said)}."
     yield f"Other programs used {found.others_cpu:.1f} cores meanwhile."
 

@@ -93,7 +93,7 @@ def error_of(error: grpc.RpcError, address: str) -> TrunkError:
     kind = _ERRORS.get(code, TrunkFailed)
     if kind is TrunkUnavailable:
         return kind(f"The trunk server at {address} does not answer or was lost ({details}). {_advice(details)}")
-    ask = " Set the environment variable that trunk.token names to one." if kind is TrunkDenied else ""
+    ask = "; set the environment variable that trunk.token names to one" if kind is TrunkDenied else ""
     message = f"The trunk server at {address} answered {code.name}: {details}{ask}"
     return TrunkFull(message, _retry_s(error)) if kind is TrunkFull else kind(message)
 
