@@ -73,7 +73,7 @@ def main(runs: Runs, blocks: int = 12) -> None:
 def _block(browser: BrowserContext, block: int) -> dict[str, list[Answer]]:
     """The answers of one start of the app, and of one of the command, in random order."""
     dice, found = random.Random(block), dict[str, list[Answer]]()
-    with running(ROOT / "config.yaml", "--port", "0") as app:
+    with running(ROOT / "config.yaml", "--port", "0", fresh=True) as app:
         url = app.warm_url()
         client = Client(url, verbose=False)
         arms: dict[str, Callable[[], Answer]] = {

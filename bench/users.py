@@ -99,7 +99,7 @@ def main(runs: Runs, users: int = 8, minutes: float = 5.0) -> None:
     with TemporaryDirectory() as folder:
         sections = {"flags": runs.config.flags, "runs": runs.config.runs.model_dump()}
         config = write_config(Path(folder), **sections, generation={"max_new_tokens": TOKENS})
-        with running(config) as app, _chromium() as browser:
+        with running(config, fresh=True) as app, _chromium() as browser:
             url = app.warm_url()
             everybody = [_user(browser, url, *asked) for asked in _alone(url, users).items()]
             memory = _together(everybody, app, minutes)

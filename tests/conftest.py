@@ -1,25 +1,30 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share.
+
+The process that hands out tests to others (pytest-xdist) imports this file and runs none: what takes seconds to import
+is imported by the fixtures that need it.
+"""
 
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-import torch
 
 from splitlearn.checkpoints import catalogue
-from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.config import ModelConfig
 from splitlearn.runtime import progress, proxies
 from tests.support import ROOT
 from tests.support.scheduling import DURATIONS, Durations
-from tests.support.tiny import make_converted
-from tests.support.trunk import TrunkHere, serve_here
 
-TinyFactory = Callable[..., ModelFiles]
+if TYPE_CHECKING:
+    from splitlearn.checkpoints.folder import ModelFiles
+    from tests.support.trunk import TrunkHere
+
+TinyFactory = Callable[..., "ModelFiles"]
 proxies.settle()  # for what tests themselves ask on this machine
 # A slow or busy machine is no failure: neither a deadline nor a health check looks at the clock.
 hypothesis.settings.register_profile(
@@ -44,11 +49,13 @@ def _one_thread() -> None:
     """Each test begins with one thread for torch. Tiny models gain nothing by a second one, and two test processes that
     share two cores then wait for each other at every product: tests/stages/test_boundaries.py took four times as long.
     """
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def default_model() -> ModelFiles:
+def default_model() -> "ModelFiles":
     """The catalogue's default model, fetched on first use; a test that asks for it is marked `weights`."""
     with progress.on_console() as show:
         return catalogue.prepare(ModelConfig(), show)
@@ -57,9 +64,11 @@ def default_model() -> ModelFiles:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
     """`tiny_model(model_type="llama", n_layers=6, chat=True)`: its converted folder, made once for each choice."""
+    from tests.support.tiny import make_converted
+
     made: dict[tuple[str, int, bool], ModelFiles] = {}
 
-    def make(model_type: str = "llama", n_layers: int = 6, chat: bool = True) -> ModelFiles:
+    def make(model_type: str = "llama", n_layers: int = 6, chat: bool = True) -> "ModelFiles":
         key = (model_type, n_layers, chat)
         if key not in made:
             folder: Path = tmp_path_factory.mktemp("tiny") / model_type
@@ -70,14 +79,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
 
 
 @pytest.fixture(scope="module")
-def files(tiny_model: TinyFactory) -> ModelFiles:
+def files(tiny_model: TinyFactory) -> "ModelFiles":
     """A tiny Llama, for the files that need no other model."""
     return tiny_model("llama")
 
 
 @pytest.fixture(scope="module")
-def here(files: ModelFiles) -> Iterator[TrunkHere]:
+def here(files: "ModelFiles") -> "Iterator[TrunkHere]":
     """A trunk server of `files` in this process."""
+    from tests.support.trunk import serve_here
+
     with serve_here(files) as running:
         yield running
 

@@ -1,6 +1,5 @@
 """Everything that a program starts ends with it, however it ends."""
 
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,28 +16,10 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import check_served, describe
 from splitlearn.errors import SetupError
 from tests.conftest import TinyFactory
+from tests.support import ROOT, two_arms
 from tests.support.children import output_of
+from tests.support.forks import Fork
 from tests.support.trunk import environment, eventually, forks_of, gone, listens, served, settings
-
-# A program such as the page: an embedded trunk and a worker for each arm; it says so when both have run, and goes on.
-PROGRAM = """
-import sys, time
-from splitlearn import config
-from splitlearn.events import GenerationRequest
-from splitlearn.runtime.progress import silent
-from splitlearn.arms.runs import Runs
-from splitlearn.flags.selection import FlagSet
-if __name__ == "__main__":
-    cached = frozenset({"use_cache"})
-    with Runs(config.Config.model_validate_json(sys.argv[1]), silent) as runs:
-        for kind in ("full", "split"):
-            list(runs.stream(kind, FlagSet(cached, cached, cached), GenerationRequest("Hello", max_new_tokens=4)))
-        print("running", flush=True)
-        long = GenerationRequest("Hello", max_new_tokens=400, ignore_eos=True)
-        while sys.argv[2] == "busy":
-            list(runs.stream("split", FlagSet(cached, cached, cached), long))
-        sys.stdin.read()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +28,19 @@ def files(tiny_model: TinyFactory) -> ModelFiles:
 
 
 @contextmanager
-def program(files: ModelFiles, what: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """The program, running, and every process below it."""
-    text = config.parse(settings(files)).model_dump_json()
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, text, what],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "running\n"
-            yield process, psutil.Process(process.pid).children(recursive=True)
-        finally:
-            process.kill()
+def program(files: ModelFiles, what: str, errors: Path) -> Iterator[tuple[Fork, list[psutil.Process]]]:
+    """A program with two arms, running, and every process below it."""
+    process = Fork(two_arms.main, [config.parse(settings(files)).model_dump_json(), what], ROOT, errors)
+    try:
+        assert process.stdout.readline() == "running\n", errors.read_text()
+        yield process, psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.close()
 
 
 @pytest.mark.parametrize("what", ["idle", "busy"])
-def test_a_program_that_is_killed_leaves_nothing_running(what: str, files: ModelFiles) -> None:
-    with program(files, what) as (process, below):
+def test_a_program_that_is_killed_leaves_nothing_running(what: str, files: ModelFiles, tmp_path: Path) -> None:
+    with program(files, what, tmp_path / "errors") as (process, below):
         assert len([child for child in below if listens(child)]) == 1
         assert len(below) >= 4  # a fork server, two workers, the trunk server
         process.kill()

@@ -16,7 +16,7 @@ from splitlearn.runtime.progress import Step, silent
 from tests.conftest import TinyFactory
 from tests.support import ROOT
 from tests.support import prepare as command
-from tests.support.forks import Fork
+from tests.support.forks import Fork, Main
 from tests.support.tiny import make_checkpoint
 
 
@@ -26,9 +26,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "convert_in_subprocess", convert.convert)
 
 
-def forked(checkpoint: Path, log: Path) -> Fork:
+def forked(checkpoint: Path, log: Path, main: Main = command.main) -> Fork:
     """A process that prepares `checkpoint`, and writes what it says meanwhile to `log`."""
-    return Fork(command.main, [str(checkpoint)], ROOT, log)
+    return Fork(main, [str(checkpoint)], ROOT, log)
 
 
 def prepare(name: str | Path) -> ModelFiles:
@@ -78,7 +78,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 def test_two_processes_make_it_once(tmp_path: Path, cache: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
-    children = [forked(checkpoint, log) for log in logs]
+    children = [forked(checkpoint, log, command.converting) for log in logs]
     answers = [child.stdout.read() for child in children]
     for child in children:
         child.close()
@@ -88,7 +88,9 @@ def test_two_processes_make_it_once(tmp_path: Path, cache: Path) -> None:
     assert sum("Waiting for another process" in text for text in said) == 1
 
 
-def test_a_killed_conversion_leaves_nothing_that_is_taken_for_whole(tmp_path: Path, cache: Path) -> None:
+def test_a_killed_conversion_leaves_nothing_that_is_taken_for_whole(
+    tmp_path: Path, cache: Path, in_process: None
+) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     child = forked(checkpoint, tmp_path / "log")
     while not list(cache.glob("*.partial-*/converted")):

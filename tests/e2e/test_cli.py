@@ -18,6 +18,7 @@ from splitlearn.flags.registry import FLAGS
 from tests.client.test_remote import free_port
 from tests.conftest import TinyFactory
 from tests.support import ROOT
+from tests.support.forks import printed
 from tests.support.trunk import Trunk, environment, serve, settings
 
 ARM = {
@@ -115,9 +116,8 @@ def test_compare_prints_one_object_with_both_arms_and_nothing_else(files: ModelF
     configured(tmp_path, settings(files))  # with an embedded trunk
     sampling = ("--seed", "7", "--temperature", "0.8", "--top-k", "50", "--top-p", "0.9", "--repetition-penalty", "1.1")
     asked = ("compare", "--prompt", "Why is the sky blue?", "--max-new-tokens", "16", "--ignore-eos", "--json")
-    done = run(tmp_path, *asked, *sampling)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    command = with_config(tmp_path, [*asked, *sampling])
+    found = json.loads(printed(command_line.main, command, tmp_path, tmp_path / "errors"))
     check_types(found, COMPARISON)
     check_types(found["full"], ARM)
     check_types(found["split_run"], SPLIT_ARM)
@@ -167,7 +167,7 @@ def test_compare_gives_every_sample_and_the_tokens_per_second_of_all(
 ) -> None:
     monkeypatch.chdir(folder)
     asked = ("compare", "--max-new-tokens", "8", "--ignore-eos", "--samples", "3", "--temperature", "0.8", "--json")
-    assert command_line.main(asked) == 0
+    assert command_line.main(with_config(folder, asked)) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["identical_tokens"], found["first_differing_sample"]) == (True, None)
     for arm in (found["full"], found["split_run"]):

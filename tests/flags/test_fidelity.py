@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 from splitlearn.arms.compare import KINDS
 from splitlearn.arms.spec import Kind
@@ -108,6 +109,8 @@ def test_compiled_stages_give_logits_within_rounding(
     tiny_model: TinyFactory, monkeypatch: pytest.MonkeyPatch, kind: Kind, n_layers: int, backend: str
 ) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    # Its pool of processes would import torch in each, for one compiler that they wait for.
+    monkeypatch.setattr(inductor, "compile_threads", 1)
     counters.clear()
     small = tiny_model("llama", n_layers=n_layers)
     cached, compiled = parse("use_cache", HERE), parse("use_cache,torch_compile", HERE)

@@ -15,8 +15,8 @@ from splitlearn.cli import main as command_line
 from splitlearn.lab.records import FIRST_PASS
 from splitlearn.lab.store import Store
 from tests.conftest import TinyFactory
-from tests.e2e.test_cli import Refusal, configured, refusal, run
-from tests.support.forks import Fork
+from tests.e2e.test_cli import Refusal, configured, refusal
+from tests.support.forks import Fork, printed
 from tests.support.trunk import Trunk, eventually, serve, settings
 
 __all__ = ["refusal"]
@@ -61,9 +61,8 @@ def test_lab_measures_and_report_shows_it_again(
         return capsys.readouterr().out
 
     folder = configured(tmp_path, settings(files))  # with an embedded trunk
-    done = run(folder, *LAB, "--out", "found", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    command = [*LAB, "--out", "found", "--json"]
+    found = json.loads(printed(command_line.main, command, folder, tmp_path / "errors"))
     assert found["finished"] == "2 pairs, as asked"
     frame = pd.read_csv(folder / "found" / "verdicts.csv")
     assert set(frame["flag"]) == {"A/A", "inference_mode"}

@@ -3,6 +3,7 @@
 To start one takes 0.3 s; a fresh interpreter computes for five seconds to import torch and transformers. What runs is
 the command's own `main`, with real pipes, signals and an exit status. Its own fork server is a fork as well, so that
 the workers and servers below it start as quickly. Tests of the command as a person types it start a fresh interpreter.
+`LIGHT_FIRST` comes before torch, for the page (tests/support/without_torch.py).
 """
 
 import multiprocessing
@@ -10,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -19,20 +20,27 @@ from unittest import mock
 
 from splitlearn.runtime import process
 
-IMPORTED = ["server.__main__", "server.program", "splitlearn.cli.main"]
-process.PRELOAD += [name for name in IMPORTED if name not in process.PRELOAD]
+LIGHT_FIRST, IMPORTED = "tests.support.light", ["server.__main__", "server.program", "splitlearn.cli.main"]
+process.PRELOAD[:] = dict.fromkeys([LIGHT_FIRST, *process.PRELOAD, *IMPORTED])
 Main = Callable[[list[str]], int]
 
 
 class Fork:
     """`command(arguments)` in a process of its own, run in `folder`: what of subprocess.Popen the tests use.
 
-    `stdout` is a pipe. What it writes to stderr goes to the file `errors`. It gets the test's environment as it is now;
-    libraries have read theirs before.
+    `stdout` is a pipe. What it writes to stderr goes to the file `errors`, or to that pipe. It gets the test's
+    environment as it is now with `environment` over it; libraries have read theirs before.
     """
 
-    def __init__(self, command: Main, arguments: Sequence[str], folder: Path, errors: Path) -> None:
-        told = (list(arguments), str(folder), str(errors), dict(os.environ))
+    def __init__(
+        self,
+        command: Main,
+        arguments: Sequence[str],
+        folder: Path,
+        errors: Path | None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        told = (list(arguments), str(folder), errors and str(errors), {**os.environ, **(environment or {})})
         reader, writer = os.pipe()
         out = Connection(writer, readable=False)
         try:
@@ -85,13 +93,25 @@ class Fork:
         self.stdout.close()
 
 
+def printed(command: Main, arguments: Sequence[str], folder: Path, errors: Path) -> str:
+    """What `command(arguments)`, run in `folder`, prints to stdout. Fails with what it wrote to `errors` unless it ends
+    with status 0."""
+    child = Fork(command, arguments, folder, errors)
+    try:
+        text = child.stdout.read()
+        assert child.wait() == 0, errors.read_text()
+    finally:
+        child.close()
+    return text
+
+
 def _run(
     connection: Connection,
     command: Main,
     out: Connection,
     arguments: list[str],
     folder: str,
-    log: str,
+    log: str | None,
     environment: dict[str, str],
 ) -> None:
     """The forked process: `command` with the test's pipe as stdout."""
@@ -101,12 +121,13 @@ def _run(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(out.fileno(), 1)
     out.close()
-    with Path(log).open("w") as file:
+    with os.fdopen(os.dup(1), "w") if log is None else Path(log).open("w") as file:
         os.dup2(file.fileno(), 2)
     # Those that came with the fork may hold that their file can be sought in.
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.stderr.reconfigure(line_buffering=True)
     _start_fork_server()
+    sys.argv[1:] = arguments
     sys.exit(command(arguments))
 
 

@@ -1,6 +1,6 @@
 """A page for tests: the real app in a process of its own, and a browser that drives it.
 
-What costs time is to start an app (some ten seconds of computing, with its trunk and arms) and to load its page (two
+What costs time is to start an app (five seconds of computing, with its trunk and arms) and to load its page (two
 seconds for the first, one for each more). So tests of one file share both, by the fixtures of tests/ui/conftest.py:
 
 - `browser`: one Chromium for the file. `open_page(browser, url)` opens the page for a fresh visitor.
@@ -9,7 +9,6 @@ seconds for the first, one for each more). So tests of one file share both, by t
 """
 
 import os
-import queue
 import re
 import signal
 import subprocess
@@ -23,11 +22,13 @@ import psutil
 import yaml
 from playwright.sync_api import BrowserContext, Locator, Page, expect, sync_playwright
 
-from tests.support import ROOT
+from tests.support import ROOT, without_torch
+from tests.support.forks import Fork
 from tests.support.trunk import listens
 
-WITHOUT_TORCH = Path(__file__).with_name("without_torch.py")
+WITHOUT_TORCH = Path(without_torch.__file__)
 CHROMIUM = Path("/usr/bin/chromium")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-software-rasterizer"]
 START_S = 90.0
 # A child that still imports torch sees the end of its parent only afterwards.
 END_S = 60.0
@@ -41,34 +42,46 @@ LOCAL = re.compile(r"The page is on (http://\S+)")
 
 
 class App:
-    """`python app.py` with a configuration, run in `folder` without torch; what it prints, and how to end it."""
+    """`python app.py` with a configuration, run in `folder` without torch; what it prints, and how to end it.
+
+    It is forked from a process that has its imports. `fresh` starts an interpreter, as a person does, and computes ten
+    seconds more: for what is about the start, and for libraries that read `environment` when they are imported.
+    """
 
     def __init__(
-        self, config: Path, *options: str, environment: Mapping[str, str] | None = None, folder: Path = ROOT
+        self,
+        config: Path,
+        *options: str,
+        environment: Mapping[str, str] | None = None,
+        folder: Path = ROOT,
+        fresh: bool = False,
     ) -> None:
         self.lines: list[str] = []
-        self._new: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self.process = subprocess.Popen(
-            [sys.executable, str(WITHOUT_TORCH), "--config", str(config), *options],
-            cwd=folder,
-            env={**os.environ, "SPLITLEARN_AUTH": "", **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        self._more, self._over = threading.Condition(), False
+        arguments, own = ["--config", str(config), *options], {"SPLITLEARN_AUTH": "", **(environment or {})}
+        self.process: Fork | subprocess.Popen[str]
+        if fresh:
+            self.process = subprocess.Popen(
+                [sys.executable, str(WITHOUT_TORCH), *arguments],
+                cwd=folder,
+                env={**os.environ, **own},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        else:
+            self.process = Fork(without_torch.forked, arguments, folder, None, own)
         threading.Thread(target=self._read, daemon=True).start()
 
     def wait_for(self, pattern: "re.Pattern[str]", timeout_s: float = START_S) -> "re.Match[str]":
-        """The first match in a line that comes within `timeout_s`; raises with all that was printed otherwise."""
-        while True:
-            try:
-                line = self._new.get(timeout=timeout_s)
-            except queue.Empty:
-                line = None
-            if line is None:
-                raise RuntimeError(f"no {pattern.pattern!r} in:\n" + "".join(self.lines))
+        """The first match in a line that was printed, or is before no line comes for `timeout_s`; raises with all that
+        was printed otherwise."""
+        at = 0
+        while (line := self._line(at, timeout_s)) is not None:
             if found := pattern.search(line):
                 return found
+            at += 1
+        raise RuntimeError(f"no {pattern.pattern!r} in:\n" + "".join(self.lines))
 
     def url(self) -> str:
         """Where the page is, once it is there."""
@@ -94,12 +107,20 @@ class App:
             self.process.send_signal(number)
         return self.process.wait(END_S)
 
+    def _line(self, at: int, timeout_s: float) -> str | None:
+        with self._more:
+            self._more.wait_for(lambda: self._over or at < len(self.lines), timeout_s)
+            return self.lines[at] if at < len(self.lines) else None
+
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.lines.append(line)
-            self._new.put(line)
-        self._new.put(None)
+            with self._more:
+                self.lines.append(line)
+                self._more.notify_all()
+        with self._more:
+            self._over = True
+            self._more.notify_all()
 
 
 def write_config(folder: Path, **sections: object) -> Path:
@@ -128,10 +149,14 @@ def launch_fails(config: Path, *options: str, environment: Mapping[str, str] | N
 
 @contextmanager
 def running(
-    config: Path, *options: str, environment: Mapping[str, str] | None = None, folder: Path = ROOT
+    config: Path,
+    *options: str,
+    environment: Mapping[str, str] | None = None,
+    folder: Path = ROOT,
+    fresh: bool = False,
 ) -> Iterator[App]:
     """An app for as long as the context is open. It must end in order when it is told to, and leave nobody behind."""
-    app = App(config, *options, environment=environment, folder=folder)
+    app = App(config, *options, environment=environment, folder=folder, fresh=fresh)
     try:
         yield app
         children = app.children()
@@ -157,11 +182,14 @@ def measuring(folder: Path, model: Path, **sections: object) -> Iterator[App]:
 def chromium() -> Iterator[BrowserContext]:
     """A Chromium without windows; `open_page` opens the app's page in it.
 
-    It has a profile of its own on disk, for the page's compiled scripts: without them a page computes twice as long.
+    It has a profile of its own on disk, for the page's compiled scripts: without them a page computes twice as long. It
+    emulates no graphics card, and asks for little motion: both take a fifth of what a comparison computes here.
     """
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch_persistent_context("", executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch_persistent_context(
+            "", executable_path=CHROMIUM, args=ARGUMENTS, reduced_motion="reduce"
+        )
         try:
             yield browser
         finally:

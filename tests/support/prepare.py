@@ -2,7 +2,7 @@
 
 import sys
 
-from splitlearn.checkpoints import catalogue
+from splitlearn.checkpoints import catalogue, convert
 from splitlearn.config import ModelConfig
 from splitlearn.errors import SplitlearnError
 from splitlearn.runtime.progress import on_console
@@ -17,6 +17,12 @@ def main(arguments: list[str]) -> int:
     except SplitlearnError as error:
         print(type(error).__name__, error)
     return 0
+
+
+def converting(arguments: list[str]) -> int:
+    """The command, in a process that converts by itself: the one that it would start imports torch first."""
+    convert.convert_in_subprocess = convert.convert
+    return main(arguments)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         usual = Config()
         config = write_config(Path(folder), flags=usual.flags, runs={"threads": None})
-        with running(config, folder=Path(folder)) as app, chromium() as browser:
+        with running(config, folder=Path(folder), fresh=True) as app, chromium() as browser:
             page = open_page(browser, app.warm_url())
             for name, act in SHOTS.items():
                 act(page)

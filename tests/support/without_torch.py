@@ -1,6 +1,8 @@
 """`app.py` in a process that cannot import torch or transformers: the page's process must never need them.
 
-Its workers can: they are other processes, in which this file is not the main one.
+Its workers can: they are other processes. Run as a script, this is a fresh interpreter. `forked` begins in a process
+forked from one that has imported all that page and workers need: it forgets what a page has no use for, and this
+project's own modules, which are then imported anew.
 """
 
 import sys
@@ -8,6 +10,7 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 FORBIDDEN = ("torch", "transformers")
+PROJECT = ("splitlearn", "server", "ui", "app")
 
 
 class Refuser(MetaPathFinder):
@@ -18,9 +21,28 @@ class Refuser(MetaPathFinder):
             raise ImportError(f"the page's process imports {name}")
 
 
-if __name__ == "__main__":
+def forked(_arguments: list[str]) -> int:
+    """`python app.py` in a fork, which has its arguments in sys.argv."""
+    from tests.support.light import LIGHT
+
+    light = LIGHT | sys.stdlib_module_names
+    dropped = {
+        name: module
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] in PROJECT or not {name, name.partition(".")[0]} & light
+    }
+    for name in dropped:
+        del sys.modules[name]
+    return _launch()
+
+
+def _launch() -> int:
     sys.meta_path.insert(0, Refuser())
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
     from app import main
 
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.exit(_launch())

@@ -19,6 +19,7 @@ from gradio_client.exceptions import AppError
 
 from splitlearn.checkpoints import catalogue
 from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.cli import main as command_line
 from splitlearn.config import ModelConfig
 from splitlearn.models.plan import SplitPlan
 from splitlearn.planning import anatomy
@@ -26,9 +27,10 @@ from splitlearn.runtime import private_apis
 from tests.conftest import TinyFactory
 from tests.support import ROOT
 from tests.support.children import output_of
+from tests.support.forks import printed
 from tests.support.page import START_S, App, running, write_config
 from tests.support.sub_path import proxied
-from tests.support.trunk import environment, eventually
+from tests.support.trunk import eventually
 from ui.guard.hosts import Hosts
 from ui.guard.security import guarded
 from ui.login import Sharing
@@ -55,8 +57,8 @@ class Served:
 
     def command(self, *words: str) -> Any:
         """What the command line prints with the same settings."""
-        command = [sys.executable, "-m", "splitlearn", *words, "--json", "--config", str(self.config)]
-        return json.loads(output_of(command, environment=environment()))
+        arguments = [*words, "--json", "--config", str(self.config)]
+        return json.loads(printed(command_line.main, arguments, ROOT, self.config.with_name("errors")))
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def url(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> It
     config = write_config(
         folder, model={"name": str(tiny_model().folder)}, generation={"max_new_tokens": 100, "chat": False}
     )
-    with running(config, environment={**NO_HUB, "SPLITLEARN_CACHE": str(folder / "cache")}) as app:
+    with running(config, environment={**NO_HUB, "SPLITLEARN_CACHE": str(folder / "cache")}, fresh=True) as app:
         yield app.warm_url()
 
 

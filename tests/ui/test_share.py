@@ -62,7 +62,7 @@ def test_share_without_a_login_is_refused_with_the_way_to_set_one(config: Path) 
 def test_link_is_on_the_terminal_and_on_the_page(config: Path, browser: BrowserContext, tmp_path: Path) -> None:
     environment = stand_in_tunnel(tmp_path / "home")
     nowhere = ("--trunk", "127.0.0.1:9")  # none is needed here, and starting one takes long
-    with running(config, "--share", *nowhere, environment=environment) as app:
+    with running(config, "--share", *nowhere, environment=environment, fresh=True) as app:
         url = app.url()
         app.wait_for(re.compile(re.escape(f"Public link: {LINK}")))
         page = logged_in(browser, url)
@@ -75,7 +75,7 @@ def test_without_a_tunnel_one_message_and_the_local_page_works(
     config: Path, browser: BrowserContext, tmp_path: Path
 ) -> None:
     nowhere = {**LOGIN, "HF_HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
-    with running(config, "--share", environment=nowhere) as app:
+    with running(config, "--share", environment=nowhere, fresh=True) as app:
         url = app.url()
         app.wait_for(re.compile("No public link: .* The page works on this machine"), timeout_s=35)
         page = logged_in(browser, url)
