@@ -30,7 +30,7 @@ NEAR, FAR = "near", "far"
 Pair = tuple[ArmReport, ArmReport]
 
 
-def main(runs: Runs, blocks: int = 8) -> None:
+def main(runs: Runs, blocks: int = 12) -> None:
     """Measure and write docs/results/link_cost.md."""
     found = _measure(runs, blocks)
     rows = [

@@ -17,7 +17,8 @@ from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics, of_samples
 from splitlearn.runtime.load import reading
 
-DRAW_S = 0.1  # drawing oftener takes time from the run on a machine with few cores
+# A drawing takes the page and a browser 10 to 60 ms of computing: on two cores, oftener takes time from the run.
+DRAW_S = 0.25
 State = Literal[
     "idle",
     "waiting",
