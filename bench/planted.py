@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
-from transformers.utils import ModelOutput
 
 from splitlearn.flags.registry import FLAGS, Apply, Flag, Settings
 from splitlearn.models.cut import CutModel
@@ -43,20 +42,20 @@ def _wait_after(module: nn.Module, share: float, least_tokens: int) -> None:
     def start(*_: Any) -> None:
         began.append(time.perf_counter())
 
-    def wait(_: nn.Module, __: Any, output: Any) -> None:
+    def wait(_: nn.Module, __: Any, given: dict[str, Any], ___: Any) -> None:
         now, started = time.perf_counter(), began.pop()
-        until = now + share * (now - started) * (_tokens(output) >= least_tokens)
+        until = now + share * (now - started) * (_tokens(given) >= least_tokens)
         while time.perf_counter() < until:
             pass
 
     module.register_forward_pre_hook(start)
-    module.register_forward_hook(wait)
+    module.register_forward_hook(wait, with_kwargs=True)
 
 
-def _tokens(output: Any) -> int:
-    """The tokens of a forward, by the hidden state [1, T, H] that it returned."""
-    hidden = output[0] if isinstance(output, tuple | ModelOutput) else output
-    return int(hidden.shape[1])
+def _tokens(given: dict[str, Any]) -> int:
+    """The tokens that a forward was given. It may return fewer: the LM head computes the last one's logits alone."""
+    ids = given.get("input_ids")
+    return int((given["inputs_embeds"] if ids is None else ids).shape[1])
 
 
 def _flag(name: str, share: float, least_tokens: int = 1) -> Flag:
