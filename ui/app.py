@@ -146,7 +146,7 @@ def _page(startup: Startup, port: int, login: Login, repeat: list[str]) -> None:
     from ui.compare.actions import Handlers
     from ui.guard.hosts import Hosts
     from ui.guard.security import guarded
-    from ui.page import Page
+    from ui.page import blocks
     from ui.theme import CSS, THEME
 
     settings = startup.runs.config.ui
@@ -155,7 +155,7 @@ def _page(startup: Startup, port: int, login: Login, repeat: list[str]) -> None:
     with Handlers(startup, repeat) as handlers:
         # What is in Gradio's own folder is not copied there once more, and goes with this one.
         os.environ["GRADIO_TEMP_DIR"] = str(handlers.downloads.folder)
-        demo = Page(handlers, sharing).blocks
+        demo = blocks(handlers, sharing)
         _launch(
             demo,
             server_name=f"[{settings.host}]" if ":" in settings.host else settings.host,

@@ -18,11 +18,14 @@ from ui.flags import flag_words
 from ui.flags.picker import Updates
 from ui.keyboard import KEYBOARD
 from ui.lab.tab import LabTab
+from ui.language import choice
+from ui.language.blocks import Blocks
 from ui.login import Sharing
 from ui.model.tab import NAME as MODEL_TAB
 from ui.model.tab import ModelTab
 from ui.models.panel import ModelsPanel
-from ui.trunk.tab import NAME, ServerTab
+from ui.trunk.tab import NAME as SERVER_TAB
+from ui.trunk.tab import ServerTab
 from ui.visitors import visitor
 
 LAB_FLAGS_HELP = "In words, as chosen on the Answers tab until you type others here: each of them is measured."
@@ -33,24 +36,35 @@ POLL_S = 0.1
 MOST_WAITING = 64
 
 
-class Page:
-    """One page of the program; `blocks` is what Gradio launches."""
+def blocks(handlers: Handlers, sharing: Sharing) -> Any:
+    """What Gradio launches: the page in each language, and the API. ui/guard chooses which page a visitor gets."""
+    with Blocks(title="splitlearn", analytics_enabled=False, fill_width=True) as made:
+        Page(made, handlers, sharing)
+        made.begin_chinese()
+        Page(made, handlers, sharing)
+        for listener in made.fns.values():  # what the page calls is the page's alone
+            listener.api_visibility = "private"
+        made.current_page = ""
+        Api(handlers).connect()
+    # Calls that go past the queue would run beside each other.
+    return made.queue(api_open=False, max_size=MOST_WAITING)
 
-    def __init__(self, handlers: Handlers, sharing: Sharing) -> None:
+
+class Page:
+    """One page, made inside `blocks`."""
+
+    def __init__(self, blocks: Any, handlers: Handlers, sharing: Sharing) -> None:
+        self.blocks = blocks
         self.handlers = handlers
         self.runs = handlers.runs
         self.sharing = sharing
-        with gr.Blocks(title="splitlearn", analytics_enabled=False, fill_width=True) as self.blocks:
-            self._head()
-            self._tabs()
-            self._connect()
-            for listener in self.blocks.fns.values():  # what the page calls is the page's alone
-                listener.api_visibility = "private"
-            Api(handlers).connect()
-        # Calls that go past the queue would run beside each other.
-        self.blocks.queue(api_open=False, max_size=MOST_WAITING)
+        self._head()
+        self._tabs()
+        self._connect()
 
     def _head(self) -> None:
+        gr.Navbar(visible=False)
+        gr.HTML(choice.links(), elem_id="language")
         gr.Markdown("# splitlearn", elem_classes="sl-title")
         self.facts = gr.HTML(view.facts(self.runs.config, None), elem_id="facts")
         self.intro = gr.HTML(intro.picture(None), elem_id="intro")
@@ -72,7 +86,7 @@ class Page:
                 )
                 self.lab_error = gr.HTML("", elem_id="lab-error")
                 self.lab = LabTab(self.handlers.lab, tab, self.runs.config.generation)
-            with gr.Tab(NAME, id="server"):
+            with gr.Tab(SERVER_TAB, id="server"):
                 self.server = ServerTab(self.handlers.monitor)
 
     def _connect(self) -> None:

@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
+from urllib.parse import urlencode
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from splitlearn.runtime import private_apis
-from ui.compare.answer import Answer, uncompressed
+from ui.guard.answer import Answer, uncompressed
 from ui.guard.brake import Brake
 from ui.guard.hosts import Hosts
 from ui.janitor import tidy
+from ui.language import choice
 
 # A prompt may have as many tokens as a model can take, a Lab experiment a thousand prompts.
 MOST_BYTES = 2 * 1024 * 1024
@@ -33,7 +35,7 @@ SESSION_TEXT = "session_hash: expected at most 64 letters, digits, - and _."
 SESSION = re.compile(SESSION_NAME)
 # What a page needs before its visitor has logged in, and nothing of it says what is behind the login.
 OPEN = re.compile(
-    r"/|/login/?|/(assets|static|svelte)/.*|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt"
+    r"/|/zh|/login/?|/(assets|static|svelte)/.*|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt"
     rf"|{API}/(login_check|startup-events|user|app_id|theme\.css)/?"
 )
 # A file must not begin as an address does: Gradio would fetch it for whoever asks.
@@ -101,7 +103,11 @@ class Guard:
             refused = PlainTextResponse(f"{refusal}\n", refusal.status, refusal.headers)
             await refused(request.scope, receive, sent)
             return
-        if request.url.path == "/":
+        path = request.url.path
+        if path == "/" and (language := choice.of(request)) != "en":
+            await RedirectResponse(_page_of(language, request), 303)(request.scope, receive, sent)
+            return
+        if path in choice.PAGES:
             uncompressed(request)
         with self._counting(request):
             await self._app(request.scope, receive, sent)
@@ -199,6 +205,12 @@ class Guard:
             self.reading[session] -= 1
             if not self.reading[session]:
                 del self.reading[session]
+
+
+def _page_of(language: choice.Language, request: Request) -> str:
+    """Where the page in `language` is, beside this one, whatever stands before it."""
+    query = urlencode([pair for pair in request.query_params.multi_items() if pair[0] != choice.NAME])
+    return language + ("?" + query if query else "")
 
 
 async def _read(receive: Receive) -> bytes:

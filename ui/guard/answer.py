@@ -7,6 +7,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import Message, Send
 
+from ui.language import choice
+
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -24,6 +26,8 @@ POLICY = (
     "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 SCRIPT = re.compile(rb"<script(?=[\s>])")
+# Gradio's own words, and the language of the document, follow the browser's language: here it is the page's.
+LANGUAGE = '<head><script>Object.defineProperty(navigator, "language", {{value: "{}"}})</script>'
 
 
 class Answer:
@@ -34,6 +38,8 @@ class Answer:
 
     def __init__(self, request: Request, send: Send) -> None:
         self.status: int | None = None
+        self._page = choice.PAGES.get(request.url.path)
+        self._chosen = self._page and choice.asked(request)
         self._send = send
         self._secure = request.headers.get("x-forwarded-proto", request.url.scheme) == "https"
         self._nonce = secrets.token_urlsafe(18)
@@ -60,6 +66,7 @@ class Answer:
         nonce = f" 'nonce-{self._nonce}'"
         headers["Content-Security-Policy"] = POLICY.format(nonce=nonce)
         if self._body:  # not for HEAD, whose length is that of another body
+            self._body = self._body.replace(b"<head>", LANGUAGE.format(choice.TAGS[self._page or "en"]).encode(), 1)
             self._body = SCRIPT.sub(f'<script nonce="{self._nonce}"'.encode(), self._body)
             headers["Content-Length"] = str(len(self._body))
         await self._send(start)
@@ -71,6 +78,8 @@ class Answer:
         del headers["set-cookie"]
         for cookie in cookies:
             headers.append("set-cookie", self._strict(cookie))
+        if self._chosen:
+            headers.append("set-cookie", self._strict(choice.cookie(self._chosen)))
 
     def _strict(self, cookie: str) -> str:
         """The cookie, for requests from this page and links to it only, and over HTTPS where the page is reached so."""
