@@ -185,7 +185,8 @@ class AnswersTab:
         typed = {name: given[component] for name, component in self.fields.items()}
         yield {self.tick: gr.Timer(active=False)}
         for shown in self.handlers.compare(typed, words, visitor(request)):
-            yield self._changes(before, shown, words)
+            if changes := self._changes(before, shown, words):  # Gradio takes an empty one for too few values
+                yield changes
             before = shown
         if before is not None and before.ended and before.pairs is not None:  # once, when nothing is timed any more
             entries, updates = self.history.finish(before, typed, words, given[self.history.kept], request)
