@@ -63,7 +63,6 @@ class Page:
         self._connect()
 
     def _head(self) -> None:
-        gr.Navbar(visible=False)
         gr.HTML(choice.links(), elem_id="language")
         gr.Markdown("# splitlearn", elem_classes="sl-title")
         self.facts = gr.HTML(view.facts(self.runs.config, None), elem_id="facts")

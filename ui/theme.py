@@ -57,6 +57,7 @@ PAGE = """
 .sl-title h1 { font-size: 1.9rem; font-weight: 750; letter-spacing: -.03em; margin: 0; }
 .gradio-container .wrap:has(> .wrap-inner) { border-color: var(--input-border-color); }
 #language { text-align: right; font-size: .85rem; }
+.nav-holder { display: none !important; } /* Gradio's menu of pages: the languages have links of their own */
 .gradio-container .form { background: transparent; border: 0; gap: var(--sl-gap); }
 .gradio-container .html-container h2 { font-size: 1.3rem; font-weight: 700; letter-spacing: -.01em; margin: 0; }
 .gradio-container .html-container h3 { font-size: 1rem; font-weight: 650; margin: 16px 0 6px; }

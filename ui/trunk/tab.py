@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ui.flags.picker import Updates
+from ui.language.translation import translated
 from ui.trunk import view
 from ui.trunk.monitor import Monitor, ServerView
 
@@ -47,7 +48,7 @@ class ServerTab:
         )
 
     def _selected(self, chosen: gr.SelectData) -> Any:
-        return gr.Timer(active=chosen.value == NAME)
+        return gr.Timer(active=chosen.value in (NAME, translated(NAME)))  # the label, as this page shows it
 
     async def _tick(self) -> AsyncIterator[Updates]:
         if self._monitor.measuring():
