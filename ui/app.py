@@ -18,7 +18,7 @@ from splitlearn.config import Config
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.flags.selection import check
 from splitlearn.models.plan import SplitPlan
-from splitlearn.runtime import command_line, home, ports, private_apis, programs, proxies
+from splitlearn.runtime import collector, command_line, home, ports, private_apis, programs, proxies
 from splitlearn.runtime.command_line import Job, whole
 from splitlearn.runtime.terminal import say
 from ui import login as page_login
@@ -141,13 +141,14 @@ def _launch(demo: Any, **options: Any) -> None:
 
 
 def _page(startup: Startup, port: int, login: Login, repeat: list[str]) -> None:
-    with private_apis.without_stub_files():
-        import gradio  # noqa: F401  # before what imports it
-    from ui.compare.actions import Handlers
-    from ui.guard.hosts import Hosts
-    from ui.guard.security import guarded
-    from ui.page import blocks
-    from ui.theme import CSS, THEME
+    with collector.resting():
+        with private_apis.without_stub_files():
+            import gradio  # noqa: F401  # before what imports it
+        from ui.compare.actions import Handlers
+        from ui.guard.hosts import Hosts
+        from ui.guard.security import guarded
+        from ui.page import blocks
+        from ui.theme import CSS, THEME
 
     settings = startup.runs.config.ui
     sharing = page_login.Sharing.of(settings.share)

@@ -1,14 +1,12 @@
 """What every worker process needs, imported once, in the fork server (runtime/process.py) that workers are forked from.
 
-The garbage collector rests meanwhile: it would look through all that was imported, again and again, for a sixth of the
-time. And it never looks at these objects again, so that a worker neither does that nor copies their memory.
+The garbage collector rests meanwhile, and never looks at these objects: a worker that did would copy their memory.
 """
 
-import gc
 import logging
 from importlib import import_module
 
-from splitlearn.runtime import private_apis
+from splitlearn.runtime import collector, private_apis
 
 MODULES = (
     "splitlearn.arms.worker_main",
@@ -32,9 +30,5 @@ def _import_all() -> None:
         logging.getLogger(__name__).warning("The kernels cannot be imported: %s", error)
 
 
-gc.disable()
-try:
+with collector.resting():
     _import_all()
-finally:
-    gc.freeze()
-    gc.enable()
