@@ -9,7 +9,8 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
@@ -70,10 +71,15 @@ class Line:
                 self._visitors.append(visitor)
             return self._visitors.index(visitor)
 
-    def enter(self, visitor: str) -> None:
-        """Stand before all others: Gradio gave the turn to one who did not join before, a call of the API."""
+    @contextmanager
+    def turn(self, visitor: str) -> Iterator[None]:
+        """Stand before all others, and leave at the end: Gradio gave the turn to `visitor`, whoever joined before."""
         with self._lock:
             self._visitors = [visitor, *(other for other in self._visitors if other != visitor)]
+        try:
+            yield
+        finally:
+            self.leave(visitor)
 
     def leave(self, visitor: str) -> None:
         """The visitor's run has ended, or she has left."""

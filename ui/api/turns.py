@@ -40,18 +40,9 @@ class Turns:
     @contextmanager
     def turn(self, request: gr.Request) -> Iterator[str]:
         """The same, in the line's first place: Gradio has given this call its turn."""
-        with self.call(request) as who, self._place() as call:
-            self.handlers.line.enter(call)
+        # A name of its own: one visitor may make several calls at once.
+        with self.call(request) as who, self.handlers.line.turn(uuid4().hex):
             yield who
-
-    @contextmanager
-    def _place(self) -> Iterator[str]:
-        """A name in the line, which is left at the end. One visitor may make several calls at once."""
-        call = uuid4().hex
-        try:
-            yield call
-        finally:
-            self.handlers.line.leave(call)
 
     def quiet(self, who: str) -> Iterator[str]:
         """Wait until everything is loaded and the runs that came before have ended."""
@@ -60,11 +51,14 @@ class Turns:
         if startup.running:
             yield "Waiting until the model and both arms are loaded."
             startup.wait(stopped)
-        with self._place() as call:
+        call = uuid4().hex
+        try:
             if line.join(call):
                 yield "Waiting until the runs that came before have ended."
             while line.place(call) and not stopped.is_set():
                 time.sleep(POLL_S)
+        finally:
+            line.leave(call)
         self.check(who)
 
     def check(self, who: str) -> None:

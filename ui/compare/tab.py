@@ -166,8 +166,8 @@ class AnswersTab:
         place = self.handlers.line.place(who)
         if place > 0:
             return {self.status: _status(view.status(ComparisonView(), place))}
-        if self.handlers.line.has(who):  # hers runs, and says itself how it goes
-            return {self.tick: gr.Timer(active=False)}
+        if self.handlers.line.has(who):  # hers runs, and says itself how it goes, or another gets the turn before her
+            return {self.status: gr.skip()}
         return self.open(request)
 
     def open(self, request: gr.Request) -> Updates:
@@ -184,10 +184,11 @@ class AnswersTab:
         words = given[self.picker.words] or ""
         typed = {name: given[component] for name, component in self.fields.items()}
         yield {self.tick: gr.Timer(active=False)}
-        for shown in self.handlers.compare(typed, words, visitor(request)):
-            if changes := self._changes(before, shown, words):  # Gradio takes an empty one for too few values
-                yield changes
-            before = shown
+        with self.handlers.line.turn(visitor(request)):
+            for shown in self.handlers.compare(typed, words, visitor(request)):
+                if changes := self._changes(before, shown, words):  # Gradio takes an empty one for too few values
+                    yield changes
+                before = shown
         if before is not None and before.ended and before.pairs is not None:  # once, when nothing is timed any more
             entries, updates = self.history.finish(before, typed, words, given[self.history.kept], request)
             yield {**updates, **self.network.finish(before, entries, typed["link"], request)}
