@@ -140,4 +140,14 @@ class Done:
     prompt_ids: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A token that could come next: the model's logit for it, and the natural logarithm of its probability."""
+
+    token_id: int
+    text: str
+    logit: float
+    logprob: float
+
+
 Event = TokenEvent | Done

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from splitlearn.arms.runs import ArmReport, Item, Runs
+from splitlearn.arms.spec import CandidatesRequest, TokenCandidates
 from splitlearn.breakdown import Difference, Ratio, check_pairs
+from splitlearn.errors import SplitlearnError
 from splitlearn.events import KINDS as KINDS
 from splitlearn.events import GenerationRequest, Kind
 from splitlearn.flags.selection import FlagSet
@@ -89,6 +91,33 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class DivergentLogits:
+    """The candidates of both arms for the first token in which they differ. In each, `tokens` are the ids that full and
+    split chose there in the pair that diverged."""
+
+    full: TokenCandidates
+    split: TokenCandidates
+    tokens: tuple[int | None, int | None]
+
+    def of(self, kind: Kind) -> TokenCandidates:
+        """The candidates of one arm."""
+        return self.full if kind == "full" else self.split
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether each arm chose the same token when it was run again for its logits."""
+        return (self.full.token_id, self.split.token_id) == self.tokens
+
+    def as_json(self) -> dict[str, Any]:
+        """Each arm's candidates, highest logit first, and which of them it chose."""
+        listed: dict[str, Any] = {
+            kind: [{**asdict(each), "chosen": each.token_id == token} for each in self.of(kind).listed]
+            for kind, token in zip(KINDS, self.tokens, strict=True)
+        }
+        return {**listed, "repeatable": self.repeatable}
+
+
+@dataclass(frozen=True)
 class Comparison:
     """`pairs` of one prompt with the same flags. `others_cpu` is what other programs used meanwhile, in cores."""
 
@@ -98,6 +127,7 @@ class Comparison:
     pairs: Pairs
     others_cpu: float
     environment: dict[str, Any]
+    logits: DivergentLogits | None = None
 
     @property
     def full(self) -> ArmReport:
@@ -134,8 +164,7 @@ class Comparison:
             "every_run": {kind: [_run(report) for report in self.pairs.of(kind)] for kind in KINDS},
             "other_programs_cores": self.others_cpu,
             "identical_tokens": differ is None,
-            "first_divergence": None if differ is None else differ.at,
-            "first_differing_sample": None if differ is None else differ.sample,
+            "divergence": differ and {"position": differ.at, "sample": differ.sample, **_logits(self.logits)},
             "environment": self.environment,
         }
 
@@ -168,7 +197,8 @@ def compare(
     if any(len(found) < pairs for found in reports.values()):
         return None
     found = Pairs(tuple(reports["full"]), tuple(reports["split"]))
-    return Comparison(runs.files.name, runs.plan, flags, found, reading(before).others_cpu, environment(runs))
+    others_cpu, logits = reading(before).others_cpu, divergent_logits(runs, request, flags, found, cancelled)
+    return Comparison(runs.files.name, runs.plan, flags, found, others_cpu, environment(runs), logits)
 
 
 def environment(runs: Runs) -> dict[str, Any]:
@@ -211,6 +241,33 @@ def arm_as_json(report: ArmReport) -> dict[str, Any]:
         "other_samples": [_sample_as_json(other) for other in report.others],
     }
     return common if report.trunk is None else {**common, **_trunk_as_json(report)}
+
+
+def divergent_logits(
+    runs: Runs,
+    request: GenerationRequest,
+    flags: FlagSet,
+    pairs: Pairs,
+    cancelled: threading.Event | None = None,
+) -> DivergentLogits | None:
+    """The logits of both arms where `pairs` first differ: each arm runs again as far as that token, when nothing is
+    timed any more. None where nothing differs, when it was cancelled, and where an arm can no longer run."""
+    differ = pairs.divergence
+    if differ is None:
+        return None
+    ids = [report.samples[differ.sample].token_ids for report in (differ.full, differ.split)]
+    full, split = (each[differ.at] if differ.at < len(each) else None for each in ids)
+    also = frozenset(token for token in (full, split) if token is not None)
+    asked = CandidatesRequest(flags, request, differ.sample, differ.at, also)
+    try:
+        found = [runs.candidates(kind, asked, cancelled, differ.split.link) for kind in KINDS]
+    except SplitlearnError:  # the comparison stands without them
+        return None
+    return DivergentLogits(found[0], found[1], (full, split)) if all(each.listed for each in found) else None
+
+
+def _logits(found: DivergentLogits | None) -> dict[str, Any]:
+    return {"full": [], "split": [], "repeatable": None} if found is None else found.as_json()
 
 
 def _ratio(found: Ratio | None) -> dict[str, float] | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from splitlearn.arms.model import Model
-from splitlearn.arms.spec import ArmEnd, ArmSpec, Kind, Texts
+from splitlearn.arms.spec import ArmEnd, ArmSpec, CandidatesRequest, Kind, Texts, TokenCandidates
 from splitlearn.arms.trunk_pool import TrunkPool
 from splitlearn.arms.worker import Message, Worker, compile_seconds
 from splitlearn.checkpoints.folder import ModelFiles
@@ -246,6 +246,29 @@ class Runs:
                     yield from self._measure(spec, worker, request, stop, link)
             except BaseException:
                 self._workers.prune()  # the next run has new ones
+                raise
+
+    def candidates(
+        self,
+        kind: Kind,
+        asked: CandidatesRequest,
+        cancelled: threading.Event | None = None,
+        link: Link | None = None,
+    ) -> TokenCandidates:
+        """The candidates for a token of an answer, which the arm generates again, as far as that token.
+
+        Nothing in it when `cancelled` was set. Raises as `stream`.
+        """
+        stop = cancelled or threading.Event()
+        with self._lock:
+            try:
+                spec = self.ready_spec(kind, asked.flags, link)
+                worker = self._warm_worker(spec, asked.request, stop)
+                return (
+                    TokenCandidates() if worker is None else worker.candidates(replace(asked, flags=spec.flags), stop)
+                )
+            except BaseException:
+                self._workers.prune()
                 raise
 
     def warm(self, kind: Kind, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> bool:

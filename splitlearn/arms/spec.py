@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import Served, TrunkFacts
 from splitlearn.config import Config
+from splitlearn.events import Candidate, GenerationRequest
 from splitlearn.events import Kind as Kind
 from splitlearn.flags.registry import SIDES, of_scope
 from splitlearn.flags.selection import FlagSet
@@ -83,6 +84,26 @@ class ArmReady:
     load_s: float
     import_rss_bytes: int
     threads: int
+
+
+@dataclass(frozen=True)
+class CandidatesRequest:
+    """Asks a worker for the likeliest candidates for token `at` of `sample` (both from 0) of the answer to `request`,
+    and for the token ids `also`."""
+
+    flags: FlagSet
+    request: GenerationRequest
+    sample: int
+    at: int
+    also: frozenset[int]
+
+
+@dataclass(frozen=True)
+class TokenCandidates:
+    """`listed` by logit, highest first, and the token that the arm chose when it was run again (None for none)."""
+
+    token_id: int | None = None
+    listed: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec
+from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec, CandidatesRequest, TokenCandidates
 from splitlearn.errors import SplitlearnError, WorkerDied
 from splitlearn.events import Event, GenerationRequest, Reconnecting, TokenEvent
 from splitlearn.flags.selection import FlagSet
@@ -20,6 +21,7 @@ calls, and the next run's TTFT would include a new connection."""
 CANCEL_TIMEOUT_S = 2.0
 POLL_S = 0.05
 Message = Event | Reconnecting | ArmEnd
+ENDS = (ArmEnd, TokenCandidates, SplitlearnError)
 
 
 def start(spec: ArmSpec) -> Child:
@@ -77,7 +79,16 @@ class Worker:
     def generate(self, flags: FlagSet, request: GenerationRequest, stop: threading.Event) -> Iterator[Message]:
         """What the worker sends for one request under `flags`, up to its ArmEnd. Raises the error that it sends
         instead."""
-        self.child.send((flags, request))
+        yield from self._ask((flags, request), stop)
+
+    def candidates(self, asked: CandidatesRequest, stop: threading.Event) -> TokenCandidates:
+        """What the worker answers to `asked`; nothing in it when `stop` was set before."""
+        found = [item for item in self._ask(asked, stop) if isinstance(item, TokenCandidates)]
+        return found[0] if found else TokenCandidates()
+
+    def _ask(self, message: object, stop: threading.Event) -> Iterator[Any]:
+        """What the worker sends for `message`, up to one of ENDS."""
+        self.child.send(message)
         ended = False
         try:
             while not ended and not stop.is_set():
@@ -85,7 +96,7 @@ class Worker:
                     stop.wait(POLL_S)  # not on the pipe: to wake a reader takes the worker 0.1 ms of each token
                     continue
                 item = self.child.receive()
-                ended = isinstance(item, ArmEnd | SplitlearnError)
+                ended = isinstance(item, ENDS)
                 yield raised(item)
         finally:
             self.ran_at = time.monotonic()
@@ -98,7 +109,7 @@ class Worker:
         try:
             self.child.send(CANCEL)
             while self.child.connection.poll(max(0.0, deadline - time.monotonic())):
-                if isinstance(self.child.receive(), ArmEnd | SplitlearnError):
+                if isinstance(self.child.receive(), ENDS):
                     return
         except WorkerDied:
             return

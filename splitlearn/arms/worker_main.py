@@ -14,13 +14,15 @@ from functools import cache
 from multiprocessing.connection import Connection
 
 from splitlearn.arms import draft_model
-from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec, Texts
+from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec, CandidatesRequest, Texts, TokenCandidates
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.errors import as_error
 from splitlearn.events import Event, GenerationRequest, Reconnecting
 from splitlearn.flags.registry import Settings, settings
 from splitlearn.flags.selection import FlagSet
+from splitlearn.generation.candidates import LogitsOf, likeliest, token_at
 from splitlearn.generation.chain import Link
+from splitlearn.generation.forward import Forward
 from splitlearn.generation.generator import Generator
 from splitlearn.generation.speculation import Proposer
 from splitlearn.generation.tokenizer import Tokens
@@ -60,6 +62,9 @@ def work(connection: Connection, spec: ArmSpec) -> None:
         if message == CANCEL:  # the generation had ended before it came
             continue
         try:
+            if isinstance(message, CandidatesRequest):
+                connection.send(_candidates(arm.under(message.flags), message, connection))
+                continue
             flags, request = message
             answers, events = arm.under(flags), list[Event]()
             process.reset_peak()
@@ -102,6 +107,20 @@ def _until_cancelled(events: abc.Generator[Event, None, None], connection: Conne
             if connection.poll():
                 connection.recv()
                 return
+
+
+def _candidates(answers: Generator, asked: CandidatesRequest, connection: Connection) -> TokenCandidates:
+    """Generate the answer again, as far as the token that is asked for."""
+    found: list[LogitsOf] = []
+
+    def watch(forward: Forward) -> Forward:
+        found.append(LogitsOf(forward, asked.sample, asked.at))
+        return found[0]
+
+    token = token_at(_until_cancelled(answers.stream(asked.request, watch), connection), asked.sample, asked.at)
+    if token is None or found[0].row is None:
+        return TokenCandidates()
+    return TokenCandidates(token, likeliest(found[0].row, answers.tokens, asked.also))
 
 
 def _texts(tokens: Tokens, events: Iterable[Event], request: GenerationRequest) -> Texts:

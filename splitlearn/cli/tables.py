@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from splitlearn.arms.compare import Comparison, Watch
+from splitlearn.arms.compare import KINDS, Comparison, DivergentLogits, Watch
 from splitlearn.arms.link_cost import LinkCost
 from splitlearn.arms.runs import ArmReport, Item, Restart
 from splitlearn.arms.spec import Kind
@@ -60,6 +60,8 @@ def print_comparison(found: Comparison) -> None:
         where = f" of sample {differ.sample + 1}" if found.full.others else ""
         verdict = f"they differ from token {differ.at + 1}{where} on"
     say(f"Tokens of full and split: {verdict}.")
+    if found.logits is not None:
+        say(_candidates(found.logits))
     for line in _conclusion(found):
         say(line)
 
@@ -96,6 +98,15 @@ def print_flags(available: Availability, applied: FlagSet) -> None:
         cells = [Text(found.reason or found.state, styles[found.state]) for found in sides.values()]
         table.add_row(name, FLAGS[name].fidelity, *cells)
     console().print(table)
+
+
+def _candidates(logits: DivergentLogits) -> str:
+    """The candidates of both arms where they first differ, in a line."""
+    said = [
+        f"{kind} {', '.join(f'{each.text!r} {each.logit:.3f}' for each in logits.of(kind).listed)}" for kind in KINDS
+    ]
+    again = "" if logits.repeatable else " Run again for this, an arm chose another token there."
+    return f"Logits there: {'; '.join(said)}.{again}"
 
 
 def _conclusion(found: Comparison) -> Iterator[str]:

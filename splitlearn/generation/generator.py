@@ -10,7 +10,7 @@ the iterator: that closes the stages' sessions, and so frees the trunk's cache.
 
 import sys
 from collections import abc
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,6 +33,8 @@ from splitlearn.stages.base import Stage
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.prefix import PrefixStage
 
+Watch = Callable[[Forward], Forward]
+
 
 @dataclass(frozen=True)
 class Generator:
@@ -43,11 +45,13 @@ class Generator:
     context_length: int | None
     settings: GenerationSettings
 
-    def stream(self, request: GenerationRequest) -> abc.Generator[Event, None, None]:
+    def stream(
+        self, request: GenerationRequest, watch: Watch = lambda forward: forward
+    ) -> abc.Generator[Event, None, None]:
         """Yield a TokenEvent for each step and a Done at the end, of each sample.
 
         Raises InputError for a prompt that encodes to nothing (`Tokens.encode`) and when prompt and answer do not fit
-        into the context, TrunkError for a trunk that fails.
+        into the context, TrunkError for a trunk that fails. `watch` may wrap the forward.
         """
         ledger = Ledger()
         ids = self.tokens.encode(request.prompt, request.chat)
@@ -60,7 +64,7 @@ class Generator:
             ledger.spend("open", ledger.now() - encoded)
             ends = () if request.ignore_eos else self.tokens.eos_ids
             answers = [self._answer(number, request, ids, chain, ends) for number, chain in enumerate(chains)]
-            yield from _decode(answers, self._forward(request, stages, ledger, ends), ledger)
+            yield from _decode(answers, watch(self._forward(request, stages, ledger, ends)), ledger)
 
     def _answer(
         self, number: int, request: GenerationRequest, ids: Sequence[int], chain: Chain, ends: Collection[int]

@@ -30,7 +30,7 @@ SPLIT_ARM = {**ARM, "bytes_up": int, "bytes_down": int, "trunk_address": str, "t
 SPLIT_ARM |= {"recoveries": list}
 COMPARISON = {
     "model": str, "split": dict, "flags": list, "full": dict, "split_run": dict, "identical_tokens": bool,
-    "prompt": dict, "first_divergence": (int, type(None)), "environment": dict,
+    "prompt": dict, "divergence": (dict, type(None)), "environment": dict,
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_compare_prints_one_object_with_both_arms_and_nothing_else(files: ModelF
         check_arm(found[arm], 16)
     assert found["model"] == files.name
     assert found["split"] == {"start": 2, "end": 4, "n_layers": 6}
-    assert (found["identical_tokens"], found["first_divergence"], found["link"]) == (True, None, None)
+    assert (found["identical_tokens"], found["divergence"], found["link"]) == (True, None, None)
     assert found["full"]["token_ids"] == found["split_run"]["token_ids"]
     assert "use_cache" in found["flags"]
     assert "torch_compile" not in found["flags"]
@@ -169,7 +169,7 @@ def test_compare_gives_every_sample_and_the_tokens_per_second_of_all(
     asked = ("compare", "--max-new-tokens", "8", "--ignore-eos", "--samples", "3", "--temperature", "0.8", "--json")
     assert command_line.main(with_config(folder, asked)) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["identical_tokens"], found["first_differing_sample"]) == (True, None)
+    assert (found["identical_tokens"], found["divergence"]) == (True, None)
     for arm in (found["full"], found["split_run"]):
         ids = [arm["token_ids"], *(sample["token_ids"] for sample in arm["other_samples"])]
         assert len({tuple(each) for each in ids}) == 3

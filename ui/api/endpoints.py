@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from splitlearn.arms.compare import Comparison, environment
+from splitlearn.arms.compare import Comparison, divergent_logits, environment
 from splitlearn.arms.link_cost import link_cost
 from splitlearn.checkpoints import catalogue
 from splitlearn.errors import SplitlearnError
@@ -211,9 +211,10 @@ class Api:
         if pairs is None or len(pairs.full) < shown.asked:
             raise SplitlearnError(_failure(shown) or ENDED)
         runs, flags = self.runs, parse(words, flag_words.available(self.runs))
-        found = Comparison(runs.files.name, runs.plan, flags, pairs, shown.others_cpu, environment(runs))
-        stop = self.handlers.stops.signal(who)
-        cost = link_cost(runs, inputs.request(typed), flags, found.split, cancelled=stop)
+        stop, asked = self.handlers.stops.signal(who), inputs.request(typed)
+        logits = divergent_logits(runs, asked, flags, pairs, stop)
+        found = Comparison(runs.files.name, runs.plan, flags, pairs, shown.others_cpu, environment(runs), logits)
+        cost = link_cost(runs, asked, flags, found.split, cancelled=stop)
         return {**found.as_json(), "link": cost and cost.as_json()}
 
 
