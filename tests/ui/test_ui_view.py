@@ -9,12 +9,13 @@ from typing import cast
 
 import pytest
 
+from splitlearn.arms.compare import DivergentLogits
 from splitlearn.arms.runs import ArmReport, Item, Restart, Runs
-from splitlearn.arms.spec import Kind, Texts
+from splitlearn.arms.spec import Kind, Texts, TokenCandidates
 from splitlearn.client.served import TrunkFacts
 from splitlearn.config import GenerationConfig
 from splitlearn.errors import InputError, SplitlearnError, TrunkUnavailable
-from splitlearn.events import Done, GenerationRequest, Reconnecting, Recovery, TokenEvent
+from splitlearn.events import Candidate, Done, GenerationRequest, Reconnecting, Recovery, TokenEvent
 from splitlearn.flags.registry import SIDES, Place
 from splitlearn.flags.selection import FlagSet, availability, parse
 from splitlearn.link.emulated import Link
@@ -265,3 +266,14 @@ def test_an_experiment_without_a_prompt_or_with_too_many_is_refused(lines: str) 
     typed = {**inputs.lab_at_first(GenerationConfig()), "design": "without", "limit": "decided", "prompts": lines}
     with pytest.raises(InputError, match="prompts"):
         inputs.asked(typed, "default", "  ")
+
+
+def test_where_tokens_differ_the_candidates_of_both_stand_with_what_each_chose() -> None:
+    listed = (Candidate(7, "<b>cat", 12.5, -0.6931), Candidate(9, " dog", 12.4999, -0.6932))
+    logits = DivergentLogits(TokenCandidates(7, listed), TokenCandidates(9, listed[::-1]), (7, 9))
+    drawn = view.result(replace(both([1, 7], [1, 9]), logits=logits), "none")
+    full, split = drawn.split('aria-label="Split: candidates"')
+    assert "12.5000" in full and "50.00%" in full
+    assert full.index("&#x27;&lt;b&gt;cat&#x27;</span></b> (chosen)") and "(chosen)" in split.partition("12.4999")[0]
+    assert "another token" not in drawn
+    assert "another token" in view.result(replace(both([1, 7], [1, 9]), logits=replace(logits, tokens=(7, 7))), "none")

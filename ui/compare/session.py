@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from splitlearn.arms.compare import KINDS, Pairs, turns
+from splitlearn.arms.compare import KINDS, DivergentLogits, Pairs, divergent_logits, turns
 from splitlearn.arms.runs import ArmReport, Item, Restart, Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.errors import InputError, SplitlearnError
@@ -57,13 +57,14 @@ class ArmView:
 @dataclass(frozen=True)
 class ComparisonView:
     """Both sides after some of `asked` pairs, and an error that concerns both. `others_cpu` is what other programs have
-    used of the processor so far, in cores."""
+    used of the processor so far, in cores; `logits` are those of the first token that differs, at the end."""
 
     full: ArmView = ArmView("full")
     split: ArmView = ArmView("split")
     error: str = ""
     asked: int = 1
     others_cpu: float = 0.0
+    logits: DivergentLogits | None = None
 
     def of(self, kind: Kind) -> ArmView:
         """The side of that kind."""
@@ -115,6 +116,8 @@ def compare(
             shown = shown.with_arm(replace(shown.of(kind), state="failed", error=str(error), lost=None))
             yield shown
         shown = replace(shown, others_cpu=reading(before).others_cpu)
+    if shown.pairs is not None and not stop.is_set():
+        shown = replace(shown, logits=divergent_logits(runs, request, flags, shown.pairs, stop))
     yield _ended(shown)
 
 

@@ -12,6 +12,7 @@ from splitlearn.config import Config
 from splitlearn.events import Reconnecting
 from splitlearn.metrics import RunMetrics, recovery_sentence, tps_of_all
 from splitlearn.runtime import cgroups
+from ui.compare import candidates
 from ui.compare.session import ArmView, ComparisonView, State
 from ui.format import MISSING, rate, seconds, size
 from ui.html import error, folded, head_row, note, small, table, tile
@@ -83,6 +84,8 @@ def status(shown: ComparisonView, place: int = 0) -> str:
         if arm.state in (*BUSY, "running", "reconnecting", "again"):
             turn = f", run {len(arm.reports) + 1} of {shown.asked}" if shown.asked > 1 else ""
             return f"{TITLES[arm.kind][0]}{turn}: {_now(arm)}"
+    if not shown.ended and shown.pairs and len(shown.pairs.full) == shown.asked and shown.pairs.divergence:
+        return "Asking both arms what they could choose where the tokens differ."
     if shown.ended:
         return "Stopped." if "stopped" in (shown.full.state, shown.split.state) else "Done."
     return ""
@@ -115,7 +118,7 @@ def result(shown: ComparisonView, flags: str) -> str:
     full, split = pairs.typical("full"), pairs.typical("split")
     why = pairs.difference.sentence() if pairs.difference else ""
     return (
-        f'<section class="sl-result" aria-label="Comparison">{_verdict(pairs)}'
+        f'<section class="sl-result" aria-label="Comparison">{_verdict(pairs)}{candidates.lists(shown.logits)}'
         f'<dl class="sl-tiles sl-hero">{"".join(_ratios(pairs, full, split))}</dl>'
         f'<p class="sl-why">{escape(why)}</p>{_doubts(shown, pairs)}'
         f"{folded('Memory and how it was measured', _memory(full, split) + small(_how(full, split, flags)))}</section>"
