@@ -184,7 +184,8 @@ def _ask(
     while not isinstance(item := child.receive(), ArmEnd):
         if isinstance(item, SplitlearnError):
             raise item
-        seen.append(item)
+        if isinstance(item, Event):  # not that it reconnects
+            seen.append(item)
         if isinstance(item, TokenEvent) and token is not None:
             token()
     metrics = RunMetrics.from_events(seen)

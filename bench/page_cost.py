@@ -131,7 +131,7 @@ def _of_json(found: dict[str, Any]) -> Answer:
 
 def _of_command() -> list[Answer]:
     command = [sys.executable, "-m", "splitlearn", "compare", "--json", "--pairs", f"{RUNS}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=True, text=True)
     found = json.loads(done.stdout)
     return [_of_arms(found, {kind: found["every_run"][kind][run] for kind in KINDS}) for run in range(RUNS)]
 

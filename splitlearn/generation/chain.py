@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from splitlearn.stages.base import LogitsInParts, OpensTogether, Session, Stage, StageInput
+from splitlearn.stages.head import HeadSession
 from splitlearn.stages.prefix import PrefixSession, PrefixStage
 from splitlearn.stages.settings import SessionSettings
 
@@ -51,10 +52,11 @@ class Step:
 
     def item(self, at: int, x: torch.Tensor) -> StageInput:
         """What the stage number `at` is given of `x`, which covers the positions up to `end`: those of this step, or
-        all where the stage keeps nothing of earlier ones."""
+        all where the stage keeps nothing of earlier ones. The head takes as many rows as in the full arm: products of
+        other sizes may round otherwise."""
         session = self.chain.sessions[at]
         new = self.ids.shape[1]
-        if x.shape[1] > new and not isinstance(session, PrefixSession):
+        if x.shape[1] > new and not isinstance(session, PrefixSession | HeadSession):
             x = x[:, -new:]
         return StageInput(session, self.end - x.shape[1], x, self.rows, rope_length=self.chain.rope_length)
 
