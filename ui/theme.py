@@ -48,6 +48,7 @@ PAGE = """
 .dark { --sl-full: #56b4e9; --sl-split: #2dd4a7; --sl-line: #3b4a60; --sl-panel: #172033; --sl-hover: #1f2b42; }
 .gradio-container main { width: 100%; max-width: 1240px !important; margin: 0 auto !important;
   padding: 16px !important; }
+@media (max-width: 640px) { .gradio-container .fillable { padding-inline: 0 !important; } }
 .gradio-container .html-container { padding: 0; }
 :is(#error, #flags-error, #lab-error, #link-error, #models-error):not(:has(.sl-error)),
 #share-link:not(:has(.sl-note)), #models-note:not(:has(.sl-note)), #time:not(:has(section)),
