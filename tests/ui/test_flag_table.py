@@ -62,6 +62,7 @@ def test_one_press_fills_the_table_and_its_figures_are_those_of_the_labs_store(
     expect(other.locator("#error")).to_contain_text("The machine is measuring an experiment")
     other.close()
     expect(page.locator("#flag-table")).to_contain_text("no verdict yet", timeout=END_MS)
+    expect(page.locator("#ft-progress")).to_contain_text(re.compile(r"block \d"), timeout=END_MS)  # all rows are filled
     stop(page)
     found = stored(folder)
     table = page.get_by_role("region", name="Flags, full and split")

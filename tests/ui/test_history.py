@@ -79,9 +79,11 @@ def test_two_lines_are_pinned_by_keyboard_and_show_what_differs_and_where_the_an
     for number in (1, 2):
         box = page.locator(f"#pin-{number} input")
         box.focus()
+        expect(page.get_by_role("option").first).to_be_visible()
         for _ in range(number):
             box.press("ArrowDown")
         box.press("Enter")
+        expect(box).not_to_have_value("")
     shown = page.locator("#pinned section")
     for text in (IMAGE, FORMULA, "TPOT, split", "second / first", "python -m splitlearn compare"):
         expect(shown).to_contain_text(text)

@@ -44,7 +44,7 @@ def earlier(found: Earlier, kept: bool) -> str:
     rows = [
         [
             f"{each.when:%Y-%m-%d %H:%M:%S}",
-            escape(shorter(each.asked, 60)),
+            _written(each.asked),
             escape(shorter(each.model, 60)),
             f"[{each.split.start}, {each.split.end}) of {each.split.n_layers}",
             escape(shorter(", ".join(each.flags), 60)),
@@ -91,11 +91,17 @@ def verdict(entry: Entry) -> str:
 
 
 def _line(entry: Entry) -> list[str]:
-    cells = [f"{entry.when:%Y-%m-%d %H:%M:%S}", shorter(entry.prompt, 60), shorter(entry.flags, 60), entry.link]
+    cells = [f"{entry.when:%Y-%m-%d %H:%M:%S}", shorter(entry.flags, 60), entry.link]
     cells += [str(entry.pairs), spread(entry.tpot), verdict(entry)]
     cells += [*(seconds(each) for each in (entry.full.ttft_s, entry.split.ttft_s))]
     cells += [seconds(entry.full.tpot_s), seconds(entry.split.tpot_s), rate(entry.full.tps), rate(entry.split.tps)]
-    return [escape(cell) for cell in cells]
+    when, *rest = map(escape, cells)
+    return [when, _written(entry.prompt), *rest]
+
+
+def _written(prompt: str) -> str:
+    """What a visitor wrote, as it is: in its own direction, and in no other language."""
+    return f'<span dir="auto">{escape(shorter(prompt, 60))}</span>'
 
 
 def _settings(one: Entry, other: Entry, names: Sequence[str]) -> str:
