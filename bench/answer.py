@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.arms.report import ArmReport
+from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.selection import FlagSet

@@ -13,7 +13,8 @@ from bench.answer import FAST, answer, text_of
 from bench.pairs import warm_blocks
 from bench.report import write
 from splitlearn.arms.compare import environment
-from splitlearn.arms.runs import Restart, Runs
+from splitlearn.arms.report import Restart
+from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.arms.worker import WARM_UP_TOKENS
 from splitlearn.events import GenerationRequest

@@ -14,7 +14,8 @@ from bench.answer import report
 from bench.pairs import blocks as in_blocks
 from bench.report import write
 from splitlearn.arms.compare import environment
-from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.arms.report import ArmReport
+from splitlearn.arms.runs import Runs
 from splitlearn.events import GenerationRequest
 from splitlearn.lab.stats import effect
 from splitlearn.link.emulated import NONE, Link

@@ -10,7 +10,8 @@ from bench.lookup import OPEN
 from bench.pairs import blocks
 from bench.report import write
 from splitlearn.arms.compare import environment
-from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.arms.report import ArmReport
+from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.config import with_link
 from splitlearn.events import GenerationRequest

@@ -128,6 +128,10 @@ mark { background: #fde68a; color: #1e293b; border-radius: 3px; }
 .sl-waterfall .sl-table th, .sl-waterfall .sl-table td { padding-block: 3px; }
 .sl-part { display: grid; grid-template-columns: minmax(0, 1fr) 5rem; align-items: center; gap: 8px; }
 .sl-part > :last-child { text-align: right; }
+@media (max-width: 640px) { /* the number below its bar */
+  .sl-waterfall .sl-part { grid-template-columns: minmax(0, 1fr); gap: 2px; }
+  .sl-part > :last-child { text-align: left; } .sl-hero .sl-big dd { font-size: 2rem; }
+}
 .sl-bar { display: block; height: 14px; border-radius: 3px; min-width: 2px; }
 .sl-answer-time { display: block; width: 100%; height: 88px; }
 .sl-error { border: 1px solid #b91c1c; border-left-width: 5px; border-radius: 6px; padding: 8px 12px;

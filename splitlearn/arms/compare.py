@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from splitlearn.arms.runs import ArmReport, Item, Runs
+from splitlearn.arms.report import ArmReport, Item
+from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import CandidatesRequest, TokenCandidates
 from splitlearn.breakdown import Difference, Ratio, check_pairs
 from splitlearn.errors import SplitlearnError

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from splitlearn.arms.compare import Watch
-from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.arms.report import ArmReport
+from splitlearn.arms.runs import Runs
 from splitlearn.client.real_link import RealLink, real_link
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.selection import FlagSet

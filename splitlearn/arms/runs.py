@@ -11,18 +11,19 @@ arm's flags before anything of it is counted.
 import itertools
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from splitlearn.arms.model import Model
-from splitlearn.arms.spec import ArmEnd, ArmSpec, CandidatesRequest, Kind, Texts, TokenCandidates
+from splitlearn.arms.report import ArmReport, Item, Restart
+from splitlearn.arms.spec import ArmEnd, ArmSpec, CandidatesRequest, Kind, TokenCandidates
 from splitlearn.arms.trunk_pool import TrunkPool
 from splitlearn.arms.worker import Message, Worker, compile_seconds
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.served import TrunkFacts, check_served, describe, first_that_works, with_trunk
+from splitlearn.client.served import check_served, describe, first_that_works, with_trunk
 from splitlearn.config import Config, SplitConfig
 from splitlearn.errors import InputError, WorkFailed
-from splitlearn.events import Event, GenerationRequest, Reconnecting
+from splitlearn.events import Event, GenerationRequest
 from splitlearn.flags.registry import SIDES, Place
 from splitlearn.flags.selection import Availability, FlagSet, availability
 from splitlearn.flags.selection import check as check_flags
@@ -45,55 +46,6 @@ MOST_RESTARTS = 20
 ASIDE = "A trunk that others use may go on recording for them: leave cuda_graph out there (trunk: in --flags)."
 # Memory that must be left, in sizes of the model's weights, before one more worker is kept: it may load a second copy.
 WEIGHTS_FREE = 6
-
-
-@dataclass(frozen=True)
-class ArmReport:
-    """One arm's run: its figures, and what its process (and the trunk's) took. `compile_s` includes discarded runs.
-    `kv_bytes_per_token` is what a token takes in the trunk's KV cache; 0 for the full arm."""
-
-    kind: Kind
-    metrics: RunMetrics
-    load_s: float
-    compile_s: float
-    import_rss_bytes: int
-    peak_rss_bytes: int
-    dtype: str
-    device: str
-    threads: int
-    trunk_address: str | None
-    trunk: TrunkFacts | None
-    kv_bytes_per_token: int = 0
-    texts: Texts = Texts()
-    others: tuple[RunMetrics, ...] = ()
-    """Of the samples after the first."""
-    link: Link = Link()
-    """The emulated link to the trunk."""
-
-    @property
-    def samples(self) -> tuple[RunMetrics, ...]:
-        """The figures of every sample."""
-        return (self.metrics, *self.others)
-
-    @property
-    def kv_shipped_bytes(self) -> float:
-        """What each decoded token would cost each way on the wire, if the trunk kept no KV cache and it were shipped at
-        each step: the trunk's KV bytes per token * the mean context, prompt_tokens + n_tokens / 2."""
-        return self.kv_bytes_per_token * (self.metrics.prompt_tokens + self.metrics.n_tokens / 2)
-
-    @property
-    def added_bytes(self) -> int:
-        """Peak memory beyond the imports, of the arm's process and of the trunk's process."""
-        there = self.trunk.peak_rss_bytes - self.trunk.import_rss_bytes if self.trunk else 0
-        return self.peak_rss_bytes - self.import_rss_bytes + there
-
-
-@dataclass(frozen=True)
-class Restart:
-    """The run that was under way compiled something: what it showed is void, and it begins again."""
-
-
-Item = Event | Reconnecting | Restart | ArmReport
 
 
 class Runs:

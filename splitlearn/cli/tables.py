@@ -8,7 +8,7 @@ from rich.text import Text
 
 from splitlearn.arms.compare import KINDS, Comparison, DivergentLogits, Watch
 from splitlearn.arms.link_cost import LinkCost
-from splitlearn.arms.runs import ArmReport, Item, Restart
+from splitlearn.arms.report import ArmReport, Item, Restart
 from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.catalogue import ModelStatus
 from splitlearn.events import Reconnecting, TokenEvent

@@ -29,7 +29,8 @@ from tempfile import gettempdir
 
 from filelock import FileLock, Timeout
 
-from splitlearn.arms.runs import ArmReport, Restart, Runs
+from splitlearn.arms.report import ArmReport, Restart
+from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.catalogue import cache_folder
 from splitlearn.config import Config
 from splitlearn.errors import InputError, SetupError, SplitlearnError

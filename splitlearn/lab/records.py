@@ -9,7 +9,7 @@ from splitlearn.lab import stats
 from splitlearn.lab.design import Arm, Design, Plan, Question
 
 if TYPE_CHECKING:
-    from splitlearn.arms.runs import ArmReport
+    from splitlearn.arms.report import ArmReport
 
 # The number of the first pass among the blocks, and why the run of a split arm may not count.
 FIRST_PASS = -1

@@ -9,7 +9,7 @@ Of several runs the quickest counts: other programs can only make one slower.
 
 from collections.abc import Sequence
 
-from splitlearn.arms.runs import ArmReport
+from splitlearn.arms.report import ArmReport
 from splitlearn.metrics import RunMetrics
 from splitlearn.models.plan import SplitPlan
 from splitlearn.planning.anatomy import Anatomy

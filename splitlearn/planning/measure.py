@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.arms.report import ArmReport
+from splitlearn.arms.runs import Runs
 from splitlearn.config import SplitConfig
 from splitlearn.events import GenerationRequest, Kind
 from splitlearn.flags.registry import FLAGS, of_scope

@@ -13,7 +13,8 @@ from splitlearn import config
 from splitlearn.arms import draft_model
 from splitlearn.arms.compare import KINDS
 from splitlearn.arms.draft_model import DraftModel
-from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.arms.report import ArmReport
+from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError

@@ -10,7 +10,7 @@ import pytest
 from splitlearn import config
 from splitlearn.arms import model_choice
 from splitlearn.arms.model_choice import choices, load, settings_for
-from splitlearn.arms.runs import ArmReport
+from splitlearn.arms.report import ArmReport
 from splitlearn.arms.startup import Startup
 from splitlearn.checkpoints import download, folder
 from splitlearn.checkpoints.folder import CONFIG, WEIGHTS

@@ -15,7 +15,8 @@ import torch
 
 from server.__main__ import main
 from splitlearn import config
-from splitlearn.arms.runs import ArmReport, Item, Runs
+from splitlearn.arms.report import ArmReport, Item
+from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.probe import TrunkProbe

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from splitlearn import config
-from splitlearn.arms.runs import ArmReport
+from splitlearn.arms.report import ArmReport
 from splitlearn.arms.spec import Kind
 from splitlearn.arms.startup import ARMS, MODEL, TRUNK, Startup
 from splitlearn.checkpoints.folder import ModelFiles

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from splitlearn import config
-from splitlearn.arms.runs import ArmReport, Item, Runs
+from splitlearn.arms.report import ArmReport, Item
+from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.errors import InputError, SetupError, TrunkRefused
 from splitlearn.events import Recovery

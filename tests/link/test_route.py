@@ -9,7 +9,8 @@ import pytest
 
 from splitlearn import config
 from splitlearn.address import Address
-from splitlearn.arms.runs import ArmReport, Runs
+from splitlearn.arms.report import ArmReport
+from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, Kind

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from splitlearn.arms.runs import ArmReport
+from splitlearn.arms.report import ArmReport
 from splitlearn.client.served import TrunkFacts
 from splitlearn.events import Done, Kind, TokenEvent
 from splitlearn.link.emulated import Link

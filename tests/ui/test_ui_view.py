@@ -10,7 +10,8 @@ from typing import cast
 import pytest
 
 from splitlearn.arms.compare import DivergentLogits
-from splitlearn.arms.runs import ArmReport, Item, Restart, Runs
+from splitlearn.arms.report import ArmReport, Item, Restart
+from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import Kind, Texts, TokenCandidates
 from splitlearn.client.served import TrunkFacts
 from splitlearn.config import GenerationConfig

@@ -7,7 +7,6 @@ from splitlearn.arms.compare import DivergentLogits
 from splitlearn.events import KINDS, Kind
 from ui.html import folded, head_row, small, table
 
-NAMES: dict[Kind, str] = {"full": "Full", "split": "Split"}
 WHY = (
     "Each arm ran again as far as that token, after everything that is timed. Two candidates whose logits are as near "
     "as rounding moves them are a near tie; a wide gap is another computation."
@@ -32,4 +31,4 @@ def _table(found: DivergentLogits, kind: Kind, chosen: int | None) -> str:
         text = f'<span dir="auto">{escape(repr(each.text))}</span>'
         name = f"<b>{text}</b> (chosen)" if each.token_id == chosen else text
         rows.append((name, f"{each.logit:.4f}", f"{math.exp(each.logprob):.2%}"))
-    return table(head_row(NAMES[kind], "Logit", "Probability"), rows, f"{NAMES[kind]}: candidates")
+    return table(head_row(kind.capitalize(), "Logit", "Probability"), rows, f"{kind.capitalize()}: candidates")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from splitlearn.arms.compare import KINDS, DivergentLogits, Pairs, divergent_logits, turns
-from splitlearn.arms.runs import ArmReport, Item, Restart, Runs
+from splitlearn.arms.report import ArmReport, Item, Restart
+from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import Kind
 from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.events import Event, GenerationRequest, Reconnecting

@@ -5,7 +5,7 @@ from html import escape
 
 from splitlearn.arms.compare import Pairs
 from splitlearn.arms.model import Model
-from splitlearn.arms.runs import ArmReport
+from splitlearn.arms.report import ArmReport
 from splitlearn.arms.startup import Part
 from splitlearn.breakdown import Ratio
 from splitlearn.config import Config
@@ -132,7 +132,7 @@ def prompt(shown: ComparisonView) -> str:
     full = shown.pairs.typical("full")
     text = "".join(f"<mark>{escape(text)}</mark>" if control else escape(text) for text, control in full.texts.prompt)
     name = f"The prompt as the model sees it: {full.metrics.prompt_tokens} tokens, control tokens marked"
-    return folded(name, f'<div class="sl-seen">{text}</div>', "sl-prompt")
+    return folded(name, f'<div class="sl-seen" dir="auto">{text}</div>', "sl-prompt")
 
 
 def facts(config: Config, model: Model | None) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from splitlearn.arms.compare import Pairs
-from splitlearn.arms.runs import ArmReport
+from splitlearn.arms.report import ArmReport
 from splitlearn.breakdown import Ratio
 from splitlearn.events import GenerationRequest
 from splitlearn.models.plan import SplitPlan

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from splitlearn.arms.compare import Pairs
-from splitlearn.arms.runs import ArmReport
+from splitlearn.arms.report import ArmReport
 from splitlearn.arms.startup import ANY_PROMPT, Startup
 from splitlearn.errors import InputError, SetupError, SplitlearnError
 from splitlearn.events import GenerationRequest

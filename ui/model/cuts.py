@@ -72,6 +72,12 @@ def progress(step: Step) -> str:
     return f'<div class="sl-progress"><span>{label}: {step.done:g} of {step.total:g} runs</span>{bar}</div>'
 
 
+def turn(place: int) -> str:
+    """What somebody who has just asked for something waits for: her place in the line, 0 for none before her."""
+    said = f"Another visitor's run is under way. You are number {place} in line." if place else "Beginning"
+    return progress(Step(said))
+
+
 def said(text: str) -> str:
     """One line on what happened."""
     return f'<div class="sl-note">{escape(text)}</div>' if text else ""

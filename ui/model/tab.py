@@ -166,8 +166,7 @@ class ModelTab:
 
     def _begin(self, request: gr.Request) -> Updates:
         place = self.planner.begin(visitor(request))
-        said = f"Another visitor's run is under way. You are number {place} in line." if place else "Beginning"
-        return {**self._enabled(running=True), self.status: cuts.progress(Step(said)), self.error: ""}
+        return {**self._enabled(running=True), self.status: cuts.turn(place), self.error: ""}
 
     def _end(self, request: gr.Request) -> Updates:
         self.planner.line.leave(visitor(request))

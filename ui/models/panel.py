@@ -7,7 +7,6 @@ from typing import Any
 import gradio as gr
 
 from splitlearn.errors import SplitlearnError
-from splitlearn.runtime.progress import Step
 from ui import html
 from ui.flags.picker import Updates
 from ui.guard.owner import ONLY_OWNER, check_owner, is_owner
@@ -77,8 +76,7 @@ class ModelsPanel:
 
     def _begin(self, request: gr.Request) -> Updates:
         place = self.chooser.planner.begin(visitor(request))
-        said = f"Another visitor's run is under way. You are number {place} in line." if place else "Beginning"
-        return {**self._enabled(loading=True), self.status: cuts.progress(Step(said)), self.error: ""}
+        return {**self._enabled(loading=True), self.status: cuts.turn(place), self.error: ""}
 
     def _load(self, name: object, request: gr.Request) -> Iterator[Updates]:
         try:
