@@ -72,7 +72,7 @@ class Historian:
     ) -> None:
         """Append the comparison to the file. A disk that is full is no reason to lose the answer."""
         runs, flags = self.runs, parse(words, flag_words.available(self.runs))
-        found = Comparison(runs.files.name, runs.plan, flags, pairs, shown.others_cpu, environment)
+        found = Comparison(runs.files.name, runs.plan, flags, pairs, shown.others_cpu, environment, shown.logits)
         try:
             self.disk.add({"when": datetime.now(UTC).isoformat(), **said, **found.as_json()})
         except OSError as error:
