@@ -4,7 +4,7 @@ Private parts of Gradio's queue and application are used here and in ui/guard/se
 """
 
 import asyncio
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,30 @@ from splitlearn.runtime import private_apis
 
 EVERY_S = 15.0
 MOST_LOGINS = 256
+Unread = Mapping[str, frozenset[str]]
+"""The sessions whose answers nobody reads now, each with its calls that have no answer yet."""
 
 
 async def tidy(app: Any, reading: Container[str]) -> None:
     """Sweep every EVERY_S seconds, for ever."""
-    unread: set[str] = set()
+    unread: Unread = {}
     while True:
         await asyncio.sleep(EVERY_S)
         unread = await sweep(app, reading, unread)
 
 
-async def sweep(app: Any, reading: Container[str], before: set[str]) -> set[str]:
-    """Drop the answers and the waiting calls of sessions that nobody reads, now and `before`; the oldest logins; the
-    names of files that are gone. Gives the sessions that nobody reads now."""
+async def sweep(app: Any, reading: Container[str], before: Unread) -> Unread:
+    """Drop the answers and the waiting calls of sessions that nobody reads, now and `before`, and that have asked for
+    nothing since: a page reads only while it waits, and begins to a moment after it has asked. Drop the oldest logins,
+    too, and the names of files that are gone. Gives the sessions that nobody reads now."""
     queue = private_apis.page_queue(app.get_blocks())
-    unread = {session for session in queue.pending_messages_per_session if session not in reading}
-    for session in unread & before:
+    unread = {
+        session: frozenset(queue.pending_event_ids_session.get(session, ()))
+        for session in queue.pending_messages_per_session
+        if session not in reading
+    }
+    gone = [session for session, calls in unread.items() if session in before and calls <= before[session]]
+    for session in gone:
         queue.pending_messages_per_session.pop(session, None)
         await queue.clean_events(session_hash=session)
         queue.pending_event_ids_session.pop(session, None)
@@ -35,4 +43,4 @@ async def sweep(app: Any, reading: Container[str], before: set[str]) -> set[str]
         del app.tokens[token]
     for files in app.get_blocks().temp_file_sets:
         files.difference_update([file for file in files if not Path(file).exists()])
-    return unread - before
+    return {session: calls for session, calls in unread.items() if session not in gone}

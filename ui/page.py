@@ -107,7 +107,7 @@ class Page:
         self.blocks.load(table.come, None, table.drawn, show_progress="hidden", concurrency_limit=None)
         self.blocks.load(answers.open, None, [answers.status, self.tick], queue=False, show_progress="hidden")
         self.blocks.unload(self._leave)
-        # Past the queue: a stream that Gradio closes after a tick can take with it an event that was just asked for.
+        # Past the queue, for which a page opens a stream of answers each time.
         self.timer.tick(self._see, None, seen, show_progress="hidden", queue=False)
         # What is being loaded is shown again: a comparison may load more.
         answers.compare.click(lambda: gr.Timer(active=True), None, self.timer, queue=False, show_progress="hidden")

@@ -203,12 +203,23 @@ def test_who_reads_no_answers_gets_only_so_many_and_they_are_dropped(page: Serve
     codes = [page.join(session_hash="deaf").status_code for _ in range(MOST_EVENTS + 1)]
     assert codes == [200] * MOST_EVENTS + [429]
     app, queue = page.blocks.server_app, page.blocks._queue
-    once = asyncio.run(sweep(app, ["hears"], set()))
+    once = asyncio.run(sweep(app, ["hears"], {}))
     assert "deaf" in once
     assert "deaf" in queue.pending_messages_per_session
     asyncio.run(sweep(app, ["hears"], once))
     for kept in (queue.pending_messages_per_session, queue.pending_event_ids_session):
         assert "deaf" not in kept
+
+
+def test_what_a_page_has_just_asked_for_is_not_dropped_though_it_read_nothing_for_long(page: Served) -> None:
+    app, queue = page.blocks.server_app, page.blocks._queue
+    page.join(session_hash="idle")
+    once = asyncio.run(sweep(app, [], {}))
+    page.join(session_hash="idle")  # and before its page opens the stream of answers
+    twice = asyncio.run(sweep(app, [], once))
+    assert len(queue.pending_event_ids_session["idle"]) == 2 and "idle" in queue.pending_messages_per_session
+    asyncio.run(sweep(app, [], twice))
+    assert "idle" not in queue.pending_messages_per_session
 
 
 def test_every_answer_says_what_a_browser_may_do(page: Served) -> None:
@@ -295,6 +306,6 @@ def test_names_of_files_that_are_gone_are_forgotten(page: Served, tmp_path: Path
     here.touch()
     files = page.blocks.temp_file_sets[0]
     files |= {str(here), str(tmp_path / "gone")}
-    asyncio.run(sweep(page.blocks.server_app, [], set()))
+    asyncio.run(sweep(page.blocks.server_app, [], {}))
     assert str(here) in files
     assert str(tmp_path / "gone") not in files
