@@ -113,14 +113,14 @@ def test_before_any_experiment_a_service_level_is_checked_as_it_is_typed(page: P
 def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
     browser: BrowserContext, app: App, url: str, page: Page, tmp_path: Path
 ) -> None:
-    ask(page, "2")
+    ask(page, "4")  # long enough to be seen again
     page.locator("#lab-start").click()
     expect(page.locator("#lab-progress")).to_contain_text("Measuring")
     page.close()
     again = open_lab(browser, url)
     expect(again.locator("#lab-progress")).to_contain_text(re.compile(r"Measuring: .*; \d+ pairs, \d+ runs so far; "))
     expect(again.locator("#lab-start")).to_be_disabled()
-    ends(again, "Ended: 2 pairs, as asked")
+    ends(again, "Ended: 4 pairs, as asked")
     verdicts = again.locator("#lab-report [aria-label=Verdicts] tbody tr")
     assert {row.split("\t")[0] for row in verdicts.all_inner_texts()} == {FLAG}
     beside = again.locator("#lab-report [aria-label='Full and split'] tbody th")
@@ -132,20 +132,20 @@ def test_an_experiment_goes_on_without_its_page_and_every_export_reads_back(
     (kept,) = Path(tempfile.gettempdir()).glob(f"{PREFIX}{app.process.pid}-*")
     assert len(list(kept.iterdir())) == 2  # the exports, and the flags table of the Answers tab
     results = json.loads(files["results.json"].read_text())
-    assert (results["finished"], results["blocks"]) == ("2 pairs, as asked", 2)
+    assert (results["finished"], results["blocks"]) == ("4 pairs, as asked", 4)
     command = results["setup"]["command"]
     words = shlex.split(command)
     assert words[:4] == ["python", "-m", "splitlearn", "lab"]
     given = dict(zip(words[4::2], words[5::2], strict=True))
     assert Path(given["--config"]).name == "config.yaml"
-    assert (given["--flags"], given["--pairs"], given["--max-new-tokens"]) == (FLAG, "2", "4")
+    assert (given["--flags"], given["--pairs"], given["--max-new-tokens"]) == (FLAG, "4", "4")
     assert command in files["report.html"].read_text()
     assert command in again.locator("#lab-details").inner_text()
     assert set(pd.read_csv(files["verdicts.csv"])["flag"]) == {"A/A", FLAG}
     pairs = pd.read_csv(files["pairs.csv"])
-    assert (pairs.groupby(["flag", "kind", "metric"]).size() == 2).all()
+    assert (pairs.groupby(["flag", "kind", "metric"]).size() == 4).all()
     trials = pd.read_csv(files["trials.csv"])
-    assert trials["bad"].isna().sum() >= 2 * 6
+    assert trials["bad"].isna().sum() >= 4 * 6
     again.close()
     left_at = time.monotonic()
     while list(kept.iterdir()):  # what she could download goes with her
@@ -188,7 +188,7 @@ def test_two_experiments_are_held_against_each_other(page: Page) -> None:
     for name, at in (("lab-chosen", 1), ("lab-other", 0)):
         page.locator(f"#{name} input").click()
         page.get_by_role("option").nth(at).click()
-        expect(page.locator("#lab-details")).to_contain_text("--pairs 2")  # the older one
+        expect(page.locator("#lab-details")).to_contain_text("--pairs 4")  # the older one
         page.wait_for_timeout(SETTLED_MS)  # the lists come after the report
     expect(page.locator("#lab-beside table")).to_contain_text("B: verdict")
 
