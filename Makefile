@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTO := splitlearn/wire/trunk.proto
 
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-compose check proto docs screenshots bench clean weights chromium iptables
+.PHONY: help install run test test-compose test-clients check proto docs screenshots bench clean weights chromium iptables
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -21,6 +21,9 @@ test: .venv/installed-test weights chromium ## install what the tests need, and 
 
 test-compose: .venv/installed-test chromium iptables ## build the images and bring the compose file up for real (minutes)
 	$(BIN)/python -m pytest tests/e2e/test_compose.py -m compose
+
+test-clients: .venv/installed-test weights ## run other people's OpenAI clients against splitlearn serve (minutes)
+	$(BIN)/python -m pytest tests/openai_api/clients -m clients -n 0 -rs
 
 check: .venv/installed-test ## lint, types, import direction, container files, generated files
 	$(BIN)/ruff check

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> int:
-    """Run the page until told to stop. Returns the exit status."""
+    """Serve the page until interrupted. Returns the exit status."""
     from ui.app import main as launch  # here, since every worker process imports this file again
 
     return launch(sys.argv[1:])

@@ -1,6 +1,7 @@
-"""`python -m bench [NAME...]`: run the measurements by name, or all of them.
+"""`python -m bench [NAME...]`: run the named measurements, or all of them.
 
-A measurement's size is an option of this command where its `main` takes it: `python -m bench link_cost --blocks 2`.
+An option sets the size of a measurement whose `main` has a parameter of that name: `python -m bench link_cost --blocks
+2`.
 """
 
 import argparse
@@ -30,10 +31,12 @@ BENCHES = (
     "lookup",
     "draft",
     "samples",
+    "constrained",
     "head_overlap",
     "links",
     "link_cost",
     "cuts",
+    "plan",
     "overlap",
     "flips",
     "llama",
@@ -41,32 +44,37 @@ BENCHES = (
     "context",
     "gpu",
     "start",
+    "endpoint",
     "page_cost",
     "users",
+    "load_tools",
+    "prefix",
+    "prefix_tiers",
+    "scale",
 )
-# What a measurement may be made smaller by: an option, its type, its least value, and what it says.
+# Options that make a measurement smaller: type, least value and help of each.
 SIZES = {
     "blocks": (int, 2, "runs of every arm"),
-    "minutes": (float, 0.1, "how long it goes on at most"),
+    "minutes": (float, 0.1, "longest duration"),
     "users": (int, 1, "browsers at once"),
 }
 
 
 def main() -> int:
-    """Run what is named."""
+    """Run the named measurements."""
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(BENCHES)} (default: all)")
-    for name, (kind, _, said) in SIZES.items():
-        parser.add_argument(f"--{name}", type=kind, metavar="N", help=f"{said}, for measurements that take it")
-    found = parser.parse_args()
-    unknown = [name for name in found.names if name not in BENCHES]
+    for name, (kind, _, text) in SIZES.items():
+        parser.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text}, for measurements that take it")
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in BENCHES]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
-    size = {name: getattr(found, name) for name in SIZES if getattr(found, name) is not None}
+    size = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     for name, value in size.items():
         if value < SIZES[name][1]:
             parser.error(f"--{name}: {value} is not {SIZES[name][1]} or more")
-    for name in found.names or BENCHES:
+    for name in args.names or BENCHES:
         measure = import_module(f"bench.{name}").main
         for option in size:
             if option not in inspect.signature(measure).parameters:

@@ -1,9 +1,8 @@
-"""What a client that is alone at a trunk pays for continuous batching.
+"""What continuous batching costs a client that is alone at a trunk.
 
-One client's TPOT at the project's server against that at a server that computes each step by itself at once, all else
-being the same. Two processes of the very same program differ by a percent, for as long as they live (where their
-weights lie in memory), so both servers are started anew for each pair, and a third, the same as the second, shows what
-cannot be told from nothing.
+Compares one client's TPOT at the project's server with its TPOT at a server that computes each step at once, by itself.
+Two processes of one program differ by a percent for as long as they live, by where their weights lie in memory. So both
+servers are restarted for each pair. A third server, identical to the second, shows the noise floor.
 """
 
 from collections.abc import Callable
@@ -33,7 +32,7 @@ def main(runs: Runs) -> None:
     """Measure and write docs/results/alone.md."""
     config = with_room(runs.config, ServerConfig(max_sessions=2))
     with Runs(config, silent) as own:
-        trunk, said = recorded(own), environment(own)
+        trunk, machine = recorded(own), environment(own)
     found: dict[str, list[float]] = {name: [] for name in (BATCHING, WITHOUT, AGAIN)}
     for start in range(STARTS):
         for name, listed in _started(config, trunk, seed=start).items():
@@ -51,13 +50,13 @@ def main(runs: Runs) -> None:
         f"One client that replays recorded hidden states, {STEPS} steps from {LENGTH} tokens of context on, flags "
         f"`{FLAGS}`. Medians, and geometric mean ratios with 95% intervals, over {STARTS} starts of all three servers; "
         f"a start's figure is the median of {RUNS} runs, in random order. Threads of each server: "
-        f"{said['trunk']['threads']}."
+        f"{machine['trunk']['threads']}."
     )
-    write("alone", "What a client that is alone pays for continuous batching", text, rows, said)
+    write("alone", "What a client that is alone pays for continuous batching", text, rows, machine)
 
 
 def _started(config: Config, trunk: Trunk, seed: int) -> dict[str, list[Run]]:
-    """The runs of one start of the three servers."""
+    """Start the three servers once and run them RUNS times in random order."""
     with Runs(config, silent) as own, ExitStack() as stack:
         addresses = {BATCHING: own.trunk_addresses(trunk.spec.flags.trunk)}
         for name in (WITHOUT, AGAIN):
@@ -72,4 +71,4 @@ def _started(config: Config, trunk: Trunk, seed: int) -> dict[str, list[Run]]:
         }
         for arm in arms.values():
             arm()
-        return blocks(arms, RUNS, seed, say=lambda said: None)
+        return blocks(arms, RUNS, seed, say=lambda text: None)

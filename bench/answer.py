@@ -1,4 +1,4 @@
-"""One answer of an arm, in figures; and the flags of measurements in which both ends are as fast as float32 allows."""
+"""Run one request through an arm. FAST are the flags with which full and split are as fast as float32 allows."""
 
 from pathlib import Path
 
@@ -22,12 +22,12 @@ def answer(runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest) -
 
 
 def report(runs: Runs, kind: Kind, flags: FlagSet, request: GenerationRequest, link: Link | None = None) -> ArmReport:
-    """The same, over `link` (None: the configured one), with all that is known of the run."""
+    """Run `request` over `link` (None: the configured one) and return the whole report."""
     return next(item for item in runs.stream(kind, flags, request, link=link) if isinstance(item, ArmReport))
 
 
 def text_of(tokens: Tokens, length: int) -> str:
-    """A text of so many tokens, from the lines of TEXTS."""
+    """A text of exactly `length` tokens, from the lines of TEXTS."""
     text = " ".join((Path(__file__).parent / name).read_text(encoding="utf-8").replace("\n", " ") for name in TEXTS)
     ids = tokens.encode(" ".join([text] * (2 + length // 100)), chat=False)
     parts = (tokens.decode(ids[start : start + length]) for start in range(len(ids) - length))

@@ -1,7 +1,7 @@
-"""The trunk's layers as a plain batched forward, in a worker process: what a trunk server's step is held against.
+"""The baseline of a trunk server's step: the trunk's layers as a plain batched forward in a worker process.
 
-transformers' own batch dimension and DynamicCache, sequences of equal length, no padding; and beside it one sequence
-through LocalStage, as a stage runs it for a single client.
+It uses transformers' own batch dimension and DynamicCache, with sequences of equal length and no padding. The worker
+can also run one sequence through LocalStage, as a stage does for a single client.
 """
 
 import time
@@ -24,13 +24,13 @@ from splitlearn.stages.settings import SessionSettings
 from splitlearn.wire.hidden_states import Plain
 
 WARM_UP = 2
-"""Steps before those that are timed."""
+"""Untimed steps before the timed ones."""
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Hidden states to fill caches with: `data` are the raw values of [1, T, H], of which each sequence gets the first
-    `length` and a step the next one. `sizes` are the batches that will be asked for."""
+    """Hidden states that fill the caches. `data` are the raw values of [1, T, H]: each sequence is prefilled with the
+    first `length`, and each step takes the next one. `sizes` are the batch sizes to prepare."""
 
     data: bytes
     length: int
@@ -39,10 +39,10 @@ class Contexts:
 
 @dataclass(frozen=True)
 class Run:
-    """Sequences that stepped side by side, in seconds a step.
+    """Times of sequences that decoded concurrently, in seconds per step.
 
-    `tpot_s` is what those who asked for the steps saw; `trunk_s` the layers' own time for a step that carried all of
-    them, None when none did; `whole` the share of steps that did.
+    `tpot_s` is measured by the clients. `trunk_s` is the layers' own time for a step with all sequences in it, or None
+    if there was none. `whole` is the share of such steps.
     """
 
     trunk_s: float | None
@@ -51,13 +51,14 @@ class Run:
 
 
 class Batched:
-    """The worker: `run(n, steps)` steps n sequences from the same context; n = 0 is one through LocalStage."""
+    """The worker process. `run(n, steps)` decodes n sequences from the same context; n = 0 is one through
+    LocalStage."""
 
     def __init__(self, spec: ArmSpec, contexts: Contexts) -> None:
         self._child = process.start("The plain batched forward's worker process", _main, spec, contexts)
 
     def run(self, sequences: int, steps: int) -> Run:
-        """So many steps; the median time of one."""
+        """Take `steps` steps and return the median time of one."""
         self._child.send((sequences, steps))
         step_s: float = self._child.receive()
         return Run(step_s, 1.0, step_s)
@@ -83,10 +84,10 @@ def _main(connection: Connection, spec: ArmSpec, contexts: Contexts) -> None:
 
 class _Sequences(Protocol):
     def step(self, index: int) -> None:
-        """The step `index` after the context."""
+        """Take step number `index` after the context."""
 
     def rewind(self, steps: int) -> None:
-        """Forget so many last steps."""
+        """Drop the last `steps` steps from the cache."""
 
 
 class _Plain:
@@ -118,11 +119,11 @@ class _Unbatched:
         self._stage.step([StageInput(self._session, at, self._states[:, at : at + 1])])
 
     def rewind(self, steps: int) -> None:
-        return  # a step at a lower position rolls the session back
+        return  # a step at a lower position truncates the session
 
 
 def _median_s(sequences: _Sequences, steps: int) -> float:
-    """The median time of a step, those of the warm-up left out."""
+    """The median time of a step, without the warm-up."""
     times = []
     for index in range(steps + WARM_UP):
         started = time.perf_counter()

@@ -1,12 +1,14 @@
-"""What a trunk server's step costs when many sessions share it.
+"""What a trunk server's step costs when many sessions share it. Four measurements:
 
-Replaying sessions of mixed lengths, against a plain batched forward of the same layers over as many sequences of equal
-length with the same total of context; one alone against an unbatched step; what a long prompt does to those that
-decode; and the system TPS of real clients, which share the machine with the trunk.
+- replayed sessions of mixed lengths against a plain batched forward of the same layers, with the same total context;
+- one session against an unbatched step;
+- decoding sessions while a long prompt is prefilled;
+- system TPS of real clients, which share the machine with the trunk.
 """
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -20,15 +22,15 @@ from bench.stepping import Admission, Trunk, admission, mixed, side_by_side
 from bench.unbatched import Unbatched
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
-from splitlearn.cli.loadtest_run import measure
+from splitlearn.cli.loadtest_trunk import measure
 from splitlearn.config import Config, ServerConfig
 from splitlearn.events import GenerationRequest
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.request import read_prompts
 from splitlearn.lab.stats import MIN_PAIRS, effect
-from splitlearn.loadtest.clients import client_threads
 from splitlearn.loadtest.plan import PROMPTS, LoadTest
 from splitlearn.loadtest.recording import record
+from splitlearn.loadtest.trunk_clients import client_threads
 from splitlearn.runtime.progress import silent
 from splitlearn.wire.codec import DTYPES
 from splitlearn.wire.hidden_states import Plain
@@ -40,7 +42,7 @@ LENGTH = 100
 STEPS = 24
 RUNNING = 8
 PROMPT = 2000
-# A long prompt goes in pieces between the steps of others.
+# Long, since the chunks of a prompt wait for the steps of others.
 TIMEOUT_S = 600.0
 REAL = (1, 2, 4, 8, 16)
 REAL_S = 20.0
@@ -53,53 +55,55 @@ def main(runs: Runs, blocks: int = 10) -> None:
     admissions = max(2, blocks // 2)
     with Runs(with_room(runs.config, ServerConfig(max_sessions=2 * max(SIZES))), silent) as own:
         trunk = recorded(own)
-        found = _steps(own, trunk, blocks)
+        runs_of = _steps(own, trunk, blocks)
         lengths = mixed(RUNNING, LENGTH)
         prompts = [admission(trunk, lengths, PROMPT, STEPS) for _ in range(admissions)]
         real = [_real(own, clients) for clients in REAL]
-        said = environment(own)
+        machine = environment(own)
     text = (
         f"Single-token steps with `{FLAGS}`, from {LENGTH} tokens of context on average: {LENGTH // 5} to "
         f"{LENGTH * 9 // 5} at the trunk, equal in the plain forward, the same in total. {STEPS} steps a run, all arms "
         f"in random order in each of {blocks} blocks; medians, and geometric mean ratios with 95% intervals. *Trunk "
         "step*: the trunk's own time for a step that carried all sessions. *TPOT*: as the replaying clients saw it, "
         "which run on the same cores. Threads of the trunk and of the plain forward: "
-        f"{said['trunk']['threads']} each.\n\n"
+        f"{machine['trunk']['threads']} each.\n\n"
         "One client alone, its TPOT against that at a server that computes each step by itself at once, all else being "
         "the same; and against one sequence through the same layers in a loop, without a server:\n\n"
-        f"{table(_alone(found))}\n\n"
+        f"{table(_alone(runs_of))}\n\n"
         f"{RUNNING} sessions decode while a prompt of {PROMPT} tokens is admitted, {admissions} times:\n\n"
         f"{table(_prompts(prompts))}\n\n"
         "Real clients (with bottom and top of their own, on the same cores), closed-loop for "
         f"{REAL_S:g} s, once each:\n\n{table(real)}\n\n"
         "Sessions side by side, against a plain batched forward of the trunk's layers:"
     )
-    write("capacity", "What a trunk's step costs when sessions share it", text, [_row(found, n) for n in SIZES], said)
+    write(
+        "capacity", "What a trunk's step costs when sessions share it", text, [_row(runs_of, n) for n in SIZES], machine
+    )
 
 
 def with_room(config: Config, server: ServerConfig) -> Config:
-    """Flags that are exact, and a trunk server of these settings."""
+    """`config` with exact flags and these server settings."""
     return config.model_copy(update={"flags": FLAGS, "server": server})
 
 
-def recorded(runs: Runs) -> Trunk:
-    """The trunk, and the hidden states of a text of PROMPT tokens."""
+def recorded(runs: Runs, length: int = PROMPT) -> Trunk:
+    """The trunk, with recorded hidden states of a text of `length` tokens."""
     tokens, text = Tokens.load(runs.files.folder, use_fast=True), ""
     for word in cycle(TEXT.split()):
         text += f"{word} "
-        if len(text) > PROMPT and len(tokens.encode(text, chat=False)) >= PROMPT:
+        if len(text) > length and len(tokens.encode(text, chat=False)) >= length:
             break
     spec = replace(runs.ready_spec("split", runs.flags(FLAGS)), timeout_s=TIMEOUT_S)
     states = record(spec, [GenerationRequest(text, 2, chat=False, ignore_eos=True)], silent)[0].states
-    return Trunk(spec, states[:, :PROMPT].contiguous())
+    return Trunk(spec, states[:, :length].contiguous())
 
 
 def _steps(runs: Runs, trunk: Trunk, blocks: int) -> dict[str, list[Run]]:
-    """What each block found: the trunk and the plain forward at each size, and one sequence unbatched."""
+    """The runs of each arm: trunk and plain forward at each size, and one sequence unbatched."""
     data = Plain(DTYPES[trunk.spec.dtype]).to_bytes(trunk.states[:, : LENGTH + STEPS + WARM_UP])
     plain, direct = Batched(trunk.spec, Contexts(data, LENGTH, SIZES)), Unbatched(runs.config)
-    there = replace(trunk, spec=replace(trunk.spec, addresses=(direct.address,)))
-    arms = {ALONE: partial(plain.run, 0, STEPS), DIRECT: partial(side_by_side, there, mixed(1, LENGTH), STEPS)}
+    at_direct = replace(trunk, spec=replace(trunk.spec, addresses=(direct.address,)))
+    arms = {ALONE: partial(plain.run, 0, STEPS), DIRECT: partial(side_by_side, at_direct, mixed(1, LENGTH), STEPS)}
     for n in SIZES:
         arms[f"plain {n}"] = partial(plain.run, n, STEPS)
         arms[f"trunk {n}"] = partial(side_by_side, trunk, mixed(n, LENGTH), STEPS)
@@ -111,7 +115,7 @@ def _steps(runs: Runs, trunk: Trunk, blocks: int) -> dict[str, list[Run]]:
 
 
 def _row(found: Mapping[str, Sequence[Run]], n: int) -> dict[str, str]:
-    """The trunk with n sessions against the plain forward of n sequences."""
+    """Compare the trunk with n sessions and the plain forward of n sequences."""
     trunk, plain = found[f"trunk {n}"], found[f"plain {n}"]
     return {
         "sessions": str(n),
@@ -124,7 +128,7 @@ def _row(found: Mapping[str, Sequence[Run]], n: int) -> dict[str, str]:
 
 
 def _alone(found: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
-    """One session at the trunk against the same without batching, and against one sequence through LocalStage."""
+    """Compare one session at the trunk with one without batching, and with one sequence through LocalStage."""
     trunk, local, direct = found["trunk 1"], found[ALONE], found[DIRECT]
     return [
         {
@@ -161,8 +165,8 @@ def _prompts(found: Sequence[Admission]) -> list[dict[str, str]]:
 
 
 def _real(runs: Runs, clients: int) -> dict[str, str]:
-    asked = LoadTest(read_prompts(PROMPTS), clients=clients, duration_s=REAL_S)
-    found = measure(runs, asked, silent, threading.Event()).summary
+    test = LoadTest(read_prompts(PROMPTS), clients=clients, duration_s=REAL_S)
+    found = measure(runs, test, silent, nullcontext(threading.Event())).summary
     print(f"{clients} real clients: {found.tps_system:.1f} tokens/s", flush=True)
     return {
         "clients": str(clients),
@@ -176,5 +180,5 @@ def _real(runs: Runs, clients: int) -> dict[str, str]:
 
 def _ms(seconds: Iterable[float]) -> str:
     """The median in milliseconds."""
-    listed = list(seconds)
-    return f"{median(listed) * 1e3:.1f}" if listed else "none"
+    values = list(seconds)
+    return f"{median(values) * 1e3:.1f}" if values else "none"

@@ -1,8 +1,8 @@
-"""The trunk is killed with SIGKILL at random tokens while clients generate: is every answer complete, and the same?
+"""Kill the trunk with SIGKILL at random tokens while clients generate: is every answer complete and unchanged?
 
-The clients are the split arm's worker processes, the trunk is the embedded one, which its supervisor starts again on
-the same port. Whichever client's token is the one drawn by lot brings the kill; the next is drawn once every client has
-had a token since. What is asked while no trunk runs is refused at once, and asked again, as a person would.
+The clients are worker processes of the split arm. The trunk is the embedded one, which its supervisor restarts on the
+same port. A random token of any client triggers the kill; the next kill waits until every client has had a token since.
+A request that arrives while no trunk runs fails at once and is retried.
 """
 
 import random
@@ -42,7 +42,7 @@ ASK_AGAIN_S = 0.5
 
 @dataclass
 class Found:
-    """What became of the answers. `broken` says how an answer ended that began and was not completed."""
+    """What became of the answers. `broken` has the errors of answers that began and were not completed."""
 
     kills: int = 0
     answers: int = 0
@@ -57,7 +57,7 @@ def main(runs: Runs) -> None:
     requests = [GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
     flags = runs.flags("default")
     (address,) = runs.ready_spec("split", flags).addresses
-    found, wanted = chaos(
+    found, expected = chaos(
         runs,
         flags,
         requests,
@@ -65,7 +65,7 @@ def main(runs: Runs) -> None:
         random.Random(0),
         kill=lambda: psutil.Process(trunk_pid(address)).kill(),
     )
-    judged = [_judge(runs, prompt, wanted[prompt], ids) for prompt, ids in found.different]
+    judged = [_judge(runs, prompt, expected[prompt], ids) for prompt, ids in found.different]
     lost = [recovery.seconds for recovery in found.recoveries]
     rows: list[dict[str, Any]] = [
         {"what": "kills", "": found.kills},
@@ -96,37 +96,38 @@ def chaos(
     order: random.Random,
     kill: Callable[[], None],
 ) -> tuple[Found, dict[str, tuple[int, ...]]]:
-    """`kill` the trunk of `runs` so many times while CLIENTS ask; what was found, and each prompt's undisturbed ids."""
+    """Call `kill` `kills` times while CLIENTS generate. Returns what was found, and each prompt's undisturbed token
+    ids."""
     spec = runs.ready_spec("split", flags)
     children = [start(replace(spec, copy=number)) for number in range(CLIENTS)]
     try:
         for child in children:
             if isinstance(ready := child.receive(), SplitlearnError):
                 raise ready
-        wanted = {request.prompt: _ask(children[0], spec.flags, request).token_ids for request in requests}
-        trial = _Trial(spec.flags, wanted, kills, order, kill)
+        expected = {request.text: _ask(children[0], spec.flags, request).token_ids for request in requests}
+        trial = _Trial(spec.flags, expected, kills, order, kill)
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(lambda number: trial.client(number, children[number], requests), range(CLIENTS)))
     finally:
         for child in children:
             child.stop()
-    return trial.found, wanted
+    return trial.found, expected
 
 
 class _Trial:
-    """What the clients' threads share: when the next kill is, and what was found."""
+    """State that the clients' threads share: when the next kill comes, and what was found."""
 
     def __init__(
         self,
         flags: FlagSet,
-        wanted: dict[str, tuple[int, ...]],
+        expected: dict[str, tuple[int, ...]],
         kills: int,
         order: random.Random,
         kill: Callable[[], None],
     ) -> None:
         self.found = Found()
         self._flags = flags
-        self._wanted = wanted
+        self._expected = expected
         self._kills = kills
         self._order = order
         self._kill = kill
@@ -135,7 +136,7 @@ class _Trial:
         self._left = order.randint(1, CLIENTS * TOKENS)
 
     def client(self, number: int, child: Child, requests: Sequence[GenerationRequest]) -> None:
-        """Ask one question after the other until the kills are over; the last answer is brought to its end."""
+        """Send requests until the kills are over. The last answer is completed."""
         for request in cycle(requests[number:] or requests):
             if self.found.kills == self._kills and not self._waiting_for:
                 return
@@ -151,16 +152,16 @@ class _Trial:
                 self.found.broken.append(str(error))
                 return
             else:
-                self._answered(request.prompt, metrics)
+                self._answered(request.text, metrics)
 
     def _answered(self, prompt: str, metrics: RunMetrics) -> None:
         self.found.answers += 1
         self.found.recoveries += [recovery for _, recovery in metrics.recoveries]
-        if metrics.token_ids != self._wanted[prompt]:
+        if metrics.token_ids != self._expected[prompt]:
             self.found.different.append((prompt, metrics.token_ids))
 
     def _token(self, number: int) -> None:
-        """Client `number` has one more token: it may be the one that brings the kill."""
+        """Client `number` has one more token, which may trigger the kill."""
         with self._lock:
             self._waiting_for.discard(number)
             if self._waiting_for or self.found.kills == self._kills:
@@ -178,28 +179,31 @@ class _Trial:
 def _ask(
     child: Child, flags: FlagSet, request: GenerationRequest, events: list[Event] | None = None, token: Any = None
 ) -> RunMetrics:
-    """One answer of a worker; its events are added to `events` as they come, `token()` is called for each token."""
-    seen: list[Event] = [] if events is None else events
+    """Run one request in a worker. Appends its events to `events` as they come and calls `token()` for each token."""
+    received: list[Event] = [] if events is None else events
     child.send((flags, request))
     while not isinstance(item := child.receive(), ArmEnd):
         if isinstance(item, SplitlearnError):
             raise item
-        if isinstance(item, Event):  # not that it reconnects
-            seen.append(item)
+        if isinstance(item, Event):  # a notice of a reconnect is none
+            received.append(item)
         if isinstance(item, TokenEvent) and token is not None:
             token()
-    metrics = RunMetrics.from_events(seen)
+    metrics = RunMetrics.from_events(received)
     if metrics is None:
         raise SplitlearnError("An answer without tokens.")
     return metrics
 
 
-def _judge(runs: Runs, prompt: str, wanted: tuple[int, ...], ids: tuple[int, ...]) -> tuple[bool, str]:
-    """Whether the first token that differs is one that rounding may change, and in words how near the two were."""
-    at = first_divergence(wanted, ids) or 0
+def _judge(runs: Runs, prompt: str, expected: tuple[int, ...], ids: tuple[int, ...]) -> tuple[bool, str]:
+    """Whether rounding explains the first token that differs; and the logit gap and largest difference there, as
+    text."""
+    at = first_divergence(expected, ids) or 0
     start = Tokens.load(runs.files.folder, use_fast=True).encode(prompt, chat=True)
     threads = runs.config.runs.threads
-    fed = FixedInput(runs.files, runs.plan, "split", runs.flags("default"), (*start, *wanted[:at]), len(start), threads)
+    fed = FixedInput(
+        runs.files, runs.plan, "split", runs.flags("default"), (*start, *expected[:at]), len(start), threads
+    )
     singly = logits_in_subprocess(fed)[-1]
     at_once = logits_in_subprocess(replace(fed, prompt_tokens=len(fed.ids)))[-1]
     second, best = np.sort(singly)[-2:].tolist()

@@ -1,8 +1,8 @@
-"""What a token takes after a long context, against one after a short context: full and split, float32. And whether
-torch.compile compiles anything again while the context grows.
+"""TPOT after a long context against TPOT after a short one: full and split, float32. And whether torch.compile
+recompiles while the context grows.
 
-One token attends in a compiled kernel, that of row_attention or of weight_prepack=blocks; beside them, full with
-torch's sdpa.
+Attention of one token is a compiled kernel, that of row_attention or of weight_prepack=blocks. For comparison, full
+also runs with torch's sdpa.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def main(runs: Runs) -> None:
 
 
 def _compiled_again(runs: Runs, kind: Kind) -> str:
-    """A sentence on what was compiled while GROWN tokens were generated, twice: each time the run begins again."""
+    """A sentence on recompilations while GROWN tokens are generated, twice. A run that recompiles starts over."""
     request = GenerationRequest(runs.config.generation.prompt, max_new_tokens=GROWN, ignore_eos=True)
     flags = runs.flags(COMPILED)
     first, then = (sum(isinstance(item, Restart) for item in runs.stream(kind, flags, request)) for _ in range(2))

@@ -1,7 +1,7 @@
-"""What planning predicts of four cuts, against what they then take: TPOT, TTFT and peak memory.
+"""TPOT, TTFT and peak memory of four cuts, predicted by planning and measured.
 
-In each block every cut runs once, and the runs from which the rates come; so a prediction and its measurement have seen
-the same machine.
+Each block has one run of every cut and the runs from which the rates come, so that a prediction and its measurement see
+the machine in the same state.
 """
 
 from collections.abc import Callable

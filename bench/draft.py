@@ -1,7 +1,7 @@
-"""What a second model's drafts bring over a link of 50 ms, where a prompt holds nothing to quote.
+"""Speed-up by a draft model over a link of 50 ms, on prompts whose answers do not quote them.
 
-The default model is its own draft, in 4 bits and whole at the client, for want of a smaller one with its vocabulary
-that can be had without a hub: what a smaller one brings is another question.
+The default model drafts for itself, with 4-bit weights and whole at the client: no smaller model with its vocabulary is
+available without a hub. So this does not show what a smaller draft model gains.
 """
 
 from functools import partial
@@ -30,19 +30,19 @@ def main(runs: Runs) -> None:
     model = runs.config.model.model_copy(update={"draft": runs.config.model.name})
     config = with_link(runs.config.model_copy(update={"model": model}), str(LINK))
     with Runs(config, silent) as far:
-        pairs = [_pair(far, prompt) for prompt in (OPEN[0], *OPEN)][1:]  # the first time, stages are loaded
-        said = environment(far)
+        pairs = [_pair(far, prompt) for prompt in (OPEN[0], *OPEN)][1:]  # the first one loads the stages
+        machine = environment(far)
     text = (
         f"A link of {LINK.summary} round trip, greedy, {TOKENS} tokens, flags `{ALONE}` on both sides of both arms; "
         "the arms in random order for each prompt. The draft model is the model itself with weights in 4 bits."
     )
-    write("draft", "Draft tokens from a second model, over a link", text, [_row(pairs)], said)
+    write("draft", "Draft tokens from a second model, over a link", text, [_row(pairs)], machine)
 
 
 def _pair(runs: Runs, prompt: str) -> dict[str, RunMetrics]:
     request = GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True)
     arms = {words: partial(answer, runs, "split", runs.flags(words), request) for words in (ALONE, DRAFTED)}
-    return {words: found[0] for words, found in blocks(arms, 1, seed=len(prompt), say=lambda said: None).items()}
+    return {words: found[0] for words, found in blocks(arms, 1, seed=len(prompt), say=lambda text: None).items()}
 
 
 def _row(pairs: list[dict[str, RunMetrics]]) -> dict[str, Any]:

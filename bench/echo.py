@@ -1,8 +1,8 @@
-"""A gRPC echo server in a process of its own: what a round trip of a trunk step's bytes takes by itself.
+"""A gRPC echo server in its own process: the round-trip time of a trunk step's bytes, without a trunk.
 
-It keeps a message for as long as it is told and says how long it kept it, so that its round trips are taken from a
-process that waited as long as for a trunk. One kind sleeps meanwhile; the other reads as much memory as a trunk does,
-since whoever has gone through 80 MB of weights has nothing of gRPC's code left in the processor's caches.
+The server holds each message for a given time and reports how long it did, so that the client waits as long as for a
+trunk. Meanwhile one kind sleeps, and the other reads as much memory as a trunk: reading 80 MB of weights evicts gRPC's
+code from the processor's caches.
 """
 
 import threading
@@ -20,19 +20,19 @@ from splitlearn.runtime import process
 
 METHOD = "/echo/Echo"
 SLEEPS, READS = "sleeps", "reads memory"
-# A trunk's answer is longer than the step it answers, by the durations that it ships; and a header of ours.
+# Of a trunk's answer, which also carries durations and so is longer than its step; and of the echo's own header.
 MESSAGE_BYTES, HEADER = 2327, 12
 WEIGHTS_BYTES, READ = 80 << 20, 1 << 18
 
 
 class Memory:
-    """As much as weights take, to be read."""
+    """A buffer of the size of a trunk's weights."""
 
     def __init__(self) -> None:
         self._values, self._at = torch.zeros(WEIGHTS_BYTES // 4), 0
 
     def read(self, seconds: float) -> None:
-        """Read on from where it stopped, for so long."""
+        """Read on from where the last call stopped, for `seconds`."""
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:
             self._values[self._at : self._at + READ].sum()
@@ -40,7 +40,7 @@ class Memory:
 
 
 class Echo:
-    """A stream to an echo server of its own, which is of the kind SLEEPS or READS."""
+    """A stream to its own echo server, of the kind SLEEPS or READS."""
 
     def __init__(self, kind: str) -> None:
         self._child = process.start("The echo server", _serve, kind)
@@ -50,7 +50,7 @@ class Echo:
         self._call = method(iter(self._outgoing.get, None))
 
     def step(self, hold_s: float, data: bytes = b"") -> float:
-        """Send `data`, filled up to a step's bytes, and get it back; the round trip less what the server kept it, in
+        """Send `data`, padded to a step's bytes, and get it back. Returns the round trip without the server's hold, in
         seconds."""
         message = data.ljust(MESSAGE_BYTES, b"\0")
         started = time.perf_counter()
@@ -68,12 +68,12 @@ class Echo:
 def _serve(connection: Connection, kind: str) -> None:
     """The echo server's process."""
     torch.set_num_threads(1)
-    keep = Memory().read if kind == READS else time.sleep
+    hold = Memory().read if kind == READS else time.sleep
 
     def echo(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         for message in requests:
             started = time.perf_counter()
-            keep(float(message[:HEADER]))
+            hold(float(message[:HEADER]))
             yield b"%12.9f" % (time.perf_counter() - started) + message[HEADER:]
 
     handler = grpc.method_handlers_generic_handler("echo", {"Echo": grpc.stream_stream_rpc_method_handler(echo)})

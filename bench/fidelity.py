@@ -1,8 +1,8 @@
-"""What each flag does to the logits of the default model, and whether full and split give the same tokens.
+"""What each flag changes in the default model's logits, and whether full and split give the same tokens.
 
-Logits: each flag alone against none, each left out against all, both arms, over fixed sequences. Tokens: 20 prompts of
-64 tokens through both arms' worker processes and the trunk server, with no flag and with the default ones, and under
-seeded sampling.
+Logits: each flag alone against no flags, and each left out against all flags, for both arms, over fixed sequences.
+Tokens: 20 prompts of 64 tokens through both arms' workers and the trunk server, with no flags, with the default flags,
+and with seeded sampling.
 """
 
 from pathlib import Path
@@ -92,7 +92,7 @@ def _rows(runs: Runs) -> list[dict[str, Any]]:
 
 
 def _sequence(runs: Runs, prompt: str) -> tuple[list[int], int]:
-    """A prompt's ids and STEPS of its own greedy continuation; and how many of them are the prompt."""
+    """A prompt's ids followed by STEPS ids of its greedy continuation, and how many of them are the prompt."""
     ids = Tokens.load(runs.files.folder, use_fast=True).encode(prompt, chat=True)
     request = GenerationRequest(prompt, max_new_tokens=STEPS, ignore_eos=True)
     return [*ids, *_ids(runs, "full", FlagSet(), request)], len(ids)

@@ -1,4 +1,4 @@
-"""What `wire_dtype` does to tokens and to bytes: greedy answers to 50 fixed prompts against those over a plain wire."""
+"""What `wire_dtype` changes in tokens and bytes: greedy answers to 50 fixed prompts, against a plain wire."""
 
 from pathlib import Path
 from statistics import median

@@ -1,8 +1,8 @@
-"""A client with a token that generates while strangers flood its trunk: its tokens' rhythm before and under each.
+"""Inter-token latency of an authenticated client, before and during floods by strangers.
 
-The trunk is a server process of its own with the configured model's layers and one token. Each flood is a process that
-shows no valid token (bench/floods.py). Its client asks for the same tokens before and under each flood, by turns, so
-that each flood is compared with its own moments of peace. Beside that, somebody without a token asks for health.
+The trunk is a server process with the configured model's layers and one access token. Each flood is a process without a
+valid token (bench/floods.py). The client generates the same tokens before and during each flood, in turns, so that each
+flood has its own baseline. A client without a token also calls the health check.
 """
 
 import os
@@ -21,8 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bench.floods import FLOODS, flood
 from bench.report import write
-from server.auth import tokens
 from splitlearn import config
+from splitlearn.access import tokens
 from splitlearn.arms.compare import environment
 from splitlearn.arms.embedded_server import EmbeddedTrunk
 from splitlearn.arms.runs import Runs
@@ -39,7 +39,7 @@ VARIABLE = "SPLITLEARN_FLOODED_TOKEN"
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a client and the server's process saw in one stretch: milliseconds, answers, bytes."""
+    """One generation: the client's latencies in milliseconds, and the server's resident bytes after it."""
 
     itl_ms: Sequence[float]
     ttft_ms: float
@@ -55,7 +55,7 @@ def main(runs: Runs) -> None:
         trunk = EmbeddedTrunk(settings, settings.server.tokens)
         try:
             with Runs(config.with_trunk(settings, trunk.address), silent) as own:
-                _look(own, trunk)  # what is loaded at first use is loaded
+                _measure(own, trunk)  # loads what the first use loads
                 rows = [_row(name, own, trunk) for name in FLOODS]
         finally:
             trunk.stop()
@@ -67,7 +67,7 @@ def main(runs: Runs) -> None:
 
 
 def _settings(base: Config, folder: Path) -> Config:
-    """A trunk that knows one token, which is in the environment."""
+    """The configuration of a trunk with one access token, which it puts into the environment."""
     secret, text = tokens.make("client")
     os.environ[VARIABLE] = secret
     entries = [{**entry, "tokens_per_second": 1e6} for entry in yaml.safe_load(text)]
@@ -78,38 +78,38 @@ def _settings(base: Config, folder: Path) -> Config:
 
 
 def _row(name: str, own: Runs, trunk: EmbeddedTrunk) -> dict[str, object]:
-    peace, war = [], []
+    before, under = [], []
     for _ in range(ROUNDS):
-        peace.append(_look(own, trunk))
+        before.append(_measure(own, trunk))
         with flooding(name, trunk.address):
-            war.append(_look(own, trunk))
-    itls = [[itl for seen in stretch for itl in seen.itl_ms] for stretch in (peace, war)]
-    before, under = map(_p99, itls)
-    health = [seen.health_ms for seen in war]
+            under.append(_measure(own, trunk))
+    itls = [[itl for each in part for itl in each.itl_ms] for part in (before, under)]
+    p99_before, p99_under = map(_p99, itls)
+    health = [each.health_ms for each in under]
     row = {
         "flood": name,
         "p50 ITL": " / ".join(f"{statistics.median(itl):.0f}" if itl else "none" for itl in itls),
-        "p99 ITL": f"{before:.0f} / {under:.0f}",
-        "ratio of p99": round(under / before, 2),
-        "TTFT": " / ".join(f"{statistics.mean(seen.ttft_ms for seen in stretch):.0f}" for stretch in (peace, war)),
+        "p99 ITL": f"{p99_before:.0f} / {p99_under:.0f}",
+        "ratio of p99": round(p99_under / p99_before, 2),
+        "TTFT": " / ".join(f"{statistics.mean(each.ttft_ms for each in part):.0f}" for part in (before, under)),
         "health": "refused" if None in health else f"{max(filter(None, health)):.0f} ms",
-        "memory, MiB": war[-1].rss >> 20,
-        "errors": "; ".join(sorted({seen.error for seen in war if seen.error})) or "none",
+        "memory, MiB": under[-1].rss >> 20,
+        "errors": "; ".join(sorted({each.error for each in under if each.error})) or "none",
     }
     print(row, flush=True)
     return row
 
 
-def _p99(found: Sequence[float]) -> float:
-    return statistics.quantiles(found, n=100)[-1] if len(found) > 1 else float("nan")
+def _p99(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=100)[-1] if len(values) > 1 else float("nan")
 
 
 @contextmanager
 def flooding(name: str, address: str) -> Iterator[None]:
-    """A process that floods `address` for as long as the context is open."""
+    """Flood `address` from another process while the context is open."""
     child = process.start("The flood", flood, name, address)
     child.receive()
-    time.sleep(2.0)  # until it is at its height
+    time.sleep(2.0)  # until it is at its peak
     try:
         yield
     finally:
@@ -117,15 +117,15 @@ def flooding(name: str, address: str) -> Iterator[None]:
         child.stop()
 
 
-def _look(own: Runs, trunk: EmbeddedTrunk) -> Measurement:
+def _measure(own: Runs, trunk: EmbeddedTrunk) -> Measurement:
     request = GenerationRequest(own.config.generation.prompt, max_new_tokens=TOKENS, ignore_eos=True)
     health_ms, error, events = _health_ms(trunk.address), "", list[Event]()
     try:
         for event in own.stream("split", own.flags("default"), request):
             if isinstance(event, TokenEvent):
                 events.append(event)
-    except SplitlearnError as broke:
-        error = str(broke)[:200]
+    except SplitlearnError as failure:
+        error = str(failure)[:200]
     metrics, rss = RunMetrics.from_events(events), psutil.Process(trunk.pid).memory_info().rss
     if metrics is None:
         return Measurement((), float("nan"), health_ms, rss, error)
@@ -133,7 +133,7 @@ def _look(own: Runs, trunk: EmbeddedTrunk) -> Measurement:
 
 
 def _health_ms(address: str) -> float | None:
-    """How long a health check takes that shows no token; None where it is not answered."""
+    """Milliseconds of a health check without a token; None if it is not answered."""
     began = time.perf_counter()
     with grpc.insecure_channel(address) as channel:
         try:

@@ -1,7 +1,7 @@
-"""Floods: what a stranger without a token can send at little cost, in raw HTTP/2 frames, as fast as a socket takes it.
+"""Floods that cost a client without a token little: raw HTTP/2 frames, as fast as the socket takes them.
 
-Each of FLOODS is a function that is given a server's address and goes on until `over` is set. Frames are written by
-hand: a client library would refuse to send most of them.
+Each function of FLOODS takes a server's address and sends until `over` is set. Frames are built by hand, since a client
+library would refuse to send most of them.
 
     process.start("The flood", flood, "resets", address)
 """
@@ -23,7 +23,7 @@ END_STREAM, ACK, END_HEADERS = 1, 1, 4
 HEALTH, SESSION, DESCRIBE = "/grpc.health.v1.Health/Check", f"/{SERVICE}/Session", f"/{SERVICE}/Describe"
 CALLS, CONNECTIONS, BURST = 130, 200, 200
 NICE = 19
-"""The flood stands for another machine: it takes no more of this one's cores than what is left."""
+"""The flood stands in for another machine, so it takes only idle time of this one's cores."""
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -39,7 +39,7 @@ def fields(method: str, *others: tuple[str, str]) -> bytes:
 
 
 def begun(stream: int, method: str, *others: tuple[str, str]) -> bytes:
-    """A call that has begun, and whose first message is still to come."""
+    """The start of a call, without its first message."""
     return frame(HEADERS, END_HEADERS, stream, fields(method, *others))
 
 
@@ -50,7 +50,7 @@ def _text(value: str) -> bytes:
 
 @contextmanager
 def connected(address: str, greeting: bytes = PREFACE + frame(SETTINGS, 0, 0)) -> Iterator[socket.socket]:
-    """A connection on which `greeting` has been said."""
+    """A connection on which `greeting` was sent."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -59,7 +59,7 @@ def connected(address: str, greeting: bytes = PREFACE + frame(SETTINGS, 0, 0)) -
 
 
 def closed(connection: socket.socket, within_s: float) -> bool:
-    """Whether the server shuts the connection within that time; what it says before is read and not answered."""
+    """Whether the server closes the connection within `within_s`. Data that comes before is read and dropped."""
     connection.settimeout(within_s)
     try:
         while connection.recv(65536):
@@ -72,7 +72,7 @@ def closed(connection: socket.socket, within_s: float) -> bool:
 
 
 def calls_without_a_message(address: str, over: threading.Event) -> None:
-    """130 calls on one connection whose message never comes; each half second on one more, then all again."""
+    """130 calls without a message on each connection. A new connection every half second, then all again."""
     calls = b"".join(begun(1 + 2 * number, HEALTH) for number in range(CALLS))
     while not over.is_set():
         with ExitStack() as stack, suppress(OSError):
@@ -83,28 +83,28 @@ def calls_without_a_message(address: str, over: threading.Event) -> None:
 
 
 def silent_connections(address: str, over: threading.Event) -> None:
-    """Connections that say nothing; each again when it was shut."""
+    """Connections that send nothing, reopened when closed."""
     _many(address, over, b"")
 
 
 def greeting_connections(address: str, over: threading.Event) -> None:
-    """Connections that greet as HTTP/2 does, and say no more."""
+    """Connections that send the HTTP/2 preface and nothing else."""
     _many(address, over, PREFACE + frame(SETTINGS, 0, 0))
 
 
 def calling_connections(address: str, over: threading.Event) -> None:
-    """Connections with one call each whose message never comes."""
+    """Connections with one call each, without its message."""
     _many(address, over, PREFACE + frame(SETTINGS, 0, 0) + begun(1, HEALTH))
 
 
 def denied(address: str, over: threading.Event) -> None:
-    """Calls with a wrong token, one after the other is refused: thousands."""
+    """Thousands of calls with a wrong token."""
     shown = ("authorization", f"Bearer {random.Random(0).getrandbits(256):x}")
     _pour(address, over, lambda stream: begun(stream, DESCRIBE, shown))
 
 
 def resets(address: str, over: threading.Event) -> None:
-    """Calls that are reset as soon as they have begun ("rapid reset")."""
+    """Calls that are reset at once ("rapid reset")."""
     _pour(address, over, lambda stream: begun(stream, HEALTH) + frame(RESET, 0, stream, b"\0\0\0\x08"))
 
 
@@ -119,12 +119,12 @@ def settings(address: str, over: threading.Event) -> None:
 
 
 def priorities(address: str, over: threading.Event) -> None:
-    """PRIORITY frames, for streams that are not there."""
+    """PRIORITY frames for streams that do not exist."""
     _pour(address, over, lambda stream: frame(PRIORITY, 0, stream, b"\0\0\0\0\x10"))
 
 
 def endless_headers(address: str, over: threading.Event) -> None:
-    """One header block that goes on and on in CONTINUATION frames."""
+    """One header block that never ends, in CONTINUATION frames."""
     first = frame(HEADERS, 0, 1, fields(HEALTH))
     more = frame(CONTINUATION, 0, 1, b"\0" + _text("x") + _text("y" * 100))
     _pour(address, over, lambda _: more, first)
@@ -152,7 +152,7 @@ FLOODS: dict[str, Flood] = {
 
 
 def flood(connection: Connection, name: str, address: str) -> None:
-    """A process that sends FLOODS[name] until its parent says something."""
+    """The flood process: send FLOODS[name] until the parent sends a message."""
     os.nice(NICE)
     over = threading.Event()
 
@@ -183,15 +183,15 @@ def _ended(connection: socket.socket) -> bool:
         return True
 
 
-def _pour(address: str, over: threading.Event, made: Callable[[int], bytes], first: bytes = b"") -> None:
-    """What `made` gives for one stream after the other, in bursts, as fast as the server takes it."""
+def _pour(address: str, over: threading.Event, make: Callable[[int], bytes], first: bytes = b"") -> None:
+    """Send `make(stream)` for successive streams, in bursts, as fast as the server takes it."""
     while not over.is_set():
         with suppress(OSError), connected(address) as connection:
             connection.sendall(first)
             for stream in range(3, 2**31 - 2 * BURST, 2 * BURST):
                 if over.is_set():
                     return
-                connection.sendall(b"".join(made(stream + 2 * number) for number in range(BURST)))
+                connection.sendall(b"".join(make(stream + 2 * number) for number in range(BURST)))
                 while select.select([connection], [], [], 0)[0]:
                     if not connection.recv(65536):
                         raise ConnectionResetError

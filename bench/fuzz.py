@@ -1,8 +1,8 @@
-"""A server under hostile clients, beside one that generates and must get its exact tokens.
+"""Fuzz a server with hostile clients, while a regular client generates and must get its exact tokens.
 
-The trunk is a server process of its own with two layers of the configured model, and with two tokens: one for the
-hostile clients, one for the other. bench/hostile.py has what they send. It ends with an error when anything was not as
-it should be.
+The trunk is a server process with two layers of the configured model and two access tokens: one for the hostile
+clients, one for the regular client. bench/hostile.py defines what the hostile clients send. Any improper reaction is an
+error.
 """
 
 import os
@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from bench.floods import PREFACE, SETTINGS, frame
 from bench.hostile import Attacker, End, Script, Target, improper, oversized, scripts, silent, target
 from bench.report import write
-from server.auth import tokens
 from splitlearn import config
+from splitlearn.access import tokens
 from splitlearn.arms.compare import environment
 from splitlearn.arms.embedded_server import EmbeddedTrunk
 from splitlearn.arms.runs import Runs
@@ -46,20 +46,20 @@ HOSTILE_SESSIONS = 16
 SILENT_EVERY = 10
 STRANGER = "all of these without a token"
 SERVER = {"open_s": 2.0, "idle_s": 4.0, "max_length": 1024, "kv_bytes": 64 << 20, "max_variants": 0}
-# KV memory, and for each hostile session four messages of the largest size: as it came, parsed, joined, as a tensor.
+# KV memory, and for each hostile session four copies of the largest message: received, parsed, joined, as a tensor.
 MEMORY_LIMIT = (64 << 20) + HOSTILE_SESSIONS * 4 * config.ServerConfig().max_message_bytes
 
 
 @dataclass
 class Tally:
-    """What was sent, how the streams ended, and what was wrong with that."""
+    """Messages sent, ends of the streams, and what was wrong."""
 
     messages: int = 0
     ends: Counter[tuple[str, str]] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
     def count(self, played: Sequence[Script], ends: Sequence[End]) -> None:
-        """Add streams that were played, and those that have ended."""
+        """Add the streams that were sent, and the ends of those that have ended."""
         self.messages += sum(len(script.messages) for script in played)
         self.ends.update((end.script.kind, end.code.name) for end in ends)
         self.wrong += [why for end in ends if (why := improper(end)) is not None]
@@ -67,14 +67,14 @@ class Tally:
 
 @dataclass
 class Watch:
-    """What the server's process came to meanwhile, in bytes."""
+    """Resident bytes of the server's process: before, and at most."""
 
     before: int
     peak: int
 
 
 def attack(attacker: Attacker, drawn: st.SearchStrategy[Script], examples: int, seed: int, tally: Tally) -> None:
-    """Play `examples` groups of up to AT_ONCE scripts, each group's at the same time. A seed gives the same ones."""
+    """Play `examples` groups of up to AT_ONCE concurrent scripts. The same `seed` draws the same scripts."""
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -92,7 +92,7 @@ def attack(attacker: Attacker, drawn: st.SearchStrategy[Script], examples: int, 
 
 
 def knock(address: str, dice: random.Random) -> None:
-    """Connect, say what is no gRPC, or frames of HTTP/2 that make no sense, and go."""
+    """Connect, send bytes that are not gRPC, or invalid HTTP/2 frames, and disconnect."""
     host, _, port = address.rpartition(":")
     greeting = dice.choice([b"", b"GET / HTTP/1.1\r\n\r\n", PREFACE, PREFACE + frame(SETTINGS, 0, 0)])
     frames = b"".join(_odd_frame(dice) for _ in range(dice.randrange(100)))
@@ -106,7 +106,7 @@ def _odd_frame(dice: random.Random) -> bytes:
 
 
 def main(runs: Runs) -> None:
-    """Send the messages and write docs/results/fuzz.md. Raises SplitlearnError when something was not right."""
+    """Send the messages and write docs/results/fuzz.md. Raises SplitlearnError if the server did anything wrong."""
     with tempfile.TemporaryDirectory() as folder:
         settings, secret = _settings(runs.config, Path(folder))
         trunk = EmbeddedTrunk(settings, settings.server.tokens)
@@ -117,7 +117,7 @@ def main(runs: Runs) -> None:
 
 
 def _settings(base: Config, folder: Path) -> tuple[Config, str]:
-    """A trunk of two layers that knows two tokens: the other client's, in the environment, and the returned one."""
+    """A trunk of two layers with two access tokens: the regular client's, in the environment, and the returned one."""
     hostile, other = tokens.make("hostile"), tokens.make("other")
     os.environ[VARIABLE] = other[0]
     limits = {"sessions": HOSTILE_SESSIONS, "tokens_per_second": 1e6}
@@ -129,31 +129,31 @@ def _settings(base: Config, folder: Path) -> tuple[Config, str]:
     return config.parse({**plain, "server": server, "split": split, "trunk": {"token": VARIABLE}}), hostile[0]
 
 
-def _run(settings: Config, trunk: EmbeddedTrunk, shown: Credentials) -> tuple[Tally, Watch, int, float]:
+def _run(settings: Config, trunk: EmbeddedTrunk, credentials: Credentials) -> tuple[Tally, Watch, int, float]:
     with Runs(config.with_trunk(settings, trunk.address), without_progress) as own:
-        wanted, said = _answer(own), describe(trunk.address, shown)
-        aim = target(said, own.flags("default").trunk, settings.server.max_message_bytes)
+        expected, description = _answer(own), describe(trunk.address, credentials)
+        aim = target(description, own.flags("default").trunk, settings.server.max_message_bytes)
         with _watching(trunk.pid) as watch, _generating(own) as answers:
             began = time.monotonic()
-            tally = _attack_until(trunk.address, shown, aim)
+            tally = _attack_until(trunk.address, credentials, aim)
             spent = time.monotonic() - began
-    left = Attacker(trunk.address, shown)
-    ends = left.play([Script("all sessions again", (aim.open(), aim.step(1, 0)))] * HOSTILE_SESSIONS)
-    left.close()
+    last = Attacker(trunk.address, credentials)
+    ends = last.play([Script("all sessions again", (aim.open(), aim.step(1, 0)))] * HOSTILE_SESSIONS)
+    last.close()
     tally.wrong += [f"a session is left over: {end.details}" for end in ends if end.answers != 3]
-    tally.wrong += [f"the other client got {answer}, not {wanted}" for answer in answers if answer != wanted]
+    tally.wrong += [f"the other client got {answer}, not {expected}" for answer in answers if answer != expected]
     if watch.peak - watch.before > MEMORY_LIMIT:
         tally.wrong.append(f"memory grew by {watch.peak - watch.before} bytes, over {MEMORY_LIMIT}")
     return tally, watch, len(answers), spent
 
 
-def _attack_until(address: str, shown: Credentials, aim: Target) -> Tally:
-    """All kinds of attacks in turn, until enough messages were sent."""
+def _attack_until(address: str, credentials: Credentials, aim: Target) -> Tally:
+    """Run all kinds of attacks in turn until MESSAGES were sent."""
     tally, dice, round_number = Tally(), random.Random(0), 0
-    attacker, stranger = Attacker(address, shown), Attacker(address, NONE)
+    attacker, stranger = Attacker(address, credentials), Attacker(address, NONE)
     while tally.messages < MESSAGES:
         round_number += 1
-        if round_number % SILENT_EVERY == 1:  # each of them takes as long as the server's patience
+        if round_number % SILENT_EVERY == 1:  # each of them takes as long as the server's timeout
             attack(attacker, silent(aim), 2, round_number, tally)
         attack(attacker, scripts(aim), EXAMPLES, round_number, tally)
         attack(attacker, oversized(aim), 2, round_number, tally)
@@ -175,7 +175,7 @@ def _without_a_token(script: Script) -> Script:
 
 
 def _answer(own: Runs) -> list[int]:
-    """The token ids of the other client's one prompt."""
+    """The token ids of the regular client's prompt."""
     request = GenerationRequest(own.config.generation.prompt, max_new_tokens=TOKENS, ignore_eos=True)
     events = own.stream("split", own.flags("default"), request)
     return [token for event in events if isinstance(event, TokenEvent) for token in event.token_ids]
@@ -183,18 +183,18 @@ def _answer(own: Runs) -> list[int]:
 
 @contextmanager
 def _generating(own: Runs) -> Iterator[list[list[int] | str]]:
-    """The other client, which asks again and again; its answers, or the errors that it had."""
+    """The regular client, generating in a loop. Yields its answers, or its errors."""
     answers: list[list[int] | str] = []
     over = threading.Event()
 
-    def ask() -> None:
+    def generate() -> None:
         while not over.is_set():
             try:
                 answers.append(_answer(own))
             except SplitlearnError as error:
                 answers.append(str(error))
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=generate)
     thread.start()
     try:
         yield answers
@@ -205,15 +205,15 @@ def _generating(own: Runs) -> Iterator[list[list[int] | str]]:
 
 @contextmanager
 def _watching(pid: int) -> Iterator[Watch]:
-    """Looks at the memory of a process twenty times a second."""
+    """Sample the memory of a process twenty times a second."""
     process, over = psutil.Process(pid), threading.Event()
     watch = Watch(process.memory_info().rss, 0)
 
-    def look() -> None:
+    def sample() -> None:
         while not over.wait(0.05):
             watch.peak = max(watch.peak, process.memory_info().rss)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=sample)
     thread.start()
     try:
         yield watch

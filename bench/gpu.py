@@ -1,5 +1,7 @@
-"""On a GPU: the decode loop against transformers' `generate()` and against what reading the weights takes,
-`cuda_graph` and `torch_compile` against neither, and split against full; the default model and a larger random one.
+"""TPOT and TTFT on a GPU, of the default model and of a larger random one.
+
+Compares the decode loop with transformers' `generate()` and with the time to read the weights, `cuda_graph` and
+`torch_compile` with eager, and split with full.
 """
 
 import shutil
@@ -37,7 +39,7 @@ PAIRS = 12
 TOKENS = 64
 SHORT, LONG = 20, 512
 FLAGS = "fast-gpu"
-# The arm, and which of those flags it has not.
+# The arm, and the flags that it leaves out.
 ARMS: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "full, eager": ("full", ("cuda_graph", "torch_compile")),
     "full, cuda_graph": ("full", ("torch_compile",)),
@@ -56,9 +58,9 @@ RATIOS = (
     ("split, both", "full, both"),
 )
 IN_FLOAT32 = tuple(pair for pair in RATIOS if "both" not in " ".join(pair))
-# What a step's message has beside its hidden state, and for how long the echo server keeps it, about as a trunk.
+# Bytes of a step's message beside its hidden state; and how long the echo server holds it, about as long as a trunk.
 MORE_BYTES, HOLD_S = 23, 0.001
-# 1.07 billion parameters, as Llama 3.2 1B but for the vocabulary, which is that of the default model's tokenizer.
+# 1.07 billion parameters: Llama 3.2 1B with the vocabulary of the default model's tokenizer.
 LARGER = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -105,7 +107,7 @@ def named(config: Config, name: str) -> Config:
 
 
 def bandwidth() -> float:
-    """Bytes that a copy within the device's memory reads and writes in a second: the median of COPIES."""
+    """Bytes per second that a copy within device memory reads and writes; the median of COPIES."""
     one = torch.ones(COPIED_BYTES, dtype=torch.uint8, device="cuda")
     other, taken = torch.empty_like(one), list[float]()
     for _ in range(COPIES):
@@ -119,7 +121,7 @@ def bandwidth() -> float:
 
 @contextmanager
 def larger(tokenizer: Path, work: Path) -> Iterator[Path]:
-    """The converted folder of a Llama with random weights and the tokenizer of another model, while it is used."""
+    """A converted folder of a Llama with random weights and another model's tokenizer."""
     checkpoint, folder = work / "checkpoint", work / "llama-1b-random"
     read = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     config = LlamaConfig(vocab_size=len(read), eos_token_id=read.eos_token_id, **LARGER)

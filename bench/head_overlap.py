@@ -1,5 +1,7 @@
-"""What it brings to begin a step with the first part of the logits: split with head_overlap against split without it
-and against the full model, beside transformers' `generate()`, on loopback; and with one thread over a link of 20 ms."""
+"""Speed-up by head_overlap: split with it against split without it and against full, beside `generate()`.
+
+Measured on loopback, and with one thread over a link of 20 ms.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -60,11 +62,12 @@ def _rows(config: Config, more: str, threads: int) -> list[dict[str, str]]:
 
 
 def _measure(runs: Runs, names: Sequence[str], echoes: list[float]) -> Found:
-    """Each arm's runs; `echoes` gets the round trip of a step's bytes to an echo server, once for each prompt."""
+    """Run the arms on each prompt. Appends the echo server's round trip of a step's bytes to `echoes`, once a
+    prompt."""
     reference, echo, memory = Reference(runs.spec("full", runs.flags(runs.config.flags))), Echo(READS), Memory()
     found: dict[str, list[Run]] = {name: [] for name in names}
     try:
-        blocks(_arms(runs, reference, names, OPEN[0]), 1)  # all are warm then
+        blocks(_arms(runs, reference, names, OPEN[0]), 1)  # warms them all
         for number, prompt in enumerate(OPEN[:PAIRS]):
             for name, each in blocks(_arms(runs, reference, names, prompt), 1, seed=number).items():
                 found[name] += each

@@ -1,7 +1,7 @@
-"""Hostile clients: what they send (hypothesis strategies), and what a server must make of it.
+"""Hostile clients: what they send (hypothesis strategies), and how a server must react.
 
-A `Script` is one stream: messages, and whether the client then says that it is done or says nothing more. `Attacker`
-plays scripts, several at once, and gives each one's end. `improper` says what is wrong with an end, if anything is.
+A `Script` is one stream: its messages, and whether the client then half-closes it or leaves it open. `Attacker` plays
+scripts concurrently and returns how each one ended. `improper` says what is wrong with an end, if anything is.
 """
 
 import struct
@@ -26,7 +26,7 @@ VALUES = st.sampled_from([0.0, -0.0, 1e-45, 1.0, 3.0e38, -3.0e38, float("nan"), 
 TEXTS = st.one_of(
     st.text(max_size=40), st.sampled_from(["float32", "bfloat16", "use_cache", "torch_compile", "x" * 5000])
 )
-# Statuses with which a server may refuse. INTERNAL is one for numbers that overflow in its own layers only.
+# Statuses of a proper refusal. INTERNAL is proper only for numbers that overflow in the server's layers.
 REFUSALS = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -44,36 +44,36 @@ METHODS = (
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 )
 OVERFLOW = "first in layer"
-# How gRPC begins for an exception that a handler did not turn into a status: calling, iterating, deserializing. What a
-# client sent never stands first.
+# gRPC's own text for an exception that no handler mapped to a status. A proper refusal never begins with text of the
+# client's.
 UNCAUGHT = "Exception "
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a server takes: the Open that fits it, its limit on messages."""
+    """What a server accepts: a valid Open, and its limit on messages."""
 
     opening: pb.Open
     hidden_size: int
     max_message_bytes: int
 
     def open(self, **changes: Any) -> bytes:
-        """The Open that fits, but for `changes`."""
-        made = pb.Open()
-        made.CopyFrom(self.opening)
+        """The valid Open, with `changes`."""
+        message = pb.Open()
+        message.CopyFrom(self.opening)
         for name, value in changes.items():
             if name == "flags":
-                del made.flags[:]
-                made.flags.extend(value)
+                del message.flags[:]
+                message.flags.extend(value)
             else:
-                setattr(made, name, value)
-        return pb.ClientMessage(open=made).SerializeToString()
+                setattr(message, name, value)
+        return pb.ClientMessage(open=message).SerializeToString()
 
     def step(self, tokens: int, position: int, **changes: Any) -> bytes:
-        """A Step of so many tokens, but for `changes`."""
+        """A valid Step of `tokens` tokens, with `changes`."""
         x = torch.full((1, tokens, self.hidden_size), 0.1)
-        right: dict[str, Any] = {"sequence_id": 1, "step_id": 1, "position": position, "hidden": _encoded(x)}
-        return pb.ClientMessage(step=pb.Step(**{**right, **changes})).SerializeToString()
+        valid: dict[str, Any] = {"sequence_id": 1, "step_id": 1, "position": position, "hidden": _encoded(x)}
+        return pb.ClientMessage(step=pb.Step(**{**valid, **changes})).SerializeToString()
 
 
 def _encoded(x: torch.Tensor) -> pb.Tensor:
@@ -84,7 +84,7 @@ def _encoded(x: torch.Tensor) -> pb.Tensor:
 
 @dataclass(frozen=True)
 class Script:
-    """One stream. `holds`: after its messages the client says nothing, not even that it is done."""
+    """One stream. `holds`: after its messages the client leaves the stream open."""
 
     kind: str
     messages: tuple[bytes, ...]
@@ -94,7 +94,7 @@ class Script:
 
 @dataclass(frozen=True)
 class End:
-    """How a stream ended; `answers` came before that."""
+    """How a stream ended, after `answers` messages of the server."""
 
     script: Script
     code: grpc.StatusCode
@@ -103,7 +103,7 @@ class End:
 
 
 def target(description: pb.Description, flags: Iterable[str], max_message_bytes: int, max_length: int = 64) -> Target:
-    """What the described server takes. `flags`: applied ones with which it need not start another server."""
+    """The target for a server that described itself. `flags`: those that this server itself applies."""
     said = description
     opening = pb.Open(
         protocol=PROTOCOL,
@@ -121,7 +121,7 @@ def target(description: pb.Description, flags: Iterable[str], max_message_bytes:
 
 
 def scripts(aim: Target) -> st.SearchStrategy[Script]:
-    """Every kind of hostile stream that is cheap for its sender."""
+    """All kinds of hostile streams that cost their sender little."""
     after_open = {
         "garbage": st.lists(st.binary(max_size=500), min_size=1, max_size=3),
         "spoiled step": st.lists(_spoiled(st.just(aim.step(2, 0))), min_size=1, max_size=2),
@@ -147,7 +147,7 @@ def scripts(aim: Target) -> st.SearchStrategy[Script]:
 
 
 def silent(aim: Target) -> st.SearchStrategy[Script]:
-    """Clients that keep a call open and say no more: never-ending opens, sessions, prompts, calls of all methods."""
+    """Clients that keep a call open and send nothing more, at any stage of a session and in all methods."""
     begun = [(), (aim.open(),), (aim.open(), aim.step(1, 0, more=True)), (aim.open(), aim.step(1, 0))]
     sessions = [Script("silent", messages, holds=True) for messages in begun]
     return st.sampled_from([*sessions, *(Script("silent", (), holds=True, method=method) for method in METHODS)])
@@ -157,15 +157,15 @@ def oversized(aim: Target) -> st.SearchStrategy[Script]:
     """Messages at and over the limit; each costs its sender what it costs the server."""
     size = aim.max_message_bytes
     sizes = st.sampled_from([size - 1, size, size + 1, 2 * size])
-    bodies = sizes.map(lambda wanted: bytes(wanted))
-    unknown = sizes.map(lambda wanted: aim.step(1, 0) + _unknown(wanted - 4096))
+    bodies = sizes.map(lambda length: bytes(length))
+    unknown = sizes.map(lambda length: aim.step(1, 0) + _unknown(length - 4096))
     shapes = st.just(aim.step(1, 0, hidden=pb.Tensor(dtype=pb.FLOAT32, shape=[1] * (size - 1000), data=b"")))
     after = st.one_of(bodies, unknown, shapes).map(lambda body: Script("oversized", (aim.open(), body)))
     return st.one_of(after, bodies.map(lambda body: Script("oversized", (body,))))
 
 
 def improper(end: End) -> str | None:
-    """What is wrong with how a stream ended; None when it was answered or refused as it should be."""
+    """What is wrong with how a stream ended; None if it was answered, or refused properly."""
     said = f"{end.script.kind}: {end.code.name} {end.details!r}"
     if end.code is grpc.StatusCode.OK:
         return None if not end.script.holds else f"{said}: a stream that says nothing was ended without a word"
@@ -177,34 +177,34 @@ def improper(end: End) -> str | None:
 
 
 class Attacker:
-    """A client that plays scripts at `address`, all of a call at the same time."""
+    """A client that plays scripts at `address`. The scripts of one `play` run concurrently."""
 
-    def __init__(self, address: str, shown: Credentials) -> None:
-        self._channel = open_channel(address, shown)
+    def __init__(self, address: str, credentials: Credentials) -> None:
+        self._channel = open_channel(address, credentials)
         self._over = threading.Event()
         self._held: list[tuple[Script, Any]] = []
 
     def play(self, scripts: Sequence[Script]) -> list[End]:
-        """The ends of `scripts`; those that hold are left open, for `let_go`."""
+        """Play `scripts` and return their ends. Those that hold stay open until `let_go`."""
         calls = [(script, self._start(script)) for script in scripts]
         self._held += [(script, call) for script, call in calls if script.holds]
         return [_end(script, call) for script, call in calls if not script.holds]
 
     def let_go(self) -> list[End]:
-        """The ends of the streams that were held, which the server has to bring about."""
+        """Wait until the server has ended the held streams, and return their ends."""
         held, self._held = self._held, []
         return [_end(script, call) for script, call in held]
 
     def close(self) -> None:
-        """Break everything off."""
+        """Cancel all streams."""
         self._over.set()
         self._channel.close()
 
     def _start(self, script: Script) -> Any:
         method: Any = self._channel.stream_stream(script.method)
-        return method(self._say(script), timeout=ANSWER_TIMEOUT_S)
+        return method(self._send(script), timeout=ANSWER_TIMEOUT_S)
 
-    def _say(self, script: Script) -> Iterator[bytes]:
+    def _send(self, script: Script) -> Iterator[bytes]:
         yield from script.messages
         if script.holds:
             self._over.wait(2 * ANSWER_TIMEOUT_S)
@@ -260,7 +260,7 @@ def _openings(draw: st.DrawFn, aim: Target) -> bytes:
 
 @st.composite
 def _tensors(draw: st.DrawFn, aim: Target) -> pb.Tensor:
-    """A dtype, a shape and a size that need not have to do with each other."""
+    """A dtype, a shape and a size that need not match."""
     shape = draw(st.one_of(st.just([1, 1, aim.hidden_size]), st.lists(NUMBERS, max_size=5)))
     size = draw(st.sampled_from([0, 1, 4, 4 * aim.hidden_size - 1, 4 * aim.hidden_size, 4 * aim.hidden_size + 1, 9999]))
     dtype: Any = draw(st.sampled_from([-(2**31), -1, 0, 1, 2, 3, 4, 99, 2**31 - 1]))
@@ -269,7 +269,7 @@ def _tensors(draw: st.DrawFn, aim: Target) -> pb.Tensor:
 
 @st.composite
 def _numbers(draw: st.DrawFn, aim: Target) -> pb.Tensor:
-    """The right shape, and values that no layer gives."""
+    """The right shape, with values that no layer outputs."""
     values = draw(st.lists(VALUES, min_size=1, max_size=4))
     row = [values[index % len(values)] for index in range(aim.hidden_size)]
     data = b"".join(struct.pack("<f", min(max(value, -3.4e38), 3.4e38) if value == value else value) for value in row)
@@ -294,7 +294,7 @@ def _positions(draw: st.DrawFn, aim: Target) -> bytes:
 
 @st.composite
 def _walks(draw: st.DrawFn, aim: Target) -> list[bytes]:
-    """Steps and parts of steps, most of them where they belong: what follows on them meets a session in any state."""
+    """Steps and chunks of steps, most of them valid, so that the invalid ones meet a session in any state."""
     messages, at, step_id = [], 0, 1
     for _ in range(draw(st.integers(2, 8))):
         tokens, more = draw(st.integers(1, 20)), draw(st.booleans())
@@ -319,7 +319,7 @@ def _other_methods() -> st.SearchStrategy[Script]:
 
 
 def _unknown(size: int) -> bytes:
-    """A field that the protocol does not have, of so many bytes."""
+    """An unknown field of `size` bytes."""
     return b"\xfa\x7f" + _varint(size) + bytes(size)
 
 

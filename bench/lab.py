@@ -1,8 +1,8 @@
-"""The lab's method on the default model: experiments about flags whose effect is known.
+"""Check the lab's method on the default model, with flags whose effect is known.
 
-Ten experiments, of the full model and of the split one in turn, each ask about one flag that does nothing (two
-byte-identical arms); an eleventh asks about a flag that makes a step 3% longer and one that makes it 0.2% longer. What
-each is called is the result. `python -m bench ttft` does the same for a longer prefill.
+Ten experiments, alternately full and split, measure a flag that does nothing (two byte-identical arms). An eleventh
+measures a flag that makes a step 3% longer and one that makes it 0.2% longer. The result is the verdict on each.
+`python -m bench ttft` does the same for a longer prefill.
 """
 
 import tempfile
@@ -35,8 +35,8 @@ process.PRELOAD.append(planted.__name__)
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/lab.md."""
-    with exclusive(runs.config), tempfile.TemporaryDirectory() as kept:
-        folder = Path(kept)
+    with exclusive(runs.config), tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         same = [experiment(runs, folder, seed, KINDS[seed % 2], [NOTHING], PAIRS) for seed in range(EXPERIMENTS)]
         apart = experiment(runs, folder, EXPERIMENTS, "full", WAITING, PLANTED_PAIRS)
     text = (
@@ -59,7 +59,7 @@ def experiment(
     minutes: float | None = None,
     enough: Callable[[Findings], bool] = lambda findings: False,
 ) -> Findings:
-    """An experiment about planted flags in arms of `kind`, of so many pairs or minutes, or until there is `enough`."""
+    """Measure planted flags in arms of `kind`, for `pairs` pairs, `minutes` minutes, or until `enough(findings)`."""
     sides = {"full": "none", "client": "none", "trunk": "none"}
     applied = f"{APPLIED},{','.join(about)}"
     sides |= {"full": applied} if kind == "full" else {"client": applied, "trunk": APPLIED}
@@ -67,12 +67,12 @@ def experiment(
     made = setup(
         runs, ExperimentRequest(words, pairs=pairs, minutes=minutes, max_new_tokens=TOKENS, seed=seed), COMMAND
     )
-    asked = plan("without", made.flags, list(about))
-    # Without the question about all flags together: its arm has no KV cache, and would take half of the time.
-    questions = tuple(each for each in asked.questions if each.flag in (AA, *about))
+    whole = plan("without", made.flags, list(about))
+    # Leaves out the question about all flags together: its arm has no KV cache and would take half of the time.
+    questions = tuple(each for each in whole.questions if each.flag in (AA, *about))
     named = {name for each in questions for name in (each.treated, each.control)}
-    asked = replace(asked, questions=questions, arms=tuple(arm for arm in asked.arms if arm.name in named))
-    with Store.create(folder / f"{seed}.sqlite", replace(made, plan=asked)) as store:
+    reduced = replace(whole, questions=questions, arms=tuple(arm for arm in whole.arms if arm.name in named))
+    with Store.create(folder / f"{seed}.sqlite", replace(made, plan=reduced)) as store:
         for progress in Experiment(runs, store).go():
             print(f"experiment {seed + 1}, {kind}: {progress.phase}", flush=True)
             if enough(progress.findings):

@@ -1,7 +1,7 @@
-"""TPOT and TTFT over the presets of emulated links, against the prediction.
+"""TPOT and TTFT over the presets of emulated links, measured and predicted.
 
-In each block every cut runs over every link once, in random order; and each such run has one without a link just before
-or after it, at the same trunk, from which the prediction is made.
+In each block every cut runs over every link once, in random order. The prediction is made from a run without a link, at
+the same trunk, just before or after it.
 """
 
 import random
@@ -56,7 +56,7 @@ def _measure(runs: Runs, count: int) -> dict[str, list[Pair]]:
             cut = stack.enter_context(cut_at(runs, SplitPlan(start, end, runs.plan.n_layers)))
             run = partial(report, cut, "split", cut.flags(cut.config.flags), request)
             for link in (Link(), PRESETS[OVER[0]].link):
-                run(link=link)  # what is loaded or compiled at first is not counted
+                run(link=link)  # not counted: it loads and compiles
             arms |= {f"{start}:{end} {name}": partial(_pair, run, PRESETS[name].link) for name in OVER}
         return in_blocks(arms, count)
 
@@ -64,15 +64,15 @@ def _measure(runs: Runs, count: int) -> dict[str, list[Pair]]:
 def _pair(run: "partial[ArmReport]", link: Link) -> Pair:
     """A run without `link` and one over it, in random order."""
     arms = {NEAR: partial(run, link=Link()), FAR: partial(run, link=link)}
-    found = in_blocks(arms, 1, seed=random.randrange(1 << 30), say=lambda said: None)
+    found = in_blocks(arms, 1, seed=random.randrange(1 << 30), say=lambda text: None)
     return found[NEAR][0], found[FAR][0]
 
 
 def _row(name: str, pairs: list[Pair]) -> dict[str, str]:
     predicted = [predict(near.samples, PRESETS[name].link) for near, _ in pairs]
     measured = [far.metrics for _, far in pairs]
-    tpots = [[each.tpot_s or 0.0 for each in listed] for listed in (predicted, measured)]
-    ttfts = [[each.ttft_s for each in listed] for listed in (predicted, measured)]
+    tpots = [[each.tpot_s or 0.0 for each in metrics] for metrics in (predicted, measured)]
+    ttfts = [[each.ttft_s for each in metrics] for metrics in (predicted, measured)]
     return {
         "link": f"{name}: {PRESETS[name].link.summary}",
         "TPOT, ms": " / ".join(f"{fmean(each) * 1e3:.1f}" for each in tpots),

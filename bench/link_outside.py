@@ -1,5 +1,7 @@
-"""An emulated link measured from outside: plain sockets through the proxy to a plain server, no code of the project on
-the way. RTT by sending one byte to and fro, bandwidth by sending many bytes each way."""
+"""Measure an emulated link from outside: plain sockets through the proxy to a plain server.
+
+RTT is that of one byte, bandwidth that of many bytes each way.
+"""
 
 import socket
 import struct
@@ -23,7 +25,7 @@ SIZE, RESULT = struct.Struct("Q"), struct.Struct("d")
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a link turned out to be: the median RTT, and bits per second each way."""
+    """The median RTT of a link, and its bits per second each way."""
 
     rtt_s: float
     up_bits_per_s: float
@@ -32,7 +34,7 @@ class Measurement:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """The address of a plain server in a process of its own."""
+    """Run a plain server in its own process. Yields its address."""
     child = process.start("The plain server", _serve)
     try:
         yield child.receive()
@@ -66,7 +68,7 @@ def _round_trip_s(address: str, count: int) -> float:
 
 
 def _rate(source: socket.socket, size: int) -> float:
-    """Bits per second of `size` bytes, from the first that arrive to the last."""
+    """Bits per second at which `size` bytes arrive, counted after the first read."""
     got = first = len(source.recv(1 << 16))
     started = time.perf_counter()
     while got < size:

@@ -1,4 +1,4 @@
-"""Emulated links against what was asked for, measured from outside by plain sockets (bench/link_outside.py)."""
+"""RTT and bandwidth of emulated links, configured and measured from outside (bench/link_outside.py)."""
 
 from bench.link_outside import Measurement, measure, server
 from bench.report import write
@@ -7,13 +7,13 @@ from splitlearn.arms.runs import Runs
 from splitlearn.link.emulated import Link
 from splitlearn.link.proxy import Proxy
 
-ASKED = tuple(Link(rtt, 0, rate, rate) for rtt in (5, 50, 200) for rate in (1, 10, 100))
+CONFIGURED = tuple(Link(rtt, 0, rate, rate) for rtt in (5, 50, 200) for rate in (1, 10, 100))
 
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/links.md."""
     with server() as target, Proxy() as proxy:
-        rows = [_row(link, measure(proxy, target, link)) for link in ASKED]
+        rows = [_row(link, measure(proxy, target, link)) for link in CONFIGURED]
     text = (
         "Each link from outside, with plain sockets through the proxy to a plain server: the median RTT of one byte to "
         "and fro, and the bandwidth of two seconds of bytes each way."

@@ -1,9 +1,9 @@
-"""Full and split as fast as they go here: full against llama.cpp on the file that its weights came from, and against
-transformers' `generate()` in float32, split against full and against llama.cpp's RPC mode over loopback.
+"""Full and split with the fastest flags, against llama.cpp and transformers' `generate()`.
 
-All have the same number of threads and the same prompt ids; greedy. llama.cpp is evaluated through
-llama-cpp-python's low-level calls (bench/requirements.txt), with numpy's argmax in place of its samplers. Its products
-round activations to 8 bits where ours leave them in float32, so that the two may come to differ in a token.
+Full runs against llama.cpp on the GGUF file that its weights came from, and against `generate()` in float32. Split runs
+against full and against llama.cpp's RPC mode over loopback. All are greedy, with the same threads and prompt ids.
+llama.cpp is called through llama-cpp-python's low-level API (bench/requirements.txt), with numpy's argmax in place of
+its samplers. It rounds activations to 8 bits where ours stay in float32, so tokens may differ.
 """
 
 import json
@@ -39,7 +39,7 @@ SHORT, LONG = 20, 512
 FLAGS = "fast"
 OURS, SPLIT, LLAMA, RPC, GENERATE = "full, fast", "split, fast", "llama.cpp", "llama.cpp RPC", "generate()"
 RATIOS = ((OURS, LLAMA), (OURS, GENERATE), (SPLIT, OURS), (SPLIT, RPC))
-# As many as the default split has in its trunk; llama.cpp's are the last ones.
+# As many as the default split has in its trunk. llama.cpp offloads the last layers.
 REMOTE_LAYERS = 26
 
 
@@ -112,7 +112,7 @@ def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> 
 
 
 class _Llama:
-    """The worker of bench/llama_worker.py, which has the OpenMP wait policy that is llama.cpp's own: its threads meet
+    """The process of bench/llama_worker.py. It keeps OpenMP's own wait policy, since llama.cpp's threads synchronise
     after every operation."""
 
     def __init__(self, gguf: str, threads: int, *remote_layers: int) -> None:
@@ -123,7 +123,7 @@ class _Llama:
         )
 
     def run(self, ids: Sequence[int], count: int) -> Generated:
-        """`count` tokens after `ids`, greedily."""
+        """Generate `count` tokens after `ids`, greedily."""
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise ValueError("the worker has no pipes")
@@ -132,5 +132,5 @@ class _Llama:
         return Generated(tuple(found), ttft_s, tpot_s)
 
     def stop(self) -> None:
-        """End the worker, by the end of its stdin."""
+        """End the worker by closing its stdin."""
         self._process.communicate()

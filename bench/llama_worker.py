@@ -1,7 +1,7 @@
-"""`python -m bench.llama_worker GGUF THREADS [LAYERS]`: llama.cpp in a process in which no other library has set up
-OpenMP. With LAYERS, so many of the last layers are computed by an RPC server, a process of its own with THREADS, too.
+"""`python -m bench.llama_worker GGUF THREADS [LAYERS]`: llama.cpp in a process where no other library set up OpenMP.
 
-Each line on stdin is JSON, [ids, count]; each on stdout is [new ids, TTFT, TPOT], in seconds.
+With LAYERS, an RPC server computes that many of the last layers, in its own process with as many threads. Each line on
+stdin is JSON, [ids, count]; each line on stdout is [new ids, TTFT, TPOT], times in seconds.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _use_server(threads: int) -> None:
-    """Start an RPC server, and make its processor a device of this process."""
+    """Start an RPC server and register its CPU as a device of this process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     multiprocessing.get_context("spawn").Process(target=_serve, args=(port, threads), daemon=True).start()
@@ -54,7 +54,7 @@ def _use_server(threads: int) -> None:
 
 
 def _serve(port: int, threads: int) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where answers are read, and it would say hello
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its banner would mix with the answers
     base = _library("ggml")
     base.ggml_backend_dev_by_type.restype = ctypes.c_void_p
     devices = (ctypes.c_void_p * 1)(base.ggml_backend_dev_by_type(0))  # the processor
@@ -63,7 +63,7 @@ def _serve(port: int, threads: int) -> None:
 
 
 def _library(name: str) -> ctypes.CDLL:
-    # By the name under which libllama asks for it: the wheel holds copies for links, and each would be loaded anew.
+    # By the name that libllama loads: the wheel has copies in the place of links, and each would be loaded again.
     return ctypes.CDLL(str(LIBRARIES / f"lib{name}.so.0"), mode=ctypes.RTLD_GLOBAL)
 
 

@@ -1,7 +1,7 @@
-"""What draft tokens from the prompt bring over a link of 50 ms: on prompts whose answers quote them, and on open ones.
+"""Speed-up by prompt lookup over a link of 50 ms, on prompts whose answers quote them and on open ones.
 
-Both arms are split clients at one trunk server; one decodes a token a trip, the other verifies drafts (prompt_lookup).
-Tokens after the end token are never made here, and of a tail that goes round in a loop none counts.
+Both arms are split clients of one trunk server. One decodes a token per round trip, the other verifies drafts
+(prompt_lookup). Answers stop at the end token, and a repeating tail does not count.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def main(runs: Runs) -> None:
     """Measure and write docs/results/lookup.md."""
     with Runs(with_link(runs.config, str(LINK)), silent) as far:
         found = {name: [_pair(far, prompt) for prompt in listed] for name, listed in _SETS.items()}
-        said = environment(far)
+        machine = environment(far)
     rows = [_row(name, pairs) for name, pairs in found.items()]
     every = [_line(name, number, pair) for name, pairs in found.items() for number, pair in enumerate(pairs, 1)]
     text = (
@@ -60,7 +60,7 @@ def main(runs: Runs) -> None:
         "with at least two tokens that count. Tokens per second are those after the first token. Each prompt:\n\n"
         f"{table(every)}\n\nTogether:"
     )
-    write("lookup", "Draft tokens from the prompt, over a link", text, rows, said)
+    write("lookup", "Draft tokens from the prompt, over a link", text, rows, machine)
 
 
 _SETS = {"quoting": QUOTING, "open": OPEN}
@@ -70,7 +70,7 @@ def _pair(runs: Runs, prompt: str) -> Pair:
     request = GenerationRequest(prompt, max_new_tokens=TOKENS)
     words = {ALONE: FAST, DRAFTS: f"{FAST},prompt_lookup"}
     arms = {name: partial(answer, runs, "split", runs.flags(chosen), request) for name, chosen in words.items()}
-    found = blocks(arms, 1, seed=len(prompt), say=lambda said: None)
+    found = blocks(arms, 1, seed=len(prompt), say=lambda text: None)
     drafted, alone = found[DRAFTS][0], found[ALONE][0]
     same = first_divergence(drafted.token_ids, alone.token_ids)
     counted = before_the_loop(alone.token_ids[:same])
@@ -79,8 +79,8 @@ def _pair(runs: Runs, prompt: str) -> Pair:
 
 
 def before_the_loop(ids: Sequence[int]) -> int:
-    """How many of `ids` come before a tail that repeats ROUNDS times or more the same LONGEST_PERIOD tokens or fewer;
-    its first round counts."""
+    """How many of `ids` come before a repeating tail: at most LONGEST_PERIOD tokens, at least ROUNDS times. The first
+    round counts."""
     least = len(ids)
     for period in range(1, LONGEST_PERIOD + 1):
         start = len(ids)

@@ -1,4 +1,4 @@
-"""Peak memory of each arm beyond its imports, each in a fresh process, and the trunk server's over 50 sessions."""
+"""Peak memory of each arm beyond its imports, in fresh processes; and the trunk server's memory over 50 sessions."""
 
 import multiprocessing
 from importlib import import_module
@@ -47,7 +47,7 @@ def main(runs: Runs) -> None:
 
 
 def _row(config: Config, name: str, words: str, weights: dict[str, int]) -> dict[str, Any]:
-    """Fresh processes for each set of flags, the trunk server's too."""
+    """Measure one set of flags, with a fresh trunk server and fresh workers."""
     with Runs(config, silent) as runs:
         flags = runs.flags(words)
         (whole, _), (client, facts) = (_added(runs.ready_spec(kind, flags)) for kind in KINDS)
@@ -64,10 +64,10 @@ def _row(config: Config, name: str, words: str, weights: dict[str, int]) -> dict
 
 
 def _added(spec: ArmSpec) -> tuple[int, TrunkFacts | None]:
-    """What a worker adds to its imports in bytes, and what its trunk says of itself.
+    """Peak bytes of a worker beyond its imports, and its trunk's facts.
 
-    The worker does its own imports: one that is forked, as those of the app are, has at first fewer pages of the
-    libraries in memory than a process that has just read them, and so would seem to add 15 MB more.
+    The worker is spawned and does its own imports. A forked one, as in the app, starts with fewer library pages in
+    memory and would seem to add 15 MB more.
     """
     process_environment.set_defaults()
     context = multiprocessing.get_context("spawn")
@@ -92,14 +92,14 @@ def _work(connection: Connection, spec: ArmSpec) -> None:
 
 def _sessions(runs: Runs) -> tuple[int, int]:
     """Resident bytes of the trunk server and its engines after five sessions, and after all."""
-    flags, seen = runs.flags("default"), list[int]()
+    flags, resident = runs.flags("default"), list[int]()
     for _ in range(SESSIONS):
         list(runs.stream("split", flags, REQUEST))
-        seen.append(_trunk_resident(runs))
-    return seen[4], seen[-1]
+        resident.append(_trunk_resident(runs))
+    return resident[4], resident[-1]
 
 
 def _trunk_resident(runs: Runs) -> int:
-    """Resident bytes of this program's embedded trunk server and its children."""
+    """Resident bytes of the embedded trunk server and its children."""
     server = psutil.Process(trunk_pid(runs.trunk_address()))
     return sum(process.memory_info().rss for process in (server, *server.children(recursive=True)))

@@ -1,7 +1,7 @@
-"""What splitting costs on loopback, and what the decode loop costs against transformers' `generate()`.
+"""Overhead of splitting on loopback, and of the decode loop against transformers' `generate()`.
 
-Three arms, each in a worker process with the same threads, the same dtype (but where the flags say otherwise) and the
-same tokens; and in each block as many round trips of a step's bytes to an echo server (bench/echo.py).
+The three arms are worker processes with the same threads, tokens and dtype (unless a flag changes it). Each block also
+has as many round trips of a step's bytes to an echo server (bench/echo.py).
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from splitlearn.runtime.progress import silent
 PAIRS = 12
 THREADS = (1, 2)
 TOKENS = 64
-# For how long the echo server, and then its client, read memory between two messages: as trunk and client do, at least.
+# How long the echo server, and then its client, read memory between two messages: at least as long as trunk and client.
 HOLD_S, BETWEEN_S = 0.003, 0.0015
 PROMPT = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[0]
 # With "medium", float32 products may be computed in bfloat16: that would not be the dtype of the reference.
@@ -91,7 +91,7 @@ def _measure(runs: Runs) -> dict[str, list[Generated]]:
 
 
 def round_trips(echo: Echo, memory: Memory) -> Generated:
-    """As many of a step's bytes as an answer has, between which both ends read memory; TPOT is the median."""
+    """Send a step's bytes TOKENS times; both ends read memory between them. TPOT is the median round trip."""
     taken = list[float]()
     for _ in range(TOKENS):
         memory.read(BETWEEN_S)

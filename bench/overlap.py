@@ -1,7 +1,7 @@
-"""What it brings to send a prompt in pieces: TTFT of a long prompt over a link, on a balanced and the default split.
+"""TTFT of a long prompt over a link with chunked prefill, for a balanced and the default split.
 
-Both arms are split clients at one trunk server; one sends the prompt whole, the other has pieces under way while its
-own layers work (prefill_overlap).
+Both arms are split clients of one trunk server. One sends the prompt whole; the other sends chunks while its own layers
+compute the next ones (prefill_overlap).
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ PROMPT_TOKENS = 2000
 LINK = Link(rtt_ms=20, up_mbit=50, down_mbit=50)
 SPLITS = {"[8, 22)": SplitConfig(start=8, end=22), "default": SplitConfig()}
 SENTENCE = "The river rises in the hills above the town and flows south for thirty miles before it meets the sea. "
-PIECES, WHOLE = "prefill_overlap", "whole"
+CHUNKED, WHOLE = "prefill_overlap", "whole"
 
 
 def main(runs: Runs) -> None:
@@ -45,22 +45,22 @@ def _row(config: Config, name: str, split: SplitConfig) -> dict[str, Any]:
         request = GenerationRequest(_prompt(far), max_new_tokens=2, chat=False, ignore_eos=True)
         arms = {
             WHOLE: partial(answer, far, "split", far.flags(FAST), request),
-            PIECES: partial(answer, far, "split", far.flags(f"{FAST},prefill_overlap"), request),
+            CHUNKED: partial(answer, far, "split", far.flags(f"{FAST},prefill_overlap"), request),
         }
         found = warm_blocks(arms, PAIRS)
-    pieces, whole = found[PIECES], found[WHOLE]
-    same = sum(one.token_ids == other.token_ids for one, other in zip(pieces, whole, strict=True))
+    chunked, whole = found[CHUNKED], found[WHOLE]
+    same = sum(one.token_ids == other.token_ids for one, other in zip(chunked, whole, strict=True))
     return {
         "trunk's layers": name,
-        "TTFT in pieces / whole, s": " / ".join(f"{_mean(each):.2f}" for each in (pieces, whole)),
-        "ratio": str(effect([run.ttft_s for run in pieces], [run.ttft_s for run in whole])),
-        "overlapped, s": f"{sum(run.overlapped_s for run in pieces) / PAIRS:.2f}",
+        "TTFT in pieces / whole, s": " / ".join(f"{_mean(each):.2f}" for each in (chunked, whole)),
+        "ratio": str(effect([run.ttft_s for run in chunked], [run.ttft_s for run in whole])),
+        "overlapped, s": f"{sum(run.overlapped_s for run in chunked) / PAIRS:.2f}",
         "the same token ids": f"{same} of {PAIRS}",
     }
 
 
-def _mean(found: list[RunMetrics]) -> float:
-    return sum(run.ttft_s for run in found) / len(found)
+def _mean(runs: list[RunMetrics]) -> float:
+    return sum(run.ttft_s for run in runs) / len(runs)
 
 
 def _prompt(runs: Runs) -> str:

@@ -1,7 +1,7 @@
-"""Ten times what a trunk server can do, offered for a minute: what is still done, and how the rest is told.
+"""Ten times a trunk server's capacity, offered for a minute: goodput, and how soon the rest is refused.
 
-Capacity is the goodput of the fewest closed-loop clients that give nearly the most of it. A server with places for so
-many sessions is then offered ten times that by open-loop arrivals. All clients replay hidden states.
+Capacity is the goodput of the fewest closed-loop clients that reach nearly the maximum. A server that admits as many
+sessions is then offered ten times that load by open-loop arrivals. All clients replay hidden states.
 """
 
 import threading
@@ -16,11 +16,11 @@ from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import ArmSpec
 from splitlearn.config import ServerConfig
-from splitlearn.loadtest.clients import replay_clients
 from splitlearn.loadtest.driver import Measurement, drive
 from splitlearn.loadtest.plan import SHORTEST, Levels, LoadTest
 from splitlearn.loadtest.recording import Recording, recordings_of
 from splitlearn.loadtest.summary import Spread, Summary
+from splitlearn.loadtest.trunk_clients import replay_clients
 from splitlearn.reporting.percentile import percentile
 from splitlearn.runtime.progress import silent
 
@@ -29,22 +29,22 @@ OFFERED_S = 60.0
 CAPACITY_S = 40.0
 LADDER = (4, 8, 16, 32)
 LADDER_S = 20.0
-# Goodput that counts as the most: beyond it more clients only wait for longer.
+# Share of the best goodput that counts as capacity: beyond it more clients only wait longer.
 NEARLY = 0.95
 LEVELS = Levels(ttft_s=10.0, tpot_s=0.25)
-# How long a client waits for a place, and then for each step: it must be enough for the prompts of all places at once,
-# and within the level of TTFT it must leave time for the prompt.
+# How long a client waits to be admitted, and then for each step. Long enough for the prompts of all sessions at once,
+# and short enough to leave time for the prompt within the TTFT level.
 WAIT_S = 5.0
 PROMPTS = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[:8]
-# Requests at once that the open-loop clients can have under way: more than the server has places and a line for.
+# Concurrent requests of the open-loop clients: more than the server admits and queues.
 CLIENTS = 256
-# Of a refusal after a wait; a full line is told in other words.
+# In the text of a refusal after a wait, and not in that of a full queue.
 WAITED = "there was no room within"
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One load of the trunk, and its name."""
+    """One load of the trunk."""
 
     name: str
     measured: Measurement
@@ -57,46 +57,46 @@ class Phase:
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/overload.md."""
-    asked = LoadTest(tuple(PROMPTS), levels=LEVELS, duration_s=LADDER_S, replay=True)
+    test = LoadTest(tuple(PROMPTS), levels=LEVELS, duration_s=LADDER_S, replay=True)
     with Runs(with_room(runs.config, ServerConfig(max_sessions=2 * max(LADDER))), silent) as roomy:
         spec = _spec(roomy)
-        recorded = recordings_of(asked, spec, roomy.config.generation.chat, silent)
-        ladder = [_load(f"{n} clients", spec, replace(asked, clients=n), recorded) for n in LADDER]
+        recorded = recordings_of(test, spec, roomy.config.generation.chat, silent)
+        ladder = [_load(f"{n} clients", spec, replace(test, clients=n), recorded) for n in LADDER]
     enough = NEARLY * max(phase.summary.goodput_per_s for phase in ladder)
     best = next(n for n, phase in zip(LADDER, ladder, strict=True) if phase.summary.goodput_per_s >= enough)
     server = ServerConfig(max_sessions=best)
     with Runs(with_room(runs.config, server), silent) as limited:
-        spec, closed = _spec(limited), replace(asked, clients=best, duration_s=CAPACITY_S)
+        spec, closed = _spec(limited), replace(test, clients=best, duration_s=CAPACITY_S)
         before = _load("capacity, before", spec, closed, recorded)
         rate = FACTOR * before.summary.goodput_per_s
-        flood = replace(asked, clients=CLIENTS, rate=rate, duration_s=OFFERED_S)
+        flood = replace(test, clients=CLIENTS, rate=rate, duration_s=OFFERED_S)
         over = _load(f"{FACTOR:g} times that", spec, flood, recorded)
         after = _load("capacity, after", spec, closed, recorded)
-        said = environment(limited)
+        machine = environment(limited)
     kept = over.summary.goodput_per_s / fmean(phase.summary.goodput_per_s for phase in (before, after))
     text = (
         f"Service levels: TTFT {LEVELS.ttft_s:g} s, TPOT {LEVELS.tpot_s:g} s; a client waits {WAIT_S:g} s for a place. "
-        f"{len(PROMPTS)} prompts of one sentence, answers of {asked.max_new_tokens // SHORTEST} to "
-        f"{asked.max_new_tokens} tokens. {best} closed-loop clients are the fewest that gave {NEARLY:.0%} of the most "
+        f"{len(PROMPTS)} prompts of one sentence, answers of {test.max_new_tokens // SHORTEST} to "
+        f"{test.max_new_tokens} tokens. {best} closed-loop clients are the fewest that gave {NEARLY:.0%} of the most "
         f"goodput, so that the server was given {best} places, and a line of {server.max_waiting}.\n\n"
         f"**Goodput under {FACTOR:g} times the capacity for {OFFERED_S:g} s: {kept:.1%} of that at capacity** (the "
         f"mean of before and after). Requests that never ended: {over.summary.incomplete}. The clients' process, on "
         f"the same cores, had {over.summary.busy:.0%} of a core busy.\n\n"
-        f"How those were told that got no place:\n\n{table(told(over.measured))}\n\n"
+        f"How those were told that got no place:\n\n{table(refusals(over.measured))}\n\n"
         f"How the number of places was found:\n\n{table([_row(phase) for phase in ladder])}\n\n"
         "The same server at capacity and beyond:"
     )
     rows = [_row(each) for each in (before, over, after)]
-    write("overload", "A trunk server under ten times its load", text, rows, said)
+    write("overload", "A trunk server under ten times its load", text, rows, machine)
 
 
 def _spec(runs: Runs) -> ArmSpec:
     return replace(runs.ready_spec("split", runs.flags(runs.config.flags)), timeout_s=WAIT_S)
 
 
-def _load(name: str, spec: ArmSpec, asked: LoadTest, recorded: Sequence[Recording]) -> Phase:
-    with replay_clients(spec, asked, recorded, silent) as clients:
-        found = Phase(name, drive(clients, asked, silent, threading.Event()))
+def _load(name: str, spec: ArmSpec, test: LoadTest, recorded: Sequence[Recording]) -> Phase:
+    with replay_clients(spec, test, recorded, silent) as clients:
+        found = Phase(name, drive(clients, test, silent, threading.Event()))
     print(f"{name}: goodput {found.summary.goodput_per_s:.2f} requests/s", flush=True)
     return found
 
@@ -121,8 +121,8 @@ def _percentiles(spread: Spread) -> str:
     return ", ".join("" if value is None else f"{value * 1e3:.0f} ms" for value in (spread.p50_s, spread.p95_s))
 
 
-def told(measured: Measurement) -> list[dict[str, str]]:
-    """From asking to the refusal by a full line; and from the end of the wait to being told of it."""
+def refusals(measured: Measurement) -> list[dict[str, str]]:
+    """How late refusals came: after the request where the queue was full, after the deadline where it waited."""
     refused = [each for each in measured.outcomes if each.state == "rejected" and each.begun_s is not None]
     took = [(each.ended_s - (each.begun_s or 0.0), WAITED in each.reason) for each in refused]
     return [

@@ -1,8 +1,8 @@
-"""What the page costs a measurement: a comparison pressed in a browser that draws it, against the same one asked for
-over the API with no page open, and against the command line.
+"""How much the page slows a measurement: a comparison drawn by a browser, against the same one over the API with no
+page open, and against the command line.
 
-In each block the real app starts anew, since two processes of one program differ by a percent for as long as they live.
-The first two run in that app's same warm workers, in random order, several times; the command has processes of its own.
+The real app restarts in each block, since two processes of one program differ by a percent for as long as they live.
+The first two share the app's warm workers and run several times in random order; the command has its own processes.
 """
 
 import json
@@ -32,29 +32,29 @@ RUNS = 3
 PAGE, API, COMMAND = "page", "no page", "command line"
 RATIOS = ((PAGE, API), (PAGE, COMMAND), (API, COMMAND))
 RUN_MS = 120_000
-# What a page that was just opened still computes is no part of what drawing costs.
+# Time for a new page to finish loading, which is not part of the cost of drawing.
 SETTLED_S = 2.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One run of each arm. `said` is what must be equal wherever it ran: text and number of tokens of each arm."""
+    """One run of each arm. `texts` must be equal wherever it ran: text and number of tokens of each arm."""
 
     ttft_s: dict[str, float]
     tpot_s: dict[str, float]
-    said: tuple[tuple[str, int], ...]
+    texts: tuple[tuple[str, int], ...]
 
 
 def main(runs: Runs, blocks: int = 12) -> None:
     """Measure and write docs/results/page_cost.md."""
     found: dict[str, list[list[Answer]]] = {PAGE: [], API: [], COMMAND: []}
     with chromium() as browser:
-        browser.add_init_script("localStorage.clear()")  # each visitor has a history of her own
+        browser.add_init_script("localStorage.clear()")  # each visitor has her own history
         for block in range(blocks):
             for name, answers in _block(browser, block).items():
                 found[name].append(answers)
             print(f"block {block + 1} of {blocks}", flush=True)
-    same = len({each.said for blocks_of in found.values() for answers in blocks_of for each in answers}) == 1
+    same = len({each.texts for blocks_of in found.values() for answers in blocks_of for each in answers}) == 1
     medians = {
         f"{name} {kind}": [_median(answers, kind) for answers in found[name]] for name in found for kind in KINDS
     }
@@ -81,17 +81,17 @@ def _block(browser: BrowserContext, block: int) -> dict[str, list[Answer]]:
             API: lambda: _of_json(client.predict(pairs=1, api_name="/compare")),
         }
         steps: list[Callable[[], dict[str, list[Answer]]]] = [
-            lambda: in_blocks(arms, RUNS, seed=block, say=lambda said: None),
+            lambda: in_blocks(arms, RUNS, seed=block, say=lambda text: None),
             lambda: {COMMAND: _of_command()},
         ]
-        arms[API]()  # a first one, for nothing
+        arms[API]()  # a warm-up
         for step in dice.sample(steps, len(steps)):
             found |= step()
     return found
 
 
 def _in_browser(browser: BrowserContext, url: str) -> Answer:
-    """A comparison that a fresh visitor presses, from the files that the page offers of it."""
+    """Press Compare as a fresh visitor, and read the answer from the files that the page offers."""
     page = open_page(browser, url)
     try:
         page.locator("#pairs").get_by_text("1", exact=True).click()

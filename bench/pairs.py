@@ -1,4 +1,4 @@
-"""What is compared runs in random order in each block; the ratios are `splitlearn.lab.stats.effect`'s."""
+"""Run arms in blocks, each in random order. `splitlearn.lab.stats.effect` makes the ratios."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 def blocks(
     arms: Mapping[str, Callable[[], Result]], count: int, seed: int = 0, say: Callable[[str], None] = print
 ) -> dict[str, list[Result]]:
-    """Run every arm once in each of `count` blocks, in an order shuffled anew."""
+    """Run every arm once in each of `count` blocks, in random order."""
     order = random.Random(seed)
     found: dict[str, list[Result]] = {name: [] for name in arms}
     for block in range(count):
@@ -21,7 +21,7 @@ def blocks(
 
 
 def warm_blocks(arms: Mapping[str, Callable[[], Result]], count: int) -> dict[str, list[Result]]:
-    """`blocks`, after every arm has run once for nothing: what is loaded or compiled at first is not counted."""
+    """`blocks` after one uncounted run of every arm, which loads and compiles."""
     for arm in arms.values():
         arm()
     return blocks(arms, count)

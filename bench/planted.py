@@ -1,6 +1,6 @@
-"""Flags whose effect is known, for testing the method: one that does nothing, and three that wait.
+"""Flags with a known effect, to test the lab's method: one does nothing, three make steps longer.
 
-Importing this module adds them to the registry of its process; `splitlearn.runtime.process.PRELOAD` brings it to the
+Importing this module adds them to the registry of its process. `splitlearn.runtime.process.PRELOAD` imports it in the
 workers.
 """
 
@@ -15,9 +15,9 @@ from splitlearn.flags.registry import FLAGS, Apply, Flag, Settings
 from splitlearn.models.cut import CutModel
 
 PLANTED = {"does_nothing": 0.0, "waits_3_percent": 0.03, "waits_0.2_percent": 0.002}
-"""Name of the flag: by which share of a step's own time it makes the step longer."""
+"""By flag: the share of a step's own time that it adds to the step."""
 PREFILL, PREFILL_SHARE = "waits_5_percent_in_prefill", 0.05
-"""A flag that makes steps of more than one token longer, and its share."""
+"""The flag that makes only steps of more than one token longer, and its share."""
 
 
 def _waiting(share: float, least_tokens: int = 1) -> Apply:
@@ -35,8 +35,8 @@ def _waiting(share: float, least_tokens: int = 1) -> Apply:
 
 
 def _wait_after(module: nn.Module, share: float, least_tokens: int) -> None:
-    """Make each call of `module` with so many tokens or more longer by `share`: by turning, since a sleep is late by a
-    tenth of a millisecond."""
+    """Make each call of `module` with at least `least_tokens` tokens longer by `share`. It spins, since a sleep is late
+    by a tenth of a millisecond."""
     began: list[float] = []
 
     def start(*_: Any) -> None:
@@ -53,7 +53,7 @@ def _wait_after(module: nn.Module, share: float, least_tokens: int) -> None:
 
 
 def _tokens(given: dict[str, Any]) -> int:
-    """The tokens that a forward was given. It may return fewer: the LM head computes the last one's logits alone."""
+    """The input tokens of a forward. Its output may have fewer: the LM head computes only the last one's logits."""
     ids = given.get("input_ids")
     return int((given["inputs_embeds"] if ids is None else ids).shape[1])
 

@@ -1,4 +1,4 @@
-"""The ratios of a results table as a picture: a point with its interval for each row, beside the line of no effect."""
+"""Draw the ratios of a results table: a point with its interval for each row, and a line at 1."""
 
 import re
 from collections.abc import Sequence
@@ -10,22 +10,22 @@ import matplotlib
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot  # noqa: E402  (after the choice of what draws)
+from matplotlib import pyplot  # noqa: E402  (after the choice of the backend)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter  # noqa: E402
 
-# What a ratio looks like in a cell (splitlearn.lab.stats.Effect), and the unit of a column of times.
+# A cell with a ratio (str of splitlearn.lab.stats.Effect), and the unit in the head of a column of times.
 RATIO = re.compile(r"([\d.]+) \[([\d.]+), ([\d.]+)\], \d+ pairs")
 TIMES = re.compile(r", m?s\b")
 WIDTH, LABELS, HEADING, ROW = 4.0, 3.0, 1.0, 0.28
-"""Inches: of a column of ratios, of their names, above and below, of a row."""
+"""Inches: width of a column of ratios and of the row names, height of the margins and of a row."""
 LETTERS = 44
-"""Of a line of a name."""
+"""Letters on one line of a row's name."""
 Rows = Sequence[dict[str, Any]]
 
 
 def draw(path: Path, rows: Rows) -> bool:
-    """Write an SVG of the columns of `rows` that hold ratios; False, and nothing, where none does."""
+    """Write an SVG of the columns of `rows` that have ratios. Returns False, and writes nothing, if none has."""
     columns = [head for head in rows[0] if RATIO.fullmatch(str(rows[0][head]))]
     if not columns:
         return False
@@ -60,7 +60,7 @@ def _intervals(axis: Axes, head: str, cells: Sequence[str]) -> None:
 
 
 def _naming(rows: Rows) -> list[str]:
-    """The columns that tell the rows apart: those before the first of times or ratios."""
+    """The columns that name a row: those before the first one of times or ratios."""
     heads = list(rows[0])
     ends = (at for at, head in enumerate(heads) if TIMES.search(head) or RATIO.fullmatch(str(rows[0][head])))
     return heads[: next(ends, 0)]

@@ -1,4 +1,4 @@
-"""Cells of a table that compares arms: each arm's runs by its name, in the blocks in which they ran."""
+"""Cells of a table that compares arms. `found` has each arm's runs by its name, in the order of the blocks."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -11,7 +11,7 @@ Found = Mapping[str, Sequence[Generated]]
 
 
 def both(found: Found, name: str, baseline: str, key: str) -> str:
-    """The medians of `tpot_s` or `ttft_s` in milliseconds, the baseline's behind."""
+    """The medians of `tpot_s` or `ttft_s` in milliseconds, the baseline's last."""
     return " / ".join(f"{1e3 * median(getattr(run, key) for run in found[arm]):.2f}" for arm in (name, baseline))
 
 

@@ -1,4 +1,4 @@
-"""transformers' own `generate()` in a worker process, timed token by token with the definitions of the other arms."""
+"""transformers' own `generate()` in a worker process, with TTFT and TPOT as the arms define them."""
 
 import time
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Generated:
 
 
 class _Clock:
-    """A streamer: `put` is called with the prompt and then with each new id, when it is on the host."""
+    """A streamer. `generate()` calls `put` with the prompt, then with each new id once it is on the host."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -38,7 +38,7 @@ class _Clock:
 
 
 class Reference:
-    """The worker: `run(prompt, count)` generates `count` tokens greedily, the end token notwithstanding."""
+    """The worker process. `run(prompt, count)` generates `count` tokens greedily and ignores the end token."""
 
     def __init__(self, spec: ArmSpec) -> None:
         self._child = process.start("The generate() worker process", _main, spec)

@@ -1,4 +1,4 @@
-"""A results page: what was asked, the command, the machine, the table, and its ratios as a picture."""
+"""Write a results page: text, command, table, a picture of its ratios, and the machine."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
 def write(name: str, title: str, text: str, rows: list[dict[str, Any]], environment: dict[str, Any]) -> None:
-    """Write docs/results/`name`.md and print it; and `name`.svg, where there are ratios in `rows`."""
+    """Write docs/results/`name`.md and print it; and `name`.svg if `rows` have ratios."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", "", f"Made by `python -m bench {name}`; do not edit.", "", text.strip(), "", table(rows)]
     if draw(RESULTS / f"{name}.svg", rows):
@@ -23,7 +23,7 @@ def write(name: str, title: str, text: str, rows: list[dict[str, Any]], environm
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of the same keys as a Markdown table."""
+    """A Markdown table. All rows have the same keys."""
     heads = list(rows[0])
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     lines += ["| " + " | ".join(str(row[head]) for head in heads) + " |" for row in rows]

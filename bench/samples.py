@@ -1,5 +1,5 @@
-"""What several samples of a prompt at once bring: tokens per second of all against those of one alone, for the full
-model, and split over loopback and over a link of 50 ms."""
+"""Throughput of several samples of a prompt at once, against one alone: full, split on loopback, and split over 50
+ms."""
 
 from functools import partial
 from statistics import median
@@ -42,7 +42,7 @@ def main(runs: Runs) -> None:
 
 
 def _rows(runs: Runs, kind: Kind, where: str) -> list[dict[str, Any]]:
-    blocks(_arms(runs, kind, OPEN[0]), 1)  # each number of samples is warm then
+    blocks(_arms(runs, kind, OPEN[0]), 1)  # warms each number of samples
     found: dict[int, list[ArmReport]] = {count: [] for count in COUNTS}
     for prompt in OPEN[:PAIRS]:
         for count, reports in blocks(_arms(runs, kind, prompt), 1, seed=len(prompt)).items():

@@ -1,4 +1,4 @@
-"""Two thousand sessions at one server process, most of them cut short at random: does anything of them stay?"""
+"""Two thousand sessions at one server process, most of them aborted at random: does the server leak anything?"""
 
 import random
 import threading
@@ -33,8 +33,8 @@ WARM_UP = 100
 CLIENTS = 12
 PLACES = 8
 TOKENS = 16
-# A session ends in one of these ways, each as likely as any other: in order after its whole answer; in order at some
-# step; without a word between two steps; without a word at any time, waiting for a place, for its prompt or in a step.
+# How a session ends, with equal probability: closed after its whole answer; closed after some step; dropped between two
+# steps; dropped at any time, also while it waits for admission or its prompt, or in a step.
 WAYS = ("whole", "leaves", "breaks off", "breaks off at any time")
 LONGEST_S = 3.0
 KV_BLOCKS = "splitlearn_trunk_kv_blocks_used"
@@ -44,7 +44,7 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Held:
-    """What a server process holds: resident bytes, threads, descriptors, KV blocks."""
+    """Resources of a server process: resident bytes, threads, file descriptors, KV blocks."""
 
     resident: int
     threads: int
@@ -54,8 +54,8 @@ class Held:
 
 @dataclass(frozen=True)
 class Soaked:
-    """The server before a round of sessions, its resident bytes after each, the server once all were over, and how many
-    sessions had their whole answer."""
+    """The server before a round of sessions, its resident bytes after each, the server after the round, and how many
+    sessions got their whole answer."""
 
     before: Held
     resident: tuple[int, ...]
@@ -65,13 +65,13 @@ class Soaked:
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/soak.md."""
-    asked = LoadTest(read_prompts(PROMPTS), max_new_tokens=TOKENS)
+    test = LoadTest(read_prompts(PROMPTS), max_new_tokens=TOKENS)
     with Runs(with_room(runs.config, ServerConfig(max_sessions=PLACES)), silent) as own:
         spec = replace(own.ready_spec("split", own.flags(own.config.flags)), timeout_s=30.0)
-        recorded = recordings_of(asked, spec, own.config.generation.chat, silent)
+        recorded = recordings_of(test, spec, own.config.generation.chat, silent)
         soak(spec, recorded, WARM_UP, seed=0)
         halves = [soak(spec, recorded, SESSIONS // 2, seed=seed, say=_say) for seed in (1, 2)]
-        said = environment(own)
+        machine = environment(own)
     one, other = (fmean(half.resident) for half in halves)
     text = (
         f"{SESSIONS} sessions from {CLIENTS} clients at a server with {PLACES} places; prompts of `python -m "
@@ -81,7 +81,7 @@ def main(runs: Runs) -> None:
         f"({one / 1e6:.1f} MB). Whole answers: {halves[0].answered + halves[1].answered}."
     )
     states = (("before", halves[0].before), ("after the first half", halves[0].after), ("after all", halves[1].after))
-    write("soak", "What sessions leave behind", text, [_row(name, held) for name, held in states], said)
+    write("soak", "What sessions leave behind", text, [_row(name, held) for name, held in states], machine)
 
 
 def soak(
@@ -92,10 +92,10 @@ def soak(
     longest_s: float = LONGEST_S,
     say: Callable[[int], None] = lambda count: None,
 ) -> Soaked:
-    """So many sessions at the trunk of `spec`, which must run on this machine; the server before and after."""
+    """Run `sessions` sessions at the trunk of `spec`, which must be on this machine."""
     before, server, resident = held(spec), _server(spec), list[int]()
     dice = random.Random(seed)
-    asked = [(dice.choice(WAYS), random.Random(dice.random())) for _ in range(sessions)]
+    draws = [(dice.choice(WAYS), random.Random(dice.random())) for _ in range(sessions)]
 
     def one(each: tuple[str, random.Random]) -> bool:
         whole = _session(spec, recorded, *each, longest_s)
@@ -104,12 +104,12 @@ def soak(
         return whole
 
     with ThreadPoolExecutor(CLIENTS) as pool:
-        answered = sum(pool.map(one, asked))
+        answered = sum(pool.map(one, draws))
     return Soaked(before, tuple(resident), settled(spec, before), answered)
 
 
 def _session(spec: ArmSpec, recorded: Sequence[Recording], way: str, dice: random.Random, longest_s: float) -> bool:
-    """One session that ends in the way `way`; whether its answer was whole."""
+    """Run one session that ends in the way `way`. Returns whether it got its whole answer."""
     recording, tokens = dice.choice(recorded), dice.randint(2, TOKENS)
     steps = tokens if way == "whole" or way == WAYS[-1] else dice.randrange(tokens)
     sender = Sender(spec)
@@ -121,7 +121,7 @@ def _session(spec: ArmSpec, recorded: Sequence[Recording], way: str, dice: rando
             stream.step(position, x, sender.wait_s)
         if way != "breaks off":
             sender.end(stream)
-    except (TrunkError, ValueError):  # ValueError: gRPC's, for a channel that was closed
+    except (TrunkError, ValueError):  # gRPC raises ValueError for a closed channel
         return False
     finally:
         timer.cancel()
@@ -129,27 +129,27 @@ def _session(spec: ArmSpec, recorded: Sequence[Recording], way: str, dice: rando
     return steps == tokens
 
 
-def settled(spec: ArmSpec, wanted: Held) -> Held:
-    """What the server holds once it is no more than `wanted`, or SETTLE_S are over.
+def settled(spec: ArmSpec, before: Held) -> Held:
+    """What the server holds once it is back to `before`, or after SETTLE_S.
 
-    Threads are not waited for: the server's pool of them grows to the most that were needed at once, and stays so.
+    Threads do not count: the server's pool grows to the most that ran at once and stays that large.
     """
     deadline = time.monotonic() + SETTLE_S
     while True:
         now = held(spec)
-        if (now.descriptors <= wanted.descriptors and not now.kv_blocks) or time.monotonic() > deadline:
+        if (now.descriptors <= before.descriptors and not now.kv_blocks) or time.monotonic() > deadline:
             return now
         time.sleep(0.2)
 
 
 def held(spec: ArmSpec) -> Held:
-    """What the trunk of `spec`, a process of this machine, holds now."""
+    """What the trunk of `spec`, a process on this machine, holds now."""
     server = _server(spec)
     return Held(server.memory_info().rss, server.num_threads(), server.num_fds(), kv_blocks(spec))
 
 
 def kv_blocks(spec: ArmSpec) -> int:
-    """Blocks of KV memory that sessions have, as the server's own metrics say."""
+    """KV blocks in use, by the server's own metrics."""
     with closing(TrunkProbe(spec.credentials)) as probe:
         text = probe.snapshot(spec.addresses).metrics
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)

@@ -1,7 +1,7 @@
-"""How long the page takes: until it answers, until both arms are warm, and from a first click to a first token.
+"""Start-up time of the page: until it answers, until both arms are warm, and from the first click to the first token.
 
-The real `app.py` with config.yaml, driven over HTTP as a browser would; after each of its starts, a process that only
-imports torch and transformers, to tell machines apart. What a click draws is read off the page's own messages.
+Runs the real `app.py` with config.yaml and drives it over HTTP as a browser would. After each start a process imports
+torch and transformers, as a yardstick for the machine. What a click draws is read from the page's own messages.
 """
 
 import json
@@ -36,8 +36,8 @@ TTFT = re.compile(r'(Full|Split) model\\" data-state=\\"done\\".*?>TTFT</button>
 
 @dataclass(frozen=True)
 class Start:
-    """One start of the page, in seconds from its command; `first_token` from the click. `ttft` is what the cards of the
-    full and the split arm show, of the first click and of a second one."""
+    """One start of the page, in seconds from its command; `first_token` from the click. `ttft` has what the card of
+    each arm shows for the first and for a second click."""
 
     imports: float
     answers: float
@@ -48,7 +48,7 @@ class Start:
 
 def main(runs: Runs) -> None:
     """Measure and write docs/results/start.md."""
-    _imports_s()  # into the page cache
+    _imports_s()  # fills the page cache
     starts = [_start() for _ in range(REPEATS)]
     rows = [
         _row("import torch, transformers", starts, lambda each: each.imports),
@@ -104,7 +104,7 @@ def _start() -> Start:
 
 @contextmanager
 def _page() -> Iterator[tuple[float, str]]:
-    """When the command was given, and where the page is."""
+    """Run the page. Yields when the command began, and the page's address."""
     began = time.monotonic()
     command = [sys.executable, "app.py", "--port", "0"]
     environment = {**os.environ, "SPLITLEARN_AUTH": ""}
@@ -131,12 +131,12 @@ def _click(client: httpx.Client, page: dict[str, Any]) -> tuple[float, dict[str,
 
 
 def _call(client: httpx.Client, page: dict[str, Any], name: str) -> str:
-    """All that a function of the page sends."""
+    """Call a function of the page and return all that it sends."""
     return "".join(_messages(client, page, name))
 
 
 def _messages(client: httpx.Client, page: dict[str, Any], name: str) -> Iterator[str]:
-    """Call the page's function `name` with what its fields hold at first: each message that comes until it ends."""
+    """Call the page's function `name` with its fields' initial values. Yields each message until it ends."""
     function = next(each for each in page["dependencies"] if each["api_name"] == name)
     values = {each["id"]: each["props"].get("value") for each in page["components"]}
     session = uuid.uuid4().hex

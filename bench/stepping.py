@@ -1,5 +1,7 @@
-"""Many sessions at one trunk, each a thread that sends recorded hidden states step by step: what a step took the trunk,
-and what its client saw."""
+"""Many sessions at one trunk, each a thread that sends recorded hidden states step by step.
+
+Measures the trunk's own time for a step, and the time that its client sees.
+"""
 
 import threading
 import time
@@ -29,7 +31,7 @@ class Trunk:
 
 @dataclass
 class StepTimes:
-    """One session's single-token steps: when each answer came, and the trunk's own time for it, in seconds."""
+    """The single-token steps of a session: when each answer came, and the trunk's own time for it, in seconds."""
 
     answered: list[float] = field(default_factory=list)
     trunk_s: list[float] = field(default_factory=list)
@@ -40,13 +42,13 @@ class StepTimes:
 
 
 def mixed(count: int, mean: int) -> list[int]:
-    """`count` lengths from a fifth to nine fifths of `mean`, in pairs of the mean: together they are count * mean."""
+    """`count` lengths from a fifth to nine fifths of `mean`, whose sum is count * mean."""
     shifts = [round(0.8 * mean * (index + 1) / (count // 2)) for index in range(count // 2)]
     return [mean] * (count % 2) + [length for shift in shifts for length in (mean - shift, mean + shift)]
 
 
 class Walk:
-    """A session with a connection of its own: first its prompt, then one token further at each step."""
+    """A session with its own connection: first its prompt, then one token a step."""
 
     def __init__(self, trunk: Trunk, length: int, more: int) -> None:
         self._states, self._position = trunk.states, 0
@@ -54,18 +56,18 @@ class Walk:
         self._stream = self._sender.open(length + more)
         self.times = StepTimes()
 
-    def prompt(self, tokens: int) -> None:
-        """The first `tokens` positions in one step."""
-        self._step(tokens)
+    def prompt(self, tokens: int) -> float:
+        """Send the first `tokens` positions in one step. Returns the trunk's own seconds for it."""
+        return self._step(tokens)
 
     def go(self, steps: int) -> None:
-        """So many steps, each as soon as the one before is answered."""
+        """Take `steps` steps, each as soon as the one before is answered."""
         for _ in range(steps):
             self.times.trunk_s.append(self._step(1))
             self.times.answered.append(time.perf_counter())
 
     def until(self, stop: threading.Event) -> None:
-        """Steps until `stop` is set."""
+        """Take steps until `stop` is set."""
         while not stop.is_set():
             self.go(1)
 
@@ -75,7 +77,7 @@ class Walk:
         self._sender.close()
 
     def _step(self, tokens: int) -> float:
-        """The seconds that the trunk says it computed."""
+        """Take one step. Returns the trunk's own seconds for it."""
         x = self._states[:, self._position : self._position + tokens]
         output = self._stream.step(self._position, x, self._sender.wait_s)
         self._position += tokens
@@ -84,28 +86,29 @@ class Walk:
 
 @contextmanager
 def walks(trunk: Trunk, lengths: Sequence[int], more: int) -> Iterator[tuple[ThreadPoolExecutor, list[Walk]]]:
-    """For each of `lengths` a thread, and a session with its prompt at the trunk and room for `more` tokens."""
+    """Open a session for each of `lengths`, prefilled to that length, with room for `more` tokens and its own
+    thread."""
     with ExitStack() as stack:
-        made: list[Walk] = []
+        opened: list[Walk] = []
         for length in lengths:
-            made.append(Walk(trunk, length, more))
-            stack.callback(made[-1].close)
+            opened.append(Walk(trunk, length, more))
+            stack.callback(opened[-1].close)
         pool = stack.enter_context(ThreadPoolExecutor(len(lengths)))  # its threads end before their sessions
-        list(pool.map(lambda walk, length: walk.prompt(length), made, lengths))
-        yield pool, made
+        list(pool.map(lambda walk, length: walk.prompt(length), opened, lengths))
+        yield pool, opened
 
 
 def side_by_side(trunk: Trunk, lengths: Sequence[int], steps: int) -> Run:
-    """One session for each of `lengths`; once all have their prompts, each makes `steps` steps as fast as it can."""
-    with walks(trunk, lengths, steps + WARM_UP) as (pool, made):
-        list(pool.map(lambda walk: walk.go(steps + WARM_UP), made))
-    return run_of([walk.times for walk in made])
+    """One session for each of `lengths`. Once all are prefilled, each takes `steps` steps as fast as it can."""
+    with walks(trunk, lengths, steps + WARM_UP) as (pool, opened):
+        list(pool.map(lambda walk: walk.go(steps + WARM_UP), opened))
+    return run_of([walk.times for walk in opened])
 
 
 @dataclass(frozen=True)
 class Admission:
-    """What a long prompt did to sessions that were decoding: their TPOT before it and while it was admitted, their
-    longest wait for one token meanwhile, and how long it took itself, in seconds."""
+    """Effect of a long prompt on decoding sessions, in seconds: their TPOT before and during its prefill, their longest
+    ITL meanwhile, and the time of the prefill itself."""
 
     before_s: float
     during_s: float
@@ -114,13 +117,13 @@ class Admission:
 
 
 def admission(trunk: Trunk, lengths: Sequence[int], prompt: int, steps: int) -> Admission:
-    """Sessions of `lengths` decode; after `steps` steps a prompt of `prompt` tokens comes, and when it is answered they
-    end."""
+    """Sessions of `lengths` decode. After `steps` steps a prompt of `prompt` tokens is sent; they end when it is
+    answered."""
     stop = threading.Event()
-    with walks(trunk, lengths, trunk.states.shape[1] - max(lengths)) as (pool, made):
-        running = [pool.submit(walk.until, stop) for walk in made]
+    with walks(trunk, lengths, trunk.states.shape[1] - max(lengths)) as (pool, opened):
+        running = [pool.submit(walk.until, stop) for walk in opened]
         try:
-            while min(len(walk.times.answered) for walk in made) < steps + WARM_UP and not any(
+            while min(len(walk.times.answered) for walk in opened) < steps + WARM_UP and not any(
                 each.done() for each in running
             ):
                 time.sleep(POLL_S)
@@ -132,14 +135,14 @@ def admission(trunk: Trunk, lengths: Sequence[int], prompt: int, steps: int) -> 
             stop.set()
         for each in running:
             each.result()
-    found = [split(walk.times, began, ended) for walk in made]
+    found = [split(walk.times, began, ended) for walk in opened]
     longest = max(interval for _, during in found for interval in during)
     before, during = (median(fmean(values) for values in side) for side in zip(*found, strict=True))
     return Admission(before, during, longest, ended - began)
 
 
 def split(times: StepTimes, began: float, ended: float) -> tuple[list[float], list[float]]:
-    """The intervals that were over before `began`, and those that have a part of the time up to `ended`."""
+    """The intervals that ended by `began`, and those that overlap the time from `began` to `ended`."""
     before, during = [], []
     for start, end in zip(times.answered[WARM_UP:], times.answered[WARM_UP + 1 :], strict=False):
         if end <= began:
@@ -150,9 +153,12 @@ def split(times: StepTimes, began: float, ended: float) -> tuple[list[float], li
 
 
 def run_of(times: Sequence[StepTimes]) -> Run:
-    """A forward has one duration, which the trunk tells to each session in it: as many equal ones as there are sessions
-    are a step that carried all."""
-    told = Counter(value for each in times for value in set(each.trunk_s[WARM_UP:]))
-    whole = [value for value, sessions in told.items() if sessions == len(times)]
+    """Combine the times of concurrent sessions.
+
+    The trunk reports a forward's one duration to each session in it. So a duration that all sessions report is that of
+    a step with all of them.
+    """
+    reported = Counter(value for each in times for value in set(each.trunk_s[WARM_UP:]))
+    whole = [value for value, sessions in reported.items() if sessions == len(times)]
     tpot = median(fmean(each.intervals()[WARM_UP:]) for each in times)
-    return Run(median(whole) if whole else None, len(whole) * len(times) / told.total(), tpot)
+    return Run(median(whole) if whole else None, len(whole) * len(times) / reported.total(), tpot)

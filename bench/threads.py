@@ -1,7 +1,7 @@
-"""How a token's time falls with the threads that compute it together (splitlearn/kernels/thread_team.py).
+"""TPOT by the number of threads in a team (splitlearn/kernels/thread_team.py).
 
-Full and split with the preset `fast`, each with teams of 1, 2, 4, ... threads in a process, up to the machine's cores.
-It says something new on a machine with more than two cores, where nothing else is at work.
+Full and split run with the preset `fast`, with teams of 1, 2, 4, ... threads up to the machine's cores. It needs an
+idle machine with more than two cores.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""How soon the lab decides a small effect on TTFT: an experiment about a flag that makes the prefill 5% longer.
+"""How soon the lab decides a small effect on TTFT: an experiment with a flag that makes the prefill 5% longer.
 
-It ends once the verdict on TTFT is decided, as an experiment about TTFT alone would, and after `minutes` at the latest.
+It ends once the verdict on TTFT is decided, and after `minutes` at the latest.
 """
 
 import tempfile

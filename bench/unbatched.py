@@ -1,6 +1,6 @@
-"""A trunk server without batching: each step is a forward of its own, at once, in the thread that read it.
+"""The project's trunk server without batching: each step runs at once, by itself, in the thread that read it.
 
-All else is the project's own server. What sharing forwards costs a client that is alone is seen against it.
+It is the baseline for what batching costs a client that is alone.
 """
 
 import time
@@ -11,14 +11,14 @@ from multiprocessing.connection import Connection
 from server.auth.tls import Security
 from server.build import TrunkRuntime, build
 from server.program import listen
-from server.scheduling.engine import Engine
-from server.scheduling.sessions import EngineSession
 from server.service import TrunkService
 from server.variants import Variants
 from splitlearn.config import Config
 from splitlearn.events import StageTiming
 from splitlearn.runtime import process
 from splitlearn.runtime.progress import silent
+from splitlearn.scheduling.engine import Engine
+from splitlearn.scheduling.sessions import EngineSession
 from splitlearn.stages.base import StageInput, StageOutput
 
 
@@ -26,19 +26,19 @@ class Direct(Engine):
     """Computes each step by itself."""
 
     def __init__(self, runtime: TrunkRuntime) -> None:
-        thread = ThreadPoolExecutor(1)  # never used
-        super().__init__(runtime.stage, runtime.admission, runtime.engine.limits, runtime.metrics, thread)
+        unused = ThreadPoolExecutor(1)
+        super().__init__(runtime.stage, runtime.admission, runtime.engine.limits, runtime.metrics.forward, unused)
         self._alone = runtime.stage
 
     def step(self, session: EngineSession, item: StageInput, *, truncate: bool = False) -> StageOutput:
-        """One forward for this step alone; nothing is waited for, checked or counted."""
+        """Compute this step alone, without waiting, checks or metrics."""
         started = time.perf_counter()
         output = self._alone.step([item])[0]
         return StageOutput(output.x, StageTiming({"trunk": time.perf_counter() - started, "queue": 0.0}))
 
 
 class Unbatched:
-    """The server's process; it listens on `address`."""
+    """The server's process, which listens on `address`."""
 
     def __init__(self, config: Config) -> None:
         self._child = process.start("The server without batching", _main, config)

@@ -1,7 +1,7 @@
-"""Several people at one page, each in a browser of her own with a prompt of her own, who press Compare again and again.
+"""Several users of one page, each in her own browser with her own prompt, press Compare again and again.
 
-Each answer must be the one that the prompt has when nobody else is there. Each place in line that a page shows must be
-the number of runs that then still come before its own. No page may report an error, and memory must stay flat.
+Each answer must be the one that the prompt has when nobody else is there. Each place in the queue that a page shows
+must be the number of runs that still come before its own. No page may report an error, and memory must stay flat.
 """
 
 import random
@@ -32,7 +32,7 @@ POLL_S, SAMPLE_S, THINKS_S = 0.2, 1.0, 2.0
 LONGEST_S = 300.0
 BAD_STATUS = 400
 MOST_LISTED = 3
-# What a page shows, read at once.
+# Reads all that a page shows in one call.
 LOOK = """() => Object.fromEntries(Object.entries({status: '#status', error: '#error .sl-error',
   verdict: '#result .sl-verdict', full: '#full .sl-answer', split: '#split .sl-answer'}).map(([name, where]) =>
   [name, document.querySelector(where)?.textContent.trim() ?? '']))"""
@@ -41,7 +41,7 @@ READY = "() => !document.querySelector('#compare').disabled"
 
 @dataclass
 class User:
-    """One person: her page, the texts that her answers must have, and what she saw."""
+    """A user: her page, the expected texts of her answers, and what her page showed."""
 
     page: Page
     expected: tuple[str, str]
@@ -56,7 +56,7 @@ class User:
         return bool(self.runs) and self.runs[-1].ended_s is None
 
     def press(self) -> None:
-        """Press Compare, if the button can be pressed again."""
+        """Press Compare if the button is enabled."""
         now = time.monotonic()
         if self.page.evaluate(READY):
             self.runs.append(Run(now))
@@ -66,7 +66,7 @@ class User:
             self.next_s = now
 
     def look(self) -> None:
-        """Note what her page shows of the run that waits or is under way."""
+        """Record what her page shows of her current run."""
         run, seen, now = self.runs[-1], self.page.evaluate(LOOK), time.monotonic()
         status, place = seen["status"], place_of(seen["status"])
         if place:
@@ -87,7 +87,7 @@ class User:
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident bytes at a moment: of the page's process, and of the workers and trunks that it started."""
+    """Resident bytes at one moment: of the page's process, and of its workers and trunks."""
 
     at_s: float
     page: int
@@ -114,7 +114,7 @@ def main(runs: Runs, users: int = 8, minutes: float = 5.0) -> None:
 
 
 def _alone(url: str, users: int) -> dict[str, tuple[str, str]]:
-    """A prompt for each user with the answers of both arms, asked for while nobody else is there."""
+    """A prompt for each user, with both arms' answers while nobody else uses the page."""
     client, found = Client(url, verbose=False), dict[str, tuple[str, str]]()
     for number in range(users):
         prompt = PROMPT.format(WORDS[number % len(WORDS)] * (1 + number // len(WORDS)))
@@ -143,9 +143,9 @@ def _bad(status: int) -> bool:
 
 
 def _together(everybody: Sequence[User], app: App, minutes: float) -> list[Memory]:
-    """Everybody presses until the minutes are over, and waits for her last answer. Memory, once all had one."""
+    """All users press Compare for `minutes` and wait for their last answers. Returns memory since all had an answer."""
     memory, began = list[Memory](), time.monotonic()
-    end, told = began + 60 * minutes, 0
+    end, printed = began + 60 * minutes, 0
     while (now := time.monotonic()) < end or any(user.waits for user in everybody):
         for user in everybody:
             if user.waits:
@@ -155,9 +155,9 @@ def _together(everybody: Sequence[User], app: App, minutes: float) -> list[Memor
         served = all(user.runs and user.runs[0].ended_s for user in everybody)
         if served and (not memory or now - memory[-1].at_s >= SAMPLE_S):
             memory.append(_held(app, now))
-        if now - began > 60 * told:
-            print(f"{told} of {minutes:g} minutes, {sum(len(user.runs) for user in everybody)} presses", flush=True)
-            told += 1
+        if now - began > 60 * printed:
+            print(f"{printed} of {minutes:g} minutes, {sum(len(user.runs) for user in everybody)} presses", flush=True)
+            printed += 1
         everybody[0].page.wait_for_timeout(1e3 * POLL_S)
     return [*memory, _held(app, time.monotonic())]
 

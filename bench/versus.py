@@ -1,9 +1,9 @@
-"""`python -m bench.versus [--pairs N] TREE COMMAND...`: this checkout against another one, in pairs.
+"""`python -m bench.versus [--pairs N] TREE COMMAND...`: compare this checkout with another one, in pairs.
 
-COMMAND is a command of `python -m splitlearn` that prints JSON, such as `compare --flags fast --json`. It runs in both
-trees, in random order in each pair, each time in fresh processes and with this interpreter; each tree is run once
-before, so that both find what they compiled. Each time in the JSON is compared: this / TREE, geometric mean ratio with
-95% interval. The runs of a pair must give the same token ids.
+COMMAND is a command of `python -m splitlearn` that prints JSON, such as `compare --flags fast --json`. Each pair runs
+it in both trees, in random order, in fresh processes and with this interpreter, after one warm-up run that compiles.
+The result is the ratio this / TREE of each time in the JSON: geometric mean with 95% interval. Both runs of a pair must
+give the same token ids.
 """
 
 import argparse
@@ -31,9 +31,9 @@ def main() -> int:
     parser.add_argument("tree", type=Path, help="the other checkout")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what both run, with --json")
-    asked = parser.parse_args()
-    trees = (HERE, asked.tree.resolve())
-    pairs = list(_pairs(trees, asked.command, asked.pairs))
+    args = parser.parse_args()
+    trees = (HERE, args.tree.resolve())
+    pairs = list(_pairs(trees, args.command, args.pairs))
     print(table(_rows(pairs)))
     return 0
 

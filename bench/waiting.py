@@ -1,18 +1,18 @@
-"""Whether the places in line that a page showed were right, from when every run began and ended."""
+"""Check the places in the queue that a page showed against when every run began and ended."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-PLACE = re.compile(r"You are number (\d+) in line")
-# A page looks for its place every second, and another's end is seen up to a second late.
+PLACE = re.compile(r"You are number (\d+) in the queue")
+# A page polls its place every second, and another run's end is noticed up to a second late.
 LAG_S = 2.0
 
 
 @dataclass
 class Run:
-    """One comparison as its page showed it: when it was pressed, began and ended, and each place in line with the
-    moment at which it was read."""
+    """One comparison as its page showed it: when it was pressed, began and ended, and each place in the queue with the
+    time at which it was read."""
 
     pressed_s: float
     places: list[tuple[float, int]] = field(default_factory=list)
@@ -22,8 +22,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Check:
-    """Of the places `shown` to one run: how many were right at that very moment, what was wrong for longer than LAG_S,
-    and whether a later place was higher than an earlier one."""
+    """Of the places `shown` to one run: how many were right at that moment, which were wrong for longer than LAG_S, and
+    whether a later place was higher than an earlier one."""
 
     shown: int
     exact: int
@@ -32,13 +32,13 @@ class Check:
 
 
 def place_of(status: str) -> int | None:
-    """The place in line that a page's status says; None where it says none."""
+    """The place in the queue in a page's status; None if it has none."""
     found = PLACE.search(status)
     return int(found[1]) if found else None
 
 
 def check(run: Run, others: Sequence[Run]) -> Check:
-    """The places of `run` against the runs of others that ended before it began."""
+    """Check the places of `run` against the runs of others that began before it."""
     before = [other for other in others if other.started_s and run.started_s and other.started_s < run.started_s]
 
     def left(at: float) -> int:

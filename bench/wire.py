@@ -1,7 +1,7 @@
-"""The wire's share of a step, against an echo server that is sent the same bytes in the same run.
+"""The wire's share of a step, against echo servers that get the same bytes in the same run.
 
-After the client's bottom, each decode step asks the trunk and two echo servers (bench/echo.py), in random order. Each
-keeps a message for as long as the trunk computes.
+After the client's bottom, each decode step is sent to the trunk and to two echo servers (bench/echo.py), in random
+order. An echo server holds a message for as long as the trunk computes.
 """
 
 import random

@@ -1,7 +1,7 @@
 """The trunk server.
 
-service.py has the gRPC methods, scheduling/ the engine and admission, auth/ access control. build.py puts them
-together; variants.py runs servers for other load and process flags.
+service.py has the gRPC methods, auth/ access control. build.py builds the parts, with the engine and admission of
+splitlearn/scheduling/; program.py runs them. variants.py runs servers for other load and process flags.
 """
 
 from splitlearn.runtime import environment, home

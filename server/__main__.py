@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from splitlearn.cli.token import token
 from splitlearn.errors import SplitlearnError
 from splitlearn.runtime import command_line, proxies
 from splitlearn.runtime.command_line import Job, whole
@@ -24,7 +25,7 @@ app = command_line.program(add_completion=False, invoke_without_command=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until a signal. Returns the exit status: 2 when it cannot start as asked, 141 where stdout is closed."""
+    """Serve until a signal. Returns the exit status: 2 if the server cannot start, 141 if stdout is closed."""
     return guarded(lambda: _run(arguments))
 
 
@@ -32,11 +33,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         return command_line.run(app, arguments, NAME)
     except BrokenPipeError:
-        raise  # of stdout: `guarded` ends quietly
-    except (SplitlearnError, OSError) as error:  # of the system: no space, no permission
+        raise  # stdout is closed: `guarded` exits quietly
+    except (SplitlearnError, OSError) as error:  # OSError: no space, no permission
         say(f"error: {error}", stderr=True)
         return 2
-    except KeyboardInterrupt:  # before the server listens to signals
+    except KeyboardInterrupt:  # before the server sets its signal handlers
         return 130
 
 
@@ -58,7 +59,7 @@ def _serve_command(
         bool | None,
         typer.Option(
             "--allow-open",
-            help="listen beyond loopback without access control: whoever reaches the port uses the trunk",
+            help="listen beyond loopback without access control: everybody who reaches the port can use the trunk",
         ),
     ] = None,
 ) -> Job | None:
@@ -70,10 +71,7 @@ def _serve_command(
     return partial(_serve, config, given)
 
 
-@app.command()
-def token(name: Annotated[str, typer.Argument(metavar="NAME", help="whom it is for")]) -> Job:
-    """Make a token: the secret for a client, shown once (stderr), and the entry for server.tokens (stdout)."""
-    return partial(_make_token, name)
+app.command()(token)
 
 
 def _serve(path: Path | None, changes: dict[str, Any]) -> int:
@@ -88,22 +86,11 @@ def _serve(path: Path | None, changes: dict[str, Any]) -> int:
 
 
 def _settings(path: Path | None, changes: dict[str, Any]) -> "Config":
-    """The settings of a file, changed by the command line."""
+    """The settings of the file, overridden by the command line."""
     from splitlearn import config
 
     settings = config.load(path)
     return config.parse({**settings.model_dump(), "server": {**settings.server.model_dump(), **changes}})
-
-
-def _make_token(name: str) -> None:
-    from server.auth import tokens
-
-    secret, entry = tokens.make(name)
-    say(
-        f"The token of {name}, shown this once; its client finds it in the variable that trunk.token names:\n{secret}",
-        stderr=True,
-    )
-    say(entry, end="")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The log and the counters of one call of Session: what came, what went, and how it ended.
+"""Logs and counts one call of Session: its messages, its steps and how it ended.
 
-A message is counted after it was handed on, so that no client waits for the counting.
+A message is counted after it was passed on, so that no client waits for the counting.
 """
 
 import itertools
@@ -24,11 +24,11 @@ _numbers = itertools.count(1)
 
 
 class CallLog:
-    """The log of one call. Its end is logged once, with the cause that was set last."""
+    """The log of one call. The end is logged once, with the last cause that was set."""
 
     def __init__(self, metrics: Metrics, context: grpc.ServicerContext) -> None:
         self._metrics, self._context = metrics, context
-        self._who = {"session": next(_numbers), "peer": peer(context)}
+        self._labels = {"session": next(_numbers), "peer": peer(context)}
         self._lock = threading.Lock()
         self._opened: float | None = None
         self._proxied = False
@@ -38,12 +38,12 @@ class CallLog:
         self._counts = Counter(tokens_in=0, tokens_out=0, bytes_in=0, bytes_out=0)
 
     def received(self, requests: Iterator[bytes]) -> Iterator[bytes]:
-        """The same messages, counted."""
+        """Pass the client's messages on and count them."""
         yield from self._counted(requests, "bytes_in", self._metrics.received_bytes)
-        self._end = "done"  # the client sends no more
+        self._end = "done"  # the client has closed its side
 
     def sent(self, answers: Iterator[bytes]) -> Iterator[bytes]:
-        """The same messages, counted."""
+        """Pass the server's messages on and count them."""
         yield from self._counted(answers, "bytes_out", self._metrics.sent_bytes)
 
     def _counted(self, messages: Iterator[bytes], name: str, metric: prometheus_client.Counter) -> Iterator[bytes]:
@@ -53,51 +53,51 @@ class CallLog:
             metric.inc(len(message))
 
     def opened(self, waited_s: float) -> None:
-        """The session was admitted."""
+        """Record that the session was admitted, after it had waited for `waited_s`."""
         self._opened = time.perf_counter()
         self._metrics.opened(waited_s)
-        logs.tell(log, "session opened", **self._who, waited_ms=round(waited_s * 1e3))
+        logs.info(log, "session opened", **self._labels, waited_ms=round(waited_s * 1e3))
 
     def proxied(self, answers: Iterator[bytes]) -> Iterator[bytes]:
-        """The answers of a variant, which counts the session itself."""
+        """Pass a variant's answers on. The variant counts the session's tokens itself."""
         for answer in answers:
             if self._opened is None:
                 self._opened, self._proxied = time.perf_counter(), True
-                logs.tell(log, "session proxied", **self._who)
+                logs.info(log, "session proxied", **self._labels)
             yield answer
 
     def stepped(self, kinds: Mapping[TokenKind, int], tokens: int, answered: int, waited_s: float) -> None:
-        """A step of `tokens` was computed, and `answered` of its positions sent back."""
+        """Record a computed step of `tokens`, of which `answered` positions were sent back."""
         self._metrics.stepped(kinds, waited_s)
         self._counts["tokens_in"] += tokens
         self._counts["tokens_out"] += answered
 
     def refused(self, error: SplitlearnError) -> None:
-        """The call fails with `error`. Nothing is logged if the client has gone already."""
+        """Record that the call fails with `error`, unless the client has gone already."""
         if not self._context.is_active():
             return
         cause, code = cause_of(error), code_of(error).name
         if cause == "failed":
-            logs.failed(log, "session failed", error, **self._who, code=code)
+            logs.failed(log, "session failed", error, **self._labels, code=code)
             self._refuse("failed", cause, code)
         else:
             self._refuse("refused", cause, code)
 
     def timed_out(self, cause: str) -> None:
-        """The client was silent for too long."""
+        """Record that the client was silent for too long."""
         self._refuse("refused", cause, "DEADLINE_EXCEEDED")
 
     def _refuse(self, end: End, cause: str, code: str) -> None:
         self._end, self._cause = end, cause
         self._metrics.refused(cause, code)
         if end == "refused":
-            logs.refused(log, **self._who, cause=cause, code=code)
+            logs.refused(log, **self._labels, cause=cause, code=code)
 
     def end(self) -> None:
-        """The call has ended. Ending it again does nothing."""
+        """Record the end of the call. Further calls do nothing."""
         with self._lock:
-            before, self._ended = self._ended, True
-        if before or self._opened is None:
+            already, self._ended = self._ended, True
+        if already or self._opened is None:
             return
         fields: dict[str, object] = {"lasted_ms": round((time.perf_counter() - self._opened) * 1e3), **self._counts}
         if self._proxied:
@@ -107,7 +107,7 @@ class CallLog:
             fields["end"] = self._end
         if self._cause:
             fields["cause"] = self._cause
-        logs.tell(log, "session closed", **self._who, **fields)
+        logs.info(log, "session closed", **self._labels, **fields)
 
 
 def peer(context: grpc.ServicerContext) -> str:

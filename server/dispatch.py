@@ -1,11 +1,11 @@
 """Decides which calls get a thread and which are refused, before anything of a call is read.
 
-grpc-python gives each call a thread of its one pool. That thread then waits for the call's message for as long as its
-client likes, whoever it is. Here gRPC's own thread, which waits for nothing, looks at a call first:
+grpc-python gives each call a thread from a single pool. A client that sends no message holds that thread for as long as
+it likes. Here gRPC's own thread, which never blocks, checks each call first:
 
 - A call without a valid token is refused at once and takes no thread, unless it is a health check.
-- Each token, and each connection without one, may have a limited number of calls at once.
-- Sessions, health checks and other calls have threads apart (`CallThreads`). Where all are taken, the call that has
+- Each token, and each connection without one, has a limit of concurrent calls.
+- Sessions, health checks and other calls have separate threads (`CallThreads`). If all are taken, the call that has
   waited longest for its first message is ended.
 
 Each call that gets a thread has a deadline for its first message (`IdleTimeout`).
@@ -23,17 +23,18 @@ import grpc
 import torch
 from google.protobuf.message import Message
 
-from server.auth.gate import DENIED, Access, Caller
+from server.auth.gate import Access, Caller
 from server.call_log import peer
 from server.idle_timeout import IdleTimeout, WatchedCall
 from server.monitoring import logs
 from server.monitoring.metrics import Metrics, cause_of
+from splitlearn.access.quota import DENIED
 from splitlearn.errors import InputError, SplitlearnError, TrunkDenied, TrunkFull
 from splitlearn.wire.status import code_of, status_of
 
 log = logging.getLogger(__name__)
-MOST_ENDING = 1_000
-"""Calls that were ended and still have their thread, which takes milliseconds to notice."""
+MAX_ENDING = 1_000
+"""Limit on ended calls that still hold their thread. A thread notices the end within milliseconds."""
 
 Behavior = Callable[[Iterator[bytes], grpc.ServicerContext, WatchedCall], Iterator[bytes]]
 Send = Callable[[bytes | None], None]
@@ -41,7 +42,7 @@ Send = Callable[[bytes | None], None]
 
 @dataclass(frozen=True)
 class Method:
-    """A method: what answers its calls, on which threads, within which timeouts. `open`: needs no token."""
+    """A gRPC method: its behavior, its threads and its timeouts. `open`: calls need no token."""
 
     behavior: Behavior
     threads: "CallThreads"
@@ -50,21 +51,21 @@ class Method:
 
 
 def unary(answer: Callable[[bytes, grpc.ServicerContext], Message]) -> Behavior:
-    """The behavior of a method with one message and one answer, which on the wire are streams of one."""
+    """The behavior of a unary method. On the wire its message and its answer are streams of one."""
 
     def behavior(requests: Iterator[bytes], context: grpc.ServicerContext, call: WatchedCall) -> Iterator[bytes]:
         message = next(call.requests(requests), None)
         if message is None:
-            context.abort_with_status(status_of(InputError("message", "none", "one")))
+            context.abort_with_status(status_of(InputError("message", "none", "one message")))
         yield answer(message, context).SerializeToString()
 
     return behavior
 
 
 class CallThreads:
-    """`size` threads, each for one call from its beginning to its end.
+    """A pool of `size` threads. Each runs one call at a time, from start to end.
 
-    Each computes by itself: only the engine's thread leads others (build()).
+    torch is single-threaded in them: only the engine's thread leads parallel work (see `build`).
     """
 
     def __init__(self, size: int) -> None:
@@ -75,14 +76,14 @@ class CallThreads:
         self._ending = 0
 
     def run(self, call: WatchedCall, work: Callable[[], None]) -> None:
-        """Do `work`, of `call`, on one of them. Raises TrunkFull where calls that have begun take all of them."""
+        """Run `work`, which serves `call`, on a thread. Raises TrunkFull if opened calls hold all threads."""
         with self._lock:
             oldest = None
             if len(self._calls) >= self.size:
                 oldest = next((each for each in self._calls if not each.opened), None)
-                if oldest is None or self._ending >= MOST_ENDING:
-                    said = f"{self.size} calls of this kind are under way; try again later"
-                    raise TrunkFull(said, cause="calls_full")
+                if oldest is None or self._ending >= MAX_ENDING:
+                    message = f"{self.size} calls of this kind are open; try again later"
+                    raise TrunkFull(message, cause="calls_full")
                 del self._calls[oldest]
                 self._ending += 1
             self._calls[call] = None
@@ -102,7 +103,7 @@ class CallThreads:
 
 
 class Dispatch(grpc.GenericRpcHandler):
-    """All methods of a server by their full names. Without a valid token, all but open ones give the same answer."""
+    """Routes calls to methods by full name. Without a valid token, every method but an open one answers the same."""
 
     def __init__(self, methods: dict[str, Method], access: Access, metrics: Metrics) -> None:
         self._access, self._metrics = access, metrics
@@ -112,7 +113,7 @@ class Dispatch(grpc.GenericRpcHandler):
         self._unknown = self._handler(None)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any]":
-        """The handler of a method, also of one that does not exist."""
+        """The handler of a method. A method that does not exist has one, too."""
         return self._handlers.get(handler_call_details.method, self._unknown)
 
     def _handler(self, method: Method | None) -> "grpc.RpcMethodHandler[Any, Any]":
@@ -123,7 +124,7 @@ class Dispatch(grpc.GenericRpcHandler):
                 self._refused(context, cause_of(error), code_of(error).name)
                 context.abort_with_status(status_of(error))
 
-        # gRPC gives such a behavior `send`, and lets the call go on when it returns.
+        # gRPC passes `send` to such a behavior, and the call continues after the behavior returns.
         behavior.experimental_non_blocking = True  # type: ignore[attr-defined]
         behavior.experimental_thread_pool = _CallingThread()  # type: ignore[attr-defined]
         return grpc.stream_stream_rpc_method_handler(behavior)
@@ -155,8 +156,8 @@ class Dispatch(grpc.GenericRpcHandler):
     def _count(self, caller: Caller) -> None:
         with self._lock:
             if caller.limit is not None and self._callers[caller.key] >= caller.limit:
-                said = f"{caller.limit} calls of this client are under way; try again later"
-                raise TrunkFull(said, cause="calls_full")
+                message = f"{caller.limit} calls of this client are open; try again later"
+                raise TrunkFull(message, cause="calls_full")
             self._callers[caller.key] += 1
 
     def _uncount(self, caller: Caller) -> None:
@@ -171,7 +172,7 @@ class Dispatch(grpc.GenericRpcHandler):
 
 
 class _CallingThread(ThreadPoolExecutor):
-    """Runs work at once, on the thread that submits it, which is gRPC's own. gRPC accepts only a ThreadPoolExecutor."""
+    """Runs work at once on the submitting thread, gRPC's own. A ThreadPoolExecutor, since gRPC accepts nothing else."""
 
     def __init__(self) -> None:
         super().__init__(1)  # no thread starts before the base class's `submit`, which is never called
@@ -184,7 +185,7 @@ class _CallingThread(ThreadPoolExecutor):
 
 
 def _answer(answers: Iterator[bytes], context: grpc.ServicerContext, send: Send) -> None:
-    """Send all answers, then the status that the behavior has set."""
+    """Send all answers, then the status that the behavior set."""
     try:
         for answer in answers:
             send(answer)
@@ -193,7 +194,7 @@ def _answer(answers: Iterator[bytes], context: grpc.ServicerContext, send: Send)
     except grpc.RpcError:
         return  # the client went away
     except Exception as error:
-        # A behavior that refuses has set a code: context.abort raises a plain Exception.
+        # A behavior that refused the call has set a code: context.abort raises a plain Exception.
         if context.code() is None:  # type: ignore[attr-defined]
             logs.failed(log, "call failed", error, peer=peer(context))
             context.set_code(grpc.StatusCode.INTERNAL)

@@ -1,17 +1,23 @@
 """What this trunk offers: the model and layers that it serves, and the flags that a session may have."""
 
+from dataclasses import replace
+
 import grpc
 import torch
 from google.protobuf.message import DecodeError
 
 from server.build import TrunkRuntime
 from server.variants import Variants
+from splitlearn.checkpoints.folder import read_config
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError, TrunkRefused
 from splitlearn.flags.here import here
 from splitlearn.flags.registry import FLAGS
 from splitlearn.flags.selection import applied_of, chosen_in, why_not
+from splitlearn.models.structure import no_prefixes
 from splitlearn.runtime import hardware
+from splitlearn.runtime.process import resident_bytes
+from splitlearn.scheduling.room import free_bytes
 from splitlearn.wire import ENVELOPE_BYTES, MAX_PADDING_BYTES, MAX_TENSOR_BYTES, PROTOCOL
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import status_of
@@ -27,15 +33,16 @@ class Offer:
         self.part_bytes = min(MAX_TENSOR_BYTES, limits.max_message_bytes - ENVELOPE_BYTES)
         row = runtime.files.facts.hidden_size * runtime.placement.dtype.itemsize
         if self.part_bytes < row:
-            least = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
-            raise InputError("server.max_message_bytes", limits.max_message_bytes, least)
+            expected = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
+            raise InputError("server.max_message_bytes", limits.max_message_bytes, expected)
         self._dtype = _name(runtime.placement.dtype)
-        self._place = here(str(runtime.placement.device), self._dtype)
+        unfit = no_prefixes(read_config(runtime.files.folder))
+        self._place = replace(here(str(runtime.placement.device), self._dtype), no_prefixes=unfit)
         self._machine = {name: str(value) for name, value in hardware.describe().items() if value is not None}
 
     def describe(self, request: bytes, context: grpc.ServicerContext) -> pb.Description:
         """The answer to Describe."""
-        padding = _padding(request, context)
+        asked = _asked(request, context)
         runtime, plan = self._runtime, self._runtime.plan
         return pb.Description(
             protocol=PROTOCOL,
@@ -47,17 +54,31 @@ class Offer:
             dtype=self._dtype,
             device=str(runtime.placement.device),
             hidden_size=runtime.files.facts.hidden_size,
-            max_length=self._longest() or 0,
+            max_length=self._max_length() or 0,
             threads=runtime.threads,
             flags=[pb.FlagState(name=name, unavailable=self._why_not(name) or "") for name in FLAGS],
             machine=self._machine,
-            padding=bytes(padding),
+            padding=bytes(asked.answer_padding),
+            costs=self._costs() if asked.costs else None,
+        )
+
+    def _costs(self) -> pb.Costs:
+        runtime, times = self._runtime, self._runtime.metrics.step_times
+        device = runtime.placement.device
+        base = 0 if device.type == "cuda" else runtime.import_rss_bytes
+        has = torch.cuda.memory_reserved(device) if device.type == "cuda" else resident_bytes()
+        return pb.Costs(
+            decode_s=times.decode_s,
+            prefill_s=times.prefill_s,
+            memory_bytes=free_bytes(device) + has,
+            base_bytes=base,
+            weight_bytes=runtime.weight_memory_bytes,
         )
 
     def flags(self, opening: pb.Open) -> frozenset[str]:
-        """The flags of a session. Raises InputError and TrunkRefused for one that cannot be served."""
+        """The flags that `opening` applies. Raises InputError or TrunkRefused for a session that cannot be served."""
         self._check_served(opening)
-        limit = self._longest()
+        limit = self._max_length()
         if opening.max_length < 1 or (limit is not None and opening.max_length > limit):
             raise InputError("max_length", opening.max_length, f"1 to {limit or 'any number of'} tokens")
         if not 0 <= opening.timeout_s < float("inf"):
@@ -70,7 +91,7 @@ class Offer:
         return applied_of(chosen)
 
     def _check_served(self, opening: pb.Open) -> None:
-        """Raise TrunkRefused, with every difference, if the client wants another trunk than this one."""
+        """Raise TrunkRefused, which lists every difference, if the client expects another trunk than this one."""
         files, plan = self._runtime.files, self._runtime.plan
         differing = [
             f"{what} is {ours}, not {theirs!r}"
@@ -86,13 +107,13 @@ class Offer:
         if differing:
             raise TrunkRefused(f"this trunk serves something else: {'; '.join(differing)}")
 
-    def _longest(self) -> int | None:
-        """The most tokens of a session by the model and the settings; None where neither sets a limit."""
+    def _max_length(self) -> int | None:
+        """The limit on a session's tokens, by the model and the settings. None if neither has a limit."""
         limits = (self._runtime.files.facts.context_length, self._limits.max_length)
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _why_not(self, flag: str) -> str | None:
-        """Why no session can have that flag here, or None."""
+        """Why this flag is unavailable here, or None."""
         return why_not(flag, "trunk", self._place) or self._variants.why_not(flag)
 
 
@@ -100,13 +121,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _padding(request: bytes, context: grpc.ServicerContext) -> int:
-    """The bytes of padding that a DescribeRequest asks for. Ends the call for too many, and for another message."""
+def _asked(request: bytes, context: grpc.ServicerContext) -> pb.DescribeRequest:
+    """The request. Aborts the call if it is malformed, or wants too many bytes of padding."""
     try:
-        asked = pb.DescribeRequest.FromString(request).answer_padding
+        asked = pb.DescribeRequest.FromString(request)
     except DecodeError:
         error = InputError("message", f"{len(request)} bytes", "a serialized splitlearn.v1.DescribeRequest")
         context.abort_with_status(status_of(error))
-    if asked > MAX_PADDING_BYTES:
-        context.abort_with_status(status_of(InputError("answer_padding", asked, f"at most {MAX_PADDING_BYTES}")))
+    if asked.answer_padding > MAX_PADDING_BYTES:
+        error = InputError("answer_padding", asked.answer_padding, f"at most {MAX_PADDING_BYTES}")
+        context.abort_with_status(status_of(error))
     return asked

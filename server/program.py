@@ -1,4 +1,4 @@
-"""The trunk server as a program: it loads, listens, waits for its end, and lets open sessions finish."""
+"""The trunk server as a program: loads, listens, serves until it is stopped, and lets open sessions finish."""
 
 import logging
 import multiprocessing
@@ -17,7 +17,6 @@ from server import endpoint
 from server.auth.tls import Security
 from server.build import build
 from server.monitoring import gauges, logs
-from server.scheduling.admission import Admission
 from server.service import TrunkService
 from server.variants import Variants
 from splitlearn import address
@@ -26,6 +25,7 @@ from splitlearn.errors import SetupError, as_error
 from splitlearn.runtime import ports
 from splitlearn.runtime.progress import on_console
 from splitlearn.runtime.terminal import say
+from splitlearn.scheduling.admission import Admission
 from splitlearn.wire import READY, SERVICE
 
 DRAIN_LOOK_S, LOOK_S = 0.05, 0.5
@@ -34,8 +34,8 @@ log = logging.getLogger("server")
 
 
 @dataclass(frozen=True)
-class Running:
-    """A server that listens on `address`, and what it answers to health checks."""
+class RunningServer:
+    """A server that listens on `address`, and its health service."""
 
     server: grpc.Server
     address: str
@@ -43,11 +43,11 @@ class Running:
 
 
 def work(connection: Connection, settings: Config) -> None:
-    """The life of a server as a child process: it sends its address, or the error that it cannot start with, and serves
-    until SIGTERM or until the other end of `connection` is gone."""
+    """The main function of a server in a child process. It sends its address, or the error that keeps it from starting.
+    Then it serves until SIGTERM, or until the parent closes its end of `connection`."""
     multiprocessing.current_process().daemon = False  # a daemon may not start variants
     try:
-        # Its parent shows what it does; the terminal gets only what went wrong.
+        # The parent reports the rest: the terminal gets warnings and errors only.
         logs.start(logging.WARNING)
         _serve(settings, Security.of(settings.server), _stops(signal.SIGTERM), connection)
     except Exception as error:
@@ -55,14 +55,14 @@ def work(connection: Connection, settings: Config) -> None:
 
 
 def serve(settings: Config, security: Security) -> int:
-    """Serve until a signal. Returns the exit status 0. Raises SplitlearnError and OSError where it cannot start."""
+    """Serve until a signal. Returns the exit status 0. Raises SplitlearnError or OSError if it cannot start."""
     logs.start(logging.INFO)
     _serve(settings, security, _stops(signal.SIGTERM, signal.SIGINT))
     return 0
 
 
 def _stops(*signals: signal.Signals) -> SimpleQueue[str]:
-    """Gets a STOP with each of these signals."""
+    """A queue that gets a STOP for each of these signals."""
     stops: SimpleQueue[str] = SimpleQueue()  # safe in a signal handler
     for number in signals:
         signal.signal(number, lambda *_: stops.put(STOP))
@@ -70,7 +70,7 @@ def _stops(*signals: signal.Signals) -> SimpleQueue[str]:
 
 
 def _serve(settings: Config, security: Security, stops: SimpleQueue[str], parent: Connection | None = None) -> None:
-    """Load, listen, say where (to `parent`, or on stdout), and serve until something is in `stops` or `parent` ends."""
+    """Load, listen, send the address to `parent` or print it, and serve until `stops` has an entry or `parent` ends."""
     with on_console() as progress:
         runtime = build(settings, progress)
     variants = Variants(settings, runtime)
@@ -82,25 +82,27 @@ def _serve(settings: Config, security: Security, stops: SimpleQueue[str], parent
     else:
         parent.send(running.address)
         threading.Thread(target=_wait_for_parent, args=(parent, stops), daemon=True).start()
-    logs.tell(log, "serving", metrics=metrics, **gauges.what(runtime))
+    logs.info(log, "serving", metrics=metrics, **gauges.build_info(runtime))
     if _wait_for_end(stops) == STOP:
         _drain(running, runtime.admission, variants, settings.server.drain_s, stops)
-    logs.tell(log, "stopping", sessions=runtime.admission.sessions)
+    logs.info(log, "stopping", sessions=runtime.admission.sessions)
     running.server.stop(grace=0).wait()
     variants.stop()
 
 
 def _wait_for_end(stops: SimpleQueue[str]) -> str:
-    """Wait for STOP or ORPHANED. A signal that another thread got does not end the wait for a lock: its handler runs
-    when the main thread wakes up."""
+    """Wait for STOP or ORPHANED. The timeout is needed: a signal to another thread does not end the wait for a lock.
+    The handler runs only once the main thread wakes up."""
     while True:
         with suppress(Empty):
             return stops.get(timeout=LOOK_S)
 
 
-def _drain(running: Running, admission: Admission, variants: Variants, grace_s: float, stops: SimpleQueue[str]) -> None:
-    """Admit no session, say so to health checks, and let open ones finish: for `grace_s`, or until a second signal."""
-    logs.tell(log, "draining", sessions=admission.sessions, at_most_s=grace_s)
+def _drain(
+    running: RunningServer, admission: Admission, variants: Variants, grace_s: float, stops: SimpleQueue[str]
+) -> None:
+    """Refuse new sessions, fail health checks, and let open sessions finish: for `grace_s`, or a second signal."""
+    logs.info(log, "draining", sessions=admission.sessions, at_most_s=grace_s)
     running.health.enter_graceful_shutdown()
     admission.drain()
     variants.drain()
@@ -111,8 +113,8 @@ def _drain(running: Running, admission: Admission, variants: Variants, grace_s: 
             return
 
 
-def listen(service: TrunkService, settings: ServerConfig, security: Security) -> Running:
-    """A started server with health and reflection. Raises SetupError when it cannot listen."""
+def listen(service: TrunkService, settings: ServerConfig, security: Security) -> RunningServer:
+    """Start a server with health and reflection. Raises SetupError if it cannot listen."""
     state = health.HealthServicer()
     server = endpoint.server(service, state, settings, security.access)
     host = address.loopback(settings.host) or settings.host
@@ -126,12 +128,12 @@ def listen(service: TrunkService, settings: ServerConfig, security: Security) ->
         state.set(name, health_pb2.HealthCheckResponse.SERVING)
     guarded = {"tls": security.credentials is not None, "tokens": settings.tokens is not None}
     where = address.joined(host, port)
-    logs.tell(log, "listening", address=where, **guarded)
-    return Running(server, where, state)
+    logs.info(log, "listening", address=where, **guarded)
+    return RunningServer(server, where, state)
 
 
 def _wait_for_parent(parent: Connection, stops: SimpleQueue[str]) -> None:
-    """Wait until the parent closes its end of the connection: it sends nothing."""
+    """Wait until the parent, which sends nothing, closes its end of the connection."""
     with suppress(EOFError, OSError):
         parent.recv()
     stops.put(ORPHANED)

@@ -3,23 +3,26 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from server.auth.gate import Access, Quota
+from server.auth.gate import Access
 from server.build import TrunkRuntime
-from server.call_log import CallLog
+from server.call_log import CallLog, peer
 from server.dispatch import CallThreads, Method, unary
 from server.idle_timeout import IdleTimeout, WatchedCall
 from server.monitoring import gauges
 from server.offer import Offer
 from server.session_handler import SessionHandler, parse
 from server.variants import Variants
+from splitlearn.access.quota import Quota
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError, SplitlearnError
-from splitlearn.flags.registry import of_scope
+from splitlearn.flags.registry import of_scope, settings
 from splitlearn.runtime.process import peak_resident_bytes
+from splitlearn.scheduling.contract import Client
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import status_of
 from splitlearn.wire.stub import DESCRIBE, DROP, METRICS, SESSION
@@ -31,7 +34,7 @@ DEFAULT_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class SessionCall:
-    """A call of Session, and what belongs to it."""
+    """A call of Session: its context, timeouts, log, quota and messages."""
 
     context: grpc.ServicerContext
     watched: WatchedCall
@@ -41,7 +44,8 @@ class SessionCall:
 
 
 class TrunkService:
-    """Checks what comes in, hands steps to the engine, says clearly what it refuses. Raises InputError as `Offer`."""
+    """Implements the methods: checks requests and passes sessions to the engine or to a variant. Raises InputError as
+    `Offer`."""
 
     def __init__(self, runtime: TrunkRuntime, variants: Variants, limits: ServerConfig, access: Access) -> None:
         self.counts = runtime.metrics
@@ -50,7 +54,7 @@ class TrunkService:
         gauges.connect(runtime, variants, limits)
 
     def methods(self, brief: CallThreads, sessions: CallThreads) -> dict[str, Method]:
-        """All methods by their full names, each with its threads."""
+        """The methods by full name, each with its threads."""
         timeout = IdleTimeout(self._limits.open_s, self._limits.open_s)
         answers: dict[str, Callable[[bytes, grpc.ServicerContext], Message]] = {
             DESCRIBE: self._offer.describe,
@@ -68,18 +72,18 @@ class TrunkService:
     def drop(self, request: bytes, context: grpc.ServicerContext) -> pb.DropReply:
         """Drop a step. An unknown key has no effect and gets the same answer, so that no key can be guessed."""
         try:
-            asked = pb.DropRequest.FromString(request)
+            drop = pb.DropRequest.FromString(request)
         except DecodeError:
             error = InputError("message", f"{len(request)} bytes", "a serialized splitlearn.v1.DropRequest")
             context.abort_with_status(status_of(error))
-        if not self._runtime.engine.drop(asked.key, asked.step_id):
+        if not self._runtime.engine.drop(drop.key, drop.step_id):
             self._variants.drop(request, context)
         return pb.DropReply()
 
     def session(
         self, requests: Iterator[bytes], context: grpc.ServicerContext, watched: WatchedCall
     ) -> Iterator[bytes]:
-        """One session, from Open to the end of the stream. However it ends, its memory is freed."""
+        """One session, from Open to the end of the stream. Its memory is freed however it ends."""
         log = CallLog(self.counts, context)
         watched.timed_out = log.timed_out
         context.add_callback(log.end)
@@ -104,14 +108,14 @@ class TrunkService:
         opening = parse(first, "open").open
         flags = self._offer.flags(opening)
         timeout_s = min(opening.timeout_s or DEFAULT_TIMEOUT_S, self._limits.max_wait_s)
-        whole = of_scope(flags, "load", "process")
-        if whole == self._runtime.own_flags:
-            yield from self._own(call, flags, opening.max_length, timeout_s)
+        server_flags = of_scope(flags, "load", "process")
+        if server_flags == self._runtime.own_flags:
+            yield from self._own(call, flags, opening, timeout_s)
         else:
-            yield from self._proxied(call, whole, first, timeout_s)
+            yield from self._proxied(call, server_flags, first, timeout_s)
 
     def _proxied(self, call: SessionCall, flags: frozenset[str], first: bytes, timeout_s: float) -> Iterator[bytes]:
-        """A session at a variant. It counts here, too, and has its KV memory there."""
+        """A session at a variant. It counts here, too, but has its KV memory there."""
         admission = self._runtime.admission
         reservation = admission.acquire(0, timeout_s, call.context.add_callback, call.quota.holder)
         try:
@@ -120,20 +124,23 @@ class TrunkService:
         finally:
             admission.release(reservation)
 
-    def _own(self, call: SessionCall, flags: frozenset[str], max_length: int, timeout_s: float) -> Iterator[bytes]:
+    def _own(self, call: SessionCall, flags: frozenset[str], opening: pb.Open, timeout_s: float) -> Iterator[bytes]:
         """A session at this server's own engine."""
         runtime, began = self._runtime, time.perf_counter()
-        session = runtime.engine.open(flags, max_length, timeout_s, call.quota, call.context.add_callback)
-        # The stream can end while this generator waits at a yield: then only the callback runs in time.
+        client = Client(timeout_s, call.quota.holder, call.context.add_callback)
+        session = runtime.engine.open(settings(flags).session, opening.max_length, client)
+        # If the stream ends while this generator waits at a yield, only the callback runs in time.
         if not call.context.add_callback(lambda: runtime.engine.close(session)):
             runtime.engine.close(session)
             return
         dtype, hidden_size = runtime.placement.dtype, runtime.files.facts.hidden_size
-        handler = SessionHandler(runtime.engine, session, call.log, dtype, hidden_size)
+        keep = partial(runtime.prefixes.keep, session, self._keeper(call))
+        handler = SessionHandler(runtime.engine, session, call.quota, call.log, dtype, hidden_size, keep)
         try:
             waited_s = time.perf_counter() - began
+            cached = runtime.prefixes.begin(session, self._keeper(call), opening.prefix_keys)
             call.log.opened(waited_s)
-            yield self._opened(waited_s, session.key)
+            yield self._opened(waited_s, session.key, cached)
             for raw in call.requests:
                 yield from handler.feed(raw)
                 call.watched.in_parts = handler.parts is not None
@@ -142,7 +149,12 @@ class TrunkService:
         finally:
             runtime.engine.close(session)
 
-    def _opened(self, queue_s: float, key: bytes) -> bytes:
+    def _keeper(self, call: SessionCall) -> str:
+        """Whose prefixes a session may reuse: its token's; without tokens, those of clients at its address. They have
+        secrets of their own, without which no key of another client's block can be made."""
+        return call.quota.holder if self._limits.tokens else f"address {peer(call.context)}"
+
+    def _opened(self, queue_s: float, key: bytes, cached: int) -> bytes:
         opened = pb.Opened(
             threads=self._runtime.threads,
             load_s=self._runtime.load_s,
@@ -150,5 +162,6 @@ class TrunkService:
             queue_s=queue_s,
             max_tensor_bytes=self._offer.part_bytes,
             key=key,
+            cached_tokens=cached,
         )
         return pb.ServerMessage(opened=opened).SerializeToString()

@@ -1,4 +1,4 @@
-"""A variant: a trunk server for another set of flags, as a child process whose start may be ended at any moment."""
+"""A variant: a trunk server for another set of flags, as a child process. Its start can be cancelled at any moment."""
 
 import logging
 import threading
@@ -21,7 +21,8 @@ log = logging.getLogger("server")
 class Variant:
     """One variant. Once `started` is set it has an `error`, or serves at `channel` until it is lost.
 
-    `sessions` counts those that it has or that wait for it. Watched by a Watchdog: overdue when idle for too long.
+    `sessions` counts the sessions that it has and those that wait for it. A Watchdog watches it: it is overdue when it
+    has been idle for too long.
     """
 
     channel: grpc.Channel
@@ -37,7 +38,7 @@ class Variant:
         self._ended = threading.Event()
 
     def start(self, after: "Variant | None") -> None:
-        """Begin to start it once `after` has ended and given its memory back. Returns at once."""
+        """Start it in the background, once `after` has stopped and released its memory. Returns at once."""
         threading.Thread(target=self._start, args=(after,), daemon=True).start()
 
     def serves(self) -> bool:
@@ -56,15 +57,15 @@ class Variant:
         return not self.sessions
 
     def due_s(self) -> float:
-        """When it will have been idle for too long."""
+        """When its idle time is over."""
         return NEVER if self.sessions or not self.started.is_set() else self.idle_since + self._config.server.idle_s
 
     def overdue(self) -> None:
-        """It has been idle for too long."""
+        """Retire it: its idle time is over."""
         self._retire(self)
 
     def stop(self) -> None:
-        """End it, also while it starts. Ending it again does nothing."""
+        """Stop it, even while it starts. Further calls do nothing."""
         self._ended.set()
         if self._server is not None:
             self._server.stop(STOP_TIMEOUT_S)
@@ -92,14 +93,14 @@ class Variant:
             server.stop()
             log.error("variant failed", extra={"fields": {"error": str(error)}})
             raise TrunkFailed("the server for these flags did not start") from error
-        if address is None:  # nobody waits for it any more
+        if address is None:  # no session waits for it any more
             server.stop()
             raise TrunkUnavailable("the server for these flags is not needed any more", "draining")
         self.channel = open_channel(address)
         self._memory.loaded(self)
 
     def _settings(self, kv_bytes: int) -> Config:
-        """This server's own, on loopback, with these flags."""
+        """This server's settings, changed to loopback and these flags."""
         limit = self._config.server.kv_bytes
         changes = {"tls": ServerTls(), "max_variants": 0, "kv_bytes": min(kv_bytes, limit or kv_bytes)}
         own = self._config.server.model_copy(update=changes)

@@ -1,12 +1,12 @@
-"""Variants: trunk servers for other sets of load and process flags, each a variant process that runs this program.
+"""Variants: trunk servers for other sets of load and process flags, each a child process that runs this program.
 
-A session that asks for such a set is proxied, byte for byte, to its variant, which the first such session starts. Each
-step then takes a second hop on this machine. So settings, weights and memory of a process belong to one set of flags,
-and a comparison of flags works with a remote trunk, too.
+A session that asks for such a set is proxied, byte for byte, to its variant. The first such session starts the variant.
+Each step takes a second hop on this machine. So a process has one set of flags, and a comparison of flags works with a
+remote trunk, too.
 
-A variant takes as much memory as this server. So there are few (`server.max_variants`), only for the flags on offer
-(`server.offered_flags`), only for known clients, and only where there is memory. A variant starts outside the lock: its
-clients wait for it within their own timeouts, and when the last of them has gone, the start is ended.
+A variant takes as much memory as this server. So there are few (`server.max_variants`), only for offered flags
+(`server.offered_flags`), only for known clients, and only if there is memory. A variant starts outside the lock: its
+clients wait within their own timeouts. When the last of them has gone, the start is cancelled.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ import grpc
 
 from server.build import TrunkRuntime
 from server.memory import Memory
-from server.scheduling.admission import DRAINING
 from server.variant import Variant
 from splitlearn.address import is_loopback
 from splitlearn.config import Config
@@ -27,6 +26,7 @@ from splitlearn.errors import InputError, TrunkFull, TrunkRefused, TrunkUnavaila
 from splitlearn.flags.registry import FLAGS
 from splitlearn.runtime.process_pool import ProcessPool, stop_all
 from splitlearn.runtime.watchdog import Watchdog
+from splitlearn.scheduling.admission import DRAINING
 from splitlearn.wire import TOKEN_HEADER
 from splitlearn.wire.stub import TrunkStub
 
@@ -38,13 +38,13 @@ NOT_BY_DEFAULT = frozenset({"torch_compile"})
 
 
 def _until_gone(requests: Iterator[bytes]) -> Iterator[bytes]:
-    """A client's messages, until it ends or is lost: gRPC would log a traceback for the latter."""
+    """A client's messages until it ends or is lost. gRPC would log a traceback for a lost client."""
     with contextlib.suppress(grpc.RpcError):
         yield from requests
 
 
 def _token(context: grpc.ServicerContext) -> tuple[tuple[str, str | bytes], ...]:
-    """The metadata with a client's token."""
+    """The part of a call's metadata that has the client's token."""
     return tuple(pair for pair in context.invocation_metadata() or () if pair[0] == TOKEN_HEADER)
 
 
@@ -53,10 +53,8 @@ def _cancel(call: grpc.Call) -> None:
 
 
 class Variants:
-    """An idle variant makes room for another set of flags, and ends after `idle_s`.
-
-    Raises InputError for an offered flag that is neither a load nor a process flag.
-    """
+    """The variants of this server. An idle one is replaced when another set of flags needs its place, and ends after
+    `idle_s`. Raises InputError for an offered flag that is neither a load nor a process flag."""
 
     def __init__(self, config: Config, runtime: TrunkRuntime) -> None:
         self._config, self._own = config, runtime.own_flags
@@ -69,12 +67,12 @@ class Variants:
 
     @property
     def sessions(self) -> int:
-        """Sessions that are proxied now or wait for a variant."""
+        """Sessions that are proxied or wait for a variant."""
         with self._lock:
             return sum(variant.sessions for variant in self._pool)
 
     def why_not(self, flag: str) -> str | None:
-        """Why no session can have that flag beside this server's own, or None."""
+        """Why a flag other than this server's own is unavailable, or None."""
         own = {text.partition("=")[0] for text in self._own}
         if FLAGS[flag].scope not in SCOPES or flag in own:
             return None
@@ -88,10 +86,10 @@ class Variants:
             return "this trunk starts no server for other load and process flags (server.max_variants)"
         if server.tokens or server.tls.client_ca or is_loopback(server.host):
             return None
-        return "this trunk starts no server for strangers: it knows no clients (server.tokens, server.tls.client_ca)"
+        return "this trunk starts no server for strangers: set server.tokens or server.tls.client_ca"
 
     def drain(self) -> None:
-        """Take no session any more."""
+        """Refuse new sessions."""
         self._draining = True
 
     def session(
@@ -102,10 +100,10 @@ class Variants:
         context: grpc.ServicerContext,
         timeout_s: float,
     ) -> Iterator[bytes]:
-        """A whole session at the variant with `flags`, ended with the variant's own status.
+        """Proxy a whole session to the variant with `flags`. It ends with the variant's own status.
 
-        Raises TrunkRefused for flags that are not on offer, TrunkFull without room, memory, or a variant within
-        `timeout_s`.
+        Raises TrunkRefused for flags that are not on offer. Raises TrunkFull if there is no place or memory, or if the
+        variant does not start within `timeout_s`.
         """
         variant = self._take(flags, context, time.monotonic() + timeout_s)
         try:
@@ -122,7 +120,7 @@ class Variants:
             self._leave(variant)
 
     def drop(self, request: bytes, context: grpc.ServicerContext) -> None:
-        """Drop a step at all variants: one of them may have its session."""
+        """Pass a Drop request on to all variants: one of them may have the session."""
         with self._lock:
             variants = [variant for variant in self._pool if variant.sessions and variant.serves()]
         for variant in variants:
@@ -131,14 +129,14 @@ class Variants:
                 drop(request, timeout=DROP_TIMEOUT_S, metadata=_token(context))
 
     def stop(self) -> None:
-        """End all variants at the same time."""
+        """Stop all variants at the same time."""
         self._draining = True
         with self._lock:
             variants = self._pool.clear()
-        stop_all(variants)
+        stop_all([variant.stop for variant in variants])
 
     def _take(self, flags: frozenset[str], context: grpc.ServicerContext, deadline: float) -> Variant:
-        """The variant with these flags, with one session more. Waits for it outside the lock."""
+        """Join the variant with these flags, and wait outside the lock until it serves."""
         self._check(flags)
         variant = self._joined(flags)
         try:
@@ -155,14 +153,14 @@ class Variants:
         return variant
 
     def _check(self, flags: frozenset[str]) -> None:
-        """Raise TrunkRefused where this set is not on offer."""
+        """Raise TrunkRefused if this set of flags is not on offer."""
         names = sorted({text.partition("=")[0] for text in flags - self._own} - self._offered)
         reason = self._why_none()
         if reason or names:
             raise TrunkRefused(reason or f"not on offer at this trunk (server.offered_flags): {', '.join(names)}")
 
     def _joined(self, flags: frozenset[str]) -> Variant:
-        """The variant that serves or starts, or else a new one. Raises TrunkFull."""
+        """The variant with these flags, new if there is none, with one session more. Raises TrunkFull."""
         with self._lock:
             if self._draining:
                 raise TrunkUnavailable(DRAINING, "draining")
@@ -177,16 +175,16 @@ class Variants:
             return variant
 
     def _evicted_locked(self) -> Variant:
-        """The idle variant that a new one replaces. Raises TrunkFull where none is idle."""
+        """The idle variant that a new one replaces. Raises TrunkFull if none is idle."""
         evicted = self._pool.evict()
         if evicted is None:
             limit = self._config.server.max_variants
-            said = f"all {limit} places for other sets of load and process flags (server.max_variants) are taken"
-            raise TrunkFull(said, cause="variants_full")
+            message = f"all {limit} places for other sets of load and process flags (server.max_variants) are taken"
+            raise TrunkFull(message, cause="variants_full")
         return evicted
 
     def _leave(self, variant: Variant) -> None:
-        """A session less. A variant that has none before it serves is ended."""
+        """Count one session less. A variant without sessions that does not serve yet is stopped."""
         with self._lock:
             variant.sessions -= 1
             variant.idle_since = time.monotonic()
@@ -198,7 +196,7 @@ class Variants:
             variant.stop()
 
     def _retire(self, variant: Variant) -> None:
-        """End a variant that is idle for too long, unless a session came meanwhile."""
+        """Stop a variant that has been idle for too long, unless a session came meanwhile."""
         with self._lock:
             idle = variant.idle()
             if idle:
@@ -211,11 +209,11 @@ class Variants:
 
 def _offered(config: Config) -> frozenset[str]:
     """The names of the flags that a variant may have."""
-    whole = frozenset(name for name, flag in FLAGS.items() if flag.scope in SCOPES)
+    possible = frozenset(name for name, flag in FLAGS.items() if flag.scope in SCOPES)
     names = config.server.offered_flags
     if names is None:
-        return whole - NOT_BY_DEFAULT
-    unknown = sorted(set(names) - whole)
+        return possible - NOT_BY_DEFAULT
+    unknown = sorted(set(names) - possible)
     if unknown:
-        raise InputError("server.offered_flags", unknown[0], f"names of: {', '.join(sorted(whole))}")
+        raise InputError("server.offered_flags", unknown[0], f"names of: {', '.join(sorted(possible))}")
     return frozenset(names)

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from splitlearn.arms.library import Stages, compare, generate, load_full, load_split
     from splitlearn.errors import SplitlearnError
     from splitlearn.events import Done, TokenEvent
+    from splitlearn.response_format import JsonFormat
     from splitlearn.sampling import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
     "Done",
+    "JsonFormat",
     "SamplingParams",
     "SplitlearnError",
     "Stages",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 _LIGHT = {
     "Done": "splitlearn.events",
+    "JsonFormat": "splitlearn.response_format",
     "TokenEvent": "splitlearn.events",
     "SamplingParams": "splitlearn.sampling",
     "SplitlearnError": "splitlearn.errors",

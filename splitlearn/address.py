@@ -49,9 +49,9 @@ def joined(name: str, port: int) -> str:
     return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
 
 
-def url(name: str, port: int) -> str:
-    """The http URL of a server. A zone's percent sign is written as %25 (RFC 6874)."""
-    return f"http://{joined(name.replace('%', '%25'), port)}"
+def url(name: str, port: int, tls: bool = False) -> str:
+    """The http URL of a server, https with `tls`. A zone's percent sign is written as %25 (RFC 6874)."""
+    return f"http{'s' if tls else ''}://{joined(name.replace('%', '%25'), port)}"
 
 
 def is_loopback(name: str) -> bool:

@@ -8,7 +8,7 @@ which flags exist: `flags/registry.py` does.
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +19,7 @@ from splitlearn.errors import InputError
 
 EMBEDDED = "embedded"
 Dtype = Literal["float32", "bfloat16", "float16"]
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def valid_addresses(value: object) -> tuple[str, ...]:
@@ -128,6 +129,8 @@ class TrunkConfig(_Section):
     link: Annotated[str, Field(min_length=1)] | None = None
     """Of an emulated link, in the words of link/words.py."""
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
+    verify: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of its answers that the client computes again; 0 is none."""
     tls: TrunkTls = TrunkTls()
     token: Variable = "SPLITLEARN_TRUNK_TOKEN"
 
@@ -174,6 +177,17 @@ class ServerConfig(_Section):
     max_wait_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
 
 
+class PrefixCacheConfig(_Section):
+    """What the flag prefix_cache may keep in each process that has it: workers and trunk servers. What leaves the
+    memory of a GPU goes to that of the host, and from there to files."""
+
+    device_bytes: Annotated[int, Field(ge=0)] = 256 * 1024 * 1024
+    memory_bytes: Annotated[int, Field(ge=0)] = 256 * 1024 * 1024
+    file_bytes: Annotated[int, Field(ge=0)] = 0
+    folder: File | None = None
+    survives_restart: bool = False
+
+
 class GenerationConfig(_Section):
     """What a request has when nothing else is said."""
 
@@ -193,6 +207,7 @@ class RunsConfig(_Section):
 class UiConfig(_Section):
     """The page. `auth` names the environment variable that holds `user:password`; `allowed_hosts` are names, without
     ports, by which the page is reached besides `host` and those of loopback. `root_path` is where a proxy serves it.
+    `api` puts the OpenAI protocol under the page's port, with the keys of `ApiConfig`.
     `history_file` is whether comparisons are kept on disk; None for those of the owner of a page on loopback."""
 
     host: Host = "127.0.0.1"
@@ -201,9 +216,25 @@ class UiConfig(_Section):
     allowed_hosts: Annotated[tuple[HostName, ...], Field(strict=False)] = ()
     root_path: RootPath = ""
     mcp: bool = False
+    api: bool = False
     history_file: bool | None = None
     share: bool = False
     auth: Variable = "SPLITLEARN_AUTH"
+
+
+class ApiConfig(_Section):
+    """The endpoint of the OpenAI protocol (`splitlearn serve`). Names of the endpoint besides those of loopback and
+    `host` are `allowed_hosts`."""
+
+    host: Host = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    tls: _Pair = _Pair()
+    tokens: File | None = None
+    allow_open: bool = False
+    allowed_hosts: Annotated[tuple[HostName, ...], Field(strict=False)] = ()
+    max_running: Annotated[int, Field(ge=1, le=256)] = 16
+    max_waiting: Annotated[int, Field(ge=0, le=1024)] = 32
+    kv_bytes: Annotated[int, Field(ge=1)] | None = None
 
 
 class Config(_Section):
@@ -213,53 +244,63 @@ class Config(_Section):
     split: SplitConfig = SplitConfig()
     trunk: TrunkConfig = TrunkConfig()
     server: ServerConfig = ServerConfig()
+    prefix_cache: PrefixCacheConfig = PrefixCacheConfig()
     generation: GenerationConfig = GenerationConfig()
     flags: str = "auto"
     runs: RunsConfig = RunsConfig()
     ui: UiConfig = UiConfig()
+    api: ApiConfig = ApiConfig()
 
 
 def load(path: Path | None) -> Config:
     """Read `path`, or take every default when it is None. Raises InputError for a file that cannot be used."""
-    if path is None:
-        return Config()
+    return parse({} if path is None else read(path, "config", "'model:' and 'split:'"))
+
+
+def read(path: Path, field: str, sections: str) -> dict[str, object]:
+    """The plain data of a YAML file. Raises InputError that names `field` and the `sections` of such a file."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError("config", str(path), f"a readable file ({error.strerror})") from error
+        raise InputError(field, str(path), f"a readable file ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError("config", str(path), f"valid YAML ({' '.join(str(error).split())})") from error
+        raise InputError(field, str(path), f"valid YAML ({' '.join(str(error).split())})") from error
     if data is not None and not isinstance(data, dict):
-        raise InputError("config", str(path), "a YAML mapping of sections such as 'model:' and 'split:'")
-    return parse(data or {})
+        raise InputError(field, str(path), f"a YAML mapping of sections such as {sections}")
+    return data or {}
 
 
 def parse(data: dict[str, object]) -> Config:
     """Build a Config from plain data. Raises InputError that names the first wrong key."""
+    return checked(Config, data, "config key")
+
+
+def checked(kind: type[_Model], data: dict[str, object], key: str) -> _Model:
+    """A record from plain data. Raises InputError that names the first wrong value; an unknown key is called `key`."""
     try:
-        return Config.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise _first_error(error) from error
+        raise _first_error(kind, error, key) from error
 
 
-def _first_error(error: ValidationError) -> InputError:
+def _first_error(kind: type[BaseModel], error: ValidationError, key: str) -> InputError:
     """The first of pydantic's findings, in the words of the file."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        return InputError("config key", ".".join(place), f"one of: {', '.join(_keys(place[:-1]))}")
+        return InputError(key, ".".join(place), f"one of: {', '.join(_keys(kind, place[:-1]))}")
+    if first["type"] == "missing":
+        return InputError(".".join(place), None, "a value: it has no default")
     expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return InputError(".".join(place), first["input"], expected)
 
 
-def _keys(place: list[str]) -> list[str]:
-    """The keys that are known in the section at `place`."""
-    section: type[BaseModel] = Config
+def _keys(section: type[BaseModel], place: list[str]) -> list[str]:
+    """The keys that are known at `place` of a section. Names and numbers of the entries of a collection are passed."""
     for name in place:
-        annotation = section.model_fields[name].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
+        field = section.model_fields.get(name)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
     return list(section.model_fields)
 
 

@@ -15,6 +15,8 @@
     |   |   `-- TrunkDenied       it requires a valid token
     |   |-- TrunkFull          no room for a session now
     |   `-- TrunkFailed        the trunk broke while computing
+    |-- EndpointError       a server of the OpenAI protocol that is measured did not answer as the protocol says
+    |   `-- EndpointFull       it has no room for a request now
     |-- StepUnwanted        the step was dropped: its caller does not want it any more
     |-- WorkFailed          a worker process met an unexpected error, and goes on
     |-- WorkerDied          a worker process ended without a message (killed, out of memory)
@@ -118,6 +120,18 @@ class TrunkFull(TrunkError):
 
 class TrunkFailed(TrunkError):
     """The trunk failed while computing."""
+
+
+class EndpointError(SplitlearnError):
+    """A server of the OpenAI protocol that is measured did not answer as the protocol says."""
+
+
+class EndpointFull(EndpointError):
+    """The server has no room for another request now. `retry_s`: seconds after which to try again."""
+
+    def __init__(self, message: str, retry_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class WorkFailed(SplitlearnError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-from splitlearn.events import Done, Event, FinishReason, Recovery, TokenEvent
+from splitlearn.events import Done, Event, FinishReason, Mismatch, Recovery, SpotCheckResult, TokenEvent
 
 UNATTRIBUTED = "unattributed"
 PARTS: Mapping[str, str] = {
@@ -22,7 +22,7 @@ PARTS: Mapping[str, str] = {
     "bottom": "embeddings and the first layers, at the client",
     "encode": "hidden states to bytes, at both ends",
     "wire": "the round trip without the server's own time: gRPC, kernel and network",
-    "queue": "waiting in the server for other sessions' steps",
+    "queue": "waiting for other sessions' steps, most often in the server",
     "trunk": "the layers of the trunk server",
     "decode": "bytes to hidden states, at both ends",
     "recover": "a step in which the trunk was lost, until another one answered it",
@@ -43,7 +43,8 @@ class RunMetrics:
     steps up to the first token. Bytes are those on the wire, up (to the trunk) and down. `recoveries` has each loss of
     the trunk, with the number (from 1) of the token under way. `overlapped_s` is the trunk's time while the client
     worked itself. Of `drafts` fed, `drafts_accepted` came true. Of `head_starts` speculative starts,
-    `head_starts_right` guessed the right token.
+    `head_starts_right` guessed the right token. `cached_tokens` of the prompt were reused, so that TTFT is that of the
+    others.
     """
 
     token_ids: tuple[int, ...]
@@ -71,6 +72,8 @@ class RunMetrics:
     """The ids of the prompt as the model saw it; empty before the answer's end."""
     steps: tuple[TokenEvent, ...] = ()
     """The steps that the figures were computed from."""
+    cached_tokens: int = 0
+    spot_checks: SpotCheckResult = SpotCheckResult()
 
     @classmethod
     def from_events(cls, events: Iterable[Event], sample: int = 0) -> "RunMetrics | None":
@@ -107,6 +110,8 @@ class RunMetrics:
             head_starts_right=sum(step.head_start is True for step in steps),
             prompt_ids=done.prompt_ids,
             steps=tuple(steps),
+            cached_tokens=done.cached_tokens,
+            spot_checks=done.spot_checks,
         )
 
     @property
@@ -164,6 +169,15 @@ def recovery_sentence(token: int, recovery: Recovery) -> str:
     return (
         f"The trunk at {recovery.lost} was lost at token {token}; {where} in {recovery.seconds:.1f} s, "
         f"with {tokens} replayed."
+    )
+
+
+def mismatch_sentence(found: Mismatch) -> str:
+    """The sentence for people about an answer of the trunk that a spot check found wrong."""
+    start, end = found.layers
+    return (
+        f"Spot check: the trunk's answer at position {found.position} is not that of the layers [{start}, {end}): "
+        f"it is off by {found.error:.1e}, where rounding explains {found.allowed:.1e}."
     )
 
 

@@ -6,8 +6,11 @@ FIRST, SECOND = Run(0.0, [], 1.0, 10.0), Run(1.0, [(2.0, 1)], 10.5, 20.0)
 
 
 def test_a_place_is_read_from_what_the_page_says() -> None:
-    assert place_of("Another visitor's comparison is running. You are number 12 in line; yours starts by itself.") == 12
-    assert place_of("A comparison is running. If you press Compare, yours is number 1 in line") is None
+    assert (
+        place_of("Another visitor's comparison is running. You are number 12 in the queue; yours starts by itself.")
+        == 12
+    )
+    assert place_of("A comparison is running. If you press Compare, yours is number 1 in the queue") is None
 
 
 def test_a_place_is_the_number_of_runs_still_to_come() -> None:

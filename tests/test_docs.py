@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.core import TyperGroup
@@ -33,10 +34,16 @@ def _options() -> dict[str, set[str]]:
     for name, app in PROGRAMS.items():
         top = get_command(app)
         below = top.commands if isinstance(top, TyperGroup) else {}
-        for command, each in {name: top, **below}.items():
-            found[command] = {flag for parameter in each.params for flag in parameter.opts}
-            found[""] |= found[command]
+        found[name] = _own(top)
+        for command, each in below.items():
+            under = each.commands.values() if isinstance(each, TyperGroup) else ()
+            found[command] = _own(each).union(*map(_own, under))
+        found[""] |= found[name].union(*(found[command] for command in below))
     return found
+
+
+def _own(command: Any) -> set[str]:
+    return {flag for parameter in command.params for flag in parameter.opts}
 
 
 OPTIONS = _options()

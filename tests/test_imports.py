@@ -15,12 +15,14 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "runtime",
     "kernels",
-    "checkpoints",
     "models",
+    "checkpoints",
     "wire",
+    "access",
     "kvcache",
     "layers",
     "stages",
+    "scheduling",
     "generation",
     "flags",
     "client",
@@ -30,6 +32,7 @@ ORDER = (
     "reporting",
     "lab",
     "loadtest",
+    "openai_api",
     "cli",
 )
 PROGRAMS = ("server", "ui", "app")

@@ -32,6 +32,7 @@ def answer(stages: splitlearn.Stages) -> list[int]:
 def test_the_public_names_are_these() -> None:
     assert splitlearn.__all__ == [
         "Done",
+        "JsonFormat",
         "SamplingParams",
         "SplitlearnError",
         "Stages",

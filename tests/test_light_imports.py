@@ -11,7 +11,15 @@ from tests.support.children import output_of
 
 COMPUTING = ("torch", "transformers", "numba", "accelerate", "safetensors")
 SHOWING = ("gradio", "plotly", "pandas")
-OF_THE_PAGE = ("ui.page", "ui.compare.tab", "ui.lab.tab", "ui.trunk.tab", "ui.app", "splitlearn.lab.job")
+OF_THE_PAGE = (
+    "ui.page",
+    "ui.api.openai",
+    "ui.compare.tab",
+    "ui.lab.tab",
+    "ui.trunk.tab",
+    "ui.app",
+    "splitlearn.lab.job",
+)
 LIGHT = (
     "server.__main__",
     "splitlearn",

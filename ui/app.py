@@ -1,4 +1,4 @@
-"""From the command line to a running page, and to its orderly end."""
+"""The command `python app.py`: read options and configuration, serve the page, shut down in order."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from splitlearn import address, config
+from splitlearn.access.quota import Accounts
 from splitlearn.arms.startup import Startup
 from splitlearn.checkpoints import catalogue
 from splitlearn.config import Config
@@ -24,7 +25,7 @@ from splitlearn.runtime.terminal import say
 from ui import login as page_login
 from ui.login import Login
 
-# Visitors whose choices Gradio remembers.
+# Visitors whose state Gradio keeps.
 MOST_STATES = 256
 NAME = "python app.py"
 
@@ -34,7 +35,7 @@ app = command_line.program(add_completion=False)
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says: None for what it leaves to the settings."""
+    """Command-line options. None leaves the value to the configuration."""
 
     config: Path | None
     host: str | None
@@ -46,7 +47,7 @@ class Options:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve the page until told to stop. Returns the exit status: 2 when it cannot start as asked."""
+    """Serve the page until interrupted. Returns the exit status: 2 if it cannot start."""
     try:
         return command_line.run(app, arguments, NAME)
     except (SplitlearnError, OSError) as error:
@@ -70,7 +71,7 @@ def _page_command(
     allow_open: Annotated[
         bool | None,
         typer.Option(
-            "--allow-open", help="listen beyond loopback without a login: whoever reaches the port uses the page"
+            "--allow-open", help="listen beyond loopback without a login: anyone who reaches the port can use the page"
         ),
     ] = None,
     share: Annotated[bool | None, typer.Option("--share", help="ask for a public link; demands a login")] = None,
@@ -83,25 +84,26 @@ def _page_command(
 
 
 def _start(options: Options) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the program in the same order as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # shuts down in order, as Ctrl-C does
     home.settle()
     settings = _settings(options)
     proxies.settle(settings.ui.host)
     login = page_login.login(settings.ui.auth, settings.ui.share, options.share_without_login)
     page_login.check_open(settings.ui, login)
     _check_mcp(settings.ui.mcp)
+    keys = page_login.api_keys(settings, login)
     port = ports.check("ui.", settings.ui.host, settings.ui.port)
-    _serve(settings, port, login, _repeat(options))
+    _serve(settings, port, login, keys, _repeat(options))
 
 
-def _check_mcp(wanted: bool) -> None:
-    """Raises SetupError where the package for it is not installed."""
-    if wanted and find_spec("mcp") is None:
+def _check_mcp(mcp: bool) -> None:
+    """Raise SetupError if `mcp` is set and its package is not installed."""
+    if mcp and find_spec("mcp") is None:
         raise SetupError("ui.mcp: true needs the package mcp, which is not installed; docs/api.md says how.")
 
 
 def _settings(options: Options) -> Config:
-    """The file's settings with what the command line changes, checked as the file is."""
+    """The file's settings with the command line's changes, validated."""
     settings = config.load(options.config or programs.own_config()).model_dump()
     shared = options.share or options.share_without_login or None
     changes = {"host": options.host, "port": options.port, "allow_open": options.allow_open, "share": shared}
@@ -112,13 +114,13 @@ def _settings(options: Options) -> Config:
 
 
 def _repeat(options: Options) -> list[str]:
-    """The options that the command line needs for the same settings."""
+    """The command-line options for the same settings."""
     given = {"--config": options.config, "--trunk": options.trunk}
     return [word for name, value in given.items() if value is not None for word in (name, str(value))]
 
 
-def _serve(settings: Config, port: int, login: Login, repeat: list[str]) -> None:
-    """Launch the page and stay until interrupted. The model, the trunk and both arms are loaded in the background."""
+def _serve(settings: Config, port: int, login: Login, keys: Accounts | None, repeat: list[str]) -> None:
+    """Serve the page until interrupted. Model, trunk and both arms load in the background."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     check(settings.flags)
     files = catalogue.find(settings.model)
@@ -127,23 +129,35 @@ def _serve(settings: Config, port: int, login: Login, repeat: list[str]) -> None
     startup = Startup(settings)
     try:
         startup.begin()
-        _page(startup, port, login, repeat)
+        _page(startup, port, login, keys, repeat)
     finally:
         startup.close()
 
 
-def _launch(demo: Any, **options: Any) -> None:
-    """Launch the page. Raises SetupError when its port was taken since it was tried."""
+def launch(demo: Any, url: str, **options: Any) -> None:
+    """Launch the page at `url`. Raises SetupError if its port was taken after the check, or if it does not answer.
+
+    Gradio requests its own page first. If that fails it raises a ValueError or an Exception with "localhost" in its
+    text.
+    """
     try:
         demo.launch(**options)
     except OSError as error:
         raise SetupError(f"ui.port: the page cannot be served ({error}).") from error
+    except Exception as error:
+        if "localhost" not in str(error):
+            raise
+        raise SetupError(
+            f"ui.host: the page on {url} was started, but it did not answer this program in time. Start it again when "
+            "the machine is less busy; if that does not help, see whether a firewall or a proxy is in between."
+        ) from error
 
 
-def _page(startup: Startup, port: int, login: Login, repeat: list[str]) -> None:
+def _page(startup: Startup, port: int, login: Login, keys: Accounts | None, repeat: list[str]) -> None:
     with collector.resting():
         with private_apis.without_stub_files():
             import gradio  # noqa: F401  # before what imports it
+        from ui.api import openai
         from ui.compare.actions import Handlers
         from ui.guard.hosts import Hosts
         from ui.guard.security import guarded
@@ -154,35 +168,40 @@ def _page(startup: Startup, port: int, login: Login, repeat: list[str]) -> None:
     sharing = page_login.Sharing.of(settings.share)
     hosts = Hosts(settings.host, settings.allowed_hosts, sharing)
     with Handlers(startup, repeat) as handlers:
-        # What is in Gradio's own folder is not copied there once more, and goes with this one.
+        # Gradio does not copy files that are already in its folder; and this folder is removed at the end.
         os.environ["GRADIO_TEMP_DIR"] = str(handlers.downloads.folder)
         demo = blocks(handlers, sharing)
-        _launch(
+        url = address.url(settings.host, port)
+        api = None if keys is None else openai.application(handlers, hosts, keys)
+        launch(
             demo,
+            url,
             server_name=f"[{settings.host}]" if ":" in settings.host else settings.host,
             server_port=port,
             auth=login,
-            share=False,  # the link is asked for by ui/login.py; None would let GRADIO_SHARE open one without a login
+            share=False,  # ui/login.py requests the link; None would let GRADIO_SHARE open one without a login
             theme=THEME,
             css=CSS,
             prevent_thread_lock=True,
             quiet=True,
-            app_kwargs={"lifespan": guarded(hosts)},
+            app_kwargs={"lifespan": guarded(hosts, api)},
             state_session_capacity=MOST_STATES,
-            max_file_size=1,  # of uploads, which are refused before it counts
+            max_file_size=1,  # of uploads, which the guard refuses before
             enable_monitoring=False,
             root_path=settings.root_path,
             mcp_server=settings.mcp,
-            num_workers=0,  # processes that would serve files on ports of their own
+            num_workers=0,  # else processes serve files on their own ports
             footer_links=[],
             run_history=False,
             ssr_mode=False,
         )
-        demo.server.config.encoded_headers.clear()  # which program serves it
+        demo.server.config.encoded_headers.clear()  # they name the server program
         if settings.mcp:
             private_apis.mcp_calls_as(demo, login)
         try:
-            say(f"The page is on {address.url(settings.host, port)}")
+            say(f"The page is on {url}")
+            if api is not None:
+                say(f"The OpenAI protocol is on {url}/v1")
             if settings.share:
                 page_login.open_link(demo, sharing)
             threading.Event().wait()

@@ -1,10 +1,10 @@
-"""Figures as people read them."""
+"""Format figures for people."""
 
 MISSING = "\N{EN DASH}"
 
 
 def seconds(value: float | None) -> str:
-    """Milliseconds below one second, seconds from there on."""
+    """Milliseconds below one second, else seconds."""
     if value is None:
         return MISSING
     if value < 0.1:

@@ -1,4 +1,4 @@
-"""Pieces of HTML that every tab uses. Texts given to them are escaped here; what is called `cells` is HTML already."""
+"""HTML pieces for all tabs. Texts are escaped here, unless a docstring calls a parameter HTML."""
 
 import re
 from collections.abc import Iterable
@@ -6,14 +6,19 @@ from html import escape
 
 
 def error(message: str) -> str:
-    """The box that says what is wrong; empty when nothing is."""
+    """An error box; empty without a message."""
     return f'<div class="sl-error" role="alert">{escape(message)}</div>' if message else ""
 
 
 def note(message: str) -> str:
-    """Something a visitor should know; empty when there is nothing."""
+    """A note box, with links for addresses; empty without a message."""
     linked = re.sub(r"https?://[^\s<]+", lambda url: f'<a href="{url[0]}">{url[0]}</a>', escape(message))
     return f'<div class="sl-note" role="status">{linked}</div>' if message else ""
+
+
+def status(text: str) -> str:
+    """A live region. It is there before it has text, so that screen readers announce its changes."""
+    return f'<p class="sl-status" role="status" aria-live="polite">{escape(text)}</p>'
 
 
 def small(text: str) -> str:
@@ -22,9 +27,9 @@ def small(text: str) -> str:
 
 
 def term(name: str, definition: str, where: str) -> str:
-    """A word with its definition, which shows under a pointer, a finger or the keyboard's focus.
+    """A word with its definition as a tooltip for pointer, touch and keyboard.
 
-    `where` tells apart the same word in two places of the page.
+    `where` makes its id unique if the word is on the page twice.
     """
     key = re.sub(r"\W+", "-", f"tip-{where}-{name}".lower())
     return (
@@ -34,12 +39,12 @@ def term(name: str, definition: str, where: str) -> str:
 
 
 def tile(name: str, value: str, definition: str, where: str, style: str = "") -> str:
-    """A figure with its name, whose definition is within reach. `value` is HTML."""
+    """A figure with its name, which has a tooltip. `value` is HTML."""
     return f'<div class="{style}"><dt>{term(name, definition, where)}</dt><dd>{value}</dd></div>'
 
 
 def table(head: str, rows: Iterable[Iterable[str]], name: str) -> str:
-    """A table that scrolls inside its own box; the first of each row's cells is its header. Cells are HTML."""
+    """A table that scrolls in its own box. The first cell of a row is its header. Cells are HTML."""
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
     )
@@ -50,11 +55,11 @@ def table(head: str, rows: Iterable[Iterable[str]], name: str) -> str:
 
 
 def head_row(*cells: str) -> str:
-    """One line of column headers."""
+    """A row of column headers. Cells are HTML."""
     listed = "".join(f'<th scope="col">{cell}</th>' for cell in cells)
     return f"<tr>{listed}</tr>"
 
 
 def folded(name: str, inner: str, style: str = "") -> str:
-    """`inner`, which is HTML, behind a line that opens it; empty when there is nothing to show."""
+    """A collapsed block; empty without `inner`, which is HTML."""
     return f'<details class="{style}"><summary>{escape(name)}</summary>{inner}</details>' if inner else ""

@@ -1,4 +1,4 @@
-"""From what was typed on the page to a request. The library checks values; here text only becomes numbers."""
+"""Parse the page's fields into requests. Here text only becomes numbers; the library checks the values."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,8 @@ PAIRS = 20
 
 
 def request(typed: Mapping[str, object]) -> GenerationRequest:
-    """The request for the fields of the page. Raises InputError that names the first field that cannot be used."""
+    """The request for the page's fields; the prompt is a text, or messages. Raises InputError, which names the first
+    invalid field."""
     sampling = SamplingParams(
         temperature=decimal("temperature", typed["temperature"]),
         top_k=whole("top_k", typed["top_k"]),
@@ -28,7 +29,7 @@ def request(typed: Mapping[str, object]) -> GenerationRequest:
         seed=whole("seed", typed["seed"]),
     )
     return GenerationRequest(
-        prompt=str(typed["prompt"] or ""),
+        prompt=prompt if isinstance(prompt := typed["prompt"] or "", tuple) else str(prompt),
         max_new_tokens=whole("max_new_tokens", typed["max_new_tokens"]),
         chat=chat(str(typed["form"])),
         ignore_eos=bool(typed["ignore_eos"]),
@@ -39,7 +40,7 @@ def request(typed: Mapping[str, object]) -> GenerationRequest:
 
 
 def _stops(typed: object) -> tuple[str, ...]:
-    """The stop strings: a list, or one on each line of a field."""
+    """The stop strings: a list, or the lines of a text."""
     return tuple(typed) if isinstance(typed, list) else tuple(line for line in str(typed or "").splitlines() if line)
 
 
@@ -59,24 +60,24 @@ RAW, CHAT = "raw", "chat"
 
 
 def forms(templates: Sequence[str]) -> list[tuple[str, str]]:
-    """The ways to give a prompt to a model with these chat templates: each with its label and its value."""
+    """The choices of "Prompt as" for a model with these chat templates: label and value."""
     usual = [("Chat template, where the model has one", CHAT)] if not templates or DEFAULT in templates else []
     named = [(f"Chat template {name}", f"{CHAT}:{name}") for name in templates if name != DEFAULT]
     return [*usual, *named, ("Raw prompt", RAW)]
 
 
 def form(chat: bool | str) -> str:
-    """The value of the form that stands for `generation.chat`."""
+    """The choice for a value of `generation.chat`."""
     return f"{CHAT}:{chat}" if isinstance(chat, str) and chat != DEFAULT else CHAT if chat else RAW
 
 
 def chat(form: str) -> bool | str:
-    """What a form's value means for a request."""
+    """The `chat` of a request for a choice."""
     return form.removeprefix(f"{CHAT}:") if form.startswith(f"{CHAT}:") else form == CHAT
 
 
 def at_first(settings: GenerationConfig) -> dict[str, str]:
-    """What the number fields hold when the page opens."""
+    """Initial values of the number fields."""
     usual = SamplingParams()
     return {
         "max_new_tokens": str(settings.max_new_tokens),
@@ -98,15 +99,15 @@ def whole(field: str, typed: object) -> int:
 
 
 def decimal(field: str, typed: object) -> float:
-    """`typed` as a number; a decimal comma is understood."""
+    """`typed` as a number. A decimal comma is accepted."""
     try:
         return float(str(typed).strip().replace(",", "."))
     except ValueError:
         raise InputError(field, typed, "a number") from None
 
 
-def asked(typed: Mapping[str, Any], flags: str, prompt: str) -> ExperimentRequest:
-    """The experiment for the fields of the Lab tab; without prompts of its own it takes the page's `prompt`."""
+def experiment(typed: Mapping[str, Any], flags: str, prompt: str) -> ExperimentRequest:
+    """The experiment for the Lab tab's fields. Without prompts there it uses the page's `prompt`."""
     lines = (typed["prompts"] or "").strip() or prompt
     prompts = tuple(line.strip() for line in lines.splitlines() if line.strip())
     if not 1 <= len(prompts) <= PROMPTS_LIMIT:
@@ -125,7 +126,7 @@ def asked(typed: Mapping[str, Any], flags: str, prompt: str) -> ExperimentReques
 
 
 def lab_at_first(settings: GenerationConfig) -> dict[str, str]:
-    """What the text fields of the Lab tab hold when the page opens."""
+    """Initial values of the Lab tab's text fields."""
     usual = ServiceLevel()
     return {
         "minutes": f"{MINUTES:g}",
@@ -140,13 +141,13 @@ def lab_at_first(settings: GenerationConfig) -> dict[str, str]:
 
 
 def service_level(typed: Mapping[str, Any]) -> ServiceLevel:
-    """The thresholds that were typed."""
+    """The service level for the typed thresholds."""
     ttft_ms, decode_tps = (_above_zero(name, typed[name]) for name in ("ttft_ms", "decode_tps"))
     return ServiceLevel(ttft_ms / 1e3, decode_tps)
 
 
 def _above_zero(field: str, typed: object) -> float:
     value = decimal(field, typed)
-    if not 0 < value < math.inf:  # here, too: on the page the unit and the name are others
+    if not 0 < value < math.inf:  # here, since on the page the unit and the name differ
         raise InputError(field, typed, "a number above 0")
     return value

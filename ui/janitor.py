@@ -1,4 +1,4 @@
-"""What Gradio keeps for visitors for as long as it runs, bounded from outside.
+"""Bound what Gradio would keep for visitors as long as it runs.
 
 Private parts of Gradio's queue and application are used here and in ui/guard/security.py, and nowhere else.
 """
@@ -13,11 +13,11 @@ from splitlearn.runtime import private_apis
 EVERY_S = 15.0
 MOST_LOGINS = 256
 Unread = Mapping[str, frozenset[str]]
-"""The sessions whose answers nobody reads now, each with its calls that have no answer yet."""
+"""Sessions whose answers nobody reads now, each with its unanswered calls."""
 
 
 async def tidy(app: Any, reading: Container[str]) -> None:
-    """Sweep every EVERY_S seconds, for ever."""
+    """Sweep every EVERY_S seconds, forever."""
     unread: Unread = {}
     while True:
         await asyncio.sleep(EVERY_S)
@@ -25,9 +25,11 @@ async def tidy(app: Any, reading: Container[str]) -> None:
 
 
 async def sweep(app: Any, reading: Container[str], before: Unread) -> Unread:
-    """Drop the answers and the waiting calls of sessions that nobody reads, now and `before`, and that have asked for
-    nothing since: a page reads only while it waits, and begins to a moment after it has asked. Drop the oldest logins,
-    too, and the names of files that are gone. Gives the sessions that nobody reads now."""
+    """Drop answers and waiting calls of sessions that nobody reads, the oldest logins, and names of removed files.
+
+    A session is dropped if it was unread in `before`, too, and made no new calls since: a page reads only while it
+    waits, and starts a moment after its call. Returns the sessions that are unread now.
+    """
     queue = private_apis.page_queue(app.get_blocks())
     unread = {
         session: frozenset(queue.pending_event_ids_session.get(session, ()))

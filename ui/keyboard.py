@@ -1,6 +1,6 @@
-"""What Gradio's tabs and accordions lack for the keyboard and for screen readers, as a script that runs once a page.
+"""A script that adds keyboard and screen-reader support to Gradio's tabs and accordions. It runs once a page.
 
-Arrow keys, Home and End go from tab to tab, and Tab stops once at the tabs (ARIA Authoring Practices, "Tabs"). An
+Arrow keys, Home and End move between tabs, and Tab stops once at the tabs (ARIA Authoring Practices, "Tabs"). An
 accordion's button says whether it is open (`aria-expanded`). Gradio runs the script as it runs its own.
 """
 

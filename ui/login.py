@@ -1,7 +1,7 @@
-"""Who may see the page, and from where: the login, and the public link through Gradio's tunnel.
+"""Access to the page: the login, and the public link through Gradio's tunnel.
 
-The link is asked for beside the page, not before it, and is given up after TIMEOUT_S: Gradio itself can wait for more
-than a minute, and for ever on a tunnel client that says nothing. The local page works meanwhile and afterwards.
+The link is requested while the page already runs, and given up after TIMEOUT_S: Gradio itself can wait for more than a
+minute, and for ever on a tunnel client that sends nothing. The local page works in any case.
 """
 
 import os
@@ -14,8 +14,9 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from splitlearn.access.quota import Accounts
 from splitlearn.address import is_loopback
-from splitlearn.config import UiConfig
+from splitlearn.config import Config, UiConfig
 from splitlearn.errors import SetupError
 from splitlearn.runtime.terminal import say
 
@@ -23,7 +24,7 @@ TIMEOUT_S = 30.0
 State = Literal["off", "asked", "open", "failed"]
 Login = tuple[str, str] | None
 SHORTEST = 12
-# What is left of a password without what anybody tries first.
+# Shortest rest of a password without FIRST_TRIES and repetitions.
 SHORTEST_REST = 8
 FIRST_TRIES = (
     "password",
@@ -41,29 +42,29 @@ FIRST_TRIES = (
 
 @dataclass
 class Sharing:
-    """Where the public link stands; written by the thread that asks for it, read by every page that is opened."""
+    """State of the public link. The thread that requests it writes, every open page reads."""
 
     state: State = "off"
     message: str = ""
     host: str = ""
 
     @classmethod
-    def of(cls, wanted: bool) -> "Sharing":
-        """How it stands when the page starts."""
-        return cls("asked", "Asking Gradio's tunnel service for a public link.") if wanted else cls()
+    def of(cls, share: bool) -> "Sharing":
+        """The state when the page starts."""
+        return cls("asked", "Asking Gradio's tunnel service for a public link.") if share else cls()
 
 
 def login(variable: str, share: bool, without_login: bool) -> Login:
-    """The user and password that the environment variable holds; None when there is no login.
+    """User and password from the environment variable; None if there is no login.
 
-    Raises SetupError when what it holds is no `user:password`, when a page is to be shared without a login, and when
-    its password is easy to guess.
+    Raises SetupError if it is not `user:password`, if the page is to be shared without a login, or if the password of a
+    shared page is easy to guess.
     """
-    held = os.environ.get(variable, "")
-    user, colon, password = held.partition(":")
-    if held and not (user and colon and password):
+    value = os.environ.get(variable, "")
+    user, colon, password = value.partition(":")
+    if value and not (user and colon and password):
         raise SetupError(f"{variable} (ui.auth): expected user:password, both of them not empty.")
-    if held:
+    if value:
         if share and not without_login:
             _check_password(variable, user, password)
         return user, password
@@ -77,7 +78,7 @@ def login(variable: str, share: bool, without_login: bool) -> Login:
 
 
 def check_open(settings: UiConfig, known: Login) -> None:
-    """Raises SetupError for a page that others reach without a login, or with a password that is easy to guess."""
+    """Raise SetupError if other machines reach the page without a login, or with a password that is easy to guess."""
     if settings.allow_open or is_loopback(settings.host):
         return
     if known is None:
@@ -89,8 +90,24 @@ def check_open(settings: UiConfig, known: Login) -> None:
     _check_password(settings.auth, *known)
 
 
+def api_keys(settings: Config, known: Login) -> Accounts | None:
+    """The keys of the endpoint under the page's port; None if there is none (`ui.api`).
+
+    Raises SetupError if there are no keys and others reach the page, or it has a login.
+    """
+    ui, file = settings.ui, settings.api.tokens
+    if not ui.api:
+        return None
+    if file is None and (known or ui.share or not (ui.allow_open or is_loopback(ui.host))):
+        raise SetupError(
+            "ui.api: the page has a login, or others reach it, and api.tokens is not set. Set it to a file of API keys "
+            "(docs/openai-api.md), or leave ui.api out."
+        )
+    return Accounts.read(file, "api.tokens")
+
+
 def _check_password(variable: str, user: str, password: str) -> None:
-    """Raises SetupError, without the password, for one that is easy to guess."""
+    """Raise SetupError for a password that is easy to guess. The error does not contain it."""
     rest = password.lower()
     for word in (user.lower(), user.lower()[::-1], *FIRST_TRIES):
         rest = rest.replace(word, "")
@@ -110,7 +127,7 @@ def _example() -> str:
 
 
 def open_link(demo: Any, sharing: Sharing, timeout_s: float = TIMEOUT_S) -> None:
-    """Ask for a public link to the launched page `demo`; one message on the terminal says how it ended."""
+    """Request a public link to the launched page `demo`, and print the outcome."""
     answers: SimpleQueue[str | Exception] = SimpleQueue()
     given_up = threading.Event()
     threading.Thread(target=_ask, args=(demo, answers, given_up), daemon=True).start()
@@ -132,14 +149,14 @@ def open_link(demo: Any, sharing: Sharing, timeout_s: float = TIMEOUT_S) -> None
 
 
 def _ask(demo: Any, answers: "SimpleQueue[str | Exception]", given_up: threading.Event) -> None:
-    from gradio import networking, tunneling  # here, so that a wrong configuration is found before Gradio is imported
+    from gradio import networking, tunneling  # here, so that a wrong configuration fails before Gradio is imported
 
-    # launch(share=True) does this, too, but blocks, prints advice of its own, and says nothing to the page.
+    # launch(share=True) does this, too, but blocks, prints its own advice, and tells the page nothing.
     try:
         host, service = demo.server_name.strip("[]"), networking.GRADIO_SHARE_SERVER_ADDRESS
         answers.put(networking.setup_tunnel(host, demo.server_port, demo.share_token, service, None))
-    except Exception as error:  # whatever Gradio, httpx, the file system or the tunnel client raise
+    except Exception as error:  # of Gradio, httpx, the file system or the tunnel client
         answers.put(error)
-    if given_up.is_set():  # nobody was told of a link, so there must be none
+    if given_up.is_set():  # the caller reported no link, so there must be none
         for tunnel in list(tunneling.CURRENT_TUNNELS):
             tunnel.kill()

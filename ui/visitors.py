@@ -1,7 +1,7 @@
-"""What the page keeps for a visitor, and drops when she leaves.
+"""State of each visitor: her stop signal and downloads. It is dropped when she leaves.
 
-A visitor is one open page. She is known by the session hash that her browser makes up: text from outside, so that it is
-a key of bounded tables here and never part of a path. Every folder has a name that is made here.
+A visitor is one open page, identified by the session hash that her browser makes up. That is untrusted text: it is only
+a key of bounded tables here, and never part of a path.
 """
 
 import os
@@ -27,20 +27,20 @@ CLOCK_S = 5.0
 
 
 class LeastRecent(Generic[Value]):
-    """A table of at most `most` values. The one that was not used for the longest time goes first, by `drop`."""
+    """A table of at most `most` values. The least recently used one is evicted, by `drop`."""
 
     def __init__(self, most: int, drop: Callable[[Value], None] = lambda _: None) -> None:
         self._most, self._drop = most, drop
         self._values: OrderedDict[str, Value] = OrderedDict()
 
     def get(self, key: str) -> Value | None:
-        """The value of `key`, which counts as a use; None where there is none."""
+        """The value of `key`, or None. Counts as a use."""
         if key in self._values:
             self._values.move_to_end(key)
         return self._values.get(key)
 
     def put(self, key: str, value: Value) -> None:
-        """Keep `value` in the place of what `key` had."""
+        """Set the value of `key`."""
         self.forget(key)
         self._values[key] = value
         while len(self._values) > self._most:
@@ -53,72 +53,21 @@ class LeastRecent(Generic[Value]):
 
 
 def visitor(request: Request) -> str:
-    """What tells one open page from another."""
+    """The key of one open page."""
     return str(request.session_hash)
 
 
-class Line:
-    """Who runs and who waits, in order: Gradio runs the calls of all visitors one after the other, first come first."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._visitors: list[str] = []
-
-    def join(self, visitor: str) -> int:
-        """Stand at the end, where the visitor does not stand yet. Returns her place: 0 runs, 1 is next."""
-        with self._lock:
-            if visitor not in self._visitors:
-                self._visitors.append(visitor)
-            return self._visitors.index(visitor)
-
-    @contextmanager
-    def turn(self, visitor: str) -> Iterator[None]:
-        """Stand before all others, and leave at the end: Gradio gave the turn to `visitor`, whoever joined before."""
-        with self._lock:
-            self._visitors = [visitor, *(other for other in self._visitors if other != visitor)]
-        try:
-            yield
-        finally:
-            self.leave(visitor)
-
-    def leave(self, visitor: str) -> None:
-        """The visitor's run has ended, or she has left."""
-        with self._lock:
-            if visitor in self._visitors:
-                self._visitors.remove(visitor)
-
-    @property
-    def taken(self) -> bool:
-        """Whether anybody runs or waits."""
-        return bool(self._visitors)
-
-    def has(self, visitor: str) -> bool:
-        """Whether the visitor runs or waits."""
-        with self._lock:
-            return visitor in self._visitors
-
-    def others(self, visitor: str) -> int:
-        """How many visitors are in the line besides `visitor`."""
-        with self._lock:
-            return sum(each != visitor for each in self._visitors)
-
-    def place(self, visitor: str) -> int:
-        """The place of `visitor`; 0 for one who does not wait."""
-        with self._lock:
-            return self._visitors.index(visitor) if visitor in self._visitors else 0
-
-
 class Stops:
-    """One stop signal for each visitor: the same one for all her runs, also for those that wait."""
+    """One stop signal per visitor, for all her runs, also those that wait."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # A run holds its signal, so that it is found for as long as the run lasts, whoever else comes meanwhile.
+        # Weak: a run holds its signal, which so stays here as long as the run lasts, however many visitors come.
         self._signals: WeakValueDictionary[str, threading.Event] = WeakValueDictionary()
         self._recent: LeastRecent[threading.Event] = LeastRecent(MOST_SIGNALS)
 
     def begin(self, visitor: str) -> None:
-        """A run was asked for: what was stopped before does not stop it."""
+        """Clear the signal for a new run."""
         self.signal(visitor).clear()
 
     def signal(self, visitor: str) -> threading.Event:
@@ -130,20 +79,20 @@ class Stops:
             return signal
 
     def stop(self, visitor: str) -> None:
-        """End the run of `visitor`, if there is one, and any that waits."""
+        """Stop all runs of `visitor`."""
         self.signal(visitor).set()
 
     def stop_all(self) -> None:
-        """End every run."""
+        """Stop the runs of all visitors."""
         for signal in list(self._signals.values()):
             signal.set()
 
 
 class Downloads:
-    """A folder for each visitor who has opened something to download, for the last MOST_FOLDERS of them.
+    """A folder of downloads per visitor, for the last MOST_FOLDERS of them.
 
-    Use as a context: all of it is below `folder`, which is removed at the end. What a run of the program left that was
-    killed is removed by the next one.
+    A context manager: all are in `folder`, which is removed at the end. Folders of a program that was killed are
+    removed by the next one.
     """
 
     def __init__(self) -> None:
@@ -158,26 +107,32 @@ class Downloads:
     def __exit__(self, *_: object) -> None:
         _remove(self.folder)
 
-    def fresh(self, visitor: str) -> Path:
-        """An empty folder for `visitor`; what she had before is removed."""
+    @contextmanager
+    def fresh(self, visitor: str) -> Iterator[Path]:
+        """An empty folder for `visitor`, to be written in a `with` block. At its end it replaces her last one.
+
+        Not before: if she leaves meanwhile, her folder is removed, but not the one that is being written.
+        """
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        with self._lock:
-            self._folders.put(visitor, folder)
-        return folder
+        try:
+            yield folder
+        finally:
+            with self._lock:
+                self._folders.put(visitor, folder)
 
     def forget(self, visitor: str) -> None:
-        """The visitor has left: remove what is hers."""
+        """Remove the folder of `visitor`."""
         with self._lock:
             self._folders.forget(visitor)
 
 
 def _identity(process: psutil.Process) -> str:
-    """A process, also when its number is given to another one later."""
+    """Identifies a process even if its pid is reused."""
     return f"{process.pid}-{round(process.create_time())}"
 
 
 def _remove_leftovers() -> None:
-    """Remove the folders of this user whose process has ended. Their names say which process that is."""
+    """Remove this user's folders whose process, which their names identify, has ended."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         pid, made, *_ = (*folder.name.removeprefix(PREFIX).split("-"), "", "")
         if pid.isdecimal() and made.isdecimal() and _is_own(folder) and not _runs(int(pid), int(made)):
@@ -192,7 +147,7 @@ def _is_own(folder: Path) -> bool:
 
 
 def _runs(pid: int, made: int) -> bool:
-    """Whether the process that began at `made` runs. That is counted from the boot, whose time may be mended."""
+    """Whether the process started at `made` still runs. Start times may shift when the clock is adjusted."""
     try:
         return abs(psutil.Process(pid).create_time() - made) < CLOCK_S
     except psutil.NoSuchProcess:

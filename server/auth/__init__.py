@@ -1,1 +1,1 @@
-"""Who may come in: TLS, tokens, quotas."""
+"""Access control: TLS, tokens, quotas."""

@@ -9,6 +9,7 @@ import transformers
 
 from server.build import TrunkRuntime
 from server.monitoring.metrics import Metrics
+from server.monitoring.prefix_metrics import PrefixCollector
 from server.variants import Variants
 from splitlearn import address
 from splitlearn.config import ServerConfig
@@ -18,7 +19,7 @@ from splitlearn.wire import PROTOCOL
 
 
 def connect(runtime: TrunkRuntime, variants: Variants, limits: ServerConfig) -> None:
-    """Connect the gauges to the runtime, and set the build info."""
+    """Connect the gauges to the runtime and set the build info."""
     engine, admission = runtime.engine, runtime.admission
     runtime.metrics.show(
         {
@@ -31,12 +32,13 @@ def connect(runtime: TrunkRuntime, variants: Variants, limits: ServerConfig) -> 
             "kv_blocks_used": lambda: admission.pool.blocks_used,
             "kv_blocks": lambda: admission.pool.n_blocks,
         },
-        what(runtime),
+        build_info(runtime),
     )
+    runtime.metrics.registry.register(PrefixCollector(lambda: runtime.prefixes.store))
 
 
-def what(runtime: TrunkRuntime) -> dict[str, str]:
-    """The build info: what is served, by which versions."""
+def build_info(runtime: TrunkRuntime) -> dict[str, str]:
+    """What is served, and the versions of what serves it."""
     plan = runtime.plan
     return {
         "model": runtime.files.name,
@@ -52,7 +54,7 @@ def what(runtime: TrunkRuntime) -> dict[str, str]:
 
 
 def listen(metrics: Metrics, settings: ServerConfig) -> str | None:
-    """Serve the metrics over HTTP; the address, None without a port. Raises SetupError when it cannot listen."""
+    """Serve the metrics over HTTP. Returns the address, None without a port. Raises SetupError if it cannot listen."""
     if settings.metrics_port is None:
         return None
     host = settings.metrics_host

@@ -11,7 +11,7 @@ from splitlearn.flags.here import here
 from splitlearn.flags.registry import Place
 from splitlearn.generation.tokenizer import Tokens, python_tokenizer_available
 from splitlearn.kvcache.architecture import build, kv_values, shapes_of_architecture
-from splitlearn.models.structure import no_truncation
+from splitlearn.models.structure import no_prefixes, no_truncation
 from splitlearn.runtime.device import resolve
 from splitlearn.wire.codec import DTYPES
 
@@ -49,6 +49,7 @@ def place_of(question: Question) -> Place:
         here(str(resolve(question.device)), question.dtype),
         no_python_tokenizer=python_tokenizer_available(folder),
         no_truncation=no_truncation(read_config(folder)),
+        no_prefixes=no_prefixes(read_config(folder)),
     )
     if question.draft is None:
         return place

@@ -221,6 +221,7 @@ def arm_as_json(report: ArmReport) -> dict[str, Any]:
         "text": metrics.text,
         "finish_reason": metrics.finish_reason,
         "prompt_tokens": metrics.prompt_tokens,
+        "cached_tokens": metrics.cached_tokens,
         "n_tokens": metrics.n_tokens,
         "ttft_s": metrics.ttft_s,
         "tpot_s": metrics.tpot_s,
@@ -287,7 +288,7 @@ def _difference(found: Difference | None) -> dict[str, float] | None:
 def _run(report: ArmReport) -> dict[str, float | None]:
     metrics = report.metrics
     times = {"ttft_s": metrics.ttft_s, "tpot_s": metrics.tpot_s, "e2el_s": metrics.e2el_s}
-    return {**times, "recoveries": _recoveries(report)}
+    return {**times, "recoveries": _recoveries(report), "failed_spot_checks": len(report.spot_checks.mismatches)}
 
 
 def _recoveries(report: ArmReport) -> int:
@@ -318,6 +319,7 @@ def _trunk_as_json(report: ArmReport) -> dict[str, Any]:
         "head_starts": metrics.head_starts,
         "head_starts_right": metrics.head_starts_right,
         "kv_shipped_bytes": report.kv_shipped_bytes,
+        "spot_checks": asdict(report.spot_checks),
         "recoveries": [{"token": token, **asdict(recovery)} for token, recovery in metrics.recoveries],
         "trunk_address": report.trunk_address,
         "trunk_peak_rss_bytes": trunk.peak_rss_bytes if trunk else 0,

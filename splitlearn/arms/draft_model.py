@@ -4,6 +4,7 @@ A draft takes time, so each is computed only when it is asked for. Drafts are ve
 never change an answer, so the weights are in 4 bits wherever there are kernels for that.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import overload
@@ -42,18 +43,22 @@ def load(files: ModelFiles, placement: Placement) -> tuple[Callable[[], "DraftMo
     loaded = loading.load(files, loading.full_specs(files.n_layers), own.load, placement)
     size = Tokens.load(files.folder, use_fast=True).size
     longest = files.facts.context_length or LONGEST
-    return partial(DraftModel, loaded.stages[0], own.session, size, longest), loaded.load_s
+    make = partial(DraftModel, loaded.stages[0], threading.Lock(), own.session, size, longest)
+    return make, loaded.load_s
 
 
 class DraftModel:
     """The proposer of one answer: it drafts the draft model's own greedy continuation of the answer so far.
 
-    It keeps a KV cache from step to step. The first `size` logits are tokens. It sees at most `longest` tokens."""
+    It keeps a KV cache from step to step. The first `size` logits are tokens. It sees at most `longest` tokens. Answers
+    that are generated at once share `computing`: the stage computes one step at a time."""
 
     costs = True
 
-    def __init__(self, stage: LocalStage, settings: SessionSettings, size: int, longest: int) -> None:
-        self._stage, self._size, self._longest = stage, size, longest
+    def __init__(
+        self, stage: LocalStage, computing: threading.Lock, settings: SessionSettings, size: int, longest: int
+    ) -> None:
+        self._stage, self._computing, self._size, self._longest = stage, computing, size, longest
         self._session = stage.open(settings, longest)
         self._fed: list[int] = []
         self._rope_length = 0
@@ -89,7 +94,8 @@ class DraftModel:
 
     def _stepped(self, item: StageInput) -> torch.Tensor:
         try:
-            return self._stage.step([item])[0].x
+            with self._computing:
+                return self._stage.step([item])[0].x
         except NotFinite as error:
             raise NotFinite(f"model.draft: {error}") from error
 

@@ -1,6 +1,7 @@
 """The public functions behind `import splitlearn`: stages in this process, and a comparison in processes of its own."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from splitlearn.flags import selection
 from splitlearn.flags.registry import SIDES
 from splitlearn.link.words import parse
 from splitlearn.models.plan import SplitPlan
+from splitlearn.response_format import JsonFormat
 from splitlearn.runtime.progress import silent
 from splitlearn.sampling import SamplingParams
 from splitlearn.stages.base import Stage
@@ -112,14 +114,16 @@ def generate(
     stop: Sequence[str] = (),
     samples: int = 1,
     sampling: SamplingParams | None = None,
+    response_format: JsonFormat | None = None,
 ) -> Iterator[Event]:
     """Generate an answer: a TokenEvent for each step as it comes, then a Done, for each of the `samples`.
 
     Times are seconds since the prompt was given. `chat` applies the model's chat template, or that of several with this
-    name; `sampling` None is greedy. Raises InputError for a request that cannot be used, TrunkError for a trunk that
-    fails. Closing the iterator ends the generation.
+    name; `sampling` None is greedy. `response_format` holds the answer to JSON. Raises InputError for a request that
+    cannot be used, TrunkError for a trunk that fails. Closing the iterator ends the generation.
     """
-    return stages.events(_request(prompt, max_new_tokens, chat, ignore_eos, stop, samples, sampling))
+    request = _request(prompt, max_new_tokens, chat, ignore_eos, stop, samples, sampling)
+    return stages.events(replace(request, response_format=response_format))
 
 
 def compare(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from splitlearn.arms.spec import Kind, Texts
 from splitlearn.client.served import TrunkFacts
-from splitlearn.events import Event, Reconnecting
+from splitlearn.events import Event, Reconnecting, SpotCheckResult
 from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics
 
@@ -36,6 +36,11 @@ class ArmReport:
     def samples(self) -> tuple[RunMetrics, ...]:
         """The figures of every sample."""
         return (self.metrics, *self.others)
+
+    @property
+    def spot_checks(self) -> SpotCheckResult:
+        """Those of every sample."""
+        return SpotCheckResult.of(sample.spot_checks for sample in self.samples)
 
     @property
     def kv_shipped_bytes(self) -> float:

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, replace
 
+from splitlearn.checkpoints.catalogue import with_folder
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.served import Served, TrunkFacts
-from splitlearn.config import Config
-from splitlearn.events import Candidate, GenerationRequest
+from splitlearn.client.served import ServedModel, TrunkFacts
+from splitlearn.config import Config, PrefixCacheConfig
+from splitlearn.errors import SplitlearnError
+from splitlearn.events import Candidate, Event, GenerationRequest
 from splitlearn.events import Kind as Kind
 from splitlearn.flags.registry import SIDES, of_scope
 from splitlearn.flags.selection import FlagSet
@@ -19,7 +21,8 @@ CANCEL = "cancel"
 class ArmSpec:
     """All that a worker needs to know. `device` and `dtype` are torch's names. `addresses` are the trunk's, none for
     the full arm; over an emulated link `via` says where to connect for each of them. `draft` is the draft model, if one
-    is configured. `copy` tells apart workers that are otherwise the same."""
+    is configured. `copy` tells apart workers that are otherwise the same. `kv_bytes` limits the KV memory of
+    generations at once, None to a share of what is free. `verify` is the share of the trunk's answers to check."""
 
     kind: Kind
     files: ModelFiles
@@ -34,6 +37,9 @@ class ArmSpec:
     draft: ModelFiles | None = None
     copy: int = 0
     via: tuple[str, ...] = ()
+    prefix_cache: PrefixCacheConfig = PrefixCacheConfig()
+    kv_bytes: int | None = None
+    verify: float = 0.0
 
     @classmethod
     def of(
@@ -62,6 +68,9 @@ class ArmSpec:
             config.trunk.timeout_s,
             credentials if split else NONE,
             draft,
+            prefix_cache=with_folder(config.prefix_cache, config.model),
+            kv_bytes=config.api.kv_bytes,
+            verify=config.trunk.verify if split else 0.0,
         )
 
     def __hash__(self) -> int:
@@ -72,9 +81,9 @@ class ArmSpec:
         kept = {side: of_scope(self.flags.of(side), "load", "process") for side in SIDES}
         return replace(self, flags=FlagSet(**kept))
 
-    def served(self) -> Served:
+    def served(self) -> ServedModel:
         """What the trunk must serve."""
-        return Served(self.files.name, self.files.digest, self.plan, self.dtype, self.files.facts.hidden_size)
+        return ServedModel(self.files.name, self.files.digest, self.plan, self.dtype, self.files.facts.hidden_size)
 
 
 @dataclass(frozen=True)
@@ -109,10 +118,12 @@ class TokenCandidates:
 @dataclass(frozen=True)
 class Texts:
     """The text of a generation's token ids. `prompt` is what the model saw: runs of text and single control tokens,
-    each with whether it is one. `tokens` has the text of each token alone, for each sample."""
+    each with whether it is one. `tokens` has the text of each token alone, for each sample, and `prompt_tokens` that of
+    the prompt's, as `prompt` has it."""
 
     prompt: tuple[tuple[str, bool], ...] = ()
     tokens: tuple[tuple[str, ...], ...] = ()
+    prompt_tokens: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,3 +134,32 @@ class ArmEnd:
     peak_rss_bytes: int
     trunk: TrunkFacts | None
     texts: Texts = Texts()
+
+
+@dataclass(frozen=True)
+class ServeRequest:
+    """Asks a worker for one of several generations at once. `number` names it in all that is sent about it; `holder` is
+    whom its sessions count for."""
+
+    number: int
+    flags: FlagSet
+    request: GenerationRequest
+    holder: str = ""
+
+
+@dataclass(frozen=True)
+class ServeCancel:
+    """Ends the generation `number`."""
+
+    number: int
+
+
+Served = Event | ArmEnd | SplitlearnError
+
+
+@dataclass(frozen=True)
+class ServedItem:
+    """What the generation `number` gave. An ArmEnd or an error is its last item."""
+
+    number: int
+    item: Served

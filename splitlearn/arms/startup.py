@@ -10,8 +10,9 @@ does not fit into memory is loaded when its turn comes. A part that fails keeps 
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -42,10 +43,11 @@ class Part:
 
 
 class Startup:
-    """Loads what `runs` needs for the configured flags, in the background and at most once at a time."""
+    """Loads what `runs` needs for the configured flags, in the background and at most once at a time. `at_once`: also
+    what it needs to answer several requests at once."""
 
-    def __init__(self, config: Config) -> None:
-        self.runs = Runs(config, self._show)
+    def __init__(self, config: Config, at_once: bool = False) -> None:
+        self.runs, self._at_once = Runs(config, self._show), at_once
         self._console: Progress = silent
         self._parts = dict.fromkeys((MODEL, TRUNK, *ARMS.values()), Part())
         self._stop = threading.Event()
@@ -145,7 +147,10 @@ class Startup:
         flags = runs.flags(words) if kind == "split" else parse(words, runs.availability_here)
         prompt = generation.prompt if generation.prompt.strip() else ANY_PROMPT
         request = GenerationRequest(prompt, generation.max_new_tokens, generation.chat)
-        return runs.warm(kind, flags, request, self._stop)
+        warm = runs.warm(kind, flags, request, self._stop)
+        if warm and self._at_once:  # makes what the first of several requests at once would wait for
+            deque(runs.serve(kind, flags, replace(request, max_new_tokens=1), self._stop), maxlen=0)
+        return warm
 
     def _show(self, step: Step) -> None:
         """What reading the model is at."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from splitlearn.arms.exchange import Exchange
 from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec, CandidatesRequest, TokenCandidates
 from splitlearn.errors import SplitlearnError, WorkerDied
 from splitlearn.events import Event, GenerationRequest, Reconnecting, TokenEvent
@@ -32,13 +33,18 @@ def start(spec: ArmSpec) -> Child:
 @dataclass
 class Worker:
     """A running worker process. `warm` is how many tokens it was warmed up with, by flags and samples. `compile_s` is
-    seconds of compilation so far, by flags."""
+    seconds of compilation so far, by flags. `exchange` is for many generations at once, of which `users` are under way;
+    everything else is for one at a time, while there is none of those."""
 
     child: Child
     ready: ArmReady
     warm: dict[tuple[FlagSet, int], int] = field(default_factory=dict)
     compile_s: dict[FlagSet, float] = field(default_factory=lambda: defaultdict(float))
     ran_at: float = 0.0
+    users: int = 0
+
+    def __post_init__(self) -> None:
+        self.exchange = Exchange(self.child)
 
     @classmethod
     def start(cls, spec: ArmSpec, stop: threading.Event) -> "Worker | None":
@@ -59,8 +65,8 @@ class Worker:
         return self.child.alive()
 
     def idle(self) -> bool:
-        """True: one arm runs at a time, and while it does no worker is evicted."""
-        return True
+        """Whether it answers no requests of `Runs.serve`. While an arm runs alone no worker is evicted."""
+        return not self.users
 
     def stop(self) -> None:
         """End the process."""
@@ -71,7 +77,7 @@ class Worker:
         tokens, key = min(WARM_UP_TOKENS, request.max_new_tokens), (flags, request.samples)
         rested = time.monotonic() - self.ran_at > REST_S
         if rested or tokens > self.warm.get(key, 0):
-            short = replace(request, max_new_tokens=tokens)
+            short = replace(request, max_new_tokens=tokens, kept=False)
             self.compile_s[flags] += compile_seconds(self.generate(flags, short, stop))
             if not stop.is_set():
                 self.warm[key] = tokens
@@ -88,6 +94,8 @@ class Worker:
 
     def _ask(self, message: object, stop: threading.Event) -> Iterator[Any]:
         """What the worker sends for `message`, up to one of ENDS."""
+        if not self.exchange.settle(CANCEL_TIMEOUT_S):
+            self.child.stop()
         self.child.send(message)
         ended = False
         try:

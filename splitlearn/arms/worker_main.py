@@ -7,45 +7,67 @@ sends `Reconnecting` within a step.
 
 import pickle
 from collections import abc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
 
+import torch
+
 from splitlearn.arms import draft_model
-from splitlearn.arms.spec import CANCEL, ArmEnd, ArmReady, ArmSpec, CandidatesRequest, Texts, TokenCandidates
+from splitlearn.arms.serving import Send, Serving, sender
+from splitlearn.arms.spec import (
+    CANCEL,
+    ArmEnd,
+    ArmReady,
+    ArmSpec,
+    CandidatesRequest,
+    ServeCancel,
+    ServedItem,
+    ServeRequest,
+    TokenCandidates,
+)
+from splitlearn.arms.texts import texts_of
 from splitlearn.client.remote_stage import RemoteStage
-from splitlearn.errors import as_error
-from splitlearn.events import Event, GenerationRequest, Reconnecting
-from splitlearn.flags.registry import Settings, settings
+from splitlearn.errors import InputError, as_error
+from splitlearn.events import Event, Reconnecting
+from splitlearn.flags.registry import SIDES, Settings, settings
 from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.candidates import LogitsOf, likeliest, token_at
 from splitlearn.generation.chain import Link
 from splitlearn.generation.forward import Forward
 from splitlearn.generation.generator import Generator
+from splitlearn.generation.prefix_cache import PrefixCache
 from splitlearn.generation.speculation import Proposer
 from splitlearn.generation.tokenizer import Tokens
-from splitlearn.metrics import of_samples
+from splitlearn.kvcache.prefix_files import secret_of, store_of
 from splitlearn.runtime import process
+from splitlearn.scheduling.batching import Batching
 from splitlearn.stages import loading
 from splitlearn.stages.base import Stage
+from splitlearn.stages.layerwise import trunk_layer_by_layer
+from splitlearn.stages.spot_checks import SpotChecks
+from splitlearn.wire.codec import DTYPES
 
 COMPILE_TIMEOUT_S = 1800.0
 """The least timeout for a trunk that compiles. Its first step waits until all layers are compiled, for 26 layers on two
 cores more than two minutes."""
+SHARING = frozenset({"use_cache", "cache=reserved"})
+"""The session flags with which steps share forwards."""
 Watch = Callable[[Reconnecting], None]
 
 
 @dataclass(frozen=True)
 class Arm:
     """A loaded arm. `answers` generates under the flags it was loaded with, `under` makes the generator for others that
-    differ in session flags. `trunk` is its remote trunk, if it has one."""
+    differ in session flags. `trunk` is its remote trunk, if it has one. `serving` makes what runs many at once."""
 
     answers: Generator
     under: Callable[[FlagSet], Generator]
     trunk: RemoteStage | None
     ready: ArmReady
+    serving: Callable[[Send], Serving]
 
 
 def work(connection: Connection, spec: ArmSpec) -> None:
@@ -57,11 +79,15 @@ def work(connection: Connection, spec: ArmSpec) -> None:
         return
     connection.send(arm.ready)
     loading_peak = process.peak_resident_bytes()
+    serving = cache(lambda: arm.serving(sender(connection)))
     while True:
         message = connection.recv()
         if message == CANCEL:  # the generation had ended before it came
             continue
         try:
+            if isinstance(message, ServeRequest | ServeCancel):
+                _serve(message, serving, connection)
+                continue
             if isinstance(message, CandidatesRequest):
                 connection.send(_candidates(arm.under(message.flags), message, connection))
                 continue
@@ -74,9 +100,20 @@ def work(connection: Connection, spec: ArmSpec) -> None:
                 events.append(event)
             peak = max(loading_peak, process.peak_resident_bytes())
             facts = arm.trunk.facts if arm.trunk else None
-            connection.send(ArmEnd(peak, facts, _texts(answers.tokens, events, request)))
+            connection.send(ArmEnd(peak, facts, texts_of(answers.tokens, events, request)))
         except Exception as error:  # the run fails with its cause; the worker goes on
             connection.send(as_error(error, "generating"))
+
+
+def _serve(message: ServeRequest | ServeCancel, serving: Callable[[], Serving], connection: Connection) -> None:
+    """Begin or cancel one of several generations."""
+    try:
+        if isinstance(message, ServeRequest):
+            serving().start(message)
+        else:
+            serving().cancel(message.number)
+    except Exception as error:  # no engine could be made
+        connection.send(ServedItem(message.number, as_error(error, "preparing for many requests")))
 
 
 def load(spec: ArmSpec, watch: Watch = lambda notice: None) -> Arm:
@@ -92,11 +129,23 @@ def load(spec: ArmSpec, watch: Watch = lambda notice: None) -> Arm:
     drafting, draft_load_s = _load_draft(spec)
     ready = ArmReady(loaded.load_s + draft_load_s, loaded.import_rss_bytes - tokenizer_bytes, threads)
 
+    store = store_of(spec.prefix_cache, torch.device(spec.device), _context(spec.loaded(), ""))
+    prefixes = PrefixCache(store, secret_of(spec.prefix_cache), b"")
+
     @cache
     def under(flags: FlagSet) -> Generator:
-        return generator(replace(spec, flags=flags), loaded.chain, trunk, tokens, drafting)
+        return generator(replace(spec, flags=flags), loaded.chain, trunk, tokens, drafting, prefixes)
 
-    return Arm(under(spec.flags), under, trunk, ready)
+    def serving(send: Send) -> Serving:
+        own = open_trunk(spec)  # a lost trunk is nobody's notice here: it would not say whose
+
+        def over(asked: ServeRequest, stages: Sequence[Stage]) -> Generator:
+            return generator(replace(spec, flags=asked.flags), stages, own, tokens, drafting, prefixes, asked.holder)
+
+        usual = settings(_own_flags(spec) | SHARING).session
+        return Serving(Batching.of(loaded.chain, usual, spec.kv_bytes, "api.kv_bytes"), own, over, send)
+
+    return Arm(under(spec.flags), under, trunk, ready, serving)
 
 
 def _until_cancelled(events: abc.Generator[Event, None, None], connection: Connection) -> Iterator[Event]:
@@ -123,17 +172,12 @@ def _candidates(answers: Generator, asked: CandidatesRequest, connection: Connec
     return TokenCandidates(token, likeliest(found[0].row, answers.tokens, asked.also))
 
 
-def _texts(tokens: Tokens, events: Iterable[Event], request: GenerationRequest) -> Texts:
-    """The texts of a generation's ids. They are made here, since the page's process has no tokenizer."""
-    samples = of_samples(events, request.samples)
-    if not samples:
-        return Texts()
-    answers = tuple(tuple(tokens.decode([token]) for token in sample.token_ids) for sample in samples)
-    return Texts(tuple(tokens.pieces(samples[0].prompt_ids)), answers)
-
-
 def _local_settings(spec: ArmSpec) -> Settings:
-    return settings(spec.flags.full if spec.kind == "full" else spec.flags.client)
+    return settings(_own_flags(spec))
+
+
+def _own_flags(spec: ArmSpec) -> frozenset[str]:
+    return spec.flags.full if spec.kind == "full" else spec.flags.client
 
 
 def _specs(spec: ArmSpec) -> list[loading.StageSpec]:
@@ -147,9 +191,24 @@ def open_trunk(spec: ArmSpec, watch: Watch = lambda notice: None) -> RemoteStage
     """The remote trunk's stage, None if the arm has none. A first session connects, and starts a variant if need be."""
     if not spec.addresses:
         return None
-    trunk = RemoteStage(spec.addresses, spec.served(), step_timeout_s(spec), spec.credentials, spec.via, watch)
+    timeout_s, checks = step_timeout_s(spec), _spot_checks(spec)
+    trunk = RemoteStage(spec.addresses, spec.served(), timeout_s, spec.credentials, spec.via, watch, checks)
     trunk.open(settings(spec.flags.trunk).session, max_length=1).close()
     return trunk
+
+
+def _spot_checks(spec: ArmSpec) -> SpotChecks | None:
+    """What checks the trunk's answers, None for nothing. Raises InputError for weights that are not the file's."""
+    if not spec.verify:
+        return None
+    applied, dtype = settings(spec.flags.trunk), DTYPES[spec.dtype]
+    if (applied.load.weight_bits or 32) < 32:
+        expected = "0 with weight_dtype at the trunk: its weights are not the file's"
+        raise InputError("trunk.verify", spec.verify, expected)
+    reference = partial(trunk_layer_by_layer, spec.files, spec.plan, dtype)
+    # A flag of process scope may let the trunk multiply float32 values in bfloat16.
+    least = torch.bfloat16 if applied.process and dtype == torch.float32 else dtype
+    return SpotChecks(spec.verify, spec.plan, reference, least)
 
 
 def step_timeout_s(spec: ArmSpec) -> float:
@@ -180,13 +239,22 @@ def generator(
     trunk: RemoteStage | None,
     tokens: Tokens,
     drafting: Sequence[Callable[[], Proposer]] = (),
+    prefixes: PrefixCache | None = None,
+    holder: str = "",
 ) -> Generator:
     """The decode loop over the arm's local stages. A remote trunk comes after the first stage, the proposers of
-    `drafting` after those of the flags."""
+    `drafting` after those of the flags. `prefixes` are the process's kept ones, of which it sees those of `holder`."""
     local = _local_settings(spec)
     links = [Link(stage, local.session) for stage in stages]
     if trunk is not None:
         links.insert(1, Link(trunk, settings(spec.flags.trunk).session))
     generation = replace(local.generation, proposers=(*local.generation.proposers, *drafting))
     limit = spec.files.facts.context_length
-    return Generator(links, tokens, limit, generation)
+    own = None if prefixes is None else replace(prefixes, context=_context(spec, holder))
+    return Generator(links, tokens, limit, generation, own)
+
+
+def _context(spec: ArmSpec, holder: str) -> bytes:
+    """All that the arm's keys and values depend on besides token ids, and whose they are."""
+    flags = [sorted(spec.flags.of(side)) for side in SIDES]
+    return repr((spec.kind, spec.files.digest, spec.plan, spec.device, spec.dtype, flags, holder)).encode()

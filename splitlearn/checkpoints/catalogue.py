@@ -26,7 +26,7 @@ from platformdirs import user_cache_path
 from splitlearn.checkpoints import convert, download, inspection
 from splitlearn.checkpoints.download import HubSource, PipSource
 from splitlearn.checkpoints.folder import FORMAT, MANIFEST, ModelFiles, open_folder, parameters, seal, source_of
-from splitlearn.config import ModelConfig
+from splitlearn.config import ModelConfig, PrefixCacheConfig
 from splitlearn.errors import InputError, ModelError, did_you_mean
 from splitlearn.runtime.progress import Progress, Step
 
@@ -100,14 +100,17 @@ class ModelStatus:
         }
 
 
-def prepare(model: ModelConfig, progress: Progress) -> ModelFiles:
+def prepare(model: ModelConfig, progress: Progress, *, whole: bool = True) -> ModelFiles:
     """Return the checked files of the configured model; fetch and convert them first if the cache lacks them.
 
-    Raises InputError for a name of no model, ModelUnavailable if it cannot be fetched from here, WeightsDamaged if a
-    cached file has changed, and ModelError if the model cannot be used.
+    Without `whole`, a folder with a slice of the model will do. Raises InputError for a name of no model,
+    ModelUnavailable if it cannot be fetched from here, WeightsDamaged if a cached file has changed, and ModelError if
+    the model cannot be used.
     """
     found = find(model)
     if found is not None:
+        if found.part is not None and whole:
+            raise ModelError(f"{found.folder} has {found.part} of {found.name} alone, and the whole model is needed.")
         return found
     source = _source(model.name)
     target = cache_folder(model) / _folder_name(source, model.name)
@@ -159,6 +162,13 @@ def cache_folder(model: ModelConfig) -> Path:
     except RuntimeError as error:  # the user has no home folder
         raise InputError("model.cache", None, f"a folder ({error}); SPLITLEARN_CACHE names one, too") from error
     return folder.absolute() / f"v{FORMAT}"
+
+
+def with_folder(prefixes: PrefixCacheConfig, model: ModelConfig) -> PrefixCacheConfig:
+    """The same settings with a folder, which is in the cache folder if none is configured."""
+    if prefixes.folder is not None or not prefixes.file_bytes:
+        return prefixes
+    return prefixes.model_copy(update={"folder": cache_folder(model) / "prefixes"})
 
 
 def _source(name: str) -> PipSource | HubSource | Path:

@@ -7,7 +7,7 @@ memory and its output, and in the main thread of a process, where a timer can in
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 
 from splitlearn.errors import InputError, ModelError
+from splitlearn.events import Message
+from splitlearn.tools import Tool, json_object
 
 DEFAULT = "default"
 INSTEAD = "Without a chat template: generation.chat false, --raw, or Raw prompt on the page"
@@ -23,6 +25,8 @@ MEMORY_BYTES = 256 << 20
 # The most characters that a template may add to the prompt, and how often it may repeat it.
 _MOST_CHARACTERS, _MOST_COPIES = 1_000_000, 4
 _EXCERPT = 60
+# Limits are the process's. Of two threads that set them at once, the later could take the other's for what was before.
+_LIMITING = threading.Lock()
 
 
 class TemplateFailed(Exception):
@@ -61,38 +65,21 @@ def check(tokenizer: Any, template: str) -> None:
 
     Templates for messages in parts, such as text and images, often do.
     """
-    one, other = (render(tokenizer, template, prompt) for prompt in ("Hello", "World"))
+    one, other = (render(tokenizer, template, [Message("user", prompt)]) for prompt in ("Hello", "World"))
     if one == other:
         raise TemplateFailed("leaves the prompt's text out")
 
 
-def render(tokenizer: Any, template: str, prompt: str) -> str:
-    """Render a conversation with the one message `prompt`, followed by the header of an answer.
+def render(
+    tokenizer: Any, template: str, conversation: Sequence[Message], tools: Sequence[Tool] = (), header: bool = True
+) -> str:
+    """Render `tools` and `conversation`, followed by the `header` of an answer.
 
-    As in transformers, control tokens in the prompt count as control tokens. Raises TemplateFailed.
+    As in transformers, control tokens in a message count as control tokens. Raises TemplateFailed.
     """
-    from jinja2 import TemplateSyntaxError
-
-    messages = [{"role": "user", "content": prompt}]
-    try:
-        with _bounded_memory(), _bounded_time():
-            _refuse_powers(template)
-            text = str(
-                tokenizer.apply_chat_template(
-                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
-                )
-            )
-    except TemplateSyntaxError as error:
-        raise TemplateFailed(f"has a syntax error in line {error.lineno}: {error.message}") from error
-    except MemoryError as error:
-        raise TemplateFailed(f"takes more than {MEMORY_BYTES >> 20} MiB of memory") from error
-    except _TimeLimit as error:
-        raise TemplateFailed(f"takes more than {CPU_S:g} s of CPU time") from error
-    except TemplateFailed:
-        raise
-    except Exception as error:  # from jinja, or from Python for the template's values
-        raise TemplateFailed(f"says {' '.join(str(error).split()) or type(error).__name__!r}") from error
-    most = _MOST_CHARACTERS + _MOST_COPIES * len(prompt)
+    messages, functions = _as_messages(conversation), [as_function(tool) for tool in tools]
+    text = _applied(tokenizer, template, messages, functions, header)
+    most = _MOST_CHARACTERS + _MOST_COPIES * len(f"{messages}{functions}")
     if len(text) > most:
         raise TemplateFailed(f"renders {len(text):,} characters, where {most:,} are the most")
     if not text.strip():
@@ -100,6 +87,56 @@ def render(tokenizer: Any, template: str, prompt: str) -> str:
     if any("\ud800" <= each <= "\udfff" for each in text):
         raise TemplateFailed("renders half characters, which UTF-8 cannot hold")
     return text
+
+
+def _applied(tokenizer: Any, template: str, messages: list[Any], functions: list[Any], header: bool) -> str:
+    from jinja2 import TemplateSyntaxError
+
+    chosen = {"tools": functions or None, "chat_template": template, "add_generation_prompt": header}
+    try:
+        with _LIMITING, _bounded_memory(), bounded_time():
+            _refuse_powers(template)
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **chosen))
+    except TemplateSyntaxError as error:
+        raise TemplateFailed(f"has a syntax error in line {error.lineno}: {error.message}") from error
+    except MemoryError as error:
+        raise TemplateFailed(f"takes more than {MEMORY_BYTES >> 20} MiB of memory") from error
+    except TimeLimit as error:
+        raise TemplateFailed(f"takes more than {CPU_S:g} s of CPU time") from error
+    except TemplateFailed:
+        raise
+    except Exception as error:  # from jinja, or from Python for the template's values
+        raise TemplateFailed(f"says {' '.join(str(error).split()) or type(error).__name__!r}") from error
+
+
+def as_function(tool: Tool) -> dict[str, Any]:
+    """A tool in the form that templates and parsers of transformers take."""
+    schema = json_object("tools", tool.parameters)
+    return {
+        "type": "function",
+        "function": {"name": tool.name, "description": tool.description, "parameters": schema},
+    }
+
+
+def _as_messages(conversation: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages in the form that templates take. The result of a call has the function's name, too."""
+    names = {call.id: call.name for message in conversation for call in message.tool_calls}
+    found: list[dict[str, Any]] = []
+    for message in conversation:
+        calls = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json_object("tool_calls", call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+        result = message.tool_call_id
+        named = {"tool_call_id": result, "name": names.get(result, "")} if result else {}
+        found.append(
+            {"role": message.role, "content": message.content, **({"tool_calls": calls} if calls else {}), **named}
+        )
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -119,19 +156,19 @@ def excerpt(prompt: str) -> str:
     return prompt if len(prompt) <= _EXCERPT else f"{prompt[:_EXCERPT]}..."
 
 
-class _TimeLimit(Exception):
+class TimeLimit(Exception):
     """The CPU time is used up."""
 
 
 @contextmanager
-def _bounded_time() -> Iterator[None]:
-    """Raise _TimeLimit after CPU_S of this process's CPU time."""
+def bounded_time() -> Iterator[None]:
+    """Raise TimeLimit after CPU_S of this process's CPU time."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def late(*_: Any) -> None:
-        raise _TimeLimit
+        raise TimeLimit
 
     before = signal.signal(signal.SIGVTALRM, late)
     signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)

@@ -209,26 +209,30 @@ def _reason(source: Path, links: Path, error: Exception) -> str:
 
 
 def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Write each tensor once, under its first name. Return its other names, each with that first one.
-
-    The data begins at a multiple of ALIGNMENT, as torch's own allocations do. At other addresses products of float32
-    weights round differently (by up to 2e-5), so loading by mapping would differ from loading by copying.
-    """
-    from safetensors.torch import save_file
-
+    """Write each tensor once, under its first name. Return its other names, each with that first one."""
     stored: dict[tuple[object, ...], str] = {}
     tied = {}
     for name, tensor in state.items():
         first = stored.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
         if first != name:
             tied[name] = first
-    tensors = {name: state[name].contiguous() for name in stored.values()}
+    write_tensors({name: state[name].contiguous() for name in stored.values()}, path)
+    return tied
+
+
+def write_tensors(tensors: dict[str, Any], path: Path) -> None:
+    """Write a safetensors file whose data begins at a multiple of ALIGNMENT, as torch's own allocations do.
+
+    At other addresses products of float32 weights round differently (by up to 2e-5), so loading by mapping would differ
+    from loading by copying.
+    """
+    from safetensors.torch import save_file
+
     save_file(tensors, path, metadata={"pad": ""})
     begin = data_offset(path)
     if begin % ALIGNMENT:  # the header's length is known only now
         save_file(tensors, path, metadata={"pad": "." * (ALIGNMENT - begin % ALIGNMENT)})
     path.chmod(0o644)  # save_file makes it readable by its owner only; containers share this folder between users
-    return tied
 
 
 def data_offset(path: Path) -> int:

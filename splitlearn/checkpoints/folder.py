@@ -9,6 +9,9 @@
 `seal` writes the manifest of a complete folder; `open_folder` checks a folder against it. The digest is the SHA-256
 over the weights file's hash and the keys of config.json that change the computation. Two machines that converted the
 same model have the same digest, wherever the folder is.
+
+A slice is such a folder with the tensors of one part of the model. Its manifest also has `part`, and of the whole model
+its `name` and the hash of its weights, `weights_sha256`: so the digest is that of the whole.
 """
 
 import hashlib
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn.errors import WeightsDamaged
+from splitlearn.models.part import Part
 from splitlearn.runtime import atomic_file, private_apis
 from splitlearn.runtime.progress import Progress, Step
 
@@ -64,17 +68,19 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checked converted folder. `name` is the model's name for people, `source` its origin."""
+    """A checked converted folder. `name` is the model's name for people, `source` its origin. `part` is what a slice
+    has of the model; None is all."""
 
     name: str
     source: str
     folder: Path
     digest: str
     facts: ModelFacts
+    part: Part | None = None
 
     @property
     def weights(self) -> Path:
-        """The safetensors file with the full model's state dict."""
+        """The safetensors file with the full model's state dict, or with a part of it."""
         return self.folder / WEIGHTS
 
     @property
@@ -88,8 +94,8 @@ class ModelFiles:
         return self.facts.n_layers
 
 
-def seal(folder: Path, source: str, facts: ModelFacts, progress: Progress) -> None:
-    """Write manifest.json for all files now in `folder`, which must be complete."""
+def seal(folder: Path, source: str, facts: ModelFacts, progress: Progress, **more: object) -> None:
+    """Write manifest.json for all files now in `folder`, which must be complete. `more` are further entries of it."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
     files = {}
@@ -98,7 +104,14 @@ def seal(folder: Path, source: str, facts: ModelFacts, progress: Progress) -> No
         status = (folder / name).stat()
         files[name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256(folder / name)}
     progress(Step("Hashing the converted files", len(names), len(names)))
-    _write(folder, {"format": FORMAT, "source": source, "facts": asdict(facts), "files": files})
+    _write(folder, {"format": FORMAT, "source": source, "facts": asdict(facts), "files": files, **more})
+
+
+def seal_part(folder: Path, whole: ModelFiles, part: Part, progress: Progress) -> None:
+    """As `seal`, for a folder with the tensors of a `part` of `whole`."""
+    manifest = json.loads((whole.folder / MANIFEST).read_text(encoding="utf-8"))
+    facts, weights_hash = ModelFacts(**manifest["facts"]), _weights_hash(manifest)
+    seal(folder, whole.source, facts, progress, name=whole.name, weights_sha256=weights_hash, part=asdict(part))
 
 
 def open_folder(folder: Path, name: str) -> ModelFiles:
@@ -114,7 +127,8 @@ def open_folder(folder: Path, name: str) -> ModelFiles:
         files, source, facts = manifest["files"], str(manifest["source"]), ModelFacts(**manifest["facts"])
         if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
             raise ValueError(f"it names {outside[0]!r}, which is not in the folder")
-        weights_hash = files[WEIGHTS]["sha256"]
+        weights_hash = _weights_hash(manifest)
+        part = Part.read(manifest["part"]) if "part" in manifest else None
         if not _plausible(facts):
             raise ValueError("its facts are not those of a model")
         moved = [file for file, written in files.items() if _moved(folder, file, written)]
@@ -125,7 +139,7 @@ def open_folder(folder: Path, name: str) -> ModelFiles:
         raise _damaged(folder, MANIFEST, f"cannot be read ({error})") from error
     if moved:
         _note_times(folder, manifest, moved)
-    return ModelFiles(name, source, folder, digest, facts)
+    return ModelFiles(str(manifest.get("name", name)), source, folder, digest, facts, part)
 
 
 def read_config(folder: Path) -> Any:
@@ -165,6 +179,11 @@ def sha256(path: Path) -> str:
     """The file's SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _weights_hash(manifest: Mapping[str, Any]) -> str:
+    """The hash that stands for all weights of the model."""
+    return str(manifest.get("weights_sha256") or manifest["files"][WEIGHTS]["sha256"])
 
 
 def _plausible(facts: ModelFacts) -> bool:

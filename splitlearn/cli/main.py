@@ -15,12 +15,16 @@ from splitlearn.cli.compare import compare
 from splitlearn.cli.flags import flags
 from splitlearn.cli.lab import lab
 from splitlearn.cli.loadtest import loadtest
-from splitlearn.cli.models import fetch, models
+from splitlearn.cli.models import app as models
+from splitlearn.cli.models import fetch
 from splitlearn.cli.parts import parts
+from splitlearn.cli.plan import plan
 from splitlearn.cli.programs import PASS_ON, Commands, serve_trunk, ui
 from splitlearn.cli.report import report
+from splitlearn.cli.serve import serve
+from splitlearn.cli.token import token
 from splitlearn.errors import SplitlearnError
-from splitlearn.runtime import command_line, home
+from splitlearn.runtime import collector, command_line, home
 from splitlearn.runtime.terminal import guarded, say
 
 NAME = "splitlearn"
@@ -31,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 2 for what could not be done as asked, 130 for Ctrl-C,
     141 where nobody reads what it writes."""
     home.settle()
+    collector.rest_at_exit()
     return guarded(lambda: _run(arguments))
 
 
@@ -62,7 +67,8 @@ def _options(
     """What comes before the command."""
 
 
-for _command in (compare, lab, report, loadtest, fetch, models, parts, flags):
+for _command in (compare, lab, report, loadtest, serve, fetch, parts, plan, flags, token):
     app.command()(_command)
+app.add_typer(models, name="models")
 for _program in (serve_trunk, ui):
     app.command(add_help_option=False, context_settings=PASS_ON)(_program)

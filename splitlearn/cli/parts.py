@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from splitlearn.runtime.progress import Progress
 
 CONTEXT_WITHOUT_LIMIT = 2048
-UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9}
 
 Context = Annotated[
     int | None,
@@ -130,12 +129,12 @@ def _check(ranges: list[tuple[int, int]], n_layers: int) -> None:
 
 def _size(text: str | None) -> float | None:
     """Bytes of a size such as 300MB."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+\.?\d*)\s*([kmg]b)", text.strip().lower(), re.ASCII)
-    if found is None or not float(found[1]):
-        raise InputError("client_memory", text, "a size such as 300MB or 1.5GB")
-    return float(found[1]) * UNITS[found[2]]
+    from splitlearn.planning.devices import SIZE, size_of  # slow to import, and not needed for --help
+
+    try:
+        return None if text is None else size_of(text)
+    except ValueError as error:
+        raise InputError("client_memory", text, SIZE) from error
 
 
 def _ranges(text: str | None) -> list[tuple[int, int]]:

@@ -11,11 +11,17 @@ from splitlearn.arms.link_cost import LinkCost
 from splitlearn.arms.report import ArmReport, Item, Restart
 from splitlearn.arms.spec import Kind
 from splitlearn.checkpoints.catalogue import ModelStatus
-from splitlearn.events import Reconnecting, TokenEvent
+from splitlearn.events import Reconnecting, SpotCheckResult, TokenEvent
 from splitlearn.flags.registry import FLAGS, SIDES
 from splitlearn.flags.selection import Availability, FlagSet
 from splitlearn.flags.states import states
-from splitlearn.metrics import LEDGER_ORDER, RunMetrics, recovery_sentence, tps_of_all
+from splitlearn.metrics import (
+    LEDGER_ORDER,
+    RunMetrics,
+    mismatch_sentence,
+    recovery_sentence,
+    tps_of_all,
+)
 from splitlearn.runtime.console import PlainTable, console
 from splitlearn.runtime.progress import Progress, Step
 from splitlearn.runtime.terminal import say
@@ -55,6 +61,7 @@ def print_comparison(found: Comparison) -> None:
     shown.print(_ledger(found.full.metrics, found.split.metrics))
     for recovered in found.split.metrics.recoveries:
         say(recovery_sentence(*recovered))
+    _say_spot_checks(SpotCheckResult.of(report.spot_checks for report in found.pairs.split))
     verdict = "identical"
     if (differ := found.pairs.divergence) is not None:
         where = f" of sample {differ.sample + 1}" if found.full.others else ""
@@ -64,6 +71,14 @@ def print_comparison(found: Comparison) -> None:
         say(_candidates(found.logits))
     for line in _conclusion(found):
         say(line)
+
+
+def _say_spot_checks(found: SpotCheckResult) -> None:
+    """What the spot checks of the trunk found, if there were any."""
+    for mismatch in found.mismatches:
+        say(mismatch_sentence(mismatch))
+    if found.checked:
+        say(f"Spot checks of the trunk: {found.checked}, of which wrong: {len(found.mismatches)}.")
 
 
 def print_link(cost: LinkCost) -> None:
@@ -139,7 +154,7 @@ def _figures(found: Comparison) -> PlainTable:
     if full.drafts or split.drafts:
         table.add_row("drafts accepted", *(f"{each.drafts_accepted} of {each.drafts}" for each in (full, split)), "")
     if split.head_starts:
-        table.add_row("head starts right", "", f"{split.head_starts_right} of {split.head_starts}", "")
+        table.add_row("early starts right", "", f"{split.head_starts_right} of {split.head_starts}", "")
     table.add_row("finished by", full.finish_reason, split.finish_reason, "")
     table.add_row("memory beyond imports", _added(found.full), _added(found.split), "")
     if found.split.trunk is not None:

@@ -1,7 +1,7 @@
 """A circuit breaker: spares a server that does not answer, and gives its clients an error at once.
 
-After FAILURES in a row it opens for a cool-down. Then it lets one try pass. While that try is out, and after it failed,
-it stays open, twice as long each time up to LONGEST_S. A success closes it.
+After FAILURES in a row it opens for a cool-down. Then it lets one try pass. It stays open during that try, and if the
+try fails for twice as long, up to LONGEST_S. A success closes it.
 """
 
 import time
@@ -13,7 +13,7 @@ LONGEST_S = 5.0
 
 
 class Breaker:
-    """The breaker of one address. `failures` counts those since the last success."""
+    """The breaker of one address. `failures` counts the failures since the last success."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -22,7 +22,7 @@ class Breaker:
         self.failures = 0
 
     def rest_s(self) -> float:
-        """Seconds until the next try; 0 when it may be made now."""
+        """Seconds until the next try. 0: try now."""
         return max(0.0, self._until - self._clock())
 
     def trying(self) -> None:

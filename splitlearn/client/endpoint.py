@@ -1,4 +1,4 @@
-"""One address of a trunk: its channels, and the circuit breaker of its tries."""
+"""One address of a trunk: its channels and its circuit breaker."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +10,11 @@ from splitlearn.wire.channel import Credentials, open_channel
 
 
 class Endpoint:
-    """Hands out channels that one user at a time has to itself. A channel comes back when its user is done in order,
-    and the next user finds it connected.
+    """Hands out channels, each to one user at a time. A user returns its channel after success, and the next user finds
+    it connected.
 
-    A channel that failed is closed, never reused: gRPC would wait longer and longer before it connects again, and give
-    the old error meanwhile.
+    A channel that failed is closed, never reused: gRPC would back off longer and longer before it reconnects, and
+    repeat the old error.
     """
 
     def __init__(self, address: str, credentials: Credentials, via: str | None = None) -> None:
@@ -30,7 +30,7 @@ class Endpoint:
         return self._idle.pop() if self._idle else open_channel(self.address, self._credentials, self._via)
 
     def give_back(self, channel: grpc.Channel) -> None:
-        """The user of `channel` is done with it, and it works."""
+        """Return a channel that works to the idle ones."""
         if self._closed:
             channel.close()
         else:
@@ -38,7 +38,7 @@ class Endpoint:
 
     @contextmanager
     def channel(self) -> Iterator[grpc.Channel]:
-        """A channel for the length of a block; closed where the block raises."""
+        """A channel for a `with` block. It is closed if the block raises."""
         channel = self.take()
         try:
             yield channel
@@ -48,7 +48,7 @@ class Endpoint:
         self.give_back(channel)
 
     def close(self) -> None:
-        """Close all idle channels, and those that come back later."""
+        """Close all idle channels, and those that are returned later."""
         self._closed = True
         while self._idle:
             self._idle.pop().close()

@@ -1,13 +1,13 @@
-"""Endpoint failover: which of a trunk's addresses is tried, when and how often, and what is raised if none works.
+"""Endpoint failover: decides which of a trunk's addresses to try, when and how often, and what to raise if none works.
 
-The first address that works is used until it is lost. Then the next in the list is tried, and round again, with random
-pauses that grow (full jitter), so that the clients of one trunk do not all come back at the same moment. The circuit
+The first address that works is used until it is lost. Then the next ones are tried in turn. Between rounds are random
+pauses that grow (full jitter), so that the clients of one trunk do not all return at the same moment. The circuit
 breaker of an address opens after several failures in a row (client/circuit_breaker.py). An address that refuses is not
-asked again. client/remote_stage.py notices that a trunk was lost within a session, and replays the session.
+tried again. client/remote_stage.py detects the loss of a trunk within a session, and replays the session.
 
-Why not gRPC's own retry policy and pick_first: gRPC repeats a call only until its first response headers. A session
-that has begun is beyond that, and its state is gone with its trunk. And pick_first hides the address that it took. Here
-a refusal, a full trunk that says when to try again, and a dead one need different answers, each by its address.
+Why not gRPC's own retry policy and pick_first: gRPC repeats a call only until its first response headers. An open
+session is beyond that, and its state is lost with its trunk. And pick_first hides the address that it chose. Here a
+refusal, a full trunk and a dead trunk each need another reaction, by address.
 """
 
 import random
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from splitlearn.client.endpoint import Endpoint
-from splitlearn.client.served import Served
+from splitlearn.client.served import ServedModel
 from splitlearn.client.session_stream import Opening, Stream
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.wire import trunk_pb2 as pb
@@ -27,8 +27,8 @@ LEAST_WAIT_S = 1.0
 
 
 class RetryBudget:
-    """The tries for one thing, all within `timeout_s`. `errors` has the last error of each address. `announce` is given
-    the number of each try, before the pause that comes before it."""
+    """The tries for one opening or one step, all within `timeout_s`. `errors` has the last error of each address.
+    `announce` is called with the number of each try, before the pause that precedes it."""
 
     def __init__(self, timeout_s: float, addresses: int) -> None:
         self.announce: Callable[[int], None] = _ignore
@@ -38,12 +38,12 @@ class RetryBudget:
         self.errors: dict[str, TrunkError] = {}
 
     def wait_s(self) -> float:
-        """How long to wait for an answer: all that is left, or half of it where there is another trunk to ask."""
+        """How long to wait for an answer: all of the remaining time, or half of it if there is another address."""
         left = self._until - time.monotonic()
         return left if self._addresses == 1 else max(left / 2, min(left, LEAST_WAIT_S))
 
     def pause(self, due_s: float = 0.0) -> None:
-        """Sleep until the next round: `due_s` and a random time. Raises `error()` if that is too late."""
+        """Sleep until the next round: `due_s` plus a random time. Raises `error()` if that exceeds the budget."""
         pause = due_s + random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self._pauses))
         self._pauses += 1
         self.announce(self._pauses)
@@ -52,11 +52,11 @@ class RetryBudget:
         time.sleep(pause)
 
     def hopeless(self, address: str) -> bool:
-        """Whether that trunk answered in a way in which it would again."""
+        """Whether another try at this address would give the same error."""
         return isinstance(self.errors.get(address), TrunkRefused | TrunkFailed)
 
     def error(self) -> TrunkError:
-        """What to raise in the end: the last error of each address, as the kind that leaves most hope."""
+        """The final error: the last one of each address, as the class that is most likely to pass."""
         errors = list(self.errors.values())
         if len(errors) == 1:
             return errors[0]
@@ -66,19 +66,19 @@ class RetryBudget:
 
 
 class Endpoints:
-    """A trunk's addresses, of which one is current. `open` gives a session at one that works. `via` has the address to
-    connect to for each of them, where that is another one."""
+    """A trunk's addresses, one of which is current. `open` opens a session at one that works. `via` has for each
+    address another one to connect to."""
 
     def __init__(
         self,
         addresses: Sequence[str],
-        served: Served,
+        served: ServedModel,
         timeout_s: float,
         credentials: Credentials,
         via: Sequence[str] = (),
     ) -> None:
-        ways = zip(addresses, via or (None,) * len(addresses), strict=True)
-        self._endpoints = {address: Endpoint(address, credentials, near) for address, near in ways}
+        pairs = zip(addresses, via or (None,) * len(addresses), strict=True)
+        self._endpoints = {address: Endpoint(address, credentials, proxy) for address, proxy in pairs}
         self._order = deque(addresses)  # the current one is first
         self._served = served
         self._timeout_s = timeout_s
@@ -86,14 +86,14 @@ class Endpoints:
         self._closed = False
 
     def budget(self) -> RetryBudget:
-        """A new one, for a session's opening or for one step."""
+        """A new budget, for the opening of a session or for one step."""
         return RetryBudget(self._timeout_s, len(self._endpoints))
 
     def open(self, opening: Opening, budget: RetryBudget, *, patient: bool) -> tuple[Stream, pb.Opened]:
-        """A session at the current trunk or else at the next that gives one, and what that trunk said of itself.
+        """Open a session at the current address, or else at the next that works. Returns its stream and the reply.
 
-        A `patient` caller has an answer under way and waits within `budget` for a trunk to come back. Any other gets an
-        error as soon as there is none. Both wait for a trunk that says when it will have room.
+        A `patient` caller has an answer in progress, and waits within `budget` for a trunk to come back. Any other gets
+        an error as soon as no address works. Both wait for a full trunk that says when to try again.
         """
         while True:
             due: list[float] = []
@@ -111,7 +111,7 @@ class Endpoints:
             budget.pause(min(due))
 
     def lost(self, stream: Stream, error: TrunkUnavailable, budget: RetryBudget) -> None:
-        """A session broke: the next address in the list is the current one, if there is another."""
+        """Drop a broken session, and make the next address the current one."""
         self._endpoints[stream.address].breaker.failed()
         self._begin_with(stream.address)
         self._order.rotate(-1)
@@ -120,13 +120,13 @@ class Endpoints:
         stream.drop()
 
     def works(self, stream: Stream) -> None:
-        """A step was answered."""
+        """Record an answered step: its address works."""
         breaker = self._endpoints[stream.address].breaker
         if breaker.failures:
             breaker.succeeded()
 
     def end(self, stream: Stream) -> int | None:
-        """End a session in order: the trunk's peak memory in bytes, None if it can no longer say."""
+        """End a session in order. Returns the trunk's peak memory in bytes, or None if it does not answer any more."""
         self._streams.discard(stream)
         peak_rss_bytes = stream.close()
         if peak_rss_bytes is not None:
@@ -134,7 +134,7 @@ class Endpoints:
         return peak_rss_bytes
 
     def close(self) -> None:
-        """Close every channel and with it every session."""
+        """Close every channel, and with it every session."""
         self._closed = True
         for stream in list(self._streams):
             stream.drop()
@@ -142,7 +142,7 @@ class Endpoints:
             endpoint.close()
 
     def _open_at(self, endpoint: Endpoint, opening: Opening, budget: RetryBudget) -> tuple[Stream, pb.Opened]:
-        """A session at `endpoint`, which is then the current one. Raises its last error while its breaker is open."""
+        """Open a session at `endpoint`, and make it current. Raises its last error while the breaker is open."""
         if endpoint.breaker.rest_s():
             raise budget.errors.get(endpoint.address, _resting(endpoint))
         endpoint.breaker.trying()
@@ -163,11 +163,11 @@ class Endpoints:
 
 
 def _ignore(attempt: int) -> None:
-    """For tries that nobody watches."""
+    """The default of `announce`."""
 
 
 def _resting(endpoint: Endpoint) -> TrunkUnavailable:
-    """The error of an address that is not tried."""
+    """The error of an address whose breaker is open."""
     return TrunkUnavailable(
         f"The trunk server at {endpoint.address} failed {endpoint.breaker.failures} times in a row and is not tried "
         f"again for {endpoint.breaker.rest_s():.1f} s."
@@ -175,7 +175,7 @@ def _resting(endpoint: Endpoint) -> TrunkUnavailable:
 
 
 def _due_s(endpoint: Endpoint, error: TrunkError, patient: bool) -> float | None:
-    """In how many seconds to try again after `error`; None for not at all."""
+    """The seconds until the next try after `error`, or None if there should be none."""
     rest_s = endpoint.breaker.rest_s()
     if isinstance(error, TrunkFull):
         return max(error.retry_s, rest_s)

@@ -1,4 +1,4 @@
-"""Probes a trunk server from outside: whether it serves, what it serves, and its metrics."""
+"""Probes a trunk server from outside: its health, its description and its metrics."""
 
 import threading
 import time
@@ -31,8 +31,8 @@ class Snapshot:
 
 
 class TrunkProbe:
-    """Probes the first of some trunks that answers. The connection stays open between two probes: to connect anew costs
-    more than to ask."""
+    """Probes the first trunk that answers. The connection stays open between probes, since connecting costs more than a
+    probe."""
 
     def __init__(self, credentials: Credentials = NONE) -> None:
         self._credentials = credentials
@@ -40,7 +40,7 @@ class TrunkProbe:
         self._endpoint: Endpoint | None = None
 
     def snapshot(self, addresses: Sequence[str]) -> Snapshot:
-        """Of the first trunk that answers; the last one that did is asked first. Raises TrunkError if none does."""
+        """A snapshot of the first trunk that answers. The last one that did is tried first. Raises TrunkError."""
         with self._lock:
             before = self._endpoint.address if self._endpoint else ""
             return first_that_works(sorted(addresses, key=lambda address: address != before), self._ask)

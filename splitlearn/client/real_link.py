@@ -1,7 +1,7 @@
-"""The real link to a trunk server, measured by gRPC calls: no tensors here, so no torch.
+"""Measures the real link to a trunk server by gRPC calls: no tensors here, so no torch.
 
-The round trip has gRPC's and the server's own time in it, some 0.3 ms. Bandwidth is what one call gets: over a far link
-HTTP/2's windows, which begin small, may allow less than the line. So both are bounds on the side of caution.
+The round trip includes gRPC's and the server's own time, about 0.3 ms. The bandwidth is that of one call: on a link
+with a long round trip HTTP/2's windows, which begin small, may allow less than the line. So both are conservative.
 """
 
 import statistics
@@ -22,13 +22,13 @@ from splitlearn.wire.stub import TrunkStub
 ROUND_TRIPS, WARM_UP = 20, 5
 TIMEOUT_S = 10.0
 SIZES = (MAX_PADDING_BYTES >> 4, MAX_PADDING_BYTES >> 2, MAX_PADDING_BYTES)
-# Bytes that take so long tell the bandwidth: no more are sent. Less than the other is the clock's noise.
+# A transfer that takes ENOUGH_S is long enough to give the bandwidth. Less than LEAST_S is noise of the clock.
 ENOUGH_S, LEAST_S = 0.05, 1e-5
 
 
 @dataclass(frozen=True)
 class RealLink:
-    """Round trip in seconds, and bits per second to the trunk and back, None where it takes no message that long."""
+    """Round trip in seconds, and bits per second to the trunk and back. None: it refuses messages of that size."""
 
     rtt_s: float
     up_bits_per_s: float | None
@@ -38,27 +38,27 @@ class RealLink:
     def summary(self) -> str:
         """For people: "0.4 ms, 900 Mbit/s up, 900 Mbit/s down"."""
         rates = (("up", self.up_bits_per_s), ("down", self.down_bits_per_s))
-        said = [f"{float(f'{bits / 1e6:.2g}'):g} Mbit/s {way}" for way, bits in rates if bits is not None]
-        return ", ".join([f"{self.rtt_s * 1e3:.1f} ms", *said])
+        parts = [f"{float(f'{bits / 1e6:.2g}'):g} Mbit/s {way}" for way, bits in rates if bits is not None]
+        return ", ".join([f"{self.rtt_s * 1e3:.1f} ms", *parts])
 
 
 def round_trip_s(address: str, identity: Credentials = NONE) -> float:
     """The round trip to the trunk at `address` in seconds: a median over one open channel. Raises TrunkError."""
     with open_channel(address, identity) as channel:
-        return _round_trip_s(partial(_asked_s, TrunkStub(channel), address))
+        return _round_trip_s(partial(_describe_s, TrunkStub(channel), address))
 
 
 def real_link(address: str, identity: Credentials = NONE) -> RealLink:
     """Measure the link to the trunk at `address`, with at most some MiB each way. Raises TrunkError."""
     with open_channel(address, identity) as channel:
-        ask = partial(_asked_s, TrunkStub(channel), address)
+        ask = partial(_describe_s, TrunkStub(channel), address)
         rtt_s = _round_trip_s(ask)
         up = _bits_per_s(lambda size: ask(pb.DescribeRequest(padding=bytes(size))), rtt_s)
         down = _bits_per_s(lambda size: ask(pb.DescribeRequest(answer_padding=size)), rtt_s)
     return RealLink(rtt_s, up, down)
 
 
-def _asked_s(stub: TrunkStub, address: str, request: pb.DescribeRequest) -> float:
+def _describe_s(stub: TrunkStub, address: str, request: pb.DescribeRequest) -> float:
     started = time.perf_counter()
     try:
         stub.describe(request, timeout=TIMEOUT_S)
@@ -72,12 +72,12 @@ def _round_trip_s(ask: Callable[[pb.DescribeRequest], float]) -> float:
 
 
 def _bits_per_s(spend: Callable[[int], float], rtt_s: float) -> float | None:
-    """The bandwidth by what `spend` takes for ever more bytes, beyond the round trip."""
+    """The bandwidth by the seconds that `spend` takes for growing sizes, less the round trip."""
     found = None
     for size in SIZES:
         try:
             beyond_s = max(min(spend(size), spend(size)) - rtt_s, LEAST_S)
-        except (TrunkRefused, TrunkFull):  # longer than it takes a message
+        except (TrunkRefused, TrunkFull):  # over the trunk's limit on messages
             break
         found = 8 * size / beyond_s
         if beyond_s > ENOUGH_S:

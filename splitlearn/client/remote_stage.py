@@ -1,8 +1,8 @@
-"""A stage at the far end of a gRPC stream: the trunk server's layers, seen from the client.
+"""A stage at the far end of a gRPC stream: the client's side of the trunk server's layers.
 
-A session survives the loss of its trunk. It keeps the hidden states that it has sent. When its stream breaks it opens
-another, at the same trunk or at the next in the list, and replays them with the steps that were pending. It hands on
-their answers as if nothing had happened: the decode loop sees no token twice and misses none.
+A session survives the loss of its trunk. It keeps the hidden states that it has sent. When its stream breaks, it opens
+another one, at the same trunk or at the next in the list. It replays the hidden states together with the pending steps,
+and passes on the answers to those. The decode loop sees no token twice and misses none.
 """
 
 import time
@@ -16,44 +16,61 @@ from functools import partial
 import torch
 
 from splitlearn.client.failover import Endpoints, RetryBudget
-from splitlearn.client.served import Served, TrunkFacts
-from splitlearn.client.session_stream import Opening, Sent, Stream, opening_of
+from splitlearn.client.served import ServedModel, TrunkFacts
+from splitlearn.client.session_stream import Opening, SentStep, Stream, opening_of
 from splitlearn.errors import TrunkUnavailable
-from splitlearn.events import Reconnecting, Recovery, StageTiming
+from splitlearn.events import Reconnecting, Recovery, SpotCheckResult, StageTiming
+from splitlearn.kvcache.prefix_store import BLOCK_TOKENS, BlockPart
 from splitlearn.stages.base import PendingStep, StageInput, StageOutput
 from splitlearn.stages.settings import SessionSettings
+from splitlearn.stages.spot_checks import SpotChecks
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials
 
-# The trunk is told this share of the time that is waited for it: what it says when the time is over still arrives.
-TOLD = 0.9
+# The trunk gets this share of the client's timeout as its own: its error then arrives before the client gives up.
+TRUNK_SHARE = 0.9
 
 
 class RemoteStage:
-    """The trunk at the first of `addresses` that works; `via` is that of `Endpoints`. `facts` holds what the trunk last
-    said of itself. `watch` sees each try to reach a lost trunk as it comes. Raises TrunkError throughout."""
+    """The trunk at the first of `addresses` that works; `via` is that of `Endpoints`. `facts` has the facts that the
+    trunk sent last. `watch` is called with each try to reach a lost trunk. `checks` computes some answers again. All
+    methods raise TrunkError."""
 
     def __init__(
         self,
         addresses: Sequence[str],
-        served: Served,
+        served: ServedModel,
         timeout_s: float,
-        shown: Credentials = NONE,
+        credentials: Credentials = NONE,
         via: Sequence[str] = (),
         watch: Callable[[Reconnecting], None] = lambda notice: None,
+        checks: SpotChecks | None = None,
     ) -> None:
         self.served = served
         self.watch = watch
+        self.checks = checks
         self.facts = TrunkFacts()
-        self._endpoints = Endpoints(addresses, served, timeout_s, shown, via)
+        self._endpoints = Endpoints(addresses, served, timeout_s, credentials, via)
 
     def open(self, settings: SessionSettings, max_length: int) -> "RemoteSession":
-        """Open a session; refused unless the trunk serves exactly what is asked for."""
-        opening = opening_of(self.served, settings, max_length, TOLD * self._endpoints.budget().wait_s())
-        return RemoteSession(self, self._endpoints, opening)
+        """Open a session. The trunk refuses it unless model, digest, layers, dtype and flags match."""
+        return self._open(settings, max_length, ())
+
+    def open_with(
+        self, settings: SessionSettings, max_length: int, count: int, keys: Sequence[bytes]
+    ) -> "list[RemoteSession]":
+        """Open `count` sessions. The first begins with the blocks with these `keys` that the trunk has kept."""
+        first = self._open(settings, max_length, keys)
+        try:
+            return [first, *self.open_together(settings, max_length, count - 1)]
+        except BaseException:
+            first.close()
+            raise
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> "list[RemoteSession]":
-        """Sessions at the trunk, opened at the same time."""
+        """Open `count` sessions at the trunk at the same time."""
+        if not count:
+            return []
         with ThreadPoolExecutor(count) as threads, ExitStack() as opened:
             opening = [threads.submit(self.open, settings, max_length) for _ in range(count)]
             wait(opening)
@@ -65,8 +82,8 @@ class RemoteStage:
             return sessions
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """One step of each session, in order: hidden state [1, T, H] to hidden state [1, T, H], on the CPU. All are
-        sent before the first is waited for."""
+        """Compute one step of each session, in order: hidden state [1, T, H] to hidden state [1, T, H], on the CPU. All
+        steps are sent before the first answer is read."""
         if len(batch) == 1:
             return [batch[0].session.step(batch[0].position, batch[0].x, rope_length=batch[0].rope_length)]
         pending = [self.begin(item) for item in batch]
@@ -79,6 +96,13 @@ class RemoteStage:
 
     def close(self) -> None:
         self._endpoints.close()
+        if self.checks is not None:
+            self.checks.close()
+
+    def _open(self, settings: SessionSettings, max_length: int, keys: Sequence[bytes]) -> "RemoteSession":
+        wait_s = TRUNK_SHARE * self._endpoints.budget().wait_s()
+        opening = opening_of(self.served, settings, max_length, wait_s, keys)
+        return RemoteSession(self, self._endpoints, opening, max_length)
 
     def note_opened(self, opened: pb.Opened, address: str) -> None:
         peak = self.facts.peak_rss_bytes if address == self.facts.address else 0
@@ -89,27 +113,29 @@ class RemoteStage:
 
 
 class RemoteSession:
-    """One generation's stay at a trunk, or at several one after the other when one is lost."""
+    """The session of one generation at a trunk, or at several in turn when one is lost."""
 
-    def __init__(self, stage: RemoteStage, endpoints: Endpoints, opening: Opening) -> None:
+    def __init__(self, stage: RemoteStage, endpoints: Endpoints, opening: Opening, max_length: int) -> None:
         self._stage = stage
         self._endpoints = endpoints
         self._opening = opening
         self._row_bytes = opening.rows.row_bytes(stage.served.hidden_size)
-        self._sent = bytearray()  # the hidden state of every position that the trunk has
+        self._sent = bytearray()  # the hidden states of all positions in use at the trunk
+        self._cached = 0  # tokens that the trunk had kept, until the first step
         self._fork_of = b""
         self._rope_length = 0
-        self._pending: deque[Sent] = deque()
-        self._recovered: deque[StageOutput] = deque()  # answers to what else was pending when a trunk was lost
+        self._pending: deque[SentStep] = deque()
+        self._recovered: deque[StageOutput] = deque()  # answers to the other steps that were pending at a loss
+        self._checks = None if stage.checks is None else stage.checks.session(max_length, opening.rows)
         self._stream = self._open(endpoints.budget(), patient=False)
 
     def step(self, position: int, x: torch.Tensor, *, rope_length: int = 0) -> StageOutput:
-        """Send `x` [1, T, H] and wait for the trunk's answer to all of it, from another trunk if this one is lost."""
+        """Send `x` [1, T, H] and wait for the answer to all positions, from another trunk if this one is lost."""
         started = time.perf_counter()
         return self._finish(position, self._send(position, x, rope_length), started)
 
     def begin(self, position: int, x: torch.Tensor, *, uncertain: bool = False, rope_length: int = 0) -> PendingStep:
-        """Send `x`: the first half of `step`, and what does the second."""
+        """Send `x`, as the first half of `step`. The result's `finish()` is the second half."""
         sent, drop = self._send(position, x, rope_length, uncertain=uncertain), self._stream.drop_step
 
         def finish() -> StageOutput:
@@ -120,28 +146,53 @@ class RemoteSession:
         return PendingStep(timing, finish, partial(drop, sent))
 
     def fork(self, other: "RemoteSession", tokens: int) -> None:
-        """Have the next step begin with what the trunk has of `other`."""
+        """Let the next step begin with the positions of `other` that the trunk has."""
         self._sent = other._sent[: tokens * self._row_bytes]  # noqa: SLF001
         self._fork_of = other._stream.key  # noqa: SLF001
 
-    def _send(self, position: int, x: torch.Tensor, rope_length: int, *, uncertain: bool = False) -> Sent:
+    @property
+    def most_blocks(self) -> int:
+        """As many as the trunk has kept."""
+        return self._cached // BLOCK_TOKENS
+
+    def write_blocks(self, parts: Sequence[BlockPart]) -> None:
+        """Take the hidden states of these blocks, of which the trunk has the rest: a replay needs them."""
+        self._sent = bytearray().join(rows.numpy().tobytes() for (rows,) in parts)
+
+    def keep_blocks(self, keys: Sequence[bytes], first: int) -> list[BlockPart]:
+        """The hidden states of the blocks from `first` on. The trunk keeps what it has of all."""
+        self._stream.keep(keys)
+        size = BLOCK_TOKENS * self._row_bytes
+        starts = range(first * size, len(keys) * size, size)
+        return [(torch.frombuffer(self._sent[at : at + size], dtype=torch.uint8),) for at in starts]
+
+    def _send(self, position: int, x: torch.Tensor, rope_length: int, *, uncertain: bool = False) -> SentStep:
         kept, fork_of, self._fork_of = position * self._row_bytes, self._fork_of, b""
-        self._rope_length = rope_length  # the same for all that is pending
+        self._rope_length = rope_length  # the same for all pending steps
         sent = self._stream.send(
             position,
             x,
-            truncate=kept < len(self._sent),
+            truncate=kept < max(len(self._sent), self._cached * self._row_bytes),
             fork_of=fork_of if kept else b"",
             uncertain=uncertain,
             rope_length=rope_length,
         )
         self._pending.append(sent)
+        self._cached = 0
         del self._sent[kept:]
         self._sent += sent.data
+        if self._checks is not None:
+            self._checks.truncate(position)
         return sent
 
-    def _finish(self, position: int, sent: Sent, started: float, since: float | None = None) -> StageOutput:
-        """The answer to the first pending step."""
+    def _finish(self, position: int, sent: SentStep, started: float, since: float | None = None) -> StageOutput:
+        """The answer to the first pending step, which may be chosen for a spot check."""
+        output = self._answer(position, sent, started, since)
+        if self._checks is not None:
+            self._checks.look(position, sent.data, output.x, self._sent, self._rope_length)
+        return output
+
+    def _answer(self, position: int, sent: SentStep, started: float, since: float | None) -> StageOutput:
         self._pending.popleft()
         budget = self._endpoints.budget()
         if self._recovered:
@@ -161,8 +212,14 @@ class RemoteSession:
         self._endpoints.works(self._stream)
         return output
 
+    def spot_checks(self) -> SpotCheckResult:
+        """What the checks of this session's answers have found. Waits for those under way."""
+        return SpotCheckResult() if self._checks is None else self._checks.result()
+
     def close(self) -> None:
-        """End the stream, so that the trunk frees the session; learn the trunk's peak memory if it still answers."""
+        """End the stream, so that the trunk frees the session. Notes the trunk's peak memory if it still answers."""
+        if self._checks is not None:
+            self._checks.close()
         peak_rss_bytes = self._endpoints.end(self._stream)
         if peak_rss_bytes is not None:
             self._stage.note_peak(peak_rss_bytes)
@@ -170,19 +227,23 @@ class RemoteSession:
     def _open(self, budget: RetryBudget, *, patient: bool) -> Stream:
         stream, opened = self._endpoints.open(self._opening, budget, patient=patient)
         self._stage.note_opened(opened, stream.address)
+        self._cached = opened.cached_tokens
         return stream
 
-    def _recover(self, lost: Sent, error: TrunkUnavailable, budget: RetryBudget) -> StageOutput:
-        """Do the lost steps at another stream: replay all that was sent in one step, of which only the unanswered
-        positions come back. Raises what the trunks said when the budget is over."""
+    def _recover(self, lost: SentStep, error: TrunkUnavailable, budget: RetryBudget) -> StageOutput:
+        """Repeat the lost steps on another stream. One step replays everything that was sent, and only the unanswered
+        positions come back. Raises the trunks' last errors when the budget is used up."""
         replay = self._opening.rows.from_bytes(bytes(self._sent), self._stage.served.hidden_size)
-        sizes = [sent.wanted for sent in (lost, *self._pending)]
+        sizes = [sent.answered for sent in (lost, *self._pending)]
         while True:
             self._endpoints.lost(self._stream, error, budget)
             budget.pause()
             self._stream = self._open(budget, patient=True)
             try:
-                sent = self._stream.send(0, replay, answer_last=sum(sizes), rope_length=self._rope_length)
+                ahead, self._cached = self._cached > 0, 0  # what this trunk has kept is replayed, too
+                sent = self._stream.send(
+                    0, replay, truncate=ahead, answer_last=sum(sizes), rope_length=self._rope_length
+                )
                 output = self._stream.answer(sent, budget.wait_s())
             except TrunkUnavailable as again:
                 error = again
@@ -193,7 +254,7 @@ class RemoteSession:
 
 
 def _with(sent: StageTiming, output: StageOutput) -> StageOutput:
-    """The output of a step that was sent apart, with what both halves took."""
+    """The output of a step, with the timings of both halves, sending and waiting."""
     timing = output.timing
     ledger = dict(Counter(sent.ledger) + Counter(timing.ledger))
     return StageOutput(output.x, replace(timing, ledger=ledger, bytes_up=sent.bytes_up + timing.bytes_up))

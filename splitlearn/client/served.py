@@ -1,4 +1,4 @@
-"""What a trunk serves, asked and checked before any session: no tensors here, so no torch."""
+"""Asks what a trunk serves, and checks it before any session: no tensors here, so no torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.status import error_of
 from splitlearn.wire.stub import TrunkStub
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Served:
-    """What a trunk must serve to be of use: a model by name and digest, the layers of a plan, a dtype by its name."""
+class ServedModel:
+    """What the client needs a trunk to serve: a model by name and digest, the layers of a plan, a dtype by its name."""
 
     model: str
     digest: str
@@ -32,7 +32,7 @@ class Served:
 
 @dataclass(frozen=True)
 class TrunkFacts:
-    """What a trunk said of the process that serves a session; `address` is where the last session was in the end."""
+    """A trunk's facts about the process that serves a session. `address` is that of the last session at its end."""
 
     threads: int = 0
     load_s: float = 0.0
@@ -41,8 +41,8 @@ class TrunkFacts:
     address: str = ""
 
 
-def first_that_works(addresses: Sequence[str], ask: Callable[[str], Found]) -> Found:
-    """What `ask` gives for the first address at which it raises no TrunkError; what it raised for the first if none."""
+def first_that_works(addresses: Sequence[str], ask: Callable[[str], T]) -> T:
+    """The result of `ask` for the first address at which it raises no TrunkError. If there is none, its first error."""
     first: TrunkError | None = None
     for address in addresses:
         try:
@@ -52,17 +52,20 @@ def first_that_works(addresses: Sequence[str], ask: Callable[[str], Found]) -> F
     raise first or TrunkUnavailable("No trunk server is known.")
 
 
-def describe(address: str, shown: Credentials = NONE, timeout_s: float = 10.0) -> pb.Description:
-    """What the trunk at `address` serves. Raises TrunkUnavailable when nobody answers there."""
-    with open_channel(address, shown) as opened:
+def describe(
+    address: str, credentials: Credentials = NONE, timeout_s: float = 10.0, *, costs: bool = False
+) -> pb.Description:
+    """What the trunk at `address` serves, and its `costs` if they are asked for. Raises TrunkUnavailable if it does not
+    answer, or another TrunkError."""
+    with open_channel(address, credentials) as channel:
         try:
-            return TrunkStub(opened).describe(pb.DescribeRequest(), timeout=timeout_s)
+            return TrunkStub(channel).describe(pb.DescribeRequest(costs=costs), timeout=timeout_s)
         except grpc.RpcError as error:
             raise error_of(error, address) from error
 
 
-def check_served(description: pb.Description, served: Served, address: str) -> None:
-    """Raise TrunkRefused that names each thing in which the trunk differs from what is wanted."""
+def check_served(description: pb.Description, served: ServedModel, address: str) -> None:
+    """Raise TrunkRefused, which names every difference, if the trunk does not serve what the client needs."""
     plan = served.plan
     differing = [
         f"{what}: it serves {theirs}, this client has {ours}"
@@ -79,9 +82,9 @@ def check_served(description: pb.Description, served: Served, address: str) -> N
         raise TrunkRefused(f"The trunk server at {address} cannot be used. {'; '.join(differing)}.")
 
 
-def with_trunk(here: Availability, said: pb.Description) -> Availability:
-    """The flags that can be applied `here`, with those of a trunk server in the place of this machine's as a trunk."""
-    reasons = {flag.name: flag.unavailable or None for flag in said.flags}
+def with_trunk(here: Availability, description: pb.Description) -> Availability:
+    """The flags available `here`, where the trunk side is that of the described server instead of this machine."""
+    reasons = {flag.name: flag.unavailable or None for flag in description.flags}
     known = {name: reasons.get(name, "unknown to this trunk server") for name in here["trunk"]}
-    rule = auto.choose(said.machine.get("vector_instructions"), said.device, said.dtype)
+    rule = auto.choose(description.machine.get("vector_instructions"), description.device, description.dtype)
     return here.with_side("trunk", known, rule)

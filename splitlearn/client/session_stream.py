@@ -1,8 +1,8 @@
 """One session's stream at one trunk server, from Open to end. A lost stream stays lost: client/remote_stage.py opens
 another.
 
-The client splits its waiting time with the durations that the server ships (never timestamps: the two clocks are not
-compared): wire = round trip - what the server says it spent.
+The server sends durations, never timestamps, since the two clocks cannot be compared. They divide the client's waiting
+time: wire = round trip - the server's durations.
 """
 
 import time
@@ -14,13 +14,14 @@ import grpc
 import torch
 from google.protobuf.message import DecodeError
 
-from splitlearn.client.served import Served
+from splitlearn.client.served import ServedModel
 from splitlearn.errors import InputError, TrunkFailed, TrunkUnavailable
 from splitlearn.events import StageTiming
+from splitlearn.kvcache.prefix_store import BLOCK_TOKENS
 from splitlearn.runtime.watchdog import Watchdog
 from splitlearn.stages.base import StageOutput
 from splitlearn.stages.settings import SessionSettings
-from splitlearn.wire import PROTOCOL, codec
+from splitlearn.wire import MAX_PREFIX_KEYS, PREFIX_KEY_BYTES, PROTOCOL, codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.hidden_states import Rows, converted
 from splitlearn.wire.status import error_of
@@ -33,15 +34,19 @@ _watchdog = Watchdog(look_s=0.5)
 
 @dataclass(frozen=True)
 class Opening:
-    """The message that opens a session, and the form that hidden states then have."""
+    """The message that opens a session, and the form of its hidden states. It has the keys of `blocks` kept blocks."""
 
     message: bytes
     rows: Rows
+    blocks: int = 0
 
 
-def opening_of(served: Served, settings: SessionSettings, max_length: int, timeout_s: float) -> Opening:
-    """What opens a session at a trunk that serves what is wanted. `timeout_s` is what the trunk is told that its client
-    waits: for a place, and then for each step."""
+def opening_of(
+    served: ServedModel, settings: SessionSettings, max_length: int, timeout_s: float, keys: Sequence[bytes] = ()
+) -> Opening:
+    """The opening of a session at a trunk that serves `served`. `timeout_s`: how long the trunk may let the client
+    wait, for admission and then for each step. `keys`: of the prompt's leading blocks, which it may have kept."""
+    keys = keys[:MAX_PREFIX_KEYS]
     opening = pb.Open(
         protocol=PROTOCOL,
         model=served.model,
@@ -53,29 +58,30 @@ def opening_of(served: Served, settings: SessionSettings, max_length: int, timeo
         max_length=max_length,
         flags=sorted(settings.words),
         timeout_s=timeout_s,
+        prefix_keys=b"".join(keys),
     )
     rows = settings.rows(codec.DTYPES[served.dtype])
-    return Opening(pb.ClientMessage(open=opening).SerializeToString(), rows)
+    return Opening(pb.ClientMessage(open=opening).SerializeToString(), rows, len(keys))
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A step on its way: the rows sent, how many positions will be answered, seconds that encoding took and then
-    handing over to gRPC, when the latter began, and the bytes handed over."""
+class SentStep:
+    """A step that was sent. `data`: its rows. `answered`: how many positions the answer has. `encode_s`, `hand_over_s`:
+    seconds of encoding and of passing it to gRPC, which began `at`. `size`: bytes passed to gRPC."""
 
     step_id: int
     data: bytes
-    wanted: int
+    answered: int
     encode_s: float
     hand_over_s: float
     at: float
     size: int
 
     def timing(self, server: pb.StepResult, received: float, size: int, since: float | None) -> StageTiming:
-        """Of an answer of `size` bytes that was there at `received` and is decoded now.
+        """The timing of an answer of `size` bytes, which arrived at `received` and is decoded now.
 
-        None as `since`: the client only waited for it, and what sending took is counted here. Otherwise it worked until
-        `since`. Of what the server spent, the share that went by meanwhile counts as overlapped.
+        With `since` None the client only waited, and the costs of sending count here. Otherwise the client worked until
+        `since`: the share of the server's time that passed before counts as overlapped.
         """
         waited = received - (self.at if since is None else since)
         encode_s, bytes_up = (self.encode_s, self.size) if since is None else (0.0, 0)
@@ -92,13 +98,13 @@ class Sent:
 
 
 class Stream:
-    """A session at the trunk at `address`, alone on `channel`. Raises TrunkError throughout, TrunkUnavailable when the
+    """A session at the trunk at `address`, alone on `channel`. Methods raise TrunkError, and TrunkUnavailable if the
     trunk is lost."""
 
-    def __init__(self, channel: grpc.Channel, address: str, served: Served, opening: Opening) -> None:
+    def __init__(self, channel: grpc.Channel, address: str, served: ServedModel, opening: Opening) -> None:
         self.channel = channel
         self.address = address
-        self._served, self._opening, self._rows = served, opening.message, opening.rows
+        self._served, self._opening, self._rows, self._blocks = served, opening.message, opening.rows, opening.blocks
         self._dtype = codec.DTYPES[served.dtype]
         self._read = self._rows.reader(served.hidden_size)
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
@@ -117,6 +123,9 @@ class Stream:
     def open(self, wait_s: float) -> pb.Opened:
         self._outgoing.put(self._opening)
         opened = self._parse(self._receive(wait_s), "opened").opened
+        blocks, rest = divmod(opened.cached_tokens, BLOCK_TOKENS)
+        if rest or blocks > self._blocks:
+            raise TrunkFailed(f"The trunk has {opened.cached_tokens} tokens of {self._blocks} blocks.")
         self._part_bytes, self.key = opened.max_tensor_bytes, opened.key
         return opened
 
@@ -134,30 +143,30 @@ class Stream:
         fork_of: bytes = b"",
         uncertain: bool = False,
         rope_length: int = 0,
-    ) -> Sent:
-        """The first half of `step`. The answer has the last `answer_last` of the T positions, 0 for all of them.
-        `fork_of` is the key of the stream whose session has the positions before `position`; only an `uncertain`
-        step can be dropped; `rope_length` is that of `StageInput`."""
+    ) -> SentStep:
+        """Send a step: the first half of `step`. The answer has the last `answer_last` of the T positions, 0 for all.
+        `fork_of` is the key of the session that has the positions before `position`. Only an `uncertain` step can be
+        dropped. `rope_length` is that of `StageInput`."""
         started = time.perf_counter()
         data, self._steps = self._rows.to_bytes(x), self._steps + 1
         each = {"sequence_id": 1, "step_id": self._steps, "answer_last": answer_last}
         each |= {"uncertain": uncertain, "rope_length": rope_length}
         first: dict[str, object] = {"truncate": truncate, "fork_of": fork_of}
         parts = codec.in_parts(data, self._rows, self._served.hidden_size, position, self._part_bytes)
-        messages = [  # of dictionaries: a message of its own would be copied into the other, in twice the time
+        messages = [  # from dictionaries: an inner message would be copied, which takes twice as long
             pb.ClientMessage(step={**part, **each, **({} if at else first)}).SerializeToString()
             for at, part in enumerate(parts)
         ]
         encoded = time.perf_counter()
         for message in messages:
             self._outgoing.put(message)
-        time.sleep(0)  # lets go of the interpreter, so that gRPC's thread sends now: 0.07 ms earlier at the trunk
-        wanted, handed_over_s = answer_last or x.shape[1], time.perf_counter() - encoded
-        return Sent(self._steps, data, wanted, encoded - started, handed_over_s, encoded, sum(map(len, messages)))
+        time.sleep(0)  # releases the interpreter lock, so that gRPC's thread sends now: 0.07 ms earlier at the trunk
+        answered, handed_over_s = answer_last or x.shape[1], time.perf_counter() - encoded
+        return SentStep(self._steps, data, answered, encoded - started, handed_over_s, encoded, sum(map(len, messages)))
 
-    def answer(self, sent: Sent, wait_s: float, since: float | None = None) -> StageOutput:
-        """The second half of `step`: the answer to what was sent. Steps must be asked for in the order of sending.
-        `since` is that of `Sent.timing`."""
+    def answer(self, sent: SentStep, wait_s: float, since: float | None = None) -> StageOutput:
+        """Wait for the answer to `sent`: the second half of `step`. Call it in the order of sending. `since` is that of
+        `SentStep.timing`."""
         replies, results = list[bytes](), list[pb.StepResult]()
         while not results or results[-1].more:
             replies.append(self._receive(wait_s))
@@ -165,29 +174,35 @@ class Stream:
             results.append(self._parse(replies[-1], "result").result)
             if results[-1].step_id != sent.step_id:
                 raise TrunkFailed(f"The trunk answered step {results[-1].step_id} instead of step {sent.step_id}.")
-        out = self._decode(results, 0 if results[0].dropped and sent.step_id <= self._unwanted else sent.wanted)
+        out = self._decode(results, 0 if results[0].dropped and sent.step_id <= self._unwanted else sent.answered)
         return StageOutput(out, sent.timing(results[-1], received, sum(map(len, replies)), since))
 
-    def drop_step(self, sent: Sent) -> None:
-        """Cancel `sent` at the trunk: its answer has no positions, unless it was computed before."""
+    def keep(self, keys: Sequence[bytes]) -> None:
+        """Ask the trunk to keep what the session has of the blocks with these `keys`. It must be the last message."""
+        most = min(MAX_PREFIX_KEYS, max(1, self._part_bytes // PREFIX_KEY_BYTES))
+        keep = pb.Keep(prefix_keys=b"".join(keys[:most]))
+        self._outgoing.put(pb.ClientMessage(keep=keep).SerializeToString())
+
+    def drop_step(self, sent: SentStep) -> None:
+        """Drop `sent` at the trunk. Its answer has no positions, unless it was computed already."""
         self._unwanted = sent.step_id
         request = pb.DropRequest(key=self.key, step_id=sent.step_id).SerializeToString()
         self._dropping = self._drop.future(request, timeout=CLOSE_TIMEOUT_S)  # ends when nothing refers to it
 
     def close(self) -> int | None:
-        """End the stream in order, so that the trunk frees the session: the trunk's peak memory in bytes, and the
-        channel can be used again. None when the stream was over before, or broke; then the channel is closed."""
+        """End the stream in order, so that the trunk frees the session. Returns the trunk's peak memory in bytes, and
+        the channel can be used again. Returns None if the stream is over or breaks; then the channel is closed."""
         if self._over:
             return None
         self._deadline = time.monotonic() + CLOSE_TIMEOUT_S
         self._outgoing.put(None)
         try:
             replies = (self._parse(reply, "result", "closed") for reply in self._call)
-            # A result is the answer to a step for which nobody waits any more.
+            # A result answers a step that the client does not wait for any more.
             closed = next(reply.closed for reply in replies if reply.WhichOneof("kind") == "closed")
             peak_rss_bytes = closed.peak_rss_bytes
         except (grpc.RpcError, StopIteration, TrunkFailed):
-            # The session is over either way, and why it broke has been raised where it was noticed.
+            # The session is over either way, and the cause was raised where it was noticed.
             self.drop()
             return None
         self._end()
@@ -195,12 +210,12 @@ class Stream:
         return peak_rss_bytes
 
     def leave(self) -> None:
-        """After a refusal: the stream is over, and its channel can be used again."""
+        """End the stream after a refusal. Its channel can be used again."""
         self._end()
         self._outgoing.put(None)
 
     def drop(self) -> None:
-        """Break off, and close the channel: nothing of a stream that was lost is waited for."""
+        """Cancel the stream and close its channel, without waiting."""
         self._end()
         self._outgoing.put(None)
         self._call.cancel()
@@ -231,25 +246,27 @@ class Stream:
         return reply
 
     def _parse(self, reply: bytes, *kinds: str) -> pb.ServerMessage:
-        """A reply, which must be of one of `kinds`."""
+        """Parse a reply. Raises TrunkFailed unless it is of one of `kinds`."""
         try:
             message = pb.ServerMessage.FromString(reply)
         except DecodeError as error:
-            raise TrunkFailed(f"The trunk server at {self.address} sent what is no answer: {error}") from error
+            raise TrunkFailed(f"The trunk server at {self.address} sent a malformed answer: {error}") from error
         if message.WhichOneof("kind") not in kinds:
             raise TrunkFailed(f"The trunk server at {self.address} sent another answer than {kinds[-1]!r}.")
         return message
 
-    def _decode(self, results: Sequence[pb.StepResult], wanted: int) -> torch.Tensor:
-        """The answer [1, `wanted`, H], in the dtype that the trunk computed it in."""
+    def _decode(self, results: Sequence[pb.StepResult], answered: int) -> torch.Tensor:
+        """The answer [1, `answered`, H], in the trunk's dtype."""
         hidden_size = self._served.hidden_size
         try:
-            tokens = sum(codec.check(result.hidden, self._rows, hidden_size) for result in results) if wanted else 0
+            tokens = sum(codec.check(result.hidden, self._rows, hidden_size) for result in results) if answered else 0
         except InputError as error:
-            raise TrunkFailed(f"The trunk server at {self.address} answered what does not fit: {error}") from error
-        if tokens != wanted:
-            raise TrunkFailed(f"The trunk answered {tokens} positions instead of {wanted}.")
-        if not wanted:
+            raise TrunkFailed(
+                f"The trunk server at {self.address} sent an answer that does not fit: {error}"
+            ) from error
+        if tokens != answered:
+            raise TrunkFailed(f"The trunk answered {tokens} positions instead of {answered}.")
+        if not answered:
             return torch.empty(1, 0, hidden_size, dtype=self._dtype)
         data = b"".join(result.hidden.data for result in results)
         x = converted(self._read(data), self._dtype)

@@ -26,6 +26,7 @@ _POOREST = Place(
     "cpu",
     no_python_tokenizer="the model has only one tokenizer, Rust or Python",
     no_truncation="the model has layers that keep something else than keys and values",
+    no_prefixes="the model has layers that keep something else, or rotary embeddings that change with the length",
     has_compiler=False,
 )
 

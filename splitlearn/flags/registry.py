@@ -46,11 +46,13 @@ class Place:
     """What decides whether a process can apply a flag: device, dtype, processor, model and installed tools.
 
     Each `no_...` says why something is missing, None where it is there: a Python tokenizer, truncation of the KV cache,
-    oneDNN's products in this dtype, a draft model. `vector` names the vector instructions (runtime/hardware.py)."""
+    reuse of a prefix by another sequence, oneDNN's products in this dtype, a draft model. `vector` names the vector
+    instructions (runtime/hardware.py)."""
 
     device: str
     no_python_tokenizer: str | None = None
     no_truncation: str | None = None
+    no_prefixes: str | None = None
     no_onednn: str | None = None
     no_draft: str | None = "no draft model is named (model.draft)"
     dtype: str = "float32"
@@ -208,6 +210,10 @@ def _needs_truncation(place: Place) -> str | None:
     return place.no_truncation
 
 
+def _needs_prefixes(place: Place) -> str | None:
+    return place.no_prefixes
+
+
 def _needs_draft_model(place: Place) -> str | None:
     return place.no_draft or place.no_truncation
 
@@ -285,7 +291,7 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "use_cache",
             "use_cache",
-            "Keeps keys and values: at the client for its layers, at the trunk server for the trunk's.",
+            "The KV cache: keeps keys and values, at the client for its layers, at the trunk server for the trunk's.",
             "Recomputes the whole prefix for each token. A trunk without it gets the whole prefix in each step.",
             _on(new_cache=Import("splitlearn.kvcache.layers:dynamic")),
             fidelity="rounding",
@@ -304,6 +310,18 @@ FLAGS: Mapping[str, Flag] = {
             applied="reserved",
             sides=LOCAL,
             fidelity="rounding",
+        ),
+        Flag(
+            "prefix_cache",
+            "prefix_cache",
+            "Keeps what was computed of a prompt and its answer, in blocks of 16 tokens. A later request that begins "
+            "with the same tokens computes only what is new. So every run of a prompt after the first, as in the lab, "
+            "has the TTFT of its last tokens. It needs use_cache on every side.",
+            "Computes each prompt from its first token on.",
+            _on(keeps_prefixes=True),
+            fidelity="rounding",
+            on_by_default=False,
+            unavailable=_needs_prefixes,
         ),
         Flag(
             "row_attention",
@@ -429,7 +447,7 @@ FLAGS: Mapping[str, Flag] = {
             "Sends a prompt in chunks of 256 tokens. While the trunk works on one, the client's bottom works on the "
             "next and its top on the last.",
             "Sends a prompt whole: client and trunk wait for each other.",
-            _on(piece_tokens=256),
+            _on(chunk_tokens=256),
             sides=frozenset({"client"}),
             fidelity="rounding",
             on_by_default=False,

@@ -1,6 +1,6 @@
 """The candidates for one token of an answer, with their logits.
 
-The answer is generated again, step by step as before: one forward of the whole prefix would round differently.
+It generates the answer again, step by step as before: one forward of the whole prefix would round differently.
 """
 
 import math
@@ -17,7 +17,7 @@ LISTED = 5
 
 
 class LogitsOf:
-    """`forward`, of which the logits [V] for token `at` of `sample` (both from 0) are kept in `row`."""
+    """Wraps `forward`, and keeps the logits [V] for token `at` of `sample` (both from 0) in `row`."""
 
     def __init__(self, forward: Forward, sample: int, at: int) -> None:
         self.row: torch.Tensor | None = None
@@ -36,7 +36,7 @@ class LogitsOf:
 
 
 def token_at(events: Iterable[Event], sample: int, at: int) -> int | None:
-    """Generate up to token `at` of `sample`: its id, None for an answer that ended before."""
+    """Generate up to token `at` of `sample`, and return its id. None if the answer ended before."""
     ids: list[int] = []
     for event in events:
         if isinstance(event, TokenEvent) and event.sample == sample:
@@ -47,12 +47,24 @@ def token_at(events: Iterable[Event], sample: int, at: int) -> int | None:
 
 
 def likeliest(logits: torch.Tensor, tokens: Tokens, also: Collection[int]) -> tuple[Candidate, ...]:
-    """The LISTED likeliest tokens by `logits` [V], and those of `also`, by logit. Masked ones are left out."""
+    """The LISTED likeliest tokens by `logits` [V] and those of `also`, ordered by logit, without masked ones."""
     top = torch.topk(logits, min(LISTED, len(logits))).indices.tolist()
-    scores = logits.log_softmax(-1)
-    found = [
-        Candidate(token, tokens.decode([token]), float(logits[token]), float(scores[token]))
-        for token in {*top, *also}
-        if math.isfinite(float(logits[token]))
-    ]
-    return tuple(sorted(found, key=lambda each: (-each.logit, each.token_id)))
+    finite = [token for token in {*top, *also} if math.isfinite(float(logits[token]))]
+    return tuple(sorted(_candidates(logits, tokens, finite), key=lambda each: (-each.logit, each.token_id)))
+
+
+def with_likeliest(logits: torch.Tensor | None, token: int, tokens: Tokens, count: int) -> tuple[Candidate, ...]:
+    """The candidate `token` by `logits` [V], then the `count` likeliest ones, without masked ones. Without logits,
+    `token` with NaN."""
+    if logits is None:
+        return (Candidate(token, tokens.decode([token]), math.nan, math.nan),)
+    listed = torch.topk(logits, count).indices.tolist()
+    finite = [each for each in listed if math.isfinite(float(logits[each]))]
+    return tuple(_candidates(logits.float(), tokens, [token, *finite]))
+
+
+def _candidates(logits: torch.Tensor, tokens: Tokens, ids: Sequence[int]) -> list[Candidate]:
+    whole = float(logits.logsumexp(-1))
+    values = [float(logits[token]) for token in ids]
+    texts = [tokens.decode([token]) for token in ids]
+    return [Candidate(*each, each[2] - whole) for each in zip(ids, texts, values, strict=True)]

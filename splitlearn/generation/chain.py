@@ -1,4 +1,4 @@
-"""A model as a chain of stages, the sessions that one sample has at them, and a step through them."""
+"""A model as a chain of stages, the sessions of one sample at these stages, and a step through them."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -6,15 +6,24 @@ from dataclasses import dataclass
 
 import torch
 
-from splitlearn.stages.base import LogitsInParts, OpensTogether, Session, Stage, StageInput
-from splitlearn.stages.head import HeadSession
-from splitlearn.stages.prefix import PrefixSession, PrefixStage
+from splitlearn.events import SpotCheckResult
+from splitlearn.stages.base import (
+    FindsPrefixes,
+    LogitsInParts,
+    OpensTogether,
+    Session,
+    SpotChecked,
+    Stage,
+    StageInput,
+    WholePrefix,
+)
+from splitlearn.stages.prefix import PrefixStage
 from splitlearn.stages.settings import SessionSettings
 
 
 @dataclass(frozen=True)
 class Link:
-    """One stage of the chain and the settings that its sessions are opened with."""
+    """One stage of the chain, and the settings of its sessions."""
 
     stage: Stage
     settings: SessionSettings
@@ -27,6 +36,10 @@ class Chain:
     sessions: Sequence[Session]
     rope_length: int
 
+    def spot_checks(self) -> SpotCheckResult:
+        """The spot checks of all sessions. Waits for those under way."""
+        return SpotCheckResult.of(each.spot_checks() for each in self.sessions if isinstance(each, SpotChecked))
+
     def fork(self, other: "Chain", tokens: int) -> None:
         for own, theirs in zip(self.sessions, other.sessions, strict=True):
             own.fork(theirs, tokens)
@@ -34,9 +47,9 @@ class Chain:
 
 @dataclass(frozen=True)
 class Step:
-    """What one sample feeds at once: `ids` [1, T] at `position`, for the logits of the last `rows` of them.
+    """One step of one sample: feeds `ids` [1, T] at `position`, for the logits of the last `rows` positions.
 
-    `more` says whether another step may come after it.
+    `more`: another step may follow.
     """
 
     sample: int
@@ -51,22 +64,23 @@ class Step:
         return self.position + self.ids.shape[1]
 
     def item(self, at: int, x: torch.Tensor) -> StageInput:
-        """What the stage number `at` is given of `x`, which covers the positions up to `end`: those of this step, or
-        all where the stage keeps nothing of earlier ones. The head takes as many rows as in the full arm: products of
-        other sizes may round otherwise."""
+        """The input of stage number `at`. `x` covers the positions up to `end`. The stage gets those of this step, or
+        all of `x` if it keeps no earlier ones. The head gets as many rows as in the full arm, since products of another
+        size may round differently."""
         session = self.chain.sessions[at]
         new = self.ids.shape[1]
-        if x.shape[1] > new and not isinstance(session, PrefixSession | HeadSession):
+        if x.shape[1] > new and not isinstance(session, WholePrefix):
             x = x[:, -new:]
         return StageInput(session, self.end - x.shape[1], x, self.rows, rope_length=self.chain.rope_length)
 
 
 def open_chains(
-    stack: ExitStack, links: Sequence[Link], prompt: int, max_length: int, count: int
+    stack: ExitStack, links: Sequence[Link], prompt: int, max_length: int, count: int, keys: Sequence[bytes] = ()
 ) -> tuple[list[Stage], list[Chain]]:
-    """The stages, and for each of `count` samples of a prompt of so many tokens its sessions, which `stack` closes.
+    """The stages, and the sessions of each of `count` samples. `stack` closes the sessions.
 
-    A stage whose settings keep no KV cache is given the whole prefix in each step; the LM head never needs it.
+    `prompt` is the length of the prompt. A stage whose settings keep no KV cache gets the whole prefix in each step;
+    the LM head never needs it. `keys` are those of kept blocks of the prompt (generation/prefix_cache.py).
     """
     stages = [
         PrefixStage(link.stage)
@@ -76,14 +90,18 @@ def open_chains(
     ]
     opened = []
     for stage, link in zip(stages, links, strict=True):
-        sessions = _sessions(stage, link.settings, max_length, count)
+        sessions = _sessions(stage, link.settings, max_length, count, keys)
         for session in sessions:
             stack.callback(session.close)
         opened.append(sessions)
     return stages, [Chain(sessions, prompt) for sessions in zip(*opened, strict=True)]
 
 
-def _sessions(stage: Stage, settings: SessionSettings, max_length: int, count: int) -> Sequence[Session]:
+def _sessions(
+    stage: Stage, settings: SessionSettings, max_length: int, count: int, keys: Sequence[bytes]
+) -> Sequence[Session]:
+    if keys and isinstance(stage, FindsPrefixes):
+        return stage.open_with(settings, max_length, count, keys)
     if count > 1 and isinstance(stage, OpensTogether):
         return stage.open_together(settings, max_length, count)
     return [stage.open(settings, max_length) for _ in range(count)]

@@ -1,6 +1,6 @@
-"""How a step goes through the stages: of all samples at once, or of a long prompt in chunks.
+"""Ways of a step through the stages: all samples at once, or a long prompt in chunks.
 
-What a generation uses is chosen when it opens; `head_overlap.HeadOverlap` is the third way.
+A generation chooses one when it opens; `head_overlap.HeadOverlap` is the third.
 """
 
 from collections import deque
@@ -14,12 +14,12 @@ from splitlearn.generation.step_timing import Ledger
 from splitlearn.stages.base import LogitsInParts, Stage, StageOutput, WorksAhead
 
 Forward = Callable[[Sequence[Step]], list[torch.Tensor]]
-"""Gives for each step the logits [rows, V] of its last positions."""
+"""Computes for each step the logits [rows, V] of its last positions."""
 
 
 @dataclass(frozen=True)
 class InStep:
-    """Each stage in turn, with the steps of all samples in one call."""
+    """Calls each stage in turn, with the steps of all samples in one call."""
 
     stages: Sequence[Stage]
     ledger: Ledger
@@ -34,9 +34,9 @@ class InStep:
 
 @dataclass(frozen=True)
 class ChunkedPrefill:
-    """Prompts of more than `chunk` tokens go through the stages in chunks; every other step goes by `otherwise`.
+    """Feeds prompts of more than `chunk` tokens in chunks; other steps, as of drafts, go to `otherwise`.
 
-    A remote stage has the next chunk before it is asked for the last, so that client and trunk work at the same time.
+    A remote stage gets the next chunk before its last answer is read. So client and trunk work at the same time.
     """
 
     stages: Sequence[Stage]
@@ -45,7 +45,7 @@ class ChunkedPrefill:
     otherwise: Forward
 
     def __call__(self, steps: Sequence[Step]) -> list[torch.Tensor]:
-        if any(step.position == 0 and step.ids.shape[1] > self.chunk for step in steps):
+        if any(step.rows == 1 and step.ids.shape[1] > self.chunk for step in steps):
             return [self._in_chunks(step) for step in steps]
         return self.otherwise(steps)
 
@@ -55,7 +55,7 @@ class ChunkedPrefill:
         flowing: Iterable[tuple[Step, torch.Tensor]] = zip(steps, chunks, strict=True)
         for at, stage in enumerate(self.stages):
             if isinstance(stage, LogitsInParts):
-                flowing = deque(flowing, maxlen=1)  # nobody wants the logits of an earlier chunk
+                flowing = deque(flowing, maxlen=1)  # only the last chunk's logits are needed
             flowing = self._flow(at, stage, flowing)
         (_, logits) = deque(flowing, maxlen=1)[0]
         return logits[0, -step.rows :]
@@ -63,7 +63,7 @@ class ChunkedPrefill:
     def _flow(
         self, at: int, stage: Stage, flowing: Iterable[tuple[Step, torch.Tensor]]
     ) -> Iterator[tuple[Step, torch.Tensor]]:
-        """What comes out of a stage for each chunk; a remote one has one chunk more than it has answered."""
+        """Yield a stage's output for each chunk. A remote stage always has one more chunk than it has answered."""
         if not isinstance(stage, WorksAhead):
             for step, x in flowing:
                 yield step, self.ledger.noted(step.sample, stage.step([step.item(at, x)])[0])

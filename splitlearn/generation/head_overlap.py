@@ -1,11 +1,11 @@
 """Speculative start of the next decode step: while the client computes the rest of the LM head, the trunk already runs
 the likeliest token.
 
-The head has a logit for each token of the vocabulary, and reads as many weights as several layers. Low ids are those
-that a tokenizer learned first, from the commonest text: the likeliest of the first quarter is the likeliest of all for
-nine tokens in ten (docs/notes/token-time.md). So that token starts through the stages up to the trunk as soon as the
-first logits are there. If another one is sampled, the trunk is told to drop the step, and the step is taken anew: the
-tokens are those that there would have been.
+The head has a logit for each token of the vocabulary, and reads as many weights as several layers. A tokenizer learns
+low ids first, from the commonest text. So the likeliest token of the first quarter is the likeliest of all for nine
+tokens in ten (docs/notes/token-time.md). That token starts through the stages up to the trunk as soon as the first
+logits are computed. If another token is sampled, the client drops the step at the trunk and starts the right one. So
+the answer does not change.
 """
 
 import time
@@ -28,12 +28,11 @@ def _times() -> deque[float]:
 
 @dataclass
 class OverlapPolicy:
-    """Whether it pays to start a step before its token is sampled.
+    """Decides whether it pays to start a step before its token is sampled.
 
-    A wrong one keeps the trunk for a step's time, if that cannot drop it, of which the head's rest went by anyway; a
-    right one saves the head's rest. With a share `a` of guesses right it pays where
-    a * rest > (1 - a) * (step - rest), which is rest > (1 - a) * step. `rests` and `steps` are the last seconds that
-    each took.
+    A right guess saves the time of the head's rest. A wrong one that the trunk cannot drop costs a step's time, less
+    the rest, which runs anyway. With a share `a` of right guesses it pays if a * rest > (1 - a) * (step - rest), which
+    is rest > (1 - a) * step. `rests` and `steps` are the last measured seconds of each.
     """
 
     guesses: Record = field(default_factory=lambda: Record(right=9, tried=10))
@@ -41,7 +40,7 @@ class OverlapPolicy:
     steps: deque[float] = field(default_factory=_times)
 
     def pays(self) -> bool:
-        """As far as is known. Before anything is: yes, since nine guesses in ten are right."""
+        """Whether it pays by the measured times; True before any, since nine guesses in ten are right."""
         if not self.rests or not self.steps:
             return True
         return median_low(self.rests) > (1 - self.guesses.share) * median_low(self.steps)
@@ -49,7 +48,7 @@ class OverlapPolicy:
 
 @dataclass(frozen=True)
 class _Guess:
-    """The likeliest token of the first logits, when it was found, and its step where one was started."""
+    """The likeliest token of the first logits, when it was found, and its step if one was started."""
 
     token: int
     at: float
@@ -58,8 +57,8 @@ class _Guess:
 
 @dataclass
 class HeadOverlap:
-    """Decodes one greedy answer: through the stages `near`, the `remote` one, those that are `far`, and the LM head.
-    After one of `ends` nothing comes."""
+    """Decodes one greedy answer through the stages `near`, `remote`, `far` and the LM `head`. No step follows a token
+    of `ends`."""
 
     near: Sequence[Stage]
     remote: WorksAhead
@@ -69,11 +68,11 @@ class HeadOverlap:
     ends: Collection[int]
     policy: OverlapPolicy = field(default_factory=OverlapPolicy)
     _worth: bool = True
-    """Whether the next guess is started: looked up while the trunk is at work, since all waits between its steps."""
+    """Whether to start the next guess. Computed while the trunk works, since time between its steps is lost."""
     _guess: _Guess | None = None
 
     def __call__(self, steps: Sequence[Step]) -> list[torch.Tensor]:
-        """The logits of the only step. While the rest of them is computed the next step starts."""
+        """The logits of the only step. The next step starts while the rest of them is computed."""
         (step,) = steps
         x, number = self._up_to_remote(step), len(self.near) + 1
         for at, stage in enumerate(self.far, number):
@@ -87,7 +86,7 @@ class HeadOverlap:
         return [self.ledger.noted(0, pending.finish())[0]]
 
     def _up_to_remote(self, step: Step) -> torch.Tensor:
-        """What comes out of the remote stage: of the step that was started early, if that was the right one."""
+        """The output of the remote stage: of the step that was started early, if its guess was right."""
         guess, self._guess, early = self._guess, None, None
         if guess is not None:
             early, right = guess.pending, guess.token == int(step.ids[0, -1])
@@ -100,13 +99,13 @@ class HeadOverlap:
                 began = time.perf_counter()
                 early.drop()
                 self.ledger.spend("encode", time.perf_counter() - began)
-        wanted = self._start(step, uncertain=False)
+        pending = self._start(step, uncertain=False)
         if early is not None:  # answers come in the order in which steps were started
             self.ledger.add(step.sample, early.finish().timing)
-        return self._finished(wanted)
+        return self._finished(pending)
 
     def _start_next(self, step: Step, logits: torch.Tensor) -> None:
-        """Start the step of the likeliest token of the first `logits` [1, 1, k], where that pays."""
+        """Start the step of the likeliest token of the first `logits` [1, 1, k], if that pays."""
         began = time.perf_counter()
         token, pending = _likeliest(logits), None
         self.ledger.spend("sample", time.perf_counter() - began)
@@ -133,7 +132,7 @@ class HeadOverlap:
 
 
 def overlapped(stages: Sequence[Stage], ledger: Ledger, ends: Collection[int]) -> HeadOverlap | None:
-    """The overlap over a chain of stages; None where none is remote, or the last is no LM head of its own."""
+    """The overlap over a chain of stages. None if no stage is remote, or if the last is not an LM head."""
     at, head = next((at for at, stage in enumerate(stages) if isinstance(stage, WorksAhead)), -1), stages[-1]
     remote = stages[at]
     if not isinstance(remote, WorksAhead) or not isinstance(head, LogitsInParts):
@@ -142,6 +141,6 @@ def overlapped(stages: Sequence[Stage], ledger: Ledger, ends: Collection[int]) -
 
 
 def _likeliest(logits: torch.Tensor) -> int:
-    """The index of the largest. numpy's takes 0.03 ms where torch's takes 0.08, its code being cold between steps."""
+    """The index of the largest. numpy's argmax takes 0.03 ms, torch's 0.08, since its code is cold between steps."""
     known = logits if logits.dtype == torch.float32 else logits.float()
     return int(known.numpy().argmax())

@@ -1,14 +1,13 @@
-"""The one place of a sequence's length: its token ids, and how many of them the stages have computed."""
+"""The only place of a sequence's length: its token ids, and how many of them the stages have computed."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Sequence:
-    """One sample's token ids, the prompt's first. The stages have the first `computed` of them.
+    """One sample's token ids, beginning with the prompt. The stages have computed the first `computed` of them.
 
-    A session is told with each step at which position it begins, and truncates its cache to there: what was fed on
-    trial and did not come true is never undone here.
+    Each step gives the sessions its position, and they truncate their caches to it. So wrong drafts need no undo here.
     """
 
     ids: list[int]
@@ -16,7 +15,7 @@ class Sequence:
 
     @property
     def new(self) -> list[int]:
-        """The ids that the stages do not have yet."""
+        """The ids that the stages have not computed yet."""
         return self.ids[self.computed :]
 
     def __len__(self) -> int:

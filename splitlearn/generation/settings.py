@@ -1,4 +1,4 @@
-"""What flags change in the decode loop and the tokenizer. The defaults are what runs when every flag is off."""
+"""Settings of the decode loop and the tokenizer that flags change. The defaults are those of a run without flags."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from splitlearn.generation.speculation import Proposer
 class GenerationSettings:
     """How an answer is generated.
 
-    `proposers` make what guesses an answer's next tokens, the first of which is asked first; `draft_model` puts a
-    second model behind them. Without either, tokens are decoded one by one. `head_overlap` begins the next step before
-    the LM head is done. `piece_tokens` is how many tokens of a prompt go through the stages at once; None: all.
+    `proposers` make the proposers of drafts, in the order in which they are tried; `draft_model` adds a second model
+    behind them. Without either, tokens are decoded one by one. `head_overlap` starts the next step before the LM head
+    is done. `chunk_tokens` is how many tokens of a prompt go through the stages at once; None: all.
     """
 
     use_fast_tokenizer: bool = False
@@ -21,4 +21,4 @@ class GenerationSettings:
     proposers: tuple[Callable[[], Proposer], ...] = ()
     draft_model: bool = False
     head_overlap: bool = False
-    piece_tokens: int | None = None
+    chunk_tokens: int | None = None

@@ -1,10 +1,10 @@
-"""Draft tokens: guesses at what comes next, of which one trip through the stages verifies several.
+"""Draft tokens: guesses at the next tokens, of which one step through the stages verifies several.
 
-The decode loop feeds the last token and the drafts in one step, and samples at each of their places in turn, from the
-model's own logits and with the one draw that the token there would have had anyway, for as long as what it samples is
-the draft that was fed. So tokens are those of decoding one by one, under a seed as well as greedily: this is the
-speculative sampling of Leviathan et al. 2023 (arXiv:2211.17192) for a proposal that is certain of its draft (accept it
-with the model's probability for it, else draw from what is left).
+The decode loop feeds the last token and the drafts in one step. Then it samples at each position in turn, from the
+model's own logits, with the draw that this position would have had anyway. It stops at the first token that differs
+from its draft. So tokens are those of decoding one by one, with a seed as well as greedily. This is the speculative
+sampling of Leviathan et al. 2023 (arXiv:2211.17192) for a proposal with probability 1 for its draft: accept it with the
+model's probability, else draw from the other tokens.
 """
 
 from collections import defaultdict, deque
@@ -14,29 +14,29 @@ from statistics import median_low
 from typing import Protocol
 
 COUNTS = (0, 1, 2, 4, 8, 16)
-"""How many drafts a step may have: few numbers, so that the time of each is soon known."""
+"""The possible numbers of drafts in a step. There are few, so that the time of each is soon measured."""
 LONGEST, SHORTEST = 4, 2
 TIMES = 5
 FORGET = 0.95
 
 
 class Proposer(Protocol):
-    """Guesses how one sequence goes on."""
+    """Guesses the next tokens of one sequence."""
 
     @property
     def costs(self) -> bool:
-        """Whether to look at a guess takes time: then one that was not fed is not held against what came."""
+        """Whether proposing takes compute. Then proposals that were not fed are not scored."""
 
     def propose(self, sequence: Sequence[int]) -> tuple[Sequence[int], int]:
-        """Token ids that may follow, the most likely one at each place, and which kind of guess this is: guesses of one
-        kind are expected to be right as often as earlier ones of it."""
+        """The likeliest next token ids, and the kind of this guess. Guesses of one kind are expected to be right as
+        often as earlier ones of that kind."""
 
 
 class PromptLookup:
-    """Guesses that what followed the last few tokens before will follow again (Saxena 2023, "Prompt Lookup Decoding").
+    """Guesses the tokens that followed an earlier occurrence of the last few (Saxena 2023, "Prompt Lookup Decoding").
 
-    transformers' PromptLookupCandidateGenerator searches the whole sequence at each step, and for a single token where
-    it finds no more, which is wrong too often to pay here. The kind of a guess is the number of tokens that recurred.
+    transformers' PromptLookupCandidateGenerator searches the whole sequence at each step. It also accepts a match of a
+    single token, which is wrong too often to pay here. The kind of a guess is the number of matching tokens.
     """
 
     costs = False
@@ -46,7 +46,7 @@ class PromptLookup:
         self._known = 0
 
     def propose(self, sequence: Sequence[int]) -> tuple[Sequence[int], int]:
-        """What followed the last occurrence of the longest end of `sequence` that occurred before; else nothing."""
+        """The tokens after the last earlier occurrence of the end of `sequence`, the longest that occurred; or none."""
         self._learn(sequence)
         for length in range(LONGEST, SHORTEST - 1, -1):
             at = self._follows.get(tuple(sequence[-length:]))
@@ -55,7 +55,7 @@ class PromptLookup:
         return (), 0
 
     def _learn(self, sequence: Sequence[int]) -> None:
-        """Note where each run of tokens went on; the run at the very end did not yet."""
+        """Record the position after each n-gram, except the one at the very end."""
         for at in range(max(self._known, SHORTEST), len(sequence)):
             for length in range(SHORTEST, min(LONGEST, at) + 1):
                 self._follows[tuple(sequence[at - length : at])] = at
@@ -64,7 +64,7 @@ class PromptLookup:
 
 @dataclass
 class Record:
-    """How often guesses of one kind were right; before anything is known, every other time."""
+    """How often guesses of one kind were right, with more weight for recent ones. Starts at one half."""
 
     right: float = 1.0
     tried: float = 2.0
@@ -75,18 +75,18 @@ class Record:
 
     @property
     def share(self) -> float:
-        """Of those that were tried, lately above all."""
+        """The share of right guesses."""
         return self.right / self.tried
 
 
 @dataclass
 class Speculation:
-    """The drafts of one answer: as many at each step as promise the most tokens per second, none where none do. They
-    are of the first of `proposers` that has a guess.
+    """Chooses the drafts of one answer: at each step the number of them that promises the most tokens per second. They
+    come from the first of `proposers` that has a guess.
 
-    With a share `a` of drafts right, `k` of them give 1 + a + ... + a**k tokens on average (Leviathan et al., equation
-    1). What a step with k drafts takes, round trip included, is measured as they are used; an untried number is taken
-    to cost what the next smaller one that was tried does, and so is tried when more tokens would be worth it.
+    With a share `a` of right drafts, `k` of them give 1 + a + ... + a**k tokens on average (Leviathan et al., equation
+    1). The time of a step with k drafts, including the round trip, is measured when they are used. An untried number is
+    assumed to cost as much as the next smaller one that was tried. So it is tried when its tokens would be worth it.
     """
 
     proposers: Sequence[Proposer]
@@ -102,20 +102,20 @@ class Speculation:
             self._kind = number, kind
             if self._guess:
                 break
-        if not self._seconds[0]:  # what one token takes is found first
+        if not self._seconds[0]:  # measure a step without drafts first
             return []
         limit = min(len(self._guess), most)
         return list(self._guess[: max((count for count in COUNTS if count <= limit), key=self._rate, default=0)])
 
     def came(self, new: Sequence[int], fed: int, seconds: float) -> None:
-        """The step brought the tokens `new`, of which all but the last were among the `fed` drafts, in `seconds`."""
+        """Record a step of `seconds` that gave the tokens `new`. All but the last were among its `fed` drafts."""
         self._seconds[fed].append(seconds)
         if self._guess and (fed or not self.proposers[self._kind[0]].costs):
             right = len(new) - 1 if fed else int(new[0] == self._guess[0])
             self._records[self._kind].add(right, wrong=int(right < max(1, fed)))
 
     def _rate(self, count: int) -> float:
-        """Tokens per second that a step with `count` drafts promises."""
+        """The expected tokens per second of a step with `count` drafts."""
         share = self._records[self._kind].share
         known = max(each for each in COUNTS if each <= count and self._seconds[each])
         return sum(share**power for power in range(count + 1)) / median_low(self._seconds[known])

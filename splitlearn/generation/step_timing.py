@@ -1,4 +1,4 @@
-"""Where the time of a generation goes, from event to event: the parts of each step, and a rest that is shown."""
+"""The time breakdown of a generation, from event to event: the parts of each step, and the unattributed rest."""
 
 import time
 from collections import defaultdict
@@ -14,15 +14,15 @@ from splitlearn.stages.base import StageOutput
 
 @dataclass
 class Ledger:
-    """Where the time since the last events went, in seconds by name, on one monotonic clock from t0. Samples that go
-    in step share it; the bytes and what else a stage says of a step are those of its sample."""
+    """The breakdown of the time since the last events: seconds by name, on one monotonic clock from t0. Samples that
+    run in step share it. Bytes and other facts of a stage's step belong to one sample."""
 
     t0: float = field(default_factory=time.perf_counter)
     since: float = 0.0
     parts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     timings: defaultdict[int, list[StageTiming]] = field(default_factory=lambda: defaultdict(list))
     started_right: bool | None = None
-    """Whether the step was started before its token was sampled, and with the right one (head_overlap.py)."""
+    """Whether a speculative start of this step had the right token; None if it had no such start (head_overlap.py)."""
 
     def now(self) -> float:
         return time.perf_counter() - self.t0
@@ -31,18 +31,18 @@ class Ledger:
         self.parts[name] += seconds
 
     def add(self, sample: int, timing: StageTiming) -> None:
-        """Count what a stage says of a step of `sample`."""
+        """Add a stage's timing of a step of `sample`."""
         for name, spent in timing.ledger.items():
             self.parts[name] += spent
         self.timings[sample].append(timing)
 
     def noted(self, sample: int, output: StageOutput) -> Tensor:
-        """The output of a step of `sample`, once what the stage says of it is counted."""
+        """Add the timing of `output`, of a step of `sample`, and return its tensor."""
         self.add(sample, output.timing)
         return output.x
 
     def close_step(self, events: Sequence[TokenEvent], at: float) -> list[TokenEvent]:
-        """The events of a step, whose tokens were on the host at `at`, with what it took; begins the next interval."""
+        """Add the times to the events of a step whose tokens were on the host at `at`. Begins the next interval."""
         parts = dict(self.parts)
         parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
         whole = [self._with_times(event, parts) for event in events]

@@ -1,10 +1,10 @@
-"""Stop strings in streamed text: hold back what may be the beginning of one, end where one is whole."""
+"""Stop strings in streamed text: holds back text that may be the beginning of one, and ends at a whole one."""
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Feed text increments; get back what is safe to show. `found` is True once a stop string was met."""
+    """Takes text increments, and returns the text that is safe to show. `found` is True after a stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -12,7 +12,7 @@ class StopStrings:
         self.found = False
 
     def feed(self, text: str) -> str:
-        """The text that can be shown after `text` came in; nothing of a stop string or after it."""
+        """The text that can be shown after the increment `text`, without a stop string and anything after it."""
         if self.found:
             return ""
         self._held += text
@@ -23,11 +23,11 @@ class StopStrings:
         return self._release(len(self._held) - self._beginnings())
 
     def flush(self, text: str) -> str:
-        """The rest, at the end: what was held back for a stop string that did not come."""
+        """The rest at the end: the text that was held back for an incomplete stop string."""
         return self.feed(text) + ("" if self.found else self._release(len(self._held)))
 
     def _beginnings(self) -> int:
-        """The length of the longest end of the held text with which a stop string begins."""
+        """The length of the longest end of the held text that is the beginning of a stop string."""
         longest = max(map(len, self._stops), default=1) - 1
         ends = range(min(longest, len(self._held)), 0, -1)
         return next((size for size in ends if any(stop.startswith(self._held[-size:]) for stop in self._stops)), 0)

@@ -1,7 +1,7 @@
-"""Text to token ids and back: a model's own tokenizer, its chat template, and text that comes out as it is decoded."""
+"""Encodes text to token ids and decodes them: a model's own tokenizer and its chat template."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,11 @@ from splitlearn.checkpoints import chat_template
 from splitlearn.checkpoints.chat_template import TemplateFailed
 from splitlearn.checkpoints.folder import CONFIG, PYTHON_VOCABULARY
 from splitlearn.errors import InputError, ModelError
+from splitlearn.events import GenerationRequest, Message, Prompt, messages_of, texts_of, token_ids_of
+from splitlearn.generation.detokenizer import Detokenizer
+from splitlearn.generation.tool_calls import CallReader, CallSyntax, syntax_of
 from splitlearn.runtime import private_apis
-
-_REPLACEMENT = "\ufffd"
-# A UTF-8 character has at most four bytes, so no more than three replacement characters at the end can still become
-# one; a byte is at most one token.
-_UNFINISHED = 3
-# Ids that are decoded again with each new one: enough that the text at the window's end does not depend on its start.
-_WINDOW = 16
+from splitlearn.tools import Tool
 
 
 class Tokens:
@@ -25,20 +22,18 @@ class Tokens:
 
     def __init__(self, tokenizer: Any, eos_ids: frozenset[int], embeddings: int | None = None) -> None:
         self._tokenizer = tokenizer
-        # transformers' own decode() does nothing more for text that is not cleaned up, and takes twice as long.
+        # Without clean-up transformers' own decode() does the same, and takes twice as long.
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._embeddings = embeddings  # of the model, which may have fewer than the tokenizer has tokens
         self._templates = chat_template.templates(tokenizer.chat_template)
+        self._syntaxes: dict[str, CallSyntax] = {}
         self.eos_ids = eos_ids
         """The ids that end an answer."""
 
     @classmethod
     def load(cls, folder: Path, use_fast: bool) -> "Tokens":
-        """Read the tokenizer in `folder`; without `use_fast` the Python one, where `python_tokenizer_available`.
-
-        Without `use_fast` and where it is not available, the model's only tokenizer is what there is. Raises ModelError
-        when it cannot be read.
-        """
+        """Read the tokenizer in `folder`. Without `use_fast` it is the Python one if `python_tokenizer_available`, else
+        the model's only one. Raises ModelError if it cannot be read."""
         tokenizer = _read(folder)
         if not use_fast and _why_no_python(folder, tokenizer) is None:
             python = private_apis.python_tokenizer_class(tokenizer)
@@ -50,22 +45,26 @@ class Tokens:
 
     @property
     def size(self) -> int:
-        """Tokens of the vocabulary, added ones included; the logits may have more entries, as padding."""
+        """The size of the vocabulary, including added tokens. Logits may have more entries, as padding."""
         return len(self._tokenizer)
 
     def vocabulary(self) -> dict[str, int]:
         return dict(self._tokenizer.get_vocab())
 
+    def serialized(self) -> str | None:
+        """The tokenizer as the tokenizers library writes it, in JSON. None for one in Python."""
+        return None if self._backend is None else str(self._backend.to_str())
+
     @property
     def chat_templates(self) -> tuple[str, ...]:
-        """The names of the model's chat templates: of the only one, `default`."""
+        """The names of the model's chat templates. A single one is called `default`."""
         return tuple(sorted(self._templates))
 
     def check_chat(self, chat: bool | str, model: str) -> None:
-        """Try what `encode` would apply for `chat`, on short prompts. `model` is what the model is called.
+        """Try the template that `encode` applies for `chat` on short prompts. `model` is the model's name in errors.
 
-        Raises InputError for a template that the model does not have, ModelError for one that makes no text or leaves
-        the prompt out.
+        Raises InputError for a template that the model does not have, ModelError for one that gives no text or leaves
+        out the prompt.
         """
         chosen = chat_template.choose(self._templates, chat)
         if chosen is None:
@@ -76,45 +75,73 @@ class Tokens:
         except TemplateFailed as error:
             others = [other for other in self.chat_templates if other != name]
             also = f", or one of the others: {', '.join(others)}" if others else ""
-            said = f"The chat template {name!r} of {model} cannot be used: it {error}."
-            raise ModelError(f"{said} {chat_template.INSTEAD}{also}.") from error
+            reason = f"The chat template {name!r} of {model} cannot be used: it {error}."
+            raise ModelError(f"{reason} {chat_template.INSTEAD}{also}.") from error
 
-    def encode(self, prompt: str, chat: bool | str) -> list[int]:
-        """The ids of `prompt`; with `chat` as the one message of a conversation, where the model has a template for it.
+    def encode(self, prompt: Prompt, chat: bool | str, tools: Sequence[Tool] = ()) -> list[int]:
+        """The ids of `prompt`. With `chat` they are those of its messages, or of the text as the only message of a
+        conversation, if the model has a template, which also tells it of `tools`. Token ids are taken as they are.
 
         True is the default template; a name chooses one of several. Control tokens that are spelled out in the prompt
-        are control tokens. Raises InputError for a prompt of no text or no tokens, or of half characters, for one that
-        the template makes nothing of, and for a template that the model does not have.
+        become control tokens. Raises InputError for a prompt without text or tokens, with incomplete characters, or
+        that the template rejects. It is also raised for messages without a template, a template that the model does not
+        have, tools that its template has no place for, and an id that is not a token of the model.
         """
-        if not prompt.strip():
+        texts, given = texts_of(prompt), token_ids_of(prompt)
+        if not (given or any(text.strip() for text in texts)):
             raise InputError("prompt", prompt, "some text")
-        if any("\ud800" <= each <= "\udfff" for each in prompt):  # of bytes on a command line that are no UTF-8
-            raise InputError("prompt", chat_template.excerpt(prompt), "text that UTF-8 can hold")
-        chosen = chat_template.choose(self._templates, chat)
-        if chosen is None:
-            ids = self._tokenizer.encode(prompt)
-        else:
-            ids = self._tokenizer.encode(self._render(*chosen, prompt), add_special_tokens=False)
+        text = "\n".join(texts)
+        if any("\ud800" <= each <= "\udfff" for each in text):  # from a command line with invalid UTF-8
+            raise InputError("prompt", chat_template.excerpt(text), "text that UTF-8 can hold")
+        ids = list(given) or self._encode(prompt, text, chat, tools)
         if not ids:
             raise InputError(
-                "prompt", chat_template.excerpt(prompt), "text of which the tokenizer makes a token or more"
+                "prompt", chat_template.excerpt(text), "text that the tokenizer encodes to at least one token"
             )
-        unknown = max(ids)
-        if self._embeddings is not None and unknown >= self._embeddings:
-            token = self._tokenizer.convert_ids_to_tokens(unknown)
-            wanted = f"text without the token {token!r}: its id is {unknown}, and the model has {self._embeddings}"
-            raise InputError("prompt", chat_template.excerpt(prompt), wanted)
-        return list(ids)
+        self._check_known(ids, text)
+        return ids
 
-    def _render(self, name: str, template: str, prompt: str) -> str:
+    def _encode(self, prompt: Prompt, text: str, chat: bool | str, tools: Sequence[Tool]) -> list[int]:
+        chosen, messages = chat_template.choose(self._templates, chat), messages_of(prompt)
+        if chosen is None and messages:
+            raise InputError("prompt", chat_template.excerpt(text), "text: the model has no chat template for messages")
+        if chosen is None:
+            return list(self._tokenizer.encode(text))
+        if tools or any(message.tool_calls for message in messages):
+            self.call_syntax(chat)
+        rendered = self._render(*chosen, messages or (Message("user", text),), tools)
+        return list(self._tokenizer.encode(rendered, add_special_tokens=False))
+
+    def call_syntax(self, chat: bool | str) -> CallSyntax:
+        """How the model writes tool calls. Raises InputError if it has no such template, or one without tools."""
+        name, template = chat_template.choose(self._templates, chat) or ("", "")
+        if name not in self._syntaxes:
+            try:
+                self._syntaxes[name] = syntax_of(self._tokenizer, template)
+            except TemplateFailed as error:
+                raise InputError("tools", name, f"a model with tools; the chat template of this one {error}") from error
+        return self._syntaxes[name]
+
+    def _check_known(self, ids: Sequence[int], text: str) -> None:
+        """Raise InputError for an id that the model has no embedding for."""
+        unknown = max(ids)
+        if self._embeddings is None or (unknown < self._embeddings and min(ids) >= 0):
+            return
+        if not text:
+            raise InputError("prompt", unknown, f"token ids from 0 to {self._embeddings - 1}")
+        token = self._tokenizer.convert_ids_to_tokens(unknown)
+        expected = f"text without the token {token!r}: its id is {unknown}, and the model has {self._embeddings}"
+        raise InputError("prompt", chat_template.excerpt(text), expected)
+
+    def _render(self, name: str, template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
         try:
-            return chat_template.render(self._tokenizer, template, prompt)
+            return chat_template.render(self._tokenizer, template, messages, tools)
         except TemplateFailed as error:
-            wanted = f"a prompt that the chat template {name!r} takes; it {error}. {chat_template.INSTEAD}"
-            raise InputError("prompt", chat_template.excerpt(prompt), wanted) from error
+            expected = f"a prompt that the chat template {name!r} takes; it {error}. {chat_template.INSTEAD}"
+            raise InputError("prompt", chat_template.excerpt(messages[-1].content), expected) from error
 
     def pieces(self, ids: Sequence[int]) -> list[tuple[str, bool]]:
-        """The text of `ids` as the model sees it, in pieces: each control token alone (True), and what is between."""
+        """The text of `ids` in pieces, each with whether it is a control token. Text between those is one piece."""
         control = self._tokenizer.added_tokens_decoder
         found: list[tuple[str, bool]] = []
         for is_control, group in groupby(ids, key=control.__contains__):
@@ -123,63 +150,40 @@ class Tokens:
             found += [(self._tokenizer.decode(part, clean_up_tokenization_spaces=False), is_control) for part in parts]
         return found
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of `ids` with special tokens."""
+        return "".join(text for text, _ in self.pieces(ids))
+
+    def each(self, ids: Sequence[int]) -> list[tuple[str, bool]]:
+        """The text of each of `ids` alone, with whether it is a control token."""
+        alone = {token: self.pieces([token])[0] for token in set(ids)}
+        return [alone[token] for token in ids]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens."""
         if self._backend is not None:
             return str(self._backend.decode(ids, skip_special_tokens=True))
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def detokenizer(self) -> "Detokenizer":
-        """A fresh incremental decoder for one answer."""
-        return Detokenizer(self, frozenset(self._tokenizer.all_special_ids))
+    def detokenizer(self, marks: Mapping[int, str] | None = None) -> Detokenizer:
+        """A new incremental decoder for one answer. The special tokens in `marks` have a text in it."""
+        return Detokenizer(self.decode, {**dict.fromkeys(self._tokenizer.all_special_ids, ""), **(marks or {})})
 
-
-class Detokenizer:
-    """Gives the text of one answer while its ids come in; its pieces together are `Tokens.decode` of all ids.
-
-    Each id costs the decoding of at most 32. A character comes when all of its bytes are there, so a replacement
-    character is text of the model's own, held back until nothing can complete it. (tokenizers' DecodeStream holds back
-    all text, and decodes all of it again, for as long as it ends in one, and cannot be asked for the rest at the end.)
-
-    One difference is left: where a tokenizer spells bytes as tokens of their own (SentencePiece's byte fallback), a
-    whole character that is followed by a stray byte is decoded in retrospect to replacement characters.
-    """
-
-    def __init__(self, tokens: Tokens, special: frozenset[int]) -> None:
-        self._tokens = tokens
-        self._special = special
-        self._window: list[int] = []
-        self._given = 0  # characters of the window's text that were given out, or that stand before its first id's
-
-    def feed(self, token: int) -> str:
-        """The text that `token` completes; empty for a special token or an unfinished character."""
-        if token in self._special:
-            return ""
-        self._window.append(token)
-        text = self._tokens.decode(self._window)
-        unfinished = len(text) - len(text.rstrip(_REPLACEMENT))
-        piece = text[self._given : len(text) - min(unfinished, _UNFINISHED)]
-        self._given += len(piece)
-        if len(self._window) > 2 * _WINDOW:
-            self._shrink(len(text) - self._given)
-        return piece
-
-    def flush(self) -> str:
-        """The rest: what was held back as an unfinished character."""
-        return self._tokens.decode(self._window)[self._given :]
-
-    def _shrink(self, held_back: int) -> None:
-        """Forget the older ids; what is held back stays at the end of the text."""
-        self._window = self._window[-_WINDOW:]
-        self._given = len(self._tokens.decode(self._window)) - held_back
+    def readers(self, request: GenerationRequest, prompt: Sequence[int]) -> tuple[Detokenizer, CallReader | None]:
+        """What makes text of a new answer to the ids `prompt`, and what finds tool calls in it if there are tools."""
+        if not request.tools:
+            return self.detokenizer(), None
+        syntax = self.call_syntax(request.chat)
+        calls = syntax.reader(self.text_of(prompt), request.tools, request.parallel_tool_calls)
+        return self.detokenizer(syntax.marks), calls
 
 
 def python_tokenizer_available(folder: Path) -> str | None:
-    """Why the model in `folder` leaves no choice between a Rust and a Python tokenizer; None when it has both.
+    """Why the model in `folder` has only one of the Rust and Python tokenizers, or None if it has both.
 
-    transformers 5 ignores `use_fast` and has one class for each tokenizer, most often the Rust one. The exception is
-    BertTokenizer (some GPT-2 models have it), beside which its Python class was kept as BertTokenizerLegacy: it gives
-    the same ids, and text with a space before punctuation.
+    transformers 5 ignores `use_fast` and has one class for each tokenizer, mostly the Rust one. The exception is
+    BertTokenizer (some GPT-2 models have it), whose Python class still exists as BertTokenizerLegacy. It gives the same
+    ids, but text with a space before punctuation.
     """
     return _why_no_python(folder, _read(folder))
 
@@ -202,23 +206,23 @@ def _read(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise what they like for files from anywhere
-        said = " ".join(str(error).split())
-        if "trust_remote_code" in said:
-            said = "it needs Python code of its own (auto_map), and no code of a model is run here"
-        raise ModelError(f"The tokenizer in {folder} cannot be read: {said[:500]}") from error
+    except Exception as error:  # transformers and tokenizers raise errors of any class for unusual files
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code of its own (auto_map), and no code of a model is run here"
+        raise ModelError(f"The tokenizer in {folder} cannot be read: {reason[:500]}") from error
 
 
 def _eos_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
     """The end tokens that generation_config.json names, and the tokenizer's own."""
     path = folder / "generation_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-    ids = named if isinstance(named, list) else [named]
+    value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+    ids = value if isinstance(value, list) else [value]
     return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
 
 
 def _embeddings(folder: Path) -> int | None:
-    """How many tokens the model has embeddings for, where its configuration says so."""
+    """The number of the model's embeddings, or None if its configuration does not state it."""
     path = folder / CONFIG
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     count = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))

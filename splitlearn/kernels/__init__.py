@@ -1,4 +1,5 @@
-"""Functions in machine code. Imports nothing of the project: kept machine code is good until a kernel changes."""
+"""Functions in machine code. Imports nothing of the project, so that cached machine code is valid until a kernel
+changes."""
 
 import hashlib
 from functools import cache
@@ -7,7 +8,7 @@ from pathlib import Path
 
 @cache
 def digest(folder: Path) -> bytes:
-    """A hash of the text of all modules of a folder, as it was at the first call."""
+    """A hash of the source of all modules in a folder, as it was at the first call."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
         if path.is_file():  # an editor's lock is a link to nothing
@@ -15,5 +16,5 @@ def digest(folder: Path) -> bytes:
     return found.digest()
 
 
-# At import: a process may import the kernels hours after it imported their constants, and the files may be newer then.
+# Computed at import: a process may import the kernels hours after their constants, and the files may have changed.
 digest(Path(__file__).parent)

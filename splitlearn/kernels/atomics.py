@@ -1,5 +1,5 @@
-"""Atomic access to fields of a record (a numpy record dtype) that several threads share, for compiled code. The fields
-are of int64, at offsets of whole numbers of 8 bytes.
+"""Atomic access from compiled code to fields of a numpy record that several threads share. The fields are int64, at
+offsets that are multiples of 8 bytes.
 
     before = atomic_add(record, "left", -1)
 """
@@ -21,7 +21,7 @@ def field_pointer(builder: Any, record: Any, kind: Any, name: str) -> Any:
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def atomic_load(typing: Any, team: Any, name: Any) -> Any:
-    """A field's value. What its writer wrote before it can be read from then on."""
+    """Load a field, with acquire order: earlier writes of the thread that stored it are then visible."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         return builder.load_atomic(field_pointer(builder, given[0], team, name.literal_value), "acquire", 8)
@@ -31,7 +31,7 @@ def atomic_load(typing: Any, team: Any, name: Any) -> Any:
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def atomic_store(typing: Any, team: Any, name: Any, value: Any) -> Any:
-    """Set a field. Who reads the value also sees what was written before it."""
+    """Store a field, with release order: a thread that loads the value also sees all earlier writes."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         builder.store_atomic(given[2], field_pointer(builder, given[0], team, name.literal_value), "release", 8)
@@ -42,7 +42,7 @@ def atomic_store(typing: Any, team: Any, name: Any, value: Any) -> Any:
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def atomic_add(typing: Any, team: Any, name: Any, by: Any) -> Any:
-    """Add to a field; its value before."""
+    """Add to a field, and return its value before."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         return builder.atomic_rmw(

@@ -1,9 +1,9 @@
-"""Convert a matrix [N, K] to blocks and back.
+"""Converts a matrix [N, K] to blocks and back.
 
-Blocks of 32 bits hold the matrix's own values in another order. In blocks of 4 or 8 bits each value is a whole number
-times a scale, plus an offset; GROUP neighbouring values of a row share both. That is asymmetric round-to-nearest, as in
-GGUF's Q4_1, so weights from such a file keep their values. kernels/block_matmul.py multiplies with blocks and says what
-is where in one.
+Blocks of 32 bits hold the matrix's values in another order. In blocks of 4 or 8 bits each value is an integer times a
+scale, plus an offset. GROUP neighbouring values of a row share scale and offset. This is asymmetric round-to-nearest,
+as in GGUF's Q4_1, so weights from such a file keep their values. kernels/block_matmul.py multiplies with blocks, and
+describes the layout of a block.
 """
 
 import mmap
@@ -25,7 +25,7 @@ def block_bytes(bits: int) -> int:
 
 
 def bits_of(size: int) -> int:
-    """The bits of blocks of `size` bytes."""
+    """The bits of a format whose blocks have `size` bytes."""
     return next(bits for bits in BITS if block_bytes(bits) == size)
 
 
@@ -43,9 +43,9 @@ def to_blocks(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def fill_blocks(blocks: torch.Tensor, weight: torch.Tensor, bits: int) -> None:
-    """Set `blocks`, of `shape_in_blocks`, to those of `weight` [N, K].
+    """Write the blocks of `weight` [N, K] to `blocks`, which have `shape_in_blocks`.
 
-    With 4 and 8 bits, a group's offset is its smallest value, and its scale (largest - smallest) / (2**bits - 1).
+    With 4 and 8 bits, a group's offset is its smallest value, and its scale is (largest - smallest) / (2**bits - 1).
     """
     n, k = weight.shape
     whole = pad(weight, (0, -k % GROUP, 0, -n % LANES)) if n % LANES or k % GROUP else weight
@@ -70,7 +70,7 @@ def _few_bits(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def from_blocks(blocks: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """The float32 matrix [n, k] that `blocks` stand for."""
+    """The float32 matrix [n, k] of `blocks`."""
     groups, count, size = blocks.shape
     if bits_of(size) == 32:
         return _matrix(blocks.view(torch.float32).view(groups, count, GROUP, LANES), n, k)
@@ -82,13 +82,13 @@ def from_blocks(blocks: torch.Tensor, n: int, k: int) -> torch.Tensor:
 
 
 def _matrix(values: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """[groups, count, GROUP, LANES] to [n, k]."""
+    """Rearrange [groups, count, GROUP, LANES] to [n, k]."""
     groups, count = values.shape[:2]
     return values.permute(0, 3, 1, 2).reshape(groups * LANES, count * GROUP)[:n, :k].contiguous()
 
 
 def memory(size: int) -> NDArray[np.uint8]:
-    """`size` bytes of zeros, in huge pages where the system has them. They are freed when nothing refers to them."""
+    """`size` bytes of zeros, in huge pages if the system has them. They are freed with their last reference."""
     mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE_PAGE:
         mapped.madvise(mmap.MADV_HUGEPAGE)

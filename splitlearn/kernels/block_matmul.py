@@ -1,22 +1,24 @@
-"""Products of float32 rows with a matrix that lies in blocks of few bits, in one compiled call.
+"""Multiplies float32 rows with a matrix in blocks, in one compiled call.
 
     multiply(blocks, bits, x, out, 0, N)    # x [T, K], out [T, N], both float32 and contiguous
 
-The matrix [N, K] is read once, as one stream, for up to SUMS rows at a time. A block is GROUP columns of LANES rows of
-the matrix. A block of 32 bits has their float32 values, column by column. One of fewer bits begins with a float16 scale
-and a float16 offset for each of the LANES; then come whole numbers q, and each value is scale * q + offset. A column's
-LANES numbers stand side by side, of 8 bits each. Of 4 bits, those of the column GROUP / 2 further on are in the upper
-halves of the same bytes. x's products with q are summed and scaled once in a block, and so is the sum of x with the
-offset: without AVX-512, a row of 1536x576 takes 56 us; with each value made first, 68.
+It reads the matrix [N, K] once, as one stream, for up to SUMS rows at a time. A block is GROUP columns of LANES rows of
+the matrix. A block of 32 bits has their float32 values, column by column. A block of 4 or 8 bits begins with a float16
+scale and a float16 offset for each of the LANES. Then come integers q; each value is scale * q + offset. A column's
+LANES integers are side by side, each in a byte. With 4 bits, the upper halves of these bytes are the column GROUP / 2
+further on.
 
-On one core (AMD EPYC with AVX-512), a row is multiplied as fast as memory gives the matrix: 40 GB/s of float32, 26 to
-30 of 4-bit blocks (oneDNN: 32 of float32). 20 rows and more take 200 GFLOP/s. The code uses LLVM's vectors, which every
-processor has in some form. The first call compiles for 2 s, or takes 0.2 s where an earlier process cached the machine
-code. To import this module loads LLVM.
+In each block the products of x with q are summed, then scaled once; the sum of x is multiplied by the offset once.
+Without AVX-512 a row of 1536x576 then takes 56 us, and 68 if each value is computed first.
 
-Why not torch's `_weight_int4pack_mm_for_cpu`, which torchao calls, too: it reads 14 to 18 GB/s of 4-bit weights where
-this reads 26 to 30; it needs x in bfloat16, which changes the tokens (with float32 a row takes 100 times as long); and
-compiled code, such as that of kernels/llama_decode.py, cannot call it.
+On one core (AMD EPYC with AVX-512), a row takes as long as reading the matrix from memory: 40 GB/s of float32, 26 to 30
+of 4-bit blocks (oneDNN: 32 of float32). 20 rows and more reach 200 GFLOP/s. The code uses LLVM's vectors, which work on
+every processor. The first call compiles for 2 s, or takes 0.2 s if an earlier process cached the machine code. To
+import this module loads LLVM.
+
+Why not torch's `_weight_int4pack_mm_for_cpu`, which torchao calls, too: it reads 14 to 18 GB/s of 4-bit weights, this
+26 to 30. It needs x in bfloat16, which changes the tokens (with float32 a row takes 100 times as long). And compiled
+code, such as kernels/llama_decode.py, cannot call it.
 """
 
 from collections.abc import Iterator
@@ -34,13 +36,13 @@ from numba.extending import intrinsic
 from splitlearn.kernels.block_format import BITS, GROUP, LANES, SCALES_BYTES, block_bytes
 from splitlearn.kernels.jit import CACHE_LINE, compiled, prefetch
 
-# So many sums are under way at once, of one row or of as many rows: a single one would have to wait for the last
-# addition to it each time. AVX-512 has 32 registers that hold LANES each. Without it two hold them, of 16, and with 8
-# sums none is left for the values: 4 bits take 80 us for a row of 1536x576 and 1036 for 20, with 4 sums 68 and 556.
+# The number of independent sums, of one row or of as many rows: a single sum would have to wait for its last addition
+# each time. AVX-512 has 32 registers that hold LANES each. Without it there are 16, two for the LANES, so that 8 sums
+# leave none for the values. Then 4 bits take 80 us for a row of 1536x576 and 1036 for 20 rows; with 4 sums 68 and 556.
 SUMS = 8 if llvm.get_host_cpu_features().get("avx512f") else 4
-# How far ahead the lines of the blocks are asked for, where the processor's own prefetching falls behind: 8 rows with
-# float32 blocks took 315 microseconds without, 123 with; a row with 4-bit blocks takes 0.93 times as long. A row with
-# float32 blocks is as fast without.
+# The prefetch distance within the blocks, for cases in which the processor's own prefetching is too slow. 8 rows with
+# float32 blocks took 315 us without and 123 with it; a row with 4-bit blocks takes 0.93 times as long. A single row
+# with float32 blocks gains nothing.
 AHEAD_BYTES = 8 << 10
 FLOATS, INTS, BYTES, HALVES = (
     ir.VectorType(kind, LANES) for kind in (ir.FloatType(), ir.IntType(32), ir.IntType(8), ir.HalfType())
@@ -49,7 +51,7 @@ FLOATS, INTS, BYTES, HALVES = (
 
 @dataclass(frozen=True)
 class _Tile:
-    """Pointers for rows of x times LANES rows of the matrix, and how many groups of columns both have."""
+    """Pointers for the product of some rows of x with LANES rows of the matrix, and the number of column groups."""
 
     block: Any
     x: list[Any]
@@ -60,8 +62,8 @@ class _Tile:
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def _product(typing: Any, rows: Any, bits: Any, blocks: Any, x: Any, sums: Any, out: Any, row: Any, first: Any) -> Any:
-    """As `multiply`, for `rows` rows, a literal, from `row` on, and the LANES columns from `first` on. `sums` are those
-    of `x` [T, K / GROUP]; for 32 bits they are not read."""
+    """`multiply` for `rows` rows (a literal) from `row` on, and LANES columns from `first` on. `sums` [T, K / GROUP]
+    are those of `_sum_groups`; with 32 bits they are not read."""
     kinds, n_rows = (blocks, x, sums, out), rows.literal_value
     if any(kind.layout != "C" for kind in kinds):
         raise numba.TypingError("multiply takes contiguous arrays")
@@ -123,7 +125,7 @@ def _emit(builder: Any, bits: int, tile: _Tile) -> None:
 
 
 def _columns(builder: Any, block: Any, bits: int) -> Iterator[tuple[int, Any]]:
-    """Each column of a block, and its values; of 4 and 8 bits, its whole numbers."""
+    """Yield each column of a block with its values; with 4 and 8 bits, with its integers."""
     if bits == 32:
         for column in range(GROUP):
             yield column, _load(builder, block, 4 * LANES * column, FLOATS)
@@ -138,8 +140,8 @@ def _columns(builder: Any, block: Any, bits: int) -> Iterator[tuple[int, Any]]:
 
 
 def _scaled(builder: Any, block: Any, found: Any, x_sum: Any, total: Any) -> Any:
-    """`total` plus what a block of whole numbers adds: x's products with them, `found`, by the scale, and the sum of x
-    by the offset."""
+    """`total` plus the contribution of a block of integers: `found`, their products with x, times the scale, plus the
+    sum of x times the offset."""
     scale = builder.fpext(_load(builder, block, 0, HALVES), FLOATS)
     offset = builder.fpext(_load(builder, block, SCALES_BYTES // 2, HALVES), FLOATS)
     return _multiply_add(builder, x_sum, offset, _multiply_add(builder, found, scale, total))
@@ -166,7 +168,7 @@ def _in_all_lanes(builder: Any, value: Any) -> Any:
 
 @numba.njit(fastmath={"reassoc"})  # type: ignore[untyped-decorator]
 def _sum_groups(x: Any, sums: Any) -> None:
-    """`sums` [T, K / GROUP] are set to those of `x` [T, K], GROUP by GROUP."""
+    """Set `sums` [T, K / GROUP] to the sums of each GROUP of columns of `x` [T, K]."""
     for row in range(len(x)):
         for group in range(sums.shape[1]):
             total = np.float32(0)
@@ -177,9 +179,11 @@ def _sum_groups(x: Any, sums: Any) -> None:
 
 @compiled
 def multiply(blocks: Any, bits: Any, x: Any, out: Any, begin: Any, end: Any) -> None:
-    """The columns from `begin` to `end`, multiples of LANES, of `out` [T, N] are set to those of `x` [T, K] times the
-    transposed matrix [N, K], where `blocks` are contiguous, all bytes of [N / LANES, K / GROUP, bytes of a block] one
-    after the other."""
+    """Set the columns `[begin, end)` of `out` [T, N] to those of `x` [T, K] times the transposed matrix [N, K].
+
+    `begin` and `end` are multiples of LANES. `blocks` are the contiguous bytes of [N / LANES, K / GROUP, bytes of a
+    block].
+    """
     n_rows = len(x)
     sums = np.empty((n_rows, 0 if bits == 32 else x.shape[1] // GROUP), np.float32)
     _sum_groups(x, sums)

@@ -1,15 +1,15 @@
-"""Attention of one token of each of many sessions, whose keys and values lie in one pool, in one compiled call.
+"""Decode attention for one token of each of many sessions, with keys and values in one pool, in one compiled call.
 
     attend(query, keys, values, starts, lengths, scale)    # [1, heads, T, size] to [1, T, heads, size]
 
-Row t sees the keys `[starts[t], starts[t] + lengths[t])` of the pool; nothing else of it is read. To import this module
-loads LLVM, and the first call for a dtype compiles. That costs a trunk server 2 s and 140 MB at its start, or 0.2 s and
-100 MB where an earlier process cached the machine code.
+Row t sees the keys `[starts[t], starts[t] + lengths[t])` of the pool, and nothing else of it is read. To import this
+module loads LLVM, and the first call for a dtype compiles. That costs a trunk server 2 s and 140 MB when it starts, or
+0.2 s and 100 MB if an earlier process cached the machine code.
 
-torch's own attention, called for each session and layer, takes 31 us where this takes 9, and 20 us where this takes 6
-with keys and values in the core's caches. What is left is mostly waiting for memory: a step reads each of them once. So
-values are prefetched while keys are compared, and the next keys while values are added. 26 layers of 32 sessions of 100
-tokens take 7 ms in place of 13.
+torch's own attention, called for each session and layer, takes 31 us; this takes 9. With keys and values in the core's
+caches it takes 20 us, and this 6. Most of the rest is waiting for memory, since a step reads all keys and values once.
+So it prefetches values while it compares keys, and the next keys while it adds values. 26 layers of 32 sessions of 100
+tokens take 7 ms instead of 13.
 """
 
 from collections.abc import Callable
@@ -23,15 +23,16 @@ from numpy.typing import NDArray
 
 from splitlearn.kernels.jit import CACHE_LINE, compiled, prefetch
 
-# Sums may be taken in any order. NaN and infinity keep their meaning: the server looks for them.
+# Sums may be computed in any order. NaN and infinity keep their meaning, since the server checks for them.
 ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
-# A float32 of this size has no bits for a fraction. A number added to it is rounded to a whole one, in its last bits.
+# A float32 of this size has no bits for a fraction. Adding a number to it rounds the number to an integer, in the last
+# bits.
 ROUNDS = np.float32(1.5 * 2**23)
 EXPONENT_OF_ONE = np.int32(127)
 ROUNDED_ZERO = ROUNDS.view(np.int32)
-# Weights below 2**LEAST are raised to it: nothing next to the largest, which is 1.
+# Weights below 2**LEAST are raised to it, which is negligible next to the largest weight, 1.
 LEAST = np.float32(-100.0)
-# Taylor coefficients ln(2)**k / k! of 2**x from -0.5 to 0.5. The first one left out is at most a float32's last bit.
+# Taylor coefficients ln(2)**k / k! of 2**x for -0.5 to 0.5. The first term left out is at most a float32's last bit.
 ONE, C1, C2, C3, C4, C5, C6 = (
     np.float32(c) for c in (1.0, 0.6931472, 0.24022651, 0.05550411, 0.009618129, 0.0013333558, 0.00015403530)
 )
@@ -45,10 +46,11 @@ def attend(
     lengths: NDArray[np.int64],
     scale: float | None,
 ) -> torch.Tensor:
-    """Each row of `query` [1, heads, T, size] with its own keys: [1, T, heads, size of values], of the query's dtype.
+    """Attend each row of `query` [1, heads, T, size] to its own keys. Returns [1, T, heads, size of values], in the
+    query's dtype.
 
-    `keys` and `values` [groups, capacity, size] are float32, or bfloat16 that numpy takes for uint16; each group serves
-    neighbouring heads. `scale` is 1 / sqrt(size) when None, as in torch's scaled_dot_product_attention.
+    `keys` and `values` [groups, capacity, size] are float32, or bfloat16 as numpy's uint16. Each group serves
+    neighbouring heads. `scale` None is 1 / sqrt(size), as in torch's scaled_dot_product_attention.
     """
     rows = query[0].transpose(0, 1).float().contiguous().numpy()
     out = np.empty((*rows.shape[:2], values.shape[2]), np.float32)
@@ -58,7 +60,7 @@ def attend(
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _prefetch(typing: Any, array: Any, index: Any) -> Any:
-    """Prefetch the cache line with element `index` of a contiguous array. An address outside of memory is no error."""
+    """Prefetch the cache line of element `index` of a contiguous array. An address outside of memory is no error."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -108,7 +110,7 @@ def _compare(query: Any, keys: Any, ahead: Any, scores: Any) -> None:
 def power_of_two(x: Any) -> Any:
     """2**x for x <= 0, without a call or a branch, so that LLVM vectorises it. NaN stays NaN.
 
-    Not compiled with ANY_ORDER: it rounds by the order of its sums.
+    Not compiled with ANY_ORDER: the order of its sums does the rounding.
     """
     x = LEAST if x < LEAST else x
     rounded = x + ROUNDS
@@ -120,7 +122,7 @@ def power_of_two(x: Any) -> Any:
 
 @numba.njit(fastmath=ANY_ORDER)  # type: ignore[untyped-decorator]
 def _weigh(scores: Any) -> None:
-    """The softmax of `scores` [n], of base 2, in place."""
+    """Replace `scores` [n] by their softmax of base 2."""
     top = np.float32(-np.inf)
     for at in range(len(scores)):
         if scores[at] > top:
@@ -135,8 +137,8 @@ def _weigh(scores: Any) -> None:
 
 @numba.njit(fastmath=ANY_ORDER)  # type: ignore[untyped-decorator]
 def _add_up(weights: Any, values: Any, ahead: Any, out: Any) -> None:
-    """The sum of `values` [n, size] by `weights` [heads, n or more], to `out` [heads, size]; four at a time, since each
-    pass reads and writes all of `out`."""
+    """Set `out` [heads, size] to the sum of `values` [n, size], weighted by `weights` [heads, n or more]. Takes four
+    values at a time, since each pass reads and writes all of `out`."""
     out[:] = 0
     by_four = len(values) // 4 * 4
     for at in range(0, by_four, 4):

@@ -1,9 +1,9 @@
-"""Compile functions to machine code, by numba, and cache it for later processes.
+"""Compiles functions to machine code by numba, and caches it for later processes.
 
     @compiled
     def double(x): ...
 
-To import this module loads LLVM, so import it only where something is computed by it.
+To import this module loads LLVM, so import it only where it is used.
 """
 
 import logging
@@ -26,33 +26,33 @@ log = logging.getLogger(__name__)
 
 
 class _StampedByFolder:
-    """Machine code is good while no module of its folder changes: a function contains what it calls of others. numba
-    itself looks at the function's own file only."""
+    """Invalidates machine code when any module of its folder changes, since a function contains the functions that it
+    calls. numba itself checks only the function's own file."""
 
     _py_file: str
 
     def get_source_stamp(self) -> bytes:
-        """What numba compares."""
+        """The stamp that numba compares."""
         return digest(Path(self._py_file).parent)
 
 
 class InGivenFolder(_StampedByFolder, caching.UserProvidedCacheLocator):  # type: ignore[misc]
-    """In the folder NUMBA_CACHE_DIR."""
+    """Caches in the folder NUMBA_CACHE_DIR."""
 
 
 class InTree(_StampedByFolder, caching.InTreeCacheLocator):  # type: ignore[misc]
-    """Beside the modules."""
+    """Caches next to the modules."""
 
 
 class InUsersFolder(_StampedByFolder, caching.UserWideCacheLocator):  # type: ignore[misc]
-    """In the user's cache folder."""
+    """Caches in the user's cache folder."""
 
 
 LOCATORS = ",".join(f"{__name__}.{locator.__name__}" for locator in (InGivenFolder, InTree, InUsersFolder))
 
 
 class _Cache(caching.FunctionCache):  # type: ignore[misc]
-    """numba's cache, which warns in place of failing where the folder is full or belongs to another user."""
+    """numba's cache. Warns instead of failing if the folder is full or belongs to another user."""
 
     @contextmanager
     def _guard_against_spurious_io_errors(self) -> Iterator[None]:
@@ -65,20 +65,20 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
 @cache
 def _warn_once(why: str) -> None:
     log.warning(
-        "Machine code cannot be kept (%s): it is compiled again at each start, which can take a minute. "
+        "Machine code cannot be cached (%s): it is compiled again at each start, which can take a minute. "
         "NUMBA_CACHE_DIR names another folder for it.",
         why,
     )
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile `function`, to run without the interpreter's lock, and cache it where a folder can be written."""
+    """Compile `function` to run without the interpreter lock, and cache it if a folder is writable."""
     return _compile(numba.njit, function, nogil=True)
 
 
 def called(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """As `compiled`, for a function that is called by its `address`, with arguments of those types. It is compiled at
-    once, so what it calls stands before it."""
+    """As `compiled`, for a function that is called by its `address`, with arguments of the types in `signature`. It is
+    compiled at once, so define the functions that it calls before it."""
     return lambda function: _compile(numba.cfunc, function, signature)
 
 
@@ -92,7 +92,7 @@ def _compile(make: Callable[..., Any], function: Callable[..., Any], *arguments:
 
 @contextmanager
 def _our_cache() -> Iterator[None]:
-    """Inside, numba keeps what it compiles by _Cache, in a folder that LOCATORS find."""
+    """Let numba use _Cache, in a folder found by LOCATORS, inside a `with` block."""
     with (
         patch.object(numba.config, "CACHE_LOCATOR_CLASSES", LOCATORS),
         patch.object(dispatcher, "FunctionCache", _Cache),
@@ -102,7 +102,7 @@ def _our_cache() -> Iterator[None]:
 
 
 def prefetch(builder: Any, place: Any) -> None:
-    """Emit the request for the cache line of the pointer `place`. An address outside of memory is no error."""
+    """Emit a prefetch of the cache line at the pointer `place`. An address outside of memory is no error."""
     address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [address, number, number, number])
     call = builder.module.declare_intrinsic("llvm.prefetch", [address], kind)

@@ -1,7 +1,7 @@
-"""Take one token through all of a stage's decoder layers, which are Llama's, in one compiled call.
+"""Fused decode: takes one token through all of a stage's Llama layers in one compiled call.
 
 Norms, products (kernels/block_matmul.py), rotary embedding, attention (kernels/decode_attention.py) and the gated MLP
-follow each other without torch's overhead for each. To import this module loads LLVM.
+run without torch's overhead per operation. To import this module loads LLVM.
 """
 
 from typing import Any, NamedTuple
@@ -15,14 +15,14 @@ from splitlearn.kernels.decode_attention import ANY_ORDER, power_of_two
 from splitlearn.kernels.jit import compiled
 from splitlearn.kernels.thread_team import attention, floats, product
 
-# The products of a layer in the order in which their blocks lie.
+# The products of a layer in the order of their blocks.
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN, PRODUCTS = range(8)
 LOG2_E = np.float32(np.log2(np.e))
 
 
 @numba.njit(fastmath=ANY_ORDER)  # type: ignore[untyped-decorator]
 def _norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
-    """`out` [H] is set to x / sqrt(mean(x ** 2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """Set `out` [H] to x / sqrt(mean(x ** 2) + eps) * weight (RMSNorm, Zhang and Sennrich 2019, arXiv:1910.07467)."""
     total = np.float32(0)
     for value in x:
         total += value * value
@@ -33,7 +33,7 @@ def _norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
 
 @numba.njit(fastmath=ANY_ORDER)  # type: ignore[untyped-decorator]
 def _rotate(heads: Any, cos: Any, sin: Any) -> None:
-    """Rotary embedding of `heads` [n, size], in place, the halves of each head as pairs (Su et al. 2021,
+    """Apply the rotary embedding to `heads` [n, size] in place. The halves of each head form the pairs (Su et al. 2021,
     arXiv:2104.09864, in the layout of GPT-NeoX)."""
     half = heads.shape[1] // 2
     for head in heads:
@@ -45,8 +45,8 @@ def _rotate(heads: Any, cos: Any, sin: Any) -> None:
 
 @numba.njit(fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _gate(gate: Any, up: Any) -> None:
-    """Multiply `up` by SiLU of `gate`, in place. With numba's error model a division may raise, and is not vectorised:
-    1536 take 5.8 us in place of 1.3."""
+    """Multiply `up` by SiLU of `gate`, in place. With numba's default error model a division may raise, and is
+    not vectorised: 1536 values take 5.8 us instead of 1.3."""
     for at in range(len(gate)):
         power = power_of_two(-abs(gate[at]) * LOG2_E)
         up[at] *= gate[at] * (np.float32(1) if gate[at] >= 0 else power) / (np.float32(1) + power)
@@ -56,40 +56,40 @@ class Layers(NamedTuple):
     """The decoder layers of a stage, all of one shape."""
 
     blocks: NDArray[np.uint8]
-    """Those of all products of all layers, one after the other."""
+    """The blocks of all products of all layers, one after the other."""
     ends: NDArray[np.int64]
-    """Where in `blocks` each product ends, [1 + layers * PRODUCTS], from 0 on."""
+    """The offset in `blocks` at which each product ends, [1 + layers * PRODUCTS]. The first entry is 0."""
     bits: int
     norms: NDArray[np.float32]
     """Weights [layers, 2, H] of the norms before attention and before the MLP."""
     eps: float
     n_heads: int
     inner: int
-    """The width between gate and down."""
+    """The intermediate size of the MLP."""
     scale: float
-    """Of the products of queries and keys."""
+    """The scale of the products of queries and keys."""
 
 
 class KVPlace(NamedTuple):
-    """Where a session's keys and values lie."""
+    """The place of a session's keys and values in memory."""
 
     addresses: NDArray[np.int64]
-    """Of each layer's keys and values [layers, 2], which are float32 of `shape`."""
+    """The addresses [layers, 2] of each layer's keys and values, float32 arrays of `shape`."""
     shape: tuple[int, ...]
     """(groups, capacity, head size)"""
     start: int
-    """The session's first token in `capacity`."""
+    """The index of the session's first token within `capacity`."""
     length: int
-    """Its tokens so far."""
+    """The session's tokens so far."""
 
 
 @compiled
 def step(x: Any, layers: Any, kv: Any, turn: Any, drops: Any, number: Any, record: Any) -> Any:
-    """Take `x` [1, H], in place, through all of a Layers; each layer's key and value are written behind those in `kv`,
-    a KVPlace. `turn` [2, size] are cos and sin. `record` is that of a team (kernels/thread_team.py).
+    """Take `x` [1, H], in place, through all `layers`, and append each layer's key and value to those in `kv`, a
+    KVPlace. `turn` [2, size] has cos and sin. `record` is a team's (kernels/thread_team.py).
 
-    Before each layer the field `last` of the record `drops` is read, which another thread may set. False, and the rest
-    is left out, where it has come to `number`.
+    Another thread may set the field `last` of the record `drops`, which is read before each layer. Once it reaches
+    `number`, the step stops and returns False.
     """
     team, (groups, _, size), position = record[0], kv.shape, kv.start + kv.length
     heads, rows = layers.n_heads * size, groups * size
@@ -122,14 +122,14 @@ def step(x: Any, layers: Any, kv: Any, turn: Any, drops: Any, number: Any, recor
 
 @numba.njit  # type: ignore[untyped-decorator]
 def _products(team: Any, layers: Any, layer: Any, first: Any, last: Any, x: Any, out: Any) -> None:
-    """`out` [1, N] is set to the products of `x` [1, K] with the neighbouring matrices `first` to `last` of a layer."""
+    """Set `out` [1, N] to the products of `x` [1, K] with the adjacent matrices `first` to `last` of a layer."""
     begin, end = layers.ends[layer * PRODUCTS + first], layers.ends[layer * PRODUCTS + last + 1]
     product(team, layers.blocks, begin, end, layers.bits, x, out)
 
 
 @compiled
 def head(x: Any, norm: Any, eps: Any, blocks: Any, bits: Any, logits: Any, record: Any) -> None:
-    """`logits` [1, V] are set to the LM head's products with the norm of `x` [1, H]."""
+    """Set `logits` [1, V] to the LM head's products with the norm of `x` [1, H]."""
     normed = np.empty_like(x)
     _norm(x[0], norm, eps, normed[0])
     product(record[0], blocks, 0, len(blocks), bits, normed, logits)

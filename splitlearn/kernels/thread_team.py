@@ -1,13 +1,14 @@
-"""A team of threads that computes one token together.
+"""A team of threads that computes one token together (fork-join).
 
-The leader runs the kernel (kernels/llama_decode.py). Each product and each attention in it is a phase, cut into shares
-of whole columns. The leader describes the phase in a record and sets `left` to the number of its shares. Leader and
-helpers take shares, each by one atomic decrement of `left`, and count `done` up after each. The leader goes on when all
-are done. So a phase waits only for shares that somebody took: a helper without a core takes none, and the leader does
-them all. One thread sums a column, in one order, so that results do not depend on the number of threads.
+The leader runs the kernel (kernels/llama_decode.py). Each product and each attention in it is a phase, divided into
+shares of whole columns. The leader describes the phase in a record and sets `left` to the number of its shares. Leader
+and helpers take shares, each by one atomic decrement of `left`, and increment `done` after each. The leader continues
+when all shares are done. So a phase waits only for shares that were taken: a helper without a core takes none, and the
+leader computes them all. One thread sums a column, in one order, so that results do not depend on the number of
+threads.
 
-To wake a thread takes 50 us, a phase takes less. So helpers are woken once for a token, and poll `left` until `over` is
-set. After SPINS polls in vain a thread offers its core to others at each poll, so that there may be more threads than
+To wake a thread takes 50 us, longer than a phase. So helpers are woken once for a token, and poll `left` until `over`
+is set. After SPINS polls without work a thread yields its core at each poll, so that there may be more threads than
 cores. Why not numba's prange: docs/notes/tried.md.
 """
 
@@ -30,22 +31,23 @@ from splitlearn.kernels.block_matmul import multiply
 from splitlearn.kernels.decode_attention import attend_arrays
 from splitlearn.kernels.jit import called, compiled
 
-# With one share for each thread all wait for the slowest. More than two cost more than they even out.
+# With one share per thread all would wait for the slowest. More than two cost more than they balance.
 SHARES_PER_THREAD = 2
-# Polls in vain before a thread offers its core to others: about 20 us, where the parts between two phases take 1 us.
+# Polls without work before a thread yields its core: about 20 us. The time between two phases is 1 us.
 SPINS = 20_000
-# Polls in vain before a helper leaves the token: its leader has no core, or waits for Python's lock.
+# Polls without work before a helper leaves the token: its leader has no core, or waits for the interpreter lock.
 PATIENCE = SPINS + 1_000
-# A thread is started when no other is idle. Without a number the pool has four more than there are cores.
-MOST_HELPERS = 1024
+# The pool starts a thread only if none is idle. Its default limit would be the number of cores plus four.
+MAX_HELPERS = 1024
 MULTIPLY, ATTEND = range(2)
-# The arguments of a phase. Arrays are given by their addresses.
+# The arguments of a phase. Arrays are passed by address.
 PRODUCT = np.dtype([(name, np.int64) for name in ("blocks", "size", "bits", "x", "width", "out", "n")])
 ATTENTION = np.dtype(
     [(name, np.int64) for name in ("query", "keys", "values", "groups", "capacity", "head_size", "start", "length")]
     + [("scale", np.float64), ("out", np.int64), ("n", np.int64)]
 )
-# A team's record. 128 bytes lie between what different threads write: processors fetch two cache lines at once.
+# A team's record. Fields that different threads write are 128 bytes apart, since processors fetch two cache lines at
+# once.
 _GAP = (np.int64, 16)
 TEAM = np.dtype(
     [
@@ -56,7 +58,7 @@ TEAM = np.dtype(
         ("done", np.int64),
         ("failed", np.int64),
         ("behind_done", *_GAP),
-        ("work", np.int64),  # the address of what does a share
+        ("work", np.int64),  # the address of the function that computes a share
         ("most_shares", np.int64),
         ("shares", np.int64),
         ("kind", np.int64),
@@ -72,9 +74,9 @@ _offer_core = numba.types.ExternalFunction("sched_yield", numba.types.int32())
 
 
 class Team:
-    """The threads of one stage: whoever is `leading`, and `threads - 1` helpers out of `pool`.
+    """The threads of one stage: the leader, which is the thread inside `leading`, and `threads - 1` helpers of `pool`.
 
-    `work` is the address of a compiled function of (record, share) that does a share.
+    `work` is the address of a compiled function of (record, share) that computes a share.
     """
 
     def __init__(self, threads: int, pool: Executor | None = None, work: int | None = None) -> None:
@@ -84,11 +86,11 @@ class Team:
         self._helpers: list[Future[None] | None] = [None] * (threads - 1)
         self._busy = Lock()
         if self._helpers:
-            help_out(self._record)  # compiles it. Outside a token it returns at once
+            help_out(self._record)  # compiles the function; outside a token it returns at once
 
     @contextmanager
     def leading(self) -> Iterator[NDArray[Any]]:
-        """The record of a team whose helpers are awake; of one without helpers while another thread leads them."""
+        """Wake the helpers and yield the team's record. While another thread leads them, the record has no helpers."""
         if not self._helpers or not self._busy.acquire(blocking=False):
             yield self.alone()
             return
@@ -102,12 +104,12 @@ class Team:
 
     def alone(self) -> NDArray[Any]:
         """The record of a team without helpers."""
-        return np.frombuffer(bytearray(self._alone), TEAM)  # 0.4 us, where to fill the fields takes 2
+        return np.frombuffer(bytearray(self._alone), TEAM)  # takes 0.4 us; filling the fields would take 2
 
     def _wake(self) -> None:
         pool = helpers() if self._pool is None else self._pool
         for at, helper in enumerate(self._helpers):
-            if helper is None or helper.done():  # else it has had no core since the last token
+            if helper is None or helper.done():  # otherwise it had no core since the last token
                 with suppress(RuntimeError):  # no thread can be started
                     self._helpers[at] = pool.submit(help_out, self._record)
 
@@ -120,13 +122,13 @@ class Team:
 
 @cache
 def helpers() -> ThreadPoolExecutor:
-    """Threads for what is computed without torch's own."""
-    return ThreadPoolExecutor(MOST_HELPERS, thread_name_prefix="helper")
+    """The pool of threads for kernels, apart from torch's."""
+    return ThreadPoolExecutor(MAX_HELPERS, thread_name_prefix="helper")
 
 
 @compiled
 def help_out(record: Any) -> None:
-    """Take shares of the phases that the leader opens, until the token is over."""
+    """Take shares of the leader's phases until the token is over."""
     team, looked = record[0], 0
     while looked < PATIENCE and not atomic_load(team, "over"):
         took = atomic_load(team, "left") > 0 and _take(team)
@@ -135,13 +137,13 @@ def help_out(record: Any) -> None:
 
 @numba.njit  # type: ignore[untyped-decorator]
 def floats(address: Any, shape: Any) -> Any:
-    """The array of float32 of that shape at an address."""
+    """The float32 array of `shape` at an address."""
     return numba.carray(_at(address, FLOAT), shape)
 
 
 @numba.njit  # type: ignore[untyped-decorator]
 def product(team: Any, blocks: Any, begin: Any, end: Any, bits: Any, x: Any, out: Any) -> None:
-    """As `multiply` for one row, of the bytes `blocks[begin:end]`, to all columns of `out`."""
+    """`multiply` for one row, with the bytes `blocks[begin:end]`, to all columns of `out`."""
     given, team.kind = team.product, MULTIPLY
     given.blocks, given.size, given.bits = np.int64(blocks.ctypes.data) + begin, end - begin, bits
     given.x, given.width, given.out, given.n = x.ctypes.data, x.shape[1], out.ctypes.data, out.shape[1]
@@ -150,8 +152,8 @@ def product(team: Any, blocks: Any, begin: Any, end: Any, bits: Any, x: Any, out
 
 @numba.njit  # type: ignore[untyped-decorator]
 def attention(team: Any, query: Any, addresses: Any, shape: Any, start: Any, length: Any, scale: Any, out: Any) -> None:
-    """As `attend_arrays` for one token: of `query`, whose first columns are [1, heads * size], to `out` of that shape.
-    `addresses` are those of keys and values, arrays of `shape` (groups, capacity, size)."""
+    """`attend_arrays` for one token. The first columns of `query` are [1, heads * size], the shape of `out`.
+    `addresses` has those of keys and values, arrays of `shape` (groups, capacity, size)."""
     given, team.kind = team.attention, ATTEND
     given.query, given.keys, given.values = query.ctypes.data, addresses[0], addresses[1]
     given.groups, given.capacity, given.head_size = shape
@@ -162,7 +164,7 @@ def attention(team: Any, query: Any, addresses: Any, shape: Any, start: Any, len
 
 @numba.njit  # type: ignore[untyped-decorator]
 def _do_phase(team: Any, pieces: Any) -> None:
-    """Compute the phase that the record describes, of so many pieces, with the helpers. Raises MemoryError."""
+    """Compute the phase of the record, which has so many `pieces`, with the helpers. Raises MemoryError."""
     team.shares = min(team.most_shares, pieces)
     team.done, team.failed = 0, 0
     atomic_store(team, "left", team.shares)
@@ -177,7 +179,7 @@ def _do_phase(team: Any, pieces: Any) -> None:
 
 @numba.njit  # type: ignore[untyped-decorator]
 def _take(team: Any) -> Any:
-    """Take a share and do it; False where none was left."""
+    """Take a share and compute it. False if none is left."""
     share = atomic_add(team, "left", -1) - 1
     if share < 0:
         return False
@@ -189,7 +191,7 @@ def _take(team: Any) -> Any:
 
 @numba.njit  # type: ignore[untyped-decorator]
 def _pause(looked: Any) -> Any:
-    """After a poll in vain; one more than `looked`, the number of those before."""
+    """Count a poll without work: returns `looked` plus one. Yields the core after SPINS of them."""
     if looked >= SPINS:
         _offer_core()
     return looked + 1
@@ -197,7 +199,7 @@ def _pause(looked: Any) -> Any:
 
 @numba.njit  # type: ignore[untyped-decorator]
 def _columns(n: Any, pieces: Any, share: Any, shares: Any) -> Any:
-    """Where the columns of a share begin and end, of `n` that lie in `pieces`."""
+    """The columns [begin, end) of a share, of `n` columns in so many `pieces`."""
     return pieces * share // shares * (n // pieces), pieces * (share + 1) // shares * (n // pieces)
 
 
@@ -221,7 +223,7 @@ def _attend(given: Any, share: Any, shares: Any) -> None:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _at(typing: Any, address: Any, kind: Any) -> Any:
-    """An address as a pointer to a number of that kind."""
+    """An address as a pointer to a number of type `kind`."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         return builder.inttoptr(given[0], context.get_value_type(signature.return_type))
@@ -231,9 +233,9 @@ def _at(typing: Any, address: Any, kind: Any) -> Any:
 
 @called(KIND_OF_WORK)
 def work_on_share(record: Any, share: Any) -> Any:
-    """Do a share of the open phase. WORKED; numba gives 0 where something is raised, which is MemoryError.
+    """Compute a share of the current phase, and return WORKED. After an exception (MemoryError) numba returns 0.
 
-    Leader and helpers call it by its address, which is in the record: so it is compiled once, not into each of them.
+    Leader and helpers call it by its address in the record, so that it is compiled once, not into each of them.
     """
     team = numba.carray(record, (1,))[0]
     if team.kind == MULTIPLY:
@@ -245,7 +247,7 @@ def work_on_share(record: Any, share: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _call_work(typing: Any, team: Any, share: Any) -> Any:
-    """What the team's `work` returns for that share."""
+    """Call the team's `work` for a share, and return its result."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         number, record = ir.IntType(64), given[0].type

@@ -1,1 +1,1 @@
-"""KV caches of one session, and the pool of many."""
+"""KV caches of one session, and the pool for many."""

@@ -1,5 +1,5 @@
-"""What a model's layers keep of a token, found without its weights: the architecture is built on the meta device, and
-one token goes through it.
+"""Finds what a model's layers keep of a token, without its weights: builds the architecture on the meta device, and
+runs one token through it.
 
     shapes = shapes_of_architecture(build(config))
 """
@@ -17,18 +17,18 @@ Shapes = list[tuple[KVShape, KVShape]]
 
 
 def build(config: Any) -> Any:
-    """The causal LM of a configuration, without memory for weights. In bfloat16, since products of experts have no
-    float32 form on the meta device."""
+    """The causal LM of a configuration, without memory for weights. It is in bfloat16, since the meta device has no
+    float32 products of experts."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.bfloat16).eval()
 
 
 def shapes_of_architecture(model: Any) -> Shapes:
-    """Keys and values of each layer of a model that `build` made, which is cut in place.
+    """The shapes of keys and values in each layer of a model made by `build`. Cuts the model in place.
 
-    Two families look at values in their forward, which the meta device does not have; for them it is 2 * kv_heads *
-    head_dim (Pope et al. 2022, "Efficiently Scaling Transformer Inference", arXiv:2211.05102). Raises FamilyRefused for
-    layers that keep something else than keys and values.
+    Two families read values in their forward, which the meta device does not have. For them a layer keeps 2 * kv_heads
+    * head_dim numbers of a token (Pope et al. 2022, "Efficiently Scaling Transformer Inference", arXiv:2211.05102).
+    Raises FamilyRefused for layers that keep something else than keys and values.
     """
     n_layers = structure_of(model).n_layers
     stage = carve(model, 0, n_layers, first=True, last=True)
@@ -45,5 +45,5 @@ def shapes_of_architecture(model: Any) -> Shapes:
 
 
 def kv_values(shapes: Shapes) -> tuple[int, ...]:
-    """Numbers that one token leaves in the KV cache of each layer."""
+    """The count of numbers that one token adds to the KV cache of each layer."""
     return tuple(key.heads * key.size + value.heads * value.size for key, value in shapes)

@@ -1,6 +1,6 @@
-"""The kinds of KV cache of a session at a local stage, each for a number of layers and a longest length.
+"""The kinds of KV cache for a session at a local stage. Each is made for a number of layers and a maximum length.
 
-All but `reserved` are transformers' own. The layers of `reserved` are also those of a trunk's pool (kvcache/pool.py).
+All but `reserved` are transformers' own. A trunk's pool (kvcache/pool.py) uses the layers of `reserved`, too.
 """
 
 from dataclasses import dataclass
@@ -14,25 +14,27 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 
 
 def dynamic(layers: int, max_length: int) -> Cache:
-    """Copies keys and values to a longer tensor for each token."""
+    """A cache that copies keys and values to a longer tensor for each token."""
     return DynamicCache()
 
 
 def static(layers: int, max_length: int) -> Cache:
-    """Memory for `max_length` tokens. Attention reads all of it, masked behind the last token: one shape always."""
+    """A cache with memory for `max_length` tokens. Attention reads all of it, masked behind the last token, so that its
+    shape never changes."""
     return Cache(layers=[_StaticLayer(max_length) for _ in range(max(1, layers))])
 
 
 def reserved(layers: int, max_length: int) -> Cache:
-    """Memory for `max_length` tokens. Attention reads only those that are there."""
+    """A cache with memory for `max_length` tokens. Attention reads only the tokens so far."""
     return ReservedCache(layers=[ReservedLayer(max_length) for _ in range(max(1, layers))])
 
 
 class _StaticLayer(StaticLayer):  # type: ignore[misc]
-    """transformers' static layer that can be cropped: what is behind the new length is masked, then overwritten."""
+    """transformers' static layer, which can also be cropped: tokens behind the new length are masked, then
+    overwritten."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; their number is negative, as in DynamicLayer."""
+        """Drop the last tokens. Their number is negative, as in DynamicLayer."""
         self.cumulative_length.add_(tokens_to_remove)
 
 
@@ -47,7 +49,7 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.max_length, self.length = max_length, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Reserve the memory. It takes no pages before it is written."""
+        """Reserve the memory. It takes no pages until it is written."""
         self.keys, self.values = (
             state.new_empty(*state.shape[:2], self.max_length, state.shape[3]) for state in (key_states, value_states)
         )
@@ -56,7 +58,7 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the new tokens; the views of all."""
+        """Append the new tokens. Returns views of all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
@@ -66,7 +68,7 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys in the step to come."""
+        """Length and offset of the keys in the next step."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -74,11 +76,11 @@ class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.length
 
     def get_max_length(self) -> int:
-        """Tokens that fit."""
+        """The capacity in tokens."""
         return self.max_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; their number is negative, as in DynamicLayer."""
+        """Drop the last tokens. Their number is negative, as in DynamicLayer."""
         self.length += tokens_to_remove
 
 
@@ -87,7 +89,7 @@ class ReservedCache(Cache):  # type: ignore[misc]
 
     @property
     def addresses(self) -> "KVAddresses | None":
-        """Where keys and values are. None before there are any, and where a kernel could not read them."""
+        """The addresses of keys and values. None before there are any, or if a kernel cannot read them."""
         return self._addresses if self.layers[0].is_initialized else None
 
     @cached_property
@@ -108,14 +110,14 @@ class ReservedCache(Cache):  # type: ignore[misc]
             own.update(keys, values)
 
     def grow(self, tokens: int) -> None:
-        """A kernel has appended `tokens` in place."""
+        """Count `tokens` that a kernel has appended in place."""
         for layer in self.layers:
             layer.length += tokens
 
 
 @dataclass(frozen=True)
 class KVAddresses:
-    """`layers` has the addresses [layers, 2] of keys and values: float32 arrays [groups, capacity, size], in which a
+    """The addresses [layers, 2] of keys and values. Each is a float32 array [groups, capacity, size], in which the
     session begins at `start`."""
 
     layers: NDArray[np.int64]
@@ -124,8 +126,8 @@ class KVAddresses:
 
 
 def in_memory(state: torch.Tensor) -> tuple[NDArray[Any], int] | None:
-    """The array [groups, capacity, size] that keys or values [1, groups, tokens, size] are a part of, and where in it
-    they begin. None where they do not lie so, or are not float32 on the CPU."""
+    """The array [groups, capacity, size] of which keys or values [1, groups, tokens, size] are a part, and the token at
+    which they begin. None for another layout, another dtype than float32, or another device than the CPU."""
     (batch, groups, _, size), (_, step, row, one) = state.shape, state.stride()
     readable = state.device.type == "cpu" and state.dtype == torch.float32
     if not readable or batch != 1 or (row, one) != (size, 1) or step % size:

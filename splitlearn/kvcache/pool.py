@@ -1,13 +1,13 @@
 """A pool of preallocated KV-cache blocks. Each session gets one contiguous slot of them.
 
     pool = KVPool(shapes_of(cut, x), n_blocks, block_tokens, dtype, device)
-    slot = pool.reserve(max_length)      # None when there is no room
+    slot = pool.reserve(max_length)      # None if there is no room
     cache = pool.cache(slot)             # a transformers cache for one session, within its slot
     pool.release(slot)
 
-A session says when it opens how long it may become, and gets that much. So nothing is moved, swapped or recomputed
-later, and its keys and values are views of one tensor, which any attention function can use. Reserved memory that was
-never written takes no pages of the machine.
+A session states its maximum length when it opens, and gets that much memory. So nothing is moved, swapped or recomputed
+later. Its keys and values are views of one tensor, which any attention function can use. Reserved memory takes no pages
+until it is written.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class Slot:
 
 
 class KVPool:
-    """`n_blocks` blocks of `block_tokens` tokens: `capacity` tokens of keys and values for every layer."""
+    """Keys and values of `capacity` tokens for every layer, in `n_blocks` blocks of `block_tokens` tokens."""
 
     def __init__(
         self,
@@ -68,12 +68,12 @@ class KVPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all blocks have together."""
+        """The size of all blocks in bytes."""
         return sum(stack.nbytes for stack in self._stacks.values())
 
     @property
     def blocks_used(self) -> int:
-        """Blocks in slots that sessions have."""
+        """The number of reserved blocks."""
         return self.n_blocks - sum(slot.tokens for slot in tuple(self._free)) // self.block_tokens
 
     def fits(self, tokens: int) -> bool:
@@ -81,7 +81,7 @@ class KVPool:
         return any(free.tokens >= tokens for free in self._free)
 
     def reserve(self, tokens: int) -> Slot | None:
-        """The first contiguous free blocks that hold `tokens`, or None."""
+        """Reserve the first contiguous free blocks that hold `tokens`. None if there are none."""
         needed = -(-tokens // self.block_tokens) * self.block_tokens
         for index, free in enumerate(self._free):
             if free.tokens >= needed:
@@ -91,7 +91,7 @@ class KVPool:
         return None
 
     def release(self, slot: Slot) -> None:
-        """Give `slot` back; free neighbours become one slot again."""
+        """Free `slot`, and merge it with its free neighbours."""
         merged: list[Slot] = []
         for free in sorted([*self._free, slot], key=lambda each: each.start):
             if merged and merged[-1].start + merged[-1].tokens == free.start:
@@ -109,7 +109,7 @@ class KVPool:
     def arrays(self) -> list[NDArray[Any]]:
         """The whole pool as numpy arrays [heads, capacity, size], in the order of `views`.
 
-        bfloat16 comes as uint16 of the same bits. Empty where numpy cannot read it: another device or dtype.
+        bfloat16 is given as uint16 of the same bits. Empty if numpy cannot read the pool: another device or dtype.
         """
         whole = [view[0] for view in self.views(0, self.capacity)]
         if whole[0].device.type != "cpu" or whole[0].dtype not in (torch.float32, torch.bfloat16):
@@ -122,9 +122,9 @@ class KVPool:
 
 
 class StandingPool:
-    """Gives sessions memory that stays for later ones, which then lie where earlier ones did.
+    """Keeps a pool for later sessions, which then have the same addresses as earlier ones.
 
-    `make` makes a pool of a number of blocks, each of so many tokens. Sessions get whole blocks.
+    `make` makes a pool from a number of blocks and the tokens of each. Sessions get whole blocks.
     """
 
     def __init__(self, make: Callable[[int, int], KVPool], block_tokens: int) -> None:
@@ -132,7 +132,7 @@ class StandingPool:
         self._pool: KVPool | None = None
 
     def with_room(self, max_length: int, count: int) -> KVPool:
-        """A pool with room for `count` sessions side by side: the same one, or a new one of twice the room needed."""
+        """A pool with room for `count` sessions side by side: the current one, or a new one of up to twice the size."""
         needed = count * -(-max_length // self._block_tokens) * self._block_tokens
         if self._pool is None or not self._pool.fits(needed):
             self._pool = self._make((1 << (needed - 1).bit_length()) // self._block_tokens, self._block_tokens)
@@ -140,7 +140,7 @@ class StandingPool:
 
 
 class _PooledLayer(ReservedLayer):
-    """A layer whose memory lies within a slot."""
+    """A layer whose memory is a slot of the pool."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__(keys.shape[2])
@@ -159,8 +159,8 @@ class PooledCache(ReservedCache):
 
 
 def shapes_of(cut: CutModel, x: torch.Tensor) -> list[tuple[KVShape, KVShape]]:
-    """The shapes of each layer's keys and values, as a step of one token makes them: `x` is a token id [1, 1] at a
-    first stage, otherwise a hidden state [1, 1, H].
+    """The shapes of each layer's keys and values, found by a step of one token. `x` is a token id [1, 1] for a first
+    stage, otherwise a hidden state [1, 1, H].
 
     Raises FamilyRefused for layers that keep something else, such as a recurrent state.
     """

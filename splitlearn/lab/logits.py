@@ -67,7 +67,7 @@ def _links(given: FixedInput) -> list[Link]:
         own = settings(applied)
         loading.prepare_process(own.process, given.threads)
         stage: Stage = loading.load(given.files, [spec], own.load, placement).chain[0]
-        if spec.word == "trunk":
+        if spec.label == "trunk":
             stage = _WireRoundTrip(stage, own.session.rows(placement.dtype))
         links.append(Link(stage, own.session))
     return links

@@ -1,12 +1,16 @@
-"""When each request begins: in a closed loop when the client's last one ended, in an open loop at its arrival time."""
+"""When each request begins: in a closed loop when the client's last one ended, in an open loop at its arrival time.
+
+Later turns of a conversation belong to its first request: the client goes on with them by itself.
+"""
 
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from splitlearn.loadtest.plan import LoadRequest, LoadTest, arrivals, load_requests
+from splitlearn.loadtest.plan import LoadRequest, LoadTest, arrivals, load_requests, traced_requests
 
 
 class Clock:
@@ -63,15 +67,14 @@ class ClosedLoop:
 
 
 class OpenLoop:
-    """Poisson arrivals. A request that finds every client busy waits for the first free one.
+    """Arrivals at given times, or Poisson. A request that finds every client busy waits for the first free one.
 
     `at` stays its arrival time, so the wait counts (no coordinated omission).
     """
 
-    def __init__(self, load: LoadTest, rate: float, clock: Clock) -> None:
-        self._clock, self._last = clock, load.duration_s
-        times = arrivals(rate, load.duration_s, load.seed)
-        self._rest = deque(Arrival(job, at) for at, job in zip(times, load_requests(load, 0), strict=False))
+    def __init__(self, arriving: Iterable[tuple[float, LoadRequest]], last_s: float, clock: Clock) -> None:
+        self._clock, self._last = clock, last_s
+        self._rest = deque(Arrival(job, at) for at, job in arriving)
         self._lock = threading.Lock()
         self._ended = threading.Event()
 
@@ -91,3 +94,13 @@ class OpenLoop:
     def rest(self) -> list[Arrival]:
         """Arrivals that no client was free for. Clients may still take them."""
         return [arrival for arrival in list(self._rest) if arrival.at <= self._last]
+
+
+def loop_of(load: LoadTest, clock: Clock) -> Loop:
+    """The loop that `load` asks for."""
+    if load.trace:
+        return OpenLoop(traced_requests(load), load.duration_s, clock)
+    if load.rate is None:
+        return ClosedLoop(load, clock)
+    times = arrivals(load.rate, load.duration_s, load.seed)
+    return OpenLoop(zip(times, load_requests(load, 0), strict=False), load.duration_s, clock)

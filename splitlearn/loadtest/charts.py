@@ -47,9 +47,10 @@ def requests(measurement: Measurement) -> Any:
 def throughput(measurement: Measurement) -> Any:
     """Tokens per second of all clients together, over time."""
     width = measurement.duration_s / BINS
-    counts = [0] * BINS
-    for at in (at for outcome in measurement.outcomes for at in outcome.token_s if at < measurement.duration_s):
-        counts[min(BINS - 1, int(at / width))] += 1
+    counts = [0.0] * BINS
+    for outcome in measurement.outcomes:
+        for at in (at for at in outcome.token_s if at < measurement.duration_s):
+            counts[min(BINS - 1, int(at / width))] += outcome.tokens / len(outcome.token_s)
     middles = [(index + 0.5) * width for index in range(BINS)]
     figure = _figure("TPS (system) over time", "s")
     figure.add_scatter(x=middles, y=[count / width for count in counts], mode="lines", line={"color": COLOURS["done"]})

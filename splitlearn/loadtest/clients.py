@@ -1,34 +1,64 @@
-"""Clients that answer requests: a real split client in a process of its own, or a replay of recorded hidden states.
+"""What a client is to the load test: it answers one request at a time, and says when each token came."""
 
-`answer(job)` yields the time of each token of the answer (`time.perf_counter` of this process).
-"""
-
-import contextlib
-import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from splitlearn.arms.spec import ArmEnd, ArmReady, ArmSpec
-from splitlearn.arms.worker import start
-from splitlearn.errors import SplitlearnError, TrunkFull
-from splitlearn.events import GenerationRequest, TokenEvent
+from splitlearn.errors import EndpointFull, TrunkFull
+from splitlearn.events import Message
 from splitlearn.loadtest.plan import LoadRequest, LoadTest
-from splitlearn.loadtest.recording import Recording
-from splitlearn.loadtest.replay import ReplayClient
-from splitlearn.runtime.process import default_threads, raised
+from splitlearn.runtime.process_pool import stop_all
 from splitlearn.runtime.progress import Progress, Step
 
+NO_ROOM = (TrunkFull, EndpointFull)
+"""A request was refused because the server is full. Both errors say when to try again."""
 WARM_UP = LoadRequest(prompt=0, new_tokens=2)
+
+
+@dataclass(frozen=True)
+class AnswerEnd:
+    """The end of an answer whose tokens come uncounted, in chunks of text.
+
+    `at` is when the last token was there, in the unit of the chunks' times. The server counted `tokens` of the answer
+    and `prompt_tokens`; `server_ttft_s` and `server_tpot_s` are by its own clock, if it says.
+    """
+
+    at: float
+    tokens: int
+    prompt_tokens: int
+    server_ttft_s: float | None = None
+    server_tpot_s: float | None = None
+
+
+class Conversation:
+    """What a client and the server have said so far. The first turn of a conversation begins it anew."""
+
+    def __init__(self, load: LoadTest) -> None:
+        self._load = load
+        self._said: tuple[Message, ...] = ()
+
+    def ask(self, job: LoadRequest) -> tuple[Message, ...]:
+        """The messages of a request."""
+        before = self._said if job.turn else ()
+        self._said = (*before, Message("user", self._load.text(job.prompt, job.turn)))
+        return self._said
+
+    def answered(self, text: str) -> None:
+        """The answer to the last request is `text`."""
+        self._said = (*self._said, Message("assistant", text))
+
+
+Answer = Generator[float | AnswerEnd, None, None]
+"""When each token of an answer came, by `time.perf_counter` of this process; or each chunk of it, and then its end."""
 
 
 class Client(Protocol):
     """One request at a time; used by one thread, closed by any."""
 
-    def answer(self, job: LoadRequest) -> Generator[float, None, None]:
-        """Yield the time of each token of the answer. Raises SplitlearnError if it is refused or fails."""
+    def answer(self, job: LoadRequest) -> Answer:
+        """Answer a request. Raises SplitlearnError if it is refused or fails."""
 
     def warm(self) -> None:
         """Warm up: do once what is slow the first time."""
@@ -37,75 +67,36 @@ class Client(Protocol):
         """End, together with the current request."""
 
 
-class RealClient:
-    """A split arm's worker process, with its own bottom, top and connection."""
-
-    def __init__(self, spec: ArmSpec, prompts: Sequence[str], chat: bool | str) -> None:
-        self._prompts, self._chat = prompts, chat
-        self._flags, self._child = spec.flags, start(spec)
-
-    def warm(self) -> None:
-        """Wait until the model is loaded, then run a short request."""
-        ready = raised(self._child.receive())
-        if not isinstance(ready, ArmReady):
-            raise SplitlearnError("A client's worker process did not say that it is ready.")
-        for _ in self.answer(WARM_UP):
-            pass
-
-    def answer(self, job: LoadRequest) -> Generator[float, None, None]:
-        """Yield token times: the first by this process's clock, pipe included, the others by the worker's."""
-        chosen = GenerationRequest(self._prompts[job.prompt], job.new_tokens, chat=self._chat, ignore_eos=True)
-        self._child.send((self._flags, chosen))
-        offset: float | None = None
-        while not isinstance(item := raised(self._child.receive()), ArmEnd):
-            if isinstance(item, TokenEvent):
-                offset = time.perf_counter() - item.time_s if offset is None else offset
-                yield from [offset + item.time_s] * len(item.token_ids)
-
-    def close(self) -> None:
-        """End the worker."""
-        self._child.stop()
-
-
-def client_threads(clients: int) -> int:
-    """Threads of each of `clients` real clients: together no more than the machine's cores, if possible."""
-    return max(1, default_threads() // clients)
+Member = TypeVar("Member", bound=Client)
 
 
 @contextmanager
-def real_clients(spec: ArmSpec, load: LoadTest, chat: bool | str, progress: Progress) -> Iterator[list[Client]]:
-    """Real clients, loaded and warm. They end when the context is left."""
-    with contextlib.ExitStack() as stack:
-        made: list[Client] = []
-        for number in range(load.clients):
-            own = replace(spec, threads=client_threads(load.clients), copy=number)
-            made.append(RealClient(own, load.prompts, chat))
-            stack.callback(made[-1].close)
-        _warm(made, progress)
-        yield made
-
-
-@contextmanager
-def replay_clients(
-    spec: ArmSpec, load: LoadTest, recordings: Sequence[Recording], progress: Progress
-) -> Iterator[list[Client]]:
-    """Replaying clients, connected. They are closed when the context is left."""
-    made: list[Client] = [ReplayClient(spec, recordings) for _ in range(load.clients)]
+def warmed(clients: Sequence[Member], progress: Progress) -> Iterator[list[Client]]:
+    """The clients, warm. They are closed when the context is left."""
+    made: list[Client] = list(clients)
     try:
         _warm(made, progress)
         yield made
     finally:
-        for client in made:
-            client.close()
+        close(made)
+
+
+def close(clients: Sequence[Client]) -> None:
+    """Close all clients at the same time: one may take a second or more."""
+    stop_all([client.close for client in clients])
 
 
 def _warm(clients: Sequence[Client], progress: Progress) -> None:
-    """Warm all clients up at once, as far as the server has room. Raises the first error that is not TrunkFull."""
+    """Warm all clients up at once, as far as the server has room. Raises the first error that is not of NO_ROOM."""
 
     def warm(client: Client) -> None:
-        with suppress(TrunkFull):
+        with suppress(*NO_ROOM):
             client.warm()
 
     with ThreadPoolExecutor(min(len(clients), 32)) as pool:
-        for count, _ in enumerate(pool.map(warm, clients), 1):
-            progress(Step("Starting the clients", count, len(clients)))
+        try:
+            for count, _ in enumerate(pool.map(warm, clients), 1):
+                progress(Step("Starting the clients", count, len(clients)))
+        except BaseException:  # Ctrl-C, too: the pool waits for clients that warm up, and some of them for the server
+            close(clients)
+            raise

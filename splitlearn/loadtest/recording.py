@@ -67,7 +67,7 @@ def record(spec: ArmSpec, requests: Sequence[GenerationRequest], progress: Progr
 
 def recordings_of(load: LoadTest, spec: ArmSpec, chat: bool | str, progress: Progress) -> list[Recording]:
     """A recording of each prompt with the longest answer of `load`."""
-    requests = [GenerationRequest(prompt, load.max_new_tokens, chat=chat, ignore_eos=True) for prompt in load.prompts]
+    requests = [GenerationRequest(prompt, load.longest_answer, chat=chat, ignore_eos=True) for prompt in load.texts()]
     return record(spec, requests, progress)
 
 

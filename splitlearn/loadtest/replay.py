@@ -4,7 +4,7 @@ It tries each session once, so that every refusal is counted; a real client woul
 """
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import grpc
@@ -14,6 +14,7 @@ from splitlearn.arms.worker_main import step_timeout_s
 from splitlearn.client.session_stream import Stream, opening_of
 from splitlearn.errors import TrunkFull
 from splitlearn.flags.registry import settings
+from splitlearn.loadtest.clients import Answer
 from splitlearn.loadtest.plan import LoadRequest
 from splitlearn.loadtest.recording import Recording
 from splitlearn.wire.channel import open_channel
@@ -76,7 +77,7 @@ class ReplayClient:
         with suppress(TrunkFull):
             self._sender.end(self._sender.open(max_length=1))
 
-    def answer(self, job: LoadRequest) -> Generator[float, None, None]:
+    def answer(self, job: LoadRequest) -> Answer:
         """Yield the time at which the trunk's answer for each token arrived."""
         recording, sender = self._recordings[job.prompt], self._sender
         stream = sender.open(recording.prompt_tokens + job.new_tokens)

@@ -4,12 +4,15 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 from splitlearn.loadtest.driver import Measurement, Outcome
 from splitlearn.loadtest.plan import Levels
 from splitlearn.reporting.percentile import percentile
 
+NUMBER = r"(?<!HTTP )(?<![\d.])\d+(\.\d+)?"
+"""A number in an error, and no HTTP status."""
 PERCENTILES = {"p50_s": 0.5, "p90_s": 0.9, "p95_s": 0.95, "p99_s": 0.99}
 
 
@@ -36,7 +39,8 @@ class Summary:
     """Counts of requests, and rates per second over `duration_s`, the time in which requests arrived.
 
     Rates count what came within that time: tokens, answers that ended, answers that met both levels. `goodput_share` is
-    the share of all requests. `reasons` counts the errors of unanswered requests, with numbers as `#`.
+    the share of all requests. `reasons` counts the errors of unanswered requests, with numbers as `#`. `itl` is between
+    tokens, or between chunks of text: `tokens` of all answers came in so many `chunks`. `tps_request` is their mean.
     """
 
     duration_s: float
@@ -48,6 +52,11 @@ class Summary:
     reasons: dict[str, int]
     ttft: Spread
     tpot: Spread
+    itl: Spread
+    e2el: Spread
+    tokens: int
+    chunks: int
+    tps_request: float | None
     tps_system: float
     requests_per_s: float
     goodput_per_s: float
@@ -60,7 +69,8 @@ class Summary:
         outcomes, seconds = measurement.outcomes, measurement.duration_s
         states = Counter(outcome.state for outcome in outcomes)
         good = [outcome for outcome in outcomes if met(outcome, levels)]
-        tokens = sum(at <= seconds for outcome in outcomes for at in outcome.token_s)
+        done = [outcome for outcome in outcomes if outcome.state == "done"]
+        speeds = [outcome.tokens / outcome.e2el_s for outcome in done if outcome.e2el_s]
         return cls(
             duration_s=seconds,
             offered=len(outcomes),
@@ -71,8 +81,13 @@ class Summary:
             reasons=_reasons(outcomes),
             ttft=Spread.of([outcome.ttft_s for outcome in outcomes if outcome.ttft_s is not None]),
             tpot=Spread.of([outcome.tpot_s for outcome in outcomes if outcome.tpot_s is not None]),
-            tps_system=tokens / seconds,
-            requests_per_s=sum(_within(outcome, seconds) for outcome in outcomes if outcome.state == "done") / seconds,
+            itl=Spread.of([later - earlier for outcome in done for earlier, later in pairwise(outcome.token_s)]),
+            e2el=Spread.of([outcome.e2el_s for outcome in done if outcome.e2el_s is not None]),
+            tokens=sum(outcome.tokens for outcome in done),
+            chunks=sum(len(outcome.token_s) for outcome in done),
+            tps_request=fmean(speeds) if speeds else None,
+            tps_system=sum(_tokens_within(outcome, seconds) for outcome in outcomes) / seconds,
+            requests_per_s=sum(_within(outcome, seconds) for outcome in done) / seconds,
             goodput_per_s=sum(_within(outcome, seconds) for outcome in good) / seconds,
             goodput_share=len(good) / len(outcomes) if outcomes else None,
             busy=measurement.busy,
@@ -88,10 +103,16 @@ def met(outcome: Outcome, levels: Levels) -> bool:
 
 def _within(outcome: Outcome, seconds: float) -> bool:
     """Whether the last token came within the time in which requests arrived."""
-    return outcome.token_s[-1] <= seconds
+    return outcome.last_s is not None and outcome.last_s <= seconds
+
+
+def _tokens_within(outcome: Outcome, seconds: float) -> float:
+    """The tokens that came within the time. Those of a chunk are as many as of any other of its answer."""
+    came = sum(at <= seconds for at in outcome.token_s)
+    return came and came * outcome.tokens / len(outcome.token_s)
 
 
 def _reasons(outcomes: Sequence[Outcome]) -> dict[str, int]:
     """The errors, most frequent first. Errors that differ only in numbers are one reason."""
-    reasons = Counter(re.sub(r"\d+(\.\d+)?", "#", outcome.reason) for outcome in outcomes if outcome.reason)
+    reasons = Counter(re.sub(NUMBER, "#", outcome.reason) for outcome in outcomes if outcome.reason)
     return dict(reasons.most_common())

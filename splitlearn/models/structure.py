@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from splitlearn.errors import FamilyRefused
+from splitlearn.models.rope import GROWING
 
 NORM_WORDS = ("norm", "ln_")
 
@@ -61,6 +62,19 @@ def no_truncation(config: Any) -> str | None:
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     other = sorted(kind for kind in kinds if not kind.endswith("attention") or kind.startswith("linear"))
     return f"needs layers that keep keys and values alone; this model has {', '.join(other)}" if other else None
+
+
+def no_prefixes(config: Any) -> str | None:
+    """Why keys and values of a prefix cannot serve another sequence of this model, or None if they can."""
+    if _rope_types(config).isdisjoint(GROWING):
+        return no_truncation(config)
+    return "needs keys that do not depend on the length of the prompt; this model's rotary embeddings change with it"
+
+
+def _rope_types(config: Any) -> set[object]:
+    """The types of rotary embeddings, which may differ by kind of layer."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
 
 
 def rope_restart(config: Any) -> int | None:

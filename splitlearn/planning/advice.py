@@ -13,6 +13,9 @@ DOUBT = 1.5
 """Up to this ratio, either way, a busy machine decides nothing: it slows one arm down more than the other."""
 
 
+LESS = "A smaller model takes less, and weights in 4 bits do (weight_dtype)."
+
+
 @dataclass(frozen=True)
 class Advice:
     """`helps`: whether the fastest cut has less TPOT than the full model; None where the error of the prediction or a
@@ -50,7 +53,8 @@ def _helps(ratio: float, rates: Rates) -> bool | None:
 
 def _help(helps: bool | None, fastest: CutCost, smallest: CutCost, rates: Rates) -> str:
     full, ratio = f"{_ms(rates.full_tpot_s)} a token", fastest.tpot_s / rates.full_tpot_s
-    cut = f"the fastest cut, trunk layers {_range(fastest)}, takes {_ms(fastest.tpot_s)} a token ({ratio:.2f} times)"
+    predicted = f"would take {_ms(fastest.tpot_s)} a token ({ratio:.2f} times)"
+    cut = f"the fastest cut, trunk layers {_range(fastest)}, {predicted}"
     memory = f"the client needs {_mb(smallest.client_memory_bytes)} at least, against {_mb(rates.full_memory_bytes)}"
     alone = f"the full model alone takes {full}, {cut}"
     if helps is None:
@@ -72,7 +76,7 @@ def _where(chosen: CutCost | None, smallest: CutCost, rates: Rates, limit: float
     if chosen is None:
         return (
             f"No cut fits a client of {_mb(limit or 0)}: the least is {_mb(smallest.client_memory_bytes)}, with trunk "
-            f"layers {_range(smallest)}, of which the libraries take {_mb(rates.import_bytes)}."
+            f"layers {_range(smallest)}, of which the libraries take {_mb(rates.import_bytes)}. {LESS}"
         )
     who = "Without a limit of memory" if limit is None else f"For a client of {_mb(limit)}"
     memory = f"{_mb(chosen.client_memory_bytes)} at the client and {_mb(chosen.trunk_memory_bytes)} at the trunk"

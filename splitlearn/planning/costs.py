@@ -22,7 +22,7 @@ class Rates:
     A decode step takes `bottom_s` (embeddings), `top_s` (norm, head), `*_layer_s` for each layer, and `around_s` for
     the rest: encoding, the measured link, sampling. Of the trunk's time `overlapped_s` passes while the client works
     itself. The first step takes `start_s` for the rest, and `*_prefill_s` for each layer and each token of the prompt
-    after the first.
+    after the first. Of the rest, `hop_s` and `hop_start_s` are messages and the measured link.
 
     Peak memory of a process is `*_base_bytes` and `*_weight_ratio` times the weights of its layers. `full_*` are those
     of the whole model in one process at the client. `context` tokens were in the cache in the end. Other programs used
@@ -52,6 +52,8 @@ class Rates:
     full_ttft_s: float
     full_memory_bytes: int
     others_cpu: float = 0.0
+    hop_s: float = 0.0
+    hop_start_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from splitlearn.planning.anatomy import Anatomy
 from splitlearn.planning.costs import Rates, layer_bytes, units
 
 COMPUTING = ("model", "bottom", "trunk", "top")
+HOP = ("open", "encode", "wire", "queue", "decode")
+"""What goes to and comes from a trunk takes."""
 Reports = Sequence[ArmReport]
 
 
@@ -59,6 +61,8 @@ def rates_of(anatomy: Anatomy, full: Reports, whole: Reports, split: Reports, pl
         full_tpot_s=full_run.tpot_s or 0.0,
         full_ttft_s=_first_quickest(full).ttft_s,
         full_memory_bytes=_peak(full),
+        hop_s=sum(_decode(other, word) for word in HOP),
+        hop_start_s=sum(_first(start, word) for word in HOP),
     )
 
 

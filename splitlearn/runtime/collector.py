@@ -1,5 +1,6 @@
 """Python's garbage collector, which looks through all that is imported, again and again, for a sixth of the time."""
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,3 +15,8 @@ def resting() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def rest_at_exit() -> None:
+    """Let the interpreter end without a look through all that is imported, which takes a second of a processor."""
+    atexit.register(gc.freeze)

@@ -55,6 +55,34 @@ def python_tokenizer_class(rust_tokenizer: Any) -> Any:
     return tokenizer_class_from_name(f"{type(rust_tokenizer).__name__}Legacy")
 
 
+def shipped_response_templates() -> list[dict[str, Any]]:
+    """transformers: how the models that its own server knows write tool calls, for tokenizers that do not say it."""
+    from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
+
+    return list(_RESPONSE_TEMPLATE_FALLBACKS.values())
+
+
+def response_parser(template: dict[str, Any], prefix: str, tools: list[dict[str, Any]]) -> Any:
+    """transformers: a ResponseParser that goes on after a region that it cannot read, requires none, and looks at a
+    prefix only behind its anchor. The close of an unreadable region has the value None; the public class raises, and
+    loses the events before it."""
+    from transformers.utils.chat_parsing import ResponseParser
+    from transformers.utils.chat_parsing.response_templates import load_response_template
+
+    class LenientParser(ResponseParser):  # type: ignore[misc]
+        def _close_current(self, events: list[dict[str, Any]]) -> None:
+            try:
+                super()._close_current(events)
+            except Exception:  # of any class: what a model writes goes through the operators of a template
+                events.append({"type": "region_close", "field": self._current, "value": None})
+                self._reset_to_implicit()
+
+    loaded = load_response_template(template)
+    for field in loaded.fields.values():
+        field.optional = True
+    return LenientParser(loaded, prefix=prefix if loaded.start_anchor_re.search(prefix) else "", tools=tools)
+
+
 def mkldnn_packed(weight: Any) -> Any:
     """torch: `weight` [out, in] in the blocked layout that oneDNN's product reads."""
     import torch

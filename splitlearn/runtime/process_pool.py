@@ -9,7 +9,7 @@ Where starting and stopping must not happen under the caller's lock, the same in
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar, overload
 
 
@@ -117,7 +117,7 @@ class ProcessPool(Generic[Key, Process]):
 
     def close(self) -> None:
         """Stop and remove all processes, idle or not, all at the same time."""
-        stop_all(self.clear())
+        stop_all([member.stop for member in self.clear()])
 
     def _make_room(self) -> None:
         while self._members and not self.has_room():
@@ -127,10 +127,10 @@ class ProcessPool(Generic[Key, Process]):
             member.stop()
 
 
-def stop_all(members: list[Process]) -> None:
-    """Stop these processes at the same time, and wait for the last of them."""
-    stops = [threading.Thread(target=member.stop) for member in members]
-    for each in stops:
+def stop_all(stops: Sequence[Callable[[], None]]) -> None:
+    """Call what stops each of several processes at the same time, and wait for the last of them."""
+    threads = [threading.Thread(target=stop) for stop in stops]
+    for each in threads:
         each.start()
-    for each in stops:
+    for each in threads:
         each.join()

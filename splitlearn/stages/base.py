@@ -1,7 +1,7 @@
 """A stage is a run of consecutive layers with their caches; a model is a list of stages.
 
 `Stage` is the protocol: `local.LocalStage` computes here, `client.remote_stage.RemoteStage` at the far end of a gRPC
-stream. A stage's weights and a session's cache are two things, so that one stage can serve many sessions.
+stream. A stage's weights are separate from a session's cache, so that one stage can serve many sessions.
 """
 
 import time
@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from splitlearn.events import StageTiming
+from splitlearn.events import SpotCheckResult, StageTiming
+from splitlearn.kvcache.prefix_store import BlockPart
 from splitlearn.stages.settings import SessionSettings
 
 DROPS = np.dtype([("last", np.int64)])
-"""Of a session: the last of its steps that its client dropped, with all before it."""
+"""A record of one session. `last`: the last step that the client dropped, with all before it."""
 
 
 class DropMark(NamedTuple):
-    """A step that its client may drop: of a session with `drops`, a record of DROPS, the step `number`. A kernel reads
-    the record itself while it computes, without Python."""
+    """Marks step `number` of a session as one that the client may drop. `drops` is the session's record of DROPS. A
+    kernel reads that record while it computes, without Python."""
 
     drops: NDArray[Any]
     number: int
@@ -32,23 +33,51 @@ class DropMark(NamedTuple):
 
 
 class Session(Protocol):
-    """One generation's stay at one stage."""
+    """The state of one generation at one stage."""
 
     def fork(self, other: Any, tokens: int) -> None:
-        """Begin, before the first step, with the first `tokens` of `other`, a session of the same stage and flags."""
+        """Copy the first `tokens` of `other`, a session of the same stage and flags, before the first step."""
 
     def close(self) -> None:
-        """Free what the session holds. Calling it again does nothing."""
+        """Free the session's memory. Further calls do nothing."""
+
+
+@runtime_checkable
+class KeepsPrefixes(Session, Protocol):
+    """A session whose state can be kept in blocks of tokens (kvcache/prefix_store.py)."""
+
+    @property
+    def most_blocks(self) -> int:
+        """How many blocks the session can begin with at most."""
+
+    def write_blocks(self, parts: Sequence[BlockPart]) -> None:
+        """Begin with these blocks, before the first step."""
+
+    def keep_blocks(self, keys: Sequence[bytes], first: int) -> Sequence[BlockPart]:
+        """Copies of what the session has here of its blocks from `first` on, up to as many as there are `keys`. What it
+        has elsewhere is kept there under the keys."""
+
+
+@runtime_checkable
+class SpotChecked(Session, Protocol):
+    """A session some of whose answers are computed again here."""
+
+    def spot_checks(self) -> SpotCheckResult:
+        """What the checks have found. Waits for those under way."""
+
+
+class WholePrefix:
+    """Marks a session that takes the whole prefix in each step, where the stage before gives it."""
 
 
 @dataclass(frozen=True)
 class StageInput:
     """A step of one session: `x` is token ids int64 [1, T] at a first stage, otherwise a hidden state [1, T, H].
 
-    `position` is the number of tokens before the first of `x`. Lower than the cached length it means: truncate to here.
-    `logits` is for how many of the last positions a last stage gives logits, 0 for all. `mark` tells whether the step
-    was dropped, at any time: a stage may then raise StepUnwanted. `rope_length` is the least length of the sequence by
-    which rotary embeddings are made (models/rope.py): that of the prompt; 0 is that which the step ends at.
+    `position` is the number of tokens before the first of `x`. If it is lower than the cached length, the cache is
+    truncated to it. `logits`: for how many of the last positions a last stage gives logits, 0 for all. `mark` says at
+    any time whether the step was dropped: a stage may then raise StepUnwanted. `rope_length` is the least sequence
+    length for rotary embeddings (models/rope.py), which is that of the prompt; 0 takes the length after this step.
     """
 
     session: Any
@@ -60,7 +89,7 @@ class StageInput:
 
     @property
     def decodes(self) -> bool:
-        """True for one token after others."""
+        """Whether this is a single token after others."""
         return self.position > 0 and self.x.shape[1] == 1
 
 
@@ -76,36 +105,55 @@ class StageOutput:
     timing: StageTiming
 
 
-def timed(word: str, outs: Sequence[torch.Tensor], began: float, compile_s: float = 0.0) -> list[StageOutput]:
-    """The outputs of a forward that began at `began`, once they are there. The first has the time of all, as `word`."""
+def timed(label: str, outs: Sequence[torch.Tensor], began: float, compile_s: float = 0.0) -> list[StageOutput]:
+    """Wait for the outputs of a forward that began at `began`. The first output has the time of all, named `label`."""
     if outs[0].device.type != "cpu":
         torch.accelerator.synchronize(outs[0].device)
-    timing = StageTiming({word: time.perf_counter() - began}, compile_s=compile_s)
+    timing = StageTiming({label: time.perf_counter() - began}, compile_s=compile_s)
     return [StageOutput(outs[0], timing), *(StageOutput(out, StageTiming({})) for out in outs[1:])]
 
 
 class Stage(Protocol):
-    """What maps token ids or hidden states to hidden states or logits."""
+    """Maps token ids or hidden states to hidden states or logits."""
 
     def open(self, settings: SessionSettings, max_length: int) -> Session:
-        """Begin a session of at most `max_length` tokens."""
+        """Open a session of at most `max_length` tokens."""
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """One step of each session in `batch`, in its order. Their timings sum to the time of all."""
+        """Compute one step of each session. Outputs are in order of `batch`; their timings sum to the whole time."""
 
 
 @runtime_checkable
 class OpensTogether(Protocol):
-    """A stage whose sessions share something where their steps come together."""
+    """A stage that opens several sessions at once, so that their steps can share work."""
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> Sequence[Session]:
-        """Begin `count` sessions, each as `Stage.open` does."""
+        """Open `count` sessions, each as `Stage.open` does."""
+
+
+@runtime_checkable
+class FindsPrefixes(OpensTogether, Protocol):
+    """A stage that computes elsewhere, and keeps prefixes there."""
+
+    def open_with(
+        self, settings: SessionSettings, max_length: int, count: int, keys: Sequence[bytes]
+    ) -> Sequence[KeepsPrefixes]:
+        """Open `count` sessions. The first may begin with those of the blocks with these `keys` that are kept."""
+
+
+@runtime_checkable
+class RestartsRope(Protocol):
+    """A stage that knows beyond which length the whole sequence is computed again (models/structure.py)."""
+
+    @property
+    def rope_restart(self) -> int | None:
+        """That length, None for no such."""
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A started step. `timing` is what starting it took. `finish()` waits for the output. `drop()` cancels the step;
-    `finish()` must still be called, and gives an output without positions."""
+    """A started step. `timing` has the cost of starting it. `finish()` waits for the output. `drop()` cancels the step;
+    `finish()` must still be called, and returns an output without positions."""
 
     timing: StageTiming
     finish: Callable[[], StageOutput]
@@ -114,16 +162,16 @@ class PendingStep:
 
 @runtime_checkable
 class WorksAhead(Stage, Protocol):
-    """A stage that computes elsewhere, so that its client can work meanwhile."""
+    """A stage that computes elsewhere, so that its client can work at the same time."""
 
     def begin(self, item: StageInput, *, uncertain: bool = False) -> PendingStep:
-        """Begin a step, which may be dropped if it is `uncertain`. More may be begun before, and end in their order."""
+        """Start a step. Only an `uncertain` one can be dropped. Several may be pending; they finish in order."""
 
 
 @dataclass(frozen=True)
 class PendingLogits:
-    """One token's logits under way: the first of them [1, 1, k], and what computing those took. `finish()` computes the
-    others and gives all."""
+    """The first logits [1, 1, k] of one token, and the time that they took. `finish()` computes the others and returns
+    all of them."""
 
     first: torch.Tensor
     timing: StageTiming
@@ -132,7 +180,7 @@ class PendingLogits:
 
 @runtime_checkable
 class LogitsInParts(Stage, Protocol):
-    """The LM head, whose first logits can be looked at before the others are computed."""
+    """An LM head whose first logits are available before the others are computed."""
 
     def logits_in_parts(self, item: StageInput) -> PendingLogits | None:
-        """Compute the first logits of one token. None for a head that cannot be parted."""
+        """Compute the first logits of one token. None for a head that cannot be divided."""

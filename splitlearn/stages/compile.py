@@ -1,9 +1,9 @@
-"""torch.compile of a stage: whole, or layer by layer, where what is compiled for one serves all that are like it.
+"""torch.compile of a stage: whole, or layer by layer, so that all layers share the code compiled for one.
 
-A whole stage takes minutes to compile for 30 layers, a single layer takes seconds. One compiled layer serves all if all
-are called alike. Layers differ in their number, by which each finds its own entry in the cache. So here every layer
-gets the number 0, and a hook hands it a cache of one layer, its own. Layers that use their number for more change the
-stage's output; such a stage is compiled whole.
+To compile 30 layers as a whole takes minutes, a single layer seconds. One compiled layer serves all if all are called
+alike. But each layer has a number, by which it finds its entry in the cache. So here every layer gets the number 0, and
+a hook passes it a cache of one layer, its own. If layers use their number for anything else, the stage's output
+changes; such a stage is compiled whole.
 """
 
 from collections.abc import Sequence
@@ -22,29 +22,29 @@ from splitlearn.runtime import private_apis
 from splitlearn.stages.base import StageInput
 from splitlearn.stages.verify import own_forward, reason_against
 
-# Of one piece of code: first and later pieces of a prompt, a single token, each in every kind of cache and of layer.
-MOST_VARIANTS = 64
+# Variants of one function: first and later chunks of a prompt, a single token, each for every kind of cache and layer.
+MAX_VARIANTS = 64
 
 
 def compile_stage(cut: CutModel) -> CutModel:
-    """The stage, compiled when it is first called: by layers on a GPU, whole on a CPU.
+    """The stage, to be compiled at its first call: by layers on a GPU, whole on a CPU.
 
-    Before compiled code is run, what it was compiled for is checked, in 0.05 ms, which a recording leaves out
-    (stages/cuda_graph.py). On a CPU 30 such checks take what compiling gains: SmolLM2-135M in float32 on one thread
-    takes 40.5 ms a token, 42.0 compiled by layers in 7 s, 39.7 compiled whole in 61 s.
+    Each call of compiled code checks its guards, which takes 0.05 ms. A CUDA graph skips them (stages/cuda_graph.py).
+    On a CPU 30 such checks cost as much as compiling gains: SmolLM2-135M in float32 on one thread takes 40.5 ms a
+    token, 42.0 compiled by layers in 7 s, 39.7 compiled whole in 61 s.
     """
     on_cpu = next(cut.module.parameters()).device.type == "cpu"
     return compile_whole(cut) if on_cpu else compile_by_layers(cut)
 
 
 def compile_whole(cut: CutModel) -> CutModel:
-    """Compile what the stage's module does, all layers in a row."""
+    """Compile the stage's module as a whole, all layers in one graph."""
     _compile([cut.module])
     return replace(cut, compiled="whole")
 
 
 def compile_by_layers(cut: CutModel) -> CutModel:
-    """Compile each layer by itself; the whole stage where its layers need their number."""
+    """Compile each layer by itself; the whole stage if its layers need their number."""
     layers = list(layers_of(cut))
     if len(layers) < 2 or not _become_alike(cut, layers):
         return compile_whole(cut)
@@ -53,8 +53,8 @@ def compile_by_layers(cut: CutModel) -> CutModel:
 
 
 def _compile(modules: Sequence[nn.Module]) -> None:
-    """The forwards of `modules` alone: hooks, which are not alike, stay outside."""
-    private_apis.allow_variants(MOST_VARIANTS)
+    """Compile the forwards of `modules` only: hooks differ between layers and stay outside."""
+    private_apis.allow_variants(MAX_VARIANTS)
     for module in modules:
         module.forward = torch.compile(module.forward, dynamic=True)
 
@@ -75,17 +75,17 @@ def _become_alike(cut: CutModel, layers: Sequence[nn.Module]) -> bool:
 
 def _renumber(layers: Sequence[nn.Module], undo: ExitStack) -> None:
     for number, layer in enumerate(layers):
-        undo.callback(layer.register_forward_pre_hook(partial(_hand_own, number), with_kwargs=True).remove)
+        undo.callback(layer.register_forward_pre_hook(partial(_with_own_cache, number), with_kwargs=True).remove)
         for module, name in product(layer.modules(), LAYER_NUMBERS):
             if isinstance(own := getattr(module, name, None), int):
                 undo.callback(setattr, module, name, own)
                 setattr(module, name, 0)
 
 
-def _hand_own(
+def _with_own_cache(
     number: int, layer: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments with a cache of one layer, that of `number`, in the place of the stage's."""
+    """A call's arguments, in which a cache of one layer, that of `number`, replaces the stage's cache."""
 
     def own(value: Any) -> Any:
         if not isinstance(value, Cache):

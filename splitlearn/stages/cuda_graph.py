@@ -1,16 +1,16 @@
-"""One token through a stage as a CUDA graph: its kernels are captured once, and from then on replayed in one call.
+"""Decodes one token of a stage by a CUDA graph: captures its kernels once, then replays them in one call.
 
-A graph knows addresses only. It reads the token and its position from memory where they are put before each replay.
-Keys and values lie where the session's are for which it was captured, so it serves every later session at that place: a
-server's pool hands out the same blocks again, and a local stage keeps its pool (stages/local.py). A graph attends to a
-window of that memory, masked behind the token's position. Windows double as the context grows, each with a graph of its
-own.
+A graph contains fixed addresses. The token and its position are written to fixed memory before each replay. Keys and
+values are those of the session for which the graph was captured. So the graph serves every later session with the same
+addresses: a server's pool reuses its blocks, and a local stage keeps its pool (stages/local.py). A graph attends to a
+window of that memory, masked behind the token's position. Windows double as the context grows, and each has a graph of
+its own.
 
-Input and output cross in pinned memory, within the graph. A hidden state is on the host after a replay; logits stay on
-the device, where the sampler looks for the largest.
+Input and output are copied through pinned memory, within the graph. After a replay a hidden state is on the host.
+Logits stay on the device, where the sampler looks for the largest.
 
-At loading, replays are compared with the stage's own forward (stages/verify.py). If they differ, or if the forward asks
-the device for a value, the stage is computed by the eager engine.
+At loading, replays are compared with the stage's own forward (stages/verify.py). If they differ, or if the forward
+reads a value from the device, the eager engine computes the stage.
 """
 
 import logging
@@ -27,27 +27,27 @@ from splitlearn.kvcache.pool import KVPool, PooledCache
 from splitlearn.models.cut import body_of, dtype_of, example, forward
 from splitlearn.models.rope import is_pure
 from splitlearn.stages.base import StageInput
-from splitlearn.stages.engine import Eager, TokenEngine
+from splitlearn.stages.engine import EagerEngine, TokenEngine
 from splitlearn.stages.verify import reason_against, with_tokens_by
 
 log = logging.getLogger(__name__)
 Body = Callable[[], torch.Tensor]
 Capture = Callable[[Body], Body]
-"""Makes of what computes a tensor what computes it again, into the same memory."""
+"""Captures a function and returns one that replays it, into the same memory."""
 Graphs = OrderedDict[tuple[int, int], Body]
-"""By the address of the first layer's keys and the window."""
-LEAST_WINDOW = 256
-"""Tokens; memory that is given to sessions one after the other is in blocks of as many."""
-MOST_GRAPHS = 64
+"""Graphs by the address of the first layer's keys and the window."""
+MIN_WINDOW = 256
+"""The smallest window in tokens, and the block size of memory that is reused by one session after the other."""
+MAX_GRAPHS = 64
 
 
-def of(eager: Eager, capture: Capture | None = None) -> TokenEngine | None:
-    """The captured engine of a stage; None, and a warning, where it cannot be captured."""
+def of(eager: EagerEngine, capture: Capture | None = None) -> TokenEngine | None:
+    """The graph engine of a stage. If it cannot be captured: None, and a warning in the log."""
     cut, captured = eager.cut, None
     if is_pure(cut.module):
         reason: str | None = "the frequencies of its rotary embeddings change as the sequence grows"
     else:
-        captured = Captured(eager, capture or on_cuda(eager.device))
+        captured = GraphEngine(eager, capture or on_cuda(eager.device))
         reason = reason_against(cut, with_tokens_by(cut, captured.token))
     if reason is None:
         return captured
@@ -56,14 +56,14 @@ def of(eager: Eager, capture: Capture | None = None) -> TokenEngine | None:
 
 
 def on_cuda(device: torch.device) -> Capture:
-    """Captures CUDA graphs. All share their intermediate memory: one is replayed at a time."""
+    """Captures CUDA graphs, which share their intermediate memory: only one is replayed at a time."""
     memory = torch.cuda.graph_pool_handle()
 
     def capture(body: Body) -> Body:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             torch.cuda.synchronize()
-            # Other threads of a server may use the device meanwhile.
+            # thread_local: other threads of a server may use the device during a capture.
             with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
                 out = body()
 
@@ -77,27 +77,27 @@ def on_cuda(device: torch.device) -> Capture:
     return capture
 
 
-class Captured:
-    """One token after others by a replay, over a cache in a pool, where a later one will lie, too."""
+class GraphEngine:
+    """Decodes one token by a replay, over a cache in a pool that later sessions reuse."""
 
-    window = LEAST_WINDOW
+    window = MIN_WINDOW
     caches: type[Cache] = PooledCache
 
-    def __init__(self, eager: Eager, capture: Capture) -> None:
+    def __init__(self, eager: EagerEngine, capture: Capture) -> None:
         self._cut, self._capture, self.compile_s = eager.cut, capture, 0.0
-        # Graphs end with the pool for which they were captured: no other memory can come to lie where theirs did.
+        # Graphs are dropped with their pool: afterwards other memory may have the same addresses.
         self._graphs: WeakKeyDictionary[KVPool, Graphs] = WeakKeyDictionary()
         self._first: Body | None = None
-        """The memory that all graphs share is there while one of them is."""
+        """Keeps the first graph, and with it the memory that all graphs share."""
         self._clean: WeakSet[PooledCache] = WeakSet()
         token = example(eager.cut, 1)
         width, dtype = body_of(eager.cut).config.get_text_config().hidden_size, dtype_of(eager.cut)
-        self._in = _Crossing(token.shape, token.dtype, eager.device)
-        self._position = _Crossing(torch.Size(), torch.long, eager.device)
-        self._out = None if eager.cut.last else _Crossing(torch.Size((1, 1, width)), dtype, eager.device)
+        self._in = _Mirror(token.shape, token.dtype, eager.device)
+        self._position = _Mirror(torch.Size(), torch.long, eager.device)
+        self._out = None if eager.cut.last else _Mirror(torch.Size((1, 1, width)), dtype, eager.device)
 
     def token(self, step: StageInput) -> torch.Tensor:
-        """By a replay: the hidden state [1, 1, H] on the host, or the logits [1, 1, V] on the device."""
+        """Replay: the hidden state [1, 1, H] on the host, or the logits [1, 1, V] on the device."""
         cache: PooledCache = step.session.cache
         if cache not in self._clean:
             self._clear(cache, step.position)
@@ -112,24 +112,24 @@ class Captured:
         return self._out.host.clone()
 
     def _replay(self, cache: PooledCache, position: int) -> torch.Tensor:
-        """By the graph for the cache's place and its window, captured if there is none."""
+        """Replay the graph for the cache's address and window. Captures it if there is none."""
         keys: torch.Tensor = cache.layers[0].keys
         window, graphs = _window(position + 1, keys.shape[2]), self._graphs.setdefault(cache.pool, OrderedDict())
         place = (keys.data_ptr(), window)
         if place not in graphs:
-            if len(graphs) >= MOST_GRAPHS:
+            if len(graphs) >= MAX_GRAPHS:
                 graphs.popitem(last=False)
-            graphs[place] = self._captured(_Windows(cache, window, self._position.device))
+            graphs[place] = self._new_graph(_Windows(cache, window, self._position.device))
         graphs.move_to_end(place)
         return graphs[place]()
 
-    def _captured(self, windows: Cache) -> Body:
+    def _new_graph(self, windows: Cache) -> Body:
         def body() -> torch.Tensor:
-            x, position = self._in.brought(), self._position.brought()
+            x, position = self._in.to_device(), self._position.to_device()
             out = forward(self._cut, x, position, windows, logits_to_keep=1)
-            return out if self._out is None else self._out.taken(out)
+            return out if self._out is None else self._out.to_host(out)
 
-        body()  # compiles where the stage is compiled, which is counted there
+        body()  # triggers torch.compile for a compiled stage, whose time is counted elsewhere
         began = time.perf_counter()
         body()
         graph = self._capture(body)
@@ -138,39 +138,40 @@ class Captured:
         return graph
 
     def _clear(self, cache: PooledCache, position: int) -> None:
-        """What is masked is multiplied by 0, and must be a number: memory that nobody wrote, or another session's."""
+        """Set the memory behind `position` to zero. Masked values are multiplied by 0, so NaN there would spread; the
+        memory is uninitialised or another session's."""
         for layer in cache.layers:
             layer.keys[:, :, position:].zero_()
             layer.values[:, :, position:].zero_()
         self._clean.add(cache)
 
 
-class _Crossing:
-    """A tensor on the device and its like on the host, in pinned memory where the device is CUDA's."""
+class _Mirror:
+    """A pair of tensors, on the device and on the host. For CUDA the host's is in pinned memory."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         self.device = torch.zeros(shape, dtype=dtype, device=device)
         self.host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
-    def brought(self) -> torch.Tensor:
-        """The device's tensor, with the host's values."""
+    def to_device(self) -> torch.Tensor:
+        """Copy the host's values to the device's tensor, and return it."""
         return self.device.copy_(self.host, non_blocking=True)
 
-    def taken(self, out: torch.Tensor) -> torch.Tensor:
-        """`out`, whose values the host's tensor gets."""
+    def to_host(self, out: torch.Tensor) -> torch.Tensor:
+        """Copy `out` to the host's tensor, and return `out`."""
         self.host.copy_(out, non_blocking=True)
         return out
 
 
 class _Windows(Cache):  # type: ignore[misc]
-    """The first `window` tokens of a reserved cache's memory, as layers of static shape whose length is a tensor."""
+    """The first `window` tokens of a reserved cache, as layers of static shape whose length is a tensor."""
 
     def __init__(self, cache: ReservedCache, window: int, position: torch.Tensor) -> None:
         super().__init__(layers=[_Window(layer, window, position) for layer in cache.layers])
 
 
 class _Window(StaticLayer):  # type: ignore[misc]
-    """transformers' static layer over memory that is there, at a position that all layers share."""
+    """transformers' static layer over existing memory, at a position that all layers share."""
 
     def __init__(self, layer: ReservedLayer, window: int, position: torch.Tensor) -> None:
         super().__init__(window)
@@ -189,5 +190,5 @@ class _Window(StaticLayer):  # type: ignore[misc]
 
 
 def _window(tokens: int, room: int) -> int:
-    """The least window for `tokens`: a power of two from LEAST_WINDOW on, or all the room that there is."""
-    return min(room, max(LEAST_WINDOW, 1 << (tokens - 1).bit_length()))
+    """The smallest window for `tokens`: a power of two, at least MIN_WINDOW, at most `room`."""
+    return min(room, max(MIN_WINDOW, 1 << (tokens - 1).bit_length()))

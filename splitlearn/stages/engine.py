@@ -1,6 +1,7 @@
-"""What computes a session's steps: the model's own forward, and engines that compute one token after others faster.
+"""Engines compute a session's steps: the model's own forward does all of them, a token engine decodes faster.
 
-`fused_decode.Fused` and `cuda_graph.Captured` are such engines. A stage chooses when a session opens (stages/local.py).
+`fused_decode.FusedEngine` and `cuda_graph.GraphEngine` are token engines. A stage chooses when a session opens
+(stages/local.py).
 """
 
 from contextlib import nullcontext
@@ -18,11 +19,10 @@ from splitlearn.stages.base import StageInput
 
 
 class TokenEngine(Protocol):
-    """Computes one token after others, in sessions with a cache of the kind `caches` and without forward arguments.
+    """Decodes single tokens in sessions that have a cache of the kind `caches` and no forward arguments.
 
-    `compile_s` counts the seconds that steps have waited for something to be captured. `window` is 0; or, for an engine
-    that is bound to places in memory, the block of tokens in which it wants them reserved: a later session should then
-    lie where an earlier one did.
+    `compile_s` counts the seconds that steps have waited for a capture. `window` is 0, or for an engine that is bound
+    to addresses the number of tokens in a block of memory: a later session should then reuse an earlier one's block.
     """
 
     caches: type[Cache]
@@ -30,15 +30,15 @@ class TokenEngine(Protocol):
     window: int
 
     def token(self, step: StageInput) -> Tensor:
-        """The hidden state [1, 1, H] or the logits [1, 1, V] of a step that decodes; the cache holds the token
-        afterwards. Raises StepUnwanted where the step is dropped in time; the cache is then as it was."""
+        """The hidden state [1, 1, H] or the logits [1, 1, V] of a decode step. Appends the token to the cache. Raises
+        StepUnwanted if the step is dropped in time; the cache is then unchanged."""
 
 
 @dataclass(frozen=True)
-class Eager:
+class EagerEngine:
     """The model's own forward, compiled or not.
 
-    On a CPU `token_threads` compute a step of one token. `precision` is the process's own float32_matmul_precision.
+    On a CPU `token_threads` compute a step of one token. `precision` is the process's float32_matmul_precision.
     """
 
     cut: CutModel
@@ -48,11 +48,11 @@ class Eager:
 
     @property
     def compile_s(self) -> float:
-        """What this process has spent in torch.compile, if the stage is compiled."""
+        """The seconds that this process has spent in torch.compile; 0 for a stage that is not compiled."""
         return private_apis.compile_seconds() if self.cut.compiled else 0.0
 
     def compute(self, step: StageInput) -> Tensor:
-        """The hidden state [1, T, H] or the logits [1, logits, V]; the cache holds the new tokens afterwards."""
+        """The hidden state [1, T, H] or the logits [1, logits, V]. Appends the new tokens to the cache."""
         alone = step.x.shape[1] == 1 and self.device.type == "cpu"
         with computing_one_token(self.token_threads, self.precision) if alone else nullcontext():
             return forward(

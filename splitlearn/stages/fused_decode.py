@@ -1,7 +1,8 @@
-"""Stages through which one token goes in one call (kernels/llama_decode.py), where their layers are such as Llama's.
+"""Fused decode: one kernel call takes a token through all layers of a stage (kernels/llama_decode.py), if they are as
+Llama's.
 
-`of(cut)` checks the structure of the layers, then compares the kernel with the model's own forward (stages/verify.py).
-A stage that fails either is computed by the eager engine.
+`of(eager)` checks the structure of the layers, then compares the kernel with the model's own forward
+(stages/verify.py). The eager engine computes a stage that fails either check.
 """
 
 import inspect
@@ -23,7 +24,7 @@ from splitlearn.models.cut import CutModel, body_of, layers_of
 from splitlearn.models.rope import GROWING
 from splitlearn.runtime import private_apis
 from splitlearn.stages.base import DROPS, DropMark, StageInput
-from splitlearn.stages.engine import Eager, TokenEngine
+from splitlearn.stages.engine import EagerEngine, TokenEngine
 from splitlearn.stages.verify import reason_against, with_tokens_by
 
 if TYPE_CHECKING:
@@ -34,25 +35,26 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 NORMS = ("input_layernorm", "post_attention_layernorm")
 CHILDREN = {*NORMS, "self_attn", "mlp"}
 FULL = "full_attention"
-# What the code of an attention may name beside what Llama's does; that there is no window is looked for. Anything else
-# may depend on the position and show itself after thousands of tokens: Ministral 3 scales queries from the 16,384th on.
+# Names that the code of an attention may use in addition to Llama's; `_is_llamas_body` excludes a sliding window. Any
+# other name may depend on the position, and change results only after thousands of tokens: Ministral 3 scales queries
+# from the 16,384th on.
 ALLOWED = {"getattr", "sliding_window"}
 TURNS = 256
-# A token is computed by half of the threads that are set. Client and trunk compute at the same time
+# Half of the configured threads compute a token. Client and trunk compute at the same time
 # (generation/head_overlap.py): on one machine they would otherwise take each other's cores.
 CORES_EACH = 2
-# Helpers come 0.1 to 0.4 ms late. A thread reads fewer bytes of weights than these in that time.
+# Helper threads start 0.1 to 0.4 ms late. Fewer bytes of weights than these are read by one thread in that time.
 HELPED_BYTES = 8 << 20
 _NEVER = DropMark(np.zeros(1, DROPS), 1)
 
 
 def threads_for(size: int) -> int:
-    """How many threads compute a token that reads weights of `size` bytes, with torch's number of threads."""
+    """The threads for a token that reads `size` bytes of weights, by torch's number of threads."""
     return max(1, torch.get_num_threads() // CORES_EACH) if size >= HELPED_BYTES else 1
 
 
-def of(eager: Eager) -> TokenEngine | None:
-    """The fused engine of a stage, or None for layers that are not such as Llama's."""
+def of(eager: EagerEngine) -> TokenEngine | None:
+    """The fused engine of a stage, or None for layers that are not as Llama's."""
     cut = eager.cut
     layers: list[Any] = list(layers_of(cut))
     if cut.compiled:
@@ -61,15 +63,15 @@ def of(eager: Eager) -> TokenEngine | None:
         return None
     if len({tuple((linear.out_features, linear.in_features) for linear in _linears(layer)) for layer in layers}) > 1:
         return None
-    fused = Fused(cut, layers)
+    fused = FusedEngine(cut, layers)
     return fused if reason_against(cut, with_tokens_by(cut, fused.token)) is None else None
 
 
-class Fused:
-    """One token after others in one call of a kernel, over a reserved cache, whose memory the kernel can read.
+class FusedEngine:
+    """Decodes a token in one kernel call, over a reserved cache, whose memory the kernel can read.
 
-    The stage's linear layers have their blocks in its memory: one after the other as they are read, in huge pages where
-    there are any, a token takes 0.93 to 0.96 times as long as with memory of their own.
+    It holds the blocks of all linear layers in one piece of memory, in the order of reading. The memory is in huge
+    pages if the system has them. So a token takes 0.93 to 0.96 times as long as with separate memory.
     """
 
     compile_s, window = 0.0, 0
@@ -100,7 +102,7 @@ class Fused:
         self._head = FusedHead(cut, 1.0, self._team) if cut.last else None
 
     def token(self, step: StageInput) -> torch.Tensor:
-        """The hidden state [1, 1, H] or the logits [1, 1, V] of one token, by the kernel."""
+        """The hidden state [1, 1, H] or the logits [1, 1, V] of one token. Raises StepUnwanted."""
         x, cache = step.x, step.session.cache
         at: KVAddresses = cache.addresses
         hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
@@ -113,7 +115,7 @@ class Fused:
             return torch.from_numpy(hidden[None]) if self._head is None else self._head.logits(hidden, record)
 
     def _turn(self, position: int) -> NDArray[np.float32]:
-        """cos and sin [2, size] of a position; computed for TURNS of them at once."""
+        """cos and sin [2, size] of a position, computed for TURNS positions at once."""
         turns = self._turns
         while position >= len(turns):
             more = torch.arange(len(turns), len(turns) + TURNS)[None]
@@ -124,9 +126,9 @@ class Fused:
 
 
 class FusedHead:
-    """The final norm and the LM head of one token by the kernel; `share` of the logits can be had first.
+    """Computes the final norm and the LM head of one token by the kernel. About `share` of the logits comes first.
 
-    It has a `team` of threads of its own where it is not given one.
+    It makes its own `team` of threads if it is not given one.
     """
 
     by_kernel = True
@@ -153,13 +155,13 @@ class FusedHead:
         return torch.from_numpy(logits[None])
 
     def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
-        """Of one token the first logits [1, 1, k], and what computes the others and gives all."""
+        """The first logits [1, 1, k] of one token, and a function that computes the others and returns all."""
         logits, hidden, (at, first, others) = self._new(), x.numpy()[0], self._cut_at
         with self._team.leading() as record:
             self._fill(logits[:, :at], hidden, first, record)
 
         def finish() -> torch.Tensor:
-            self._fill(logits[:, at:], hidden, others, self._team.alone())  # the trunk computes meanwhile
+            self._fill(logits[:, at:], hidden, others, self._team.alone())  # the trunk computes at the same time
             return torch.from_numpy(logits[None])
 
         return torch.from_numpy(logits[None, :, :at]), finish
@@ -168,13 +170,13 @@ class FusedHead:
         return np.empty((1, self._linear.out_features), np.float32)
 
     def _fill(self, logits: NDArray[Any], hidden: NDArray[Any], blocks: NDArray[Any], record: NDArray[Any]) -> None:
-        """Set `logits` [1, n] to those of `hidden` [1, H] by the outputs that have `blocks`."""
+        """Set `logits` [1, n] to the products of `hidden` [1, H] with the rows of the head in `blocks`."""
         self._kernel(hidden, self._norm, self._eps, blocks, self._linear.bits, logits, record)
 
 
 def head_of(cut: CutModel, share: float) -> FusedHead | None:
-    """The engine of a stage without layers that gives about that share of the logits first; None where the logits are
-    not those of the stage's own forward."""
+    """The fused engine of a stage without layers, which gives about `share` of the logits first. None if its logits
+    differ from those of the stage's own forward."""
     if cut.compiled or not _ends_as_llama(cut):
         return None
     fused = FusedHead(cut, share)
@@ -202,25 +204,25 @@ def _gathered(linears: Sequence[BlockLinear]) -> tuple[NDArray[np.uint8], NDArra
 
 
 def _is_llamas(layer: Any) -> bool:
-    """Whether a layer has Llama's parts and no others, all as the kernel has them."""
+    """Whether a layer has Llama's parts and no others, in the form that the kernel expects."""
     if {name for name, _ in layer.named_children()} != CHILDREN:
         return False
     if private_apis.attention_of(layer.self_attn.config) not in ("sdpa", kernel_attention.NAME):
         return False
-    if not _looks_at_no_more(layer.self_attn, "LlamaAttention"):
+    if not _uses_names_of(layer.self_attn, "LlamaAttention"):
         return False
     linears, norms = _linears(layer), [getattr(layer, name) for name in NORMS]
     return all(map(_is_whole, linears)) and len({linear.bits for linear in linears}) == 1 and all(map(_is_norm, norms))
 
 
 def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
-    """Whether what stands around the layers is Llama's, and each token sees all before it."""
+    """Whether the modules around the layers are as Llama's, and each token attends to all before it."""
     body = body_of(cut)
     rotary: Any = getattr(body, "rotary_emb", None)
     config = body.config
     if getattr(rotary, "rope_type", GROWING[0]) in GROWING or 2 * len(rotary.inv_freq) != head_size:
         return False
-    if not _looks_at_no_more(rotary, "LlamaRotaryEmbedding"):
+    if not _uses_names_of(rotary, "LlamaRotaryEmbedding"):
         return False
     if getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [FULL])} != {FULL}:
         return False
@@ -230,13 +232,13 @@ def _is_llamas_body(cut: CutModel, head_size: int) -> bool:
 
 
 def _ends_as_llama(cut: CutModel) -> bool:
-    """Whether norm and LM head are such as the kernel has them."""
+    """Whether norm and LM head have the form that the kernel expects."""
     norm, module = getattr(body_of(cut), "norm", None), cast(Any, cut.module)
     return _is_norm(norm) and _is_whole(module.get_output_embeddings())
 
 
-def _looks_at_no_more(module: Any, name: str) -> bool:
-    """Whether the code of a module's forward names no attributes and functions but those that Llama's class does."""
+def _uses_names_of(module: Any, name: str) -> bool:
+    """Whether the code of a module's forward uses only names that the class `name` of Llama uses, or ALLOWED ones."""
     from transformers.models.llama import modeling_llama
 
     own, llamas = (

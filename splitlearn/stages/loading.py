@@ -1,7 +1,7 @@
-"""From the files of a model to stages in memory: each process reads only its own slice of the weights.
+"""Loads stages from the files of a model. Each process reads only its own slice of the weights.
 
-The architecture is built without memory for its weights, cut, and then given its own tensors from the safetensors
-file. Stages that are loaded together share a tied tensor, so a client's embedding and LM head are there once.
+The architecture is built without memory for its weights, cut, and then filled from the safetensors file. Stages that
+are loaded together share tied tensors, so a client has one copy of its embedding and LM head.
 """
 
 import time
@@ -11,46 +11,45 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from splitlearn.checkpoints.folder import ALIGNMENT, ModelFiles, read_config
 from splitlearn.errors import ModelError, NotFinite, WeightsDamaged
 from splitlearn.kernels.block_format import LANES
 from splitlearn.models.cut import CutModel, carve
+from splitlearn.models.part import Part
 from splitlearn.models.plan import SplitPlan
 from splitlearn.models.structure import join
+from splitlearn.models.tensors import empty_model
 from splitlearn.runtime import cgroups, private_apis
 from splitlearn.runtime.device import resolve
 from splitlearn.runtime.process import default_threads, resident_bytes, trim_heap
 from splitlearn.runtime.torch_threads import computing_one_token
 from splitlearn.stages import equivalence
-from splitlearn.stages.base import Stage
-from splitlearn.stages.engine import Eager
+from splitlearn.stages.engine import EagerEngine
 from splitlearn.stages.head import Head, engine_of
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.settings import LoadSettings
 from splitlearn.wire.codec import DTYPES
 
-# Layers that are linear and nothing else; what a family makes of them has a class of its own.
+# Layers that are linear and nothing else. A family's own variant has a class of its own, and is left as it is.
 LINEAR = (nn.Linear, Conv1D)
 PIECE_BYTES = 8 << 20
 _IN_BLOCKS = "Leave out the flag weight_dtype, and set model.dtype to bfloat16 or float32."
-# Of a peak while weights are loaded: what is lost between packed weights, and what else a process comes to hold (two
-# sizes of the default model's parts and three of its sets of flags, by VmHWM).
+# The peak while weights are loaded: a factor for gaps between packed weights, and a constant for everything else.
+# Measured by VmHWM, for two sizes of the default model's parts and three sets of flags.
 PACKING, SPARE_BYTES = 1.1, 100_000_000
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """The layers `[start, end)` of a model; `word` names their time in the time breakdown. A `last` stage gives logits;
-    without layers it is the LM head."""
+    """The layers `[start, end)` of a model. `label` names their time in the time breakdown. A `last` one gives logits.
+    A last stage without layers is the LM head."""
 
-    word: str
+    label: str
     start: int
     end: int
     first: bool = False
@@ -58,27 +57,27 @@ class StageSpec:
 
     @property
     def is_head(self) -> bool:
-        """Whether nothing comes before the final norm."""
+        """Whether the stage begins with the final norm."""
         return self.last and not self.first and self.start == self.end
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in which dtype weights are held and computed with."""
+    """The device and the dtype of the weights and of the computation."""
 
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
     def of(cls, device: str, dtype: str) -> "Placement":
-        """By the names that the config has for them. Raises InputError for a device that this machine does not have."""
+        """From the names in the config. Raises InputError for a device that this machine does not have."""
         return cls(resolve(device), DTYPES[dtype])
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """Stages in memory, of which a client's last is the LM head; what loading took, and what the process held before it
-    (its imports)."""
+class LoadedStages:
+    """Stages in memory, and for a client the LM head. `load_s`: seconds of loading. `import_rss_bytes`: memory of the
+    process before loading."""
 
     stages: tuple[LocalStage, ...]
     head: Head | None
@@ -86,7 +85,7 @@ class Loaded:
     import_rss_bytes: int
 
     @property
-    def chain(self) -> tuple[Stage, ...]:
+    def chain(self) -> tuple[LocalStage | Head, ...]:
         return self.stages if self.head is None else (*self.stages, self.head)
 
 
@@ -95,7 +94,7 @@ def full_specs(n_layers: int) -> list[StageSpec]:
 
 
 def client_specs(plan: SplitPlan) -> list[StageSpec]:
-    """The client's bottom, its top, if that has layers, and the LM head."""
+    """The client's bottom, its top if that has layers, and the LM head."""
     n = plan.n_layers
     top = [StageSpec("top", plan.end, n)] if plan.end < n else []
     return [StageSpec("bottom", 0, plan.start, first=True), *top, StageSpec("top", n, n, last=True)]
@@ -106,7 +105,7 @@ def trunk_specs(plan: SplitPlan) -> list[StageSpec]:
 
 
 def prepare_process(calls: Iterable[Callable[[], None]], threads: int | None) -> int:
-    """Set what belongs to a whole process: threads, and what flags of process scope call. Returns the threads."""
+    """Set the process's threads, and make the `calls` of flags of process scope. Returns the number of threads."""
     count = threads or default_threads()
     torch.set_num_threads(count)
     for call in calls:
@@ -114,44 +113,54 @@ def prepare_process(calls: Iterable[Callable[[], None]], threads: int | None) ->
     return count
 
 
-def load(files: ModelFiles, specs: Sequence[StageSpec], wanted: LoadSettings, placement: Placement) -> Loaded:
-    """Load the stages `specs` as `wanted`.
+def load(files: ModelFiles, specs: Sequence[StageSpec], settings: LoadSettings, placement: Placement) -> LoadedStages:
+    """Load the stages `specs` with `settings`.
 
-    Raises FamilyRefused for an architecture that does not run exactly in steps, or cannot be cut exactly,
-    WeightsDamaged for a file without a tensor that the architecture has, ModelError where there is too little memory.
+    Raises FamilyRefused for an architecture that does not run exactly in steps, or cannot be cut exactly. Raises
+    WeightsDamaged if the file lacks a tensor of the architecture, ModelError if there is too little memory, or if
+    `files` are a slice of other layers.
     """
+    _check_part(files, specs)
     config = read_config(files.folder)
     equivalence.check(config, split=len(specs) > 1 or not (specs[0].first and specs[0].last))
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # imports it, before memory is looked at
     imports, started = resident_bytes(), time.perf_counter()
-    cuts = [_skeleton(architecture, config, spec, wanted, placement.dtype) for spec in specs]
+    cuts = [skeleton(architecture, config, spec, settings, placement.dtype) for spec in specs]
     if placement.device.type == "cpu":
-        _check_memory(files, cuts, placement.dtype, wanted)
-    _fill(files, cuts, placement, wanted)
+        _check_memory(files, cuts, placement.dtype, settings)
+    _fill(files, cuts, placement, settings)
     for cut in cuts:
         cut.module.to(placement.device)
     pairs, size = list(zip([_eager(cut, placement) for cut in cuts], specs, strict=True)), files.facts.hidden_size
-    stages = tuple(_layers(eager, spec, wanted, placement, config, size) for eager, spec in pairs if not spec.is_head)
+    stages = tuple(_layers(eager, spec, settings, placement, config, size) for eager, spec in pairs if not spec.is_head)
     head = next((_head(eager, spec, placement, size) for eager, spec in pairs if spec.is_head), None)
-    return Loaded(stages, head, time.perf_counter() - started, imports)
+    return LoadedStages(stages, head, time.perf_counter() - started, imports)
 
 
-def _skeleton(architecture: Any, config: Any, spec: StageSpec, wanted: LoadSettings, dtype: torch.dtype) -> CutModel:
-    """A cut model whose parameters take no memory yet; its computed buffers (rotary frequencies) are real."""
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = private_apis.new_causal_model(architecture, config, wanted.attention, dtype)
-    cut = carve(model.eval(), spec.start, spec.end, first=spec.first, last=spec.last)
+def _check_part(files: ModelFiles, specs: Sequence[StageSpec]) -> None:
+    """Raise ModelError if `files` are a slice of the model that lacks one of these stages."""
+    part = files.part
+    for spec in specs:
+        if part is not None and not part.has(spec.start, spec.end, spec.first or spec.last):
+            asked = Part(((spec.start, spec.end),), spec.first or spec.last)
+            raise ModelError(f"{files.folder} has {part} of {files.name} alone, and {asked} are asked for.")
+
+
+def skeleton(architecture: Any, config: Any, spec: StageSpec, settings: LoadSettings, dtype: torch.dtype) -> CutModel:
+    """A cut model whose parameters take no memory yet."""
+    model = empty_model(config, settings.attention, dtype)
+    cut = carve(model, spec.start, spec.end, first=spec.first, last=spec.last)
     for own in cut.configs:
-        # Elsewhere (falcon) layers compare the name with sdpa's and do something else for any other.
+        # Other architectures (falcon) compare the name with "sdpa", and do something else for any other name.
         if private_apis.attention_of(own) == "sdpa" and private_apis.takes_any_attention(architecture):
-            private_apis.set_attention(own, wanted.sdpa)
+            private_apis.set_attention(own, settings.sdpa)
     return cut
 
 
-def _check_memory(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtype, wanted: LoadSettings) -> None:
-    """Raise ModelError where loading would take more memory than can be had: the kernel would end this process, or
-    another one of the same container."""
-    needed, have = _loading_bytes(files, cuts, dtype, wanted), cgroups.available_memory()
+def _check_memory(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtype, settings: LoadSettings) -> None:
+    """Raise ModelError if loading needs more memory than is available: the kernel would kill this process, or another
+    one of the same container."""
+    needed, have = _loading_bytes(files, cuts, dtype, settings), cgroups.available_memory()
     if needed > have:
         raise ModelError(
             f"Too little memory: loading the layers takes about {needed / 1e9:.2f} GB, and {have / 1e9:.2f} GB can be "
@@ -160,8 +169,8 @@ def _check_memory(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtyp
         )
 
 
-def _loading_bytes(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtype, wanted: LoadSettings) -> int:
-    """About how much loading takes at its peak. Weights that stay mapped take none: the kernel can drop them."""
+def _loading_bytes(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dtype, settings: LoadSettings) -> int:
+    """An estimate of the peak memory of loading. Mapped weights do not count: the kernel can drop them."""
     counts, linear = {}, set()
     for cut in cuts:
         for path, layer in cut.module.named_modules():
@@ -174,35 +183,35 @@ def _loading_bytes(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dty
     with safe_open(files.weights, framework="pt") as weights:
         stored = _get(weights, files, next(iter(counts))).dtype
     every = sum(counts.values())
-    copies = 0 if wanted.assign_weights else 2 * every * stored.itemsize
-    made = sum(counts[name] for name in linear) if wanted.linear else 0
-    made_bytes = made * (wanted.weight_bits or 8 * dtype.itemsize) // 8
+    copies = 0 if settings.assign_weights else 2 * every * stored.itemsize
+    made = sum(counts[name] for name in linear) if settings.linear else 0
+    made_bytes = made * (settings.weight_bits or 8 * dtype.itemsize) // 8
     changed = (every - made) * dtype.itemsize if stored != dtype else 0
     return SPARE_BYTES + int(PACKING * (made_bytes + changed + copies))
 
 
-def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, wanted: LoadSettings) -> None:
-    """Give each parameter and stored buffer its tensor, once for each name in the file."""
+def _fill(files: ModelFiles, cuts: Sequence[CutModel], placement: Placement, settings: LoadSettings) -> None:
+    """Set each parameter and stored buffer. A name in the file is read once, so that tied weights are shared."""
     with safe_open(files.weights, framework="pt") as weights:
-        copies = {} if wanted.assign_weights else _second_copy(weights, files, cuts)
+        copies = {} if settings.assign_weights else _second_copy(weights, files, cuts)
         have = dict(copies)
         for cut in cuts:
-            _replace_linears(cut, wanted, partial(_get_apart, files, copies), placement.dtype)
+            _replace_linears(cut, settings, partial(_get_apart, files, copies), placement.dtype)
             for name, empty in cut.module.state_dict(keep_vars=True).items():
                 full = cut.full_name(name)
-                tensor = have[full] if full in have else _read(weights, files, full)
+                tensor = have[full] if full in have else read_tensor(weights, files, full)
                 have[full] = tensor.to(placement.device, placement.dtype if tensor.is_floating_point() else None)
-                _put(cut.module, name, have[full], isinstance(empty, nn.Parameter))
+                put(cut.module, name, have[full], isinstance(empty, nn.Parameter))
 
 
 def _replace_linears(
-    cut: CutModel, wanted: LoadSettings, get: Callable[[str], torch.Tensor], dtype: torch.dtype
+    cut: CutModel, settings: LoadSettings, get: Callable[[str], torch.Tensor], dtype: torch.dtype
 ) -> None:
-    """Put what `wanted` makes of their weights in the place of the linear layers and of the LM head."""
+    """Replace the linear layers and the LM head by those that `settings` makes from their weights."""
     module: Any = cut.module
-    head = module.get_output_embeddings() if cut.last and wanted.head else None
+    head = module.get_output_embeddings() if cut.last and settings.head else None
     linears = [(path, layer) for path, layer in module.named_modules() if type(layer) in LINEAR]
-    for kind, makes in ((True, wanted.head), (False, wanted.linear)):
+    for kind, makes in ((True, settings.head), (False, settings.linear)):
         some = [(path, layer) for path, layer in linears if (layer is head) is kind]
         if makes is None or not some:
             continue
@@ -218,7 +227,7 @@ def _replace_linears(
 
 
 def _shape(linear: Any) -> tuple[int, int]:
-    """Of the weight [out, in]."""
+    """The shape of the weight as [out, in]."""
     n, k = linear.weight.shape
     return (k, n) if type(linear) is Conv1D else (n, k)
 
@@ -226,7 +235,7 @@ def _shape(linear: Any) -> tuple[int, int]:
 def _pieces(whole: Callable[[], torch.Tensor], transposed: bool, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """The rows of a linear layer's weight [out, in], some at a time.
 
-    `whole` maps the file anew for each piece, so that no more of it than a piece counts as memory of this process.
+    `whole` maps the file again for each part, so that only that part counts as memory of this process.
     """
     start, end = 0, 1
     while start < end:
@@ -237,7 +246,7 @@ def _pieces(whole: Callable[[], torch.Tensor], transposed: bool, dtype: torch.dt
 
 
 def _get_apart(files: ModelFiles, copies: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """The tensor `name` of `copies`, or in a mapping of the file of its own, which ends with it."""
+    """The tensor `name` of `copies`; or else from its own mapping of the file, which lives as long as the tensor."""
     if name in copies:
         return copies[name]
     with safe_open(files.weights, framework="pt") as own:
@@ -245,22 +254,22 @@ def _get_apart(files: ModelFiles, copies: Mapping[str, torch.Tensor], name: str)
 
 
 def _second_copy(weights: Any, files: ModelFiles, cuts: Sequence[CutModel]) -> dict[str, torch.Tensor]:
-    """What loading costs without low_cpu_mem_usage: the whole state dict in memory beside the constructed model's own.
+    """Load without low_cpu_mem_usage: the whole state dict is in memory in addition to the constructed model's tensors.
 
-    Returns the constructed model's tensors, into which the state dict was copied.
+    Returns the model's tensors, into which the state dict was copied.
     """
     names = {cut.full_name(name) for cut in cuts for name in cut.module.state_dict()}
-    state = {name: _read(weights, files, name).clone() for name in names}
+    state = {name: read_tensor(weights, files, name).clone() for name in names}
     constructed = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     for name, tensor in constructed.items():
         tensor.copy_(state[name])
     return constructed
 
 
-def _read(weights: Any, files: ModelFiles, name: str) -> torch.Tensor:
-    """The tensor `name`, a view of the mapped file where that is aligned as torch's own memory is.
+def read_tensor(weights: Any, files: ModelFiles, name: str) -> torch.Tensor:
+    """The tensor `name`: a view of the mapped file, or a copy if the view is not aligned as torch's own memory is.
 
-    Elsewhere float32 products would round differently, and a mapped load would not equal a copied one.
+    Without alignment float32 products round differently, and a mapped load would not equal a copied one.
     """
     tensor = _get(weights, files, name)
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
@@ -269,13 +278,13 @@ def _read(weights: Any, files: ModelFiles, name: str) -> torch.Tensor:
 def _get(weights: Any, files: ModelFiles, name: str) -> torch.Tensor:
     try:
         tensor: torch.Tensor = weights.get_tensor(name)
-    except Exception as error:  # safetensors raises errors of its own that it does not export
-        wrong = f"{files.weights} has no usable tensor {name} ({error})"
-        raise WeightsDamaged(f"{wrong}. Delete the folder {files.folder} and start again.") from error
+    except Exception as error:  # safetensors does not export its own error classes
+        reason = f"{files.weights} has no usable tensor {name} ({error})"
+        raise WeightsDamaged(f"{reason}. Delete the folder {files.folder} and start again.") from error
     return tensor
 
 
-def _put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool) -> None:
+def put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if is_parameter:
@@ -285,35 +294,35 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool)
 
 
 def _layers(
-    eager: Eager, spec: StageSpec, wanted: LoadSettings, placement: Placement, config: Any, hidden_size: int
+    eager: EagerEngine, spec: StageSpec, settings: LoadSettings, placement: Placement, config: Any, hidden_size: int
 ) -> LocalStage:
-    if wanted.compile_stage is not None:
-        eager = replace(eager, cut=wanted.compile_stage(eager.cut))
+    if settings.compile_stage is not None:
+        eager = replace(eager, cut=settings.compile_stage(eager.cut))
     allows = cache(partial(equivalence.allows, config))
-    faster = None if wanted.engine is None else wanted.engine(eager)
+    faster = None if settings.engine is None else settings.engine(eager)
     if faster is not None and faster.window and equivalence.STATIC_CACHE not in allows():
-        faster = None  # a capture attends to masked memory of one length, too
-    return LocalStage(eager, spec.word, placement.dtype, hidden_size, faster, allows)
+        faster = None  # a CUDA graph attends to masked memory of a fixed length, as a static cache does
+    return LocalStage(eager, spec.label, placement.dtype, hidden_size, faster, allows)
 
 
-def _head(eager: Eager, spec: StageSpec, placement: Placement, hidden_size: int) -> Head:
+def _head(eager: EagerEngine, spec: StageSpec, placement: Placement, hidden_size: int) -> Head:
     x = torch.randn(1, 1, hidden_size, generator=torch.Generator().manual_seed(0))
     with computing_one_token(eager.token_threads, eager.precision):
         engine = engine_of(eager.cut, x.to(placement.device, placement.dtype))
-    return Head(eager, spec.word, placement.dtype, engine)
+    return Head(eager, spec.label, placement.dtype, engine)
 
 
-def _eager(cut: CutModel, placement: Placement) -> Eager:
+def _eager(cut: CutModel, placement: Placement) -> EagerEngine:
     if cut.last:
         module: Any = cut.module
         module.get_output_embeddings().register_forward_pre_hook(_with_own_row)
-    return Eager(cut, placement.device, _row_threads(placement), torch.get_float32_matmul_precision())
+    return EagerEngine(cut, placement.device, _row_threads(placement), torch.get_float32_matmul_precision())
 
 
 def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The last row of a prompt's hidden states [1, T, H], copied out of them.
+    """A hook that copies the last row of a prompt's hidden states [1, T, H].
 
-    torch makes no matrix product of a row with the strides of T, but a batched one, for which oneDNN
+    For a row with the strides of T, torch makes a batched product instead of a matrix product. For that, oneDNN
     (float32_matmul_precision "medium") first makes a transposed copy of the head's weights.
     """
     x, *rest = arguments
@@ -323,9 +332,9 @@ def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple
 def _row_threads(placement: Placement) -> int:
     """Threads for a step of one token.
 
-    torch multiplies one plain float32 row on one thread whatever the setting (1536x576 to 8192x2048, two cores), so
-    that the others would only be woken for the small operations between. With packed weights a second thread that has
-    to be woken for each product costs more than it brings (31 ms a token in place of 23). In bfloat16 it halves the
-    time. Beside another device the CPU computes nothing.
+    torch multiplies one plain float32 row on one thread whatever the setting (1536x576 to 8192x2048, two cores). Other
+    threads would be woken only for the small operations between. With packed weights, to wake a second thread for each
+    product costs more than it gains: 31 ms a token instead of 23. In bfloat16 a second thread halves the time. For
+    another device than the CPU the number does not matter.
     """
     return torch.get_num_threads() if placement.device.type == "cpu" and placement.dtype != torch.float32 else 1

@@ -18,27 +18,27 @@ from splitlearn.models.cut import CutModel, body_of, example
 from splitlearn.models.structure import rope_restart
 from splitlearn.stages import nonfinite
 from splitlearn.stages.base import StageInput, StageOutput, timed
-from splitlearn.stages.engine import Eager, TokenEngine
+from splitlearn.stages.engine import EagerEngine, TokenEngine
 from splitlearn.stages.equivalence import SHARED_FORWARD, STATIC_CACHE
 from splitlearn.stages.ragged_batch import RaggedStage
 from splitlearn.stages.session import LocalSession
 from splitlearn.stages.settings import SessionSettings
 
-# On an H200 8 replays of SmolLM2's trunk took 22 ms one after the other, and 25 in one forward that is launched kernel
-# by kernel; 12 of them 32 and 31 (docs/results/gpu.md).
-MOST_REPLAYED = 8
+# On an H200, 8 tokens of SmolLM2's trunk took 22 ms as replays one after the other. They took 25 ms in one forward that
+# is launched kernel by kernel. 12 tokens took 32 and 31 ms (docs/results/gpu.md).
+MAX_REPLAYS = 8
 
 
 @dataclass(frozen=True)
 class LocalStage:
-    """A cut model on a device of this process. `word` is the time breakdown's name for its time.
+    """A cut model on a device of this process. `label` names its time in the time breakdown.
 
-    `faster` computes one token after others in the sessions that suit it. `allows` says what else the architecture was
-    found to do exactly with sessions of any lengths (stages/equivalence/together.py).
+    `faster` decodes single tokens in the sessions that suit it. `allows` says what else was shown exact for the
+    architecture, whatever the sessions' lengths (stages/equivalence/together.py).
     """
 
-    eager: Eager
-    word: str
+    eager: EagerEngine
+    label: str
     dtype: torch.dtype
     hidden_size: int
     faster: TokenEngine | None = None
@@ -57,13 +57,22 @@ class LocalStage:
     def _window(self) -> int:
         return 0 if self.faster is None else self.faster.window
 
-    def computes_on_caller(self, tokens: int) -> bool:
-        """Whether a step of so many tokens is computed by the calling thread alone."""
-        return tokens <= 1 and self.eager.token_threads == 1
+    @property
+    def last(self) -> bool:
+        """Whether it gives logits."""
+        return self.cut.last
+
+    def size(self, item: StageInput) -> int:
+        """How many tokens a forward has to compute for `item`."""
+        return item.x.shape[1]
+
+    def computes_on_caller(self, item: StageInput) -> bool:
+        """Whether the calling thread alone computes `item`."""
+        return item.x.shape[1] == 1 and self.eager.token_threads == 1
 
     def block_tokens(self, least: int) -> int:
-        """Tokens of a block of KV memory, at least `least`: sessions of like lengths should have like windows, where an
-        engine is bound to windows of their memory."""
+        """Tokens of a block of KV memory, at least `least`. A multiple of the engine's window, so that sessions of
+        similar length share windows."""
         window = self._window or 1
         return -(-least // window) * window
 
@@ -76,23 +85,23 @@ class LocalStage:
         shares: bool = False,
         release: Callable[[], None] | None = None,
     ) -> LocalSession:
-        """A session with this cache, whose tokens the fastest engine computes that it suits."""
+        """A session with this cache. The fastest engine that suits it decodes its tokens."""
         faster = None if settings.forward_arguments else self.faster
         token = faster.token if faster is not None and isinstance(cache, faster.caches) else self.eager.compute
-        return LocalSession(cache, settings, max_length, token, shares=shares, release=release)
+        return LocalSession(cache, settings, max_length, token, shares=shares, release=release, device=self.device)
 
     def open(self, settings: SessionSettings, max_length: int) -> LocalSession:
-        """A new session; a cache is made only when the settings keep one. Raises InputError for a kind of cache over
-        which the layers would answer otherwise."""
+        """Open a session. It gets a cache only if the settings keep one. Raises InputError for a kind of cache with
+        which the layers would give other outputs."""
         return self.open_together(settings, max_length, 1)[0]
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[LocalSession]:
-        """Sessions whose steps can be one forward, where the settings reserve the cache and the layers permit it."""
+        """Open sessions whose steps can share a forward, if the settings reserve the cache and the layers permit it."""
         new_cache, layers = settings.new_cache, self.cut.end - self.cut.start
         if new_cache is static and STATIC_CACHE not in self.allows():
             raise InputError("cache", "static", "dynamic or reserved for this model: it counts masked keys, too")
         shares = count > 1 and new_cache is reserved and self.packs(settings)
-        if self._window and new_cache is reserved and self._pools():  # a later session should lie where this one does
+        if self._window and new_cache is reserved and self._pools():  # a later session should reuse this one's memory
             pool = self._standing.with_room(max_length, count)
         elif shares:
             pool = self.pool(count, max_length)
@@ -109,9 +118,10 @@ class LocalStage:
         return sessions
 
     def packs(self, settings: SessionSettings) -> bool:
-        """Whether sessions with these settings can share a forward: tried once.
+        """Whether sessions with these settings can share a forward. Tried once, and remembered.
 
-        These very layers with a few tokens, and their architecture with lengths on either side of each boundary.
+        The trial runs these layers with a few tokens. That of the architecture has lengths on either side of each
+        boundary (stages/equivalence/together.py).
         """
         words = settings.words
         if words not in self._tried:
@@ -119,24 +129,24 @@ class LocalStage:
         return self._tried[words]
 
     def _pools(self) -> bool:
-        """Whether there are layers here, and they keep what can lie in a pool."""
+        """Whether this stage has layers that keep keys and values, so that a pool can hold them."""
         try:
             return bool(self.kv_shapes)
         except FamilyRefused:
             return False
 
     def pool(self, n_blocks: int, block_tokens: int) -> KVPool:
-        """KV memory for this stage's layers. Raises FamilyRefused where they keep something else."""
+        """A pool of KV memory for this stage's layers. Raises FamilyRefused if they keep something else."""
         return KVPool(self.kv_shapes, n_blocks, block_tokens, self.dtype, self.device)
 
     @cached_property
     def kv_shapes(self) -> list[tuple[KVShape, KVShape]]:
-        """What each layer keeps of a token. Raises FamilyRefused where that is not keys and values."""
+        """What each layer keeps of a token. Raises FamilyRefused if that is not keys and values."""
         return shapes_of(self.cut, example(self.cut, 1))
 
     @cached_property
     def rope_restart(self) -> int | None:
-        """The length past which the model's whole sequence is computed anew (models/structure.py)."""
+        """The length beyond which the whole sequence is computed again (models/structure.py)."""
         return rope_restart(body_of(self.cut).config)
 
     @cached_property
@@ -148,28 +158,29 @@ class LocalStage:
         return StandingPool(self.pool, self._window)
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """One step of each session; of several in one forward where they can share it, for which their flags are the
-        same. Raises InputError for a position beyond the cached length or too many tokens, NotFinite for what is no
-        number."""
+        """Compute one step of each session, in one forward if they can share it; their flags must then be the same.
+
+        Raises InputError for a position beyond the cached length or for too many tokens, NotFinite for NaN or Inf.
+        """
         outputs = self.compute(batch)
         for item, output in zip(batch, outputs, strict=True):
             self.check(item, output)
         return outputs
 
     def check(self, item: StageInput, output: StageOutput) -> None:
-        """Raise NotFinite that names the layer where it began if `output`, of `item`, holds NaN or Inf."""
+        """Raise NotFinite if the output for `item` holds NaN or Inf. The error names the layer where that began."""
         again = partial(self._step, replace(item, mark=None), self.eager.compute)
         nonfinite.check(self.cut, self.dtype, item, output.x, again)
 
     def compute(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """`step` without the check of what comes out."""
+        """`step` without the check of the outputs."""
         if len(batch) > 1 and all(item.session.shares for item in batch) and not self._replays(batch):
             return self._together(batch)
         return [self._step(item, item.session.token if item.decodes else self.eager.compute) for item in batch]
 
     def _replays(self, batch: Sequence[StageInput]) -> bool:
-        """Whether the steps are replays, and so few that they take less one after the other than in a forward."""
-        few = bool(self._window) and len(batch) <= MOST_REPLAYED
+        """Whether the steps can be replayed and are few: then replays in turn are faster than one forward."""
+        few = bool(self._window) and len(batch) <= MAX_REPLAYS
         return few and all(item.x.shape[1] == 1 for item in batch)
 
     def _compile_s(self) -> float:
@@ -181,10 +192,10 @@ class LocalStage:
         with session.settings.gradient_guard():
             out = compute(item)
         session.length = item.position + item.x.shape[1]
-        return timed(self.word, [out], started, self._compile_s() - compiled)[0]
+        return timed(self.label, [out], started, self._compile_s() - compiled)[0]
 
     def _together(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """One forward. Compiled stages have none: see RaggedStage."""
+        """Compute the batch in one forward. Not for compiled stages: see RaggedStage."""
         started = time.perf_counter()
         for item in batch:
             item.session.make_room(item.position, item.x.shape[1])
@@ -192,4 +203,4 @@ class LocalStage:
             out = self._ragged.forward(batch)
         for item in batch:
             item.session.length = item.position + item.x.shape[1]
-        return timed(self.word, out, started)
+        return timed(self.label, out, started)

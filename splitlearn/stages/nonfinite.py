@@ -1,6 +1,6 @@
-"""Numbers that are not finite: how a stage's output is checked, and where in the stage they began.
+"""Checks a stage's output for numbers that are not finite, and finds where in the stage they began.
 
-A check is one sum of what is there anyway. Only when that is not finite is the step repeated to find the place.
+A check is one sum of the output. Only if the sum is not finite, the step is repeated to find the place.
 """
 
 import math
@@ -16,15 +16,15 @@ from splitlearn.models.cut import CutModel, body_of, eagerly, layers_of
 from splitlearn.stages.base import StageInput
 from splitlearn.wire.codec import where_not_finite
 
-HALF_MOST = 65504
-HELP_HALF = f"float16 holds numbers up to {HALF_MOST} only: set model.dtype to bfloat16 or float32"
+MAX_HALF = 65504
+HELP_HALF = f"float16 holds numbers up to {MAX_HALF} only: set model.dtype to bfloat16 or float32"
 
 
 def wrong_place(x: Tensor, *, logits: bool) -> tuple[int, float] | None:
-    """The first row of `x` [1, T, N] that cannot be used, and a value in it that shows why; None when all can.
+    """The first invalid row of `x` [1, T, N], and an invalid value in it; None if all rows are valid.
 
-    Of a hidden state each number must be finite. Of logits -inf is a token that a model masks: wrong are NaN, +inf, and
-    rows that mask every token. (The largest of a row is finite in no such case.)
+    In a hidden state each number must be finite. In logits -inf masks a token and is valid. NaN, +inf, and a row that
+    masks every token are invalid. (In those cases the largest of the row is not finite.)
     """
     if not logits:
         return where_not_finite(x)
@@ -36,9 +36,9 @@ def wrong_place(x: Tensor, *, logits: bool) -> tuple[int, float] | None:
 
 
 def check(cut: CutModel, dtype: torch.dtype, item: StageInput, x: Tensor, again: Callable[[], object]) -> None:
-    """Raise NotFinite that says where it began, and what helps, if `x`, the output for `item`, cannot be used.
+    """Raise NotFinite if `x`, the output for `item`, is invalid. The error says where that began and what helps.
 
-    `again` repeats the step, from the cache as it was before it.
+    `again` repeats the step from the cache as it was before.
     """
     wrong = wrong_place(x, logits=cut.last)
     if wrong is None:
@@ -48,19 +48,16 @@ def check(cut: CutModel, dtype: torch.dtype, item: StageInput, x: Tensor, again:
     found = first_not_finite(cut, again)
     where = f"in the layers [{cut.start}, {cut.end})" if found is None else f"first in {found[0]}"
     weights = [] if found is None else _not_finite_weights(*found)
-    said = f"The model's numbers are not finite: {value} at position {position}, {where}."
+    message = f"The model's numbers are not finite: {value} at position {position}, {where}."
     if weights:
-        named = ", ".join(cut.full_name(name) for name in weights[:3])
-        raise NotFinite(f"{said} Its weights hold what is not finite: {named}. {_help_weights(dtype)}")
-    raise NotFinite(f"{said} {_help(dtype)}")
+        names = ", ".join(cut.full_name(name) for name in weights[:3])
+        raise NotFinite(f"{message} Its weights hold numbers that are not finite: {names}. {_help_weights(dtype)}")
+    raise NotFinite(f"{message} {_help(dtype)}")
 
 
 def first_not_finite(cut: CutModel, again: Callable[[], object]) -> tuple[str, nn.Module, str] | None:
-    """The first part of the stage to give a NaN or an Inf while `again` runs: what it is called (a layer by its number
-    in the whole model), its module, and that module's path. None when all stay finite, or `again` cannot be run.
-
-    In logits a masked token's -inf is none.
-    """
+    """The first part of the stage whose output is invalid while `again` runs: its name (a layer has its number in the
+    whole model), its module, and the module's path. None if all outputs are valid, or if `again` cannot be run."""
     found: list[tuple[str, nn.Module, str]] = []
 
     def look(*part: Any) -> Callable[[nn.Module, Any, Any], None]:
@@ -72,12 +69,12 @@ def first_not_finite(cut: CutModel, again: Callable[[], object]) -> tuple[str, n
         return after
 
     with ExitStack() as stack:
-        stack.enter_context(eagerly(cut))  # compiled code passes hooks by that came after it
+        stack.enter_context(eagerly(cut))  # compiled code ignores hooks registered later
         for part in _parts(cut):
             stack.callback(part[1].register_forward_hook(look(*part)).remove)
         try:
             again()
-        except Exception:  # a cache that cannot go back: the place stays unknown, and what went wrong is told
+        except Exception:  # a cache that cannot be truncated: the place stays unknown, the caller still raises
             return found[0] if found else None
     return found[0] if found else None
 
@@ -86,7 +83,7 @@ HEAD = "the LM head"
 
 
 def _parts(cut: CutModel) -> Iterator[tuple[str, nn.Module, str]]:
-    """All that a step goes through: what it is called, its module, and its path in the stage's."""
+    """All parts of the stage in the order of a step: name, module, and the module's path in the stage."""
     names = {id(module): name for name, module in cut.module.named_modules()}
     structure, body = cut.structure, body_of(cut)
 
@@ -106,10 +103,10 @@ def _parts(cut: CutModel) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def _not_finite_weights(what: str, part: nn.Module, path: str) -> list[str]:
-    """The names of a part's weights in which a number is not finite."""
+    """The names of a part's weights that hold NaN or Inf."""
     weights: dict[str, Tensor] = {n: tensor for n, tensor in part.named_parameters() if tensor.is_floating_point()}
     for name, module in part.named_modules():
-        weight = getattr(module, "weight", None)  # of linear layers that hold theirs in another form
+        weight = getattr(module, "weight", None)  # linear layers in blocks have no such parameter
         if isinstance(weight, Tensor):
             weights.setdefault(f"{name}.weight" if name else "weight", weight)
     wrong = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
@@ -125,5 +122,5 @@ def _help(dtype: torch.dtype) -> str:
 
 def _help_weights(dtype: torch.dtype) -> str:
     if dtype == torch.float16:
-        return f"{HELP_HALF}; where the file itself holds them, take another copy of the model."
+        return f"{HELP_HALF}; if the file itself holds them, take another copy of the model."
     return "Take another copy of the model: neither model.dtype bfloat16 nor float32 helps."

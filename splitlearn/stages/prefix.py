@@ -1,17 +1,18 @@
-"""Decoding without a KV cache: a stage that is given the whole prefix in each step, local and remote ones alike."""
+"""Decoding without a KV cache: wraps a local or remote stage, and passes it the whole prefix in each step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from splitlearn.stages.base import OpensTogether, Session, Stage, StageInput, StageOutput
+from splitlearn.events import SpotCheckResult
+from splitlearn.stages.base import OpensTogether, Session, SpotChecked, Stage, StageInput, StageOutput, WholePrefix
 from splitlearn.stages.settings import SessionSettings
 
 
 @dataclass
-class PrefixSession:
-    """A session at the wrapped stage, and all that it was given so far: ids [1, n] or hidden states [1, n, H]."""
+class PrefixSession(WholePrefix):
+    """A session at the wrapped stage, and its whole input so far: ids [1, n] or hidden states [1, n, H]."""
 
     session: Session
     prefix: torch.Tensor | None = None
@@ -19,16 +20,19 @@ class PrefixSession:
     def fork(self, other: "PrefixSession", tokens: int) -> None:
         self.prefix = None if other.prefix is None else other.prefix[:, :tokens]
 
+    def spot_checks(self) -> SpotCheckResult:
+        return self.session.spot_checks() if isinstance(self.session, SpotChecked) else SpotCheckResult()
+
     def close(self) -> None:
         self.session.close()
 
 
 @dataclass(frozen=True)
 class PrefixStage:
-    """Wraps a stage that keeps nothing between steps: keeps what it was given, and sends it again with what is new.
+    """Wraps a stage that keeps nothing between steps. Stores the input so far, and sends it again with the new one.
 
-    The output covers the whole prefix, so that a stage behind it, if it keeps nothing either, has it anew, too: with
-    rotary embeddings that change with the length, earlier positions change.
+    The output covers the whole prefix, so that a later stage without a cache gets all of it, too. With rotary
+    embeddings that depend on the length, earlier positions change.
     """
 
     stage: Stage

@@ -1,11 +1,12 @@
-"""Attention for a ragged batch: each session attends to its own keys and values, in the pool where they lie.
+"""Attention for a ragged batch: each session attends to its own keys and values in the pool.
 
 `NAME` is registered with transformers as an attention implementation. A model whose configuration names it calls
-`_attend` in each layer and `_mask_rule` once for each kind of mask. The batch reaches `_attend` with the keys that the
-cache gives back (`with_batch`), so that nothing is kept between calls.
+`_attend` in each layer and `_mask_rule` once for each kind of mask. The cache returns keys that carry the batch to
+`_attend` (`with_batch`), so that no state is kept between calls.
 
-Each session is attended by the model's own implementation, with transformers' own mask for it alone. One token of each
-of many sessions, the usual step, takes one call of a kernel, where torch's sdpa would do and the pool is on the CPU.
+The model's own implementation computes each session's attention, with transformers' own mask for that session. The
+usual step has one token of each session. It takes one call of a kernel if the model uses sdpa and the pool is on the
+CPU.
 """
 
 import sys
@@ -28,21 +29,21 @@ from splitlearn.runtime.torch_threads import computing_on
 
 NAME = "splitlearn_ragged"
 BATCH = "ragged_batch"
-# Queries times keys of a session up to which its attention is computed on one thread.
+# Up to so many queries times keys, one thread computes a session's attention.
 ONE_THREAD_WORK = 1024
 
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What transformers' mask function is called with: the rule (causal, sliding, chunked), without the lengths."""
+    """The arguments of transformers' mask function for a rule (causal, sliding, chunked), without the lengths."""
 
     arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """What attention needs to know of a forward: its sessions, of which the first `single` bring one token that
-    `splitlearn.kernels.decode_attention` can attend."""
+    """The sessions of a forward, as attention needs them. The first `single` have one token each, whose attention
+    `splitlearn.kernels.decode_attention` can compute."""
 
     attention: str
     """The model's own implementation."""
@@ -50,9 +51,9 @@ class RaggedBatch:
     positions: Sequence[int]
     tokens: Sequence[int]
     starts: NDArray[np.int64]
-    """Where in the pool each session's keys begin."""
+    """The position in the pool at which each session's keys begin."""
     counts: NDArray[np.int64]
-    """How many keys each session has, its new ones among them."""
+    """The number of each session's keys, including the new ones."""
     single: int
     seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     masks_seen: dict[int, list[torch.Tensor | None]] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class RaggedBatch:
     def of(
         cls, attention: str, caches: Sequence[PooledCache], positions: Sequence[int], tokens: Sequence[int]
     ) -> "RaggedBatch":
-        """The batch of a step of `tokens` of each session, after the `positions` that its cache holds."""
+        """The batch of a step: `tokens` of each session, after the `positions` in its cache."""
         own = "sdpa" if attention == kernel_attention.NAME else attention
         readable = own == "sdpa" and caches[0].pool.arrays
         single = len(list(takewhile(lambda count: count == 1, tokens))) if readable else 0
@@ -69,14 +70,14 @@ class RaggedBatch:
         return cls(own, caches, positions, tokens, starts, np.add(positions, tokens), single)
 
     def views(self, index: int) -> list[torch.Tensor]:
-        """Keys and values of each layer in turn of the session `index`; made when first asked for."""
+        """Keys and values of each layer in turn, for session number `index`. Made at the first call."""
         if index not in self.seen:
             pool = self.caches[index].pool
             self.seen[index] = pool.views(int(self.starts[index]), int(self.counts[index]))
         return self.seen[index]
 
     def masks(self, rule: MaskRule | None) -> list[torch.Tensor | None]:
-        """The masks that transformers makes for each session alone, by the same rule."""
+        """The masks that transformers makes by `rule` for each session alone."""
         if rule is None:
             return [None] * len(self.tokens)
         if id(rule) not in self.masks_seen:
@@ -88,13 +89,13 @@ class RaggedBatch:
         return self.masks_seen[id(rule)]
 
     def threads(self, index: int) -> int:
-        """One for a small product: it would wait for the other threads for longer than it computes."""
+        """The threads for a session's attention: one for a small product, since to wake others takes longer."""
         work = self.tokens[index] * int(self.counts[index])
         return 1 if work <= ONE_THREAD_WORK else torch.get_num_threads()
 
 
 def with_batch(keys: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
-    """`keys`, from which `_attend` takes the batch."""
+    """Attach the batch to `keys`, where `_attend` finds it."""
     setattr(keys, BATCH, batch)
     return keys
 
@@ -116,9 +117,9 @@ def _attend(
 
 
 def _attend_singly(batch: RaggedBatch, query: torch.Tensor, layer: int, scale: float | None) -> torch.Tensor:
-    """What `sdpa` does for one token of each of the first sessions, which sees all keys of its own: [1, heads, T, size]
-    to [1, T, heads, size]."""
-    from splitlearn.kernels.decode_attention import attend  # loads a compiler, of which a client has no need
+    """`sdpa` for one token of each of the first sessions, which sees all its keys: [1, heads, T, size] to [1, T, heads,
+    size]."""
+    from splitlearn.kernels.decode_attention import attend  # loads a compiler, which a client does not need
 
     tokens = query.shape[2]
     keys, values = batch.caches[0].pool.arrays[2 * layer : 2 * layer + 2]
@@ -151,10 +152,10 @@ def _attend_apart(
 def _attend_folded(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
-    """What `sdpa` does for a piece of a prompt: [1, heads, T, size], masked by [1, 1, T, keys], to [1, T, heads, size].
+    """`sdpa` for a chunk of a prompt: [1, heads, T, size], masked by [1, 1, T, keys], to [1, T, heads, size].
 
-    The heads that share keys are the rows of one product. transformers' own function copies keys and values for each
-    head first: 13 of 163 ms of a forward of 8 sessions and 16 tokens of a prompt after 1,000.
+    Heads that share keys are the rows of one product. transformers' own function first copies keys and values for each
+    head. That takes 13 of the 163 ms of a forward of 8 sessions with 16 tokens of a prompt after 1,000.
     """
     heads, tokens, size = query.shape[1:]
     rows = query.reshape(1, keys.shape[1], -1, size)
@@ -164,13 +165,13 @@ def _attend_folded(
 
 
 def _mask_rule(**arguments: Any) -> MaskRule:
-    """In the place of a mask, what one is made by once the batch is there."""
+    """Returns a rule instead of a mask: the masks are made later, for each session of the batch."""
     lengths = ("q_length", "kv_length", "q_offset", "kv_offset")
     return MaskRule({name: value for name, value in arguments.items() if name not in lengths})
 
 
 def _own_attention(module: Any, name: str) -> Callable[..., Any]:
-    """What the layer would attend with; each model's file has an eager function of its own."""
+    """The layer's own attention function. Each model's file has its own eager function."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return function

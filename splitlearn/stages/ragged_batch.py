@@ -3,9 +3,9 @@
     ragged = RaggedStage(cut)
     outputs = ragged.forward(steps)     # as the stage's own forward gives for each step alone
 
-Everything in a layer but attention works on each token alone, so the tokens of all sessions are one input [1, T, H]
-with their own positions. Attention is taken apart (stages/ragged_attention.py). transformers' continuous batching does
-the same.
+Everything in a layer but attention works on each token alone. So the tokens of all sessions are one input [1, T, H],
+each with its own position. Only attention is computed per session (stages/ragged_attention.py). transformers'
+continuous batching does the same.
 """
 
 import copy
@@ -28,28 +28,28 @@ from splitlearn.stages.verify import reason_against
 
 
 class RaggedStage:
-    """A stage's layers with the attention of ragged batches. Weights are shared with the stage; `module` of the stage
-    keeps its own attention."""
+    """A stage's layers with the attention of ragged batches. It shares the stage's weights; the stage's own `module`
+    keeps its attention."""
 
     def __init__(self, cut: CutModel) -> None:
         module: Any = cut.module
         self._attention = private_apis.attention_of(module.config) or "eager"
         self._device = next(cut.module.parameters()).device
-        self._own, self._cut = cut, replace(cut, module=_attending(cut.module, {}))
+        self._own, self._cut = cut, replace(cut, module=_with_ragged_attention(cut.module, {}))
 
     def agrees(self, settings: SessionSettings) -> bool:
-        """Whether the layers give in one forward what they give apart, in sessions with `settings`.
+        """Whether one forward gives the same outputs as separate ones, in sessions with `settings`.
 
-        A family whose attention does not go through transformers' interface, or that does more with keys and values
-        than keep them, shows it here. A compiled stage would be compiled anew for each mix of sessions.
+        The check fails for a family whose attention bypasses transformers' interface, or that does more with keys and
+        values than keep them. A compiled stage is excluded: it would be compiled again for each mix of sessions.
         """
         return not self._own.compiled and reason_against(self._own, self.forward, settings) is None
 
     def forward(self, steps: Sequence[StageInput]) -> Sequence[Tensor]:
-        """One step of each session: a hidden state [1, T, H], or logits [1, logits, V], for each.
+        """Compute one step of each session. Returns for each a hidden state [1, T, H], or logits [1, logits, V].
 
-        All caches must be of one pool; each holds the positions before its step, and its new tokens afterwards. All
-        sessions have the same arguments for the model's forward.
+        All caches must belong to one pool, and hold the positions before their step; the new tokens are appended. All
+        sessions must have the same arguments for the model's forward.
         """
         cut, device, tokens = self._cut, self._device, [step.x.shape[1] for step in steps]
         caches, positions = [step.session.cache for step in steps], [step.position for step in steps]
@@ -72,34 +72,34 @@ class RaggedStage:
         if not self._cut.last:
             return torch.split(self._cut.module(**call).last_hidden_state, tokens, dim=1)
         counts = [step.logits or count for step, count in zip(steps, tokens, strict=True)]
-        wanted = torch.cat(
+        rows = torch.cat(
             [torch.arange(end - count, end) for end, count in zip(accumulate(tokens), counts, strict=True)]
         ).to(self._device)
         if "logits_to_keep" in self._cut.accepts:
-            logits = self._cut.module(**call, logits_to_keep=wanted).logits
+            logits = self._cut.module(**call, logits_to_keep=rows).logits
         else:
-            logits = self._cut.module(**call).logits[:, wanted]
+            logits = self._cut.module(**call).logits[:, rows]
         return torch.split(cast(Tensor, logits), counts, dim=1)
 
 
-def _attending(module: nn.Module, made: dict[int, Any]) -> nn.Module:
-    """`module` with configurations that name the attention of ragged batches.
+def _with_ragged_attention(module: nn.Module, made: dict[int, Any]) -> nn.Module:
+    """A copy of `module` whose configurations name the attention of ragged batches.
 
-    Modules that look things up in a configuration, and those around them, are copied. All else is shared: weights,
+    Modules that have a configuration, and those that contain them, are copied. Everything else is shared: weights,
     buffers, hooks, and every module without a configuration in it.
     """
     if id(module) not in made:
         own = module
         if any(hasattr(each, "config") for each in module.modules()):
-            own = private_apis.with_children(module, lambda child: _attending(child, made))
+            own = private_apis.with_children(module, lambda child: _with_ragged_attention(child, made))
             config: Any = getattr(module, "config", None)
             if config is not None:
-                own.config = made.setdefault(id(config), _naming(config))
+                own.config = made.setdefault(id(config), _ragged_config(config))
         made[id(module)] = own
     return cast(nn.Module, made[id(module)])
 
 
-def _naming(config: Any) -> Any:
+def _ragged_config(config: Any) -> Any:
     named = copy.deepcopy(config)
     private_apis.set_attention(named, NAME)
     return named
@@ -113,7 +113,7 @@ def _cache(batch: RaggedBatch, places: Tensor) -> Cache:
 
 
 class _RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Writes the new tokens of all sessions to their places in the pool with one call each for keys and values."""
+    """Writes the new tokens of all sessions to the pool, with one call for keys and one for values."""
 
     is_sliding = False
 
@@ -122,16 +122,16 @@ class _RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._batch, self._keys, self._values, self._places = batch, keys, values, places
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do."""
+        """There is nothing to do."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """The attention function looks up what each session has by itself; it needs only the batch."""
+        """Write the new tokens. The attention function reads each session's keys itself, and needs only the batch."""
         self._keys.index_copy_(2, self._places, key_states)
         self._values.index_copy_(2, self._places, value_states)
         return with_batch(key_states, self._batch), value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Of no use to a row of several sessions: `RaggedBatch.masks` has the real ones."""
+        """Not used for a row of several sessions: `RaggedBatch.masks` makes the masks."""
         return query_length, 0
 
     def get_seq_length(self) -> int:

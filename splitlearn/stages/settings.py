@@ -1,7 +1,7 @@
-"""What flags change in a stage: when its weights are loaded, and in each of its sessions.
+"""Settings records of a stage: what flags change when its weights are loaded, and in each of its sessions.
 
-Each owner of a seam applies what it is given here and does not know which flag asked. The registry (flags/registry.py)
-makes these records of the flags' words. The defaults are what runs when every flag is off.
+The code that owns a seam applies its field, and does not know which flag set it. The registry (flags/registry.py) makes
+these records from the flags' words. The defaults are those of a run with every flag off.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,24 +17,24 @@ from splitlearn.models.cut import CutModel
 from splitlearn.wire.hidden_states import Plain, Rows
 
 if TYPE_CHECKING:
-    from splitlearn.stages.engine import Eager, TokenEngine
+    from splitlearn.stages.engine import EagerEngine, TokenEngine
 
 MakeLinear = Callable[[Iterable[torch.Tensor], torch.Tensor | None], nn.Module]
-"""Makes what stands for a linear layer of the rows of its weight [out, in], in pieces, and its bias [out]."""
+"""Makes the replacement of a linear layer from the rows of its weight [out, in], some at a time, and its bias [out]."""
 MakeLinears = Callable[[Sequence[tuple[int, int]]], MakeLinear]
-"""Given the shapes of some layers' weights, what makes one of these layers after the other, in that order."""
+"""Takes the shapes of the weights of several layers, and returns the function that makes them in that order."""
 
 
 @dataclass(frozen=True)
 class LoadSettings:
     """How weights are loaded and computed with.
 
-    `assign_weights` takes tensors from the file without a second copy. `attention` None is what transformers chooses
-    for the model: sdpa, but eager for those without it (bloom, gemma2); `sdpa` is what attends where sdpa is chosen.
-    `linear` makes what stands for the linear layers; None leaves the model's own. `head` is the same for the LM head,
-    where that differs. `weight_bits` are about those
-    that each weight takes then, None for as many as the dtype has. `compile_stage` compiles a stage that has its
-    weights. `engine` makes of its eager engine one that computes a token faster; None where it cannot.
+    `assign_weights` takes tensors from the file without a second copy. `attention` None leaves the choice to
+    transformers: sdpa, but eager for models without it (bloom, gemma2). `sdpa` is the implementation that is used if
+    sdpa is chosen. `linear` makes replacements of the linear layers; None keeps the model's own. `head` does so for the
+    LM head, if that differs. `weight_bits` is about how many bits each weight then takes; None means those of the
+    dtype. `compile_stage` compiles a stage that has its weights. `engine` makes a faster token engine from the eager
+    one, or returns None.
     """
 
     assign_weights: bool = False
@@ -43,7 +43,7 @@ class LoadSettings:
     linear: MakeLinears | None = None
     head: MakeLinears | None = None
     weight_bits: int | None = None
-    engine: "Callable[[Eager], TokenEngine | None] | None" = None
+    engine: "Callable[[EagerEngine], TokenEngine | None] | None" = None
     compile_stage: Callable[[CutModel], CutModel] | None = None
 
 
@@ -51,9 +51,9 @@ class LoadSettings:
 class SessionSettings:
     """How one session computes.
 
-    `words` name its flags to a trunk server. `new_cache` makes its cache for a number of layers and at most a number of
-    tokens; None keeps none. `forward_arguments` go to the model's forward. `wire` is the form of hidden states on the
-    wire, None for that in which they are computed.
+    `words` name its flags to a trunk server. `new_cache` makes a cache from a number of layers and a maximum of tokens;
+    None keeps no cache. `forward_arguments` go to the model's forward. `wire` is the form of hidden states on the wire;
+    None means the dtype in which they are computed. `keeps_prefixes` keeps what is computed for later sessions.
     """
 
     words: frozenset[str] = frozenset()
@@ -61,6 +61,12 @@ class SessionSettings:
     forward_arguments: Mapping[str, bool] = field(default_factory=dict)
     gradient_guard: Callable[[], AbstractContextManager[object]] = torch.no_grad
     wire: Rows | None = None
+    keeps_prefixes: bool = False
+
+    @property
+    def reuses_prefixes(self) -> bool:
+        """Whether a session begins with what earlier ones have computed, which needs a KV cache."""
+        return self.keeps_prefixes and self.new_cache is not None
 
     def rows(self, dtype: torch.dtype) -> Rows:
         """The form on the wire of hidden states that are computed in `dtype`."""

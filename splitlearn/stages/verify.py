@@ -1,9 +1,9 @@
-"""Checks a candidate, a faster way through a stage, against the model's own forward before it is used.
+"""Checks a candidate, a faster way to compute a stage, against the model's own forward before it is used.
 
-    reason = reason_against(cut, candidate)     # None: it gives what the model gives, but for rounding
+    reason = reason_against(cut, candidate)     # None: its outputs are the model's, but for rounding
 
-Two sessions take the same steps both ways: prompts, single tokens and a piece of a prompt, over caches in one pool.
-This is the only such check, and `agree` the only rule for what counts as rounding.
+Two sessions take the same steps both ways: prompts, single tokens and a chunk of a prompt, over caches in one pool.
+This is the only such check, and `agree` is the only tolerance rule.
 """
 
 import math
@@ -20,16 +20,16 @@ from splitlearn.stages.session import LocalSession
 from splitlearn.stages.settings import SessionSettings
 
 ROUNDS = ((3, 2), (1, 2), (1,))
-"""In each round, how many tokens come to the first session and to the second."""
+"""The tokens of the first and the second session in each round."""
 SESSION_TOKENS = 5
 
 Candidate = Callable[[Sequence[StageInput]], Sequence[Tensor]]
-"""Gives the outputs of the steps of a round, all positions of each, and extends their caches."""
+"""Computes the outputs of a round's steps, all positions of each, and extends their caches."""
 
 
 def reason_against(cut: CutModel, candidate: Candidate, settings: SessionSettings | None = None) -> str | None:
-    """Why `candidate` cannot take the place of the stage's own forward in sessions with `settings`, or None when it
-    can. A compiled stage runs eagerly meanwhile."""
+    """Why `candidate` cannot replace the stage's own forward in sessions with `settings`, or None if it can. A compiled
+    stage runs eagerly during the check."""
     settings = settings or SessionSettings()
     try:
         with torch.inference_mode(), eagerly(cut):
@@ -43,25 +43,25 @@ def reason_against(cut: CutModel, candidate: Candidate, settings: SessionSetting
 
 
 def own_forward(cut: CutModel, step: StageInput) -> Tensor:
-    """All positions of a step by the model's own forward, with which every candidate is compared."""
+    """All positions of a step by the model's own forward. Every candidate is compared with this."""
     session: LocalSession = step.session
     return forward(cut, step.x, step.position, session.cache, arguments=session.settings.forward_arguments)
 
 
 def with_tokens_by(cut: CutModel, one_token: Callable[[StageInput], Tensor]) -> Candidate:
-    """The candidate that computes steps of one token by `one_token`, and longer ones by the model's own forward."""
+    """A candidate that computes steps of one token by `one_token`, and longer ones by the model's own forward."""
     return lambda steps: [one_token(step) if step.x.shape[1] == 1 else own_forward(cut, step) for step in steps]
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """How far two orders of the same operations may lie apart in `dtype`, relative to the values: 1e-3, or the square
-    root of its epsilon where that is more."""
+    """The tolerance between two orders of the same operations in `dtype`, relative to the values: 1e-3, or the square
+    root of its epsilon if that is more."""
     return max(1e-3, float(torch.finfo(dtype).eps ** 0.5))
 
 
 def agree(own: Tensor, found: Tensor, near: float) -> bool:
-    """Whether `found` lies within `near` of each value of `own`, or of the largest one. What is not finite agrees with
-    nothing."""
+    """Whether `found` is within `near` of each value of `own`, relative to the value or to the largest one. NaN and Inf
+    agree with nothing."""
     most = float(own.abs().max())
     return math.isfinite(most) and torch.allclose(own, found, rtol=near, atol=near * most)
 

@@ -9,6 +9,8 @@ MAX_MESSAGE_BYTES = 3 * 1024 * 1024
 ENVELOPE_BYTES = 256
 # The most bytes of padding in an answer, to measure bandwidth.
 MAX_PADDING_BYTES = 1 << 20
+# The most keys of kept blocks in a message, each of so many bytes.
+MAX_PREFIX_KEYS, PREFIX_KEY_BYTES = 2048, 16
 # A trunk server prints this on stdout, followed by host:port, when it is ready.
 READY = "trunk server listening on "
 # The metadata that carries a client's token.

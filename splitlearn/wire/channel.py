@@ -90,7 +90,7 @@ def _token(variable: str) -> str | None:
     """The token in that environment variable; None if unset or empty."""
     token = os.environ.get(variable, "")
     if not (token.isascii() and token.isprintable()) or " " in token:
-        raise InputError("trunk.token", variable, "a variable that holds one token of `python -m server token`")
+        raise InputError("trunk.token", variable, "a variable that holds one token of `python -m splitlearn token`")
     return token or None
 
 

@@ -21,12 +21,14 @@ FLOAT16: Dtype
 INT8_BLOCKS: Dtype
 
 class DescribeRequest(_message.Message):
-    __slots__ = ("padding", "answer_padding")
+    __slots__ = ("padding", "answer_padding", "costs")
     PADDING_FIELD_NUMBER: _ClassVar[int]
     ANSWER_PADDING_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     padding: bytes
     answer_padding: int
-    def __init__(self, padding: _Optional[bytes] = ..., answer_padding: _Optional[int] = ...) -> None: ...
+    costs: bool
+    def __init__(self, padding: _Optional[bytes] = ..., answer_padding: _Optional[int] = ..., costs: _Optional[bool] = ...) -> None: ...
 
 class MetricsRequest(_message.Message):
     __slots__ = ()
@@ -59,7 +61,7 @@ class FlagState(_message.Message):
     def __init__(self, name: _Optional[str] = ..., unavailable: _Optional[str] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "device", "hidden_size", "max_length", "threads", "flags", "machine", "padding")
+    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "device", "hidden_size", "max_length", "threads", "flags", "machine", "padding", "costs")
     class MachineEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +83,7 @@ class Description(_message.Message):
     FLAGS_FIELD_NUMBER: _ClassVar[int]
     MACHINE_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: str
     digest: str
@@ -95,15 +98,32 @@ class Description(_message.Message):
     flags: _containers.RepeatedCompositeFieldContainer[FlagState]
     machine: _containers.ScalarMap[str, str]
     padding: bytes
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., hidden_size: _Optional[int] = ..., max_length: _Optional[int] = ..., threads: _Optional[int] = ..., flags: _Optional[_Iterable[_Union[FlagState, _Mapping]]] = ..., machine: _Optional[_Mapping[str, str]] = ..., padding: _Optional[bytes] = ...) -> None: ...
+    costs: Costs
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., hidden_size: _Optional[int] = ..., max_length: _Optional[int] = ..., threads: _Optional[int] = ..., flags: _Optional[_Iterable[_Union[FlagState, _Mapping]]] = ..., machine: _Optional[_Mapping[str, str]] = ..., padding: _Optional[bytes] = ..., costs: _Optional[_Union[Costs, _Mapping]] = ...) -> None: ...
+
+class Costs(_message.Message):
+    __slots__ = ("decode_s", "prefill_s", "memory_bytes", "base_bytes", "weight_bytes")
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BASE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    decode_s: float
+    prefill_s: float
+    memory_bytes: int
+    base_bytes: int
+    weight_bytes: int
+    def __init__(self, decode_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., base_bytes: _Optional[int] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("open", "step")
+    __slots__ = ("open", "step", "keep")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     open: Open
     step: Step
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ...) -> None: ...
+    keep: Keep
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
     __slots__ = ("opened", "result", "closed")
@@ -116,7 +136,7 @@ class ServerMessage(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "max_length", "flags", "timeout_s")
+    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "max_length", "flags", "timeout_s", "prefix_keys")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +147,7 @@ class Open(_message.Message):
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     FLAGS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_KEYS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: str
     digest: str
@@ -137,23 +158,32 @@ class Open(_message.Message):
     max_length: int
     flags: _containers.RepeatedScalarFieldContainer[str]
     timeout_s: float
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., flags: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    prefix_keys: bytes
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., flags: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ..., prefix_keys: _Optional[bytes] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("threads", "load_s", "import_rss_bytes", "queue_s", "max_tensor_bytes", "key")
+    __slots__ = ("threads", "load_s", "import_rss_bytes", "queue_s", "max_tensor_bytes", "key", "cached_tokens")
     THREADS_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     IMPORT_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     MAX_TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     threads: int
     load_s: float
     import_rss_bytes: int
     queue_s: float
     max_tensor_bytes: int
     key: bytes
-    def __init__(self, threads: _Optional[int] = ..., load_s: _Optional[float] = ..., import_rss_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ..., max_tensor_bytes: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, threads: _Optional[int] = ..., load_s: _Optional[float] = ..., import_rss_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ..., max_tensor_bytes: _Optional[int] = ..., key: _Optional[bytes] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+
+class Keep(_message.Message):
+    __slots__ = ("prefix_keys",)
+    PREFIX_KEYS_FIELD_NUMBER: _ClassVar[int]
+    prefix_keys: bytes
+    def __init__(self, prefix_keys: _Optional[bytes] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_an_answer_has_the_tokens_of_one_without_drafts(
 
 def _loaded(files: ModelFiles) -> DraftModel:
     stage = loading.load(files, loading.full_specs(files.n_layers), load_of(APPLIED), PLACEMENT).stages[0]
-    return DraftModel(stage, session_of(APPLIED), 300, 64)
+    return DraftModel(stage, threading.Lock(), session_of(APPLIED), 300, 64)
 
 
 def _greedy(files: ModelFiles, sequence: list[int], count: int) -> list[int]:

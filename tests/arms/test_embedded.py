@@ -103,7 +103,7 @@ def test_a_child_runs_the_servers_own_code_also_where_the_parent_has_a_module_of
     program = """
 import server, sys
 from splitlearn.runtime import programs
-found = programs.own("server.auth.tokens:make")
-assert found.__module__ == "server.auth.tokens" and sys.modules["server"].__path__
+found = programs.own("server.auth.gate:Access")
+assert found.__module__ == "server.auth.gate" and sys.modules["server"].__path__
 """
     output_of([sys.executable, "-c", program], tmp_path, environment())

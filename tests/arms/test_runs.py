@@ -156,7 +156,7 @@ def test_workers_are_kept_as_long_as_memory_allows_and_each_copy_of_an_arm_has_i
         for copy in (0, 1, 0):
             list(made.stream("full", FlagSet(full=CACHED), SHORT, copy=copy))
         assert len({worker.pid for worker in workers()} - already) == 2
-        monkeypatch.setattr("splitlearn.arms.runs.WEIGHTS_FREE", float("inf"))
+        monkeypatch.setattr("splitlearn.arms.setup.WEIGHTS_FREE", float("inf"))
         list(made.stream("full", FlagSet(full=CACHED), SHORT, copy=2))
         assert len({worker.pid for worker in workers()} - already) == 1
 

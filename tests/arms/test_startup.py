@@ -64,7 +64,7 @@ def test_afterwards_the_first_run_of_both_arms_needs_no_new_process(files: Model
 
 
 def test_what_does_not_fit_is_left_for_later_and_says_so(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitlearn.arms.runs.WEIGHTS_FREE", float("inf"))
+    monkeypatch.setattr("splitlearn.arms.setup.WEIGHTS_FREE", float("inf"))
     with started(files) as startup:
         parts = startup.parts()
         assert [parts[name].state for name in (MODEL, TRUNK, *ARMS.values())] == ["ready", "ready", "ready", "later"]

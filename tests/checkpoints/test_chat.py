@@ -1,7 +1,9 @@
 """A model's chat templates: several by name, those that make no text, and control tokens in a prompt."""
 
 import json
+import resource
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from splitlearn.checkpoints import chat_template, convert
 from splitlearn.checkpoints.folder import ModelFiles, open_folder, seal
 from splitlearn.cli import main as command_line
 from splitlearn.errors import InputError, ModelError
+from splitlearn.events import GenerationRequest, Message
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.runtime.progress import silent
 from tests.support.tiny import CHAT_TEMPLATE, make_checkpoint, make_tokenizer
@@ -171,7 +174,7 @@ def test_a_prompt_that_is_no_unicode_text_is_refused(chat: bool) -> None:
 def test_a_prompt_of_no_tokens_is_refused() -> None:
     tokenizer = make_tokenizer(chat=False)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")  # a space without width
-    with pytest.raises(InputError, match="a token or more"):
+    with pytest.raises(InputError, match="at least one token"):
         Tokens(tokenizer, frozenset()).encode("\u200b", False)
 
 
@@ -195,7 +198,15 @@ def test_arguments_may_be_handed_on_with_two_stars() -> None:
 def test_a_long_prompt_is_no_long_template() -> None:
     tokens = tokens_with("{{ messages[0]['content'] }}" * 2)
     prompt = "The sky is blue. " * 100_000
-    assert chat_template.render(tokens._tokenizer, "{{ messages[0]['content'] }}" * 2, prompt) == prompt * 2
+    said = [Message("user", prompt)]
+    assert chat_template.render(tokens._tokenizer, "{{ messages[0]['content'] }}" * 2, said) == prompt * 2
+
+
+def test_conversations_rendered_at_the_same_time_leave_the_process_its_limits() -> None:
+    before, tokens = resource.getrlimit(resource.RLIMIT_DATA), tokens_with(CHAT_TEMPLATE)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: tokens.encode("Hello", chat=True), range(200)))
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_control_tokens_in_a_prompt_are_control_tokens_and_are_shown() -> None:
@@ -214,6 +225,30 @@ def test_control_tokens_in_a_prompt_are_control_tokens_and_are_shown() -> None:
         "<|assistant|>",
     ]
     assert [text for text, control in pieces if not control] == ["Hi", "Ü🙂"]
+
+
+def test_a_conversation_is_rendered_as_transformers_renders_it() -> None:
+    tokens = tokens_with(CHAT_TEMPLATE)
+    said = (Message("user", "Why?"), Message("assistant", "Because."), Message("user", "Really?"))
+    listed = [{"role": message.role, "content": message.content} for message in said]
+    wanted = tokens._tokenizer.apply_chat_template(listed, add_generation_prompt=True, return_dict=False)
+    assert tokens.encode(said, True) == wanted
+
+
+def test_messages_need_a_template() -> None:
+    said = (Message("user", "Why?"),)
+    with pytest.raises(InputError, match="no chat template for messages"):
+        tokens_with(None).encode(said, True)
+    with pytest.raises(InputError, match="chat: False"):
+        GenerationRequest(said, chat=False)
+
+
+def test_token_ids_are_themselves_and_must_be_the_models(checkpoint: Path, tmp_path: Path) -> None:
+    tokens = Tokens.load(converted(checkpoint, tmp_path / "converted").folder, use_fast=True)
+    assert tokens.encode((5, 7, 5), True) == [5, 7, 5]
+    for wrong in (400, -1):
+        with pytest.raises(InputError, match="token ids from 0 to 399"):
+            tokens.encode((5, wrong), True)
 
 
 @pytest.mark.parametrize("name", ["nothing", "raises", "syntax"])

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from server import endpoint
-from server.scheduling import admission
 from splitlearn import config
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
@@ -27,11 +26,12 @@ from splitlearn.events import GenerationRequest, Reconnecting, Recovery
 from splitlearn.flags.selection import FlagSet
 from splitlearn.metrics import RunMetrics, recovery_sentence
 from splitlearn.runtime.progress import silent
+from splitlearn.scheduling import admission
 from splitlearn.wire import channel, codec
 from tests.client.test_remote import free_port
 from tests.conftest import TinyFactory
 from tests.support.client import CACHED, client
-from tests.support.forked import Forked, forked
+from tests.support.forked import ForkedTrunk, forked
 from tests.support.proxy import Proxy, proxy
 from tests.support.trunk import (
     PLAN,
@@ -75,7 +75,7 @@ def between(here: TrunkHere) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def trunk(files: ModelFiles, tmp_path: Path) -> Iterator[Forked]:
+def trunk(files: ModelFiles, tmp_path: Path) -> Iterator[ForkedTrunk]:
     with forked(settings(files, split={"start": PLAN.start, "end": PLAN.end}), tmp_path) as running:
         yield running
 
@@ -149,7 +149,7 @@ def test_what_was_rolled_back_is_not_replayed_and_only_the_lost_step_comes_back(
 
 
 def test_a_trunk_that_is_killed_again_and_again_costs_no_token(
-    trunk: Forked, files: ModelFiles, undisturbed: list[RunMetrics]
+    trunk: ForkedTrunk, files: ModelFiles, undisturbed: list[RunMetrics]
 ) -> None:
     """Several clients at once, each with the token at which it kills."""
     kills, turn = random.Random(3).sample(range(2, TOKENS - 1), CLIENTS), threading.Lock()
@@ -168,7 +168,7 @@ def test_a_trunk_that_is_killed_again_and_again_costs_no_token(
 
 
 def test_of_two_trunks_one_may_die(
-    trunk: Forked, here: TrunkHere, files: ModelFiles, undisturbed: list[RunMetrics]
+    trunk: ForkedTrunk, here: TrunkHere, files: ModelFiles, undisturbed: list[RunMetrics]
 ) -> None:
     with client(files, trunk.address, here.address) as asking:
         found = asking.ask(request(), once(20, trunk.kill))
@@ -180,7 +180,7 @@ def test_of_two_trunks_one_may_die(
 
 
 def test_a_trunk_that_is_told_to_stop_ends_its_answer_and_the_next_one_is_asked_for_more(
-    trunk: Forked, here: TrunkHere, files: ModelFiles, undisturbed: list[RunMetrics]
+    trunk: ForkedTrunk, here: TrunkHere, files: ModelFiles, undisturbed: list[RunMetrics]
 ) -> None:
     with client(files, trunk.address, here.address) as asking:
         found = asking.ask(request(), once(20, lambda: os.kill(trunk.pid, signal.SIGTERM)))
@@ -205,7 +205,7 @@ def test_the_first_address_that_works_is_used(
 @pytest.mark.parametrize("how", ["stopped", "held"])
 def test_a_trunk_that_hangs_is_left_for_the_next_one(
     how: str,
-    trunk: Forked,
+    trunk: ForkedTrunk,
     here: TrunkHere,
     files: ModelFiles,
     undisturbed: list[RunMetrics],
@@ -221,7 +221,7 @@ def test_a_trunk_that_hangs_is_left_for_the_next_one(
 
 
 def test_a_trunk_that_hung_for_a_while_is_taken_up_again_when_it_is_the_only_one(
-    trunk: Forked, files: ModelFiles, undisturbed: list[RunMetrics], monkeypatch: pytest.MonkeyPatch
+    trunk: ForkedTrunk, files: ModelFiles, undisturbed: list[RunMetrics], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ping_every_second(monkeypatch)
 
@@ -269,7 +269,7 @@ def test_a_trunk_that_is_slow_or_a_client_that_does_not_read_harms_nobody(
 
 
 def test_a_trunk_that_was_restarted_with_another_model_is_refused(
-    trunk: Forked,
+    trunk: ForkedTrunk,
     here: TrunkHere,
     files: ModelFiles,
     tiny_model: TinyFactory,
@@ -288,7 +288,7 @@ def test_a_trunk_that_was_restarted_with_another_model_is_refused(
         check_same(has_another.ask(request()), undisturbed[0])
 
 
-def test_a_step_is_given_up_when_its_time_is_over(files: ModelFiles, trunk: Forked) -> None:
+def test_a_step_is_given_up_when_its_time_is_over(files: ModelFiles, trunk: ForkedTrunk) -> None:
     with client(files, trunk.address, timeout_s=3) as asking:
         started = time.monotonic()
         with pytest.raises(TrunkUnavailable, match=f"{trunk.address} does not answer or was lost .*python -m server"):

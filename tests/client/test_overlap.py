@@ -102,7 +102,7 @@ def test_a_prompt_in_pieces_has_the_tokens_of_a_whole_one(
     overlap = registry.FLAGS["prefill_overlap"]
     three = {
         **overlap.choices,
-        "on": lambda settings: replace(settings, generation=replace(settings.generation, piece_tokens=3)),
+        "on": lambda settings: replace(settings, generation=replace(settings.generation, chunk_tokens=3)),
     }
     monkeypatch.setitem(cast(dict[str, registry.Flag], registry.FLAGS), overlap.name, replace(overlap, choices=three))
     pieces = _answer(files, here.address, CACHED | {"prefill_overlap"}, trunk)

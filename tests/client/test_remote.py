@@ -238,7 +238,7 @@ def result(asked: pb.Step, x: torch.Tensor, **changes: Any) -> bytes:
 
 
 STRANGE: dict[str, tuple[Callable[[pb.Step], bytes], str]] = {
-    "garbage": (lambda asked: b"\xff\xff", "sent what is no answer"),
+    "garbage": (lambda asked: b"\xff\xff", "sent a malformed answer"),
     "another step": (lambda asked: result(asked, torch.zeros(1, 3, 48), step_id=9), "answered step 9 instead of"),
     "not a result": (lambda asked: OPENED, "another answer than 'result'"),
     "too few positions": (lambda asked: result(asked, torch.zeros(1, 2, 48)), "answered 2 positions instead of 3"),

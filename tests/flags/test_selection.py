@@ -24,7 +24,7 @@ def of(side: Side) -> frozenset[str]:
 @pytest.mark.parametrize("side", SIDES)
 def test_default_is_every_available_exact_or_rounding_flag_but_those_that_are_off_at_first(side: Side) -> None:
     lossy = {name for name, flag in FLAGS.items() if flag.fidelity == "lossy"}
-    off = {"torch_compile", "prompt_lookup", "prefill_overlap", "row_attention", "head_overlap"}
+    off = {"torch_compile", "prompt_lookup", "prefill_overlap", "prefix_cache", "row_attention", "head_overlap"}
     assert parse("default", HERE).of(side) == of(side) - off - lossy
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError
@@ -139,6 +140,33 @@ def test_a_request_that_makes_no_sense_is_refused_by_name(arguments: dict[str, o
     with pytest.raises(InputError) as refused:
         GenerationRequest(**{"prompt": PROMPT, **arguments})  # type: ignore[arg-type]
     assert refused.value.field == field
+
+
+def test_an_answer_that_may_be_cut_to_the_context_fills_it(files: ModelFiles, stages: list[Stage]) -> None:
+    request = GenerationRequest(PROMPT, max_new_tokens=10**6, chat=False, ignore_eos=True, fit_context=True)
+    length = len(Tokens.load(files.folder, use_fast=True).encode(PROMPT, chat=False))
+    metrics = RunMetrics.from_events(_generator(files, stages, context=length + 5).stream(request))
+    assert metrics is not None
+    assert (metrics.n_tokens, metrics.finish_reason) == (5, "length")
+
+
+def test_log_probabilities_are_those_of_the_models_own_logits(files: ModelFiles, stages: list[Stage]) -> None:
+    sampling = SamplingParams(temperature=1.5, top_k=40, seed=3, frequency_penalty=0.5)
+    request = GenerationRequest(PROMPT, 6, chat=False, ignore_eos=True, sampling=sampling, top_logprobs=3)
+    events = list(_generator(files, stages).stream(request))
+    steps = [event for event in events if isinstance(event, TokenEvent)]
+    ids = [token for step in steps for token in step.token_ids]
+    whole = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32)
+    prompt = Tokens.load(files.folder, use_fast=True).encode(PROMPT, chat=False)
+    with torch.inference_mode():
+        logits = whole(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    listed = [each for step in steps for each in step.logprobs]
+    assert [chosen.token_id for chosen, *_ in listed] == ids
+    for row, (chosen, *likeliest) in zip(logits, listed, strict=True):
+        assert [each.token_id for each in likeliest] == row.topk(3).indices.tolist()
+        assert [each.logprob for each in (chosen, *likeliest)] == pytest.approx(
+            [float(row[each.token_id]) for each in (chosen, *likeliest)], abs=1e-4
+        )
 
 
 def test_closing_the_iterator_closes_every_session(files: ModelFiles, stages: list[Stage]) -> None:

@@ -152,14 +152,14 @@ def test_a_step_is_begun_early_before_the_times_are_known() -> None:
     assert OverlapPolicy().pays()
 
 
-def _tail(files: ModelFiles, own: frozenset[str], layers: int = 0) -> loading.Loaded:
+def _tail(files: ModelFiles, own: frozenset[str], layers: int = 0) -> loading.LoadedStages:
     """A client's last `layers` and LM head."""
     n = files.n_layers
     specs = [*([loading.StageSpec("top", n - layers, n)] if layers else []), loading.StageSpec("top", n, n, last=True)]
     return loading.load(files, specs, load_of(own), PLACEMENT)
 
 
-def _logits(loaded: loading.Loaded, x: torch.Tensor, own: frozenset[str], rows: int = 1) -> torch.Tensor:
+def _logits(loaded: loading.LoadedStages, x: torch.Tensor, own: frozenset[str], rows: int = 1) -> torch.Tensor:
     for stage in loaded.chain:
         x = stage.step([StageInput(stage.open(session_of(own), 8), 0, x, rows)])[0].x
     return x

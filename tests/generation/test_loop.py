@@ -118,7 +118,7 @@ def _events(course: Course) -> list[TokenEvent]:
     ]
     guesses = course.guesses
     proposers = () if guesses is None else (lambda: guesses,)
-    wanted = GenerationSettings(proposers=proposers, head_overlap=course.overlap, piece_tokens=course.chunk)
+    wanted = GenerationSettings(proposers=proposers, head_overlap=course.overlap, chunk_tokens=course.chunk)
     made = Generator(links, cast(Any, Text(course.ends)), None, wanted)
     request = GenerationRequest(
         " ".join(map(str, course.prompt)), course.new, sampling=course.sampling, samples=course.samples

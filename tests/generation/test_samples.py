@@ -211,10 +211,10 @@ def test_a_sample_whose_prompt_is_lost_at_the_trunk_sends_it(
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        ({"fork_of": b"unknown"}, grpc.StatusCode.ABORTED, "is not here"),
+        ({"fork_of": b"unknown"}, grpc.StatusCode.ABORTED, "does not exist or has ended"),
         ({"position": 4}, grpc.StatusCode.INVALID_ARGUMENT, "at most 3"),
         ({"flags": []}, grpc.StatusCode.INVALID_ARGUMENT, "with the same flags"),
-        ({"began": True}, grpc.StatusCode.INVALID_ARGUMENT, "said in the first step"),
+        ({"began": True}, grpc.StatusCode.INVALID_ARGUMENT, "set in the first step"),
     ],
     ids=["unknown key", "more than there is", "other flags", "not the first step"],
 )

@@ -19,10 +19,14 @@ from splitlearn.sampling import SamplingParams
         *(("top_k", bad) for bad in (-1, 1.5)),
         *(("top_p", bad) for bad in (0.0, 1.01, math.nan)),
         *(("repetition_penalty", bad) for bad in (0.0, -1.0, math.nan)),
+        *(("frequency_penalty", bad) for bad in (-2.1, math.nan)),
+        *(("presence_penalty", bad) for bad in (2.1, True)),
+        *(("logit_bias", ((bad, 0.0),)) for bad in (-1, 1.5)),
+        *(("logit_bias", ((0, bad),)) for bad in (-101.0, math.inf)),
         *(("seed", bad) for bad in (-1, 2**63)),
     ],
 )
-def test_a_parameter_out_of_range_is_refused_by_name(field: str, value: float) -> None:
+def test_a_parameter_out_of_range_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(InputError) as refused:
         SamplingParams(**{field: value})  # type: ignore[arg-type]
     assert refused.value.field == field
@@ -147,3 +151,32 @@ def test_a_penalty_divides_what_is_above_zero_and_multiplies_what_is_below(
     params = SamplingParams(repetition_penalty=penalty)
     chosen = sample(torch.tensor(scores), params, sorted(seen), random_source(params), top_k_by_sort)
     assert expected[chosen] == pytest.approx(max(expected), rel=1e-5, abs=1e-30)
+
+
+@given(
+    scores=st.lists(st.integers(-50, 50), min_size=3, max_size=3),
+    ids=st.lists(st.integers(0, 2), max_size=8),
+    prompt=st.integers(0, 8),
+    frequency=st.integers(-4, 4),
+    presence=st.integers(-4, 4),
+    bias=st.integers(-100, 100),
+)
+def test_penalties_and_bias_move_logits_as_a_slow_reference_moves_them(
+    scores: list[int], ids: list[int], prompt: int, frequency: int, presence: int, bias: int
+) -> None:
+    params = SamplingParams(
+        frequency_penalty=frequency / 2, presence_penalty=presence / 2, logit_bias=((1, float(bias)),)
+    )
+    answer = ids[prompt:]
+    moved = [
+        score - answer.count(token) * frequency / 2 - (token in answer) * presence / 2 + (bias if token == 1 else 0)
+        for token, score in enumerate(scores)
+    ]
+    chosen = sample(torch.tensor(scores).float(), params, ids, random_source(params), top_k_by_sort, prompt)
+    assert moved[chosen] == max(moved)  # all are exact in float32
+
+
+def test_a_bias_of_what_is_no_token_is_refused() -> None:
+    params = SamplingParams(logit_bias=((3, 1.0),))
+    with pytest.raises(InputError, match="token ids below 3"):
+        sample(torch.zeros(3), params, [], random_source(params), top_k_by_sort)

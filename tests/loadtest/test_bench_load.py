@@ -103,6 +103,6 @@ def test_refusals_are_told_apart_by_what_was_said() -> None:
         return Outcome(0, LoadRequest(0, 2), 1.0, 1.5, 1.5 + after_s, "rejected", reason, ())
 
     outcomes = [refused("sessions are waiting already", 0.02)] * 80 + [refused(f"{WAITED} 2 s", WAIT_S + 0.05)] * 6
-    full, waited = overload.told(Measurement(tuple(outcomes), 10.0, 0.0))
+    full, waited = overload.refusals(Measurement(tuple(outcomes), 10.0, 0.0))
     assert (full["n"], full["p50"], full["p95"]) == ("80", "20 ms", "20 ms")
     assert (waited["n"], waited["p50"], waited["p95"], waited["largest"]) == ("6", "50 ms", "", "50 ms")

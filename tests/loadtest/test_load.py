@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pandas as pd
 import pytest
 import torch
@@ -29,12 +31,14 @@ from splitlearn.loadtest.driver import NOT_BEGUN, NOT_ENDED, Measurement, Outcom
 from splitlearn.loadtest.plan import Levels, LoadRequest, LoadTest, arrivals, load_requests
 from splitlearn.loadtest.recording import Recording, record
 from splitlearn.loadtest.summary import Summary
-from splitlearn.runtime.progress import silent
+from splitlearn.loadtest.trace import TraceLine, written
+from splitlearn.runtime.progress import Step, silent
 from splitlearn.stages import loading
 from splitlearn.stages.base import StageInput
 from tests.conftest import TinyFactory
 from tests.e2e.test_cli import Refusal, configured, refusal
-from tests.support.trunk import PLAN, Raw, Trunk, opening, serve, settings
+from tests.support.forks import Fork
+from tests.support.trunk import PLAN, Raw, Trunk, eventually, forks_of, opening, serve, settings
 from tests.support.words import load_of, session_of
 
 __all__ = ["refusal"]
@@ -97,6 +101,23 @@ class Hanging(Paced):
     def answer(self, job: LoadRequest) -> Generator[float, None, None]:
         yield time.perf_counter()
         threading.Event().wait(60)
+
+
+class Together(Paced):
+    """Gives one token and then waits until it is closed; and its close waits for that of all others."""
+
+    def __init__(self, closes: threading.Barrier) -> None:
+        super().__init__()
+        self._closes = closes
+
+    def answer(self, job: LoadRequest) -> Generator[float, None, None]:
+        self.jobs.append(job)
+        yield time.perf_counter()
+        self._closed.wait()
+
+    def close(self) -> None:
+        self._closes.wait(60)
+        super().close()
 
 
 class Refused(Paced):
@@ -183,6 +204,23 @@ def test_a_load_that_is_stopped_ends_with_what_there_is() -> None:
     assert all(outcome.arrived_s <= measured.duration_s for outcome in measured.outcomes)
 
 
+@pytest.mark.parametrize(("duration_s", "label"), [(600.0, "Loading"), (0.2, "Waiting")])
+def test_a_load_that_is_stopped_waits_for_no_request_and_closes_all_clients_at_once(
+    duration_s: float, label: str
+) -> None:
+    closes, stop = threading.Barrier(16), threading.Event()
+    clients = [Together(closes) for _ in range(16)]
+
+    def stop_when_all_have_begun(step: Step) -> None:
+        if step.label.startswith(label) and all(client.jobs for client in clients):
+            stop.set()
+
+    asked = replace(ASKED, clients=16, duration_s=duration_s)
+    measured = drive(clients, asked, stop_when_all_have_begun, stop, grace_s=600)
+    assert [outcome.state for outcome in measured.outcomes] == ["incomplete"] * 16
+    assert not closes.broken
+
+
 def outcome(state: State, arrived_s: float, *token_s: float) -> Outcome:
     job = LoadRequest(0, max(2, len(token_s)))
     return Outcome(0, job, arrived_s, arrived_s, 10.0, state, "" if state == "done" else "why", token_s)
@@ -266,6 +304,26 @@ def test_load_reports_what_its_clients_got(
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page), "the report needs nothing beside it"
 
 
+@pytest.mark.parametrize(
+    "how",
+    [("--turns", "2", "--prefix-words", "4"), ("--trace", "trace.jsonl"), ("--trace", "trace.jsonl", "--replay")],
+    ids=lambda how: "".join(how),
+)
+def test_a_trunk_gets_conversations_and_traces(
+    how: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "trace.jsonl").write_text(written(TraceLine(at / 10, 20 + at, 3 + at) for at in range(4)))
+    load = LOAD if "--turns" in how else LOAD[:3]
+    assert command_line.main((*load, *how, "--clients", "1", "--out", "found", "--json")) == 0
+    summary = json.loads(capsys.readouterr().out)["summary"]
+    assert summary["done"] == summary["offered"] >= 2
+    requests = pd.read_csv("found/requests.csv")
+    if "--trace" in how:
+        assert list(requests["tokens"]) == [3, 4, 5, 6]
+    else:
+        assert set(requests["turn"]) == {0, 1}
+
+
 def test_load_prints_tables_and_counts_what_a_full_trunk_refuses(
     files: ModelFiles, trunk: Trunk, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +336,55 @@ def test_load_prints_tables_and_counts_what_a_full_trunk_refuses(
         assert words in said
     states = set(pd.read_csv(folder / "found" / "requests.csv")["state"])
     assert {"done", "rejected"} <= states
+
+
+ENDLESS = (*LOAD[:5], "--max-new-tokens", "400", "--duration", "600", "--clients", str(SESSIONS), "--out", "found")
+
+
+@pytest.mark.parametrize("how", [(), ("--replay",)], ids=["real", "replay"])
+def test_ctrl_c_ends_a_load_and_its_sessions_and_writes_what_there_is(
+    how: tuple[str, ...], files: ModelFiles, trunk: Trunk, folder: Path
+) -> None:
+    process = Fork(command_line.main, [*ENDLESS, *how], folder, folder / "errors")
+    try:
+        assert eventually(lambda: process.poll() or "Loading the server for" in _read(folder / "errors"), within_s=120)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        process.close()
+    found = json.loads((folder / "found" / "loadtest.json").read_text())["summary"]
+    assert 0 < found["duration_s"] < 600
+    assert found["offered"] == found["done"] + found["incomplete"]
+    with ExitStack() as stack:
+        for _ in range(SESSIONS):  # the trunk has room for as many as the load had
+            assert eventually(lambda: _admits(trunk, files, stack), within_s=30)
+
+
+def _read(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def _admits(trunk: Trunk, files: ModelFiles, stack: ExitStack) -> bool:
+    """Whether the trunk opens one more session, which ends with `stack`."""
+    try:
+        stack.enter_context(Raw(trunk.address)).ask(opening(files))
+    except grpc.RpcError:
+        return False
+    return True
+
+
+def test_ctrl_c_while_the_clients_start_ends_the_command(files: ModelFiles, trunk: Trunk, folder: Path) -> None:
+    with ExitStack() as stack:
+        for _ in range(SESSIONS):  # the clients wait for room
+            stack.enter_context(Raw(trunk.address)).ask(opening(files))
+        process = Fork(command_line.main, ENDLESS, folder, folder / "errors")
+        try:
+            assert eventually(lambda: len(forks_of(process.pid)) >= SESSIONS, within_s=120)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.close()
+    assert not (folder / "found" / "loadtest.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,8 @@ def test_the_rates_of_runs_are_those_they_were_made_from() -> None:
         full_memory_bytes=full.peak_rss_bytes,
         context=PROMPT + TOKENS,
         trunk_weight_ratio=RATES.client_weight_ratio,
+        hop_s=0.0015,
+        hop_start_s=0.004 + 0.006,
     )
     for name, value in vars(wanted).items():
         assert getattr(found, name) == pytest.approx(value), name

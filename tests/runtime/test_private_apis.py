@@ -142,3 +142,16 @@ from transformers import LlamaForCausalLM
 print("scipy" in sys.modules)
 """
     assert output_of([sys.executable, "-c", code]) == "False\n"
+
+
+def test_the_shipped_response_templates_read_a_call_and_an_unreadable_one_loses_nothing() -> None:
+    first, *others = private_apis.shipped_response_templates()
+    assert others and "tool_calls" in first["fields"]
+    parser = private_apis.response_parser(
+        {**first, "fields": {**first["fields"], "never": {"open": "?", "optional": False}}}, "", []
+    )
+    events = parser.feed('A<tool_call>{</tool_call>B<tool_call>{"name": "look"}</tool_call>')
+    closed = [(each["field"], each["value"]) for each in events if each["type"] == "region_close"]
+    call = {"type": "function", "function": {"name": "look"}}
+    assert closed == [("content", "A"), ("tool_calls", None), ("content", "B"), ("tool_calls", call)]
+    assert parser.finalize()[1] == []

@@ -164,6 +164,6 @@ def test_cleared_processes_are_stopped_by_the_caller() -> None:
     pool.add("two", Process())
     members = pool.clear()
     assert [process.stops for process in members] == [0, 0]
-    stop_all(members)
+    stop_all([member.stop for member in members])
     assert [process.stops for process in members] == [1, 1]
     assert len(pool) == 0

@@ -15,10 +15,6 @@ import psutil
 import pytest
 import torch
 
-from server.auth.gate import Quota
-from server.build import KV_SHARE
-from server.scheduling.engine import Engine
-from server.scheduling.sessions import EngineSession, Pace
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, TokenEvent
@@ -26,6 +22,10 @@ from splitlearn.generation.chain import Link
 from splitlearn.generation.generator import Generator
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.kvcache.pool import KVPool, bytes_per_token
+from splitlearn.scheduling.contract import Client
+from splitlearn.scheduling.engine import Engine
+from splitlearn.scheduling.room import KV_SHARE
+from splitlearn.scheduling.sessions import EngineSession, Pace
 from splitlearn.stages import loading
 from splitlearn.stages.base import Session, Stage, StageInput, StageOutput
 from splitlearn.stages.local import LocalStage
@@ -49,7 +49,7 @@ def _uses(pool: KVPool, blocks: int) -> bool:
 
 def opened(engine: Engine, flags: Collection[str] = CACHED, max_length: int = 20) -> EngineSession:
     """A session of a client that stays."""
-    return engine.open(frozenset(flags), max_length, 60.0, Quota(), lambda gone: True)
+    return engine.open(session_of(flags), max_length, Client(60.0, "", lambda gone: True))
 
 
 def _waits(engine: Engine, count: int) -> bool:
@@ -247,7 +247,7 @@ def test_a_step_in_parts_must_be_whole_within_the_time_of_one_message(files: Mod
         code, said = stream.refusal()
     assert (code, said) == (
         grpc.StatusCode.DEADLINE_EXCEEDED,
-        "nothing was heard of the client for 1.5 s (server.idle_s)",
+        "the client was silent for 1.5 s (server.idle_s)",
     )
 
 
@@ -273,10 +273,10 @@ def test_sessions_that_differ_in_what_no_forward_sees_share_one(
         first, *others = (opened(engine, flags) for flags in (*kinds, kinds[0]))
         monkeypatch.setattr(LocalStage, "compute", wait_and_step)
         with ThreadPoolExecutor(len(kinds) + 1) as pool:
-            asked = [pool.submit(engine.step, first, StageInput(first.cache, 0, x))]
+            asked = [pool.submit(engine.step, first, StageInput(first.local, 0, x))]
             assert eventually(lambda: engine.running == 1)
             for count, each in enumerate(others, 1):
-                asked.append(pool.submit(engine.step, each, StageInput(each.cache, 0, x)))
+                asked.append(pool.submit(engine.step, each, StageInput(each.local, 0, x)))
                 assert eventually(partial(_waits, engine, count))
             go_on.set()
             outputs = [each.result().x for each in asked]
@@ -310,7 +310,7 @@ def test_memory_that_a_branch_is_copied_into_is_nobody_elses_until_it_is_done(
     with serve_here(files, kv_block_tokens=64) as here:
         engine, pool = here.runtime.engine, here.runtime.admission.pool
         parent, child = (opened(engine, max_length=64) for _ in range(2))
-        engine.step(parent, StageInput(parent.cache, 0, hidden(files, 9)))
+        engine.step(parent, StageInput(parent.local, 0, hidden(files, 9)))
         with ThreadPoolExecutor(1) as thread:
             copied = thread.submit(engine.fork, child, parent.key, 9)
             assert begun.wait(60)
@@ -370,14 +370,14 @@ def test_a_session_that_goes_back_beside_one_that_is_refused_gets_its_answer(
     with serve_here(files) as here:
         engine = here.runtime.engine
         back, ahead, first = (opened(engine) for _ in range(3))
-        wanted = engine.step(back, StageInput(back.cache, 0, whole)).x[:, 8:]
+        wanted = engine.step(back, StageInput(back.local, 0, whole)).x[:, 8:]
         monkeypatch.setattr(LocalStage, "compute", wait_and_step)
         with ThreadPoolExecutor(3) as pool:
-            led = pool.submit(engine.step, first, StageInput(first.cache, 0, other))
+            led = pool.submit(engine.step, first, StageInput(first.local, 0, other))
             assert eventually(lambda: engine.running == 1)
-            again = pool.submit(engine.step, back, StageInput(back.cache, 8, whole[:, 8:]), truncate=True)
+            again = pool.submit(engine.step, back, StageInput(back.local, 8, whole[:, 8:]), truncate=True)
             assert eventually(lambda: engine.waiting == 1)
-            gap = pool.submit(engine.step, ahead, StageInput(ahead.cache, 3, other))
+            gap = pool.submit(engine.step, ahead, StageInput(ahead.local, 3, other))
             assert eventually(lambda: engine.waiting == 2)
             go_on.set()
             assert led.result() is not None

@@ -17,8 +17,8 @@ from bench import floods
 from bench.floods import DESCRIBE, FLOODS, HEALTH, PREFACE, SESSION, SETTINGS, begun, closed, connected, frame
 from server import endpoint
 from server.auth import gate
-from server.auth import tokens as token_file
 from server.monitoring import logs
+from splitlearn.access import tokens as token_file
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import describe
 from splitlearn.wire import SERVICE
@@ -131,7 +131,7 @@ def test_health_is_answered_beside_many_connections_that_ask_for_it_and_send_no_
 def test_one_token_has_so_many_calls_and_the_others_are_refused_at_once(
     method: str, patient: TrunkHere, files: ModelFiles
 ) -> None:
-    limit = 3 + gate.CALLS_BESIDE
+    limit = 3 + gate.EXTRA_CALLS
     with Held(patient.address, method, CALLS, SEEN) as held:
         refused = CALLS - min(limit, 3 if method == SESSION else limit)
         assert eventually(lambda: len(held.ended()) == refused, within_s=60)
@@ -158,7 +158,7 @@ def test_every_method_waits_for_its_first_message_only_so_long(method: str, bris
     with Held(brisk.address, method, 1, SEEN) as held:
         (call,) = held.calls
         assert call.code() is LATE
-        assert call.details() == f"nothing was heard of the client for {OPEN_S} s (server.open_s)"
+        assert call.details() == f"the client was silent for {OPEN_S} s (server.open_s)"
 
 
 def test_reflection_waits_for_further_messages_no_longer(brisk: TrunkHere) -> None:
@@ -265,7 +265,7 @@ def test_denied_calls_are_all_counted_take_no_thread_and_write_few_lines(
     assert count() - before == 1000
     said = [record for record in caplog.records[caplog_from:] if record.msg == "refused"]
     seconds = {int(record.created) for record in said}
-    assert len(said) <= logs.REFUSED_A_SECOND * (len(seconds) + 1)
+    assert len(said) <= logs.MAX_REFUSALS_PER_S * (len(seconds) + 1)
     written: list[Any] = [vars(record)["fields"] for record in said]
     assert len(said) + sum(fields.get("left_out", 0) for fields in written) <= 1000
 

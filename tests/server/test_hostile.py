@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bench.fuzz import STRANGER, Tally, attack, knock
 from bench.hostile import Attacker, Script, Target, oversized, scripts, silent, target
-from server.auth import tokens as token_file
+from splitlearn.access import tokens as token_file
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.client.served import describe

@@ -16,7 +16,7 @@ from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.client.served import describe
 from splitlearn.errors import InputError
 from splitlearn.models.cut import layers_of
-from splitlearn.stages.fused_decode import Fused
+from splitlearn.stages.fused_decode import FusedEngine
 from splitlearn.wire import SERVICE
 from splitlearn.wire.channel import open_channel
 from tests.conftest import TinyFactory
@@ -83,7 +83,7 @@ def test_a_limit_into_which_no_step_fits_is_named(files: ModelFiles) -> None:
 
 def test_a_stream_that_opens_nothing_is_ended_with_the_setting(here: TrunkHere) -> None:
     with Raw(here.address) as raw:
-        assert end_of(raw) == (DEADLINE, "nothing was heard of the client for 0.5 s (server.open_s)")
+        assert end_of(raw) == (DEADLINE, "the client was silent for 0.5 s (server.open_s)")
 
 
 def test_a_session_that_is_idle_is_ended_with_the_setting_and_frees_its_place(
@@ -93,7 +93,7 @@ def test_a_session_that_is_idle_is_ended_with_the_setting_and_frees_its_place(
         raw.ask(opening(files, max_length=40))
         raw.ask(step(hidden(files, 3), 0))
         assert here.runtime.admission.sessions == 1
-        assert end_of(raw) == (DEADLINE, "nothing was heard of the client for 2 s (server.idle_s)")
+        assert end_of(raw) == (DEADLINE, "the client was silent for 2 s (server.idle_s)")
     assert eventually(lambda: here.runtime.admission.sessions == 0)
 
 
@@ -110,14 +110,17 @@ def test_the_layer_is_named_where_a_token_goes_through_all_in_one_call(default_m
     plan, x = replace(PLAN, n_layers=default_model.n_layers), hidden(default_model, 4)
     with serve_here(default_model, f"trunk:{','.join(flags)}") as here, Raw(here.address) as raw:
         stage = here.runtime.stage
-        assert isinstance(stage.faster, Fused)
+        assert isinstance(stage.faster, FusedEngine)
         raw.ask(opening(here.runtime.files, plan, flags=flags))
         raw.ask(step(x[:, :3], 0, 1))
         layer: Any = layers_of(stage.cut)[1]
         layer.mlp.down_proj.array.view(np.float32)[:] = np.nan
         code, details = raw.refusal(step(x[:, 3:], 3, 2))
         assert code is grpc.StatusCode.INTERNAL
-        assert f"nan at position 3, first in layer {PLAN.start + 1}. Its weights hold what is not finite" in details
+        assert (
+            f"nan at position 3, first in layer {PLAN.start + 1}. Its weights hold numbers that are not finite"
+            in details
+        )
 
 
 def test_numbers_that_overflow_in_a_layer_are_an_error_of_the_trunk_that_names_it(tiny_model: TinyFactory) -> None:

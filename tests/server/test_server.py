@@ -21,9 +21,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import server.__main__ as server_main
 from server import endpoint
 from server.endpoint import SPARE_THREADS
-from server.scheduling.admission import DRAINING
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import describe
+from splitlearn.scheduling.admission import DRAINING
 from splitlearn.wire import PROTOCOL, SERVICE
 from splitlearn.wire import trunk_pb2 as pb
 from tests.conftest import TinyFactory
@@ -253,7 +253,7 @@ def test_a_position_below_the_cached_length_must_say_that_it_rolls_back(trunk: T
         status, details = raw.refusal(step(hidden(files, 1), 1, 2))
     assert status is grpc.StatusCode.INVALID_ARGUMENT
     assert "position: 1" in details
-    assert "3, or truncate" in details
+    assert "3; a smaller one needs truncate" in details
 
 
 def test_a_rolled_back_session_answers_as_a_fresh_one(trunk: Trunk, files: ModelFiles) -> None:

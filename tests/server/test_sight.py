@@ -17,8 +17,10 @@ import pytest
 import yaml
 
 from server.monitoring.metrics import ENDS, GAUGES, REFUSALS, Metrics
+from server.monitoring.prefix_metrics import PrefixCollector
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.probe import TrunkProbe
+from splitlearn.kvcache.prefix_store import PrefixStore
 from tests.conftest import TinyFactory
 from tests.support import ROOT
 from tests.support.trunk import Raw, Trunk, eventually, hidden, opening, serve, settings, step
@@ -130,6 +132,7 @@ def test_a_port_that_is_taken_is_one_clear_line(files: ModelFiles, tmp_path: Pat
 def test_the_page_in_the_docs_lists_every_metric_and_cause() -> None:
     metrics = Metrics()
     metrics.show({name: lambda: 0.0 for name in GAUGES}, {})
+    metrics.registry.register(PrefixCollector(lambda: PrefixStore([])))
     own = [family for family in metrics.registry.collect() if family.name.startswith("splitlearn_trunk_")]
     rows = [f"| `{each.name}` | {each.type} | {each.documentation} |" for each in own]
     rows += [f"| `{cause}` | {code} | {said} |" for cause, (code, said) in REFUSALS.items()]

@@ -8,9 +8,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from server.auth import tokens
 from server.auth.tls import Security
 from splitlearn import config
+from splitlearn.access import tokens
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.remote_stage import RemoteStage
@@ -24,7 +24,7 @@ from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials, open_channel
 from splitlearn.wire.stub import TrunkStub
 from tests.conftest import TinyFactory
-from tests.support.pki import Authority, Issued
+from tests.support.pki import Authority, CertificatePair
 from tests.support.trunk import TrunkHere, hidden, serve, serve_here, served, settings
 from tests.support.words import session_of
 
@@ -36,8 +36,8 @@ SERVER, CLIENT = ("127.0.0.1", "localhost"), "client@example.org"
 class Pki:
     ours: Authority
     other: Authority
-    server: Issued
-    client: Issued
+    server: CertificatePair
+    client: CertificatePair
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def test_strangers_are_given_none_and_are_told_before_they_ask(files: ModelFiles
         code, said = refusal(address, files, OTHER)
         unavailable = {flag.name: flag.unavailable for flag in describe(address).flags}
     assert code is REFUSED
-    assert "it knows no clients (server.tokens, server.tls.client_ca)" in said
+    assert "set server.tokens or server.tls.client_ca" in said
     assert "strangers" in unavailable["low_cpu_mem_usage"]
     assert unavailable["use_cache"] == ""
 

@@ -205,7 +205,7 @@ def test_the_tokens_of_full_and_split_are_those_of_generate(judged: Judged, flag
             [Link(stage, session_of(applied)) for stage in stages],
             tokens,
             None,
-            replace(generation_of(applied), piece_tokens=7 if "prefill_overlap" in flags else None),
+            replace(generation_of(applied), chunk_tokens=7 if "prefill_overlap" in flags else None),
         )
         request = GenerationRequest(
             PROMPT,

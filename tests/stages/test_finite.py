@@ -125,7 +125,7 @@ def test_weights_that_are_no_numbers_are_named(tiny_model: TinyFactory, path: st
     stage = whole(tiny_model("llama"), loading.Placement(torch.device("cpu"), torch.float32))
     scale(stage, path, math.nan)
     told = said(stage)
-    assert f"first in {where}. Its weights hold what is not finite: {path}.weight" in told
+    assert f"first in {where}. Its weights hold numbers that are not finite: {path}.weight" in told
     assert "neither model.dtype bfloat16 nor float32 helps" in told
 
 

@@ -77,7 +77,7 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.word)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_tokens_come_out_as_from_the_stages_own_forward(
     tiny_model: TinyFactory, family: str, spec: loading.StageSpec, where: str
@@ -95,7 +95,7 @@ def test_replayed_tokens_come_out_as_from_the_stages_own_forward(
 def test_graphs_are_captured_once_for_a_place_and_a_window(
     tiny_model: TinyFactory, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_graph, "LEAST_WINDOW", 8)
+    monkeypatch.setattr(cuda_graph, "MIN_WINDOW", 8)
     stage = _stage(tiny_model(), SPECS[0], where)
     replayed = _replayed(stage, where)
     tried, spent = _compile_s(replayed), []
@@ -165,7 +165,7 @@ def test_samples_do_not_see_each_other(
     tiny_model: TinyFactory, monkeypatch: pytest.MonkeyPatch, packs: bool, most: int, replays: bool
 ) -> None:
     monkeypatch.setattr(LocalStage, "packs", lambda self, applied: packs)
-    monkeypatch.setattr(local, "MOST_REPLAYED", most)
+    monkeypatch.setattr(local, "MAX_REPLAYS", most)
     stage = _stage(tiny_model(), SPECS[0], "cpu")
     replayed = _replayed(stage, "cpu")
     tried = _compile_s(replayed)

@@ -35,8 +35,8 @@ def _stage(files: ModelFiles, spec: loading.StageSpec = TRUNK, flags: frozenset[
     return loading.load(files, [spec], load_of(flags), PLACEMENT).stages[0]
 
 
-def _fused(stage: LocalStage) -> fused_decode.Fused:
-    assert isinstance(stage.faster, fused_decode.Fused)
+def _fused(stage: LocalStage) -> fused_decode.FusedEngine:
+    assert isinstance(stage.faster, fused_decode.FusedEngine)
     return stage.faster
 
 
@@ -60,7 +60,7 @@ def _run(stage: LocalStage, cache: Cache, x: torch.Tensor, *, fused: bool) -> to
 
 @pytest.mark.parametrize("kind", ["reserved", "pooled"])
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("spec", [TRUNK, BOTTOM, TOP], ids=lambda spec: spec.word)
+@pytest.mark.parametrize("spec", [TRUNK, BOTTOM, TOP], ids=lambda spec: spec.label)
 def test_a_token_comes_out_as_from_the_stages_own_forward(
     default_model: ModelFiles, kind: str, choice: str, spec: loading.StageSpec
 ) -> None:
@@ -118,6 +118,17 @@ def test_a_first_token_and_several_at_once_come_out_of_a_fused_session_as_of_any
             for each, session in ((stage, found), (plain, expected))
         ]
         torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_session_goes_on_behind_kept_blocks_as_behind_its_own(default_model: ModelFiles) -> None:
+    stage, settings = _stage(default_model), session_of(FLAGS)
+    first, second = (stage.open(settings, 64) for _ in range(2))
+    x = torch.randn(1, 33, WIDTH, generator=torch.Generator().manual_seed(1))
+    stage.step([StageInput(first, 0, x[:, :32])])
+    second.write_blocks(first.keep_blocks([b"", b""], 0))
+    own, kept = (stage.step([StageInput(session, 32, x[:, 32:])])[0].x for session in (first, second))
+    assert stage.faster is not None
+    assert torch.equal(own, kept)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3", "phi3", "mistral"])

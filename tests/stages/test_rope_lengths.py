@@ -245,7 +245,7 @@ def test_a_split_model_says_the_same(
 
 def test_a_prompt_in_pieces_says_the_same(case: Case, trunk: TrunkHere) -> None:
     client = split(case, trunk.address)
-    client = replace(client, settings=replace(client.settings, piece_tokens=7))
+    client = replace(client, settings=replace(client.settings, chunk_tokens=7))
     for length in (CHANGE - 10, CHANGE, CHANGE + 9):
         assert said(client.stream(case.request(length))) == case.answer(length), length
 

@@ -1,6 +1,6 @@
-"""What helps the tests."""
+"""Helpers of the tests."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The checkout."""
+"""The root of the checkout."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Generator as Generating
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.generation.chain import Link
 from splitlearn.generation.generator import Generator
+from splitlearn.generation.prefix_cache import PrefixCache
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.metrics import RunMetrics
 from splitlearn.stages import loading
@@ -22,7 +24,7 @@ At = Callable[[int], object]
 
 
 class Client:
-    """Asks prompts one after the other. `stage` is its trunk."""
+    """A client that runs prompts one after the other. `stage` is its trunk."""
 
     def __init__(
         self,
@@ -40,12 +42,16 @@ class Client:
         tokens = Tokens.load(files.folder, use_fast=True)
         self._generator = Generator(links, tokens, files.facts.context_length, generation_of(own))
 
+    def keep(self, prefixes: PrefixCache) -> None:
+        """Reuse and keep `prefixes` from now on, if the flags say so."""
+        self._generator = replace(self._generator, prefixes=prefixes)
+
     def stream(self, request: GenerationRequest) -> Generating[Event, None, None]:
         """The events of the answer."""
         return self._generator.stream(request)
 
     def ask(self, request: GenerationRequest, at: At = lambda token: None) -> RunMetrics:
-        """The answer; `at(n)` is called when there are n tokens."""
+        """Run `request` to its end. Calls `at(n)` when there are n tokens."""
         events = []
         for event in self.stream(request):
             events.append(event)

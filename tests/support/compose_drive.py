@@ -1,7 +1,7 @@
-"""What test_compose.py runs beside the stack, where its published ports are on 127.0.0.1.
+"""Drives the compose stack for test_compose.py, on the machine where its published ports are on 127.0.0.1.
 
-`python -m tests.support.compose_drive OUT` writes to OUT, as one JSON object, what it saw. COMPOSE is the compose
-command line.
+`python -m tests.support.compose_drive OUT` writes its observations to OUT, as one JSON object. The environment variable
+COMPOSE is the compose command line.
 """
 
 import json
@@ -27,12 +27,12 @@ COMPARE = "python -m splitlearn compare --trunk trunk:50051 --max-new-tokens 16 
 
 
 def compose(*words: str) -> str:
-    """What a compose command prints; raises CalledProcessError when it fails."""
+    """The stdout of a compose command. Raises CalledProcessError if it fails."""
     return subprocess.run([*COMPOSE, *words], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def page_answers(within_s: float) -> int:
-    """The page's HTTP status, asked for until it answers. Raises the last error when it does not in time."""
+    """Request the page until it answers, and return its HTTP status. Raises the last error if it does not in time."""
     end = time.monotonic() + within_s
     while True:
         try:
@@ -45,16 +45,16 @@ def page_answers(within_s: float) -> int:
 
 
 def press(browser: BrowserContext) -> str:
-    """Press the one button of a fresh page, and give what it then says: its verdict, or what went wrong."""
+    """Press Compare on a fresh page, and return its verdict or its error."""
     page = open_page(browser, PAGE)
     page.locator("#compare").click()
-    said = page.locator("#result .sl-verdict, #error [role=alert]").first
-    said.wait_for(timeout=240_000)
-    return said.inner_text()
+    outcome = page.locator("#result .sl-verdict, #error [role=alert]").first
+    outcome.wait_for(timeout=240_000)
+    return outcome.inner_text()
 
 
 def cut(browser: BrowserContext) -> str:
-    """Kill the trunk in the middle of the page's split answer, start it again, and give what the page says then."""
+    """Kill the trunk in the middle of the page's split answer, start it again, and return the page's texts."""
     page = open_page(browser, PAGE)
     page.locator("#settings > button").click()
     page.locator("#max_new_tokens").locator("input, textarea").first.fill("256")
@@ -69,19 +69,19 @@ def cut(browser: BrowserContext) -> str:
 
 
 def on_the_page() -> dict[str, str]:
-    """What the page says with the trunk there, with it killed, and with it back."""
+    """The page's texts while the trunk runs, after it was killed, and after it was started again."""
     with chromium() as browser:
-        said = {"first": press(browser), "cut": cut(browser)}
+        texts = {"first": press(browser), "cut": cut(browser)}
         compose("kill", "trunk")
-        said["killed"] = press(browser)
+        texts["killed"] = press(browser)
         compose("start", "trunk")
         health("trunk", within_s=60)
-        said["back"] = press(browser)
-        return said
+        texts["back"] = press(browser)
+        return texts
 
 
 def health(service: str, within_s: float) -> str:
-    """The service's health, once it is no longer starting."""
+    """Wait until the service is no longer starting, and return its health."""
     end = time.monotonic() + within_s
     while True:
         state = str(json.loads(compose("ps", "--format", "json", service))["Health"])
@@ -97,7 +97,7 @@ def open_port(port: int) -> bool:
 
 
 def main(out: Path) -> None:
-    """Look at the stack from outside and from inside."""
+    """Observe the stack from outside and from inside, and write the result to `out`."""
     seen: dict[str, object] = {"status": page_answers(within_s=120)}
     seen["health"] = {service: health(service, within_s=60) for service in ("trunk", "app")}
     seen["users"] = {service: compose("exec", "-T", service, "id", "-u").strip() for service in ("trunk", "app")}

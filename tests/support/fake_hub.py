@@ -1,4 +1,4 @@
-"""A stand-in for the model hub: the few answers that huggingface_hub asks for, out of one local folder."""
+"""A fake model hub: answers huggingface_hub's few requests from one local folder."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ class _Hub(BaseHTTPRequestHandler):
     folder: Path
     refusals: Mapping[str, int]
 
-    def do_HEAD(self) -> None:  # noqa: N802 - the name that http.server calls
+    def do_HEAD(self) -> None:  # noqa: N802 - http.server calls this name
         self.do_GET()
 
     def do_GET(self) -> None:  # noqa: N802
@@ -27,7 +27,7 @@ class _Hub(BaseHTTPRequestHandler):
             self.send_error(refusal)
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _answer(self, path: str) -> None:
         api, files_at = f"/api/models/{self.repo}", f"/{self.repo}/resolve/{COMMIT}/"
@@ -62,6 +62,6 @@ class _Hub(BaseHTTPRequestHandler):
 def handler(
     repo: str, folder: Path, refusals: Mapping[str, int] = MappingProxyType({})
 ) -> type[BaseHTTPRequestHandler]:
-    """A request handler that serves `folder` as the repository `repo`, and 404 for any other. `refusals` are statuses
-    for what is asked for with a path that begins so."""
+    """A request handler that serves `folder` as the repository `repo`, and answers 404 for any other. `refusals` maps
+    beginnings of paths to the status that they get."""
     return type("Hub", (_Hub,), {"repo": repo, "folder": folder, "refusals": refusals})

@@ -1,4 +1,4 @@
-"""A trunk server in a process that starts quickly: for tests that kill it, stop it, and start it again at the same
+"""A trunk server in a forked process, which starts quickly: for tests that kill, stop and restart it at the same
 address."""
 
 import os
@@ -20,9 +20,9 @@ from tests.support.trunk import eventually
 START_S = 60.0
 
 
-class Forked:
-    """The server of `config` at `address`, to be killed and started again there; `pid` is that of the process that runs
-    now, which runs `command`."""
+class ForkedTrunk:
+    """A server for `config` at `address`, which can be killed and restarted there. `pid` is that of its current
+    process, which runs `command`."""
 
     def __init__(self, config: Mapping[str, Any], folder: Path, command: Main) -> None:
         self._command = command
@@ -38,7 +38,7 @@ class Forked:
         return self._server.pid
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """What it serves from its next start on."""
+        """Set the configuration for the next start."""
         self._config.write_text(yaml.safe_dump({**config, "server": {"port": self._port}}))
 
     def start(self) -> None:
@@ -48,17 +48,17 @@ class Forked:
         assert eventually(self._serves, START_S)
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it has gone."""
+        """Send SIGKILL, and wait until the process has ended."""
         self._server.close()
 
     def hold(self) -> None:
-        """SIGSTOP, and wait until none of its threads runs: a step takes less than that can."""
+        """Send SIGSTOP, and wait until none of its threads runs: a step takes less time than that may take."""
         os.kill(self.pid, signal.SIGSTOP)
         threads = Path(f"/proc/{self.pid}/task")
         assert eventually(lambda: {_state(each) for each in threads.glob("*/stat")} == {"T"})
 
     def stop(self) -> None:
-        """End it, also while it is stopped by a signal."""
+        """End the process, even while a signal has stopped it."""
         self._server.close()
 
     def _serves(self) -> bool:
@@ -76,9 +76,9 @@ def _state(stat: Path) -> str:
 
 
 @contextmanager
-def forked(config: Mapping[str, Any], folder: Path, command: Main = main) -> Iterator[Forked]:
-    """Such a server for as long as the context is open."""
-    made = Forked(config, folder, command)
+def forked(config: Mapping[str, Any], folder: Path, command: Main = main) -> Iterator[ForkedTrunk]:
+    """A forked trunk server for a `with` block."""
+    made = ForkedTrunk(config, folder, command)
     try:
         yield made
     finally:

@@ -1,9 +1,9 @@
-"""Processes of this program for tests, forked from one that has imported all that they need.
+"""Runs commands of this program for tests, in processes forked from one that has all imports.
 
-To start one takes 0.3 s; a fresh interpreter computes for five seconds to import torch and transformers. What runs is
-the command's own `main`, with real pipes, signals and an exit status. Its own fork server is a fork as well, so that
-the workers and servers below it start as quickly. Tests of the command as a person types it start a fresh interpreter.
-`LIGHT_FIRST` comes before torch, for the page (tests/support/without_torch.py).
+A fork takes 0.3 s; a fresh interpreter takes five seconds to import torch and transformers. The process runs the
+command's own `main`, with real pipes, signals and an exit status. Its fork server is a fork, too, so that its workers
+and servers start as quickly. Tests of the command as a person types it start a fresh interpreter. `LIGHT_FIRST` is
+imported before torch, for the page (tests/support/without_torch.py).
 """
 
 import multiprocessing
@@ -26,10 +26,10 @@ Main = Callable[[list[str]], int]
 
 
 class Fork:
-    """`command(arguments)` in a process of its own, run in `folder`: what of subprocess.Popen the tests use.
+    """`command(arguments)` in a process of its own, run in `folder`, with the methods of Popen that tests use.
 
-    `stdout` is a pipe. What it writes to stderr goes to the file `errors`, or to that pipe. It gets the test's
-    environment as it is now with `environment` over it; libraries have read theirs before.
+    `stdout` is a pipe. stderr goes to the file `errors`, or to the same pipe. The process gets the test's current
+    environment, updated by `environment`; libraries have read theirs before.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class Fork:
         errors: Path | None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        told = (list(arguments), str(folder), errors and str(errors), {**os.environ, **(environment or {})})
+        how = (list(arguments), str(folder), errors and str(errors), {**os.environ, **(environment or {})})
         reader, writer = os.pipe()
         out = Connection(writer, readable=False)
         try:
-            self._child = process.start("The command", _run, command, out, *told)
+            self._child = process.start("The command", _run, command, out, *how)
         finally:
             out.close()
         self.stdout = os.fdopen(reader, encoding="utf-8")
@@ -58,7 +58,7 @@ class Fork:
 
     @property
     def returncode(self) -> int | None:
-        """The exit status, or minus the signal's number; None while it runs."""
+        """The exit status, or the negative number of the signal. None while the process runs."""
         return self._child.process.exitcode
 
     def poll(self) -> int | None:
@@ -66,27 +66,27 @@ class Fork:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait until it has ended; its exit status. Raises subprocess.TimeoutExpired."""
+        """Wait for the end, and return the exit status. Raises subprocess.TimeoutExpired."""
         self._child.process.join(timeout)
         if (code := self.returncode) is None:
             raise subprocess.TimeoutExpired("a forked command", timeout or 0.0)
         return code
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Send SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """End it, also while it is stopped by a signal, and let go of its pipes."""
+        """End the process, even while a signal has stopped it, and close its pipes."""
         self.kill()
         self._child.connection.close()
         self._child.process.join()
@@ -94,8 +94,8 @@ class Fork:
 
 
 def printed(command: Main, arguments: Sequence[str], folder: Path, errors: Path) -> str:
-    """What `command(arguments)`, run in `folder`, prints to stdout. Fails with what it wrote to `errors` unless it ends
-    with status 0."""
+    """Run `command(arguments)` in `folder` and return its stdout. Fails with the text of `errors` unless it ends with
+    status 0."""
     child = Fork(command, arguments, folder, errors)
     try:
         text = child.stdout.read()
@@ -114,7 +114,7 @@ def _run(
     log: str | None,
     environment: dict[str, str],
 ) -> None:
-    """The forked process: `command` with the test's pipe as stdout."""
+    """The main function of the forked process: runs `command` with the test's pipe as stdout."""
     multiprocessing.current_process().daemon = False  # a daemon may not start workers
     os.environ.update(environment)
     os.chdir(folder)
@@ -123,7 +123,7 @@ def _run(
     out.close()
     with os.fdopen(os.dup(1), "w") if log is None else Path(log).open("w") as file:
         os.dup2(file.fileno(), 2)
-    # Those that came with the fork may hold that their file can be sought in.
+    # New ones: those of the fork's parent may assume that their file is seekable.
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.stderr.reconfigure(line_buffering=True)
     _start_fork_server()
@@ -132,16 +132,16 @@ def _run(
 
 
 def _start_fork_server() -> None:
-    """Fork this process's own fork server, which `multiprocessing` would start as a fresh interpreter. To be called
-    before the process has threads that hold a lock."""
+    """Fork this process's own fork server, which `multiprocessing` would start as a fresh interpreter. Call it before
+    any thread may hold a lock."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(process.PRELOAD)
     with mock.patch("multiprocessing.util.spawnv_passfds", _fork):
         forkserver.ensure_running()
 
 
 def _fork(path: str, arguments: Sequence[str], passed: Sequence[int]) -> int:
-    """Run an interpreter's `arguments`, of which the last is code, in a fork that has the files `passed` and the three
-    standard ones. Return its process id."""
+    """Run an interpreter's `arguments`, the last of which is code, in a fork. It keeps the descriptors `passed` and
+    the three standard ones. Returns the process id."""
     if pid := os.fork():
         return pid
     try:

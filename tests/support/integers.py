@@ -1,7 +1,7 @@
-"""A model of whole numbers, cut into stages: each output depends on all tokens before it, and can be computed by hand.
+"""A model of whole numbers, cut into stages. Each output depends on all tokens so far, and can be computed by hand.
 
-Its trunk runs behind the real client session (client/remote_stage.py), at fake servers that lose sessions, drop steps
-in time or too late, as a test says.
+Its trunk runs behind the real client session (client/remote_stage.py), at fake servers. A test decides when they lose a
+session, and whether they drop a step in time.
 """
 
 from collections import deque
@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from splitlearn.client.remote_stage import RemoteSession, RemoteStage
-from splitlearn.client.session_stream import Opening, Sent
+from splitlearn.client.session_stream import Opening, SentStep
 from splitlearn.errors import TrunkUnavailable
 from splitlearn.events import StageTiming
 from splitlearn.stages.base import PendingLogits, StageInput, StageOutput
@@ -27,12 +27,12 @@ ROWS = Plain(torch.float32)
 
 
 def mix(state: int, value: int) -> int:
-    """A number that both arguments decide."""
+    """A number that depends on both arguments."""
     return (state * 31 + value * 7 + 3) % PRIME
 
 
 def layers(salt: int, values: Sequence[int]) -> list[int]:
-    """What a stage makes of `values`: each output of all of them up to its place."""
+    """A stage's outputs: each depends on all of `values` up to its position."""
     return list(accumulate(values, mix, initial=salt))[1:]
 
 
@@ -42,7 +42,7 @@ def head(hidden: int) -> torch.Tensor:
 
 
 def logits(ids: Sequence[int]) -> torch.Tensor:
-    """The logits [V] after `ids`, by the whole model at once."""
+    """The logits [V] after `ids`, computed by the whole model at once."""
     values: Sequence[int] = ids
     for salt in (BOTTOM, TRUNK, TOP):
         values = layers(salt, values)
@@ -56,14 +56,14 @@ def tensor(values: Sequence[int]) -> torch.Tensor:
 
 @dataclass
 class Cache:
-    """What a session of a stage has been given; `cached` is False for one that keeps nothing from step to step."""
+    """The inputs of a stage's session so far. `cached` is False for a session that keeps nothing between steps."""
 
     salt: int
     cached: bool = True
     values: list[int] = field(default_factory=list)
 
     def step(self, position: int, x: torch.Tensor) -> torch.Tensor:
-        """The outputs [1, T, 1] for `x`, from `position` on."""
+        """The outputs [1, T, 1] for `x` at `position`."""
         assert 0 <= position <= len(self.values), "a gap"
         assert self.cached or position == 0, "without a cache a step has the whole prefix"
         self.values[position:] = [int(value) for value in x.flatten().tolist()]
@@ -73,7 +73,7 @@ class Cache:
         self.values = other.values[:tokens]
 
     def close(self) -> None:
-        """Nothing is to be freed."""
+        """There is nothing to free."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Head:
-    """The LM head, whose first part has `first` logits."""
+    """The LM head. Its first part has `first` logits."""
 
     first: int
 
@@ -114,14 +114,14 @@ class Head:
 
 @dataclass
 class Server:
-    """A trunk's stream: steps are computed in order, when their answers are asked for."""
+    """A trunk's stream. It computes steps in order, when their answers are read."""
 
     trunks: "Servers"
     cache: Cache
     key: bytes
     address: str = "fake"
     steps: int = 0
-    queue: deque[tuple[Sent, Callable[[], torch.Tensor]]] = field(default_factory=deque)
+    queue: deque[tuple[SentStep, Callable[[], torch.Tensor]]] = field(default_factory=deque)
     dropped: set[int] = field(default_factory=set)
     lost: bool = False
 
@@ -135,7 +135,7 @@ class Server:
         fork_of: bytes = b"",
         uncertain: bool = False,
         rope_length: int = 0,
-    ) -> Sent:
+    ) -> SentStep:
         self.steps += 1
         number, wanted = self.steps, answer_last or x.shape[1]
         if fork_of:
@@ -147,27 +147,27 @@ class Server:
             assert truncate or position == len(self.cache.values)
             return self.cache.step(position, x)[:, -wanted:]
 
-        sent = Sent(number, ROWS.to_bytes(x), wanted, 0.0, 0.0, 0.0, 0)
+        sent = SentStep(number, ROWS.to_bytes(x), wanted, 0.0, 0.0, 0.0, 0)
         self.queue.append((sent, compute))
         return sent
 
-    def answer(self, asked: Sent, wait_s: float, since: float | None = None) -> StageOutput:
+    def answer(self, expected: SentStep, wait_s: float, since: float | None = None) -> StageOutput:
         if self.lost or self.trunks.loses():
             self.lost = True
             raise TrunkUnavailable("lost")
         sent, compute = self.queue.popleft()
-        assert sent is asked, "answers come in the order of sending"
+        assert sent is expected, "answers come in the order of sending"
         return StageOutput(compute(), StageTiming({}))
 
-    def drop_step(self, sent: Sent) -> None:
+    def drop_step(self, sent: SentStep) -> None:
         if self.trunks.in_time():
             self.dropped.add(sent.step_id)
 
 
 @dataclass
 class Servers:
-    """What stands for client/failover.Trunks. `loses` says at each answer whether the trunk is lost then, `in_time` at
-    each drop whether the step was not computed yet."""
+    """A fake of failover.Endpoints. At each answer `loses` says whether the trunk is lost. At each drop `in_time`
+    says whether the step is not yet computed."""
 
     loses: Callable[[], bool]
     in_time: Callable[[], bool]
@@ -192,10 +192,10 @@ class Servers:
         assert stream.lost
 
     def works(self, stream: Server) -> None:
-        """It is used again."""
+        """There is nothing to record."""
 
     def end(self, stream: Server) -> None:
-        """It says nothing more."""
+        """There is no peak memory to report."""
 
 
 class Remote(RemoteStage):
@@ -204,15 +204,16 @@ class Remote(RemoteStage):
     def __init__(self, servers: Servers) -> None:
         self.servers = servers
         self.served = cast(Any, _Served())
+        self.checks = None
 
     def open(self, settings: SessionSettings, max_length: int) -> RemoteSession:
-        return RemoteSession(self, cast(Any, self.servers), Opening(b"", ROWS))
+        return RemoteSession(self, cast(Any, self.servers), Opening(b"", ROWS), max_length)
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[RemoteSession]:
         return [self.open(settings, max_length) for _ in range(count)]
 
     def note_opened(self, opened: pb.Opened, address: str) -> None:
-        """Nobody asks."""
+        """There is nothing to record."""
 
 
 @dataclass(frozen=True)
@@ -222,15 +223,15 @@ class _Served:
 
 @dataclass
 class Text:
-    """What stands for the tokenizer: a prompt is its ids, the text of an id is a letter."""
+    """A fake tokenizer: a prompt is its ids, and the text of an id is a letter."""
 
     eos_ids: frozenset[int] = frozenset()
 
-    def encode(self, prompt: str, chat: bool | str) -> list[int]:
+    def encode(self, prompt: str, chat: bool | str, tools: object) -> list[int]:
         return [int(word) for word in prompt.split()]
 
-    def detokenizer(self) -> "Text":
-        return self
+    def readers(self, request: object, prompt: object) -> tuple["Text", None]:
+        return self, None
 
     def feed(self, token: int) -> str:
         return chr(ord("a") + token)
@@ -240,5 +241,5 @@ class Text:
 
 
 def choices(given: Iterator[bool], otherwise: bool) -> Callable[[], bool]:
-    """The given ones in turn, and then always the other."""
+    """A function that returns the values of `given` in turn, and then always `otherwise`."""
     return lambda: next(given, otherwise)

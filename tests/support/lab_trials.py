@@ -1,4 +1,4 @@
-"""A made-up experiment: its arms, and runs with the effects that a test plants in them."""
+"""A made-up experiment: its arms, and runs with effects that a test chooses."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -37,22 +37,22 @@ def setup(design: Design = "without", **changes: Any) -> Setup:
 
 
 def trials(
-    asked: Setup,
+    experiment: Setup,
     effects: Mapping[tuple[str, str], float] | None = None,
     noise: float = 0.004,
     blocks: int = 12,
     change: Change = lambda arm, trial: trial,
 ) -> list[Trial]:
-    """One run of each arm in each block. `effects` maps (arm's name, "ttft_s" or "tpot_s") to a factor on its time;
-    `noise` is the standard deviation of the log of each time; `change` may alter each run."""
+    """One run of each arm in each block. `effects` maps (arm's name, "ttft_s" or "tpot_s") to a factor on its time.
+    `noise` is the standard deviation of the log of each time. `change` may alter each run."""
     draw, made = random.Random(3), []
     for block in range(blocks):
-        for order, arm in enumerate(asked.plan.arms):
+        for order, arm in enumerate(experiment.plan.arms):
             ttft, tpot = (
                 base * (effects or {}).get((arm.name, metric), 1.0) * draw.lognormvariate(0, noise)
                 for base, metric in ((TTFT_S, "ttft_s"), (TPOT_S, "tpot_s"))
             )
-            made.append(change(arm, trial(arm, block, order, len(asked.plan.arms), ttft, tpot)))
+            made.append(change(arm, trial(arm, block, order, len(experiment.plan.arms), ttft, tpot)))
     return made
 
 

@@ -1,11 +1,11 @@
 """A page for tests: the real app in a process of its own, and a browser that drives it.
 
-What costs time is to start an app (five seconds of computing, with its trunk and arms) and to load its page (two
-seconds for the first, one for each more). So tests of one file share both, by the fixtures of tests/ui/conftest.py:
+An app with its trunk and arms takes five seconds of computing to start. Its page takes two seconds to load, and one
+each further time. So the tests of one file share both, by the fixtures of tests/ui/conftest.py:
 
 - `browser`: one Chromium for the file. `open_page(browser, url)` opens the page for a fresh visitor.
-- `running(config)`: an app, in a fixture of module scope wherever the tests leave its configuration as it is.
-- A test that leaves the page as it found it shares that, too: a page in a fixture of module scope.
+- `running(config)`: an app, in a fixture of module scope unless tests change its configuration.
+- a page in a fixture of module scope, for tests that leave it as they found it.
 """
 
 import os
@@ -30,11 +30,11 @@ WITHOUT_TORCH = Path(without_torch.__file__)
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-software-rasterizer"]
 START_S = 90.0
-# A child that still imports torch sees the end of its parent only afterwards.
+# A child that is importing torch notices the end of its parent only after that.
 END_S = 60.0
-# How long a page may take for what has no bound of its own: the machine may be busy with other tests.
+# The default timeout on a page: the machine may be busy with other tests.
 PATIENCE_MS = 30_000
-# How long what was typed must stay: Gradio sets up what was just folded out once more, a moment after it can be seen.
+# How long typed text must stay: Gradio sets up a part that was just folded out again, a moment after it is visible.
 SETTLED_MS, TIMES = 300, 10
 FORBIDDEN: list[str] = []
 WARM = re.compile("Both arms are warm")
@@ -42,10 +42,10 @@ LOCAL = re.compile(r"The page is on (http://\S+)")
 
 
 class App:
-    """`python app.py` with a configuration, run in `folder` without torch; what it prints, and how to end it.
+    """`python app.py` with a configuration, run in `folder` without torch. `lines` is its output.
 
-    It is forked from a process that has its imports. `fresh` starts an interpreter, as a person does, and computes ten
-    seconds more: for what is about the start, and for libraries that read `environment` when they are imported.
+    It is forked from a process that has its imports. `fresh` starts an interpreter as a person does, which takes ten
+    seconds more. Tests of the start need that, and those of libraries that read `environment` at import.
     """
 
     def __init__(
@@ -74,8 +74,7 @@ class App:
         threading.Thread(target=self._read, daemon=True).start()
 
     def wait_for(self, pattern: "re.Pattern[str]", timeout_s: float = START_S) -> "re.Match[str]":
-        """The first match in a line that was printed, or is before no line comes for `timeout_s`; raises with all that
-        was printed otherwise."""
+        """The first match in a printed line. Waits at most `timeout_s` for each line, then raises with all output."""
         at = 0
         while (line := self._line(at, timeout_s)) is not None:
             if found := pattern.search(line):
@@ -84,25 +83,25 @@ class App:
         raise RuntimeError(f"no {pattern.pattern!r} in:\n" + "".join(self.lines))
 
     def url(self) -> str:
-        """Where the page is, once it is there."""
+        """Wait until the page is up, and return its URL."""
         return self.wait_for(LOCAL)[1]
 
     def warm_url(self) -> str:
-        """Where the page is, once both arms are loaded, too."""
+        """Wait until both arms are loaded, too, and return the page's URL."""
         url = self.url()
         self.wait_for(WARM, 4 * START_S)
         return url
 
     def children(self) -> list[psutil.Process]:
-        """Every process that the app has started and that runs."""
+        """All running processes that the app has started."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def trunks(self) -> list[psutil.Process]:
-        """The embedded trunk servers: one for each set of load and process flags that was asked for."""
+        """The embedded trunk servers: one for each requested set of load and process flags."""
         return [child for child in self.children() if listens(child)]
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """End the app and wait until it has gone; its exit status."""
+        """End the app, wait for its end, and return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(END_S)
@@ -124,8 +123,8 @@ class App:
 
 
 def write_config(folder: Path, **sections: object) -> Path:
-    """A config.yaml in `folder` for one thread and a free port, with `sections` over it. What is compared goes into no
-    history on this machine."""
+    """Write a config.yaml to `folder` for one thread and a free port, updated by `sections`. Comparisons do not go into
+    a history on this machine."""
     path = folder / "config.yaml"
     ui = {"port": 0, "history_file": False, **sections.pop("ui", {})}  # type: ignore[dict-item]  # plain YAML
     usual = {"flags": "default", "runs": {"threads": 1}, "ui": ui}  # flags without kernels to compile
@@ -134,7 +133,7 @@ def write_config(folder: Path, **sections: object) -> Path:
 
 
 def launch_fails(config: Path, *options: str, environment: Mapping[str, str] | None = None) -> str:
-    """What an app says that cannot start: one line on stderr, nothing on stdout, exit status 2."""
+    """Start an app that cannot start, and return its error: one line on stderr, nothing on stdout, exit status 2."""
     ended = subprocess.run(
         [sys.executable, "app.py", "--config", str(config), *options],
         cwd=ROOT,
@@ -155,7 +154,7 @@ def running(
     folder: Path = ROOT,
     fresh: bool = False,
 ) -> Iterator[App]:
-    """An app for as long as the context is open. It must end in order when it is told to, and leave nobody behind."""
+    """An app for a `with` block. On SIGTERM it must end in order, together with all its children."""
     app = App(config, *options, environment=environment, folder=folder, fresh=fresh)
     try:
         yield app
@@ -169,8 +168,8 @@ def running(
 
 @contextmanager
 def measuring(folder: Path, model: Path, **sections: object) -> Iterator[App]:
-    """An app in `folder` for tests that measure: it keeps its experiments there, and has a cache of its own, so that an
-    experiment of somebody else on this machine is none of its."""
+    """An app in `folder` for tests that measure. It keeps its experiments there, and has its own cache, so that it is
+    independent of other experiments on this machine."""
     usual = {"model": {"name": str(model)}, "generation": {"max_new_tokens": 4}}
     config = write_config(folder, **{**usual, **sections})
     environment = {"PYTHONPATH": str(ROOT), "SPLITLEARN_CACHE": str(folder / "cache")}
@@ -180,10 +179,10 @@ def measuring(folder: Path, model: Path, **sections: object) -> Iterator[App]:
 
 @contextmanager
 def chromium() -> Iterator[BrowserContext]:
-    """A Chromium without windows; `open_page` opens the app's page in it.
+    """A headless Chromium. `open_page` opens the app's page in it.
 
-    It has a profile of its own on disk, for the page's compiled scripts: without them a page computes twice as long. It
-    emulates no graphics card, and asks for little motion: both take a fifth of what a comparison computes here.
+    It has its own profile on disk for the page's compiled scripts: without them a page computes twice as long. It does
+    not emulate a graphics card, and prefers reduced motion: both would take a fifth of a comparison's computing.
     """
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
@@ -197,11 +196,12 @@ def chromium() -> Iterator[BrowserContext]:
 
 
 def open_page(browser: BrowserContext, url: str, width: int = 1280, height: int = 800, theme: str = "light") -> Page:
-    """A fresh visitor's page, once it can be used. What its content security policy forbids goes into `FORBIDDEN`."""
+    """Open the page for a fresh visitor, and wait until it is usable. Violations of its content security policy go into
+    `FORBIDDEN`."""
     browser.clear_cookies()
     page = browser.new_page()
     page.set_viewport_size({"width": width, "height": height})
-    page.on("console", lambda said: FORBIDDEN.append(said.text) if "Content Security Policy" in said.text else None)
+    page.on("console", lambda line: FORBIDDEN.append(line.text) if "Content Security Policy" in line.text else None)
     page.set_default_timeout(PATIENCE_MS)
     page.goto(f"{url}?__theme={theme}")
     expect(page.locator("#compare")).to_be_enabled()
@@ -209,7 +209,7 @@ def open_page(browser: BrowserContext, url: str, width: int = 1280, height: int 
 
 
 def type_into(box: Locator, value: str) -> None:
-    """Fill a field that may have been folded out just now; a person is never quick enough to lose it so."""
+    """Fill a field that may just have been folded out, which can lose text that a person would type later."""
     for _ in range(TIMES):
         box.fill(value)
         box.page.wait_for_timeout(SETTLED_MS)
@@ -219,5 +219,30 @@ def type_into(box: Locator, value: str) -> None:
 
 
 def setting(page: Page, name: str, value: str) -> None:
-    """Fill the field called `name`."""
+    """Fill the field `name`."""
     type_into(page.locator(f"#{name}").locator("input, textarea").first, value)
+
+
+def conversation(page: Page, *said: str) -> None:
+    """Send these messages on the Chat tab, and show the token ids of the last one's prompt. In any language."""
+    for number, text in enumerate(said or ("Hello", "Go on"), 1):
+        setting(page, "chat-message", text)
+        page.locator("#chat-send").click()
+        expect(page.locator(".sl-turn .sl-verdict:is(.sl-same, .sl-differ)")).to_have_count(
+            number, timeout=START_S * 1000
+        )
+        expect(page.locator("#chat-send")).to_be_enabled()
+    page.locator(".sl-turn button[data-do=select]").last.click()
+    expect(page.locator("#chat-prompt li").first).to_be_visible()
+
+
+def experiment(page: Page, flag: str = "inference_mode", pairs: int = 2) -> None:
+    """Measure one flag on the Lab tab, and stay there until the report is drawn. In any language."""
+    page.get_by_role("tab").nth(3).click()
+    setting(page, "lab-flags", flag)
+    page.locator("#lab-advanced > button").click()
+    page.locator("input[type=radio][value=pairs]").check()
+    setting(page, "lab-pairs", str(pairs))
+    page.locator("#lab-start").click()
+    expect(page.locator("#lab-details details").first).to_be_visible(timeout=START_S * 1000)
+    expect(page.locator("#lab-start")).to_be_enabled()

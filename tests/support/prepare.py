@@ -1,4 +1,4 @@
-"""`catalogue.prepare` as a command: prints digest and source of the model that is named, or the error."""
+"""`catalogue.prepare` as a command: prints digest and source of the named model, or the error."""
 
 import sys
 
@@ -9,7 +9,7 @@ from splitlearn.runtime.progress import on_console
 
 
 def main(arguments: list[str]) -> int:
-    """The command; its exit status."""
+    """Run the command. Returns the exit status."""
     try:
         with on_console() as progress:
             files = catalogue.prepare(ModelConfig(name=arguments[0]), progress)
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
 
 
 def converting(arguments: list[str]) -> int:
-    """The command, in a process that converts by itself: the one that it would start imports torch first."""
+    """Run the command, and convert in this process: a child process would have to import torch first."""
     convert.convert_in_subprocess = convert.convert
     return main(arguments)
 

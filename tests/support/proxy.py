@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks what goes through it: it cuts, or stops to forward, or forwards slowly."""
+"""A TCP proxy that disturbs its connections: it resets them, stops forwarding, or forwards slowly."""
 
 import contextlib
 import socket
@@ -13,7 +13,7 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close() sends a reset
 
 
 class Proxy:
-    """Listens at `address` and hands on to `target`. `connections` counts those that were made."""
+    """Listens at `address` and forwards to `target`. `connections` counts the accepted connections."""
 
     def __init__(self, target: str) -> None:
         host, _, port = target.rpartition(":")
@@ -22,14 +22,14 @@ class Proxy:
         self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
         self.connections = 0
         self.pause_s = 0.0
-        """Seconds between two chunks of what comes back."""
+        """Seconds before each chunk from the target is forwarded."""
         self._flowing = threading.Event()
         self._flowing.set()
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
-        """Reset every connection; new ones are taken."""
+        """Reset every connection. New ones are accepted."""
         while self._open:
             with contextlib.suppress(OSError):
                 ended = self._open.pop()
@@ -38,11 +38,11 @@ class Proxy:
                 ended.close()
 
     def hold(self) -> None:
-        """Forward nothing any more, and close nothing: what a machine does that goes away."""
+        """Stop forwarding without closing, like a machine that is gone."""
         self._flowing.clear()
 
     def close(self) -> None:
-        """End it all."""
+        """Stop listening and reset all connections."""
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
@@ -76,7 +76,7 @@ class Proxy:
 
 @contextmanager
 def proxy(target: str) -> Iterator[Proxy]:
-    """A proxy before `target` for as long as the context is open."""
+    """A proxy for `target` for a `with` block."""
     made = Proxy(target)
     try:
         yield made

@@ -1,7 +1,8 @@
-"""What stands for CUDA graphs where there is no GPU: the operations of a call, repeated on the same memory.
+"""A fake of CUDA graphs for machines without a GPU: records the operations of a call, and repeats them on the same
+memory.
 
-As in a CUDA graph, numbers that Python knew stay what they were, and every result lies where it lay. To ask a tensor
-for its value is an error, as it is while CUDA records.
+As in a CUDA graph, Python numbers keep their values, and every result keeps its address. To read a tensor's value is an
+error, as it is during a capture.
 """
 
 from collections.abc import Callable
@@ -16,22 +17,22 @@ VALUES = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.defaul
 Step = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
 
 
-class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in VALUES:
-            raise RuntimeError("a value was asked for while operations are recorded")
+            raise RuntimeError("a value was read while operations are recorded")
         out = func(*args, **(kwargs or {}))
         self.steps.append((func, args, kwargs or {}, out))
         return out
 
 
 def record(body: Body) -> Body:
-    """`body`, called once and then repeated."""
-    recording = _Recording()
+    """Call `body` once, and return a function that repeats its operations."""
+    recording = _RecordingMode()
     with recording:
         out = body()
 

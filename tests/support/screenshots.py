@@ -9,7 +9,7 @@ from playwright.sync_api import FloatRect, Page, expect
 
 from splitlearn.config import Config
 from tests.support import ROOT
-from tests.support.page import chromium, open_page, running, write_config
+from tests.support.page import chromium, conversation, open_page, running, write_config
 
 FOLDER = ROOT / "docs" / "screenshots"
 RUN_MS = 1_800_000
@@ -19,13 +19,13 @@ SIZES = {1280: 900, 390: 844}
 
 
 def compare(page: Page) -> None:
-    """A comparison to its end."""
+    """Run a comparison to its end."""
     page.locator("#compare").click()
     expect(page.locator("#time section")).to_be_visible(timeout=RUN_MS)
 
 
 def flags(page: Page) -> None:
-    """Compare flags: the first pass, and blocks until the ratios have intervals."""
+    """Run Compare flags: the first pass, then blocks until the ratios have intervals."""
     page.locator("#compare-flags").click()
     expect(page.locator("#ft-progress")).to_contain_text("block 4", timeout=RUN_MS)
     page.locator("#ft-stop").click()
@@ -33,21 +33,33 @@ def flags(page: Page) -> None:
 
 
 def model(page: Page) -> None:
-    """The model, its cuts and their costs, by the rates of this machine."""
+    """Show the model, its cuts and their costs on this machine."""
     page.get_by_role("tab", name="Model and cut").click()
 
 
 def lab(page: Page) -> None:
-    """The experiment that Compare flags began, in the Lab."""
+    """Show the experiment of Compare flags in the Lab."""
     page.get_by_role("tab", name="Lab").click()
     expect(page.locator("#lab-report h3").first).to_be_visible(timeout=RUN_MS)
 
 
-SHOTS: Mapping[str, Callable[[Page], None]] = {"compare": compare, "flags": flags, "lab": lab, "model": model}
+def chat(page: Page) -> None:
+    """Talk with both arms for two turns, and show the token ids of the second one's prompt."""
+    page.get_by_role("tab", name="Chat").click()
+    conversation(page, "Why is the sky blue?", "And the sea?")
+
+
+SHOTS: Mapping[str, Callable[[Page], None]] = {
+    "compare": compare,
+    "flags": flags,
+    "lab": lab,
+    "model": model,
+    "chat": chat,
+}
 
 
 def main() -> int:
-    """Each picture at each size, light and dark. What one shot did is there for the next."""
+    """Take each picture at each size, light and dark. Each shot continues from the page of the last one."""
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         usual = Config()
@@ -67,12 +79,12 @@ def _take(page: Page, name: str) -> None:
         page.set_viewport_size({"width": width, "height": height})
         for theme in ("light", "dark"):
             page.evaluate("theme => document.body.classList.toggle('dark', theme === 'dark')", theme)
-            page.wait_for_timeout(SETTLED_MS)  # until what is drawn has come to rest
+            page.wait_for_timeout(SETTLED_MS)  # until the charts have settled
             page.screenshot(path=FOLDER / f"{name}-{width}-{theme}.png", full_page=True)
 
 
 def _take_answers(page: Page) -> None:
-    """The page down to the two answers, for the README."""
+    """Take the page down to the two answers, for the README."""
     width, height = next(iter(SIZES.items()))
     page.set_viewport_size({"width": width, "height": height})
     page.evaluate("document.body.classList.remove('dark'); scrollTo(0, 0)")

@@ -17,16 +17,16 @@ HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive"}
 
 @contextmanager
 def proxied(url: str, path: str) -> Iterator[str]:
-    """The URL under which a proxy serves `url` with `path` before each of its own paths; every other one is a 404."""
+    """Run a proxy that serves `url` below `path`, and yield its URL. Every other path is a 404."""
     client = httpx.AsyncClient(base_url=url, trust_env=False, timeout=None)  # noqa: S113  # answers are streams
 
-    async def hand_on(request: Request) -> Response:
+    async def forward(request: Request) -> Response:
         inner = request.url.path.removeprefix(path)
         if inner == request.url.path:
             return PlainTextResponse("Not the page's.\n", 404)
         to = httpx.URL(url).copy_with(path=inner or "/", query=request.url.query.encode())
-        asked = client.build_request(request.method, to, headers=request.headers.raw, content=await request.body())
-        answer = await client.send(asked, stream=True)
+        forwarded = client.build_request(request.method, to, headers=request.headers.raw, content=await request.body())
+        answer = await client.send(forwarded, stream=True)
 
         async def body() -> AsyncIterator[bytes]:
             try:
@@ -36,13 +36,13 @@ def proxied(url: str, path: str) -> Iterator[str]:
                 await answer.aclose()
 
         kept = {name: value for name, value in answer.headers.items() if name not in HOP_BY_HOP}
-        handed = StreamingResponse(body(), answer.status_code)
+        response = StreamingResponse(body(), answer.status_code)
         cookies = [(b"set-cookie", cookie.encode()) for cookie in answer.headers.get_list("set-cookie")]
-        handed.raw_headers = [(n.encode(), v.encode()) for n, v in kept.items() if n != "set-cookie"] + cookies
-        return handed
+        response.raw_headers = [(n.encode(), v.encode()) for n, v in kept.items() if n != "set-cookie"] + cookies
+        return response
 
     methods = ["GET", "HEAD", "POST", "DELETE"]
-    app = Starlette(routes=[Route("/{path:path}", hand_on, methods=methods)])
+    app = Starlette(routes=[Route("/{path:path}", forward, methods=methods)])
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -1,6 +1,7 @@
-"""Small models with random weights and a real tokenizer, made on the spot: what tests use where no weights are needed.
+"""Makes small models with random weights and a real tokenizer, for tests that need no trained weights.
 
-`make_checkpoint` writes a folder as from a hub, `make_converted` one in the format of splitlearn/checkpoints/folder.py.
+`make_checkpoint` writes a folder like one from a hub. `make_converted` writes the format of
+splitlearn/checkpoints/folder.py.
 """
 
 import json
@@ -25,7 +26,7 @@ _TEXT = (
     "A model is cut into three parts: the client keeps the first and the last layers.",
     "Größe, façade, naïve, 日本語, русский, emoji 🙂🚀 and e\u0301 combined.",
 )
-# What a model type needs beyond the common sizes to be small and still itself.
+# Further settings that a model type needs to be small and keep its own features.
 _OWN: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": 16},
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16},
@@ -35,7 +36,7 @@ _OWN: dict[str, dict[str, object]] = {
 
 
 def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of about 400 tokens; ends a text with `<|end|>`."""
+    """A byte-level BPE tokenizer of about 400 tokens. `<|end|>` ends a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,7 +85,7 @@ def make_checkpoint(
 
 
 def _known(model_type: str, sizes: dict[str, object]) -> dict[str, object]:
-    """Those of `sizes` that this type's configuration has: any other would be kept, and say untrue things."""
+    """Those of `sizes` that this type's configuration has. It would store any other without using it."""
     usual = AutoConfig.for_model(model_type)
     names = set(vars(usual)) | set(usual.attribute_map)
     return {name: value for name, value in sizes.items() if name in names}
@@ -93,7 +94,7 @@ def _known(model_type: str, sizes: dict[str, object]) -> dict[str, object]:
 def make_converted(
     folder: Path, model_type: str = "llama", n_layers: int = 6, chat: bool = True, **own: object
 ) -> ModelFiles:
-    """As `make_checkpoint`, converted into `folder`: `prepare` takes that folder's path as a model name as it is."""
+    """As `make_checkpoint`, converted into `folder`. `prepare` accepts the folder's path as a model name."""
     checkpoint = make_checkpoint(folder.with_name(f"{folder.name}-checkpoint"), model_type, n_layers, chat, **own)
     folder.mkdir()
     facts = convert.convert(checkpoint, folder, None, silent)
@@ -141,7 +142,7 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Path) -> None:
 
 
 def _gguf_name(name: str) -> str:
-    """The name that llama.cpp has for a llama's tensor."""
+    """llama.cpp's name for a tensor of a Llama."""
     renamed = {
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
@@ -162,7 +163,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _gguf_order(name: str, tensor: torch.Tensor, config: Any) -> Any:
-    """llama.cpp rotates neighbours, transformers halves: the rows of queries and keys are in another order."""
+    """The tensor in llama.cpp's order. llama.cpp rotates neighbouring rows of queries and keys, transformers halves."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None:
         return tensor.numpy()

@@ -1,7 +1,7 @@
 """A real trunk server process for tests, and a client that can send it anything.
 
-`serve(config, folder)` starts one on a free port, waits until it is ready, and ends it. `Raw` is the stream of a
-session with nothing between the test and the wire.
+`serve(config, folder)` starts one on a free port, waits until it is ready, and ends it. `Raw` is a session's stream
+without client code between the test and the wire.
 """
 
 import os
@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -29,7 +30,7 @@ from server.service import TrunkService
 from server.variants import Variants
 from splitlearn import config
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.served import Served
+from splitlearn.client.served import ServedModel
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.progress import silent
 from splitlearn.wire import PROTOCOL, READY, SERVICE, codec
@@ -45,7 +46,7 @@ RAW = Plain(torch.float32)
 
 
 def settings(files: ModelFiles, **sections: Mapping[str, object]) -> dict[str, Any]:
-    """What config.yaml would say to run `files` on one thread; `sections` on top."""
+    """The settings of a config.yaml that runs `files` on one thread, updated by `sections`."""
     usual: dict[str, Any] = {"model": {"name": str(files.folder), "device": "cpu"}, "runs": {"threads": 1}}
     usual |= {"flags": "trunk:none", "server": {"drain_s": 0}}
     return {**usual, **{name: {**usual.get(name, {}), **section} for name, section in sections.items()}}
@@ -53,19 +54,19 @@ def settings(files: ModelFiles, **sections: Mapping[str, object]) -> dict[str, A
 
 @dataclass(frozen=True)
 class Trunk:
-    """A running server. `errors` is where its stderr goes."""
+    """A running server. `errors` is the file with its stderr."""
 
     process: subprocess.Popen[str] | Fork
     address: str
     errors: Path
 
     def variants(self) -> list[psutil.Process]:
-        """The servers that it started for other sets of flags."""
+        """Its servers for other sets of flags."""
         return forks_of(self.process.pid)
 
 
 def start(config: Mapping[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`python -m server` with `config` written to a file in `folder`; its stderr goes to server.err there."""
+    """Start `python -m server` with `config`, written to a file in `folder`. Its stderr goes to server.err there."""
     command = [sys.executable, "-m", "server", "--config", str(_written(config, folder)), *arguments]
     with (folder / "server.err").open("w") as errors:
         return subprocess.Popen(
@@ -81,9 +82,9 @@ def _written(config: Mapping[str, Any], folder: Path) -> Path:
 
 @contextmanager
 def serve(config: Mapping[str, Any], folder: Path, port: int = 0, fresh: bool = False) -> Iterator[Trunk]:
-    """A server that is ready; stopped at the end, with those that it has started.
+    """A ready server for a `with` block. It is stopped at the end, together with its variants.
 
-    It is forked from a process that has its imports. `fresh` starts `python -m server`, as a person does, and takes
+    It is forked from a process that has its imports. `fresh` starts `python -m server` as a person does, which takes
     seconds more.
     """
     if fresh:
@@ -107,17 +108,24 @@ def serve(config: Mapping[str, Any], folder: Path, port: int = 0, fresh: bool = 
 
 @dataclass(frozen=True)
 class TrunkHere:
-    """A server in this process, so that a test can look into it."""
+    """A server in this process, so that a test can inspect it."""
 
     address: str
     runtime: TrunkRuntime
 
 
 @contextmanager
-def serve_here(files: ModelFiles, flags: str = "trunk:none", /, **limits: object) -> Iterator[TrunkHere]:
-    """The real server on a real socket in this process, with the trunk's `flags`."""
+def serve_here(
+    files: ModelFiles,
+    flags: str = "trunk:none",
+    prefixes: Mapping[str, object] = MappingProxyType({}),
+    /,
+    **limits: object,
+) -> Iterator[TrunkHere]:
+    """Run the real server on a real socket in this process, with the trunk's `flags` and settings of `prefix_cache`."""
     layers = {"start": PLAN.start, "end": PLAN.end}
-    parsed = config.parse({**settings(files, split=layers, server={"port": 0, **limits}), "flags": flags})
+    own = settings(files, split=layers, server={"port": 0, **limits}, prefix_cache=prefixes)
+    parsed = config.parse({**own, "flags": flags})
     built = build(parsed, silent)
     variants = Variants(parsed, built)
     security = Security.of(parsed.server)
@@ -131,7 +139,7 @@ def serve_here(files: ModelFiles, flags: str = "trunk:none", /, **limits: object
 
 
 def eventually(holds: Callable[[], object], within_s: float = 8.0) -> bool:
-    """Whether `holds()` comes to be true within that time."""
+    """Whether `holds()` becomes true within `within_s`."""
     deadline = time.monotonic() + within_s
     while not holds():
         if time.monotonic() > deadline:
@@ -140,13 +148,13 @@ def eventually(holds: Callable[[], object], within_s: float = 8.0) -> bool:
     return True
 
 
-def served(files: ModelFiles, plan: SplitPlan = PLAN) -> Served:
-    """What a client of a trunk for `files` asks for."""
-    return Served(files.name, files.digest, plan, "float32", files.facts.hidden_size)
+def served(files: ModelFiles, plan: SplitPlan = PLAN) -> ServedModel:
+    """The requirements of a client whose trunk serves `files`."""
+    return ServedModel(files.name, files.digest, plan, "float32", files.facts.hidden_size)
 
 
 def opening(files: ModelFiles, plan: SplitPlan = PLAN, **changes: Any) -> bytes:
-    """The Open message that such a trunk accepts, but for `changes`."""
+    """The Open message that such a trunk accepts, updated by `changes`."""
     right: dict[str, Any] = {
         "protocol": PROTOCOL,
         "model": files.name,
@@ -162,12 +170,12 @@ def opening(files: ModelFiles, plan: SplitPlan = PLAN, **changes: Any) -> bytes:
 
 
 def hidden(files: ModelFiles, tokens: int, seed: int = 0) -> torch.Tensor:
-    """A hidden state [1, tokens, H] such as a bottom might send."""
+    """A random hidden state [1, tokens, H]."""
     return torch.randn(1, tokens, files.facts.hidden_size, generator=torch.Generator().manual_seed(seed))
 
 
 def encoded(x: torch.Tensor, rows: Rows | None = None) -> pb.Tensor:
-    """`x` [1, T, H] as it crosses the wire; as it is, unless a form is given."""
+    """`x` [1, T, H] in the form `rows` of the wire, by default in its own dtype."""
     rows = rows or Plain(x.dtype)
     return pb.Tensor(**codec.fields(rows.to_bytes(x), rows, x.shape[2]))
 
@@ -180,11 +188,11 @@ def step(x: torch.Tensor | pb.Tensor, position: int, step_id: int = 1, **changes
 
 
 class Raw:
-    """One session's stream. `ask` sends bytes and waits for a reply; `refusal` for the status that ends the stream."""
+    """One session's stream. `ask` sends bytes and waits for a reply, `refusal` for the status that ends the stream."""
 
-    def __init__(self, address: str, shown: Credentials = NONE) -> None:
+    def __init__(self, address: str, credentials: Credentials = NONE) -> None:
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
-        self._channel = open_channel(address, shown)
+        self._channel = open_channel(address, credentials)
         method: Any = self._channel.stream_stream(f"/{SERVICE}/Session")
         self._call = method(iter(self._outgoing.get, None), timeout=ANSWER_TIMEOUT_S, wait_for_ready=True)
 
@@ -219,12 +227,12 @@ class Raw:
         raise AssertionError(f"accepted: {reply}")
 
     def end(self) -> pb.ServerMessage:
-        """Say that no more is sent, and wait for the last reply."""
+        """Close the sending side, and wait for the last reply."""
         self._outgoing.put(None)
         return self.receive()
 
     def cancel(self) -> None:
-        """Break off."""
+        """Cancel the stream."""
         self._call.cancel()
         self._outgoing.put(None)
         self._channel.close()
@@ -236,19 +244,19 @@ def tensor_of(reply: pb.ServerMessage, files: ModelFiles) -> torch.Tensor:
 
 
 def forks_of(pid: int | None = None) -> list[psutil.Process]:
-    """What the fork servers below this process, or below `pid`, have started: workers and trunk servers."""
+    """The children of the fork servers of this process, or of `pid`: workers and trunk servers."""
     return [grandchild for child in psutil.Process(pid).children() for grandchild in child.children()]
 
 
 def listens(process: psutil.Process) -> bool:
-    """Whether it serves on a TCP port, as among a program's own processes only trunk servers do."""
+    """Whether it listens on a TCP port. Among a program's processes only trunk servers do."""
     with suppress(psutil.NoSuchProcess):
         return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp"))
     return False
 
 
 def gone(pid: int) -> bool:
-    """Whether no such process runs (any more); one that has ended and was not waited for counts as gone."""
+    """Whether no such process runs. A zombie counts as gone."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -256,5 +264,5 @@ def gone(pid: int) -> bool:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment with the checkout importable from any folder."""
+    """This process's environment, in which the checkout can be imported from any folder."""
     return {**os.environ, "PYTHONPATH": str(ROOT), **changes}

@@ -13,7 +13,8 @@ FLAGS = FlagSet(CACHED, CACHED, CACHED)
 
 
 def main(arguments: list[str]) -> int:
-    """Run both arms of the config that is the first argument, say so, and go on: with runs if the second is `busy`."""
+    """Run both arms with the config in the first argument, and print `running`. Then wait, or go on with runs if the
+    second argument is `busy`."""
     with Runs(config.Config.model_validate_json(arguments[0]), silent) as runs:
         for kind in ("full", "split"):
             list(runs.stream(kind, FLAGS, GenerationRequest("Hello", max_new_tokens=4)))

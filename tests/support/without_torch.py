@@ -1,8 +1,8 @@
-"""`app.py` in a process that cannot import torch or transformers: the page's process must never need them.
+"""Runs `app.py` in a process that cannot import torch or transformers: the page's process must never need them.
 
-Its workers can: they are other processes. Run as a script, this is a fresh interpreter. `forked` begins in a process
-forked from one that has imported all that page and workers need: it forgets what a page has no use for, and this
-project's own modules, which are then imported anew.
+Its workers are other processes, and can. As a script this module runs in a fresh interpreter. `forked` runs in a fork
+of a process that has all imports of page and workers. It unloads the modules that a page does not need, and this
+project's own, which are then imported again.
 """
 
 import sys
@@ -22,7 +22,7 @@ class Refuser(MetaPathFinder):
 
 
 def forked(_arguments: list[str]) -> int:
-    """`python app.py` in a fork, which has its arguments in sys.argv."""
+    """Run `python app.py` in a fork, which has its arguments in sys.argv."""
     from tests.support.light import LIGHT
 
     light = LIGHT | sys.stdlib_module_names

@@ -1,4 +1,4 @@
-"""What flags, named by their words, come to: for stages, loading and the decode loop."""
+"""The settings records of flags, which are named by their words."""
 
 from collections.abc import Iterable
 

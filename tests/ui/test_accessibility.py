@@ -7,7 +7,7 @@ from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-unt
 from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, FORBIDDEN, open_page, running, write_config
+from tests.support.page import CHROMIUM, FORBIDDEN, conversation, experiment, measuring, open_page
 
 pytestmark = [
     pytest.mark.browser,
@@ -15,6 +15,9 @@ pytestmark = [
 ]
 RUN_MS = 120_000
 WIDTHS = (320, 390, 768, 1280, 1920)
+DRAWN = ("#full", "#chat-prompt li", "#model-facts dl", "#lab-details details", "#server-card dl")
+"""What each tab has once it is drawn."""
+AXE_WIDTHS = (320, 1280)
 # The element that has the focus: where it is on the page, and whether a line is around it or its label.
 FOCUS = """() => {
   const at = document.activeElement;
@@ -32,22 +35,28 @@ FOCUS = """() => {
 
 
 @pytest.fixture(scope="module")
-def url(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    config = write_config(
-        tmp_path_factory.mktemp("accessible"),
-        model={"name": str(tiny_model().folder)},
-        generation={"max_new_tokens": 8},
-    )
-    with running(config) as app:
-        yield app.warm_url()
+def url(browser: BrowserContext, tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An app that has measured a flag."""
+    folder = tmp_path_factory.mktemp("accessible")
+    with measuring(folder, tiny_model().folder, generation={"max_new_tokens": 8}) as app:
+        first = open_page(browser, app.warm_url())
+        experiment(first)
+        first.close()
+        yield app.url()
 
 
-@pytest.fixture(scope="module", params=["light", "dark"])
+@pytest.fixture(scope="module", params=["light", "dark", "chinese"])
 def page(browser: BrowserContext, url: str, request: pytest.FixtureRequest) -> Iterator[Page]:
     """A page after a comparison, with every part open."""
-    opened = open_page(browser, url, theme=request.param)
+    chinese = request.param == "chinese"
+    opened = open_page(browser, url, theme="light" if chinese else request.param)
+    if chinese:
+        opened.goto(f"{url}?language=zh&__theme=light")
+        expect(opened.locator("#compare")).to_have_text("比较")
     opened.locator("#compare").click()
     expect(opened.locator("#time section")).to_be_visible(timeout=RUN_MS)
+    opened.get_by_role("tab").nth(1).click()
+    conversation(opened)
     yield opened
     opened.close()
     assert not FORBIDDEN
@@ -55,8 +64,9 @@ def page(browser: BrowserContext, url: str, request: pytest.FixtureRequest) -> I
 
 def tabs(page: Page) -> Iterator[str]:
     """Each tab in turn, with its folded parts open."""
-    for tab in page.get_by_role("tab").all():
+    for number, tab in enumerate(page.get_by_role("tab").all()):
         tab.click()
+        expect(page.locator(DRAWN[number]).first).to_be_visible()
         panel = page.get_by_role("tabpanel").filter(visible=True)
         folded = panel.locator("button.label-wrap:not(.open)").filter(visible=True)
         while handles := folded.element_handles():
@@ -68,9 +78,11 @@ def tabs(page: Page) -> Iterator[str]:
 
 def test_axe_finds_nothing_on_any_tab_with_all_parts_open(page: Page) -> None:
     for name in tabs(page):
-        found = Axe().run(page).response["violations"]
-        said = [f"{each['impact']} {each['id']}: {[node['target'] for node in each['nodes']][:5]}" for each in found]
-        assert not said, f"{name}: {said}"
+        for width in AXE_WIDTHS:
+            page.set_viewport_size({"width": width, "height": 900})
+            found = Axe().run(page).response["violations"]
+            said = [f"{each['impact']} {each['id']}: {[it['target'] for it in each['nodes']][:5]}" for each in found]
+            assert not said, f"{name} at {width}: {said}"
 
 
 def test_no_tab_is_wider_than_any_screen(page: Page) -> None:

@@ -57,7 +57,8 @@ def test_every_figure_is_that_of_the_labs_table(design: Design, blocks: int) -> 
         for at, (_, cells) in enumerate(sorted(row.cells.items())):
             ratio, verdict, ttft_ratio, *rest = drawn[row.name][at::2]
             assert rest == figures(cells)
-            assert verdict == (cells.tpot_ratio.verdict if cells.tpot_ratio else MISSING)
+            said = view.FIRST_RUN if cells.first_pass else cells.tpot_ratio.verdict if cells.tpot_ratio else MISSING
+            assert verdict == (said if cells.tpot_ratio else MISSING)
             for shown, expected in ((ratio, cells.tpot_ratio), (ttft_ratio, cells.ttft_ratio)):
                 if expected is not None and expected.ratio is not None:
                     assert shown.startswith(f"{expected.ratio:.2f}\N{MULTIPLICATION SIGN}")
@@ -107,3 +108,10 @@ def test_a_figure_has_its_unit_in_the_head_and_as_many_digits_as_a_person_reads(
 
 def test_before_the_first_experiment_it_says_what_will_be_there() -> None:
     assert text(view.section(None)).strip() == view.EMPTY
+
+
+def test_a_sentence_says_which_flag_pays_where_once_that_is_decided_and_that_one_run_is_no_figure() -> None:
+    decided, first = text(view.section(table_of(12))), text(view.section(table_of(0)))
+    assert "Faster in full only: use_cache." in decided and "Faster in split only: inference_mode." in decided
+    assert view.ONE_RUN in first and "Faster in" not in first
+    assert view.ONE_RUN not in decided

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, FORBIDDEN, open_page, running, type_into, write_config
+from tests.support.page import CHROMIUM, FORBIDDEN, open_page, running, setting, type_into, write_config
 
 pytestmark = [
     pytest.mark.browser,
@@ -166,8 +166,60 @@ def test_the_owner_finds_them_on_disk_and_somebody_behind_a_proxy_does_not(
     browser.set_extra_http_headers({"X-Forwarded-For": "203.0.113.7"})
     try:
         other = open_page(browser, url)
-        expect(other.locator("#history")).to_contain_text("Each comparison becomes a line here")
+        expect(other.locator("#history tbody tr").first).to_be_visible()  # by then the page knows who she is
         expect(other.locator("#earlier")).to_be_hidden()
         other.close()
     finally:
         browser.set_extra_http_headers({})
+
+
+@pytest.fixture(scope="module")
+def apart(browser: BrowserContext, url: str) -> Iterator[Page]:
+    """A page with two pinned comparisons that draw with one seed; the second one's hidden states are rounded."""
+    opened = open_page(browser, url)
+    opened.evaluate("localStorage.clear()")
+    opened.reload()
+    opened.locator("#settings > button").click()
+    setting(opened, "temperature", "0.7")
+    opened.locator("#flags > button").click()
+    for lines, flags in enumerate(("use_cache", "use_cache,wire_dtype=int8"), 1):
+        setting(opened, "flag-words", flags)
+        compare(opened, "Why is the sky blue?", lines)
+    pin(opened)
+    yield opened
+    opened.close()
+
+
+def pin(page: Page) -> None:
+    """Pin the first two lines."""
+    for number in (1, 2):
+        page.locator(f"#pin-{number} input").click()
+        page.get_by_role("option").nth(number - 1).click()
+
+
+def test_where_two_pinned_answers_part_the_candidates_of_both_are_shown_with_their_logits(apart: Page) -> None:
+    pinned = apart.locator("#pinned")
+    expect(pinned).to_contain_text("Full: the same.")
+    expect(pinned).to_contain_text("Split: the first token that differs is marked.")
+    apart.locator("#divergence-ask").click()
+    tables = apart.locator("#divergence-found table")
+    expect(tables).to_have_count(2, timeout=RUN_MS)
+    expect(apart.locator("#divergence-ask")).to_be_enabled()
+    expect(apart.locator("#divergence-stop")).to_be_disabled()
+    expect(apart.locator("#divergence-found")).to_contain_text("Split: token ")
+    chosen = tables.locator("tr").filter(has_text="(chosen)")
+    expect(chosen).to_have_count(2)
+    expect(chosen.nth(0)).to_have_text(re.compile(r"-?\d+\.\d{4}"))
+    assert len({row.locator("b").inner_text() for row in chosen.all()}) == 2
+    expect(apart.locator("#divergence-found")).not_to_contain_text("Run again here")
+    expect(apart.locator("#divergence-error .sl-error")).to_have_count(0)
+
+
+def test_two_prompts_have_no_common_candidates_and_the_page_says_so(apart: Page) -> None:
+    compare(apart, "Who?", 3)
+    expect(apart.locator("#divergence")).to_be_hidden()
+    pin(apart)
+    apart.locator("#divergence-ask").click()
+    expect(apart.locator("#divergence-error .sl-error")).to_contain_text("different prompts")
+    expect(apart.locator("#divergence-found table")).to_have_count(0)
+    expect(apart.locator("#divergence-ask")).to_be_enabled()

@@ -49,7 +49,7 @@ def test_what_is_no_entry_is_dropped(kept: object) -> None:
 
 
 @given(
-    st.sampled_from(["when", "full", "pairs", "settings", "tpot", "differs_at", "prompt"]),
+    st.sampled_from(["when", "full", "pairs", "settings", "tpot", "differs_at", "prompt", "request"]),
     st.one_of(st.none(), st.integers(), st.floats(), st.text(max_size=50), st.lists(st.none(), max_size=2)),
 )
 def test_an_entry_with_a_strange_value_is_dropped_or_can_be_drawn_and_exported(name: str, value: object) -> None:
@@ -92,7 +92,7 @@ def test_hostile_text_is_shown_as_text_in_the_table_and_side_by_side() -> None:
         assert "&lt;img" in drawn
     assert "differ from token 3 on" in view.history([other])
     assert "second / first" in view.pinned(one, other)
-    assert "the same settings, run again" in view.pinned(one, one)
+    assert "the settings are the same" in view.pinned(one, one)
 
 
 def test_formulas_are_harmless_in_csv_and_whole_in_json() -> None:

@@ -184,7 +184,7 @@ def test_while_one_runs_another_is_refused_and_so_is_a_comparison_and_a_stopped_
 
 
 def test_two_experiments_are_held_against_each_other(page: Page) -> None:
-    expect(page.locator("#lab-report h3").first).to_be_visible()
+    expect(page.locator("#lab-report h2").first).to_be_visible()
     for name, at in (("lab-chosen", 1), ("lab-other", 0)):
         page.locator(f"#{name} input").click()
         page.get_by_role("option").nth(at).click()
@@ -194,7 +194,7 @@ def test_two_experiments_are_held_against_each_other(page: Page) -> None:
 
 
 def test_the_service_level_that_was_typed_is_the_one_that_is_shown(page: Page) -> None:
-    expect(page.locator("#lab-report h3").first).to_be_visible()
+    expect(page.locator("#lab-report h2").first).to_be_visible()
     page.locator("#lab-levels > button").click()
     setting(page, "lab-decode_tps", "0.001")
     typed = page.locator("#lab-ttft_ms input, #lab-ttft_ms textarea").first

@@ -1,6 +1,7 @@
 """The languages of the page: every text has its Chinese, and each visitor reads the language she chose."""
 
 import ast
+import itertools
 import re
 import tomllib
 from collections.abc import Iterator
@@ -9,11 +10,14 @@ from html import unescape
 import pytest
 from starlette.requests import Request
 
+from splitlearn.arms.compare import KINDS
 from splitlearn.flags.registry import FLAGS
 from splitlearn.link.words import PRESETS
 from splitlearn.metrics import PARTS
 from tests.support import ROOT
 from ui.compare.examples import EXAMPLES
+from ui.compare.session import ArmView, State
+from ui.compare.view import STATES, now
 from ui.language import choice, translation
 from ui.language.catalogue import catalogue, chinese, names
 
@@ -72,10 +76,8 @@ def test_each_text_stands_once_in_the_catalogue() -> None:
 
 
 def test_a_text_with_values_is_found_by_its_template() -> None:
-    said = (
-        "Splitting is faster here: the fastest cut, trunk layers [2, 28), takes 9.1 ms a token (0.90 times), the full "
-    )
-    said += "model alone 10.1 ms a token; the client needs 250 MB at least, against 600 MB."
+    said = "Splitting is faster here: the fastest cut, trunk layers [2, 28), would take 9.1 ms a token (0.90 times), "
+    said += "the full model alone 10.1 ms a token; the client needs 250 MB at least, against 600 MB."
     found = chinese(said)
     assert found is not None and "[2, 28)" in found and "250 MB" in found
     assert chinese("no text of the program") is None
@@ -88,6 +90,18 @@ def test_the_texts_and_names_in_html_are_translated_and_what_a_visitor_wrote_is_
     assert translation.html(given) == (
         '<section aria-label="比较结果"><p>已停止。</p><div dir="auto"><b>Stopped.</b></div><p>已停止。</p></section>'
     )
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_what_an_arm_does_is_in_chinese_whether_it_runs_once_or_often(state: State) -> None:
+    for kind, asked in itertools.product(KINDS, (1, 3)):
+        said = now(ArmView(kind, state), asked)
+        assert not re.search("[A-Za-z]", chinese(said) or said), said
+
+
+def test_what_stands_after_a_style_or_a_script_is_translated_whatever_is_in_it() -> None:
+    given = '<style>a { syntax: "<integer>"; }</style><script>if (a <b) c = "<p>Stopped."</script>'
+    assert translation.html(f"{given}<p>Stopped.</p>") == f"{given}<p>已停止。</p>"
 
 
 def test_markup_in_a_visitors_text_stays_escaped() -> None:

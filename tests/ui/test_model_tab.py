@@ -137,3 +137,11 @@ def test_a_measured_cut_is_chosen_by_keyboard_run_and_taken_for_the_comparison(p
     page.locator("#compare").click()
     expect(page.locator("#result .sl-verdict")).to_contain_text("Identical", timeout=RUN_MS)
     page.get_by_role("tab", name="Model and cut").click()
+
+
+def test_the_link_of_the_comparison_is_that_of_the_predictions(page: Page) -> None:
+    page.get_by_role("tab", name="Answers").click()
+    page.locator("#network button.label-wrap").click()
+    type_into(page.locator("#link-rtt_ms textarea, #link-rtt_ms input").first, "50")
+    page.get_by_role("tab", name="Model and cut").click()
+    expect(page.locator("#model-link input")).to_have_value("rtt=50ms")

@@ -54,7 +54,7 @@ def test_another_model_is_chosen_by_keyboard_and_waits_for_another_visitors_comp
     owner.locator("#models-load").focus()
     owner.keyboard.press("Enter")
     status = owner.locator("#models-status").get_by_role("status")
-    expect(status).to_contain_text("You are number 1 in line")
+    expect(status).to_contain_text("You are number 1 in the queue")
     expect(other.locator("#result .sl-verdict")).to_contain_text("Identical", timeout=RUN_MS)
     expect(status).to_contain_text("In use:", timeout=RUN_MS)
     expect(owner.locator("#facts")).to_contain_text("other")
@@ -71,6 +71,52 @@ def test_another_model_is_chosen_by_keyboard_and_waits_for_another_visitors_comp
     assert not FORBIDDEN
 
 
+def test_an_open_page_follows_the_model_and_the_cut_that_another_visitor_chooses(
+    browser: BrowserContext, url: str, tiny_model: TinyFactory
+) -> None:
+    other, owner = open_page(browser, url), open_page(browser, url)
+    open_list(other)
+    expect(other.locator("#model-facts dl")).to_be_visible()
+    before = other.locator("#model-facts").inner_text()
+    name = other.locator("#facts b").inner_text()
+    other.get_by_role("tab", name="Answers").click()
+    for part in ("network", "settings", "flags"):
+        other.locator(f"#{part} > button").click()
+    other.get_by_label("Ignore the end token").check()  # answers of one token show no rates
+    setting(other, "flag-words", "use_cache")
+    other.locator("#flag-words textarea, #flag-words input").press("Enter")
+    other.locator("#compare").click()
+    predicted = other.locator("#link-costs tbody tr")
+    expect(predicted.first).to_be_visible(timeout=RUN_MS)
+    open_list(owner)
+    owner.get_by_label(str(tiny_model().folder) if name.endswith("other") else "other", exact=True).check()
+    owner.locator("#models-load").click()
+    news = other.locator("#model-news").get_by_role("status")
+    expect(news).to_contain_text("The model has changed", timeout=RUN_MS)
+    expect(other.locator("#facts b")).not_to_have_text(name)
+    expect(predicted).to_have_count(0)
+    expect(other.locator("#link-costs")).to_contain_text("Compare once over Loopback")
+    expect(other.locator("#flag-words textarea, #flag-words input")).to_have_value("use_cache")
+    other.get_by_role("tab", name="Model and cut").click()
+    expect(other.locator("#model-facts")).not_to_have_text(before)
+    expect(other.locator("#model-advice")).to_contain_text("Measure this machine")
+    field = owner.locator("#model-start input[type=number]")
+    field.fill("1")
+    field.press("Enter")
+    expect(owner.locator("#model-yaml textarea")).to_have_value("split:\n  start: 1\n  end: 4")
+    owner.locator("#model-adopt").click()
+    expect(news).to_have_text("The cut has changed: the trunk has layers [1, 4) now.", timeout=RUN_MS)
+    expect(other.locator("#intro")).to_contain_text("trunk server: layers 1 to 3")
+    expect(other.locator("#model-yaml textarea")).to_have_value("split:\n  start: 1\n  end: 4")
+    other.get_by_role("tab", name="Answers").click()
+    other.locator("#compare").click()
+    expect(news).to_be_empty()
+    expect(predicted.first).to_be_visible(timeout=RUN_MS)
+    for page in (other, owner):
+        page.close()
+    assert not FORBIDDEN
+
+
 def test_who_comes_through_a_proxy_without_a_login_sees_the_model_and_cannot_change_it(
     browser: BrowserContext, url: str
 ) -> None:
@@ -78,11 +124,11 @@ def test_who_comes_through_a_proxy_without_a_login_sees_the_model_and_cannot_cha
     try:
         page = open_page(browser, url)
         open_list(page)
-        expect(page.locator("#models-note")).to_contain_text("Only who runs this page may do that")
+        expect(page.locator("#models-note")).to_contain_text("Only the owner of this page may do that")
         expect(page.locator("#models-list tbody tr")).to_have_count(1)
         expect(page.locator("#models-load")).to_be_hidden()
         page.locator("#model-adopt").click()
-        expect(page.locator("#model-error")).to_contain_text("Only who runs this page may do that")
+        expect(page.locator("#model-error")).to_contain_text("Only the owner of this page may do that")
         page.close()
     finally:
         browser.set_extra_http_headers({})

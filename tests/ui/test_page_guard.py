@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import gradio as gr
 import httpx
 import pytest
 
+from tests.support.trunk import eventually
 from ui.guard.brake import Brake
 from ui.guard.hosts import Hosts
 from ui.guard.security import MOST_BYTES, MOST_EVENTS, guarded
@@ -65,6 +67,10 @@ def shown_everywhere() -> Iterator[Served]:
 @pytest.fixture
 def locked() -> Iterator[Served]:
     yield from serve(LOGIN)
+
+
+def test_without_ui_api_the_openai_protocol_is_not_there(page: Served) -> None:
+    assert {page.client.get(path).status_code for path in ("/v1", "/v1/models")} == {404}
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "localhost", "LOCALHOST.:7860", "[::1]:9", "page.example"])
@@ -209,6 +215,18 @@ def test_who_reads_no_answers_gets_only_so_many_and_they_are_dropped(page: Serve
     asyncio.run(sweep(app, ["hears"], once))
     for kept in (queue.pending_messages_per_session, queue.pending_event_ids_session):
         assert "deaf" not in kept
+
+
+def test_two_streams_of_one_session_that_break_off_are_no_error(page: Served, caplog: pytest.LogCaptureFixture) -> None:
+    assert page.join(session_hash="twice").status_code == 200
+    guard = page.blocks.app.middleware_stack
+    # The first stream gets the one answer and ends.
+    with ExitStack() as streams:
+        for _ in range(3):
+            streams.enter_context(page.client.stream("GET", f"{API}/queue/data", params={"session_hash": "twice"}))
+        assert eventually(lambda: guard.reading["twice"] == 2)
+    assert eventually(lambda: "twice" not in guard.reading)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_what_a_page_has_just_asked_for_is_not_dropped_though_it_read_nothing_for_long(page: Served) -> None:

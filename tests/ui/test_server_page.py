@@ -41,8 +41,10 @@ def test_the_tab_shows_sessions_come_and_go_and_a_trunk_that_does_not_answer(
         expect(sessions).to_have_text("0 / 64")
         expect(card).to_contain_text(trunk.address)
         with Raw(trunk.address) as raw:
-            raw.ask(opening(files))
+            raw.ask(opening(files, flags=["use_cache", "prefix_cache"], prefix_keys=bytes(32)))
             expect(sessions).to_have_text("1 / 64")
+            expect(card.locator("dl div").filter(has_text="Prefix hits").locator("dd")).to_have_text("0 / 32")
+            expect(card.locator("dl div").filter(has_text="Prefixes kept").locator("dd")).to_have_text("0 B / 268 MB")
             expect(page.locator("#server-sessions .js-plotly-plot")).to_be_visible()
             for width, height in ((1280, 800), (390, 844)):
                 page.set_viewport_size({"width": width, "height": height})

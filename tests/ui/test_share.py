@@ -10,10 +10,11 @@ import pytest
 from gradio import networking, tunneling
 from playwright.sync_api import BrowserContext, Page, expect
 
-from splitlearn.config import UiConfig
+from splitlearn.config import UiConfig, parse
 from splitlearn.errors import SetupError
 from tests.conftest import TinyFactory
 from tests.support.page import CHROMIUM, launch_fails, running, write_config
+from tests.support.tokens import ANN, entry, written
 from ui import login
 from ui.login import Sharing
 
@@ -37,11 +38,11 @@ def logged_in(browser: BrowserContext, url: str) -> Page:
     browser.clear_cookies()
     page = browser.new_page()
     page.goto(url)
-    expect(page.get_by_role("button", name="Login")).to_be_visible(timeout=30_000)
+    expect(page.get_by_role("button", name="Log in")).to_be_visible(timeout=30_000)
     assert page.locator("#compare").count() == 0
-    page.get_by_label("username").fill("ada")
-    page.get_by_label("password").fill(PASSWORD)
-    page.get_by_role("button", name="Login").click()
+    page.get_by_label("User name").fill("ada")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Log in").click()
     expect(page.locator("#compare")).to_be_enabled(timeout=30_000)
     return page
 
@@ -159,3 +160,27 @@ def test_a_login_holds_for_the_local_page_and_a_link_without_one_must_be_asked_f
     assert login.login("SOME_LOGIN", share=False, without_login=False) == ("ada", "love:lace")
     monkeypatch.delenv("SOME_LOGIN")
     assert login.login("SOME_LOGIN", share=True, without_login=True) is None
+
+
+@pytest.mark.parametrize(
+    ("ui", "known", "refused"),
+    [
+        ({}, None, False),
+        ({}, ("ada", PASSWORD), True),
+        ({"share": True}, None, True),
+        ({"host": "0.0.0.0"}, None, True),
+        ({"host": "0.0.0.0", "allow_open": True}, None, False),
+    ],
+)
+def test_the_endpoint_under_the_pages_port_needs_keys_where_others_reach_the_page(
+    ui: dict[str, object], known: login.Login, refused: bool, tmp_path: Path
+) -> None:
+    settings = parse({"ui": {"api": True, **ui}})
+    if refused:
+        with pytest.raises(SetupError, match=r"ui\.api.*api\.tokens"):
+            login.api_keys(settings, known)
+    else:
+        assert login.api_keys(settings, known) is not None
+    keys = {"tokens": str(written(tmp_path, entry("ann", ANN)))}
+    assert login.api_keys(parse({"ui": {"api": True, **ui}, "api": keys}), known) is not None
+    assert login.api_keys(parse({"ui": ui}), known) is None

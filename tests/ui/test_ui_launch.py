@@ -8,10 +8,15 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from starlette.middleware import Middleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from splitlearn.errors import SetupError
 from tests.conftest import TinyFactory
 from tests.support.page import END_S, START_S, App, launch_fails, running, write_config
 from tests.support.trunk import eventually
+from ui.app import launch
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there: who asks it fails at once
 
@@ -41,6 +46,35 @@ def test_what_cannot_be_used_is_said_in_one_line(
     tmp_path: Path, sections: dict[str, object], options: tuple[str, ...], said: str
 ) -> None:
     assert said in launch_fails(write_config(tmp_path, **sections), *options)
+
+
+class Silent:
+    """Answers no HEAD, with which Gradio looks at the page before it says that it is there."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = Response(status_code=503) if scope.get("method") == "HEAD" else self._app
+        await app(scope, receive, send)
+
+
+def test_a_page_that_gives_no_answer_is_one_line_that_names_its_address() -> None:
+    import gradio
+
+    with gradio.Blocks() as demo:
+        gradio.Markdown("a page")
+    middleware = {"middleware": [Middleware(Silent)]}
+    try:
+        with pytest.raises(SetupError) as refused:
+            launch(
+                demo, "http://127.0.0.1:7860/", share=False, quiet=True, prevent_thread_lock=True, app_kwargs=middleware
+            )
+    finally:
+        demo.close(verbose=False)
+    said = str(refused.value)
+    assert "the page on http://127.0.0.1:7860/ was started" in said
+    assert "\n" not in said and "share" not in said
 
 
 def test_children_end_with_an_app_that_is_killed(tiny_model: TinyFactory, tmp_path: Path) -> None:

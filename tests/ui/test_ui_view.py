@@ -1,5 +1,6 @@
 """What is drawn, without a browser: the states of a comparison, their HTML, and the words for flags."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,11 @@ from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics
 from ui import inputs
 from ui.compare import session, view
+from ui.compare.progress import progress
 from ui.compare.session import ArmView, ComparisonView
 from ui.compare.time import picture
 from ui.flags import flag_words
+from ui.language import translation
 
 KNOWN = availability(dict.fromkeys(SIDES, Place("cpu", "there is no Python tokenizer", has_compiler=True)))
 REQUEST = GenerationRequest("Why?")
@@ -118,6 +121,16 @@ def test_a_stop_before_the_second_arm_leaves_it_out() -> None:
     assert (last.full.state, last.split.state) == ("stopped", "stopped")
 
 
+def test_from_the_first_pair_on_the_status_says_how_long_it_will_take() -> None:
+    runs = cast(Runs, ScriptedRuns([report("full", [1])], [report("split", [1])]))
+    seen = list(session.compare(runs, FlagSet(), REQUEST, threading.Event(), pairs=3))
+    assert seen[0].left_s is None and "to go" not in view.status(seen[0])
+    left = [shown.left_s for shown in seen if shown.left_s is not None]
+    one = report("full", [1]).metrics.e2el_s + report("split", [1]).metrics.e2el_s
+    assert left[0] == pytest.approx(2 * one) and left[-1] == 0
+    assert left == sorted(left, reverse=True)
+
+
 def test_tokens_are_drawn_about_four_times_a_second_however_fast_they_come() -> None:
     started = time.monotonic()
     seen = states(ScriptedRuns([TOKEN] * 5_000, []))
@@ -176,7 +189,7 @@ def test_identical_tokens_are_called_so() -> None:
     said = view.result(both([1, 2, 3], [1, 2, 3]), "default")
     assert "Identical: all 3 tokens are the same." in said
     assert "100 B" in said  # bytes up per token
-    assert "50 MB" in said  # beyond the imports
+    assert "150 MB <small>of 150 MB" in said  # libraries included
 
 
 @pytest.mark.parametrize(
@@ -266,7 +279,7 @@ def test_what_cannot_be_used_names_its_field(field: str, value: str | None) -> N
 def test_an_experiment_without_a_prompt_or_with_too_many_is_refused(lines: str) -> None:
     typed = {**inputs.lab_at_first(GenerationConfig()), "design": "without", "limit": "decided", "prompts": lines}
     with pytest.raises(InputError, match="prompts"):
-        inputs.asked(typed, "default", "  ")
+        inputs.experiment(typed, "default", "  ")
 
 
 def test_where_tokens_differ_the_candidates_of_both_stand_with_what_each_chose() -> None:
@@ -278,3 +291,14 @@ def test_where_tokens_differ_the_candidates_of_both_stand_with_what_each_chose()
     assert full.index("&#x27;&lt;b&gt;cat&#x27;</span></b> (chosen)") and "(chosen)" in split.partition("12.4999")[0]
     assert "another token" not in drawn
     assert "another token" in view.result(replace(both([1, 7], [1, 9]), logits=replace(logits, tokens=(7, 7))), "none")
+
+
+def test_who_waits_sees_how_far_another_comparison_is_and_none_of_its_texts() -> None:
+    shown = replace(both([1, 2, 3], [1, 2, 3]), n_pairs=3)
+    running = replace(shown, split=replace(shown.split, state="running", reports=(), error="no <b>secret</b>"))
+    said = progress(running)
+    assert "Split, run 1 of 3: running." in said
+    assert said.count("3 tokens, TTFT 10.0 ms, TPOT 10.0 ms.") == 2
+    assert "Because" not in said and "secret" not in said
+    assert not re.search("[A-Za-z]{2,}(?: [A-Za-z]{2,}){2,}", translation.html(said))
+    assert progress(None) == ""

@@ -20,10 +20,26 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def written(downloads: Downloads, visitor: str) -> Path:
+    with downloads.fresh(visitor) as folder:
+        (folder / "report.html").touch()
+    return folder
+
+
+def test_a_visitor_who_leaves_takes_no_folder_from_under_what_is_written_there() -> None:
+    with Downloads() as downloads:
+        before = written(downloads, "one")
+        with downloads.fresh("one") as folder:
+            downloads.forget("one")
+            (folder / "report.html").touch()
+        assert not before.exists()
+        assert (folder / "report.html").exists()
+
+
 @pytest.mark.parametrize("visitor", HASHES)
 def test_no_text_of_a_visitor_is_part_of_a_path(temporary: Path, visitor: str) -> None:
     with Downloads() as downloads:
-        folder = downloads.fresh(visitor)
+        folder = written(downloads, visitor)
         assert folder.parent == downloads.folder
         assert folder.is_dir()
         assert not visitor or visitor not in str(folder) or visitor == ".."
@@ -34,10 +50,10 @@ def test_no_text_of_a_visitor_is_part_of_a_path(temporary: Path, visitor: str) -
 
 def test_a_visitor_has_one_folder_and_there_are_so_many_at_most() -> None:
     with Downloads() as downloads:
-        folders = [downloads.fresh("one") for _ in range(3)]
+        folders = [written(downloads, "one") for _ in range(3)]
         assert [folder.exists() for folder in folders] == [False, False, True]
         for at in range(MOST_FOLDERS * 3):
-            (downloads.fresh(f"visitor {at}") / "report.html").touch()
+            written(downloads, f"visitor {at}")
         assert len(list(downloads.folder.iterdir())) == MOST_FOLDERS
 
 

@@ -1,8 +1,8 @@
-"""The public API: a function for each thing a person does on the page, with the object that the command line prints.
+"""The public API: one function for each action of the page. Each returns the object that the command line prints.
 
-Each is an endpoint of Gradio's API and, with `ui.mcp`, an MCP tool; their docstrings are what both show (docs/api.md).
-What runs a model is a generator: first objects with `progress`, a sentence on what happens now, and its answer last. It
-waits for its turn with the page's own runs, takes the same values, and is refused with the same sentences.
+Each function is an endpoint of Gradio's API and, with `ui.mcp`, an MCP tool. Both show its docstring (docs/api.md). A
+function that runs a model is a generator: it yields objects with `progress`, a sentence on what happens now, and last
+its answer. It queues with the page's own runs, takes the same values and fails with the same errors.
 """
 
 import json
@@ -23,7 +23,7 @@ from splitlearn.lab.job import JobStatus
 from splitlearn.link.emulated import NONE
 from splitlearn.planning.anatomy import parts_of
 from ui import inputs
-from ui.api import given
+from ui.api import arguments
 from ui.api.turns import ENDED, Turns
 from ui.compare import view
 from ui.compare.actions import Handlers
@@ -36,7 +36,7 @@ Answer = dict[str, Any]
 
 
 class Api:
-    """The endpoints; `connect`, inside the page's Blocks, makes them public."""
+    """The endpoints. `connect`, called inside the page's Blocks, registers them."""
 
     def __init__(self, handlers: Handlers) -> None:
         self.handlers = handlers
@@ -47,7 +47,8 @@ class Api:
         """Register the endpoints. Those that run a model share one turn with the page's own runs."""
         for endpoint in (self.compare, self.plan_cut):
             gr.api(endpoint, concurrency_id="runs", concurrency_limit=1)
-        # Outside that turn: while an experiment is measured, others are refused and do not wait. The second is refused.
+        # Not in that queue: while an experiment runs, another call must be refused at once, not wait. The limit of 2
+        # lets the second call in for that.
         gr.api(self.compare_flags, concurrency_limit=2)
         gr.api(self.models)
 
@@ -90,11 +91,11 @@ class Api:
         settings = self.runs.config.generation
         with self.turns.turn(request) as who:
             typed = {
-                "prompt": given.text("prompt", settings.prompt if prompt is None else prompt),
+                "prompt": arguments.text("prompt", settings.prompt if prompt is None else prompt),
                 "max_new_tokens": settings.max_new_tokens if max_new_tokens is None else max_new_tokens,
-                "form": inputs.form(given.form("chat", settings.chat if chat is None else chat)),
-                "stop": given.texts("stop", stop or []),
-                "ignore_eos": given.truth("ignore_eos", ignore_eos),
+                "form": inputs.form(arguments.form("chat", settings.chat if chat is None else chat)),
+                "stop": arguments.texts("stop", stop or []),
+                "ignore_eos": arguments.truth("ignore_eos", ignore_eos),
                 **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
                 **{"repetition_penalty": repetition_penalty, "seed": seed, "samples": samples},
                 **{"pairs": pairs, "link": self._link(link)},
@@ -133,17 +134,17 @@ class Api:
         settings = self.runs.config.generation
         with self.turns.call(request) as who:
             typed = {
-                "design": given.text("design", design),
+                "design": arguments.text("design", design),
                 "limit": "pairs",
                 "pairs": pairs,
                 "delta": delta,
-                "prompts": given.text("prompts", prompts or ""),
+                "prompts": arguments.text("prompts", prompts or ""),
                 "tokens": settings.max_new_tokens if max_new_tokens is None else max_new_tokens,
                 "order_seed": seed,
             }
             words, status = self._flags(flags), None
-            for said in self.turns.quiet(who):
-                yield {"progress": said}
+            for reason in self.turns.quiet(who):
+                yield {"progress": reason}
             self.handlers.lab.start(typed, words, settings.prompt)
             for status in self.turns.experiment(who):
                 yield {"progress": _measured(status)}
@@ -182,7 +183,7 @@ class Api:
                 "memory": client_memory_mb,
                 "link": self._link(link),
             }
-            question, words, run = planner.question(typed), self._flags(flags), given.truth("measure", measure)
+            question, words, run = planner.question(typed), self._flags(flags), arguments.truth("measure", measure)
             for step in planner.measure(words, who):
                 yield {"progress": step.label}
             for step in planner.measure_cut(question, words, who) if run else ():
@@ -200,43 +201,43 @@ class Api:
         return _answer(catalogue.as_json(self.runs.config.model), request)
 
     def _flags(self, words: object) -> str:
-        return given.text("flags", self.runs.config.flags if words is None else words)
+        return arguments.text("flags", self.runs.config.flags if words is None else words)
 
     def _link(self, words: object) -> str:
-        return given.text("link", (self.runs.config.trunk.link or NONE) if words is None else words)
+        return arguments.text("link", (self.runs.config.trunk.link or NONE) if words is None else words)
 
     def _comparison(self, shown: ComparisonView, typed: Answer, words: str, who: str) -> Answer:
-        """What was compared, as the command line has it."""
+        """The comparison as the command line prints it."""
         pairs = shown.pairs
-        if pairs is None or len(pairs.full) < shown.asked:
+        if pairs is None or len(pairs.full) < shown.n_pairs:
             raise SplitlearnError(_failure(shown) or ENDED)
         runs, flags = self.runs, parse(words, flag_words.available(self.runs))
-        stop, asked = self.handlers.stops.signal(who), inputs.request(typed)
-        logits = divergent_logits(runs, asked, flags, pairs, stop)
+        stop, generation = self.handlers.stops.signal(who), inputs.request(typed)
+        logits = divergent_logits(runs, generation, flags, pairs, stop)
         found = Comparison(runs.files.name, runs.plan, flags, pairs, shown.others_cpu, environment(runs), logits)
-        cost = link_cost(runs, asked, flags, found.split, cancelled=stop)
+        cost = link_cost(runs, generation, flags, found.split, cancelled=stop)
         return {**found.as_json(), "link": cost and cost.as_json()}
 
 
 def _answer(found: Answer, request: gr.Request) -> Answer | str:
-    """What the caller is given: JSON as text for MCP, where Gradio would write an object in Python's words."""
+    """The answer for the caller. For MCP it is JSON text, since Gradio would send the repr of a dict."""
     return json.dumps(found) if request.headers.get("x-gradio-user") == "mcp" else found
 
 
 def _compared(shown: ComparisonView) -> Answer:
-    """How far a comparison is: tokens so far of each arm."""
+    """Progress of a comparison: status, and tokens so far of each arm."""
     tokens = {arm.kind: arm.metrics.n_tokens if arm.metrics else 0 for arm in (shown.full, shown.split)}
     return {"progress": view.status(shown), "tokens": tokens}
 
 
 def _failure(shown: ComparisonView) -> str:
-    """What went wrong, each arm by its name; empty when nothing did."""
-    said = [f"{view.TITLES[arm.kind][0]}: {arm.error}" for arm in (shown.full, shown.split) if arm.error]
-    return " ".join(filter(None, (shown.error, *said)))
+    """The errors, those of an arm after its name; empty if there are none."""
+    errors = [f"{view.TITLES[arm.kind][0]}: {arm.error}" for arm in (shown.full, shown.split) if arm.error]
+    return " ".join(filter(None, (shown.error, *errors)))
 
 
 def _measured(status: JobStatus) -> str:
-    """How far an experiment is."""
+    """Progress of an experiment."""
     if status.progress is None:
         return "Measuring: getting ready."
     now = status.progress

@@ -1,4 +1,5 @@
-"""When a call of the API runs: it waits as the page's own runs do, ends when its caller goes, and fails in one line."""
+"""Queueing, cancellation and errors of API calls: a call queues with the page's runs and ends when its caller
+leaves."""
 
 import time
 from collections.abc import Iterator
@@ -14,19 +15,20 @@ from ui.visitors import visitor
 
 POLL_S = 0.1
 ENDED = "The call ended early."
-# What the checks of other tabs call a parameter of `plan_cut`.
+# Parameters of `plan_cut`, by the names that the checks of other tabs use in errors.
 NAMES = {"split.start": "start", "split.end": "end", "memory": "client_memory_mb"}
 
 
 class Turns:
-    """The turns of the calls among the page's visitors."""
+    """Runs API calls in turn with the page's visitors."""
 
     def __init__(self, handlers: Handlers) -> None:
         self.handlers = handlers
 
     @contextmanager
     def call(self, request: gr.Request) -> Iterator[str]:
-        """What splitlearn raises is one line for the caller. Gives the visitor whose signal stops the call."""
+        """Turn errors of splitlearn into one line for the caller. Yields the visitor whose stop signal ends the
+        call."""
         who = visitor(request)
         self.handlers.stops.begin(who)
         try:
@@ -39,13 +41,14 @@ class Turns:
 
     @contextmanager
     def turn(self, request: gr.Request) -> Iterator[str]:
-        """The same, in the line's first place: Gradio has given this call its turn."""
-        # A name of its own: one visitor may make several calls at once.
-        with self.call(request) as who, self.handlers.line.turn(uuid4().hex):
+        """`call`, at the head of the queue: Gradio has given this call its turn."""
+        stop = self.handlers.stops.signal(visitor(request))
+        # A fresh name, since one visitor may make several calls at once.
+        with self.call(request) as who, self.handlers.line.turn(uuid4().hex, stop):
             yield who
 
     def quiet(self, who: str) -> Iterator[str]:
-        """Wait until everything is loaded and the runs that came before have ended."""
+        """Wait until everything is loaded and the runs queued before have ended. Yields what it waits for."""
         startup, line, stopped = self.handlers.startup, self.handlers.line, self.handlers.stops.signal(who)
         startup.begin()
         if startup.running:
@@ -62,12 +65,12 @@ class Turns:
         self.check(who)
 
     def check(self, who: str) -> None:
-        """Raises SplitlearnError when the caller has left."""
+        """Raise SplitlearnError if the caller has left."""
         if self.handlers.stops.signal(who).is_set():
             raise SplitlearnError(ENDED)
 
     def experiment(self, who: str) -> Iterator[JobStatus]:
-        """The experiment of this call as it goes on, to its end. It is stopped when the caller has left."""
+        """Follow this call's experiment to its end, and stop it if the caller leaves."""
         job, stopped, before = self.handlers.lab.job, self.handlers.stops.signal(who), None
         try:
             while before is None or not before.ended:

@@ -1,4 +1,5 @@
-"""What the page does when a person acts: each function takes plain values and gives what is to be drawn."""
+"""The actions of the Answers tab, and the state that all tabs share. Plain values in, views out. Nothing of Gradio
+here."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -15,22 +16,23 @@ from ui.compare.session import ArmView, ComparisonView
 from ui.flags import flag_words
 from ui.history.actions import Historian
 from ui.lab.actions import Lab
+from ui.line import Line
 from ui.model.actions import Planner
 from ui.models.actions import Chooser
 from ui.network.actions import Network
 from ui.trunk.monitor import Monitor
-from ui.visitors import Downloads, Line, Stops
+from ui.visitors import Downloads, Stops
 
 MEASURING = (
-    "The machine is measuring an experiment; a comparison now would disturb it. The Lab tab shows how far it is, and "
-    "can stop it. What you typed stays as it is."
+    "The machine is measuring an experiment, which a comparison would disturb. The Lab tab shows its progress and can "
+    "stop it."
 )
 
 
 class Handlers:
-    """The page's actions on the arms of `startup`. Use as a context: it holds the folder of what is downloaded.
+    """The page's actions on the arms of `startup`. A context manager, since it owns the folder of downloads.
 
-    `options` is what the command line needs to find the same settings, such as --config.
+    `options` are the command-line options for the same settings, such as --config.
     """
 
     def __init__(self, startup: Startup, options: Sequence[str] = ()) -> None:
@@ -38,6 +40,7 @@ class Handlers:
         self.runs = runs = startup.runs
         self.stops = Stops()
         self.line = Line()
+        self.running: ComparisonView | None = None  # the view of the running comparison
         self.downloads = Downloads()
         self.historian = Historian(runs, self.downloads, options)
         self.lab = Lab(Job(runs, Path(FOLDER), options), self.downloads)
@@ -54,7 +57,7 @@ class Handlers:
         self.downloads.__exit__()
 
     def end(self) -> None:
-        """End every comparison and the experiment, which can be resumed."""
+        """Stop all comparisons and the experiment, which can be resumed."""
         self.stops.stop_all()
         self.lab.job.close()
         self.monitor.close()
@@ -63,21 +66,29 @@ class Handlers:
         return MEASURING if self.lab.job.running else ""
 
     def leave(self, visitor: str) -> None:
-        """The page of that visitor was closed: end her run, and any that waits, and remove what is hers."""
+        """Stop the runs of a visitor whose page was closed, and remove her files."""
         self.stops.stop(visitor)
         self.line.leave(visitor)
-        for mine in (visitor, f"{visitor} flags"):
-            self.downloads.forget(mine)
+        for key in (visitor, f"{visitor} flags"):
+            self.downloads.forget(key)
         self.historian.leave(visitor)
         self.network.leave(visitor)
 
     def begin(self, visitor: str) -> int:
-        """A comparison was asked for: what was stopped before does not stop it. Returns her place in the line."""
+        """Clear the visitor's stop signal and join the queue. Returns her place in it."""
         self.stops.begin(visitor)
         return self.line.join(visitor)
 
     def compare(self, typed: Mapping[str, object], words: str, visitor: str) -> Iterator[ComparisonView]:
-        """Run what was typed through both arms, once they are loaded; not while an experiment is being measured."""
+        """Run the typed request through both arms once they are loaded. Refused while an experiment is measured."""
+        try:
+            with closing(self._compare(typed, words, visitor)) as states:  # type: ignore[type-var]  # a generator
+                for self.running in states:
+                    yield self.running
+        finally:
+            self.running = None
+
+    def _compare(self, typed: Mapping[str, object], words: str, visitor: str) -> Iterator[ComparisonView]:
         if self.lab.job.running:
             yield ComparisonView(error=MEASURING)
             return

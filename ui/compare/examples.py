@@ -1,11 +1,11 @@
-"""Prompts that show something, each with what to look at."""
+"""Example prompts, each with a hint on what it shows."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Example:
-    """`look` says what this prompt shows."""
+    """`look` is the hint on what this prompt shows."""
 
     label: str
     prompt: str
@@ -30,12 +30,12 @@ EXAMPLES = (
         "A code edit",
         "Rename the variable x to total and return only the code:\n\ndef add(values):\n    x = 0\n"
         "    for value in values:\n        x = x + value\n    return x",
-        "Most of the answer stands in the prompt: drafts come true more often than in a story.",
+        "Most of the answer is in the prompt: more drafts are accepted than in a story.",
     ),
     Example(
         "A story",
         "Write a short story about a lighthouse keeper who finds a letter.",
-        "Nothing to quote: drafts seldom come true. Raise Max new tokens to see TPOT grow with the context.",
+        "Nothing to quote: few drafts are accepted. Raise Max new tokens to see TPOT grow with the context.",
     ),
     Example(
         "A question in Chinese",

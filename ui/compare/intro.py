@@ -1,4 +1,4 @@
-"""The first thing that a visitor sees: what is compared, as a picture in words."""
+"""The introduction at the top of the page: what is compared, as a diagram."""
 
 from html import escape
 
@@ -12,7 +12,7 @@ PURPOSE = (
 
 
 def picture(model: Model | None) -> str:
-    """Client, trunk server, client: which layers are where. Without figures before the model is read."""
+    """A diagram of full and split with their layers. It has no numbers before the model is read."""
     plan = model.plan if model else None
     bottom = f"layers 0 to {plan.start - 1}" if plan and plan.start else "no layers" if plan else "first layers"
     trunk = f"layers {plan.start} to {plan.end - 1}" if plan else "layers between"

@@ -1,10 +1,11 @@
-"""One comparison as a page follows it: what each side shows at any moment. Nothing of Gradio here."""
+"""One comparison as a stream of views: what each card shows at any moment. Nothing of Gradio here."""
 
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from statistics import mean
 from typing import Literal
 
 from splitlearn.arms.compare import KINDS, DivergentLogits, Pairs, divergent_logits, turns
@@ -18,7 +19,7 @@ from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics, of_samples
 from splitlearn.runtime.load import reading
 
-# A drawing takes the page and a browser 10 to 60 ms of computing: on two cores, oftener takes time from the run.
+# Drawing takes page and browser 10 to 60 ms of CPU. On two cores, drawing more often would slow the run.
 DRAW_S = 0.25
 State = Literal[
     "idle",
@@ -38,8 +39,11 @@ State = Literal[
 
 @dataclass(frozen=True)
 class ArmView:
-    """What one side shows: `metrics` of what came so far, or of the typical one of its `reports`, one for each complete
-    run; `error` if it failed; `others` are of the samples after the first; `lost` while it reconnects to its trunk."""
+    """The view of one arm.
+
+    `reports` has one for each complete run. `metrics` are those of the run so far, or of the typical report; `others`
+    those of the samples after the first. `lost` is set while it reconnects to its trunk.
+    """
 
     kind: Kind
     state: State = "idle"
@@ -51,28 +55,31 @@ class ArmView:
 
     @property
     def samples(self) -> tuple[RunMetrics, ...]:
-        """What came of each sample so far."""
+        """The metrics of each sample so far."""
         return (self.metrics, *self.others) if self.metrics else ()
 
 
 @dataclass(frozen=True)
 class ComparisonView:
-    """Both sides after some of `asked` pairs, and an error that concerns both. `others_cpu` is what other programs have
-    used of the processor so far, in cores; `logits` are those of the first token that differs, at the end."""
+    """Both arms after some of `n_pairs` pairs, and an error that concerns both.
+
+    `others_cpu` is the CPU use of other programs so far, in cores. `logits` are those of the first token that differs,
+    known at the end.
+    """
 
     full: ArmView = ArmView("full")
     split: ArmView = ArmView("split")
     error: str = ""
-    asked: int = 1
+    n_pairs: int = 1
     others_cpu: float = 0.0
     logits: DivergentLogits | None = None
 
     def of(self, kind: Kind) -> ArmView:
-        """The side of that kind."""
+        """The arm of that kind."""
         return self.full if kind == "full" else self.split
 
     def with_arm(self, arm: ArmView) -> "ComparisonView":
-        """The same with `arm` in its place."""
+        """A copy with `arm` replaced."""
         return replace(self, full=arm) if arm.kind == "full" else replace(self, split=arm)
 
     @property
@@ -82,9 +89,23 @@ class ComparisonView:
         return Pairs(self.full.reports[:n], self.split.reports[:n]) if n else None
 
     @property
+    def left_s(self) -> float | None:
+        """About how many seconds the runs still to come will take, the one under way included. None until each arm has
+        one."""
+        arms = (self.full, self.split)
+        if not all(arm.reports for arm in arms):
+            return None
+        return sum((self.n_pairs - len(arm.reports)) * mean(_e2el_s(each) for each in arm.reports) for arm in arms)
+
+    @property
     def ended(self) -> bool:
-        """Whether nothing of it will run any more."""
+        """Whether both arms are done, stopped or failed."""
         return all(arm.state in ("done", "stopped", "failed") for arm in (self.full, self.split))
+
+
+def _e2el_s(report: ArmReport) -> float:
+    """Until the last of its samples ended."""
+    return max(sample.e2el_s for sample in report.samples)
 
 
 def compare(
@@ -95,13 +116,12 @@ def compare(
     pairs: int = 1,
     link: Link | None = None,
 ) -> Iterator[ComparisonView]:
-    """Run both arms `pairs` times, one after the other in random order; a state for each moment worth drawing.
+    """Run both arms `pairs` times, one at a time in random order. Yields a view whenever something changes.
 
-    An arm that fails leaves the other one alone, unless the request itself is at fault. `link` None is that of the
-    configuration.
+    If one arm fails, the other one still runs, unless the request is invalid. `link` None is the configured one.
     """
     before = reading(None)
-    shown = ComparisonView(ArmView("full", "waiting"), ArmView("split", "waiting"), asked=pairs)
+    shown = ComparisonView(ArmView("full", "waiting"), ArmView("split", "waiting"), n_pairs=pairs)
     yield shown
     for kind in turns(pairs):
         if shown.of(kind).state in ("failed", "stopped"):
@@ -132,7 +152,7 @@ def _ended(shown: ComparisonView) -> ComparisonView:
 def _follow(
     runs: Runs, arm: ArmView, flags: FlagSet, request: GenerationRequest, stop: threading.Event, link: Link | None
 ) -> Iterator[ArmView]:
-    """One run of `arm`."""
+    """Run `arm` once."""
     if stop.is_set():
         yield replace(arm, state="stopped")
         return
@@ -148,7 +168,7 @@ def _follow(
 
 @dataclass
 class _Drawing:
-    """What one more run of `arm` shows as its items come. Its tokens are drawn the first time."""
+    """Turns the items of one more run of `arm` into views. Tokens are drawn in the first run only."""
 
     arm: ArmView
     samples: int
@@ -158,7 +178,7 @@ class _Drawing:
     lost: bool = False
 
     def take(self, item: Item) -> ArmView | None:
-        """What to draw after `item`; None for nothing new."""
+        """The view after `item`, or None if nothing changed."""
         if isinstance(item, ArmReport):
             self.report = item
         elif isinstance(item, Restart):
@@ -173,22 +193,22 @@ class _Drawing:
         return None
 
     def _token(self) -> ArmView | None:
-        """At most one state in DRAW_S, and one after a reconnection."""
-        found, self.lost = self.lost, False
+        """At most one view in DRAW_S, and one after a reconnection."""
+        reconnected, self.lost = self.lost, False
         if self.arm.reports:
-            return replace(self.arm, state="again") if found else None
-        if not found and time.monotonic() - self.drawn_at < DRAW_S:
+            return replace(self.arm, state="again") if reconnected else None
+        if not reconnected and time.monotonic() - self.drawn_at < DRAW_S:
             return None
         self.drawn_at = time.monotonic()
         return _with(self.arm, "running", self.so_far)
 
     @property
     def so_far(self) -> tuple[RunMetrics, ...]:
-        """What there is to show: this run's samples the first time, then those of the runs before."""
+        """The samples to show: those of this run if it is the first, else those of the runs before."""
         return self.arm.samples if self.arm.reports else of_samples(self.events, self.samples)
 
     def end(self) -> ArmView:
-        """The state after the run."""
+        """The view after the run."""
         if self.report is None or any(each.finish_reason == "cancelled" for each in self.report.samples):
             first = self.report.samples if self.report else self.so_far
             return _with(self.arm, "stopped", self.arm.samples if self.arm.reports else first)

@@ -1,7 +1,7 @@
 """The Answers tab: one prompt through both arms."""
 
 from collections.abc import Iterator
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -13,6 +13,7 @@ from ui import html, inputs
 from ui.compare import time, view
 from ui.compare.actions import Handlers
 from ui.compare.examples import EXAMPLES
+from ui.compare.progress import progress
 from ui.compare.session import ArmView, ComparisonView
 from ui.flag_table.panel import FlagTable
 from ui.flags.picker import Picker, Updates
@@ -20,30 +21,40 @@ from ui.history.panel import HistoryPanel
 from ui.network.panel import NetworkPanel
 from ui.visitors import visitor
 
-# Text fields, not gr.Number: that hands over an empty value for "x", and nobody could be told what was wrong.
+# Text fields, not gr.Number: that sends an empty value for "x", and the error could not name it.
 NUMBERS = {
-    "max_new_tokens": ("Max new tokens", "The answer ends here at the latest."),
-    "temperature": ("Temperature", "0 takes the likeliest token always; above 0 tokens are drawn."),
-    "top_k": ("Top-k", "Draw from the k likeliest tokens; 0 is off."),
-    "top_p": ("Top-p", "Draw from the likeliest tokens with this share; 1 is off."),
-    "repetition_penalty": ("Repetition penalty", "Above 1 makes tokens unlikelier that were there; 1 is off."),
-    "seed": ("Seed", "The same seed draws the same tokens."),
-    "samples": ("Samples at once", "Answers to one prompt, with this seed and the next ones; they share trips."),
+    "max_new_tokens": ("Max new tokens", "The longest answer, in tokens."),
+    "temperature": ("Temperature", "0 always takes the likeliest token; above 0 samples."),
+    "top_k": ("Top-k", "Sample from the k likeliest tokens; 0 is off."),
+    "top_p": ("Top-p", "Sample from the likeliest tokens with this total probability; 1 is off."),
+    "repetition_penalty": ("Repetition penalty", "Above 1 makes earlier tokens less likely; 1 is off."),
+    "seed": ("Seed", "The same seed samples the same tokens."),
+    "samples": ("Samples at once", "Answers to one prompt, with this seed and the next ones. They share round trips."),
 }
 PAIRS = [("1", 1), ("3", 3), ("10", 10)]
-PAIRS_HELP = "Runs of each arm, in turns. More of them show how far the ratio varies."
-# The cards come into view whatever is unfolded, at once for those who want no motion.
+PAIRS_HELP = "Runs of each arm, in turns. More runs show how far the ratio varies."
+# Scrolls to the cards; without animation for visitors who prefer reduced motion.
 TO_RESULT = """() => document.getElementById('result').scrollIntoView({block: 'start',
   behavior: matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth'})"""
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A comparison with pairs, and what was typed for it."""
+
+    shown: ComparisonView
+    typed: dict[str, object]
+    words: str
+
+
 class AnswersTab:
-    """Made inside its tab; `connect` makes it live."""
+    """The tab's components. `connect` adds their event handlers."""
 
     def __init__(self, handlers: Handlers) -> None:
         self.handlers = handlers
         self.config = handlers.runs.config
         self.fields: dict[str, Any] = {}
+        self.finished = gr.State(None)
         self._ask()
         with gr.Row(elem_id="folded"):
             with gr.Accordion("Settings", open=False, elem_id="settings"):
@@ -60,14 +71,14 @@ class AnswersTab:
             with gr.Column(min_width=320):
                 self.split = gr.HTML(view.card(ArmView("split")), elem_id="split")
         self.time = gr.HTML("", elem_id="time")
-        self.history = HistoryPanel(handlers.historian)
+        self.history = HistoryPanel(handlers.historian, handlers.planner)
         self.flag_table = FlagTable(self.handlers, self.compare_flags)
         self.history.lines()
 
     @property
     def drawn(self) -> list[Any]:
-        """What a comparison is shown in."""
-        return [self.full, self.split, self.result, self.time, self.error, self.status]
+        """The components that show a comparison."""
+        return [self.full, self.split, self.result, self.time, self.error, self.status, self.watch]
 
     def _ask(self) -> None:
         prompt = self.config.generation.prompt
@@ -84,7 +95,8 @@ class AnswersTab:
             self.fields["pairs"] = gr.Radio(
                 PAIRS, value=3, label="Runs of each", info=PAIRS_HELP, scale=2, min_width=240, elem_id="pairs"
             )
-        self.status = gr.HTML(_status(""), elem_id="status")
+        self.status = gr.HTML(html.status(""), elem_id="status")
+        self.watch = gr.HTML("", elem_id="watch")
         self.error = gr.HTML("", elem_id="error")
 
     def _settings(self) -> None:
@@ -100,43 +112,47 @@ class AnswersTab:
             info="A chat model expects its template.",
         )
         self.fields["ignore_eos"] = gr.Checkbox(
-            label="Ignore the end token", info="Always generate to the limit: for measuring."
+            label="Ignore the end token", info="Always generate up to the limit, for measuring."
         )
-        self.fields["stop"] = gr.Textbox(label="Stop strings", info="One on each line; the answer ends there.", lines=2)
+        self.fields["stop"] = gr.Textbox(label="Stop strings", info="One per line. The answer ends there.", lines=2)
         self.split_facts = gr.HTML("", elem_id="split-facts")
 
     def connect(self, tick: Any) -> None:
-        """Make it live. `tick` is the timer that runs while this visitor waits for her turn."""
+        """Add the event handlers. `tick` is the timer that runs while this visitor waits for her turn."""
         self.picker.connect(self.handlers.runs)
         self.flag_table.connect(self.fields["prompt"], self.picker.words)
         self.network.connect(self.history.kept)
         self.tick = tick
         for button, example in zip(self.examples, EXAMPLES, strict=True):
             chosen = {self.fields["prompt"]: example.prompt, self.look: html.small(example.look)}
-            button.click(lambda chosen=chosen: chosen, None, list(chosen), queue=False, show_progress="hidden")
-        self.stop.click(self._stop, None, self.stop, queue=False, show_progress="hidden")
-        tick.tick(self._wait, None, [self.status, tick], show_progress="hidden", queue=False)
+            button.click(lambda chosen=chosen: chosen, None, list(chosen), queue=False)
+        self.stop.click(self._stop, None, self.stop, queue=False)
+        tick.tick(self._wait, None, [self.status, self.watch, tick], queue=False)
         buttons = [self.compare, self.stop]
-        # Begin at once, run when no other visitor's run is under way, and set the buttons back whatever happened.
+        # Show at once that it begins, run in the queue of all runs, and reset the buttons in any case.
         begun = gr.on(
             [self.compare.click, self.fields["prompt"].submit],
             self._begin,
             None,
             [*buttons, *self.drawn, self.history.share, tick],
             queue=False,
-            show_progress="hidden",
         )
         begun.then(None, None, None, js=TO_RESULT)
+        # Each output takes time from the run at every drawing, so what only its end changes has an event of its own.
         ran = begun.then(
             self._compare,
-            {*self.fields.values(), self.picker.words, self.history.kept},
-            [*self.drawn, *self.history.outputs, self.network.costs, tick],
+            {*self.fields.values(), self.picker.words},
+            [*self.drawn, self.finished, tick],
             concurrency_id="runs",
             concurrency_limit=1,
-            show_progress="hidden",
             trigger_mode="once",
         )
-        ran.then(self._end, None, [*buttons, tick], queue=False, show_progress="hidden")
+        ran.then(self._end, None, [*buttons, tick], queue=False)
+        ran.then(
+            self._keep,
+            [self.finished, self.history.kept],
+            [*self.history.outputs, self.network.costs, self.finished],
+        )
 
     def _stop(self, request: gr.Request) -> Any:
         self.handlers.stops.stop(visitor(request))
@@ -146,7 +162,8 @@ class AnswersTab:
         place = self.handlers.begin(visitor(request))
         shown = ComparisonView(ArmView("full", "waiting"), ArmView("split", "waiting"))
         return {
-            **self._changes(None, shown, "", place),
+            **self._changes(None, shown, ""),
+            **self._say(view.status(shown, place, self.handlers.line.runs_request), place),
             self.result: view.result(shown, ""),
             self.time: "",
             **self.history.begin(),
@@ -161,66 +178,74 @@ class AnswersTab:
         return {**buttons, self.tick: gr.Timer(active=False)}
 
     def _wait(self, request: gr.Request) -> Updates:
-        """The place in the line, while there is one; to one who is not in it, whether others are."""
+        """Show the visitor's place in the queue; if she is not in it, whether others are."""
         who = visitor(request)
         place = self.handlers.line.place(who)
         if place > 0:
-            return {self.status: _status(view.status(ComparisonView(), place))}
-        if self.handlers.line.has(who):  # hers runs, and says itself how it goes, or another gets the turn before her
+            return self._say(view.status(ComparisonView(), place, self.handlers.line.runs_request), place)
+        if self.handlers.line.has(who):  # her own run reports its status, or her turn comes next
             return {self.status: gr.skip()}
         return self.open(request)
 
     def open(self, request: gr.Request) -> Updates:
-        """A page was opened: say whether a comparison runs, and look again until none does."""
+        """On opening the page: show whether a comparison runs, and poll until none does."""
         who = visitor(request)
-        if self.handlers.line.has(who):  # she was quick, and has pressed Compare
+        if self.handlers.line.has(who):  # she has already pressed Compare
             return {self.status: gr.skip()}
         others = self.handlers.line.others(who)
-        return {self.status: _status(view.elsewhere(others)), self.tick: gr.Timer(active=others > 0)}
+        status = view.elsewhere(others, self.handlers.line.runs_request)
+        return {**self._say(status, others), self.tick: gr.Timer(active=others > 0)}
+
+    def _say(self, status: str, before: int) -> Updates:
+        """The status line; and if others come `before` this visitor, the progress of the one who runs."""
+        return {self.status: html.status(status), self.watch: progress(self.handlers.running) if before else ""}
 
     def _compare(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
-        """Draw only what changed."""
+        """Run the comparison and draw only what changed."""
         before: ComparisonView | None = None
         words = given[self.picker.words] or ""
         typed = {name: given[component] for name, component in self.fields.items()}
         yield {self.tick: gr.Timer(active=False)}
-        with self.handlers.line.turn(visitor(request)):
-            for shown in self.handlers.compare(typed, words, visitor(request)):
-                if changes := self._changes(before, shown, words):  # Gradio takes an empty one for too few values
+        who = visitor(request)
+        with self.handlers.line.turn(who, self.handlers.stops.signal(who)):
+            for shown in self.handlers.compare(typed, words, who):
+                if changes := self._changes(before, shown, words):  # Gradio rejects an empty update as too few values
                     yield changes
                 before = shown
-        if before is not None and before.ended and before.pairs is not None:  # once, when nothing is timed any more
-            entries, updates = self.history.finish(before, typed, words, given[self.history.kept], request)
-            yield {**updates, **self.network.finish(before, entries, typed["link"], request)}
+        if before is not None and before.ended and before.pairs is not None:  # once, when no run is timed any more
+            yield {self.finished: Finished(before, typed, words)}
 
-    def _changes(self, before: ComparisonView | None, shown: ComparisonView, words: str, place: int = 0) -> Updates:
-        """What to draw anew since `before`; None for everything. Drawing takes time from a run on the same cores."""
+    def _keep(self, finished: Finished | None, kept: object, request: gr.Request) -> Updates:
+        """Keep the finished comparison, and show it in the history and in the costs of the network."""
+        if finished is None:
+            return {self.finished: None}
+        entries, updates = self.history.finish(finished.shown, finished.typed, finished.words, kept, request)
+        costs = self.network.finish(finished.shown, entries, finished.typed["link"], request)
+        return {**updates, **costs, self.finished: None}
+
+    def _changes(self, before: ComparisonView | None, shown: ComparisonView, words: str) -> Updates:
+        """The updates since `before` (None: all). Drawing less takes less time from a run on the same cores."""
         updates: Updates = {}
         if before is None or view.errors(shown) != view.errors(before):
             updates[self.error] = view.errors(shown)
-        if before is None or view.status(shown, place) != view.status(before):
-            updates[self.status] = _status(view.status(shown, place))
+        if before is None or view.status(shown) != view.status(before):
+            updates |= self._say(view.status(shown), 0)
         if before is None or shown.full != before.full or shown.error:
             updates[self.full] = view.card(shown.full)
         if before is None or shown.split != before.split or shown.error:
             updates[self.split] = view.card(shown.split)
         if shown.pairs is not None and (before is None or shown.pairs != before.pairs or shown.ended):
             updates[self.result] = view.result(shown, words)
-            if shown.ended:  # once, when nothing is timed any more
+            if shown.ended:  # once, when no run is timed any more
                 updates[self.time] = time.picture(shown.pairs) + view.prompt(shown)
         return updates
 
 
-def _status(text: str) -> str:
-    """A live region that is there before it speaks."""
-    return f'<p class="sl-status" role="status" aria-live="polite">{escape(text)}</p>'
-
-
 def _probably(model: ModelConfig) -> Place:
-    """Where the arms compute, as far as it is known before torch is asked."""
+    """Where the arms probably compute. Only torch knows, and it is not imported here."""
     return Place("cpu" if model.device == "auto" else model.device, dtype=model.dtype)
 
 
 def _named(chat: bool | str) -> tuple[str, ...]:
-    """The chat template that the configuration names: the only one that is known before the model is read."""
+    """The configured chat template: the only one known before the model is read."""
     return (DEFAULT, chat) if isinstance(chat, str) else ()

@@ -1,6 +1,7 @@
 """Where the time goes: a waterfall of one token, and the whole answer token by token.
 
-Pictures are SVG and plain HTML, so that they follow the theme and cost the browser little."""
+The charts are SVG and plain HTML, so that they follow the theme and cost the browser little.
+"""
 
 from collections.abc import Iterator
 from html import escape
@@ -18,7 +19,7 @@ FULL, SPLIT = "#0072b2", "#009e73"
 
 
 def picture(pairs: Pairs) -> str:
-    """Both pictures of the typical runs."""
+    """Both charts, of the typical runs."""
     full, split = pairs.typical("full").metrics, pairs.typical("split").metrics
     return (
         '<section class="sl-time" aria-label="Where the time goes"><h2>Where the time goes</h2>'
@@ -27,7 +28,7 @@ def picture(pairs: Pairs) -> str:
 
 
 def _waterfall(full: RunMetrics, split: RunMetrics) -> str:
-    """A row for each part of a token's time: a bar that begins where the part before ended, and its milliseconds."""
+    """A row for each part of a token's time. Its bar begins where the last one ends."""
     arms = [run.per_token for run in (full, split)]
     most = max((sum(parts.values()) for parts in arms), default=0.0)
     if not most:
@@ -53,7 +54,7 @@ def _starts(parts: dict[str, float]) -> Iterator[tuple[str, float]]:
 
 
 def _cell(name: str, start: float, spent: float, most: float) -> str:
-    """A bar from `start` (a share of the widest row), and its milliseconds."""
+    """A bar and its milliseconds. `start` is a share of the longest row."""
     if not spent:
         return ""
     style = f"margin-left:{start:.2%};width:{max(spent / most, 0.002):.2%};background:{PART_COLOURS[name]}"
@@ -62,17 +63,17 @@ def _cell(name: str, start: float, spent: float, most: float) -> str:
 
 
 def _answer(full: RunMetrics, split: RunMetrics) -> str:
-    """The whole answer of both arms on one axis: TTFT, then a block for each token."""
+    """Both answers on one time axis: TTFT, then a block for each token."""
     longest = max(full.e2el_s, split.e2el_s)
     rows = [("Full", full, FULL), ("Split", split, SPLIT)]
     inner = "".join(_row(at, name, run, colour, longest) for at, (name, run, colour) in enumerate(rows))
     height = len(rows) * (ROW + GAP)
-    said = ". ".join(f"{name}: {_distribution(run)}" for name, run, _ in rows)
+    text = ". ".join(f"{name}: {_distribution(run)}" for name, run, _ in rows)
     return (
         f"<h3>The whole answer, {longest:.2f} s</h3>"
         f'<svg class="sl-answer-time" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'preserveAspectRatio="none" aria-label="{escape(said)}">{inner}</svg><p class="sl-small">{escape(said)}. '
-        "The wide block is the first token; a wider one than its neighbours took longer.</p>"
+        f'preserveAspectRatio="none" aria-label="{escape(text)}">{inner}</svg><p class="sl-small">{escape(text)}. '
+        "The wide block is the first token. A block wider than its neighbours took longer.</p>"
     )
 
 
@@ -92,14 +93,14 @@ def _row(at: int, name: str, run: RunMetrics, colour: str, longest: float) -> st
 
 
 def _distribution(run: RunMetrics) -> str:
-    """Time between tokens, in words."""
+    """TTFT and inter-token latencies, in words."""
     if not run.itl_s:
         return f"TTFT {run.ttft_s * 1e3:.0f} ms, one token"
-    said = f"TTFT {run.ttft_s * 1e3:.0f} ms, then {_ms(run.itl_p50_s or 0.0)} between tokens (median)"
+    text = f"TTFT {run.ttft_s * 1e3:.0f} ms, then {_ms(run.itl_p50_s or 0.0)} between tokens (median)"
     p95 = percentile(run.itl_s, 0.95)
     if p95 is not None:
-        said += f", {_ms(p95)} (p95)"
-    return f"{said}, {_ms(max(run.itl_s))} at most"
+        text += f", {_ms(p95)} (p95)"
+    return f"{text}, {_ms(max(run.itl_s))} at most"
 
 
 def _ms(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The flags table as HTML: what each flag brings, full beside split. Figures are those of splitlearn's flags_table."""
+"""The flags table as HTML: the effect of each flag, full beside split. The figures come from `flags_table`."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,10 +11,12 @@ from ui.format import MISSING
 from ui.html import folded, head_row, small, table, term
 
 EMPTY = (
-    "Press Compare flags: a row for each flag, with what leaving it out costs, in full and in split. The first numbers "
-    "come within seconds, and get surer until you press Stop."
+    "Press Compare flags to see what leaving out each flag costs, in full and in split. The first figures come within "
+    "seconds and get more precise until you press Stop."
 )
 NOWHERE = "does not act here"
+ONE_RUN = "Each row has one run so far, so its ratio may be chance. It gets an interval once the runs repeat."
+FIRST_RUN = "first run only"
 WIDTH, HEIGHT = 72, 14
 LEAST_SPAN = math.log(1.25)  # the axis shows at least 0.8 to 1.25
 ORDERS = [("As listed", "listed"), ("Largest effect on TPOT first", "effect")]
@@ -26,7 +28,7 @@ RATIO_OF = {
 
 
 def plain(value: float | None) -> str:
-    """A figure in three digits, whose unit is in its column's head."""
+    """A figure in three digits. Its unit is in the column's head."""
     if value is None:
         return MISSING
     return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
@@ -34,7 +36,7 @@ def plain(value: float | None) -> str:
 
 RATIOS = {
     "TPOT ratio": "Geometric mean of the pairs with its interval; the axis is logarithmic, the line is 1",
-    "Verdict on TPOT": "What the pairs say of the flag so far",
+    "Verdict on TPOT": "Verdict of the pairs so far",
     "TTFT ratio": "Geometric mean of the pairs with its interval",
 }
 COLUMNS: Mapping[str, tuple[str, Callable[[ArmCells], str]]] = {
@@ -46,18 +48,18 @@ COLUMNS: Mapping[str, tuple[str, Callable[[ArmCells], str]]] = {
     ),
     "Load, s": ("Time to load the weights", lambda cells: plain(cells.load_s)),
     "Added, MB": (
-        "Peak memory beyond what the imports take; of split, client and trunk",
+        "Peak memory beyond the imports; for split, client plus trunk",
         lambda cells: plain(_times(cells.added_bytes, 1e-6)),
     ),
     "n": (
-        "Runs behind the medians; “first” is the one of the first pass, which is not counted",
+        "Runs behind the medians; “first” is that of the first pass, which does not count",
         lambda cells: "first" if cells.first_pass else str(cells.n),
     ),
 }
 
 
 def section(found: FlagsTable | None, order: str = "listed") -> str:
-    """The whole of it; says what will be here while there is nothing."""
+    """The whole table; before the first figures, a text on what it will show."""
     if found is None:
         return f'<section class="sl-result" aria-label="Flags">{small(EMPTY)}</section>'
     rows = _ordered(found.rows, order)
@@ -65,19 +67,42 @@ def section(found: FlagsTable | None, order: str = "listed") -> str:
     what = f"{found.model}; ratios are {RATIO_OF[found.design]}. {found.blocks} whole blocks."
     controls = _table(found.controls, axis, "Controls") if found.controls else ""
     return (
-        f'<section class="sl-result sl-flag-table" aria-label="Flags">{_table(rows, axis, "Flags, full and split")}'
-        f"{small(what)}{small(_left_out(found))}{folded('Controls: the same against the same', controls)}</section>"
+        f'<section class="sl-result sl-flag-table" aria-label="Flags">{_summary(found)}'
+        f"{_table(rows, axis, 'Flags, full and split')}"
+        f"{small(what)}{small(_left_out(found))}{folded('Controls: identical arms', controls)}</section>"
     )
 
 
 def changes(found: FlagsTable) -> str:
-    """For each row what it changed in the time of a token, and the command that repeats it."""
+    """For each row the change in each part of a token's time, and the command that repeats it."""
     rows = "".join(folded(row.name, _change(row)) for row in found.rows)
-    return f"<h3>What each row changed in the time of a token, and the command that repeats it</h3>{rows}"
+    return f"<h3>What each row changed in a token's time, and the command that repeats it</h3>{rows}"
+
+
+def _summary(found: FlagsTable) -> str:
+    """Which flags pay where, as far as that is decided; a warning while every row has one run."""
+    flags = [row for row in found.rows if row.role == "flag"]
+    faster = {kind: [row.flag for row in flags if _is_faster(row.cells.get(kind))] for kind in KINDS}
+    full, split = faster["full"], faster["split"]
+    lists = {
+        "Faster in both arms": [flag for flag in split if flag in full],
+        "Faster in split only": [flag for flag in split if flag not in full],
+        "Faster in full only": [flag for flag in full if flag not in split],
+        "Acts in split only": [row.flag for row in flags if set(row.cells) == {"split"}],
+    }
+    lines = [f"{what}: {', '.join(names)}." for what, names in lists.items() if names]
+    if any(cells.first_pass for row in flags for cells in row.cells.values()):
+        lines.insert(0, ONE_RUN)
+    return "".join(map(small, lines))
+
+
+def _is_faster(cells: ArmCells | None) -> bool:
+    ratio = cells.tpot_ratio if cells else None
+    return ratio is not None and ratio.decided and ratio.verdict == "faster"
 
 
 def _left_out(found: FlagsTable) -> str:
-    """Which arms cannot run, and why."""
+    """The arms that cannot run, with their reasons."""
     cells = [cells for row in found.rows for cells in row.cells.values() if cells.unavailable]
     arms = [f"{each.arm} ({each.unavailable})" for each in cells]
     return f"Left out: {'; '.join(arms)}." if arms else ""
@@ -96,7 +121,7 @@ def _effect(row: FlagRow) -> float:
 
 
 def _axis(rows: Iterable[FlagRow]) -> tuple[float, float]:
-    """The ends of the log axis that all bars share: as wide as the data, with 1 in it."""
+    """The ends of the shared log axis: as wide as the data, and including 1."""
     found = [cells.tpot_ratio for row in rows for cells in row.cells.values() if cells.tpot_ratio]
     ends = [at for each in found for at in (each.ratio, each.low, each.high) if at]
     logs = [math.log(at) for at in ends]
@@ -109,7 +134,7 @@ def _table(rows: Iterable[FlagRow], axis: tuple[float, float], name: str) -> str
 
 
 def _head(where: str) -> str:
-    """Two lines: what a pair of columns shows, and which of them is full and which split."""
+    """Two header rows: the name of each pair of columns, then full and split."""
     groups = "".join(f'<th scope="colgroup" colspan="2">{_column(group, where)}</th>' for group in (*RATIOS, *COLUMNS))
     kinds = "".join(f'<th scope="col">{kind}</th>' for kind in KINDS) * (len(RATIOS) + len(COLUMNS))
     return f'<tr><th scope="col" rowspan="2">Flags</th>{groups}</tr><tr>{kinds}</tr>'
@@ -144,6 +169,8 @@ def _times(value: float | None, factor: float) -> float | None:
 def _verdict(cells: ArmCells) -> str:
     if cells.unavailable:
         return "unavailable"
+    if cells.first_pass and cells.tpot_ratio:
+        return FIRST_RUN
     return escape(cells.tpot_ratio.verdict) if cells.tpot_ratio else MISSING
 
 
@@ -156,7 +183,7 @@ def _ratio(found: Ratio | None) -> str:
 
 
 def _bar(kind: Kind, found: Ratio | None, axis: tuple[float, float]) -> str:
-    """The point and the interval on the log axis, with the figures."""
+    """A point with its interval on the log axis, and the figures."""
     if found is None or found.ratio is None:
         return MISSING
 
@@ -174,7 +201,7 @@ def _bar(kind: Kind, found: Ratio | None, axis: tuple[float, float]) -> str:
 
 
 def _change(row: FlagRow) -> str:
-    """What a row changed against the one it is compared with, part by part, and its command."""
+    """The change against the row that it is compared with, part by part, and the command."""
     parts = {kind: cells.breakdown_change_us or {} for kind, cells in row.cells.items()}
     names = [name for name in LEDGER_ORDER if any(name in of for of in parts.values())]
     rows = [(name, *(_microseconds(parts.get(kind, {}).get(name)) for kind in KINDS)) for name in names]

@@ -1,4 +1,4 @@
-"""What the page shows of flags: badges, and the matrix of flag by side."""
+"""Flags as HTML: help line with badges, and the matrix of flag by side."""
 
 from collections.abc import Mapping
 from html import escape
@@ -9,7 +9,7 @@ from ui.html import folded, head_row, table
 
 
 def about(flag: Flag, why_not: str | None) -> str:
-    """The line under a flag's control: what it does, the sides that it acts on, its fidelity."""
+    """The line under a flag's control: its help, its sides and its fidelity."""
     sides = "".join(f'<span class="sl-badge">{side}</span>' for side in SIDES if side in flag.sides)
     reason = f"<b>Unavailable: {escape(why_not)}.</b> " if why_not else ""
     fidelity = f'<span class="sl-badge sl-{flag.fidelity}">{flag.fidelity}</span>'
@@ -17,16 +17,16 @@ def about(flag: Flag, why_not: str | None) -> str:
 
 
 def cannot(reasons: Mapping[str, str]) -> str:
-    """The flags that can act on no side here, each with the reason, folded."""
-    said = "".join(
+    """A folded list of the flags that can act on no side here, with their reasons."""
+    items = "".join(
         f"<li><div><b>{escape(FLAGS[name].label)}</b></div>{about(FLAGS[name], why)}</li>"
         for name, why in reasons.items()
     )
-    return folded(f"Flags that cannot act here: {len(reasons)}", f"<ul>{said}</ul>" if said else "")
+    return folded(f"Flags that cannot act here: {len(reasons)}", f"<ul>{items}</ul>" if items else "")
 
 
 def matrix(known: Availability, applied: FlagSet) -> str:
-    """Flag by side: applied, available, or unavailable and why."""
+    """A table of flag by side: applied, available, or why it is unavailable."""
     rows = (
         (f"<code>{name}</code>", flag.fidelity, *(_cell(name, side, known, applied) for side in SIDES))
         for name, flag in FLAGS.items()

@@ -1,4 +1,4 @@
-"""Which flags are chosen, in the words of the command line: the page's controls all read and write these words."""
+"""Convert chosen flags to and from the words of the command line, which all of the page's controls read and write."""
 
 from splitlearn.arms.runs import Runs
 from splitlearn.errors import SetupError, TrunkError
@@ -9,7 +9,7 @@ NAMES = (*SETS, *PRESETS)
 
 
 def available(runs: Runs) -> Availability:
-    """Which flags can be applied where; a trunk that cannot be asked is no reason not to run the full model."""
+    """The available flags of each side. If the trunk cannot be reached, only its own flags are unavailable."""
     try:
         return runs.availability()
     except (TrunkError, SetupError):
@@ -18,13 +18,13 @@ def available(runs: Runs) -> Availability:
 
 
 def useful_first(place: Place) -> list[str]:
-    """All flags; those of the fastest set that leaves the tokens as they are at `place` come first."""
+    """The names of all flags. Those that `auto` applies at `place` come first."""
     fastest = parse("auto", availability(dict.fromkeys(SIDES, place))).names()
     return sorted(FLAGS, key=lambda name: name not in fastest)
 
 
 def words(flags: FlagSet, known: Availability) -> str:
-    """The shortest words that mean `flags` here: the name of a set, a list for all sides, or a list for each side."""
+    """The shortest words for `flags` here: the name of a set, one list for all sides, or a list for each side."""
     listed = ",".join(_in_order(flags.full | flags.client | flags.trunk)) or "none"
     by_side = " ".join(f"{side}:{','.join(_in_order(flags.of(side))) or 'none'}" for side in SIDES)
     same_choices = len({text.partition("=")[0] for text in listed.split(",")}) == len(listed.split(","))
@@ -33,15 +33,15 @@ def words(flags: FlagSet, known: Availability) -> str:
 
 
 def set_of(flags: FlagSet, known: Availability) -> str | None:
-    """The name of the set of flags that is chosen, if it is one."""
+    """The name of the set that equals `flags`, or None."""
     return next((name for name in NAMES if parse(name, known) == flags), None)
 
 
 def about_auto(known: Availability) -> str:
-    """What `auto` means here, and why: one line."""
+    """One line on what `auto` is here, and why."""
     local, trunk = known.auto["full"], known.auto["trunk"]
-    said = f"auto is {local.preset} here ({local.when})"
-    return f"{said}." if trunk == local else f"{said}; at the trunk it is {trunk.preset} ({trunk.when})."
+    text = f"auto is {local.preset} here ({local.when})"
+    return f"{text}." if trunk == local else f"{text}; at the trunk it is {trunk.preset} ({trunk.when})."
 
 
 def with_choice(flags: FlagSet, name: str, choice: str, known: Availability) -> FlagSet:
@@ -57,24 +57,24 @@ def with_choice(flags: FlagSet, name: str, choice: str, known: Availability) -> 
 
 
 def choice_of(flags: FlagSet, name: str, known: Availability) -> str | None:
-    """The choice of flag `name` where all sides that can have it agree; None where they differ."""
+    """The choice of flag `name` on all sides where it is available; None if they differ."""
     sides = [side for side in SIDES if known[side][name] is None]
     chosen = {_choice_on(flags, name, side) for side in sides}
     return chosen.pop() if len(chosen) == 1 else None
 
 
 def on_sides(chosen: dict[Side, list[str]]) -> str:
-    """The words for a list of flags on each side."""
+    """The words for one list of flags per side."""
     return " ".join(f"{side}:{','.join(texts) or 'none'}" for side, texts in chosen.items())
 
 
 def why_nowhere(name: str, known: Availability) -> str | None:
-    """Why flag `name` can be applied on no side, or None when it can on some."""
+    """Why flag `name` can be applied on no side, or None if it can on some."""
     reasons = {side: known[side][name] for side in SIDES if side in FLAGS[name].sides}
     if not all(reasons.values()):
         return None
-    said = {str(reason) for reason in reasons.values()}
-    return said.pop() if len(said) == 1 else "; ".join(f"{side}: {reason}" for side, reason in reasons.items())
+    texts = {str(reason) for reason in reasons.values()}
+    return texts.pop() if len(texts) == 1 else "; ".join(f"{side}: {reason}" for side, reason in reasons.items())
 
 
 def _choice_on(flags: FlagSet, name: str, side: Side) -> str:

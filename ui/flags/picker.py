@@ -1,4 +1,4 @@
-"""The flag picker: controls made from the registry. What is chosen is the text in `words`; all others follow it."""
+"""The flag picker: controls made from the registry. The text in `words` is the state; the other controls follow it."""
 
 from collections.abc import Callable
 from html import escape
@@ -26,13 +26,16 @@ WORDS_HELP = (
 
 
 class Picker:
-    """Made inside a `gr.Blocks`; `connect` makes it live. `place` is where the arms probably compute: the flags of the
-    fastest set there come first. Those that turn out not to act here are folded."""
+    """The picker's components, built inside a `gr.Blocks`. `connect` adds the handlers.
+
+    `place` is where the arms probably compute: the flags that `auto` applies there come first. Flags that turn out not
+    to act here are folded.
+    """
 
     def __init__(self, at_first: str, place: Place) -> None:
         self.preset = gr.Radio(list(flag_words.NAMES), label="Set of flags", info=PRESETS_HELP)
         self.auto = gr.HTML("", elem_id="auto")
-        gr.Markdown("The same on every side where a flag acts:", elem_classes="sl-small")
+        gr.Markdown("Applied on every side where the flag acts:", elem_classes="sl-small")
         self.flags: dict[str, Any] = {}
         self.cards: dict[str, Any] = {}
         with gr.Row(elem_classes="sl-flags"):
@@ -41,11 +44,10 @@ class Picker:
                     self.flags[name] = _control(FLAGS[name])
                     gr.HTML(badges.about(FLAGS[name], None))
         self.cannot = gr.HTML("", elem_id="flags-cannot")
-        # In the same accordion as the controls: Gradio keeps no value for a field that was never on the screen but the
-        # one that it began with.
+        # In the same accordion as the controls: a field that was never on the screen keeps its first value in Gradio.
         self.words = gr.Textbox(at_first, label="Flags in words", info=WORDS_HELP, elem_id="flag-words")
-        # A box of its own: the answer to what was typed may come after the one to a button that was pressed next, and
-        # would clear away what that one said.
+        # Its own error box: the response to typing may come after that of a button pressed next, and would clear its
+        # error.
         self.error = gr.HTML("", elem_id="flags-error")
         with gr.Accordion("Advanced: choose for each side", open=False, elem_id="sides"):
             self.sides = {side: gr.CheckboxGroup([], label=f"Applied on {side}") for side in SIDES}
@@ -54,12 +56,12 @@ class Picker:
 
     @property
     def outputs(self) -> list[Any]:
-        """All that a choice of flags is shown in."""
+        """The components that show a choice of flags."""
         controls = [*self.flags.values(), *self.cards.values(), *self.sides.values()]
         return [self.preset, self.auto, *controls, self.cannot, self.words, self.matrix]
 
     def connect(self, runs: Runs) -> None:
-        """Let each control change the words, and the others with them; what cannot be used is said below the words."""
+        """Let each control change the words, and with them the other controls. Errors appear below the words."""
         outputs = [*self.outputs, self.error]
 
         def at(flags_of: Callable[[Availability], FlagSet], *, typed: str | None = None) -> Updates:
@@ -68,12 +70,12 @@ class Picker:
                 flags = flags_of(known)
             except SplitlearnError as problem:
                 return {self.error: html.error(str(problem))}
-            # What was typed stays as it is: the ladder of the lab adds flags in the order of these words.
+            # Typed words stay as they are, since the lab's ladder adds flags in their order.
             words = {} if typed is not None else {self.words: flag_words.words(flags, known)}
             return {**self.show(flags, known, typed), **words, self.error: ""}
 
         def on_typed(text: str) -> Updates:
-            return at(lambda known: parse(text or "", known), typed=text or "")  # a program may send nothing at all
+            return at(lambda known: parse(text or "", known), typed=text or "")  # an API client may send None
 
         def on_preset(name: str) -> Updates:
             return {**on_typed(name), self.words: name}
@@ -89,15 +91,15 @@ class Picker:
             words = flag_words.on_sides(dict(zip(SIDES, lists, strict=True)))
             return at(lambda known: parse(words, known))
 
-        self.preset.input(on_preset, self.preset, outputs, show_progress="hidden")
+        self.preset.input(on_preset, self.preset, outputs)
         for name, control in self.flags.items():
-            control.input(on_flag(name), [control, self.words], outputs, show_progress="hidden")
+            control.input(on_flag(name), [control, self.words], outputs)
         for group in self.sides.values():
-            group.input(on_sides, list(self.sides.values()), outputs, show_progress="hidden")
-        gr.on([self.words.submit, self.words.blur], on_typed, self.words, outputs, show_progress="hidden")
+            group.input(on_sides, list(self.sides.values()), outputs)
+        gr.on([self.words.submit, self.words.blur], on_typed, self.words, outputs)
 
     def show(self, flags: FlagSet, known: Availability, typed: str | None = None) -> Updates:
-        """Every control but the words as `flags` has it. Two sets may be the same here: `typed` names the one meant."""
+        """Set every control but the words to `flags`. Two sets may be the same here: `typed` names the one meant."""
         why_not = {name: flag_words.why_nowhere(name, known) for name in FLAGS}
         controls = {
             control: _update(FLAGS[name], flag_words.choice_of(flags, name, known), why_not[name])
@@ -130,21 +132,21 @@ def _control(flag: Flag) -> Any:
 
 
 def _update(flag: Flag, chosen: str | None, why_not: str | None) -> Any:
-    """The control of `flag` at a choice, or at none where sides differ; greyed where no side can have it."""
+    """Set the control of `flag` to a choice, or to none where sides differ. It is disabled if no side can apply it."""
     if len(flag.choices) == 2:
         return gr.Checkbox(value=chosen == flag.applied, interactive=why_not is None)
     return gr.Radio(value=chosen, interactive=why_not is None)
 
 
 def _chosen(flag: Flag, value: Any) -> str:
-    """What the control of `flag` says, as one of the flag's choices."""
+    """The value of the control of `flag`, as one of the flag's choices."""
     if isinstance(value, bool):
         return flag.applied if value else flag.off
     return str(value)
 
 
 def _texts(reasons: Any) -> list[str]:
-    """What can be applied on a side: the name of each available flag, and of each choice that is not the usual one."""
+    """The choices of a side: the name of each available flag, and name=choice for its other choices."""
     return [
         name if chosen == flag.applied else f"{name}={chosen}"
         for name, flag in FLAGS.items()

@@ -1,1 +1,1 @@
-"""What the page refuses before Gradio sees it."""
+"""Refuses requests that no page sends, before Gradio sees them."""

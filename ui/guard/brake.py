@@ -1,4 +1,4 @@
-"""A brake on logins: how many passwords may be tried."""
+"""Rate limit of wrong logins."""
 
 import math
 import time
@@ -9,27 +9,27 @@ MOST_ADDRESSES = 1024
 
 
 class Bucket:
-    """Holds up to `size` tries and gets one more every `every_s` seconds."""
+    """A token bucket: holds up to `size` tries and gains one every `every_s` seconds."""
 
     def __init__(self, size: int, every_s: float, now: float) -> None:
         self._size, self._every_s = size, every_s
         self._tries, self._at = float(size), now
 
     def wait_s(self, now: float) -> float:
-        """Seconds until there is a try; 0.0 where there is one."""
+        """Seconds until the next try; 0.0 if one is left."""
         self._tries, self._at = min(self._size, self._tries + (now - self._at) / self._every_s), now
         return max(0.0, (1.0 - self._tries) * self._every_s)
 
     def add(self, tries: float) -> None:
-        """Take tries (below zero) or give them back."""
+        """Give back `tries`, or take them if negative."""
         self._tries = min(self._size, self._tries + tries)
 
 
 class Brake:
-    """Wrong logins: five at once from one address, then one in five seconds; thirty from all, then one a second.
+    """Limits wrong logins: a burst of 5 per address, then one per 5 s; a burst of 30 in all, then one per second.
 
-    An address that is at its end does not take from the others. All together are limited, too, since addresses can be
-    made up where a proxy hands them on.
+    An address that has reached its limit takes nothing from the total. There is a total because clients can forge the
+    address that a proxy forwards.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,7 +38,7 @@ class Brake:
         self._addresses: OrderedDict[str, Bucket] = OrderedDict()
 
     def take(self, address: str) -> int:
-        """Take a try for `address`: 0, or the seconds after which it may try again, in which case none is taken."""
+        """Take a try for `address`. Returns 0, or the seconds to wait, in which case none is taken."""
         now = self._clock()
         bucket = self._bucket(address, now)
         wait_s = bucket.wait_s(now) or self._all.wait_s(now)
@@ -48,7 +48,7 @@ class Brake:
         return math.ceil(wait_s)
 
     def give_back(self, address: str) -> None:
-        """The try was right, and so does not count."""
+        """Undo a try whose password was right."""
         self._bucket(address, self._clock()).add(1.0)
         self._all.add(1.0)
 

@@ -30,7 +30,7 @@ CSV, JSON = "history.csv", "history.json"
 
 @dataclass(frozen=True)
 class Finish:
-    """A comparison that has ended, as it is kept and shared."""
+    """A finished comparison: its line in the history, its command and its files."""
 
     entry: Entry
     command: str
@@ -38,14 +38,14 @@ class Finish:
 
 
 class Historian:
-    """Makes lines of the history, and files in `downloads`. `options` are the program's own, such as --config."""
+    """Makes the lines and files of the history. `options` are those for the same settings, such as --config."""
 
     def __init__(self, runs: Runs, downloads: Downloads, options: Sequence[str]) -> None:
         self.runs, self._downloads, self._options = runs, downloads, options
         self.disk = DiskHistory(catalogue.cache_folder(runs.config.model))
 
     def keeps(self, owner: bool) -> bool:
-        """Whether comparisons are kept on disk: of a visitor who is the owner of the page, or of any."""
+        """Whether a visitor's comparisons are kept on disk. `owner` is whether she is the page's owner."""
         ui = self.runs.config.ui
         alone = is_loopback(ui.host) and not ui.share and not os.environ.get(ui.auth)
         return alone and owner if ui.history_file is None else ui.history_file
@@ -53,43 +53,45 @@ class Historian:
     def finish(
         self, shown: ComparisonView, typed: Mapping[str, object], words: str, visitor: str, owner: bool
     ) -> Finish | None:
-        """What is kept of `shown`; None where no pair was complete. `owner` is whether she runs the page."""
+        """Keep the comparison `shown`; None if no pair is complete. `owner` is whether the visitor is the page's
+        owner."""
         pairs = shown.pairs
         if pairs is None:
             return None
         request, link = inputs.request(typed), pairs.typical("split").link
-        told = None if link == self.runs.link else str(link)
-        repeat = command(request, words, shown.asked, told, self._options)
+        other_link = None if link == self.runs.link else str(link)
+        repeat = command(request, words, shown.n_pairs, other_link, self._options)
         made = record.entry(pairs, request, words, self.runs.files.name, self.runs.plan, str(link), repeat)
         around = self._environment()
         if self.keeps(owner):
-            self._keep(shown, pairs, words, around, {"asked": request.prompt, "command": repeat})
+            self._keep(shown, pairs, words, around, {"asked": request.text, "command": repeat})
         texts = {PAGE: share.page(shown, made, repeat, around), TIMES: share.times(pairs)}
         return Finish(made, repeat, self._write(texts, f"{visitor} comparison"))
 
     def _keep(
-        self, shown: ComparisonView, pairs: Pairs, words: str, environment: dict[str, Any], said: Mapping[str, str]
+        self, shown: ComparisonView, pairs: Pairs, words: str, environment: dict[str, Any], extra: Mapping[str, str]
     ) -> None:
-        """Append the comparison to the file. A disk that is full is no reason to lose the answer."""
+        """Append the comparison to the file. If that fails, only warn: the answer must not be lost."""
         runs, flags = self.runs, parse(words, flag_words.available(self.runs))
         found = Comparison(runs.files.name, runs.plan, flags, pairs, shown.others_cpu, environment, shown.logits)
         try:
-            self.disk.add({"when": datetime.now(UTC).isoformat(), **said, **found.as_json()})
+            self.disk.add({"when": datetime.now(UTC).isoformat(), **extra, **found.as_json()})
         except OSError as error:
             say(f"warning: {self.disk.path} cannot be written ({error.strerror}).", stderr=True)
 
     def exports(self, entries: Sequence[Entry], visitor: str) -> Mapping[str, Path]:
-        """The history as files."""
+        """Write the history as files."""
         texts = {CSV: share.history_csv(entries), JSON: share.history_json(entries)}
         return self._write(texts, f"{visitor} history")
 
     def leave(self, visitor: str) -> None:
-        """The visitor has left: remove what is hers."""
+        """Remove the files of a visitor who has left."""
         for what in ("comparison", "history"):
             self._downloads.forget(f"{visitor} {what}")
 
     def _write(self, texts: Mapping[str, str], key: str) -> dict[str, Path]:
-        return {path.name: path for path in write_texts(self._downloads.fresh(key), texts)}
+        with self._downloads.fresh(key) as folder:
+            return {path.name: path for path in write_texts(folder, texts)}
 
     def _environment(self) -> dict[str, Any]:
         try:

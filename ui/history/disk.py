@@ -1,10 +1,9 @@
 """Comparisons of the page on this machine: a file of JSON lines, each the object of `compare --json`.
 
-    <cache>/v1/history/comparisons.jsonl      the newest last, readable by its owner alone
+    <cache>/v1/history/comparisons.jsonl      newest last, readable by its owner only
 
-Before its keys stand `when`, `asked` (the prompt as it was typed) and `command`, which repeats it. The file keeps the
-last MOST_RECORDS, and at most MOST_BYTES; the oldest go first. What it holds is outside input: a line that is no such
-object is skipped and counted.
+Each object also has `when`, `asked` (the typed prompt) and `command`, which repeats it. The file keeps the newest
+MOST_RECORDS and at most MOST_BYTES. It is untrusted input: an invalid line is skipped and counted.
 """
 
 import json
@@ -26,7 +25,7 @@ Seconds = Annotated[float, Field(ge=0, lt=1e6)]
 
 
 class _Part(BaseModel):
-    """Of the object only what is shown; other keys are left alone."""
+    """Validates only the keys that are shown, and ignores others."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -40,7 +39,7 @@ class Cut(_Part):
 
 
 class Times(_Part):
-    """Of the typical run of an arm."""
+    """Figures of the typical run of an arm."""
 
     ttft_s: Seconds
     tpot_s: Seconds | None
@@ -55,14 +54,14 @@ class Spread(_Part):
 
 
 class Ratios(_Part):
-    """Of the pairs."""
+    """Ratios of the pairs."""
 
     ttft: Spread | None
     tpot: Spread | None
 
 
 class Record(_Part):
-    """A comparison as the list shows it."""
+    """A comparison as shown in the list."""
 
     when: AwareDatetime
     asked: str
@@ -77,7 +76,7 @@ class Record(_Part):
 
 @dataclass(frozen=True)
 class Earlier:
-    """The comparisons of `path`, newest first, and how many of its lines are none."""
+    """The comparisons of `path`, newest first, and its number of invalid lines."""
 
     path: Path
     records: tuple[Record, ...] = ()
@@ -91,7 +90,7 @@ class DiskHistory:
         self.path = cache / FOLDER / NAME
 
     def add(self, comparison: Mapping[str, Any]) -> None:
-        """Append `comparison`, and drop the oldest ones where they are too many. Raises OSError."""
+        """Append `comparison` and drop the oldest ones over the limits. Raises OSError."""
         line = json.dumps(comparison).encode() + b"\n"
         if len(line) > MOST_LINE:
             return
@@ -107,7 +106,7 @@ class DiskHistory:
                 file.write(line)
 
     def read(self) -> Earlier:
-        """What the file holds; nothing where there is none or where it cannot be read."""
+        """Read the file. Returns no comparisons if it is missing or unreadable."""
         try:
             lines = self._lines()
         except OSError:
@@ -117,8 +116,8 @@ class DiskHistory:
         return Earlier(self.path, tuple(records), len(found) - len(records))
 
     def _lines(self) -> list[bytes]:
-        """The last lines of the file, in its order. The first of them may be cut where the file is too long."""
-        if not self.path.is_file():  # nor a pipe or a device
+        """The last lines of the file, in order. The first may be cut off if the file is too long."""
+        if not self.path.is_file():  # missing, or a pipe or device
             return []
         with self.path.open("rb") as file:
             file.seek(max(0, self.path.stat().st_size - MOST_BYTES))
@@ -126,7 +125,7 @@ class DiskHistory:
 
 
 def _newest(lines: list[bytes]) -> list[bytes]:
-    """As many of the last lines as may be kept."""
+    """As many of the last lines as the limits allow."""
     kept: list[bytes] = []
     room = MOST_BYTES
     for line in reversed(lines[-MOST_RECORDS:]):
@@ -138,7 +137,7 @@ def _newest(lines: list[bytes]) -> list[bytes]:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write `content` in one step, for the owner alone."""
+    """Replace the file atomically, readable by its owner only."""
     draft = path.with_suffix(f".{os.getpid()}.partial")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

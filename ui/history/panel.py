@@ -1,4 +1,4 @@
-"""Below the answers: the comparison's command and files, the history, and two of its lines side by side."""
+"""Below the answers: command and files of the comparison, the history, and two of its lines side by side."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,20 +11,21 @@ from ui.flags.picker import Updates
 from ui.guard.owner import ONLY_OWNER, is_owner
 from ui.history import record, view
 from ui.history.actions import CSV, JSON, PAGE, TIMES, Finish, Historian
+from ui.history.divergence_panel import DivergencePanel
 from ui.history.record import Entry
+from ui.model.actions import Planner
 from ui.visitors import visitor
 
-# Where the browser keeps it. Gradio scrambles it with a word that every page of the program has: no secret.
+# Where the browser keeps it. Gradio encrypts it with a key that every page has, so it is no secret.
 STORAGE_KEY, SCRAMBLED_WITH = "splitlearn-history", "splitlearn"
-AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-REPEAT_HELP = "The same on the command line, where this program is installed."
+REPEAT_HELP = "Runs the same comparison on the command line."
 
 
 class HistoryPanel:
-    """Made inside a tab: what belongs to the last comparison at once, the rest by `lines`. `connect` makes it live."""
+    """The history's components: those of the last comparison, and by `lines` the rest. `connect` adds the handlers."""
 
-    def __init__(self, historian: Historian) -> None:
-        self.historian = historian
+    def __init__(self, historian: Historian, planner: Planner) -> None:
+        self.historian, self.planner = historian, planner
         self.kept = gr.BrowserState([], storage_key=STORAGE_KEY, secret=SCRAMBLED_WITH)
         with gr.Column(visible=False, elem_id="share") as self.share:
             self.command = gr.Textbox(
@@ -45,7 +46,7 @@ class HistoryPanel:
                 }
 
     def lines(self) -> None:
-        """Make what stands further down: all comparisons, and two of them side by side."""
+        """Build the lower part: all comparisons, and two of them side by side."""
         gr.HTML("<h2>History</h2>", elem_classes="sl-report")
         self.table = gr.HTML(view.history(()), elem_id="history")
         with gr.Column(visible=False, elem_id="history-more") as self.more:
@@ -70,30 +71,37 @@ class HistoryPanel:
                 )
             ]
         self.pinned = gr.HTML(view.pinned(None, None), elem_id="pinned")
+        self.divergence = DivergencePanel(self.planner)
 
     @property
     def outputs(self) -> list[Any]:
-        """What a comparison that has ended is shown in."""
+        """The components that change after a comparison."""
         made = [self.share, self.command, self.cut, *self.files.values()]
-        return [*made, self.kept, self.table, self.more, *self.exports.values(), *self.pins, self.pinned]
+        return [*made, self.kept, *self._shown]
+
+    @property
+    def _shown(self) -> list[Any]:
+        """The components that show the lines."""
+        beside = [*self.pins, self.pinned, *self.divergence.drawn]
+        return [self.table, self.more, *self.exports.values(), *beside]
 
     def connect(self, blocks: Any) -> None:
-        """Make it live: what the browser has kept is shown when the page opens."""
-        shown = [self.table, self.more, *self.exports.values(), *self.pins, self.pinned]
-        blocks.load(self._open, self.kept, [*shown, self.earlier], **AT_ONCE)
-        self.earlier.expand(self._earlier, None, self.records, **AT_ONCE)
-        self.clear.click(self._clear, None, [self.kept, *shown], **AT_ONCE)
+        """Add the event handlers, which show the browser's history when the page opens."""
+        blocks.load(self._open, self.kept, [*self._shown, self.earlier], queue=False)
+        self.earlier.expand(self._earlier, None, self.records, queue=False)
+        self.clear.click(self._clear, None, [self.kept, *self._shown], queue=False)
         for pin in self.pins:
-            pin.input(self._pin, [self.kept, *self.pins], self.pinned, **AT_ONCE)
+            pin.input(self._pin, [self.kept, *self.pins], [self.pinned, *self.divergence.drawn], queue=False)
+        self.divergence.connect(self.kept, *self.pins)
 
     def begin(self) -> Updates:
-        """Another comparison begins: the files of the last one are not its files."""
+        """Hide the files of the last comparison when another one begins."""
         return {self.share: gr.Column(visible=False)}
 
     def finish(
         self, shown: ComparisonView, typed: dict[str, object], words: str, kept: object, request: gr.Request
     ) -> tuple[Sequence[Entry], Updates]:
-        """Show and keep the comparison that has ended. Gives all entries, newest first."""
+        """Show and keep a finished comparison. Returns all entries, newest first, and the updates."""
         before = record.read(kept)
         made = self.historian.finish(shown, typed, words, visitor(request), is_owner(request))
         if made is None:
@@ -112,7 +120,7 @@ class HistoryPanel:
         return {**self._show(record.read(kept), visitor(request)), self.earlier: mine}
 
     def _earlier(self, request: gr.Request) -> str:
-        """What the file holds, for the owner alone."""
+        """The file's comparisons, for the owner only."""
         if not is_owner(request):
             return html.small(ONLY_OWNER)
         return view.earlier(self.historian.disk.read(), self.historian.keeps(owner=True))
@@ -124,13 +132,13 @@ class HistoryPanel:
         choices = [(entry.label, entry.when.isoformat()) for entry in entries]
         updates: Updates = {self.table: view.history(entries), self.more: gr.Column(visible=bool(entries))}
         updates |= {pin: gr.Dropdown(choices=choices, value=None) for pin in self.pins}
-        updates[self.pinned] = view.pinned(None, None)
+        updates |= {self.pinned: view.pinned(None, None), **self.divergence.show(None, None)}
         if entries:
             files = self.historian.exports(entries, who)
             updates |= {button: gr.DownloadButton(value=str(files[name])) for name, button in self.exports.items()}
         return updates
 
-    def _pin(self, kept: object, one: object, other: object) -> str:
-        """Only lines that there are: a name from the browser is looked up, no more."""
-        found = {entry.when.isoformat(): entry for entry in record.read(kept)}
-        return view.pinned(*(found.get(name) if isinstance(name, str) else None for name in (one, other)))
+    def _pin(self, kept: object, first: object, second: object) -> Updates:
+        """Show two lines side by side. A name from the browser is only looked up."""
+        one, other = record.find(kept, first, second)
+        return {self.pinned: view.pinned(one, other), **self.divergence.show(one, other)}

@@ -1,6 +1,6 @@
-"""One finished comparison as the browser keeps it: a JSON text.
+"""A finished comparison as JSON, which the browser keeps.
 
-What comes back from the browser is outside input. Each text is checked; one that does not fit is dropped.
+What the browser sends back is untrusted input: invalid entries are dropped.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from splitlearn.arms.compare import Pairs
 from splitlearn.arms.report import ArmReport
 from splitlearn.breakdown import Ratio
-from splitlearn.events import GenerationRequest
+from splitlearn.errors import InputError
+from splitlearn.events import GenerationRequest, Kind
 from splitlearn.models.plan import SplitPlan
 
 MOST_ENTRIES = 50
@@ -22,6 +23,8 @@ LONG = 2000  # of a text in an entry
 MOST_PIECES = 1000
 Text = Annotated[str, Field(max_length=LONG)]
 Pieces = Annotated[tuple[Text, ...], Field(max_length=MOST_PIECES)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=MOST_PIECES)]
 Seconds = Annotated[float, Field(ge=0, lt=1e6)]
 
 
@@ -30,17 +33,21 @@ class _Part(BaseModel):
 
 
 class Figures(_Part):
-    """Of the median run of an arm: seconds, and tokens per second of the request. `answer` is the first sample's text
-    in pieces, a token each where tokens are whole characters."""
+    """Figures of the median run of an arm, in seconds and tokens per second.
+
+    `answer` is the first sample's text, in its tokens where those are whole characters. `token_ids` are the ids of its
+    first tokens; empty in an entry of an earlier version.
+    """
 
     ttft_s: Seconds
     tpot_s: Seconds | None
     tps: Seconds
     answer: Pieces
+    token_ids: TokenIds = ()
 
 
 class Spread(_Part):
-    """split / full over `n` pairs: the geometric mean, the least and the most."""
+    """split / full over `n` pairs: geometric mean, minimum and maximum."""
 
     mean: Seconds
     least: Seconds
@@ -49,13 +56,17 @@ class Spread(_Part):
 
     @classmethod
     def of(cls, ratio: Ratio | None) -> "Spread | None":
-        """`ratio`, to be kept."""
+        """The spread of `ratio`."""
         return None if ratio is None else cls(mean=ratio.mean, least=ratio.least, most=ratio.most, n=ratio.n)
 
 
 class Entry(_Part):
-    """A comparison. `settings` has what decides its answer and its figures, by name; `link` is in the words of --link.
-    `differs_at` is the first token (from 0) in which the arms differ. `command` repeats it; empty for one too long."""
+    """A comparison.
+
+    `settings` are all that decide its answer and figures, by name; `link` is in the words of --link. `differs_at` is
+    the first token (from 0) in which the arms differ. `command` repeats the comparison; empty if it was too long.
+    `request` is None if it was too long, and in an entry of an earlier version.
+    """
 
     when: AwareDatetime
     model: Text
@@ -71,15 +82,25 @@ class Entry(_Part):
     tpot: Spread | None
     differs_at: int | None = Field(ge=0, le=1_000_000)
     command: Annotated[str, Field(max_length=2 * LONG)]
+    request: GenerationRequest | None = None
+
+    @property
+    def name(self) -> str:
+        """The time of the comparison, which identifies it."""
+        return f"{self.when:%m-%d %H:%M:%S}"
+
+    def of(self, kind: Kind) -> Figures:
+        """The figures of one arm."""
+        return self.full if kind == "full" else self.split
 
     @property
     def label(self) -> str:
-        """For a list: when, and the beginning of the prompt."""
-        return f"{self.when:%m-%d %H:%M:%S} {shorter(self.prompt, 40)} ({shorter(self.flags, 24)}; {self.link})"
+        """Its name in a list: time, start of the prompt, flags and link."""
+        return f"{self.name} {shorter(self.prompt, 40)} ({shorter(self.flags, 24)}; {self.link})"
 
     @property
-    def said(self) -> dict[str, str]:
-        """Everything that was chosen, by name."""
+    def choices(self) -> dict[str, str]:
+        """All settings, by name."""
         chosen = {"Model": self.model, "Trunk layers": self.cut, "Prompt": self.prompt, "Flags": self.flags}
         return {**chosen, "Link": self.link, "Runs of each": str(self.pairs), **self.settings}
 
@@ -87,13 +108,13 @@ class Entry(_Part):
 def entry(
     pairs: Pairs, request: GenerationRequest, flags: str, model: str, plan: SplitPlan, link: str, command: str
 ) -> Entry:
-    """What is kept of a comparison that has just ended. `link` and `flags` are in words."""
+    """Make the entry of a finished comparison. `link` and `flags` are in words."""
     differ = pairs.divergence
     return Entry(
         when=datetime.now(UTC),
         model=shorter(model),
-        cut=f"[{plan.start}, {plan.end}) of {plan.n_layers}",
-        prompt=shorter(request.prompt),
+        cut=cut(plan),
+        prompt=shorter(request.text),
         flags=shorter(flags),
         link=shorter(link),
         pairs=len(pairs.full),
@@ -104,25 +125,31 @@ def entry(
         tpot=Spread.of(pairs.tpot),
         differs_at=None if differ is None else differ.at,
         command=command if len(command) <= 2 * LONG else "",
+        request=request if len(request.prompt) + sum(map(len, request.stop)) <= LONG else None,
     )
+
+
+def cut(plan: SplitPlan) -> str:
+    """The trunk's layers in words."""
+    return f"[{plan.start}, {plan.end}) of {plan.n_layers}"
 
 
 def settings(request: GenerationRequest) -> dict[str, str]:
     """The settings of `request`, by name."""
     chosen = request.sampling
-    said: dict[str, object] = {
+    values: dict[str, object] = {
         "Max new tokens": request.max_new_tokens,
         "Chat template": request.chat,
         "Samples": request.samples,
     }
-    said |= {"Ignore the end token": request.ignore_eos, "Stop strings": " ".join(map(repr, request.stop))}
-    said |= {"Temperature": chosen.temperature, "Top-k": chosen.top_k, "Top-p": chosen.top_p}
-    said |= {"Repetition penalty": chosen.repetition_penalty, "Seed": chosen.seed}
-    return {name: shorter(str(value)) for name, value in said.items()}
+    values |= {"Ignore the end token": request.ignore_eos, "Stop strings": " ".join(map(repr, request.stop))}
+    values |= {"Temperature": chosen.temperature, "Top-k": chosen.top_k, "Top-p": chosen.top_p}
+    values |= {"Repetition penalty": chosen.repetition_penalty, "Seed": chosen.seed}
+    return {name: shorter(str(value)) for name, value in values.items()}
 
 
 def pieces(text: str, tokens: Sequence[str]) -> tuple[str, ...]:
-    """`text` in its tokens, as far as they are whole characters, then in characters. At most MOST_PIECES."""
+    """`text` split into its tokens as far as they are whole characters, then into characters. At most MOST_PIECES."""
     found, at = [], 0
     for token in tokens:
         if not text.startswith(token, at):
@@ -133,15 +160,21 @@ def pieces(text: str, tokens: Sequence[str]) -> tuple[str, ...]:
 
 
 def read(kept: object) -> tuple[Entry, ...]:
-    """The entries that a browser gave back, newest first: those that fit, and no more than it may keep."""
+    """The valid entries that a browser sent back, newest first, at most MOST_ENTRIES."""
     texts = kept[:MOST_ENTRIES] if isinstance(kept, list) else []
     found = (_entry(text) for text in texts if isinstance(text, str) and len(text) <= MOST_CHARACTERS)
     entries = {each.when: each for each in found if each is not None}
     return tuple(sorted(entries.values(), key=lambda each: each.when, reverse=True))
 
 
+def find(kept: object, *names: object) -> list[Entry | None]:
+    """The entries called `names`, of those that a browser sent back; None for an unknown name."""
+    known = {entry.when.isoformat(): entry for entry in read(kept)}
+    return [known.get(name) if isinstance(name, str) else None for name in names]
+
+
 def add(new: Entry, before: Sequence[Entry]) -> tuple[Entry, ...]:
-    """`before` with `new` in front, without the oldest ones where they are too many or too long."""
+    """`new` and `before`, without the oldest ones over the limits."""
     kept: list[Entry] = []
     room = MOST_ALL
     for each in (_short(new), *before)[:MOST_ENTRIES]:
@@ -153,33 +186,34 @@ def add(new: Entry, before: Sequence[Entry]) -> tuple[Entry, ...]:
 
 
 def texts(entries: Sequence[Entry]) -> list[str]:
-    """What the browser keeps."""
+    """The entries as JSON, for the browser."""
     return [each.model_dump_json() for each in entries]
 
 
 def shorter(text: str, most: int = LONG) -> str:
-    """`text` in one piece of at most `most` characters."""
+    """`text`, cut to at most `most` characters."""
     return text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _entry(text: str) -> Entry | None:
     try:
         return Entry.model_validate_json(text)
-    except ValidationError:
+    except (ValidationError, InputError):
         return None
 
 
 def _short(new: Entry) -> Entry:
-    """`new` with answers that are short enough for an entry."""
+    """`new` with its answers cut so that it fits into MOST_CHARACTERS."""
     while len(new.model_dump_json()) > MOST_CHARACTERS:
         halves = {
             kind: (figures := getattr(new, kind)).model_copy(
-                update={"answer": figures.answer[: len(figures.answer) // 2]}
+                update={name: getattr(figures, name)[: len(figures.answer) // 2] for name in ("answer", "token_ids")}
             )
             for kind in ("full", "split")
         }
         if not any(figures.answer for figures in halves.values()):
-            return new.model_copy(update={**halves, "prompt": shorter(new.prompt, 400), "command": ""})
+            gone = {"prompt": shorter(new.prompt, 400), "command": "", "request": None}
+            return new.model_copy(update={**halves, **gone})
         new = new.model_copy(update=halves)
     return new
 
@@ -187,4 +221,5 @@ def _short(new: Entry) -> Entry:
 def _figures(report: ArmReport) -> Figures:
     run = report.metrics
     tokens = report.texts.tokens[0] if report.texts.tokens else ()
-    return Figures(ttft_s=run.ttft_s, tpot_s=run.tpot_s, tps=run.tps, answer=pieces(run.text, tokens))
+    answer, ids = pieces(run.text, tokens), tuple(run.token_ids[:MOST_PIECES])
+    return Figures(ttft_s=run.ttft_s, tpot_s=run.tpot_s, tps=run.tps, answer=answer, token_ids=ids)

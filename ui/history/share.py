@@ -1,4 +1,4 @@
-"""A comparison as files: one HTML page that needs nothing beside it, the data of its time pictures, the history."""
+"""Exports: a comparison as one self-contained HTML file, its times as CSV, and the history as CSV and JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ TEMPLATE = Path(__file__).with_name("share.html.jinja")
 
 
 def page(shown: ComparisonView, entry: Entry, command: str, environment: Mapping[str, Any]) -> str:
-    """The comparison as one HTML file. All texts are escaped; HTML of ours comes from the page's own functions."""
+    """The comparison as one HTML file. All texts are escaped; only the page's own functions add HTML."""
     pairs = shown.pairs
     assert pairs is not None
     full, split = both(entry.full.answer, entry.split.answer)
@@ -35,14 +35,14 @@ def page(shown: ComparisonView, entry: Entry, command: str, environment: Mapping
         time=time.picture(pairs),
         figures=[(name, view.FIGURES[name][0], *_figures(pairs, name)) for name in view.FIGURES],
         answers=[("Full", full), ("Split", split)],
-        settings=entry.said,
+        settings=entry.choices,
         command=command,
         environment=json.dumps(environment, indent=2, default=str),
     )
 
 
 def times(pairs: Pairs) -> str:
-    """The data of the time pictures as CSV: a row for each step of each run, in milliseconds."""
+    """The data of the time charts as CSV: a row for each step of each run, in milliseconds."""
     rows = []
     for kind in KINDS:
         for run, report in enumerate(pairs.of(kind), 1):
@@ -56,12 +56,12 @@ def times(pairs: Pairs) -> str:
 
 
 def history_csv(entries: Sequence[Entry]) -> str:
-    """A row for each comparison. What a spreadsheet would compute is made harmless."""
+    """A row for each comparison. Cells that a spreadsheet would take for formulas are escaped."""
     return csv(pd.DataFrame([_row(each) for each in entries]))
 
 
 def history_json(entries: Sequence[Entry]) -> str:
-    """All that is kept of each comparison."""
+    """All entries as JSON."""
     return json.dumps([each.model_dump(mode="json") for each in entries], indent=1, allow_nan=False) + "\n"
 
 
@@ -75,7 +75,7 @@ def _row(entry: Entry) -> dict[str, object]:
         f"{kind}_{name}": getattr(getattr(entry, kind), name) for name in ("ttft_s", "tpot_s", "tps") for kind in KINDS
     }
     ratios = _spread("ttft", entry.ttft) | _spread("tpot", entry.tpot)
-    chosen = {name.lower().replace(" ", "_").replace("-", "_"): value for name, value in entry.said.items()}
+    chosen = {name.lower().replace(" ", "_").replace("-", "_"): value for name, value in entry.choices.items()}
     same = entry.differs_at is None
     answers = {f"{kind}_answer": "".join(getattr(entry, kind).answer) for kind in KINDS}
     return {

@@ -4,16 +4,26 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import zip_longest
 
+from ui.compare.candidates import listed
 from ui.format import MISSING, rate, ratio, seconds
 from ui.history.disk import Earlier
+from ui.history.divergence import Divergence, kinds
 from ui.history.record import Entry, Figures, Spread, shorter
 from ui.html import head_row, small, table
 
-EMPTY = "Each comparison becomes a line here. Your browser keeps the last 50, also when you reload the page."
-PIN = "Choose two lines to see them side by side: what differs, the figures, and where the answers part."
+EMPTY = "Comparisons are listed here. Your browser keeps the last 50, even after a reload."
+PIN = "Choose two lines to see them side by side: settings that differ, figures, and where the answers diverge."
 HEAD = (
     *("When (UTC)", "Prompt", "Flags", "Link", "Runs", "TPOT split / full", "Tokens"),
     *("TTFT full", "TTFT split", "TPOT full", "TPOT split", "TPS full", "TPS split"),
+)
+WHY = (
+    "Each ran again up to the marked token, with its own flags. If the logits of two candidates differ by no more than "
+    "rounding, it is a near tie; a wide gap means different computations."
+)
+CHANGED = (
+    "In this run, an arm chose another token than in the history: another machine, or another version of the model or "
+    "of this program, rounds differently."
 )
 EARLIER = (
     *("When (UTC)", "Prompt", "Model", "Trunk layers", "Flags", "TPOT split / full", "Tokens", "TPOT full"),
@@ -30,17 +40,17 @@ FIGURES: Mapping[str, Callable[[Entry], float | None]] = {
 
 
 def history(entries: Sequence[Entry]) -> str:
-    """A line for each comparison, newest first; says what will be here while there is none."""
+    """A table with a line for each comparison, newest first; a hint if there are none."""
     if not entries:
         return small(EMPTY)
     return f'<div class="sl-history">{table(head_row(*HEAD), map(_line, entries), "History of comparisons")}</div>'
 
 
 def earlier(found: Earlier, kept: bool) -> str:
-    """The comparisons of the file on disk, newest first; `kept` is whether new ones go there."""
+    """A table of the comparisons on disk, newest first. `kept` is whether new ones are added."""
     on = "Each comparison is added to it." if kept else "New comparisons are not added: ui.history_file in config.yaml."
     file = f"The file is {found.path}, one JSON object a line. {on}"
-    skipped = f" Lines that are no comparison, and are left out: {found.skipped}." if found.skipped else ""
+    skipped = f" Invalid lines left out: {found.skipped}." if found.skipped else ""
     rows = [
         [
             f"{each.when:%Y-%m-%d %H:%M:%S}",
@@ -63,16 +73,25 @@ def pinned(one: Entry | None, other: Entry | None) -> str:
     """Two comparisons side by side."""
     if one is None or other is None:
         return small(PIN)
-    names = [escape(f"{each.when:%m-%d %H:%M:%S}") for each in (one, other)]
+    names = (one.name, other.name)
     return (
         f'<section class="sl-result sl-pinned" aria-label="Two comparisons side by side">'
-        f"<h3>What differs</h3>{_settings(one, other, names)}<h3>Figures</h3>{_figures(one, other, names)}"
-        f"<h3>Answers</h3>{_answers(one, other, names)}<h3>To repeat them</h3>{_commands(one, other)}</section>"
+        f"<h3>What differs</h3>{_settings(one, other, names)}<h3>Commands that repeat them</h3>{_commands(one, other)}"
+        f"<h3>Figures</h3>{_figures(one, other, names)}<h3>Answers</h3>{_answers(one, other, names)}</section>"
     )
 
 
+def candidates(one: Entry, other: Entry, found: Sequence[Divergence]) -> str:
+    """The candidates of two comparisons where their answers diverge; empty if none were asked for."""
+    if not found:
+        return ""
+    notes = small(WHY) + ("" if all(each.repeatable for each in found) else small(CHANGED))
+    tables = "".join(_candidates(each, (one.name, other.name)) for each in found)
+    return f'<section class="sl-result" aria-label="Candidates where they differ">{notes}{tables}</section>'
+
+
 def both(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
-    """Two answers in their pieces as HTML; the first piece that differs is marked, at the end with a sign for it."""
+    """Two answers as HTML. The first piece that differs is marked, or the end of the shorter answer."""
     at = next((n for n, (a, b) in enumerate(zip_longest(one, other)) if a != b), None)
     return _marked(one, at), _marked(other, at)
 
@@ -100,15 +119,15 @@ def _line(entry: Entry) -> list[str]:
 
 
 def _written(prompt: str) -> str:
-    """What a visitor wrote, as it is: in its own direction, and in no other language."""
+    """A visitor's text: in its own direction, and never translated."""
     return f'<span dir="auto">{escape(shorter(prompt, 60))}</span>'
 
 
 def _settings(one: Entry, other: Entry, names: Sequence[str]) -> str:
-    a, b = one.said, other.said
+    a, b = one.choices, other.choices
     differ = [name for name in {**a, **b} if a.get(name) != b.get(name)]
     if not differ:
-        return small("Nothing: the same settings, run again.")
+        return small("Nothing: the settings are the same.")
     rows = [[escape(name), *(escape(each.get(name, MISSING)) for each in (a, b))] for name in differ]
     return table(head_row("Setting", *names), rows, "Settings that differ")
 
@@ -125,20 +144,31 @@ def _figures(one: Entry, other: Entry, names: Sequence[str]) -> str:
 
 
 def _answers(one: Entry, other: Entry, names: Sequence[str]) -> str:
-    """Full beside full; split too, where it is another answer than full."""
-    apart = one.differs_at is not None or other.differs_at is not None
-    kinds = [("Full", one.full, other.full), *([("Split", one.split, other.split)] if apart else [])]
-    return "".join(_beside(name if apart else "Full and split", a, b, names) for name, a, b in kinds)
+    """Full beside full; and split beside split if it differs from full."""
+    shown = kinds(one, other)
+    return "".join(
+        _beside(kind.capitalize() if len(shown) > 1 else "Full and split", one.of(kind), other.of(kind), names)
+        for kind in shown
+    )
+
+
+def _candidates(divergence: Divergence, names: Sequence[str]) -> str:
+    arm = divergence.kind.capitalize()
+    tables = "".join(
+        f"<div>{listed(found, token, name, f'{arm}: candidates of {name}')}</div>"
+        for name, found, token in zip(names, divergence.found, divergence.tokens, strict=True)
+    )
+    return f'{small(f"{arm}: token {divergence.at + 1}")}<div class="sl-two">{tables}</div>'
 
 
 def _beside(kind: str, one: Figures, other: Figures, names: Sequence[str]) -> str:
-    said = "the same" if one.answer == other.answer else "the first token that differs is marked"
+    summary = "the same" if one.answer == other.answer else "the first token that differs is marked"
     shown = "".join(
         f'<div><b>{name}</b><div class="sl-seen" dir="auto" tabindex="0" role="region" '
         f'aria-label="{kind}, answer of {name}">{text}</div></div>'
         for name, text in zip(names, both(one.answer, other.answer), strict=True)
     )
-    return f'{small(f"{kind}: {said}.")}<div class="sl-two">{shown}</div>'
+    return f'{small(f"{kind}: {summary}.")}<div class="sl-two">{shown}</div>'
 
 
 def _commands(one: Entry, other: Entry) -> str:

@@ -1,6 +1,6 @@
-"""The Lab tab: its parts, and which action each of them starts.
+"""The Lab tab: its components and their event handlers.
 
-It draws only when the experiment says that it has gone on, which it does between two runs, never while one is timed.
+It draws only when the experiment reports progress, which is between two runs and never while one is timed.
 """
 
 import asyncio
@@ -17,18 +17,18 @@ from splitlearn.lab.job import JobStatus
 from splitlearn.lab.report import charts
 from ui import html, inputs
 from ui.flags.picker import Updates
-from ui.lab.actions import Lab, Opened
+from ui.lab.actions import ExperimentView, Lab
 from ui.lab.view import breakdown_key, details, progress, report, so_far
 from ui.lab.watch import Watches
 from ui.visitors import visitor
 
 HELP = (
-    "Measures what each chosen flag does, in full and in split: every arm once in each block, in random order, always "
-    "to its token limit. It goes on when this page is closed; open it again to see how far it is."
+    "Measures the effect of each chosen flag, in full and in split. Every block runs each arm once, in random order, "
+    "up to the token limit. It goes on when this page is closed."
 )
 EMPTY = (
-    "No experiment yet. Press Start: a first pass takes about two minutes, and the verdicts come as blocks come in. "
-    "What was measured stays on this machine and is listed here."
+    "No experiment yet. Press Start: the first pass takes about two minutes, then verdicts come block by block. "
+    "Experiments stay on this machine and are listed here."
 )
 DESIGNS = [("All flags but one", "without"), ("Each flag alone", "alone"), ("Ladder: one after another", "ladder")]
 LIMITS = [("Until every verdict is decided", "decided"), ("A fixed number of pairs", "pairs")]
@@ -42,35 +42,35 @@ NUMBERS = {
     "minutes": ("Minutes at most", "It ends then, decided or not."),
     "pairs": ("Pairs", "For a fixed number: runs of each arm."),
     "delta": ("Delta", "A ratio this near to 1 is no effect."),
-    "tokens": ("Tokens of each run", "More of them make TPOT surer."),
+    "tokens": ("Tokens of each run", "More tokens make TPOT more precise."),
     "order_seed": ("Seed of the order", "The same seed gives the same order of runs."),
-    "ttft_ms": ("TTFT under, ms", "A run that is slower does not count as good."),
-    "decode_tps": ("Tokens per second, more than", "A run that is slower does not count as good."),
+    "ttft_ms": ("TTFT under, ms", "Slower runs miss the service level."),
+    "decode_tps": ("Tokens per second, more than", "Slower runs miss the service level."),
 }
 
 
 class LabTab:
-    """Made inside `tab`; `connect` makes it live."""
+    """The tab's components, built inside `tab`. `connect` adds their event handlers."""
 
     def __init__(self, lab: Lab, tab: Any, generation: GenerationConfig) -> None:
         self.lab, self.tab = lab, tab
         self.fields: dict[str, Any] = {}
         self.watches = Watches(lab.job)
         self._question(inputs.lab_at_first(generation))
-        self._kept(inputs.lab_at_first(generation))
+        self._saved(inputs.lab_at_first(generation))
         self._results()
 
     def _question(self, first: dict[str, str]) -> None:
         gr.HTML(f'<p class="sl-small">{HELP}</p>')
         with gr.Row():
             self.fields["design"] = gr.Radio(
-                DESIGNS, value="without", label="Design", info="What each flag is held against.", min_width=300
+                DESIGNS, value="without", label="Design", info="What each flag is compared with.", min_width=300
             )
             self.fields["limit"] = gr.Radio(
                 LIMITS,
                 value="decided",
                 label="How long",
-                info="Until intervals decide, or a number.",
+                info="Until the intervals decide, or a fixed number.",
                 min_width=300,
             )
         with gr.Accordion("Advanced: limits, delta, tokens, prompts", open=False, elem_id="lab-advanced"):
@@ -80,7 +80,7 @@ class LabTab:
             self.fields["prompts"] = gr.Textbox(
                 first["prompts"],
                 label="Prompts",
-                info="One on each line. Without any, that of the Answers tab is used.",
+                info="One per line. Empty: the prompt of the Answers tab.",
                 lines=2,
                 elem_id="prompts",
             )
@@ -93,11 +93,11 @@ class LabTab:
         label, info = NUMBERS[name]
         self.fields[name] = gr.Textbox(first[name], label=label, info=info, elem_id=f"lab-{name}", min_width=160)
 
-    def _kept(self, first: dict[str, str]) -> None:
+    def _saved(self, first: dict[str, str]) -> None:
         self.none = gr.HTML(html.small(EMPTY))
-        with gr.Row(equal_height=False, visible=False) as self.kept:
-            self.chosen = self._list("Experiments", "What was measured on this machine.", "lab-chosen")
-            self.other = self._list("Beside", "Another one, to hold it against.", "lab-other")
+        with gr.Row(equal_height=False, visible=False) as self.saved:
+            self.chosen = self._list("Experiments", "Measured on this machine.", "lab-chosen")
+            self.other = self._list("Beside", "Another experiment to compare it with.", "lab-other")
             self.resume = gr.Button("Resume", interactive=False, scale=1, min_width=80, elem_id="lab-resume")
         with gr.Accordion("Service level", open=False, elem_id="lab-levels"), gr.Row():
             for name in ("ttft_ms", "decode_tps"):
@@ -111,8 +111,8 @@ class LabTab:
         self.report = gr.HTML("", elem_id="lab-report", elem_classes="sl-report")
         self.pictures: dict[tuple[str, ...], Any] = {}
         with gr.Column(visible=False) as self.drawn:
-            for what, heading in (("forest", "Intervals"), ("dots", "Every single pair")):
-                gr.HTML(f"<h3>{heading}</h3>", elem_classes="sl-report")
+            for what, heading in (("forest", "Intervals"), ("dots", "All pairs")):
+                gr.HTML(f"<h2>{heading}</h2>", elem_classes="sl-report")
                 for metric in METRICS:
                     self._plots([(what, kind, metric) for kind in KINDS])
             self.key = gr.HTML("", elem_classes="sl-report")
@@ -130,28 +130,27 @@ class LabTab:
                 self.pictures[key] = gr.Plot(show_label=False, container=False, min_width=320, elem_id=name)
 
     def connect(self, words: Any, prompt: Any, error: Any) -> None:
-        """Make it live. `words` are the chosen flags, `prompt` the page's, `error` the box for what is wrong."""
+        """Add the event handlers. `words` (the chosen flags), `prompt` and `error` are the page's components."""
         self.words, self.prompt, self.error = words, prompt, error
         given = {*self.fields.values(), words, prompt, self.chosen, self.other}
         shown = [self.beside, self.report, self.drawn, *self.pictures.values(), self.key, self.details]
         changed = [self.progress, *shown, *self.files.values(), *self._controls, error]
-        # Each open page has one of these waiting for as long as an experiment runs. One that waits holds no thread.
-        watching: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
-        self.tab.select(self._come, given, changed, **watching)
-        self.start.click(self._start, given, changed, **watching)
-        self.resume.click(self._resume, given, changed, **watching)
-        self.stop.click(self._stop, None, self.stop, queue=False, show_progress="hidden")
-        self.chosen.input(self._open, given, changed, show_progress="hidden")
+        # Each open page waits in one of these while an experiment runs. They are async, so waiting holds no thread.
+        self.tab.select(self._come, given, changed, concurrency_limit=None)
+        self.start.click(self._start, given, changed, concurrency_limit=None)
+        self.resume.click(self._resume, given, changed, concurrency_limit=None)
+        self.stop.click(self._stop, None, self.stop, queue=False)
+        self.chosen.input(self._open, given, changed)
         levels = [self.fields["ttft_ms"].submit, self.fields["decode_tps"].submit]
-        gr.on(levels, self._open, given, changed, show_progress="hidden")
-        self.other.input(self._compare, given, [self.beside, error], show_progress="hidden")
+        gr.on(levels, self._open, given, changed)
+        self.other.input(self._compare, given, [self.beside, error])
 
     @property
     def _controls(self) -> list[Any]:
-        return [self.start, self.stop, self.none, self.kept, self.resume, self.chosen, self.other]
+        return [self.start, self.stop, self.none, self.saved, self.resume, self.chosen, self.other]
 
     async def _come(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
-        """The tab was opened: show what runs, or else what was chosen here, or what ran last."""
+        """On opening the tab: show the running experiment, or the chosen one, or the last one."""
         latest = self.lab.job.latest
         if self.lab.job.running or (latest is not None and given[self.chosen] is None):
             async for updates in self._follow(given, request):
@@ -160,7 +159,7 @@ class LabTab:
         name = given[self.chosen]
         opened = await asyncio.to_thread(self._opened, name, given, request) if name else {}
         updates = {**self._idle(name), **opened}
-        if not self.lab.job.running:  # nobody pressed Start meanwhile
+        if not self.lab.job.running:  # none was started meanwhile
             yield updates
 
     async def _start(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
@@ -176,7 +175,7 @@ class LabTab:
             yield updates
 
     async def _act(self, act: Callable[[], None], given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
-        """Begin something and watch it; where that is not possible, say why, and watch what runs."""
+        """Run `act` and follow the experiment. If `act` fails, show why and follow the running experiment, if any."""
         try:
             await asyncio.to_thread(act)
             yield {self.error: ""}
@@ -188,37 +187,37 @@ class LabTab:
             yield updates
 
     async def _follow(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
-        """What the experiment says, as it says it, until it ends, the page is closed or watches anew."""
+        """Follow the experiment until it ends, the page is closed, or the page follows it again."""
         before = None
-        async for seen in self.watches.follow(visitor(request)):
-            if seen.ended:
-                yield await asyncio.to_thread(self._ended, seen, given, request)
+        async for status in self.watches.follow(visitor(request)):
+            if status.ended:
+                yield await asyncio.to_thread(self._ended, status, given, request)
             else:
-                yield self._running(before, seen)
-            before = seen
+                yield self._running(before, status)
+            before = status
 
-    def _running(self, before: JobStatus | None, seen: JobStatus) -> Updates:
-        """Little is drawn: the words each time, the verdicts with each block."""
-        updates: Updates = {self.progress: progress(seen)}
-        if before is None or before.folder != seen.folder:
+    def _running(self, before: JobStatus | None, status: JobStatus) -> Updates:
+        """Draw little: the progress each time, the verdicts with each block."""
+        updates: Updates = {self.progress: progress(status)}
+        if before is None or before.folder != status.folder:
             lists = dict.fromkeys((self.chosen, self.other), gr.Dropdown(interactive=False))
             updates |= {**self._empty(), **lists, self.resume: gr.Button(interactive=False)}
             updates |= {self.start: gr.Button(interactive=False), self.stop: gr.Button(interactive=True)}
             updates[self.none] = gr.HTML(visible=False)
-        if seen.findings is not None and (before is None or before.findings is not seen.findings):
-            updates[self.report] = so_far(seen.findings)
+        if status.findings is not None and (before is None or before.findings is not status.findings):
+            updates[self.report] = so_far(status.findings)
         return updates
 
-    def _ended(self, seen: JobStatus, given: dict[Any, Any], request: gr.Request) -> Updates:
-        name = seen.folder.name
-        broken = {self.error: html.error(seen.error)} if seen.error else {}
-        drawn = {**self._opened(name, given, request), **broken}
-        return {**self._idle(name), **drawn, self.progress: progress(seen)}
+    def _ended(self, status: JobStatus, given: dict[Any, Any], request: gr.Request) -> Updates:
+        name = status.folder.name
+        failure = {self.error: html.error(status.error)} if status.error else {}
+        drawn = {**self._opened(name, given, request), **failure}
+        return {**self._idle(name), **drawn, self.progress: progress(status)}
 
     def _open(self, given: dict[Any, Any], request: gr.Request) -> Updates:
-        """What was chosen from the list, under the service level that was typed; without a choice, that is checked."""
+        """Show the chosen experiment with the service level. Without a choice, only check the service level."""
         name = given[self.chosen]
-        if self.lab.job.running:  # the lists of another page may be open still
+        if self.lab.job.running:  # the list may still be open on another page
             return {self.error: ""}
         if name is None:
             return self._checked(given)
@@ -232,16 +231,16 @@ class LabTab:
         return {self.error: ""}
 
     def _opened(self, name: str, given: dict[Any, Any], request: gr.Request) -> Updates:
-        """The report of the experiment called `name`, or why there is none."""
+        """Show the report of the experiment called `name`, or the error."""
         try:
             return {**self._draw(self.lab.open(name, self._typed(given), visitor(request))), self.beside: ""}
         except SplitlearnError as error:
             return {self.error: html.error(str(error))}
 
     def _compare(self, given: dict[Any, Any]) -> Updates:
-        """The chosen experiment held against the other one."""
+        """Show the comparison of the two chosen experiments."""
         try:
-            text = self.lab.beside(given[self.chosen], given[self.other], self._typed(given))
+            text = self.lab.compare(given[self.chosen], given[self.other], self._typed(given))
             return {self.beside: text, self.error: ""}
         except SplitlearnError as error:
             return {self.error: html.error(str(error))}
@@ -254,22 +253,22 @@ class LabTab:
         return {name: given[component] for name, component in self.fields.items()}
 
     def _idle(self, name: str | None) -> Updates:
-        """The controls while nothing is measured, with `name` chosen."""
-        kept = self.lab.saved()
-        choices = [(each.label, each.folder.name) for each in kept]
-        unfinished = any(each.folder.name == name and each.finished is None for each in kept)
+        """Update the controls for when no experiment runs, with `name` chosen."""
+        saved = self.lab.saved()
+        choices = [(each.label, each.folder.name) for each in saved]
+        unfinished = any(each.folder.name == name and each.finished is None for each in saved)
         return {
             self.start: gr.Button(interactive=True),
             self.stop: gr.Button(interactive=False),
-            self.none: gr.HTML(visible=not kept),
-            self.kept: gr.Row(visible=bool(kept)),
+            self.none: gr.HTML(visible=not saved),
+            self.saved: gr.Row(visible=bool(saved)),
             self.resume: gr.Button(interactive=unfinished),
             self.chosen: gr.Dropdown(choices=choices, value=name, interactive=True),
             self.other: gr.Dropdown(choices=choices, value=None, interactive=True),
         }
 
-    def _draw(self, opened: Opened) -> Updates:
-        """The whole report."""
+    def _draw(self, opened: ExperimentView) -> Updates:
+        """Draw the whole report."""
         found = opened.findings
         plots = {plot: gr.Plot(DRAW[what](found, *how)) for (what, *how), plot in self.pictures.items()}
         files = {button: gr.DownloadButton(value=str(opened.files[name])) for name, button in self.files.items()}
@@ -277,7 +276,7 @@ class LabTab:
         return {**plots, **files, **texts, self.details: details(found), self.drawn: gr.Column(visible=True)}
 
     def _empty(self) -> Updates:
-        """No report."""
+        """Clear the report."""
         return {self.beside: "", self.report: "", self.drawn: gr.Column(visible=False)}
 
 

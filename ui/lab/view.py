@@ -1,4 +1,4 @@
-"""What the Lab tab shows of an experiment, as HTML. Tables are those of the report."""
+"""The Lab tab's view of an experiment, as HTML. It has the tables of the report."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -24,33 +24,33 @@ BESIDE = (
 )
 
 
-def progress(seen: JobStatus) -> str:
-    """How far the experiment is, as a bar and in words."""
-    state = seen.progress
+def progress(status: JobStatus) -> str:
+    """The progress of an experiment, as a bar and in words."""
+    state = status.progress
     total = state.elapsed_s + (state.remaining_s or 0.0) if state else 0.0
-    # Never a bar that moves by itself: it would draw while a run is timed.
+    # No animated bar: it would draw while a run is timed.
     value = state.elapsed_s / total if state and state.remaining_s is not None and total else 0.0
-    if seen.ended:
-        value, said = 1.0 if seen.findings and seen.findings.finished else value, f"Ended: {seen.ended}"
+    if status.ended:
+        value, text = 1.0 if status.findings and status.findings.finished else value, f"Ended: {status.ended}"
     elif state:
         dropped = f"; {state.discarded}" if state.discarded else ""
-        said = f"Measuring: {state.phase}; {state.blocks} pairs, {state.runs} runs so far; {_left(state.remaining_s)}"
-        said += dropped
+        text = f"Measuring: {state.phase}; {state.blocks} pairs, {state.runs} runs so far; {_left(state.remaining_s)}"
+        text += dropped
     else:
-        said = "Measuring: getting ready"
+        text = "Measuring: getting ready"
     return (
-        f'<div class="sl-progress"><progress value="{value:.3f}" max="1" aria-label="Time gone by"></progress>'
-        f'<span role="status">{escape(seen.folder.name)}. {escape(said)}.</span></div>'
+        f'<div class="sl-progress"><progress value="{value:.3f}" max="1" aria-label="Elapsed time"></progress>'
+        f'<span role="status">{escape(status.folder.name)}. {escape(text)}.</span></div>'
     )
 
 
 def so_far(findings: Findings) -> str:
-    """The verdicts while it runs; little, since it is drawn between two runs."""
-    return f"<h3>Verdicts so far</h3>{_table(tables.verdicts(findings), 'Verdicts')}"
+    """The verdicts of a running experiment. It is short, since it is drawn between two runs."""
+    return f"<h2>Verdicts so far</h2>{_table(tables.verdicts(findings), 'Verdicts')}"
 
 
 def report(findings: Findings) -> str:
-    """What was found: verdicts first, then each arm's figures, full and split beside each other."""
+    """The findings: verdicts first, then the figures of each arm, full beside split."""
     setup = findings.setup
     ended = f"Ended: {findings.finished}." if findings.finished else "Not finished: these are the figures so far."
     prompts = f"{len(setup.prompts)} prompt{'s' * (len(setup.prompts) != 1)}"
@@ -59,47 +59,47 @@ def report(findings: Findings) -> str:
         f"blocks, {setup.max_new_tokens} tokens a run, {prompts}. {ended}"
     )
     return (
-        f'<h3>Verdicts</h3><p>{escape(what)}</p><p class="sl-small">{METHOD}</p>{_warnings(findings)}'
+        f'<h2>Verdicts</h2><p>{escape(what)}</p><p class="sl-small">{METHOD}</p>{_warnings(findings)}'
         f"{_table(tables.verdicts(findings), 'Verdicts')}"
-        f'<h3>Full and split beside each other</h3><p class="sl-small">{BESIDE}</p>{_beside(findings)}'
+        f'<h2>Full and split side by side</h2><p class="sl-small">{BESIDE}</p>{_beside(findings)}'
     )
 
 
 def details(findings: Findings) -> str:
-    """What the verdicts rest on, folded away, and how to repeat it."""
+    """How to repeat the experiment, and the data behind the verdicts, folded."""
     setup = findings.setup
     environment = escape(json.dumps(setup.environment, indent=2))
     prompts = "".join(f"<pre>{escape(prompt)}</pre>" for prompt in setup.prompts)
     return (
-        f"<h3>How to repeat it</h3><pre>{escape(setup.command)}</pre>"
+        f"<h2>How to repeat it</h2><pre>{escape(setup.command)}</pre>"
         + _folded("The baseline against itself (A/A)", _table(tables.controls(findings), "Check"))
         + _folded("Arms: percentiles, service level, time unattributed", _table(tables.arms(findings), "Arms"))
         + _folded("Did both sides do the same work?", _table(tables.work(findings), "Same work"))
         + _folded("What was published of the earlier system", _table(tables.claims(findings), "Claims"))
         + _folded("Blocks that do not count", _table(tables.left_out(findings), "Blocks that do not count"))
-        + _folded("Environment", f"<pre>{environment}</pre>")
+        + _folded("Environment", f'<pre tabindex="0">{environment}</pre>')
         + _folded("Prompts", prompts)
     )
 
 
 def breakdown_key(findings: Findings) -> str:
-    """The colours of the ledger's bars."""
+    """The legend of the time breakdown."""
     parts = "".join(
         f'<li><span class="sl-swatch" style="background:{PART_COLOURS[word]}"></span>{word}</li>'
         for word in charts.words(findings.arms)
     )
-    return f'<h3>Where the time went</h3><ul class="sl-key">{parts}</ul>'
+    return f'<h2>Where the time went</h2><ul class="sl-key">{parts}</ul>'
 
 
 def _warnings(findings: Findings) -> str:
-    """What a reader has to know before the verdicts; many are folded, so that the verdicts are not far below."""
+    """Warnings about the verdicts. More than MOST_WARNINGS are folded, so that the verdicts stay near the top."""
     found = tables.warnings(findings)
     listed = "".join(f'<p class="sl-differ">{escape(warning)}</p>' for warning in found)
     return _folded(f"{len(found)} warnings", listed) if len(found) > MOST_WARNINGS else listed
 
 
 def _beside(findings: Findings) -> str:
-    """A line for each arm, full beside split in each column."""
+    """A row for each arm, full beside split in each column."""
     tokens = findings.setup.max_new_tokens
     columns: Mapping[str, Callable[[ArmFigures], str]] = {
         "Load": lambda arm: seconds(arm.load_s),

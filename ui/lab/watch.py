@@ -1,4 +1,4 @@
-"""Watching the experiment that runs: each open page that shows it has one watch, which ends when another begins."""
+"""Follow the running experiment. Each open page has at most one watch; a new one ends the last."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,25 +9,25 @@ from splitlearn.lab.job import Job, JobStatus
 
 
 class _Watch:
-    """What tells the watch that a page began last from those before."""
+    """Identifies one watch of a page."""
 
 
 class Watches:
-    """The watches of one part of the page on `job`, at most one for each visitor."""
+    """The watches of one part of the page on `job`, at most one per visitor."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        # The watch itself holds its value, so that there are as many as there are watches.
+        # Weak, so that an entry goes with the generator that holds its _Watch.
         self._last: WeakValueDictionary[str, _Watch] = WeakValueDictionary()
 
     def leave(self, visitor: str) -> None:
-        """The page of that visitor was closed: what it watches goes on without it."""
+        """End the watch of a visitor whose page was closed. The experiment goes on."""
         self._last.pop(visitor, None)
 
     async def follow(self, visitor: str) -> AsyncIterator[JobStatus]:
-        """The experiment as it is now, then each time that it has gone on, to its end. Nothing if there is none.
+        """Yield the experiment's status now and on each progress, to its end. Yields nothing if there is none.
 
-        Ends early when the visitor leaves or watches anew."""
+        Ends early when the visitor leaves or follows again."""
         mine = _Watch()
         self._last[visitor] = mine
         async for status in self._each():

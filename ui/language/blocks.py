@@ -9,15 +9,15 @@ from ui.language.choice import CHINESE
 
 
 class Blocks(gr.Blocks):  # type: ignore[misc]  # Gradio ships no types
-    """What is made after `begin_chinese` is the Chinese page."""
+    """Blocks with two pages: components made after `begin_chinese` are the Chinese one."""
 
     def begin_chinese(self) -> None:
-        """As Blocks.route() does, which would make Gradio's application once more for each page."""
+        """Begin the Chinese page. Blocks.route() would build Gradio's application again for each page."""
         self.pages.append((CHINESE, CHINESE, False))
         self.current_page = CHINESE
 
     def get_config_file(self) -> Any:
-        """The configuration that the browser reads."""
+        """The configuration for the browser, with the Chinese page translated."""
         config = super().get_config_file()
         mine = set(config["page"].get(CHINESE, {}).get("components", ()))
         for component in config["components"]:
@@ -26,7 +26,7 @@ class Blocks(gr.Blocks):  # type: ignore[misc]  # Gradio ships no types
         return config
 
     async def postprocess_data(self, block_fn: Any, predictions: Any, state: Any) -> list[Any]:
-        """What an event changes on the page."""
+        """The changes that an event sends to the page, translated on the Chinese one."""
         changes: list[Any] = await super().postprocess_data(block_fn, predictions, state)
         if block_fn.page != CHINESE:
             return changes

@@ -1,7 +1,7 @@
 """The catalogue: the Chinese of each English text of the page, read once from zh_CN.toml.
 
-A text with values is found by its template, wherever in the program it was made. A value named what or why is a text of
-the program, too: a template with {what} fits only where the catalogue has that text, one with {why} shows it as it is.
+A text with values is found by its template. A value named what or why is itself a text of the catalogue. A template
+with {what} matches only if the catalogue has it; one with {why} shows an unknown text untranslated.
 """
 
 import re
@@ -13,14 +13,14 @@ from string import Formatter
 
 FILE = "zh_CN.toml"
 WORDED = re.compile(r"(what|why)\d*")
-SHORT = 12  # letters of a template that would fit too much: its values are a word, and a unit
+SHORT = 12  # letters: a shorter template would match too much, so its values are one word and a unit
 MOST_FOUND = 4096
-LONGEST = 4000  # of a text with values: a longer one is no text of the program
+LONGEST = 4000  # characters of a text with values; a longer text is not the program's
 
 
 @cache
 def catalogue() -> Mapping[str, str]:
-    """What the file has: English texts and their Chinese."""
+    """English texts and their Chinese, from the file."""
     sections = tomllib.loads(files("ui.language").joinpath(FILE).read_text(encoding="utf-8"))
     found: dict[str, str] = {}
     for section in sections.values():
@@ -30,7 +30,7 @@ def catalogue() -> Mapping[str, str]:
 
 @lru_cache(MOST_FOUND)
 def chinese(text: str) -> str | None:
-    """The Chinese of an English text; None for one that the catalogue does not have."""
+    """The Chinese of an English text, or None."""
     exact = catalogue().get(text)
     if exact is not None or len(text) > LONGEST:
         return exact
@@ -50,13 +50,13 @@ def _value(name: str, value: str) -> str | None:
 
 @cache
 def _templates() -> list[tuple["re.Pattern[str]", str]]:
-    """The templates with values, the most specific first."""
+    """Templates with values, most specific first."""
     with_values = sorted((text for text in catalogue() if names(text)), key=lambda text: (-_literal(text), text))
     return [(_pattern(text), catalogue()[text]) for text in with_values]
 
 
 def names(template: str) -> frozenset[str]:
-    """The values that a template takes."""
+    """Names of a template's values."""
     return frozenset(name for _, name, _, _ in Formatter().parse(template) if name)
 
 

@@ -15,22 +15,34 @@ TAGS: dict[Language, str] = {"en": "en", "zh": "zh-CN"}
 NAME = "language"  # of the query parameter, and of the cookie that keeps it
 PAGES: dict[str, Language] = {"/": "en", "/zh": "zh"}
 """Where the page is in each language."""
-KEPT_S = 365 * 24 * 3600
+MAX_AGE_S = 365 * 24 * 3600
+KEEP_QUERY = """() => {
+  for (const link of document.querySelectorAll('.sl-language a')) {
+    const query = new URLSearchParams(location.search);
+    for (const [name, value] of new URLSearchParams(link.search)) query.set(name, value);
+    link.search = query;
+  }
+}"""
+"""A script for a page with `links`: they keep what else its address says, such as ?__theme=dark."""
 
 
-def asked(request: Request) -> Language | None:
+def in_address(request: Request) -> Language | None:
     """The language that the address names."""
     return _known(request.query_params.get(NAME))
 
 
 def of(request: Request) -> Language:
     """The language for `request`: its address, its cookie, then the browser's list."""
-    return asked(request) or _known(request.cookies.get(NAME)) or _preferred(request.headers.get("accept-language", ""))
+    return (
+        in_address(request)
+        or _known(request.cookies.get(NAME))
+        or _preferred(request.headers.get("accept-language", ""))
+    )
 
 
 def cookie(chosen: Language) -> str:
     """What keeps a choice in the browser."""
-    return f"{NAME}={chosen}; Max-Age={KEPT_S}"
+    return f"{NAME}={chosen}; Max-Age={MAX_AGE_S}"
 
 
 def links() -> str:

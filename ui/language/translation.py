@@ -1,8 +1,7 @@
-"""Puts what the page shows into Chinese: the texts of HTML, of Gradio's components and of pictures.
+"""Translate what the page shows into Chinese: texts of HTML, of Gradio's components and of charts.
 
-The page is written in English. Its texts are translated where they leave for the browser, so that no other code knows
-of languages. What a visitor or a model wrote stays as it is: it stands in elements with `dir="auto"`, in `<code>` and
-in `<pre>`.
+The page is written in English. Its texts are translated on their way to the browser, so that no other code knows of
+languages. Texts of visitors and models are not translated: they are in elements with `dir="auto"`, `<code>` or `<pre>`.
 """
 
 import json
@@ -18,7 +17,8 @@ NAME = re.compile(r"</?([a-zA-Z0-9]+)")
 SAID = re.compile(r'\b(aria-label|title|alt)="([^"]*)"')
 INLINE = frozenset({"b", "small", "i", "br"})
 VOID = frozenset({"br", "hr", "img", "input", "progress", "rect", "line", "circle", "path"})
-AS_IT_IS = frozenset({"code", "pre", "mark", "script", "style"})
+RAW = frozenset({"script", "style"})  # with no elements inside
+AS_IT_IS = RAW | {"code", "pre", "mark"}
 WORDS = ("label", "info", "placeholder")
 """Properties of components that are texts."""
 VALUES = frozenset({"button", "markdown"})
@@ -26,16 +26,16 @@ VALUES = frozenset({"button", "markdown"})
 
 
 def translated(text: str) -> str:
-    """A text in Chinese; as it is where the catalogue does not have it."""
+    """The Chinese of `text`; `text` itself if the catalogue does not have it."""
     inner = text.strip()
     found = chinese(inner) if inner else None
     return text if found is None else text.replace(inner, found, 1)
 
 
 def html(text: str) -> str:
-    """HTML with its texts in Chinese. A sentence with letters in bold inside is one text."""
+    """HTML with its texts in Chinese. A sentence with bold words inside is one text."""
     made: list[str] = []
-    kept: list[str] = []  # the open elements whose content stays as it is
+    kept: list[str] = []  # open elements whose content is not translated
     piece: list[str] = []
     for part in (*TAG.split(text), ""):
         tag = NAME.match(part)
@@ -49,28 +49,28 @@ def html(text: str) -> str:
 
 
 def _follow(part: str, name: str, kept: list[str]) -> None:
-    """Note whether what comes after the tag `part` stays as it is."""
-    if part.startswith("</"):
-        if kept and kept[-1] == name:
+    """Track whether the content after the tag `part` is translated."""
+    if part.startswith("</") or (kept and kept[-1] in RAW):
+        if kept and kept[-1] == name and part.startswith("</"):
             kept.pop()
     elif name not in VOID and not part.endswith("/>") and (kept or name in AS_IT_IS or 'dir="auto"' in part):
         kept.append(name)
 
 
 def _piece(parts: list[str], as_it_is: bool) -> list[str]:
-    """Texts and inline tags that stand together: one text of the catalogue, or each for itself."""
+    """Translate adjacent texts and inline tags: as one text if the catalogue has it, else each by itself."""
     if as_it_is:
         return parts
     whole = "".join(parts)
-    if len(parts) > 1 and (said := translated(whole)) != whole:  # values stay escaped
-        return [said]
+    if len(parts) > 1 and (plain := translated(whole)) != whole:  # values stay escaped
+        return [plain]
     return [each if TAG.fullmatch(each) else _text(each) for each in parts]
 
 
 def _text(text: str) -> str:
-    said = unescape(text)
-    found = translated(said)
-    return text if found == said else escape(found)
+    plain = unescape(text)
+    found = translated(plain)
+    return text if found == plain else escape(found)
 
 
 def _attribute(found: "re.Match[str]") -> str:
@@ -78,7 +78,7 @@ def _attribute(found: "re.Match[str]") -> str:
 
 
 def properties(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The properties of a component of this kind, or of an update of one."""
+    """Translate the properties of a component of this kind, or of an update of one."""
     made = dict(given)
     for name in WORDS:
         if isinstance(made.get(name), str):
@@ -95,7 +95,7 @@ def _choice(each: Any) -> Any:
 
 
 def value(kind: str, given: Any) -> Any:
-    """What a component of this kind shows."""
+    """Translate the value of a component of this kind."""
     if isinstance(given, str):
         return html(given) if kind == "html" else translated(given) if kind in VALUES else given
     if kind == "plot" and isinstance(given, Mapping) and isinstance(given.get("plot"), str):
@@ -104,7 +104,7 @@ def value(kind: str, given: Any) -> Any:
 
 
 def _figure(given: Any) -> Any:
-    """Every text of a picture."""
+    """Translate every text of a chart."""
     if isinstance(given, dict):
         return {name: _figure(each) for name, each in given.items()}
     if isinstance(given, list):

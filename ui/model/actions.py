@@ -1,4 +1,4 @@
-"""What the tab "Model and cut" does: reads the anatomy, measures, and cuts elsewhere. Nothing of Gradio here."""
+"""The actions of the tab "Model and cut": read the anatomy, measure, predict and adopt cuts. Nothing of Gradio here."""
 
 import queue
 import threading
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from splitlearn.arms.compare import Pairs
@@ -33,19 +33,20 @@ from splitlearn.planning.report import CutReport, report_of
 from splitlearn.runtime.progress import Progress, Step
 from ui import inputs
 from ui.flags import flag_words
+from ui.line import Line
 from ui.model.view import context_of
-from ui.visitors import Line, Stops
+from ui.visitors import Stops
 
 USUAL_CONTEXT = 2048
 POLL_S = 0.1
 FEWEST, FEWEST_TOKENS = 3, 16
-"""Runs of each arm, and tokens of each run, from which rates are taken."""
-Found = TypeVar("Found")
+"""Fewest runs of each arm, and fewest tokens of a run, from which rates are taken."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Question:
-    """Which cut is looked at, for which client and link."""
+    """The chosen cut, and the context, memory limit and link for it."""
 
     plan: SplitPlan
     context: int
@@ -63,46 +64,63 @@ class Measurement:
     at_s: float
 
 
-class Planner:
-    """The cuts of the model of `startup`. What was measured is kept for all visitors, since all share the machine.
+@dataclass
+class _Known:
+    """What was read and measured of the model with this `digest`."""
 
-    `measuring` says that an experiment is under way, as a sentence; empty when none is.
+    digest: str = ""
+    anatomy: Anatomy | None = None
+    measured: Measurement | None = None
+    cuts: dict[tuple[FlagSet, Link, SplitPlan], CutRun] = field(default_factory=dict)
+    report: tuple[object, CutReport] | None = None
+
+
+class Planner:
+    """Measures and predicts cuts of the model of `startup`. All visitors share the measurements, as they share the
+    machine. Those of a model that is no longer in use are dropped.
+
+    `measuring` returns a sentence while an experiment runs, and else an empty text.
     """
 
     def __init__(self, startup: Startup, stops: Stops, line: Line, measuring: Callable[[], str]) -> None:
         self.runs, self.stops, self.line = startup.runs, stops, line
         self._startup, self._measuring = startup, measuring
         self._lock = threading.Lock()
-        self._anatomy: Anatomy | None = None
-        self.measured: Measurement | None = None
-        self._cuts: dict[tuple[FlagSet, Link, SplitPlan], CutRun] = {}
-        self._report: tuple[object, CutReport] | None = None
+        self._last = _Known()
+
+    @property
+    def _known(self) -> _Known:
+        """What was read and measured of the model in use. Raises what reading the model raises."""
+        digest = self.runs.files.digest
+        if self._last.digest != digest:
+            self._last = _Known(digest)
+        return self._last
 
     @property
     def is_read(self) -> bool:
-        """Whether the anatomy is there without waiting."""
-        return self._anatomy is not None
+        """Whether the anatomy was already read."""
+        return self._last.anatomy is not None and self._known.anatomy is not None
 
-    def forget(self) -> None:
-        """Another model is in use: nothing that was read or measured holds for it."""
-        with self._lock:
-            self._anatomy = self.measured = self._report = None
-            self._cuts.clear()
+    @property
+    def measured(self) -> Measurement | None:
+        """The last measurement of the model in use."""
+        return self._known.measured
 
     def begin(self, visitor: str) -> int:
-        """Something was asked for: what was stopped before does not stop it. Returns her place in the line."""
+        """Clear the visitor's stop signal and join the queue. Returns her place in it."""
         self.stops.begin(visitor)
         return self.line.join(visitor)
 
     def anatomy(self) -> Anatomy:
-        """What the model is made of, read once. Raises what reading the model raises."""
+        """The model's anatomy, read once. Raises what reading the model raises."""
         with self._lock:
-            if self._anatomy is None:
-                self._anatomy = planning.read(self.runs.files, self.runs.dtype)
-            return self._anatomy
+            known = self._known
+            if known.anatomy is None:
+                known.anatomy = planning.read(self.runs.files, self.runs.dtype)
+            return known.anatomy
 
     def question(self, typed: Mapping[str, object]) -> Question:
-        """What the fields of the tab say. Raises InputError."""
+        """Parse the fields of the tab. Raises InputError."""
         anatomy = self.anatomy()
         plan = SplitPlan(inputs.whole("start", typed["start"]), inputs.whole("end", typed["end"]), anatomy.n_layers)
         context, most = inputs.whole("context", typed["context"]), context_of(anatomy)
@@ -112,37 +130,37 @@ class Planner:
 
     def report(self, question: Question) -> CutReport | None:
         """The costs of all cuts; None before anything was measured."""
-        found = self.measured
-        if found is None:
+        known = self._known
+        if (measured := known.measured) is None:
             return None
-        runs = [run for (flags, link, _), run in self._cuts.items() if (flags, link) == (found.flags, question.link)]
-        key = (found, self.runs.plan, question.link, question.context, question.client_memory_bytes, tuple(runs))
-        if self._report is None or self._report[0] != key:
+        runs = [run for (flags, link, _), run in known.cuts.items() if (flags, link) == (measured.flags, question.link)]
+        key = (measured, self.runs.plan, question.link, question.context, question.client_memory_bytes, tuple(runs))
+        if known.report is None or known.report[0] != key:
             memory = question.client_memory_bytes
-            about = (self.anatomy(), self.runs.plan, found.rates, question.link, question.context, memory)
-            self._report = key, report_of(*about, runs)
-        return self._report[1]
+            about = (self.anatomy(), self.runs.plan, measured.rates, question.link, question.context, memory)
+            known.report = key, report_of(*about, runs)
+        return known.report[1]
 
     def short(self, question: Question, rates: Rates) -> CutCost:
-        """The chosen cut with as few tokens as the runs have: what a measured cut is held against."""
+        """The predicted cost of the chosen cut at the context of the runs, to compare with a measured cut."""
         plan = question.plan
         return cut_cost(self.anatomy(), rates, question.link, rates.context, plan.start, plan.end)
 
     def measure(self, words: str, visitor: str) -> Iterator[Step]:
-        """Measure the rates with the flags `words`; a step for each thing worth saying."""
+        """Measure the rates with the flags `words`. Yields progress."""
         stop = yield from self.ready(visitor)
         flags, request = self._flags(words), self._request()
         rates = yield from follow(
             lambda progress: measure_rates(self.runs, self.anatomy(), flags, request, progress, stop), stop
         )
         if rates is not None:
-            self.measured = Measurement(words, flags, rates, time.time())
+            self._known.measured = Measurement(words, flags, rates, time.time())
 
     def learn(self, words: str, flags: FlagSet, pairs: Pairs, link: Link, others_cpu: float) -> None:
-        """Take the rates from a comparison, if it shows them and nothing was measured with these flags.
+        """Take the rates from a comparison if it shows them, unless they were measured with these flags.
 
-        It shows them when the trunk was near and kept, the client's flags are the full model's, and there were some
-        runs of some tokens.
+        A comparison shows them if it had no emulated link and lost no trunk, client and full have the same flags, and
+        there are at least FEWEST usable runs.
         """
         runs, usable = self.runs, [*zip(pairs.full, pairs.split, strict=True)]
         usable = [pair for pair in usable if all(_shows_rates(report) for report in pair)]
@@ -150,34 +168,36 @@ class Planner:
         if apart or len(usable) < FEWEST or (self.measured and self.measured.flags == flags):
             return
         full, split = zip(*usable, strict=True)
-        with suppress(SplitlearnError):  # a model whose structure cannot be read: the tab says so
+        with suppress(SplitlearnError):  # of a model whose structure cannot be read; the tab shows why
             rates = rates_from(runs, self.anatomy(), flags, runs.plan, {"full": [*full], "split": [*split]})
-            self.measured = Measurement(words, flags, replace(rates, others_cpu=others_cpu), time.time())
+            self._known.measured = Measurement(words, flags, replace(rates, others_cpu=others_cpu), time.time())
 
     def measure_cut(self, question: Question, words: str, visitor: str) -> Iterator[Step]:
-        """Run the cut of `question` with the flags of the prediction, which is measured first where there is none."""
+        """Run the cut of `question` with the prediction's flags. Measures the rates first if there are none. Yields
+        progress."""
         stop = yield from self.ready(visitor)
         if self.measured is None:
             yield from self.measure(words, visitor)
-        if self.measured is None:  # it was stopped
+        if (measured := self.measured) is None:  # it was stopped
             return
-        flags, plan, link, request = self.measured.flags, question.plan, question.link, self._request()
+        flags, plan, link, request = measured.flags, question.plan, question.link, self._request()
         run = yield from follow(
             lambda progress: measure_cut(self.runs, plan, flags, request, link, progress, stop), stop
         )
         if run is not None:
-            self._cuts[flags, link, plan] = run
+            self._known.cuts[flags, link, plan] = run
 
     def adopt(self, plan: SplitPlan) -> None:
-        """Compare with this cut from now on. Raises InputError for a trunk server that has other layers, and SetupError
-        while an experiment is measured."""
+        """Use this cut from now on. Raises InputError if the trunk server has other layers, SetupError while an
+        experiment runs."""
         self.check()
         self.runs.split_at(plan)
 
     def ready(self, visitor: str) -> Generator[Step, None, threading.Event]:
-        """Wait until what loads in the background is loaded."""
+        """Wait for the requests before the visitor, and for the background loading. Returns her stop signal."""
         self.check()
         stop = self.stops.signal(visitor)
+        self.line.take(visitor, stop)
         self._startup.begin()
         if self._startup.running:
             yield Step("Waiting until the model and both arms are loaded")
@@ -185,9 +205,9 @@ class Planner:
         return stop
 
     def check(self) -> None:
-        """Raise SetupError while an experiment is measured."""
-        if said := self._measuring():
-            raise SetupError(said)
+        """Raise SetupError while an experiment runs."""
+        if reason := self._measuring():
+            raise SetupError(reason)
 
     def _flags(self, words: str) -> FlagSet:
         return parse(words, flag_words.available(self.runs))
@@ -196,10 +216,10 @@ class Planner:
         return short_request(self.runs.config.generation.prompt.strip() or ANY_PROMPT)
 
 
-def follow(work: Callable[[Progress], Found], stop: threading.Event) -> Generator[Step, None, Found]:
-    """Run `work` in a thread of its own; its steps as they come, and what it gave at the end. Closing sets `stop`."""
+def follow(work: Callable[[Progress], Result], stop: threading.Event) -> Generator[Step, None, Result]:
+    """Run `work` in a thread. Yields its steps and returns its result. Closing the generator sets `stop`."""
     steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
-    done: Future[Found] = Future()
+    done: Future[Result] = Future()
 
     def run() -> None:
         try:
@@ -221,7 +241,7 @@ def follow(work: Callable[[Progress], Found], stop: threading.Event) -> Generato
 
 
 def _shows_rates(report: ArmReport) -> bool:
-    """Whether a run of a comparison can stand for others: one sample of some tokens, and no trunk was lost."""
+    """Whether a run is usable for rates: one sample, at least FEWEST_TOKENS tokens, no trunk lost."""
     metrics = report.metrics
     return not report.others and not metrics.recoveries and metrics.n_tokens >= FEWEST_TOKENS
 

@@ -1,4 +1,4 @@
-"""Which cut to choose, as HTML: the advice, the figures of the chosen cut, and the cuts that nothing beats."""
+"""Cuts as HTML: the advice, the figures of the chosen cut, and the Pareto front."""
 
 import time
 from html import escape
@@ -13,38 +13,37 @@ from ui.format import MISSING, ratio, seconds, size
 from ui.model.pareto import distinct
 
 EMPTY = (
-    "Here will be: whether splitting helps on these machines, where to cut, and TPOT and memory of every cut at once. "
-    f"Press “Measure this machine”: full and split run {REPEATS} times each, {TOKENS} tokens a run. That is half a "
-    "minute, and more while something is still loaded. A comparison of three runs on the Answers tab does, too."
+    "Press “Measure this machine” to see whether splitting helps here, where to cut, and TPOT and memory of every cut. "
+    f"Full and split run {REPEATS} times each, {TOKENS} tokens a run: half a minute, and more while something still "
+    "loads. A comparison of three runs on the Answers tab works, too."
 )
 
 
 def empty() -> str:
-    """What stands there before anything was measured."""
+    """The text shown before anything was measured."""
     return f'<section class="sl-result" aria-label="Advice">{html.small(EMPTY)}</section>'
 
 
 def advice(report: CutReport, words: str, at_s: float, other_words: bool) -> str:
-    """Two sentences, and what they rest on. `words` are the flags of the measurement, `other_words` whether the flags
-    chosen now are others."""
-    said = report.advice
+    """The two sentences of advice, and the measurement behind them. `words` are its flags; `other_words` is whether
+    other flags are chosen now."""
     how = (
         f"Predicted from runs with the flags {words} at {time.strftime('%H:%M', time.localtime(at_s))}, over the link: "
         f"{report.link.summary}; memory for {report.context:,} tokens."
     )
     now = " The flags chosen now are others: measure again for them." if other_words else ""
     return (
-        f'<section class="sl-result sl-advice" aria-label="Advice"><p>{escape(said.does_it_help)}</p>'
-        f"<p>{escape(said.where_to_cut)}</p>{html.small(how + now)}</section>"
+        f'<section class="sl-result sl-advice" aria-label="Advice"><p>{escape(report.advice.does_it_help)}</p>'
+        f"<p>{escape(report.advice.where_to_cut)}</p>{html.small(how + now)}</section>"
     )
 
 
 def chosen(report: CutReport, plan: SplitPlan, short: CutCost) -> str:
-    """The chosen cut beside the one that is compared now. Once it was run: what was measured beside `short`, its
-    prediction for as few tokens as the run had."""
+    """A table of the chosen cut beside the cut in use. If the chosen cut was run, also its measurement beside `short`,
+    the prediction at the run's context."""
     cost, now = report.cost(plan.start, plan.end), report.cost(report.plan.start, report.plan.end)
     run = next((run for run in report.measured if (run.start, run.end) == (plan.start, plan.end)), None)
-    heads, rows = [f"compared now, {_range(now)}", f"chosen, {_range(cost)}"], list(ROWS)
+    heads, rows = [f"in use, {_range(now)}", f"chosen, {_range(cost)}"], list(ROWS)
     beside: dict[str, tuple[str, ...]] = {name: (_shown(name, now), _shown(name, cost)) for name in rows}
     if run is not None:
         heads += [f"for {report.rates.context} tokens", "measured", "measured / predicted"]
@@ -55,16 +54,16 @@ def chosen(report: CutReport, plan: SplitPlan, short: CutCost) -> str:
 
 
 def front(report: CutReport) -> str:
-    """The cuts that nothing beats, one of each that cost the same, as a table that opens."""
-    kept = {(cost.start, cost.end) for cost in report.front}
-    groups = [group for group in distinct(report.costs).values() if any((c.start, c.end) in kept for c in group)]
+    """A folded table of the Pareto front. Cuts with equal figures have one row."""
+    pareto = {(cost.start, cost.end) for cost in report.front}
+    groups = [group for group in distinct(report.costs).values() if any((c.start, c.end) in pareto for c in group)]
     rows = [(_range(group[0]), *(_shown(name, group[0]) for name in ROWS)) for group in groups]
-    inner = html.table(html.head_row("Trunk layers", *ROWS), rows, "Cuts that nothing beats")
-    return html.folded(f"Cuts that nothing beats, as a table: {len(rows)}", inner)
+    inner = html.table(html.head_row("Trunk layers", *ROWS), rows, "Pareto-optimal cuts")
+    return html.folded(f"Pareto-optimal cuts: {len(rows)}", inner)
 
 
 def progress(step: Step) -> str:
-    """How far a measurement is."""
+    """The progress of a measurement."""
     label = escape(step.label)
     if not step.total:
         return f'<div class="sl-progress"><span>{label}</span></div>'
@@ -73,12 +72,12 @@ def progress(step: Step) -> str:
 
 
 def turn(place: int) -> str:
-    """What somebody who has just asked for something waits for: her place in the line, 0 for none before her."""
-    said = f"Another visitor's run is under way. You are number {place} in line." if place else "Beginning"
-    return progress(Step(said))
+    """What a visitor waits for: her place in the queue, or that her run begins (place 0)."""
+    text = f"Another run is in progress. You are number {place} in the queue." if place else "Starting"
+    return progress(Step(text))
 
 
-def said(text: str) -> str:
+def note(text: str) -> str:
     """One line on what happened."""
     return f'<div class="sl-note">{escape(text)}</div>' if text else ""
 
@@ -93,18 +92,18 @@ ROWS = {
     "Bytes down, a token": ("bytes_down", size),
     "Client computes": ("client_compute_share", lambda share: f"{share:.0%}"),
 }
-"""The figures of a cut: the fields of CutCost and of CutRun, and how they are written."""
+"""The figures of a cut: the field of CutCost and CutRun, and its format."""
 
 
 def _measured(name: str, short: CutCost, run: CutRun) -> tuple[str, str, str]:
-    field, shown = ROWS[name]
-    found, predicted = getattr(run, field, None), getattr(short, field)
-    return shown(predicted), MISSING if found is None else shown(found), ratio(found, predicted)
+    field, written = ROWS[name]
+    measured, predicted = getattr(run, field, None), getattr(short, field)
+    return written(predicted), MISSING if measured is None else written(measured), ratio(measured, predicted)
 
 
 def _shown(name: str, cost: CutCost) -> str:
-    field, shown = ROWS[name]
-    return shown(getattr(cost, field))
+    field, written = ROWS[name]
+    return written(getattr(cost, field))
 
 
 def _range(cost: CutCost) -> str:

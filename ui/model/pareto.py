@@ -1,6 +1,6 @@
-"""All cuts at once as a picture: TPOT against the client's memory. Each point can be pressed to choose its cut.
+"""An SVG of all cuts: TPOT against the client's memory. Pressing a point chooses its cut.
 
-Places are percentages, as in picture.py. Cuts whose figures are the same to three digits are one point.
+Coordinates are percentages, as in picture.py. Cuts whose figures agree to three digits are one point.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,14 +40,14 @@ watch('value', () => {
   again = false;
 });
 """
-"""A point that is pressed says which cut it is, by the event `cut`. The arrow keys go from point to point."""
+"""Pressing a point triggers the event `cut` with its cut. The arrow keys move from point to point."""
 LEFT, RIGHT, TOP, FOOT = 13.0, 97.0, 6.0, 84.0
 Place = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """From memory and TPOT to a place in percent."""
+    """Maps memory and TPOT to a place in percent."""
 
     least_memory: float
     most_memory: float
@@ -56,7 +56,7 @@ class Scale:
 
     @classmethod
     def of(cls, points: Sequence[Place]) -> "Scale":
-        """Wide enough for all of these, with some room around them."""
+        """A scale that fits all `points`, with a margin."""
         memory, times = [point[0] for point in points], [point[1] for point in points]
         (left, right), (foot, top) = _around(memory), _around(times)
         return cls(left, right, max(0.0, foot), top)
@@ -69,26 +69,26 @@ class Scale:
 
 
 def _around(values: Sequence[float]) -> tuple[float, float]:
-    """The range of `values`, and some room; of equal ones a range around them, too."""
+    """The range of `values` with a margin, also if all are equal."""
     least, most = min(values), max(values)
     room = 0.08 * (most - least) or 0.08 * most
     return least - room, most + room
 
 
 def pareto(report: CutReport, chosen: SplitPlan) -> str:
-    """The picture of a report. A ring is around the chosen cut, a dashed one around that of the comparison."""
+    """The SVG of a report. A ring marks the chosen cut, a dashed one the cut in use."""
     rates = report.rates
     whole = (float(rates.full_memory_bytes), rates.full_tpot_s)
     runs = [(float(run.client_memory_bytes), run.tpot_s) for run in report.measured]
     scale = Scale.of([*map(_figures, report.costs), whole, *runs])
     marks = "".join(f'<circle class="sl-mark" {_at(scale.place(*run))} r="7"/>' for run in runs)
     full = f"The full model: {seconds(whole[1])} a token, {size(whole[0])}"
-    said = (
+    label = (
         f"TPOT against the client's memory for {len(report.costs)} cuts. {report.advice.does_it_help} "
         f"{report.advice.where_to_cut}"
     )
     return (
-        f'<div class="sl-pareto"><svg role="group" aria-label="{escape(said)}">{_axes(scale)}{_limit(report, scale)}'
+        f'<div class="sl-pareto"><svg role="group" aria-label="{escape(label)}">{_axes(scale)}{_limit(report, scale)}'
         f'<circle class="sl-whole" {_at(scale.place(*whole))} r="6"><title>{full}</title></circle>'
         f"{_dots(report, chosen, scale)}{marks}"
         f"{_ring(report, report.plan, scale, 11, ' sl-now')}{_ring(report, chosen, scale, 8)}</svg>"
@@ -97,7 +97,7 @@ def pareto(report: CutReport, chosen: SplitPlan) -> str:
 
 
 def distinct(costs: Sequence[CutCost]) -> dict[Place, list[CutCost]]:
-    """The cuts by their figures to three digits, from the smallest client on; of equal ones as costs.py orders them."""
+    """The cuts by their figures to three digits, smallest client first. Equal cuts stay in the order of costs.py."""
     found: dict[Place, list[CutCost]] = {}
     for cost in costs:
         memory, tpot_s = _figures(cost)
@@ -112,29 +112,29 @@ def _figures(cost: CutCost) -> Place:
 def _dots(report: CutReport, chosen: SplitPlan, scale: Scale) -> str:
     front = {(cost.start, cost.end) for cost in report.front}
     groups = list(distinct(report.costs).values())
-    wanted = (chosen.start, chosen.end)
-    entry = next((number for number, group in enumerate(groups) if wanted in map(_range, group)), 0)
+    choice = (chosen.start, chosen.end)
+    entry = next((number for number, group in enumerate(groups) if choice in map(_range, group)), 0)
     return "".join(
-        _dot(group, wanted, scale, number == entry, any(_range(cost) in front for cost in group))
+        _dot(group, choice, scale, number == entry, any(_range(cost) in front for cost in group))
         for number, group in enumerate(groups)
     )
 
 
-def _dot(group: Sequence[CutCost], wanted: tuple[int, int], scale: Scale, entry: bool, front: bool) -> str:
-    """A point for cuts that cost the same. Pressing it chooses the first of them; that it is chosen is said."""
-    first = next((cost for cost in group if _range(cost) == wanted), group[0])
+def _dot(group: Sequence[CutCost], choice: tuple[int, int], scale: Scale, entry: bool, front: bool) -> str:
+    """A point for cuts that cost the same. Pressing it chooses the first of them."""
+    first = next((cost for cost in group if _range(cost) == choice), group[0])
     alike = f", and {len(group) - 1} others with these figures" if len(group) > 1 else ""
-    said = (
+    label = (
         f"Trunk layers {first.start} to {first.end}: {seconds(first.tpot_s)} a token, "
         f"{size(first.client_memory_bytes)} at the client, {size(first.trunk_memory_bytes)} at the trunk{alike}"
-        f"{'; nothing beats it' if front else ''}"
+        f"{'; Pareto-optimal' if front else ''}"
     )
     radius, style = (6, "sl-dot sl-front") if front else (4, "sl-dot")
-    pressed = "true" if wanted in map(_range, group) else "false"
+    pressed = "true" if choice in map(_range, group) else "false"
     return (
         f'<circle class="{style}" {_at(scale.place(*_figures(first)))} r="{radius}" '
         f'data-start="{first.start}" data-end="{first.end}" role="button" aria-pressed="{pressed}" '
-        f'tabindex="{0 if entry else -1}" aria-label="{said}"><title>{said}</title></circle>'
+        f'tabindex="{0 if entry else -1}" aria-label="{label}"><title>{label}</title></circle>'
     )
 
 
@@ -187,7 +187,7 @@ def ticks(least: float, most: float, number: int) -> Iterator[float]:
 
 
 def _zeros(value: float) -> int:
-    """Places behind the point up to the first digit that is not 0."""
+    """Decimal places up to the first nonzero digit."""
     return -int(f"{value:e}".partition("e")[2])
 
 
@@ -201,11 +201,11 @@ def _limit(report: CutReport, scale: Scale) -> str:
 
 def _legend(report: CutReport) -> str:
     items = [
-        ('<circle class="sl-dot sl-front" cx="8" cy="8" r="6"/>', "a cut that nothing beats in both"),
+        ('<circle class="sl-dot sl-front" cx="8" cy="8" r="6"/>', "Pareto-optimal cut"),
         ('<circle class="sl-dot" cx="8" cy="8" r="4"/>', "another cut"),
         ('<circle class="sl-whole" cx="8" cy="8" r="6"/>', "the full model, in one process"),
         ('<circle class="sl-ring" cx="8" cy="8" r="7"/>', "chosen"),
-        ('<circle class="sl-ring sl-now" cx="8" cy="8" r="7"/>', "compared now"),
+        ('<circle class="sl-ring sl-now" cx="8" cy="8" r="7"/>', "in use"),
     ]
     if report.measured:
         items.append(('<circle class="sl-mark" cx="8" cy="8" r="7"/>', "measured"))

@@ -1,6 +1,6 @@
-"""The model as a picture: embeddings, layers, final norm and LM head, with the cuts through them, which can be dragged.
+"""An SVG of the model: embeddings, layers, final norm and LM head, with cuts that can be dragged.
 
-Places are percentages of the width, so that letters keep their size from a phone to a wide screen.
+Coordinates are percentages of the width, so that letters keep their size on any screen.
 """
 
 from html import escape
@@ -45,11 +45,11 @@ element.addEventListener('pointerup', event => {
 });
 element.addEventListener('pointercancel', () => { held = null; });
 """
-"""Moves a cut with the pointer. When it is let go, the event `cut` says where both are."""
+"""Drags a cut with the pointer. Releasing it triggers the event `cut` with both cuts."""
 
 
 def picture(anatomy: Anatomy, plan: SplitPlan, up: float, down: float) -> str:
-    """The model with the cuts of `plan`, and the bytes that cross them for each decoded token."""
+    """The SVG of the model with the cuts of `plan`. `up` and `down` are the bytes per decoded token at the cuts."""
     n, ends = anatomy.n_layers, (FIRST, LAST)
     layers = "".join(_layer(layer, plan, n) for layer in anatomy.layers)
     outside = (
@@ -59,13 +59,13 @@ def picture(anatomy: Anatomy, plan: SplitPlan, up: float, down: float) -> str:
     )
     cuts = _cut("start", plan.start, n, f"{size(up)} up", 14) + _cut("end", plan.end, n, f"{size(down)} down", 30)
     ticks = "".join(_tick(at, n) for at in sorted({0, n}))
-    said = (
+    label = (
         f"{anatomy.model}: embeddings, {n} layers, final norm and LM head. The client has the layers 0 to {plan.start} "
         f"and {plan.end} to {n}, the trunk {plan.start} to {plan.end}. Each token takes {size(up)} up and {size(down)} "
         "down."
     )
     return (
-        f'<div class="sl-parts"><svg role="img" aria-label="{escape(said)}" height="{HEIGHT}" data-layers="{n}" '
+        f'<div class="sl-parts"><svg role="img" aria-label="{escape(label)}" height="{HEIGHT}" data-layers="{n}" '
         f'data-start="{plan.start}" data-end="{plan.end}" data-first="{ends[0]}" data-last="{ends[1]}">'
         f"{outside}{layers}{ticks}{cuts}</svg>{_legend(plan)}</div>"
     )
@@ -95,15 +95,15 @@ def _block(x: float, width: float, name: str, what: str) -> str:
     )
 
 
-def _cut(name: str, at: int, n: int, said: str, y: int) -> str:
-    """A line that can be dragged, with what crosses it. The label is on the side where there is room."""
+def _cut(name: str, at: int, n: int, label: str, y: int) -> str:
+    """A draggable line with `label`, which is on the side that has room."""
     anchor = "start" if _place(at, n) < 50 else "end"
     foot = TOP + TALL
     return (
         f'<svg class="sl-cut" data-cut="{name}" x="{_place(at, n):.3f}%" overflow="visible">'
         f'<line x1="0" x2="0" y1="{y + 4}" y2="{foot + 8}"/><circle cx="0" cy="{foot + 12}" r="6"/>'
         f'<rect class="sl-grip" x="-14" y="{TOP}" width="28" height="{TALL + 30}"/>'
-        f'<text x="0" y="{y}" text-anchor="{anchor}">{escape(said)}</text>'
+        f'<text x="0" y="{y}" text-anchor="{anchor}">{escape(label)}</text>'
         f'<text x="0" y="{foot + 34}" text-anchor="middle">{at}</text></svg>'
     )
 

@@ -1,4 +1,4 @@
-"""The tab "Model and cut": what the model is made of, what each cut of it costs, and a cut for the comparison."""
+"""The tab "Model and cut": the model's parts, the cost of each cut, and the choice of the cut in use."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -34,11 +34,10 @@ ALL = (
     "to point."
 )
 SPEAKS = "element.setAttribute('role', 'status')"
-LIVE: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
 
 
 class ModelTab:
-    """Made inside `tab`; `connect` makes it live."""
+    """The tab's components, built inside `tab`. `connect` adds their event handlers."""
 
     def __init__(self, planner: Planner, tab: Any) -> None:
         self.planner, self.tab = planner, tab
@@ -57,14 +56,15 @@ class ModelTab:
 
     def _range(self) -> None:
         with gr.Row():
-            for name, info in (
-                ("start", "The client has the layers before it."),
-                ("end", "The client has this layer and those behind it."),
+            # `first` is within the bounds of a model of any size: a quick visitor sends it before the tab is drawn.
+            for name, first, info in (
+                ("start", 0, "The client has the layers before it."),
+                ("end", 1, "The client has this layer and the following ones."),
             ):
                 self.fields[name] = gr.Slider(
                     0,
                     1,
-                    value=0,
+                    value=first,
                     step=1,
                     label=LABELS[name],
                     info=info,
@@ -76,7 +76,7 @@ class ModelTab:
     def _client(self) -> None:
         infos = {
             "context": "Prompt and answer: what the KV caches hold.",
-            "memory": "What a client process may take, libraries included. Empty: no limit.",
+            "memory": "Memory of the client process, libraries included. Empty: no limit.",
         }
         with gr.Row():
             for name, info in infos.items():
@@ -88,7 +88,7 @@ class ModelTab:
                 value=self.planner.runs.config.trunk.link or NONE,
                 allow_custom_value=True,
                 label=LABELS["link"],
-                info="Predictions are for it; or words such as rtt=50ms,up=10mbit,down=100mbit.",
+                info="Used for predictions. Choose one, or type words such as rtt=50ms,up=10mbit.",
                 min_width=240,
                 elem_id="model-link",
             )
@@ -110,7 +110,7 @@ class ModelTab:
         self.yaml = gr.Textbox(
             "",
             label="The chosen cut for config.yaml",
-            info="Adopt is for this page and until it ends. These lines are for every start, and for a trunk server.",
+            info="Adopt lasts until the program ends. These lines are for every start, and for a trunk server.",
             lines=3,
             interactive=False,
             buttons=["copy"],
@@ -118,30 +118,30 @@ class ModelTab:
         )
 
     def connect(self, words: Any, look: Callable[[], Updates], looked: list[Any]) -> None:
-        """Make it live. `words` are the chosen flags; `look` draws, in `looked`, what the rest of the page says of the
-        split."""
+        """Add the event handlers. `words` are the chosen flags. `look` updates `looked`: what the rest of the page
+        shows of the split."""
         self.words = words
         self.given = {*self.fields.values(), words}
         ends = [self.fields["start"], self.fields["end"]]
         given, drawn = self.given, [*self._drawings, self.error]
-        self.tab.select(self._come, given, self.all, concurrency_limit=None, **LIVE)
+        self.tab.select(self._come, given, self.all, concurrency_limit=None, trigger_mode="always_last")
         for name, other in (("start", "end"), ("end", "start")):
             moved = partial(self._moved, name)
-            gr.on([self.fields[name].input], moved, given, [*drawn, self.fields[other]], **LIVE)
+            gr.on([self.fields[name].input], moved, given, [*drawn, self.fields[other]], trigger_mode="always_last")
         for shown in (self.picture, self.pareto):
-            shown.cut(self._picked, given, [*drawn, *ends], **LIVE)
+            shown.cut(self._picked, given, [*drawn, *ends], trigger_mode="always_last")
         typed = [each for name in ("context", "memory") for each in _ways(self.fields[name])]
         typed += [self.fields["link"].input]
-        gr.on(typed, self._draw, given, drawn, **LIVE)
+        gr.on(typed, self._draw, given, drawn, trigger_mode="always_last")
         self._run(self.measure, self._measure, given, drawn)
         self._run(self.measure_cut, self._measure_cut, given, drawn)
         adopted = self._run(self.adopt, self._adopt, given, drawn)
-        adopted.then(look, None, looked, show_progress="hidden", api_visibility="private")
-        self.stop.click(self._stop, None, self.stop, queue=False, show_progress="hidden", api_visibility="private")
+        adopted.then(look, None, looked)
+        self.stop.click(self._stop, None, self.stop, queue=False)
 
     @property
     def all(self) -> list[Any]:
-        """All that another model is shown in."""
+        """The components that change with the model."""
         ends = [self.fields[name] for name in ("start", "end", "context")]
         return [*self._drawings, self.error, self.status, *ends]
 
@@ -155,11 +155,10 @@ class ModelTab:
         return [self.measure, self.measure_cut, self.adopt, self.stop]
 
     def _run(self, button: Any, run: Callable[..., Any], given: set[Any], drawn: list[Any]) -> Any:
-        """Begin at once, run when no other run is under way, and set the buttons back whatever happened."""
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        begun = button.click(self._begin, None, [*self._actions, self.status, self.error], queue=False, **quiet)
-        ran = begun.then(run, given, [*drawn, self.status], concurrency_id="runs", concurrency_limit=1, **quiet)
-        return ran.then(self._end, None, self._actions, queue=False, **quiet)
+        """Show at once that it begins, run in the queue of all runs, and reset the buttons in any case."""
+        begun = button.click(self._begin, None, [*self._actions, self.status, self.error], queue=False)
+        ran = begun.then(run, given, [*drawn, self.status], concurrency_id="runs", concurrency_limit=1)
+        return ran.then(self._end, None, self._actions, queue=False)
 
     def _enabled(self, running: bool) -> Updates:
         return {each: gr.Button(interactive=running == (each is self.stop)) for each in self._actions}
@@ -177,9 +176,9 @@ class ModelTab:
         return gr.Button(interactive=False)
 
     async def _come(self, given: dict[Any, Any]) -> AsyncIterator[Updates]:
-        """The tab was opened: read the model, and show the cut that is compared unless another one is chosen."""
+        """On opening the tab: read the model, and show the chosen cut, at first the one in use."""
         if not self.planner.is_read:
-            yield {self.facts: cuts.said("Reading what the model is made of: some seconds, once.")}
+            yield {self.facts: cuts.note("Reading the model's structure: a few seconds, once.")}
         try:
             anatomy = await asyncio.to_thread(self.planner.anatomy)
         except SplitlearnError as error:
@@ -188,7 +187,7 @@ class ModelTab:
         yield await asyncio.to_thread(self._first, anatomy, given)
 
     async def anew(self, given: dict[Any, Any]) -> AsyncIterator[Updates]:
-        """Another model is in use: show it and its cut, and nothing that was measured of the one before."""
+        """Show another model and its cut, without what was measured of the last one."""
         gone: Updates = {self.advice: cuts.empty(), self.known: gr.Column(visible=False)}
         yield gone | {self.chosen: "", self.pareto: "", self.front: "", self.status: ""}
         async for updates in self._come({**given, self.fields["context"]: ""}):
@@ -211,7 +210,7 @@ class ModelTab:
         }
 
     def _moved(self, name: str, given: dict[Any, Any]) -> Updates:
-        """One end was moved: the other one gives way. It is written only then: she may have typed another meanwhile."""
+        """An end was moved: move the other one if they collide. Else it is left alone, as she may be typing in it."""
         start, end = self.fields["start"], self.fields["end"]
         moved: Updates = {}
         if isinstance(given[start], int) and isinstance(given[end], int) and given[start] >= given[end]:
@@ -219,7 +218,7 @@ class ModelTab:
         return {**self._draw({**given, **moved}), **moved}
 
     def _picked(self, given: dict[Any, Any], event: gr.EventData) -> Updates:
-        """A cut was dragged, or a point pressed. What the browser says is checked as what is typed."""
+        """A cut was dragged, or a point pressed. The browser's values are checked like typed ones."""
         try:
             values = {**given, self.fields["start"]: event.start, self.fields["end"]: event.end}
             plan = self._question(values).plan
@@ -230,11 +229,11 @@ class ModelTab:
     def _question(self, given: Mapping[Any, Any]) -> Question:
         try:
             return self.planner.question({name: given[field] for name, field in self.fields.items()})
-        except InputError as error:  # by the words that stand at the field
+        except InputError as error:  # by the field's label
             raise InputError(LABELS.get(error.field, error.field), error.value, error.expected) from error
 
     def _draw(self, given: Mapping[Any, Any]) -> Updates:
-        """The picture and the figures for what the fields say."""
+        """Draw the picture and the figures for the fields."""
         try:
             question = self._question(given)
             report = self.planner.report(question)
@@ -286,7 +285,7 @@ class ModelTab:
             self.planner.adopt(plan)
         except SplitlearnError as error:
             return {self.status: "", self.error: html.error(str(error))}
-        return {**self._draw(given), self.status: cuts.said(_adopted(plan))}
+        return {**self._draw(given), self.status: cuts.note(_adopted(plan))}
 
 
 def _adopted(plan: SplitPlan) -> str:
@@ -297,5 +296,5 @@ def _adopted(plan: SplitPlan) -> str:
 
 
 def _ways(field: Any) -> list[Any]:
-    """How a typed value is given."""
+    """The events that submit a typed value."""
     return [field.submit, field.blur]

@@ -1,4 +1,4 @@
-"""What the model is made of, as HTML: a fact with its definition behind it, and a table of the parts of a split."""
+"""The model's anatomy as HTML: facts with their definitions, and a table of the parts of a split."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ from ui import html
 from ui.format import size
 
 NO_LIMIT = 2048
-"""Tokens for which sizes are shown where the model has no limit of context."""
+"""Tokens for which sizes are shown if the model has no context limit."""
 ATTENTION = (
     "How heads share keys and values. MHA: each has its own. MQA: all share one (Shazeer 2019, arXiv:1911.02150). GQA: "
     "a group shares one (Ainslie et al. 2023, arXiv:2305.13245). MLA: keys and values are made of one small vector "
@@ -27,18 +27,18 @@ KV = (
 
 
 def context_of(anatomy: Anatomy) -> int:
-    """The tokens that are a full context."""
+    """Tokens of a full context."""
     return anatomy.context or NO_LIMIT
 
 
 def facts(anatomy: Anatomy) -> str:
-    """Every figure of the model; its definition is behind it."""
+    """Tiles with the model's figures and their definitions."""
     tiles = (html.tile(name, escape(value), definition, "model") for name, value, definition in _facts(anatomy))
     return f'<dl class="sl-tiles">{"".join(tiles)}</dl>'
 
 
 def parts(anatomy: Anatomy, plan: SplitPlan) -> str:
-    """A table of what client and trunk hold and compute at a full context."""
+    """A table of the parts of the split, at a full context."""
     full = f"{context_of(anatomy):,} tokens"
     head = html.head_row(
         "Part", "layers", "parameters", "weights", "KV cache per token", f"KV cache, {full}", f"FLOPs per token, {full}"
@@ -100,11 +100,11 @@ MLP = (
 
 
 def _each(layers: Iterable[Layer], of: Callable[[Layer], str]) -> str:
-    """What `of` says of the layers; where they differ, with how many there are of each."""
+    """`of` of the layers; where they differ, each text with its number of layers."""
     found = Counter(map(of, layers))
     if len(found) == 1:
         return next(iter(found))
-    return "; ".join(f"{said} ({number} layers)" for said, number in found.items())
+    return "; ".join(f"{text} ({number} layers)" for text, number in found.items())
 
 
 def _attention(layer: Layer) -> str:

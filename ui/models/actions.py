@@ -1,4 +1,4 @@
-"""What the panel "Choose another model" does. Nothing of Gradio here."""
+"""The actions of the panel "Choose another model". Nothing of Gradio here."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,9 +11,9 @@ from ui.model.actions import Planner, follow
 
 
 class Chooser:
-    """The model of `startup`. `planner` knows whether the machine is free, and forgets the model that goes.
+    """The model of `startup`. `planner` knows whether the machine is free.
 
-    `failures` has what the last try said, by the name of the model.
+    `failures` has the error of a model's last load, by name.
     """
 
     def __init__(self, startup: Startup, planner: Planner) -> None:
@@ -22,12 +22,12 @@ class Chooser:
 
     @property
     def name(self) -> str:
-        """The model in use, by the name that its choice has."""
+        """The name of the model in use, as in `choices`."""
         return self._startup.runs.config.model.name
 
     @property
     def fixed(self) -> str:
-        """Why no other model can be chosen, whoever asks; empty where one can."""
+        """Why nobody can choose another model; empty if one can be chosen."""
         trunk = self._startup.runs.config.trunk
         if trunk.embedded:
             return ""
@@ -37,12 +37,12 @@ class Chooser:
         )
 
     def choices(self, probe: bool) -> Sequence[Choice]:
-        """Every model, and why one cannot be had; with `probe` the model hub is asked, which may take seconds."""
+        """All models, with the reason if one is unavailable. `probe` asks the model hub, which may take seconds."""
         return model_choice.choices(self._first, self._startup.runs, probe)
 
     def choose(self, name: object, visitor: str) -> Iterator[Step]:
-        """Load the model called `name` for every visitor; a step for each thing worth saying. Raises InputError for one
-        that is not in the list, and what loading raises."""
+        """Load the model called `name` for every visitor. Yields progress. Raises InputError if it is not in the list,
+        and what loading raises."""
         if self.fixed:
             raise SetupError(self.fixed)
         if name == self.name and not self._startup.failure:
@@ -50,7 +50,7 @@ class Chooser:
         if name not in [choice.name for choice in self.choices(probe=False)]:
             raise InputError("Model", name, "one of the list")
         stop = yield from self.planner.ready(visitor)
-        chosen, before = str(name), self._digest()
+        chosen = str(name)
         try:
             yield from follow(
                 lambda progress: model_choice.load(self._startup, self._first, chosen, progress, stop), stop
@@ -59,10 +59,3 @@ class Chooser:
         except SplitlearnError as error:
             self.failures[chosen] = str(error)
             raise
-        finally:
-            if self._digest() != before:
-                self.planner.forget()
-
-    def _digest(self) -> str:
-        """What tells the model in use from others; empty while there is none."""
-        return "" if self._startup.failure else self._startup.runs.files.digest

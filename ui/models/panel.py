@@ -1,4 +1,4 @@
-"""The panel "Choose another model": what is cached or in the catalogue, and loading it for all visitors."""
+"""The panel "Choose another model": list the cached and catalogued models, and load one for all visitors."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -16,12 +16,11 @@ from ui.models.actions import Chooser
 from ui.visitors import visitor
 
 SPEAKS = "element.setAttribute('role', 'status')"
-WHAT = "It is loaded for every visitor of this page until the program ends, with its usual cut."
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+WHAT = "Loaded for every visitor of this page until the program ends, with its default cut."
 
 
 class ModelsPanel:
-    """Made inside a tab; `connect` makes it live."""
+    """The panel's components. `connect` adds their event handlers."""
 
     def __init__(self, chooser: Chooser) -> None:
         self.chooser = chooser
@@ -38,27 +37,26 @@ class ModelsPanel:
 
     @property
     def drawn(self) -> list[Any]:
-        """What the list is shown in."""
+        """The components that show the list."""
         return [self.note, self.list, self.own, self.choice]
 
     def connect(self) -> Any:
-        """Make it live. Gives the event after which another model may be in use."""
-        self.fold.expand(self._come, None, self.drawn, concurrency_limit=None, **QUIET)
+        """Add the event handlers. Returns the event after which another model may be in use."""
+        self.fold.expand(self._come, None, self.drawn, concurrency_limit=None)
         buttons = [self.load, self.stop]
-        begun = self.load.click(self._begin, None, [*buttons, self.status, self.error], queue=False, **QUIET)
+        begun = self.load.click(self._begin, None, [*buttons, self.status, self.error], queue=False)
         ran = begun.then(
             self._load,
             self.choice,
             [*self.drawn, self.status, self.error],
             concurrency_id="runs",
             concurrency_limit=1,
-            **QUIET,
         )
-        self.stop.click(self._stop, None, self.stop, queue=False, **QUIET)
-        return ran.then(self._end, None, buttons, queue=False, **QUIET)
+        self.stop.click(self._stop, None, self.stop, queue=False)
+        return ran.then(self._end, None, buttons, queue=False)
 
     async def _come(self, request: gr.Request) -> AsyncIterator[Updates]:
-        """The list was opened: what is known at once, then what the model hub says."""
+        """On opening the list: show it at once, then again with the model hub's answers."""
         for probe in (False, True):
             yield await asyncio.to_thread(self._list, request, probe)
 
@@ -86,8 +84,8 @@ class ModelsPanel:
         except SplitlearnError as error:
             yield {**self._list(request, probe=True), self.status: "", self.error: html.error(str(error))}
             return
-        said = cuts.said(f"In use: {self.chooser.name}.")
-        yield {**self._list(request, probe=True), self.status: said, self.error: ""}
+        note = cuts.note(f"In use: {self.chooser.name}.")
+        yield {**self._list(request, probe=True), self.status: note, self.error: ""}
 
     def _stop(self, request: gr.Request) -> Any:
         self.chooser.planner.stops.stop(visitor(request))

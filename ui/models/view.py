@@ -1,4 +1,4 @@
-"""The list of models as HTML: what each is, what it takes, and whether it can be had."""
+"""The list of models as HTML: size, availability, licence and source."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -8,12 +8,12 @@ from ui import html
 from ui.format import MISSING, size
 from ui.model.view import count
 
-ASKING = "not cached; asking the model hub whether it has it"
+ASKING = "not cached; asking the model hub"
 
 
 def models(choices: Sequence[Choice], in_use: str, failures: Mapping[str, str], probed: bool) -> str:
-    """A row for each model. `failures` has what the last try to load one said, by name; `probed` says whether the hub
-    was asked."""
+    """A row for each model. `failures` has the error of a model's last load, by name; `probed` is whether the hub was
+    asked."""
     rows = [
         (
             escape(choice.status.name),
@@ -25,7 +25,7 @@ def models(choices: Sequence[Choice], in_use: str, failures: Mapping[str, str], 
         )
         for choice in choices
     ]
-    head = html.head_row("Model", "Parameters", "On disk", "Can it be used?", "Licence", "Comes from")
+    head = html.head_row("Model", "Parameters", "On disk", "Available?", "Licence", "Source")
     return html.table(head, rows, "Models")
 
 
@@ -42,5 +42,5 @@ def _state(choice: Choice, in_use: str, probed: bool) -> str:
     return f"yes, after a download of {size(status.entry.download_bytes)}"
 
 
-def _failure(said: str) -> str:
-    return f"<br>The last try: {escape(said)}" if said else ""
+def _failure(error: str) -> str:
+    return f"<br>The last try: {escape(error)}" if error else ""

@@ -1,4 +1,4 @@
-"""What the Network panel knows: forecasts from each visitor's last comparison without a link, and the real link."""
+"""The actions of the Network panel: predict from a visitor's last comparison without a link; measure the real link."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from splitlearn.link.emulated import Link
 from splitlearn.link.prediction import Prediction, predict
 from splitlearn.link.words import PRESETS
 from splitlearn.metrics import RunMetrics
+from splitlearn.models.plan import SplitPlan
 from ui import inputs
 from ui.compare.session import ComparisonView
 from ui.history.record import Entry, Figures
@@ -19,11 +20,11 @@ from ui.visitors import LeastRecent
 
 MOST_BASES = 32
 NUMBERS: Mapping[str, tuple[str, str]] = {
-    "rtt_ms": ("RTT, ms", "There and back."),
+    "rtt_ms": ("RTT, ms", "Round-trip time."),
     "jitter_ms": ("Jitter, ms", "RTT varies by up to this."),
     "up_mbit": ("Up, Mbit/s", "Client to trunk. Empty: no limit."),
     "down_mbit": ("Down, Mbit/s", "Trunk to client. Empty: no limit."),
-    "loss_percent": ("Loss, %", "Of the TCP segments."),
+    "loss_percent": ("Loss, %", "Share of TCP segments."),
 }
 """The fields of a link, each with its label and its help."""
 BESIDE = ("Link", "Runs of each")
@@ -31,14 +32,16 @@ BESIDE = ("Link", "Runs of each")
 
 @dataclass(frozen=True)
 class Base:
-    """A comparison without a link: what predictions start from."""
+    """A comparison without a link, from which predictions are made while its model (by `digest`) and cut are in use."""
 
+    digest: str
+    plan: SplitPlan
     entry: Entry
     samples: tuple[RunMetrics, ...]
 
 
 class Network:
-    """The panel's actions. `measuring` says why the real link cannot be measured now, if it cannot."""
+    """The panel's actions. `measuring` returns why the real link cannot be measured now, or an empty text."""
 
     def __init__(self, startup: Startup, measuring: Callable[[], str]) -> None:
         self.runs = startup.runs
@@ -46,16 +49,16 @@ class Network:
         self._bases: LeastRecent[Base] = LeastRecent(MOST_BASES)
 
     def keep(self, shown: ComparisonView, entry: Entry, visitor: str) -> None:
-        """Predict from this comparison, if it had no link."""
+        """Predict from this comparison from now on, if it had no link."""
         if shown.pairs is not None:
             split = shown.pairs.typical("split")
             if split.link == Link():
-                self._bases.put(visitor, Base(entry, split.samples))
+                self._bases.put(visitor, Base(self.runs.files.digest, self.runs.plan, entry, split.samples))
 
     def forecast(self, chosen: Link, entries: Sequence[Entry], visitor: str) -> Forecast | None:
-        """What each preset and `chosen` would cost; None before a comparison without a link."""
+        """Predict each preset and `chosen`; None before this model and cut were compared without a link."""
         base = self._bases.get(visitor)
-        if base is None:
+        if base is None or (base.digest, base.plan) != (self.runs.files.digest, self.runs.plan):
             return None
         links = dict.fromkeys([*(preset.link for preset in PRESETS.values()), chosen])
         alike = [(link_of(each), each) for each in reversed(entries) if _same(each, base.entry)]
@@ -63,21 +66,21 @@ class Network:
         return Forecast(_times(base.entry.full), {link: predict(base.samples, link) for link in links}, measured)
 
     def real(self) -> RealLink:
-        """Measure the real link to the trunk. Raises SetupError while something else must not be disturbed, and
+        """Measure the real link to the trunk. Raises SetupError while an experiment runs or the program loads, and
         TrunkError."""
-        if said := self._measuring():
-            raise SetupError(said)
+        if reason := self._measuring():
+            raise SetupError(reason)
         if self._startup.running:
-            raise SetupError("The program still loads. Press again once it has.")
+            raise SetupError("Still loading. Press again when it is done.")
         return real_link(self.runs.trunk_address(), self.runs.credentials)
 
     def leave(self, visitor: str) -> None:
-        """The visitor has left."""
+        """Drop the data of a visitor who has left."""
         self._bases.forget(visitor)
 
 
 def typed_link(typed: Mapping[str, object]) -> Link:
-    """The link of the number fields. Raises InputError by the field's label."""
+    """Parse the number fields. Raises InputError, which names the field's label."""
     found = {name: _number(label, typed[name], name) for name, (label, _) in NUMBERS.items()}
     try:
         return Link(**found)  # type: ignore[arg-type]  # only bandwidths are None
@@ -86,7 +89,7 @@ def typed_link(typed: Mapping[str, object]) -> Link:
 
 
 def link_of(entry: Entry) -> Link | None:
-    """The link of a comparison; None for words that are none (they were in a browser)."""
+    """The link of a comparison; None if its words, which come from a browser, are invalid."""
     try:
         return words.parse(entry.link)
     except InputError:
@@ -100,8 +103,8 @@ def _number(label: str, typed: object, name: str) -> float | None:
 
 
 def _same(one: Entry, other: Entry) -> bool:
-    """Whether only the link differs, and how often they ran."""
-    a, b = ({name: value for name, value in each.said.items() if name not in BESIDE} for each in (one, other))
+    """Whether all settings but the link and the number of runs are equal."""
+    a, b = ({name: value for name, value in each.choices.items() if name not in BESIDE} for each in (one, other))
     return a == b
 
 

@@ -1,4 +1,4 @@
-"""The panel "Network": the link between client and trunk, what it costs, and the real one, measured."""
+"""The panel "Network": choose the link between client and trunk, see its cost, measure the real one."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -21,11 +21,10 @@ from ui.visitors import visitor
 
 LINK_HELP = "Delays the bytes between client and trunk for real. Choose one, or type words: rtt=50ms,up=10mbit."
 WHAT = "What if your server is far away? Choose a link, or type yours: RTT 50 for a server 50 ms away."
-AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 
 
 class NetworkPanel:
-    """Made inside an accordion; `connect` makes it live. `link` holds the words of the chosen link."""
+    """The panel's components. `connect` adds their event handlers. `link` holds the words of the chosen link."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -54,31 +53,38 @@ class NetworkPanel:
         self.costs = gr.HTML(view.costs(None, Link()), elem_id="link-costs")
 
     def connect(self, kept: Any) -> None:
-        """Make it live. `kept` is the history, whose lines are what was measured."""
+        """Add the event handlers. `kept` is the history, which has the measurements."""
         self.kept = kept
         drawn = [self.about, self.costs, self.error]
-        latest = {"trigger_mode": "always_last", **AT_ONCE}
+        latest = {"trigger_mode": "always_last", "queue": False}
         self.link.input(self._chosen, [self.link, kept], [*self.numbers.values(), *drawn], **latest)
         given = {*self.numbers.values(), kept}
         ways = [way for each in self.numbers.values() for way in (each.input, each.submit, each.blur)]
         gr.on(ways, self._typed, given, [self.link, *drawn], **latest)
-        said = self.measure.click(self._wait, None, self.real, **AT_ONCE)
-        # After a comparison that runs: the two would measure each other.
-        said.then(
+        begun = self.measure.click(self._wait, None, self.real, queue=False)
+        # In the queue of all runs: at once, the two would disturb each other.
+        begun.then(
             self._measure,
             None,
             self.real,
             concurrency_id="runs",
             concurrency_limit=1,
-            show_progress="hidden",
         )
 
     def finish(self, shown: ComparisonView, entries: Sequence[Entry], chosen: object, request: gr.Request) -> Updates:
-        """A comparison has ended, and `entries` begin with it: draw the costs anew."""
+        """Redraw the costs after a comparison, which is the first of `entries`."""
         if shown.pairs is None or not entries:
             return {}
         self.network.keep(shown, entries[0], visitor(request))
         return {self.costs: self._costs(words.parse(str(chosen or NONE)), entries, request)}
+
+    def anew(self, chosen: object, kept: object, request: gr.Request) -> Updates:
+        """Redraw the costs for another model or cut."""
+        try:
+            link = words.parse(str(chosen or NONE))
+        except SplitlearnError:  # still being typed
+            link = Link()
+        return {self.costs: self._costs(link, record.read(kept), request)}
 
     def _chosen(self, chosen: object, kept: object, request: gr.Request) -> Updates:
         try:
@@ -105,7 +111,7 @@ class NetworkPanel:
         return view.costs(self.network.forecast(link, entries, visitor(request)), link)
 
     def _wait(self) -> str:
-        return _status("Measuring. If a comparison runs, this waits for its end.")
+        return _status("Measuring. If a comparison is running, this waits for it.")
 
     def _measure(self) -> str:
         try:
@@ -115,5 +121,5 @@ class NetworkPanel:
 
 
 def _status(text: str) -> str:
-    """A live region that is there before it speaks."""
+    """A live region. It is there before it has text, so that screen readers announce its changes."""
     return f'<p class="sl-status" role="status" aria-live="polite">{escape(text)}</p>'

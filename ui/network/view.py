@@ -1,4 +1,4 @@
-"""The network panel as HTML: what a link is, what it would cost. Pure functions."""
+"""The Network panel as HTML: a link's figures and its cost. Pure functions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from ui.format import MISSING, ratio, seconds
 from ui.html import head_row, small, table
 
 EMPTY = (
-    "Compare once over Loopback. Then TTFT and TPOT for every link stand here, predicted from that comparison. "
-    "Choose another link and compare again to see them measured."
+    "Compare once over Loopback to predict TTFT and TPOT for every link. Then choose another link and compare again to "
+    "measure them."
 )
 HOW = (
     "Predicted: the figures without a link, and for each trip the RTT and the bytes / bandwidth. An upper bound where "
@@ -22,7 +22,7 @@ HOW = (
 
 @dataclass(frozen=True)
 class Forecast:
-    """The figures of full, what `predicted` says for each link, and what was `measured`."""
+    """TTFT and TPOT: of full, and predicted and measured for each link."""
 
     full: Prediction
     predicted: Mapping[Link, Prediction]
@@ -30,21 +30,21 @@ class Forecast:
 
 
 def about(link: Link) -> str:
-    """The figures of `link`; of a preset also where they come from."""
+    """The figures of `link`; for a preset also their source."""
     name = preset_of(link)
     source = f" {PRESETS[name].source}" if name else ""
-    said = "No delay is added." if link == Link() else f"{link.summary}."
-    return f'<p class="sl-small">{escape(said + source)}</p>'
+    text = "No delay is added." if link == Link() else f"{link.summary}."
+    return f'<p class="sl-small">{escape(text + source)}</p>'
 
 
 def label(link: Link) -> str:
-    """A link's name for people."""
+    """The name of a link."""
     name = preset_of(link)
     return PRESETS[name].label if name else link.summary
 
 
 def answer(forecast: Forecast | None, link: Link) -> str:
-    """One sentence: what a split token takes over `link`, and how much more that is."""
+    """One sentence on TPOT and TTFT of split over `link`."""
     if forecast is None or link == Link():
         return ""
     found = forecast.predicted[link]
@@ -56,7 +56,7 @@ def answer(forecast: Forecast | None, link: Link) -> str:
 
 
 def costs(forecast: Forecast | None, chosen: Link) -> str:
-    """A row for each link: predicted and measured TTFT and TPOT; says what will be here before a comparison."""
+    """A table of predicted and measured TTFT and TPOT by link; a hint before a comparison."""
     if forecast is None:
         return small(EMPTY)
     head = head_row("Link", "TTFT predicted", "TTFT measured", "TPOT predicted", "TPOT measured", "TPOT, split / full")
@@ -74,7 +74,7 @@ def _row(forecast: Forecast, link: Link, chosen: bool) -> list[str]:
 
 
 def fields(link: Link) -> dict[str, str]:
-    """What the number fields hold for `link`; empty is no limit."""
+    """The values of the number fields for `link`. Empty is no limit."""
     return {
         "rtt_ms": f"{link.rtt_ms:g}",
         "jitter_ms": f"{link.jitter_ms:g}",
@@ -85,5 +85,5 @@ def fields(link: Link) -> dict[str, str]:
 
 
 def words(link: Link) -> str:
-    """The value of the list of links: a preset's name, or the words."""
+    """The value of the dropdown for `link`: a preset's name, or words."""
     return preset_of(link) or (NONE if link == Link() else str(link))

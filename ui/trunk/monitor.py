@@ -1,4 +1,4 @@
-"""What the Server tab knows: looks at the trunk over the last two minutes, and the figures between them."""
+"""Snapshots of the trunk over the last two minutes, and the figures computed from them, for the Server tab."""
 
 import threading
 import time
@@ -13,17 +13,18 @@ from splitlearn.client.probe import Snapshot, TrunkProbe
 from splitlearn.errors import SplitlearnError
 
 PREFIX = "splitlearn_trunk_"
-KEPT_S = 120.0
-# Rates and percentiles are over so long: of one second there is too little to say.
+HISTORY_S = 120.0
+# Window of rates and percentiles: one second has too few steps.
 WINDOW_S = 5.0
-# Several open pages share a look.
+# Open pages share a snapshot that is no older.
 FRESH_S = 0.7
 Series = tuple[str, tuple[tuple[str, str], ...]]
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The trunk at one moment; rates, means and percentiles are of the WINDOW_S before, None where nothing happened."""
+    """The trunk at one moment. `now` and `rates` have series by name and values of labels, with `_` between. Rates,
+    means and percentiles are over the last WINDOW_S; None if nothing happened."""
 
     at: float
     now: Mapping[str, float]
@@ -36,31 +37,32 @@ class Figures:
 
 @dataclass(frozen=True)
 class ServerView:
-    """What there is to show: the last look with the figures so far, oldest first, or why there is none."""
+    """What to show: the last snapshot and the figures so far, oldest first; or the error."""
 
-    look: Snapshot | None = None
+    snapshot: Snapshot | None = None
     figures: tuple[Figures, ...] = ()
     error: str = ""
 
 
 class Monitor:
-    """Looks at the trunk of `runs`. `measuring` says whether something is timed, which a look would disturb."""
+    """Takes snapshots of the trunk of `runs`. `measuring` says whether a run is timed, which a snapshot would
+    disturb."""
 
     def __init__(self, runs: Runs, measuring: Callable[[], bool]) -> None:
         self.measuring = measuring
         self._runs = runs
         self._lock = threading.Lock()
         self._probe: TrunkProbe | None = None
-        self._looked = float("-inf")
+        self._taken_at = float("-inf")
         self._shown = ServerView()
         self._samples: deque[tuple[float, Mapping[Series, float]]] = deque()
 
     def see(self) -> ServerView:
-        """A new look, or the last one if it is fresh."""
+        """A new snapshot, or the last one if it is fresh."""
         with self._lock:
-            if time.monotonic() - self._looked >= FRESH_S:
+            if time.monotonic() - self._taken_at >= FRESH_S:
                 self._shown = self._see()
-                self._looked = time.monotonic()
+                self._taken_at = time.monotonic()
             return self._shown
 
     def close(self) -> None:
@@ -72,23 +74,23 @@ class Monitor:
     def _see(self) -> ServerView:
         try:
             self._probe = self._probe or TrunkProbe(self._runs.credentials)
-            look = self._probe.snapshot(self._runs.trunk_addresses())
+            snapshot = self._probe.snapshot(self._runs.trunk_addresses())
         except SplitlearnError as error:
             self._samples.clear()
             return ServerView(error=str(error))
-        sample, before = parse(look.metrics), self._shown
-        if self._samples and (_began_anew(self._samples[-1][1], sample) or _address(before) != look.address):
+        sample, before = parse(snapshot.metrics), self._shown
+        if self._samples and (_restarted(self._samples[-1][1], sample) or _address(before) != snapshot.address):
             self._samples.clear()
         figures = before.figures if self._samples else ()
-        while len(self._samples) > 1 and self._samples[1][0] <= look.at - WINDOW_S:
+        while len(self._samples) > 1 and self._samples[1][0] <= snapshot.at - WINDOW_S:
             self._samples.popleft()
-        self._samples.append((look.at, sample))
-        recent = tuple(each for each in figures if each.at > look.at - KEPT_S)
-        return ServerView(look, (*recent, between(*self._samples[0], look.at, sample)))
+        self._samples.append((snapshot.at, sample))
+        recent = tuple(each for each in figures if each.at > snapshot.at - HISTORY_S)
+        return ServerView(snapshot, (*recent, between(*self._samples[0], snapshot.at, sample)))
 
 
 def parse(text: str) -> dict[Series, float]:
-    """Each series of Prometheus' text, by its name and labels."""
+    """The series of a Prometheus text, by name and labels."""
     families = text_string_to_metric_families(text)
     return {
         (sample.name.removeprefix(PREFIX), tuple(sorted(sample.labels.items()))): sample.value
@@ -98,13 +100,13 @@ def parse(text: str) -> dict[Series, float]:
 
 
 def between(then: float, before: Mapping[Series, float], at: float, sample: Mapping[Series, float]) -> Figures:
-    """The figures of `sample`, taken `at`, with what happened since `before`, taken `then`."""
+    """The figures of `sample`, taken at time `at`, with rates since `before`, taken at time `then`."""
     grown = {series: value - before.get(series, 0.0) for series, value in sample.items()}
     forwards, passed_s = grown.get(("forward_sessions_count", ()), 0.0), at - then
     totals = {"_".join((name, *(value for _, value in labels))): (name, labels) for name, labels in sample}
     return Figures(
         at=at,
-        now={name: value for (name, labels), value in sample.items() if not labels},
+        now={name: sample[series] for name, series in totals.items()},
         refusals={
             (dict(labels)["cause"], dict(labels)["code"]): value
             for (name, labels), value in sample.items()
@@ -118,25 +120,25 @@ def between(then: float, before: Mapping[Series, float], at: float, sample: Mapp
 
 
 def quantile(grown: Mapping[Series, float], name: str, share: float) -> float | None:
-    """The value below which `share` of a histogram's observations lie, taken as even within a bucket."""
+    """The `share` quantile of a histogram, interpolated linearly within a bucket."""
     found = [(float(dict(labels)["le"]), count) for (of, labels), count in grown.items() if of == f"{name}_bucket"]
     buckets = sorted(found)
     if not buckets or not buckets[-1][1]:
         return None
-    wanted, low, below = share * buckets[-1][1], 0.0, 0.0
+    target, low, below = share * buckets[-1][1], 0.0, 0.0
     for high, count in buckets:
-        if count >= wanted and high != float("inf"):
-            return low + (high - low) * (wanted - below) / max(count - below, 1e-9)
+        if count >= target and high != float("inf"):
+            return low + (high - low) * (target - below) / max(count - below, 1e-9)
         low, below = (low if high == float("inf") else high), count
     return low
 
 
 def _address(shown: ServerView) -> str:
-    return shown.look.address if shown.look else ""
+    return shown.snapshot.address if shown.snapshot else ""
 
 
-def _began_anew(before: Mapping[Series, float], sample: Mapping[Series, float]) -> bool:
-    """Whether another server process counts now: a total is smaller than it was."""
+def _restarted(before: Mapping[Series, float], sample: Mapping[Series, float]) -> bool:
+    """Whether the server process is a new one: a total is smaller than before."""
     return any(
         name.endswith("_total") and sample.get((name, labels), 0.0) < value for (name, labels), value in before.items()
     )

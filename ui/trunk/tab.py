@@ -1,4 +1,4 @@
-"""The Server tab: how the trunk is, asked once a second while somebody looks, never while something is timed."""
+"""The Server tab: the trunk's state, polled once a second while the tab is open, never while a run is timed."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,7 +17,7 @@ LOOK_S = 0.25
 
 
 class ServerTab:
-    """Made inside its tab; `connect` makes it live."""
+    """The tab's components. `connect` adds their event handlers."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
@@ -35,14 +35,13 @@ class ServerTab:
                     )
 
     def connect(self, tabs: Any) -> None:
-        """The timer runs while this tab of `tabs` is the one that is seen."""
-        tabs.select(self._selected, None, self.timer, queue=False, show_progress="hidden")
-        # One that waits holds no thread, and no other tick comes meanwhile.
+        """Run the timer while this tab of `tabs` is selected."""
+        tabs.select(self._selected, None, self.timer, queue=False)
+        # Async, so that waiting holds no thread; "once", so that no other tick comes meanwhile.
         self.timer.tick(
             self._tick,
             None,
             [self.card, *self.plots.values()],
-            show_progress="hidden",
             concurrency_limit=None,
             trigger_mode="once",
         )

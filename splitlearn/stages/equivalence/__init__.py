@@ -1,8 +1,7 @@
-"""The proof that a cut is exact, on tiny random copies of an architecture.
+"""Equivalence tests: show on tiny random copies of an architecture that a cut of it is exact.
 
-`check(config)` is what a loader calls before it cuts a model; `prove(config)` says what was found. The families that
-were proven are in proven_families.json beside docs/families.md, both written by `python -m
-splitlearn.stages.equivalence`.
+A loader calls `check(config)` before it cuts a model. `prove(config)` runs the test and returns its result. `python -m
+splitlearn.stages.equivalence` tests all families, and writes proven_families.json and docs/families.md.
 """
 
 from splitlearn.stages.equivalence.compare import Result, prove

@@ -1,7 +1,6 @@
-"""`python -m splitlearn.stages.equivalence`: try every causal LM family of the installed transformers, and write what
-was found.
+"""`python -m splitlearn.stages.equivalence`: test every causal LM family of the installed transformers.
 
-Writes splitlearn/stages/proven_families.json and docs/families.md. About four minutes on two cores.
+Writes the results to splitlearn/stages/proven_families.json and docs/families.md. About four minutes on two cores.
 """
 
 import multiprocessing
@@ -20,7 +19,7 @@ WORKERS = 2
 
 
 def main() -> None:
-    """Run the proof of all families, and write the data and the page."""
+    """Test all families, and write the data and the page."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     context = multiprocessing.get_context("forkserver")

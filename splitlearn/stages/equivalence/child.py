@@ -1,4 +1,4 @@
-"""One family's proof in a process of its own, so that one which hangs, crashes or is huge is a line in the table."""
+"""Runs one family's test in a process of its own: if it hangs, crashes or is huge, that is a line in the table."""
 
 import resource
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def prove_apart(
     work: Callable[[str, Connection], None] | None = None,
     limit_s: float = LIMIT_S,
 ) -> Result:
-    """One family's result from a process of its own; one that ends without a result, or late, is refused for that."""
+    """One family's result from a process of its own. A process that ends late, or without a result, is a refusal."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work or _work, args=(family, sender), daemon=True)
     process.start()

@@ -1,6 +1,7 @@
-"""Is a split of this architecture exactly the whole, and the whole what transformers' `generate()` gives?
+"""Tests whether a split of an architecture gives exactly the logits of the whole model, and the whole those of
+transformers' `generate()`.
 
-Answered by running all three on a tiny random copy of it, past every boundary that its configuration names.
+It runs all three on a tiny random copy, past every boundary that the configuration names.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from splitlearn.stages.equivalence.together import allowed
 
 @dataclass(frozen=True)
 class Result:
-    """What the proof found for one family. `difference` is the largest of split minus full over all logits."""
+    """The result of one family's test. `difference` is the largest of split minus full over all logits."""
 
     family: str
     architecture: str
@@ -42,27 +43,27 @@ class Result:
     reason: str
     notes: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
-    """What decides how it computes, for which this was found: see stages/equivalence/kinds.py."""
+    """The kinds for which the result holds: see stages/equivalence/kinds.py."""
     whole: bool = False
     """Whether the whole model in steps gives what `generate()` gives, so that only a split of it may differ."""
     allows: tuple[str, ...] = ()
-    """What else was found to give the same on either side of each boundary: see stages/equivalence/together.py."""
+    """What else gives the same on either side of each boundary: see stages/equivalence/together.py."""
 
 
 def prove(config: Any) -> Result:
-    """Run the proof for the architecture of a configuration, at a tiny size. Never raises for what a family does."""
-    family, named = str(config.model_type), _class_of(config)
+    """Test the architecture of a configuration, at a tiny size. A family's errors become its result."""
+    family, class_name = str(config.model_type), _class_of(config)
     try:
         model, texts, whole = _whole(config)
         difference = _largest([_difference(model, texts, whole, plan) for plan in _plans(model)])
         notes, allows = _notes(model, texts[LONG].ids), allowed(model, texts[SHORT], texts[LONG])
         found = tuple(sorted(kinds(config)))
     except FamilyRefused as error:
-        return Result(family, named, False, None, str(error).removeprefix(f"{family}: ").rstrip("."))
-    except Exception as error:  # whatever a family's own code raises is the answer for that family
-        return Result(family, named, False, None, _explained(config, error))
+        return Result(family, class_name, False, None, str(error).removeprefix(f"{family}: ").rstrip("."))
+    except Exception as error:  # any error of a family's own code is the result for that family
+        return Result(family, class_name, False, None, _explained(config, error))
     reason = f"split and full differ by up to {difference:.1e}" if difference else ""
-    return Result(family, named, not difference, difference, reason, notes, found, True, allows)
+    return Result(family, class_name, not difference, difference, reason, notes, found, True, allows)
 
 
 def _class_of(config: Any) -> str:
@@ -70,7 +71,7 @@ def _class_of(config: Any) -> str:
 
 
 def _explained(config: Any, error: Exception) -> str:
-    """Why a tiny copy or its stages did not run, in words where transformers has a cache of another kind for it."""
+    """Why a tiny copy or its stages did not run. Names the layers of the cache if they are not those of a KV cache."""
     if others := _other_layers(config):
         return f"its layers keep more than a plain KV cache holds ({', '.join(others)})"
     line = (str(error).strip().splitlines() or [""])[0][:120]
@@ -78,7 +79,7 @@ def _explained(config: Any, error: Exception) -> str:
 
 
 def _other_layers(config: Any) -> list[str]:
-    """The kinds of layers of the cache that transformers has for it, beside those of a plain KV cache."""
+    """The layer classes of transformers' cache for this configuration, other than those of a plain KV cache."""
     with contextlib.suppress(Exception):
         found = {type(layer) for layer in DynamicCache(config=config).layers}
         return sorted(kind.__name__ for kind in found - {DynamicLayer, DynamicSlidingWindowLayer})
@@ -86,18 +87,18 @@ def _other_layers(config: Any) -> list[str]:
 
 
 Whole = tuple[nn.Module, dict[int, Text], dict[Script, Tensor]]
-"""A tiny copy, the judge's texts by the length of their prompts, and the whole model's logits in each script."""
+"""A tiny copy, the reference texts by the length of their prompts, and the whole model's logits in each script."""
 
 
 def _whole(config: Any) -> Whole:
-    """With grouped KV heads if the family can, otherwise without."""
+    """Try with grouped KV heads, and without if the family cannot have them."""
     if getattr(config, "is_encoder_decoder", False):
         raise FamilyRefused("the decoder of an encoder-decoder: not a decoder-only family")
     try:
         return _whole_of(config, grouped=True)
     except FamilyRefused:
         raise
-    except Exception:  # one that wants as many KV heads as heads fails in its own way
+    except Exception:  # families without grouped heads fail in different ways
         if _other_layers(config):
             raise
         return _whole_of(config, grouped=False)
@@ -109,15 +110,15 @@ def _whole_of(config: Any, grouped: bool) -> Whole:
 
 
 def _texts(config: Any, grouped: bool) -> tuple[nn.Module, dict[int, Text]]:
-    """A tiny copy whose texts go past its context length if the model itself goes there, and otherwise end with its
-    table of positions, or two before the table does. What our steps can do has no say in it."""
+    """A tiny copy and its texts. The texts go past its context length if `generate()` does. Otherwise they end with its
+    table of positions, or two before that. Our own steps do not influence the choice."""
     *contexts, last = CONTEXT, TOTAL, TOTAL + 2
     for context in contexts:
         try:
             return _texts_of(tiny_config(config, grouped, context))
         except FamilyRefused:
             raise
-        except Exception:  # each family fails in its own way
+        except Exception:  # families fail in different ways
             continue
     return _texts_of(tiny_config(config, grouped, last))
 
@@ -129,10 +130,10 @@ def _texts_of(small: Any) -> tuple[nn.Module, dict[int, Text]]:
 
 
 def _judged(model: nn.Module, text: Text, script: Script) -> Tensor:
-    """The whole model's logits in the steps of a script, once they are found to be those of the judge."""
+    """The whole model's logits in the steps of a script. Raises FamilyRefused if they differ from the reference."""
     found = run_steps(cut_whole(model), text.ids, script)
-    wanted = text.logits
-    apart, scale = (found - wanted).abs().amax(dim=1), wanted.abs().max().item()
+    expected = text.logits
+    apart, scale = (found - expected).abs().amax(dim=1), expected.abs().max().item()
     if not apart.max().item() <= TOLERANCE * scale:
         at = int((~(apart <= TOLERANCE * scale)).nonzero()[0])
         steps = "in steps over a plain KV cache" if script.cached else "in steps without a cache"
@@ -144,7 +145,7 @@ def _judged(model: nn.Module, text: Text, script: Script) -> Tensor:
 
 
 def _also(model: nn.Module, text: Text, at: int, scale: float) -> str:
-    """What to add where `generate()` over its own cache gives something else than one pass."""
+    """An addition to the reason if `generate()` with its own cache differs from one forward, too."""
     own = plain_logits(model, text.ids[:, : at + 1])[0, at]
     return (
         "" if (own - text.logits[at]).abs().max().item() <= TOLERANCE * scale else ", which differs from one pass too"
@@ -152,7 +153,7 @@ def _also(model: nn.Module, text: Text, at: int, scale: float) -> str:
 
 
 def _plans(model: nn.Module) -> Sequence[SplitPlan]:
-    """The default, one that starts at layer 0, one that ends at the last layer, and a trunk of all layers."""
+    """The default plan, one that starts at layer 0, one that ends at the last layer, and a trunk of all layers."""
     n = structure_of(model).n_layers
     return [SplitPlan.of(None, None, n), SplitPlan(0, n // 2, n), SplitPlan(n // 2, n, n), SplitPlan(0, n, n)]
 
@@ -168,12 +169,12 @@ def _difference(model: nn.Module, texts: dict[int, Text], whole: dict[Script, Te
 
 
 def _largest(values: list[float]) -> float:
-    """The largest of them; not a number if any is not, where Python's max may pass over it."""
+    """The largest of `values`. NaN if any of them is NaN, which Python's max may miss."""
     return torch.tensor(values, dtype=torch.float64).max().item()
 
 
 def _notes(model: Any, ids: Tensor) -> tuple[str, ...]:
-    """What of the architecture the proof has covered."""
+    """The properties of the architecture that the test has covered."""
     config, structure = model.config.get_text_config(decoder=True), structure_of(model)
     heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     found = {

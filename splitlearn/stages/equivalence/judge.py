@@ -1,8 +1,8 @@
-"""The judge of a proof: what the uncut model gives when transformers runs it, and nothing of this project does.
+"""The reference of an equivalence test: the uncut model, run by transformers alone.
 
-`generate()` decodes greedily from a prompt, past every boundary that a tiny copy has: its text is what the stages are
-given, token by token, and its logits and tokens are what theirs must be, with a cache and without. What a prompt's own
-tokens must give is a plain call of the model.
+`generate()` decodes greedily from a prompt, past every boundary of a tiny copy. The stages get its text token by token,
+and must give its logits and tokens, with a cache and without. The reference for the prompt's own tokens is a plain call
+of the model.
 """
 
 import copy
@@ -21,21 +21,21 @@ from splitlearn.stages.verify import rounding
 TOTAL = CONTEXT + 6
 """Tokens of a text: more than any boundary."""
 PENALTY = 1.5
-"""Of the tokens that were said. A random model with a tied head says its last token again and again otherwise."""
+"""The repetition penalty. Without it a random model with a tied head repeats its last token for ever."""
 TOLERANCE = rounding(torch.float32)
-"""Between one pass and steps of the same model, which add in another order; relative to the largest logit."""
+"""Between one forward and several steps of a model, which add in another order; relative to the largest logit."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """What `generate()` made of a prompt."""
+    """The output of `generate()` for a prompt."""
 
     ids: Tensor
-    """int64 [1, TOTAL], with the prompt."""
+    """int64 [1, TOTAL], including the prompt."""
     prompt: int
     """Tokens of the prompt."""
     logits: Tensor
-    """[TOTAL - 1, V]: what the model says after each token but the last."""
+    """[TOTAL - 1, V]: the logits after each token but the last."""
 
 
 def prompt_ids(tokens: int) -> Tensor:
@@ -45,16 +45,16 @@ def prompt_ids(tokens: int) -> Tensor:
 
 @torch.no_grad()
 def plain_logits(model: Any, ids: Tensor) -> Tensor:
-    """The model called the plain way, [1, T, V]: it chooses positions and masks itself.
+    """The logits [1, T, V] of a plain call: the model chooses positions and masks itself.
 
-    A copy is called, here and in `generated`: some modules remember the longest text that they were given.
+    Here and in `generated` a copy is called: some modules remember the longest text of their calls.
     """
     logits: Tensor = copy.deepcopy(model)(input_ids=ids, use_cache=False).logits
     return logits
 
 
 def check_whole(model: Any) -> None:
-    """Raise FamilyRefused for a model that is no causal decoder, or whose random weights show nothing."""
+    """Raise FamilyRefused for a model that is not a causal decoder, or that gives no finite logits."""
     ids = prompt_ids(TOTAL)
     own = plain_logits(model, ids)
     if not own.isfinite().all():
@@ -66,9 +66,9 @@ def check_whole(model: Any) -> None:
 
 
 def generated(model: Any, prompt: int) -> Text:
-    """What `generate()` makes of a prompt of so many tokens. Raises FamilyRefused where it does not run."""
+    """The text that `generate()` makes from `prompt` tokens. Raises FamilyRefused if it does not run."""
     ids = prompt_ids(prompt)
-    wanted = GenerationConfig(
+    generation = GenerationConfig(
         max_new_tokens=TOTAL - prompt,
         repetition_penalty=PENALTY,
         do_sample=False,
@@ -78,12 +78,12 @@ def generated(model: Any, prompt: int) -> Text:
         output_logits=True,
     )
     logits, model = [plain_logits(model, ids)[0, :-1]], copy.deepcopy(model)
-    model.generation_config = GenerationConfig(pad_token_id=0)  # with the model's own it may end before the text does
+    model.generation_config = GenerationConfig(pad_token_id=0)  # the model's own may end the text early
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the text is longer than the context is what is tried
+    logging.set_verbosity_error()  # the text is longer than the context on purpose
     try:
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=wanted)
-    except Exception as error:  # whatever a family's own code raises is the answer for that family
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation)
+    except Exception as error:  # any error of a family's own code is the result for that family
         line = (str(error).strip().splitlines() or [""])[0][:120]
         raise FamilyRefused(f"transformers' own generate() does not run ({type(error).__name__}: {line})") from error
     finally:
@@ -92,10 +92,10 @@ def generated(model: Any, prompt: int) -> Text:
 
 
 def other_token(text: Text, logits: Tensor) -> int | None:
-    """The first position of the text at which `logits` [TOTAL - 1, V] would have said another token, if any."""
+    """The first position of the text at which `logits` [TOTAL - 1, V] give another token, if there is one."""
     penalty = RepetitionPenaltyLogitsProcessor(PENALTY)
     for at in range(text.prompt, TOTAL):
-        said = penalty(text.ids[:, :at], logits[at - 1 : at].clone()).argmax().item()
-        if said != text.ids[0, at].item():
+        token = penalty(text.ids[:, :at], logits[at - 1 : at].clone()).argmax().item()
+        if token != text.ids[0, at].item():
             return at
     return None

@@ -1,8 +1,7 @@
-"""What of a configuration decides how its model computes: a family is proven for that, and not for its name.
+"""The kinds of a configuration: the values that decide how its model computes. A family is tested for its kinds.
 
-The default configuration of a family is what `python -m splitlearn.stages.equivalence` runs. A model whose
-configuration has a kind of layer, of rotary positions, or of anything else in WORDS that the default has not, is tried
-when it is loaded.
+`python -m splitlearn.stages.equivalence` tests the default configuration of a family. A model with another kind of
+layer, of rotary positions, or of anything in WORDS is tested when it is loaded.
 """
 
 from typing import Any
@@ -15,24 +14,24 @@ WORDS = (
     *("attention", "attn", "softcap", "soft_cap", "sink", "temperature", "scale", "scaling", "floor", "topk", "index"),
     *("cache", "causal", "conv"),
 )
-"""In the names of attributes that tell how a token sees others, or where it stands."""
+"""Parts of the names of attributes that decide which tokens a token attends to, or its position."""
 SILENT = ("attention_dropout", "attn_implementation", "cache_dir")
-"""Attributes with such a name that change nothing when a model answers."""
+"""Attributes with such a name that do not change an answer."""
 
 
 def kinds(config: Any) -> set[str]:
-    """What decides how a model with this configuration computes, as "name: value"."""
+    """The kinds of this configuration, as "name: value"."""
     text = config.get_text_config(decoder=True)
     return _layers(text) | _rotary(text) | _own(text)
 
 
 def _layers(config: Any) -> set[str]:
-    """What the lists with an entry for each layer say."""
+    """The entries of the lists that have one for each layer."""
     return {f"{name}: {entry}" for name, entries in per_layer(config).items() for entry in entries}
 
 
 def _rotary(config: Any) -> set[str]:
-    """The types of rotary positions, and which parameters they have beside the usual one."""
+    """The types of rotary positions, and the names of their parameters other than the base."""
     found = set()
     for rotary in dicts(getattr(config, "rope_parameters", None)):
         own = [name for name, value in rotary.items() if value is not None and not isinstance(value, dict)]
@@ -42,20 +41,20 @@ def _rotary(config: Any) -> set[str]:
 
 
 def _own(config: Any) -> set[str]:
-    """In what else the configuration differs from its class's default one: a number counts as there or not there."""
+    """Other differences from the default configuration of the class. Of a number only its presence counts."""
     usual, lists = vars(type(config)()), per_layer(config)
     names = [name for name in vars(config) if any(word in name for word in WORDS) and not name.startswith("_")]
     return {
-        f"{name}: {_told(value)}"
+        f"{name}: {_word(value)}"
         for name in names
         if name not in lists
         and not any(word in name for word in SILENT)
-        and _told(value := getattr(config, name)) != _told(usual.get(name))
+        and _word(value := getattr(config, name)) != _word(usual.get(name))
     }
 
 
-def _told(value: Any) -> str:
-    """A word for a value: its size does not matter, and what is not there is none, as is what is off."""
+def _word(value: Any) -> str:
+    """A word for a value, without its size. Absent and off are both "none"."""
     if isinstance(value, bool | str):
         return str(value) if value else "none"
     return "some" if value else "none"

@@ -1,4 +1,4 @@
-"""docs/families.md, made from the generated data and nothing else, so that a test can compare the two."""
+"""Makes docs/families.md from the generated data alone, so that a test can compare the two."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ REFUSED_HEAD = """
 
 
 def families_page(data: dict[str, Any]) -> str:
-    """The page for what `proven()` returns. Raises FamilyRefused if there is nothing to show."""
+    """The page for the data of `proven()`. Raises FamilyRefused if no family is proven."""
     families, refused = data["families"], data["refused"]
     if not families:
         raise FamilyRefused("No family is proven yet: run python -m splitlearn.stages.equivalence.")
@@ -75,7 +75,7 @@ def families_page(data: dict[str, Any]) -> str:
         torch=data["torch"],
         boundaries=f"{SCALE_FLOOR}, {WINDOW}, {CHUNK}, {ORIGINAL} and {CONTEXT}",
         total=TOTAL,
-        scripts="\n".join(f"- {script.name}: {_told(script)}" for script in SCRIPTS),
+        scripts="\n".join(f"- {script.name}: {_description(script)}" for script in SCRIPTS),
     )
     proven = PROVEN_HEAD.format(count=len(rows)) + "".join(rows)
     return head + proven + REFUSED_HEAD.format(count=len(reasons)) + "".join(reasons)
@@ -85,7 +85,7 @@ def _notes(entry: dict[str, Any]) -> list[str]:
     return [*entry["notes"], *(f"no {what}" for what in (SHARED_FORWARD, STATIC_CACHE) if what not in entry["allows"])]
 
 
-def _told(script: Script) -> str:
+def _description(script: Script) -> str:
     """Where the steps of a script end."""
     prefix = "" if script.cached else "each step the whole prefix, "
     return f"{prefix}ending after {', '.join(map(str, script.ends[:4]))} tokens and so on, to {script.ends[-1]}"

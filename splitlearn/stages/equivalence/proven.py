@@ -1,4 +1,4 @@
-"""The families that were proven, and what is asked before a model is cut."""
+"""The families that were proven, and the check before a model is cut."""
 
 import json
 from collections.abc import Sequence
@@ -16,12 +16,11 @@ DATA = Path(__file__).parents[1] / "proven_families.json"
 
 
 def check(config: Any, *, split: bool = True) -> None:
-    """Return for an architecture that runs exactly in steps, and can be cut exactly if it is to be `split`; a family
-    that was not proven is tried on a tiny copy (2 s).
+    """Check that an architecture runs exactly in steps, and can be cut exactly if it is to be `split`.
 
-    So is a proven one with anything that decides how it computes and that its proof did not have
-    (stages/equivalence/kinds.py), and every one under another version of transformers than the proof's. Raises
-    FamilyRefused with the reason when full or split differ from transformers' `generate()`, or do not run.
+    A family that was not proven is tested on a tiny copy (2 s). So is a proven one whose configuration has kinds that
+    were not tested (stages/equivalence/kinds.py), or if the version of transformers differs. Raises FamilyRefused with
+    the reason if full or split differ from transformers' `generate()`, or do not run.
     """
     if _entry(config) is not None:
         return
@@ -31,14 +30,14 @@ def check(config: Any, *, split: bool = True) -> None:
 
 
 def allows(config: Any) -> frozenset[str]:
-    """What else was found to give the same with a model of this configuration, on either side of each of its boundaries
-    (stages/equivalence/together.py); tried on a tiny copy like the rest."""
+    """What else is exact for this configuration, on either side of each boundary (stages/equivalence/together.py).
+    Tested on a tiny copy if it was not proven."""
     entry = _entry(config)
     return frozenset(_tried(config).allows if entry is None else entry.get("allows", ()))
 
 
 def _entry(config: Any) -> dict[str, Any] | None:
-    """What was generated for the family, where it holds for all that this configuration has."""
+    """The generated entry of the family, or None if it does not hold for all kinds of this configuration."""
     data = proven()
     entry: dict[str, Any] | None = data["families"].get(config.model_type)
     same_version = data["transformers"] == transformers.__version__
@@ -49,7 +48,7 @@ _results: dict[str, Result] = {}
 
 
 def _tried(config: Any) -> Result:
-    """The result of a proof here, once for each configuration in this process."""
+    """The result of a test in this process, run once for each configuration."""
     key = config.to_json_string(use_diff=False)
     if key not in _results:
         _results[key] = prove(config)
@@ -57,7 +56,7 @@ def _tried(config: Any) -> Result:
 
 
 def proven() -> dict[str, Any]:
-    """The generated data: versions, "families" (proven) and "refused", by model type; empty before it was generated."""
+    """The generated data: versions, "families" (proven) and "refused", by model type. Empty if there is no file."""
     if not DATA.exists():
         return {"transformers": "", "torch": "", "families": {}, "refused": {}}
     data: dict[str, Any] = json.loads(DATA.read_text())
@@ -65,7 +64,7 @@ def proven() -> dict[str, Any]:
 
 
 def write(results: Sequence[Result]) -> None:
-    """Write the data of a whole run, in the order of the names."""
+    """Write the data of a whole run, ordered by name."""
     ordered = sorted(results, key=lambda result: result.family)
     data = {
         "transformers": transformers.__version__,

@@ -1,4 +1,4 @@
-"""The steps that a proof takes through a chain of stages, and the chains themselves."""
+"""The steps of an equivalence test through a chain of stages, and the chains themselves."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from splitlearn.stages.equivalence.judge import TOTAL
 from splitlearn.stages.equivalence.tiny import CONTEXT, SCALE_FLOOR
 
 SHORT, LONG = SCALE_FLOOR, CONTEXT + 2
-"""Tokens of a prompt that is below every boundary, and of one that is past each."""
+"""Tokens of a prompt below every boundary, and of one beyond every boundary."""
 
 
 @dataclass(frozen=True)
 class Script:
-    """How a text goes through the stages: after a prompt of `prompt` tokens, of which each of `ends` up to there ends a
-    piece, each of `ends` ends a step. Without a cache each step is the whole prefix at position 0."""
+    """How a text goes through the stages. Each of `ends` ends a step; those within the `prompt` tokens end its chunks.
+    Without a cache each step is the whole prefix at position 0."""
 
     name: str
     prompt: int
@@ -36,13 +36,12 @@ SCRIPTS = (
     Script("a long prompt", LONG, (LONG, LONG + 1, TOTAL - 1)),
     Script("without a cache", SHORT, (SHORT, *range(SHORT + 3, TOTAL, 3), TOTAL - 1), cached=False),
 )
-"""Each crosses every boundary of a tiny copy: by a token, within a step, within a prompt, within a piece of it."""
+"""Each crosses every boundary of a tiny copy: by a token, within a step, within a prompt, within a chunk of it."""
 
 
 @dataclass(frozen=True)
 class StepRange:
-    """A step as the decode loop takes it: the tokens `[begin, end)` at position `begin`, for the logits of those from
-    `start` on."""
+    """A step of the decode loop: the tokens `[begin, end)` at position `begin`. It gives the logits from `start` on."""
 
     begin: int
     start: int
@@ -51,8 +50,8 @@ class StepRange:
 
 
 def steps_of(stage: CutModel, prompt: int, ends: Sequence[int]) -> list[StepRange]:
-    """The steps of a text with such a prompt. One that would grow past the length at which a model's sequences are
-    computed anew ends there, and the next one begins at the first token (generation/generator.py)."""
+    """The steps of a text. At the length from which a model computes its sequences again, a step ends, and the next one
+    begins at the first token (generation/generator.py)."""
     limit = rope_restart(body_of(stage).config)
     found, start, rope_length = list[StepRange](), 0, prompt
     for end in ends:
@@ -86,7 +85,7 @@ def run_steps(
 
 @torch.no_grad()
 def rolls_back(model: nn.Module, ids: Tensor) -> bool:
-    """Do the steps past all boundaries give the same logits again after the cache was cut back to the prompt?"""
+    """Whether steps past all boundaries give the same logits again after the cache was truncated to the prompt."""
     (stage,) = cut_whole(model)
     cache, again, prompt = DynamicCache(), ids[:, SHORT : TOTAL - 1], ids[:, :SHORT]
     forward(stage, prompt, 0, cache)

@@ -1,9 +1,9 @@
-"""A tiny random copy of an architecture: the same class and kinds of layers, some ten thousand weights.
+"""Makes a tiny random copy of an architecture: the same class and kinds of layers, some ten thousand weights.
 
-What decides how an architecture computes is kept: tied head, grouped KV heads, kind of rotary positions, kinds of
-layers, and each length from which on it computes otherwise (a boundary: sliding window, chunk of attention, original
-context of scaled rotary positions), shorter than the text that is run. What only decides how large it is shrinks.
-Multipliers that are 1 are moved away from 1, so that leaving one out, or applying it twice, shows.
+The copy keeps what decides how the architecture computes: tied head, grouped KV heads, rotary positions, kinds of
+layers. It also keeps each boundary, a length from which on the model computes otherwise: sliding window, chunk of
+attention, original context of scaled rotary positions. Its boundaries are shorter than the test's text. Sizes shrink.
+Multipliers of 1 get another value, so that a missing or repeated multiplication shows.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ VOCABULARY = 99
 WINDOW, CHUNK, SCALE_FLOOR, ORIGINAL, CONTEXT = 5, 6, 4, 11, 16
 """The boundaries of a tiny copy, in tokens. A text for it is longer than each."""
 
-# By the whole name, or by the first word that the name has in it. A table is shorter than the reasons for each entry:
-# the sizes only have to fit each other. An attribute that is absent or None stays so, but for ALWAYS.
+# SIZES by the whole name, WORDS by the first word that is in the name. The sizes only have to fit each other. An
+# attribute that is absent or None stays so, except for ALWAYS.
 SIZES: dict[str, int] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
@@ -75,10 +75,10 @@ UNIT_WORDS = ("multiplier", "scaling")
 
 
 def tiny_config(config: Any, grouped: bool, context: int = CONTEXT) -> Any:
-    """A shrunk copy of a configuration; `grouped` has two KV heads for the four heads where the family knows KV heads.
+    """A shrunk copy of a configuration. `grouped`: two KV heads for the four heads, if the family has KV heads.
 
-    `context` is its length in tokens, past which a model without a table of positions goes on. Parts of a configuration
-    (of the text side of a multimodal model, say) are shrunk likewise.
+    `context` is its length in tokens; a model without a table of positions can go beyond it. Nested configurations
+    (such as the text side of a multimodal model) are shrunk, too.
     """
     small = copy.deepcopy(config)
     for part in (small, *(getattr(small, name, None) for name in small.sub_configs)):
@@ -91,7 +91,7 @@ def tiny_config(config: Any, grouped: bool, context: int = CONTEXT) -> Any:
 
 
 def tiny_model(config: Any, seed: int = 0) -> nn.Module:
-    """A model with random weights, fp32, for evaluation. Raises FamilyRefused when it would still be large."""
+    """A model with random float32 weights, in evaluation mode. Raises FamilyRefused if it would still be large."""
     with torch.device("meta"):
         parameters = sum(
             p.numel()
@@ -124,10 +124,10 @@ def _shrink(config: Any, grouped: bool) -> None:
 
 
 def _attributes(config: Any) -> dict[str, Any]:
-    """Values by name: the common name where the family has its own, too. What differs by layer has no value."""
+    """Values by name; the common name if the family has its own, too. Attributes that differ by layer are left out."""
     found = {}
     for name in sorted({*config.attribute_map, *vars(config)} - set(config.attribute_map.values())):
-        with contextlib.suppress(Exception):  # configurations refuse to name one value for what differs by layer
+        with contextlib.suppress(Exception):  # reading an attribute that differs by layer raises
             found[name] = getattr(config, name)
     return found
 
@@ -135,21 +135,21 @@ def _attributes(config: Any) -> dict[str, Any]:
 def _size(name: str, value: Any) -> Any:
     if name.endswith("token_id"):
         return value % VOCABULARY
-    if value == 0:  # as good as None: what it sizes is not there
+    if value == 0:  # like None: the part does not exist
         return 0
     most = next((size for word, size in WORDS.items() if word in name), value)
     return SIZES.get(name, most if value is None else min(value, most))
 
 
 def _shrink_layers(config: Any) -> None:
-    """LAYERS layers, or more if the configuration lists more kinds: each kind that it lists is still there."""
+    """Reduce to LAYERS layers, or more if the configuration lists more kinds: each kind remains."""
     count, lists = getattr(config, "num_hidden_layers", None), per_layer(config)
     if not isinstance(count, int) or (count <= LAYERS and lists):
         return
-    kept = _sample(list(zip(*(map(str, value) for value in lists.values()), strict=True)) or [()] * LAYERS)
+    sampled = _sample(list(zip(*(map(str, value) for value in lists.values()), strict=True)) or [()] * LAYERS)
     for name, value in lists.items():
-        setattr(config, name, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)
+        setattr(config, name, [value[index] for index in sampled])
+    config.num_hidden_layers = len(sampled)
 
 
 def per_layer(config: Any) -> dict[str, Sequence[Any]]:
@@ -159,7 +159,7 @@ def per_layer(config: Any) -> dict[str, Sequence[Any]]:
         name: value
         for name, value in vars(config).items()
         if isinstance(value, (list, tuple)) and len(value) == count and ("layer" in name or "types" in name)
-        if list(value) != list(range(len(value)))  # numbers of layers, not what they are
+        if list(value) != list(range(len(value)))  # a list of layer numbers says nothing about kinds
     }
 
 
@@ -171,8 +171,8 @@ def _sample(kinds: list[tuple[str, ...]]) -> list[int]:
 
 
 def _shrink_rotary(config: Any) -> None:
-    """Per-frequency factors (longrope, multimodal sections) must be as many as the smaller head has frequencies, and
-    lengths are boundaries."""
+    """Fit the factors per frequency (longrope, multimodal sections) to the smaller head, and set lengths to the
+    boundaries."""
     for rotary in dicts(getattr(config, "rope_parameters", None)):
         share = rotary.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
         frequencies = int(HEAD_SIZE * share) // 2
@@ -192,7 +192,7 @@ def dicts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def boundaries(config: Any) -> tuple[str, ...]:
-    """What of a tiny configuration a text is longer than, in words of the page."""
+    """The boundaries of a tiny configuration, in words of docs/families.md."""
     kinds = getattr(config, "layer_types", None) or ["sliding"]
     sliding = any(_attributes(config).get(name) for name in ("sliding_window", "window_size", "sliding_window_size"))
     found = {

@@ -1,7 +1,7 @@
-"""What else can a stage of this architecture do, whatever the lengths of its sessions? Answered by a tiny random copy.
+"""Tests on a tiny random copy what else a stage of an architecture can do, whatever the lengths of its sessions.
 
-One session is past every boundary of the copy and one is below them: in one forward each must get what `generate()`
-gives it, and so must each over memory of one length that is masked. A stage with the real weights cannot be asked so:
+One session is past every boundary of the copy, and one is below them. In one forward each must get what `generate()`
+gives. So must each with a static cache, which is masked memory of a fixed length. The real stage cannot be tested so:
 its window may have 4,096 tokens.
 """
 
@@ -25,13 +25,13 @@ from splitlearn.stages.verify import agree, own_forward
 
 SHARED_FORWARD, STATIC_CACHE = "shared forward", "static cache"
 ENDS = ((SHORT, LONG), (SHORT + 3, LONG + 1), (SHORT + 6, LONG + 2), (TOTAL - 1, TOTAL - 1))
-"""Of each step, where it ends in a short text and in a long one; the short one crosses all boundaries on its way."""
+"""For each step, its end in a short text and in a long one. The short one crosses all boundaries."""
 Way = Callable[[CutModel, Sequence[Text]], list[Tensor]]
-"""Gives the logits [TOTAL - 1, V] of each text."""
+"""Computes the logits [TOTAL - 1, V] of each text."""
 
 
 def allowed(model: nn.Module, short: Text, long: Text) -> tuple[str, ...]:
-    """Which of SHARED_FORWARD and STATIC_CACHE gives both texts as `generate()` does."""
+    """Those of SHARED_FORWARD and STATIC_CACHE that give the logits of `generate()` for both texts."""
     ways: dict[str, Way] = {SHARED_FORWARD: _ragged, STATIC_CACHE: _static}
     return tuple(name for name, way in ways.items() if _agrees(way, model, (short, long)))
 
@@ -40,7 +40,7 @@ def allowed(model: nn.Module, short: Text, long: Text) -> tuple[str, ...]:
 def _agrees(way: Way, model: nn.Module, texts: Sequence[Text]) -> bool:
     try:
         found = way(cut_whole(model)[0], texts)
-    except Exception:  # whatever the layers raise, they cannot
+    except Exception:  # layers that raise anything cannot do it
         return False
     return all(agree(text.logits, own, TOLERANCE) for own, text in zip(found, texts, strict=True))
 

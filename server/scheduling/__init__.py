@@ -1,1 +1,0 @@
-"""Which sessions get in, and whose steps share a forward."""

@@ -1,0 +1,182 @@
+"""From a configuration to what a worker of an arm is told (`ArmSpec`): reads the model, finds or starts the trunk and
+parses the flags. runs.py runs the arms.
+"""
+
+import threading
+from dataclasses import replace
+from functools import cached_property
+
+from splitlearn.arms.model import Model
+from splitlearn.arms.spec import ArmSpec, Kind
+from splitlearn.arms.trunk_pool import TrunkPool
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.served import check_served, describe, first_that_works, with_trunk
+from splitlearn.config import Config
+from splitlearn.errors import InputError
+from splitlearn.flags.registry import SIDES, Place
+from splitlearn.flags.selection import Availability, FlagSet, availability
+from splitlearn.flags.selection import check as check_flags
+from splitlearn.flags.selection import parse as parse_flags
+from splitlearn.link import words
+from splitlearn.link.emulated import NONE as NO_LINK
+from splitlearn.link.emulated import Link
+from splitlearn.link.route import Routes
+from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime import cgroups
+from splitlearn.runtime.progress import Progress
+from splitlearn.wire import channel
+from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.channel import NONE, Credentials
+
+# Memory that must be left, in sizes of the model's weights, before one more process is kept: it may load a second copy.
+WEIGHTS_FREE = 6
+
+
+class Setup:
+    """The setup of one configuration. Nothing is read before `read_model`, and no trunk is started before its address
+    is asked for. Any thread may ask."""
+
+    def __init__(self, config: Config, progress: Progress) -> None:
+        self.config = config
+        self.link = words.parse(config.trunk.link or NO_LINK, "trunk.link")
+        self._progress = progress
+        self._reading = threading.Lock()
+        self._model: Model | None = None
+        self._trunks = TrunkPool(config, self._has_memory)
+        self._routes = Routes()
+
+    @property
+    def model(self) -> Model:
+        """The configured model, read when it is first asked for. Raises as `read_model`."""
+        return self.read_model()
+
+    def read_model(self) -> Model:
+        """Read the configured model, once; another thread that asks waits. Raises InputError and ModelError."""
+        with self._reading:
+            if self._model is None:
+                self._model = Model.read(self.config, self._progress)
+            return self._model
+
+    @property
+    def files(self) -> ModelFiles:
+        """The model's files."""
+        return self.model.files
+
+    @property
+    def plan(self) -> SplitPlan:
+        """How the model is split."""
+        return self.model.plan
+
+    @property
+    def here(self) -> Place:
+        """What decides which flags can be applied in processes of this machine."""
+        return self.model.capabilities.place
+
+    @property
+    def device(self) -> str:
+        """Where the arms compute, by torch's name."""
+        return self.here.device
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of weights and activations, by torch's name."""
+        return self.config.model.dtype
+
+    def trunk_addresses(self, applied: frozenset[str] | None = None) -> tuple[str, ...]:
+        """Where trunks listen, in the order of preference. `applied` are the trunk's flags, None for any.
+
+        Starts the embedded trunk that has these flags, where there is none yet.
+        """
+        if not self.config.trunk.embedded:
+            return self.config.trunk.address
+        if applied is None:
+            latest = self._trunks.latest
+            applied = self._first_flags if latest is None else latest
+        return (self._trunks.address(applied),)
+
+    @property
+    def _first_flags(self) -> frozenset[str]:
+        """The trunk's flags of the configuration."""
+        return parse_flags(self.config.flags, self.availability_here).trunk
+
+    def trunk_address(self) -> str:
+        """Where a trunk answers: the first address that there is, or the first of several that works."""
+        first, *others = self.trunk_addresses()
+        return first_that_works((first, *others), self._answering) if others else first
+
+    def _answering(self, address: str) -> str:
+        """`address`, if a trunk answers there."""
+        describe(address, self.credentials)
+        return address
+
+    def check_trunk(self) -> None:
+        """Raise TrunkError unless a trunk answers and serves what this configuration needs."""
+        served, shown = self.spec("full", FlagSet()).served(), self.credentials
+        first_that_works(
+            self.trunk_addresses(), lambda address: check_served(describe(address, shown), served, address)
+        )
+
+    def availability(self) -> Availability:
+        """Which flags can be applied where: here for full and client; for the trunk, what its server says."""
+        return with_trunk(self.availability_here, self.describe_trunk())
+
+    @property
+    def availability_here(self) -> Availability:
+        """Which flags can be applied in processes of this machine; without a look at the trunk server."""
+        return availability(dict.fromkeys(SIDES, self.here))
+
+    def describe_trunk(self) -> pb.Description:
+        """What the trunk says that it serves. Raises TrunkError."""
+        return describe(self.trunk_address(), self.credentials)
+
+    @cached_property
+    def credentials(self) -> Credentials:
+        """What is shown to the trunk; the embedded one is on loopback and asks for nothing. Raises InputError."""
+        return NONE if self.config.trunk.embedded else channel.credentials(self.config.trunk)
+
+    def flags(self, text: str) -> FlagSet:
+        """The flags that a person asked for in words. Raises InputError."""
+        check_flags(text)
+        return parse_flags(text, self.availability())
+
+    def ready_spec(self, kind: Kind, flags: FlagSet, link: Link | None = None) -> ArmSpec:
+        """What a worker of this arm is told. Starts the embedded trunk of a split arm first, where it does not run, and
+        what emulates `link` (None: the configured one)."""
+        if kind == "full":
+            return self.spec(kind, flags)
+        addresses = self.trunk_addresses(flags.trunk)
+        via = self._routes.over(self.link if link is None else link, addresses)
+        return replace(self.spec(kind, flags, addresses), via=via)
+
+    def spec(self, kind: Kind, flags: FlagSet, addresses: tuple[str, ...] = ()) -> ArmSpec:
+        """What a worker of this arm is told; `addresses` are those of its trunk."""
+        shown = self.credentials if kind == "split" else NONE
+        return ArmSpec.of(
+            kind, self.config, self.files, self.plan, self.device, flags, addresses, shown, self.model.draft
+        )
+
+    def check_cut(self, plan: SplitPlan) -> None:
+        """Raise InputError for a cut that a remote trunk does not serve."""
+        if plan != self.plan and not self.config.trunk.embedded:
+            serves = f"{self.plan.start}:{self.plan.end}, the layers that the trunk server has"
+            raise InputError("cut", f"{plan.start}:{plan.end}", serves)
+
+    def pids(self) -> list[int]:
+        """The processes of the embedded trunks that run."""
+        return self._trunks.pids()
+
+    def close(self) -> None:
+        """End the emulated links and the embedded trunks."""
+        self._routes.close()
+        self._trunks.close()
+
+    def _change(self, config: Config, model: Model) -> TrunkPool:
+        """From now on, the setup of `config` with its `model`. Returns the trunks before, which the caller closes."""
+        before = self._trunks
+        self.config, self._model = config, model
+        self._trunks = TrunkPool(config, self._has_memory)
+        return before
+
+    def _has_memory(self) -> bool:
+        """Whether there is memory for another process with a part of the model."""
+        return cgroups.available_memory() > WEIGHTS_FREE * self.files.weights.stat().st_size

@@ -1,0 +1,119 @@
+"""The best route through machines in a row: dynamic programming over contiguous ranges of layers.
+
+The client has the first layers and the last ones, so the row is a ring: for each first layer of the servers, the best
+chain of servers to each last layer is built up device by device. A chain costs the sum or the maximum of its parts, so
+the best one is made of best ones. A server may be left out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from splitlearn.planning.network import CLIENT, Network, Work
+from splitlearn.planning.route import (
+    Route,
+    Span,
+    busy_s,
+    needed_bytes,
+    open_s,
+    predict,
+    prompt_s,
+    step_s,
+    trip_s,
+)
+
+Objective = Literal["tpot", "ttft", "memory", "throughput"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+_Chain = tuple[float, float, tuple[Span, ...]]
+"""What it costs for the objective, its part of TPOT, and its spans."""
+
+
+def rank(route: Route, objective: Objective) -> tuple[float, float]:
+    """What is least in the best route. Of equal ones that with the smaller client or the lower TPOT wins."""
+    return {
+        "tpot": (route.tpot_s, route.client_memory_bytes),
+        "ttft": (route.ttft_s, route.tpot_s),
+        "memory": (route.client_memory_bytes, route.tpot_s),
+        "throughput": (-route.tokens_per_s, route.tpot_s),
+    }[objective]
+
+
+def best_split(work: Work, network: Network, objective: Objective) -> Route | None:
+    """The best route with servers that fits; None if none does."""
+    routes = (predict(work, network, spans) for spans in _chains(work, network, objective))
+    return min((route for route in routes if route.fits), key=lambda route: rank(route, objective), default=None)
+
+
+def _chains(work: Work, network: Network, objective: Objective) -> Iterator[tuple[Span, ...]]:
+    """The best chain for each first and last layer.
+
+    Sessions open at all servers at once, so that the slowest round trip counts for TTFT, which is no sum: there, each
+    server's round trip is taken as the limit for the others.
+    """
+    servers = range(1, len(network.devices))
+    limits = {open_s(network, each) for each in servers} if objective == "ttft" else {float("inf")}
+    for limit in limits:
+        search = _Search(work, network, objective, [each for each in servers if open_s(network, each) <= limit])
+        for start in range(work.n_layers):
+            yield from search.ending(start)
+
+
+def _cost(chain: _Chain) -> tuple[float, float]:
+    return chain[:2]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The chains of some servers, in order, for one objective; of equal ones those with the lower TPOT."""
+
+    work: Work
+    network: Network
+    objective: Objective
+    servers: list[int]
+
+    def ending(self, start: int) -> Iterator[tuple[Span, ...]]:
+        """The best chain from `start` to each last layer."""
+        found: dict[tuple[int, int], _Chain] = {}
+        for device in self.servers:
+            entered = self._entered(found, device, start)
+            for end in range(start + 1, self.work.n_layers + 1):
+                spans = ((chain, Span(device, before, end)) for before, chain in entered.items() if before < end)
+                chains = [self._with_span(chain, span) for chain, span in spans if self._fits(span)]
+                if chains:
+                    found[device, end] = min(chains, key=_cost)
+        yield from (chain[2] for chain in self._entered(found, CLIENT, None).values())
+
+    def _entered(self, found: dict[tuple[int, int], _Chain], device: int, start: int | None) -> dict[int, _Chain]:
+        """By the layer that comes next, the best chain up to the arrival at `device`; from `start` the client comes."""
+        entered = {} if start is None else {start: self._with_trip((self._bottom(start), 0.0, ()), device)}
+        for (_, end), chain in found.items():
+            arrived = self._with_trip(chain, device)
+            entered[end] = min(entered.get(end, arrived), arrived, key=_cost)
+        return entered
+
+    def _bottom(self, start: int) -> float:
+        """What a chain costs at least: of many sessions, the client may be the slowest machine itself."""
+        own = self.network.devices[CLIENT].step_s + step_s(self.work, self.network, Span(CLIENT, 0, start))
+        return own if self.objective == "throughput" else 0.0
+
+    def _fits(self, span: Span) -> bool:
+        return needed_bytes(self.work, self.network, span) <= self.network.devices[span.device].memory_bytes
+
+    def _with_trip(self, chain: _Chain, device: int) -> _Chain:
+        before = chain[2][-1].device if chain[2] else CLIENT
+        cost = token_s = trip_s(self.network, before, device, self.work.step_bytes)
+        if self.objective == "throughput":
+            cost = busy_s(self.work, self.network, before, device)
+        elif self.objective == "ttft":
+            cost = trip_s(self.network, before, device, self.work.prompt_bytes)
+        return self._joined(chain[0], cost), chain[1] + token_s, chain[2]
+
+    def _with_span(self, chain: _Chain, span: Span) -> _Chain:
+        device = self.network.devices[span.device]
+        token_s = step_s(self.work, self.network, span) + device.step_s
+        first_s = prompt_s(self.work, self.network, span) + device.step_s + device.start_s
+        cost = first_s if self.objective == "ttft" else token_s
+        return self._joined(chain[0], cost), chain[1] + token_s, (*chain[2], span)
+
+    def _joined(self, a: float, b: float) -> float:
+        return max(a, b) if self.objective == "throughput" else a + b

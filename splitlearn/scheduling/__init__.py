@@ -1,0 +1,1 @@
+"""Decides which sessions are admitted, and whose steps share a forward."""
