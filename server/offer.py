@@ -91,13 +91,18 @@ class Offer:
         return applied_of(chosen)
 
     def _check_served(self, opening: pb.Open) -> None:
-        """Raise TrunkRefused, which lists every difference, if the client expects another trunk than this one."""
+        """Raise TrunkRefused, which lists every difference, if the client expects another trunk than this one.
+
+        The digest tells models apart. A model's name may be a path, which is another one on each machine: it is said
+        where the digests differ.
+        """
         files, plan = self._runtime.files, self._runtime.plan
+        named = [("model", opening.model, files.name)] if opening.digest != files.digest else []
         differing = [
             f"{what} is {ours}, not {theirs!r}"
             for what, theirs, ours in (
                 ("protocol", opening.protocol, PROTOCOL),
-                ("model", opening.model, files.name),
+                *named,
                 ("digest", opening.digest, files.digest),
                 ("layer range", (opening.start, opening.end, opening.n_layers), (plan.start, plan.end, plan.n_layers)),
                 ("dtype", opening.dtype, self._dtype),

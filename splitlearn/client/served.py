@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the client needs a trunk to serve: a model by name and digest, the layers of a plan, a dtype by its name."""
+    """What the client needs a trunk to serve: a model by its digest, the layers of a plan, a dtype by its name.
+
+    The name of the model, which may be a path, is for people.
+    """
 
     model: str
     digest: str
@@ -67,11 +70,12 @@ def describe(
 def check_served(description: pb.Description, served: ServedModel, address: str) -> None:
     """Raise TrunkRefused, which names every difference, if the trunk does not serve what the client needs."""
     plan = served.plan
+    named = [("model", description.model, served.model)] if description.digest != served.digest else []
     differing = [
         f"{what}: it serves {theirs}, this client has {ours}"
         for what, theirs, ours in (
             ("protocol", description.protocol, PROTOCOL),
-            ("model", description.model, served.model),
+            *named,
             ("weights digest", description.digest[:12], served.digest[:12]),
             ("layers", f"[{description.start}, {description.end})", f"[{plan.start}, {plan.end})"),
             ("dtype", description.dtype, served.dtype),

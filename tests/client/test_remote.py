@@ -151,8 +151,7 @@ def test_a_closed_session_is_free_at_the_trunk_and_has_told_its_memory(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "other"}, "model is .*, not 'other'"),
-        ({"digest": "0" * 64}, "digest is"),
+        ({"model": "other", "digest": "0" * 64}, "model is .*, not 'other'; digest is"),
         ({"plan": SplitPlan(1, 4, 6)}, r"layer range is \(2, 4, 6\), not \(1, 4, 6\)"),
         ({"dtype": "bfloat16"}, "dtype is float32, not 'bfloat16'"),
     ],
@@ -168,12 +167,21 @@ def test_a_trunk_that_serves_something_else_refuses(
 def test_what_a_trunk_serves_is_compared_before_anything_is_run(here: TrunkHere, files: ModelFiles) -> None:
     said = describe(here.address)
     check_served(said, served(files), here.address)
-    other = replace(served(files), model="other", plan=SplitPlan(0, 6, 6), dtype="float16")
+    other = replace(served(files), plan=SplitPlan(0, 6, 6), dtype="float16")
     with pytest.raises(TrunkRefused) as caught:
         check_served(said, other, here.address)
-    for word in (here.address, "has other", "[2, 4)", "[0, 6)", "float32", "float16"):
+    for word in (here.address, "[2, 4)", "[0, 6)", "float32", "float16"):
         assert word in str(caught.value)
     assert "digest" not in str(caught.value)
+    with pytest.raises(TrunkRefused, match=f"model: it serves {files.name}, this client has other; weights digest"):
+        check_served(said, replace(served(files), model="other", digest="0" * 64), here.address)
+
+
+def test_two_names_of_the_same_weights_are_one_model(here: TrunkHere, files: ModelFiles) -> None:
+    elsewhere = replace(served(files), model="/another/path")
+    check_served(describe(here.address), elsewhere, here.address)
+    with contextlib.closing(RemoteStage([here.address], elsewhere, timeout_s=20)) as stage, opened(stage) as session:
+        assert session.step(0, hidden(files, 3)).x.shape[1] == 3
 
 
 def test_a_full_trunk_says_so(stage: RemoteStage, here: TrunkHere, files: ModelFiles) -> None:
