@@ -1,8 +1,11 @@
 """The panel "Choose another model" in a real browser: another visitor's comparison first, then the other model."""
 
 import shutil
+import socketserver
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
@@ -15,19 +18,50 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
 ]
 RUN_MS = 120_000
-NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
-"""A port where nobody listens."""
+
+
+class BrokenHub(socketserver.ThreadingTCPServer):
+    """A model hub that hangs up on everybody, once `answers` is set."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self.answers, self.asked = threading.Event(), threading.Event()
+        self.answers.set()
+
+    def verify_request(self, request: object, client_address: object) -> bool:
+        self.asked.set()
+        return True
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        self.answers.wait()
+        self.shutdown_request(request)
 
 
 @pytest.fixture(scope="module")
-def url(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def hub() -> Iterator[BrokenHub]:
+    with BrokenHub() as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield server
+        server.answers.set()
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(tiny_model: TinyFactory, hub: BrokenHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An app with a Llama, and a GPT-2 in its cache."""
     folder: Path = tmp_path_factory.mktemp("models")
     shutil.copytree(tiny_model("gpt2").folder, folder / "cache" / "v1" / "other")
     config = write_config(
         folder, model={"name": str(tiny_model().folder)}, generation={"max_new_tokens": 100, "chat": False}
     )
-    with running(config, environment={**NO_HUB, "SPLITLEARN_CACHE": str(folder / "cache")}, fresh=True) as app:
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "SPLITLEARN_CACHE": str(folder / "cache"),
+    }
+    with running(config, environment=environment, fresh=True) as app:
         yield app.warm_url()
 
 
@@ -68,6 +102,22 @@ def test_another_model_is_chosen_by_keyboard_and_waits_for_another_visitors_comp
     expect(owner.locator("#command-cut")).to_contain_text("other")
     for page in (other, owner):
         page.close()
+    assert not FORBIDDEN
+
+
+def test_a_choice_stays_when_the_hub_answers_after_it(browser: BrowserContext, url: str, hub: BrokenHub) -> None:
+    hub.answers.clear()
+    hub.asked.clear()
+    owner = open_page(browser, url)
+    open_list(owner)
+    assert hub.asked.wait(RUN_MS / 1000)
+    chosen = owner.locator("#models-choice input:not(:checked)").first
+    value = chosen.input_value()
+    chosen.check()
+    hub.answers.set()
+    expect(owner.locator("#models-list tbody tr").filter(has_text="cannot be reached").first).to_be_visible()
+    expect(owner.locator(f"#models-choice input[value='{value}']")).to_be_checked()
+    owner.close()
     assert not FORBIDDEN
 
 

@@ -49,6 +49,7 @@ class ModelsPanel:
             self._load,
             self.choice,
             [*self.drawn, self.status, self.error],
+            preprocess=False,  # a choice that has left the list is refused by Chooser, in the page's own words
             concurrency_id="runs",
             concurrency_limit=1,
         )
@@ -56,9 +57,11 @@ class ModelsPanel:
         return ran.then(self._end, None, buttons, queue=False)
 
     async def _come(self, request: gr.Request) -> AsyncIterator[Updates]:
-        """On opening the list: show it at once, then again with the model hub's answers."""
-        for probe in (False, True):
-            yield await asyncio.to_thread(self._list, request, probe)
+        """On opening the list: show it at once, then again with the model hub's answers, which may come seconds later
+        and leave what the owner has chosen meanwhile."""
+        yield await asyncio.to_thread(self._list, request, False)
+        shown = await asyncio.to_thread(self._list, request, True)
+        yield {**shown, self.choice: gr.Radio(choices=shown[self.choice].choices)}
 
     def _list(self, request: gr.Request, probe: bool) -> Updates:
         chooser = self.chooser
