@@ -90,6 +90,7 @@ def _settings(path: Path | None, changes: dict[str, Any]) -> "Config":
     from splitlearn import config
 
     settings = config.load(path)
+    _ = settings.cut  # a server has one range
     return config.parse({**settings.model_dump(), "server": {**settings.server.model_dump(), **changes}})
 
 

@@ -59,7 +59,7 @@ def build(settings: Config, progress: Progress) -> TrunkRuntime:
 
 def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> TrunkRuntime:
     files = catalogue.prepare(settings.model, progress, whole=False)
-    plan = _plan(settings.split, files)
+    plan = _plan(settings.cut, files)
     placement = Placement.of(settings.model.device, settings.model.dtype)
     place = here(str(placement.device), settings.model.dtype)
     applied = parse(settings.flags, availability(dict.fromkeys(SIDES, place))).trunk

@@ -11,13 +11,25 @@ from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 
 from splitlearn import address
 from splitlearn.address import Address
 from splitlearn.errors import InputError
 
 EMBEDDED = "embedded"
+AUTO: Literal["auto"] = "auto"
+Objective = Literal["tpot", "ttft", "memory", "throughput"]
+"""What a plan has least or most of (planning/search.py)."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -93,6 +105,22 @@ class SplitConfig(_Section):
 
     start: Annotated[int, Field(ge=0)] | None = None
     end: Annotated[int, Field(ge=1)] | None = None
+
+
+def valid_split(value: object, _: object) -> "SplitConfig | Literal['auto']":
+    """The word `auto`, or start and end; ValueError otherwise."""
+    if value == AUTO:
+        return AUTO
+    if isinstance(value, str):
+        raise ValueError(f"'{AUTO}', or a mapping with start and end")
+    return SplitConfig.model_validate(value)
+
+
+class PlanConfig(_Section):
+    """How `split: auto` chooses: from the figures of a file of machines, measured where it leaves some out."""
+
+    devices: File | None = None
+    objective: Objective = "tpot"
 
 
 class _Pair(_Section):
@@ -241,7 +269,8 @@ class Config(_Section):
     """All settings; every field has a default, so an empty file is a working one."""
 
     model: ModelConfig = ModelConfig()
-    split: SplitConfig = SplitConfig()
+    split: Annotated[SplitConfig | Literal["auto"], WrapValidator(valid_split)] = SplitConfig()
+    plan: PlanConfig = PlanConfig()
     trunk: TrunkConfig = TrunkConfig()
     server: ServerConfig = ServerConfig()
     prefix_cache: PrefixCacheConfig = PrefixCacheConfig()
@@ -250,6 +279,13 @@ class Config(_Section):
     runs: RunsConfig = RunsConfig()
     ui: UiConfig = UiConfig()
     api: ApiConfig = ApiConfig()
+
+    @property
+    def cut(self) -> SplitConfig:
+        """The configured cut. Raises InputError for `split: auto`, before a program has planned one in its place."""
+        if isinstance(self.split, SplitConfig):
+            return self.split
+        raise InputError("split", AUTO, "start and end: only clients plan a cut")
 
 
 def load(path: Path | None) -> Config:
@@ -317,6 +353,11 @@ def with_chat(config: Config, chat: bool | str) -> Config:
 def with_trunk(config: Config, address: str) -> Config:
     """The same settings with another trunk address, or several with commas between. Raises InputError for others."""
     return parse({**config.model_dump(), "trunk": {**config.trunk.model_dump(), "address": address}})
+
+
+def with_cut(config: Config, start: int, end: int) -> Config:
+    """The same settings with another cut."""
+    return config.model_copy(update={"split": SplitConfig(start=start, end=end)})
 
 
 def with_link(config: Config, words: str) -> Config:

@@ -15,10 +15,11 @@ from splitlearn import address, config
 from splitlearn.access.quota import Accounts
 from splitlearn.arms.startup import Startup
 from splitlearn.checkpoints import catalogue
-from splitlearn.config import Config
+from splitlearn.config import AUTO, Config
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.flags.selection import check
 from splitlearn.models.plan import SplitPlan
+from splitlearn.planning.auto import settle
 from splitlearn.runtime import collector, command_line, home, ports, private_apis, programs, proxies
 from splitlearn.runtime.command_line import Job, whole
 from splitlearn.runtime.terminal import say
@@ -124,9 +125,9 @@ def _serve(settings: Config, port: int, login: Login, keys: Accounts | None, rep
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     check(settings.flags)
     files = catalogue.find(settings.model)
-    if files is not None:
-        SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
-    startup = Startup(settings)
+    if files is not None and settings.split != AUTO:
+        SplitPlan.of(settings.cut.start, settings.cut.end, files.n_layers)
+    startup = Startup(settings, settle=settle)
     try:
         startup.begin()
         _page(startup, port, login, keys, repeat)

@@ -120,7 +120,8 @@ class DivergentLogits:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`pairs` of one prompt with the same flags. `others_cpu` is what other programs used meanwhile, in cores."""
+    """`pairs` of one prompt with the same flags. `others_cpu` is what other programs used meanwhile, in cores. `why`
+    says why the cut is this one, where it was planned."""
 
     model: str
     plan: SplitPlan
@@ -129,6 +130,7 @@ class Comparison:
     others_cpu: float
     environment: dict[str, Any]
     logits: DivergentLogits | None = None
+    why: str = ""
 
     @property
     def full(self) -> ArmReport:
@@ -145,7 +147,7 @@ class Comparison:
         differ, prompt = self.pairs.divergence, self.full.texts.prompt
         return {
             "model": self.model,
-            "split": {"start": self.plan.start, "end": self.plan.end, "n_layers": self.plan.n_layers},
+            "split": {**asdict(self.plan), **({"why": self.why} if self.why else {})},
             "prompt": {
                 "text": "".join(text for text, _ in prompt),
                 "token_ids": list(self.full.metrics.prompt_ids),
@@ -199,7 +201,7 @@ def compare(
         return None
     found = Pairs(tuple(reports["full"]), tuple(reports["split"]))
     others_cpu, logits = reading(before).others_cpu, divergent_logits(runs, request, flags, found, cancelled)
-    return Comparison(runs.files.name, runs.plan, flags, found, others_cpu, environment(runs), logits)
+    return Comparison(runs.files.name, runs.plan, flags, found, others_cpu, environment(runs), logits, runs.model.why)
 
 
 def environment(runs: Runs) -> dict[str, Any]:

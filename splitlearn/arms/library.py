@@ -204,7 +204,7 @@ def _request(
 def _spec(kind: Kind, settings: Config, flags: str) -> ArmSpec:
     """What to load: checked, with the flags that can be applied here and at the trunk."""
     selection.check(flags)
-    model, split = settings.model, settings.split
+    model, split = settings.model, settings.cut
     files = catalogue.prepare(model, silent)
     place = place_of(Question(files, None, model.device, model.dtype, chat=False))
     known = selection.availability(dict.fromkeys(SIDES, place))

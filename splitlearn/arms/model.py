@@ -14,19 +14,20 @@ from splitlearn.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Model:
-    """`draft` is the draft model, where one is named."""
+    """`draft` is the draft model, where one is named. `why` says why the cut is this one, where it was planned."""
 
     files: ModelFiles
     draft: ModelFiles | None
     plan: SplitPlan
     capabilities: Capabilities
+    why: str = ""
 
     @classmethod
     def read(cls, config: Config, progress: Progress) -> "Model":
         """Fetch and convert the weights if the cache lacks them, then read everything else. Takes seconds, at first
         minutes. Raises InputError and ModelError."""
         files, draft = catalogue.prepare(config.model, progress), _draft(config, progress)
-        plan = SplitPlan.of(config.split.start, config.split.end, files.n_layers)
+        plan = SplitPlan.of(config.cut.start, config.cut.end, files.n_layers)
         model = config.model
         question = Question(files, draft, model.device, model.dtype, config.generation.chat)
         return cls(files, draft, plan, capabilities_cache.find(question, catalogue.cache_folder(model), progress))

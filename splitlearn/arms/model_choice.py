@@ -20,7 +20,7 @@ from splitlearn.arms.runs import Runs
 from splitlearn.arms.startup import POLL_S, Startup
 from splitlearn.checkpoints import catalogue, download, folder
 from splitlearn.checkpoints.catalogue import ModelStatus
-from splitlearn.config import Config, SplitConfig
+from splitlearn.config import AUTO, Config, SplitConfig
 from splitlearn.errors import InputError, SetupError, SplitlearnError
 from splitlearn.flags.registry import SIDES
 from splitlearn.flags.selection import availability, parse
@@ -74,7 +74,7 @@ def load(startup: Startup, first: Config, name: str, progress: Progress, stop: t
         progress(step)
 
     try:
-        model = Model.read(config, show)
+        config, model = runs.settled_model(config, show)
         show(Step("Looking at the memory"))
     except SplitlearnError:
         if stop.is_set():
@@ -87,13 +87,14 @@ def load(startup: Startup, first: Config, name: str, progress: Progress, stop: t
 
 
 def settings_for(first: Config, name: str) -> Config:
-    """The configuration `first` for another model: its usual cut, no draft model, its own chat template."""
+    """The configuration `first` for another model: its usual cut or a planned one, no draft model, its own chat
+    template."""
     if name == first.model.name:
         return first
     chat = first.generation.chat if isinstance(first.generation.chat, bool) else True
     parts = {
         "model": first.model.model_copy(update={"name": name, "draft": None}),
-        "split": SplitConfig(),
+        "split": AUTO if first.split == AUTO else SplitConfig(),
         "generation": first.generation.model_copy(update={"chat": chat}),
     }
     return first.model_copy(update=parts)

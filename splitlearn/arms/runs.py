@@ -16,10 +16,10 @@ from dataclasses import replace
 
 from splitlearn.arms.model import Model
 from splitlearn.arms.report import ArmReport, Item, Restart
-from splitlearn.arms.setup import Setup
+from splitlearn.arms.setup import Settle, Setup
 from splitlearn.arms.spec import ArmEnd, ArmSpec, CandidatesRequest, Kind, TokenCandidates
 from splitlearn.arms.worker import Message, Worker, compile_seconds
-from splitlearn.config import Config, SplitConfig
+from splitlearn.config import Config, with_cut
 from splitlearn.errors import WorkFailed
 from splitlearn.events import Event, GenerationRequest
 from splitlearn.flags.selection import FlagSet
@@ -38,8 +38,8 @@ ASIDE = "A trunk that others use may go on recording for them: leave cuda_graph 
 class Runs(Setup):
     """Runs arms of one configuration. Nothing is read before `read_model`, with which the context begins."""
 
-    def __init__(self, config: Config, progress: Progress) -> None:
-        super().__init__(config, progress)
+    def __init__(self, config: Config, progress: Progress, settle: Settle | None = None) -> None:
+        super().__init__(config, progress, settle)
         self._lock = SharedLock()
         self._starting, self._pool = threading.Lock(), threading.Lock()
         self._workers = ProcessPool[ArmSpec, Worker](self._has_room)
@@ -155,8 +155,7 @@ class Runs(Setup):
         """
         self.check_cut(plan)
         if plan != self.plan:
-            split = SplitConfig(start=plan.start, end=plan.end)
-            self.use(self.config.model_copy(update={"split": split}), replace(self.model, plan=plan))
+            self.use(with_cut(self.config, plan.start, plan.end), replace(self.model, plan=plan, why=""))
 
     def use(self, config: Config, model: Model) -> None:
         """Run `model`, which was read with the settings `config`, from the next run on; waits for one that is under

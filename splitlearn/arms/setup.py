@@ -3,7 +3,8 @@ parses the flags. runs.py runs the arms.
 """
 
 import threading
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from splitlearn.arms.model import Model
@@ -11,7 +12,7 @@ from splitlearn.arms.spec import ArmSpec, Kind
 from splitlearn.arms.trunk_pool import TrunkPool
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import check_served, describe, first_that_works, with_trunk
-from splitlearn.config import Config
+from splitlearn.config import AUTO, Config
 from splitlearn.errors import InputError
 from splitlearn.flags.registry import SIDES, Place
 from splitlearn.flags.selection import Availability, FlagSet, availability
@@ -32,12 +33,25 @@ from splitlearn.wire.channel import NONE, Credentials
 WEIGHTS_FREE = 6
 
 
+@dataclass(frozen=True)
+class Settled:
+    """Settings with a cut. `why` says in a sentence why it is this one; empty for one that was configured."""
+
+    config: Config
+    why: str = ""
+
+
+Settle = Callable[[Config, Progress], Settled]
+"""Plans the cut of settings with `split: auto` (planning/auto.py)."""
+
+
 class Setup:
     """The setup of one configuration. Nothing is read before `read_model`, and no trunk is started before its address
-    is asked for. Any thread may ask."""
+    is asked for. Any thread may ask. `settle` plans the cut where the configuration says `split: auto`; without it that
+    is an InputError."""
 
-    def __init__(self, config: Config, progress: Progress) -> None:
-        self.config = config
+    def __init__(self, config: Config, progress: Progress, settle: Settle | None = None) -> None:
+        self.config, self._settle = config, settle
         self.link = words.parse(config.trunk.link or NO_LINK, "trunk.link")
         self._progress = progress
         self._reading = threading.Lock()
@@ -54,8 +68,16 @@ class Setup:
         """Read the configured model, once; another thread that asks waits. Raises InputError and ModelError."""
         with self._reading:
             if self._model is None:
-                self._model = Model.read(self.config, self._progress)
+                config, self._model = self.settled_model(self.config, self._progress)
+                if config != self.config:
+                    self._change(config, self._model).close()
             return self._model
+
+    def settled_model(self, config: Config, progress: Progress) -> tuple[Config, Model]:
+        """The model of `config`, and these settings with a cut. Raises as `read_model`, and TrunkError for `split:
+        auto` where no trunk server can be used."""
+        settled = Settled(config) if self._settle is None or config.split != AUTO else self._settle(config, progress)
+        return settled.config, replace(Model.read(settled.config, progress), why=settled.why)
 
     @property
     def files(self) -> ModelFiles:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Literal
 
 from splitlearn.arms.runs import Runs
+from splitlearn.arms.setup import Settle
 from splitlearn.arms.spec import Kind
 from splitlearn.config import Config
 from splitlearn.errors import as_error
@@ -44,10 +45,11 @@ class Part:
 
 class Startup:
     """Loads what `runs` needs for the configured flags, in the background and at most once at a time. `at_once`: also
-    what it needs to answer several requests at once."""
+    what it needs to answer several requests at once. `settle` plans the cut of `split: auto`.
+    `configured` are the settings that the program began with."""
 
-    def __init__(self, config: Config, at_once: bool = False) -> None:
-        self.runs, self._at_once = Runs(config, self._show), at_once
+    def __init__(self, config: Config, at_once: bool = False, settle: Settle | None = None) -> None:
+        self.configured, self.runs, self._at_once = config, Runs(config, self._show, settle), at_once
         self._console: Progress = silent
         self._parts = dict.fromkeys((MODEL, TRUNK, *ARMS.values()), Part())
         self._stop = threading.Event()

@@ -88,10 +88,11 @@ def _run(config: "Config", request: GenerationRequest, flags: str, pairs: int, a
     from splitlearn.arms.link_cost import link_cost
     from splitlearn.arms.runs import Runs
     from splitlearn.cli.tables import print_comparison, print_link, watch
+    from splitlearn.planning.auto import settle
     from splitlearn.runtime.progress import on_console
     from splitlearn.runtime.terminal import say
 
-    with on_console() as progress, Runs(config, progress) as runs:
+    with on_console() as progress, Runs(config, progress, settle) as runs:
         chosen = runs.flags(flags)
         runs.check_trunk()
         show = watch(progress, request.samples * request.max_new_tokens)

@@ -35,10 +35,11 @@ def _print_matrix(settings: "Config", as_json: bool) -> None:
     from splitlearn.cli.tables import print_flags
     from splitlearn.flags import states
     from splitlearn.flags.selection import parse
+    from splitlearn.planning.auto import without_figures
     from splitlearn.runtime.progress import on_console
     from splitlearn.runtime.terminal import say
 
-    with on_console() as progress, Runs(settings, progress) as runs:
+    with on_console() as progress, Runs(settings, progress, without_figures) as runs:
         # An embedded trunk would run here: there is no need to start one to know.
         known = runs.availability_here if settings.trunk.embedded else runs.availability()
         applied = parse(settings.flags, known)

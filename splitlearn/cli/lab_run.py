@@ -25,6 +25,7 @@ from splitlearn.lab.preflight import preflight
 from splitlearn.lab.report import data, exports
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import FILE, FOLDER, Store
+from splitlearn.planning.auto import settle
 from splitlearn.runtime.console import console
 from splitlearn.runtime.progress import on_console
 from splitlearn.runtime.terminal import say, visible
@@ -34,7 +35,7 @@ def run(asked: ExperimentRequest, config: Config, out: Path | None, *, as_json: 
     """Run a new experiment in the folder `out`, and write its exports there."""
     folder = out or Path(FOLDER) / time.strftime("%Y-%m-%d-%H%M%S")
     command = shlex.join(["python", "-m", "splitlearn", *sys.argv[1:]])
-    with exclusive(config), on_console() as progress, Runs(config, progress) as runs:
+    with exclusive(config), on_console() as progress, Runs(config, progress, settle) as runs:
         runs.check_trunk()
         made = setup(runs, asked, command)
         for line in preflight(runs, made).lines():
@@ -50,7 +51,7 @@ def resume(folder: Path, config: Config, *, as_json: bool) -> None:
         exclusive(config),
         Store.open(folder / FILE, write=True) as store,
         on_console() as progress,
-        Runs(config, progress) as runs,
+        Runs(config, progress, settle) as runs,
     ):
         runs.check_trunk()
         _go(runs, store)

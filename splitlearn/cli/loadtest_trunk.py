@@ -18,12 +18,13 @@ from splitlearn.loadtest.recording import recordings_of
 from splitlearn.loadtest.report import LoadTestResult
 from splitlearn.loadtest.summary import Summary
 from splitlearn.loadtest.trunk_clients import real_clients, replay_clients
+from splitlearn.planning.auto import settle
 from splitlearn.runtime.progress import Progress
 
 
 def load_trunk(config: Config, asked: LoadTest, progress: Progress, stopping: Stopping) -> LoadTestResult:
     """Load the trunk of `config`. Raises InputError and TrunkError."""
-    with Runs(config, progress) as runs:
+    with Runs(config, progress, settle) as runs:
         return measure(runs, asked, progress, stopping)
 
 

@@ -49,11 +49,11 @@ def parts(
     config: options.ConfigFile = None,
 ) -> Job:
     """Show what the model is made of, what client and trunk hold, and what each cut of it costs."""
-    settings = options.settings(config, trunk, link)
+    configured = options.settings(config, trunk, link)
     if context is not None and context < 1:
         raise InputError("context", context, "at least 1 token")
     memory, ranges = _size(client_memory), _ranges(measure)
-    chosen = options.chosen_flags(flags, words, settings)
+    chosen = options.chosen_flags(flags, words, configured)
     check(chosen)
     cuts = cuts or bool(client_memory or measure or link or flags)
 
@@ -62,11 +62,13 @@ def parts(
         from splitlearn.checkpoints import catalogue
         from splitlearn.models.plan import SplitPlan
         from splitlearn.planning import anatomy
+        from splitlearn.planning.auto import without_figures
         from splitlearn.runtime.progress import on_console
 
         with on_console() as progress:
+            settings = without_figures(configured, progress).config
             files = catalogue.prepare(settings.model, progress)
-            plan = SplitPlan.of(settings.split.start, settings.split.end, files.n_layers)
+            plan = SplitPlan.of(settings.cut.start, settings.cut.end, files.n_layers)
             model = anatomy.read(files, settings.model.dtype)
             report = None
             if cuts:

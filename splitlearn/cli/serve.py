@@ -57,12 +57,13 @@ def serve(
 
 def _serve(settings: "Config") -> int:
     from splitlearn.arms.startup import Startup
+    from splitlearn.planning.auto import settle
 
     api = settings.api
     accounts = _accounts(api)
     port = ports.check("api.", api.host, api.port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends in the same order as Ctrl-C
-    startup = Startup(settings, at_once=True)
+    startup = Startup(settings, at_once=True, settle=settle)
     try:
         startup.begin()
         _listen(startup, api.model_copy(update={"port": port}), accounts)

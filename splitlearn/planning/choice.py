@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from splitlearn.config import Objective
 from splitlearn.planning.advice import ERROR
 from splitlearn.planning.network import CLIENT, Network, Work
 from splitlearn.planning.route import Route, Span, predict
-from splitlearn.planning.search import Objective, best_split
+from splitlearn.planning.search import best_split
 
 WORDS: dict[Objective, str] = {
     "tpot": "TPOT",

@@ -27,17 +27,17 @@ def measured(
     asked). Raises TrunkError, and what the runs of the client raise."""
     client, *servers = file.devices
     entries, links, row_bytes = dict(file.devices), list(file.links), None
-    if _open(entries[client]):
+    if is_open(entries[client]):
         free = cgroups.available_memory()
-        rates = _client_rates(config, flags, anatomy, progress)
-        entries[client] = _filled(entries[client], {**client_figures(anatomy, rates), "memory": free})
-    asked = [name for name in servers if entries[name].address and _open(entries[name])]
+        rates = client_rates(config, flags, anatomy, progress)
+        entries[client] = filled(entries[client], {**client_figures(anatomy, rates), "memory": free})
+    asked = [name for name in servers if entries[name].address and is_open(entries[name])]
     with_links = {pair[1] for pair in links_of(file) if pair[0] == 0}
     for number, name in enumerate(servers, 1):
         if name in asked or (entries[name].address and number not in with_links):
             progress(Step(f"Measuring {name}"))
             found = _server(config, flags, entries[name].address or "", prompt_tokens, progress)
-            entries[name] = _filled(entries[name], server_figures(anatomy, found))
+            entries[name] = filled(entries[name], server_figures(anatomy, found))
             row_bytes = found.row_bytes
             if number not in with_links:
                 links.append(_entry(client, name, found.link))
@@ -87,12 +87,12 @@ def server_figures(anatomy: Anatomy, found: ServerFacts) -> dict[str, float]:
     }
 
 
-def _open(entry: DeviceEntry) -> bool:
+def is_open(entry: DeviceEntry) -> bool:
     """Whether a figure of the entry is missing."""
     return any(getattr(entry, figure) is None for figure in FIGURES)
 
 
-def _filled(entry: DeviceEntry, figures: dict[str, float]) -> DeviceEntry:
+def filled(entry: DeviceEntry, figures: dict[str, float]) -> DeviceEntry:
     """The entry with the figures that it does not give itself."""
     given = {name for name in entry.model_fields_set if getattr(entry, name) is not None}
     return entry.model_copy(update={name: value for name, value in figures.items() if name not in given})
@@ -102,7 +102,7 @@ def _entry(client: str, server: str, link: Link) -> LinkEntry:
     return LinkEntry(between=(client, server), rtt_ms=link.rtt_ms, up_mbit=link.up_mbit, down_mbit=link.down_mbit)
 
 
-def _client_rates(config: Config, flags: str, anatomy: Anatomy, progress: Progress) -> Rates:
+def client_rates(config: Config, flags: str, anatomy: Anatomy, progress: Progress) -> Rates:
     """The rates of this machine, by short runs of the full model and of a split on it."""
     with Runs(alone(config), progress) as runs:
         request = short_request(config.generation.prompt)

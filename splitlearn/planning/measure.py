@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from splitlearn.arms.report import ArmReport
 from splitlearn.arms.runs import Runs
-from splitlearn.config import SplitConfig
+from splitlearn.config import with_cut
 from splitlearn.events import GenerationRequest, Kind
 from splitlearn.flags.registry import FLAGS, of_scope
 from splitlearn.flags.selection import FlagSet
@@ -124,8 +124,7 @@ def cut_at(runs: Runs, plan: SplitPlan) -> Iterator[Runs]:
     if plan == runs.plan:
         yield runs
         return
-    config = runs.config.model_copy(update={"split": SplitConfig(start=plan.start, end=plan.end)})
-    with Runs(config, silent) as own:
+    with Runs(with_cut(runs.config, plan.start, plan.end), silent) as own:
         yield own
 
 

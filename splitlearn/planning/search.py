@@ -7,8 +7,9 @@ the best one is made of best ones. A server may be left out.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from splitlearn.config import Objective
 from splitlearn.planning.network import CLIENT, Network, Work
 from splitlearn.planning.route import (
     Route,
@@ -22,7 +23,6 @@ from splitlearn.planning.route import (
     trip_s,
 )
 
-Objective = Literal["tpot", "ttft", "memory", "throughput"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 _Chain = tuple[float, float, tuple[Span, ...]]
 """What it costs for the objective, its part of TPOT, and its spans."""

@@ -134,5 +134,5 @@ def test_settings_of_the_configured_model_alone_do_not_follow_another_one(first:
         }
     )
     other = settings_for(own, "another")
-    assert (other.model.draft, other.split.start, other.generation.chat) == (None, None, True)
+    assert (other.model.draft, other.cut.start, other.generation.chat) == (None, None, True)
     assert settings_for(own, "one") == own

@@ -115,6 +115,6 @@ def test_the_lines_to_paste_are_settings(tmp_path: Path) -> None:
     assert found.best is not None
     client, server = config_lines(found, found.best).split("# desk, a trunk server\n")
     for lines in (client, server):
-        assert (parse(yaml.safe_load(lines)).split.start, parse(yaml.safe_load(lines)).split.end) == (0, 6)
+        assert (parse(yaml.safe_load(lines)).cut.start, parse(yaml.safe_load(lines)).cut.end) == (0, 6)
     assert parse(yaml.safe_load(client)).trunk.address == ("desk:50051",)
     assert parse(yaml.safe_load(server)).trunk == Config().trunk

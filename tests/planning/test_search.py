@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from splitlearn.config import Objective
 from splitlearn.errors import InputError
 from splitlearn.link.emulated import Link
 from splitlearn.planning.network import Device, Network, Work, work_of
 from splitlearn.planning.route import Route, Span, predict
-from splitlearn.planning.search import OBJECTIVES, Objective, best_split, rank
+from splitlearn.planning.search import OBJECTIVES, best_split, rank
 from tests.planning.test_costs import MODEL
 
 MB = 10**6

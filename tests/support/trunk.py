@@ -119,12 +119,13 @@ def serve_here(
     files: ModelFiles,
     flags: str = "trunk:none",
     prefixes: Mapping[str, object] = MappingProxyType({}),
+    layers: tuple[int, int] = (PLAN.start, PLAN.end),
     /,
     **limits: object,
 ) -> Iterator[TrunkHere]:
     """Run the real server on a real socket in this process, with the trunk's `flags` and settings of `prefix_cache`."""
-    layers = {"start": PLAN.start, "end": PLAN.end}
-    own = settings(files, split=layers, server={"port": 0, **limits}, prefix_cache=prefixes)
+    start, end = layers
+    own = settings(files, split={"start": start, "end": end}, server={"port": 0, **limits}, prefix_cache=prefixes)
     parsed = config.parse({**own, "flags": flags})
     built = build(parsed, silent)
     variants = Variants(parsed, built)

@@ -214,7 +214,8 @@ class Api:
         runs, flags = self.runs, parse(words, flag_words.available(self.runs))
         stop, generation = self.handlers.stops.signal(who), inputs.request(typed)
         logits = divergent_logits(runs, generation, flags, pairs, stop)
-        found = Comparison(runs.files.name, runs.plan, flags, pairs, shown.others_cpu, environment(runs), logits)
+        why = runs.model.why
+        found = Comparison(runs.files.name, runs.plan, flags, pairs, shown.others_cpu, environment(runs), logits, why)
         cost = link_cost(runs, generation, flags, found.split, cancelled=stop)
         return {**found.as_json(), "link": cost and cost.as_json()}
 

@@ -173,7 +173,8 @@ def facts(config: Config, model: Model | None) -> str:
 
 
 def split_facts(config: Config, model: Model | None) -> str:
-    """The cut and the place of the trunk server. Empty before the model is read."""
+    """The cut, why it is this one if it was planned, and the place of the trunk server. Empty before the model is
+    read."""
     if model is None:
         return ""
     plan, trunk = model.plan, config.trunk
@@ -181,7 +182,8 @@ def split_facts(config: Config, model: Model | None) -> str:
     client = f"[0, {plan.start}) and [{plan.end}, {plan.n_layers})"
     text = f"Split: the client has layers {client}, the trunk [{plan.start}, {plan.end}). Trunk server {where}."
     how = "config.yaml sets both; the tab Model and cut changes them."
-    return small(f"{text} {how} This program may use {cgroups.machine()}.")
+    why = small(model.why) if model.why else ""
+    return small(f"{text} {how} This program may use {cgroups.machine()}.") + why
 
 
 def startup(parts: Mapping[str, Part], running: bool) -> str:

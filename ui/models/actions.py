@@ -17,7 +17,7 @@ class Chooser:
     """
 
     def __init__(self, startup: Startup, planner: Planner) -> None:
-        self.planner, self._startup, self._first = planner, startup, startup.runs.config
+        self.planner, self._startup, self._first = planner, startup, startup.configured
         self.failures: dict[str, str] = {}
 
     @property
