@@ -29,6 +29,7 @@ from splitlearn.arms.spec import (
     TokenCandidates,
 )
 from splitlearn.arms.texts import texts_of
+from splitlearn.checkpoints import chat_template
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.errors import InputError, as_error
 from splitlearn.events import Event, Reconnecting
@@ -221,6 +222,8 @@ def read_tokens(spec: ArmSpec) -> Tokens:
     """The arm's tokenizer. Reading it takes 80 MB, of which a sixth stays, so it is read before the weights."""
     use_fast = _local_settings(spec).generation.use_fast_tokenizer
     tokens = Tokens.load(spec.files.folder, use_fast=use_fast)
+    if tokens.chat_templates:
+        chat_template.prepare()  # which goes on while the weights are loaded
     process.trim_heap()
     return tokens
 

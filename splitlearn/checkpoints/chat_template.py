@@ -1,32 +1,24 @@
 """Lists a model's chat templates and renders a prompt with one of them.
 
-A template is a program from the model's folder. transformers runs it in jinja's sandbox. `render` also bounds its
-memory and its output, and in the main thread of a process, where a timer can interrupt it, its CPU time.
+A template is a program from the model's folder. transformers runs it in jinja's sandbox, here in a process of its own
+(template_program.py), which bounds its CPU time, its memory and its output.
 """
 
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import psutil
 
 from splitlearn.errors import InputError, ModelError
 from splitlearn.events import Message
+from splitlearn.runtime.sandbox import Sandbox, SandboxError
 from splitlearn.tools import Tool, json_object
 
 DEFAULT = "default"
 INSTEAD = "Without a chat template: generation.chat false, --raw, or Raw prompt on the page"
 CPU_S = 5.0
-MEMORY_BYTES = 256 << 20
 # The most characters that a template may add to the prompt, and how often it may repeat it.
 _MOST_CHARACTERS, _MOST_COPIES = 1_000_000, 4
 _EXCERPT = 60
-# Limits are the process's. Of two threads that set them at once, the later could take the other's for what was before.
-_LIMITING = threading.Lock()
+PROGRAM = Sandbox("splitlearn.checkpoints.template_program")
 
 
 class TemplateFailed(Exception):
@@ -78,35 +70,37 @@ def render(
     As in transformers, control tokens in a message count as control tokens. Raises TemplateFailed.
     """
     messages, functions = _as_messages(conversation), [as_function(tool) for tool in tools]
-    text = _applied(tokenizer, template, messages, functions, header)
-    most = _MOST_CHARACTERS + _MOST_COPIES * len(f"{messages}{functions}")
-    if len(text) > most:
-        raise TemplateFailed(f"renders {len(text):,} characters, where {most:,} are the most")
+    request = {
+        "op": "render",
+        "template": template,
+        "messages": messages,
+        "tools": functions or None,
+        "header": header,
+        "special_tokens": tokenizer.special_tokens_map,
+        "most": _MOST_CHARACTERS + _MOST_COPIES * len(f"{messages}{functions}"),
+    }
+    text = ask(request)["text"]
     if not text.strip():
         raise TemplateFailed("renders nothing")
     if any("\ud800" <= each <= "\udfff" for each in text):
         raise TemplateFailed("renders half characters, which UTF-8 cannot hold")
-    return text
+    return str(text)
 
 
-def _applied(tokenizer: Any, template: str, messages: list[Any], functions: list[Any], header: bool) -> str:
-    from jinja2 import TemplateSyntaxError
+def prepare() -> None:
+    """Start the process that renders, without waiting for it, so that the first prompt does not."""
+    PROGRAM.prepare()
 
-    chosen = {"tools": functions or None, "chat_template": template, "add_generation_prompt": header}
+
+def ask(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The reply of template_program.py. Raises TemplateFailed."""
     try:
-        with _LIMITING, _bounded_memory(), bounded_time():
-            _refuse_powers(template)
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, **chosen))
-    except TemplateSyntaxError as error:
-        raise TemplateFailed(f"has a syntax error in line {error.lineno}: {error.message}") from error
-    except MemoryError as error:
-        raise TemplateFailed(f"takes more than {MEMORY_BYTES >> 20} MiB of memory") from error
-    except TimeLimit as error:
-        raise TemplateFailed(f"takes more than {CPU_S:g} s of CPU time") from error
-    except TemplateFailed:
-        raise
-    except Exception as error:  # from jinja, or from Python for the template's values
-        raise TemplateFailed(f"says {' '.join(str(error).split()) or type(error).__name__!r}") from error
+        reply = PROGRAM.ask(request, CPU_S)
+    except SandboxError as error:
+        raise TemplateFailed(str(error)) from error
+    if "failed" in reply:
+        raise TemplateFailed(str(reply["failed"]))
+    return reply
 
 
 def as_function(tool: Tool) -> dict[str, Any]:
@@ -139,60 +133,6 @@ def _as_messages(conversation: Sequence[Message]) -> list[dict[str, Any]]:
     return found
 
 
-@lru_cache(maxsize=64)
-def _refuse_powers(template: str) -> None:
-    """Raise TemplateFailed for the operator **. One power can take hours, and no timer interrupts Python in it."""
-    from jinja2 import Environment
-
-    before = ""
-    for _, kind, value in Environment().lex(template):
-        if (kind, value) == ("operator", "**") and before not in ("(", ","):  # there ** unpacks arguments
-            raise TemplateFailed("uses the operator **, which is not allowed in it")
-        before = before if kind == "whitespace" else value
-
-
 def excerpt(prompt: str) -> str:
     """The beginning of a prompt, for a one-line error."""
     return prompt if len(prompt) <= _EXCERPT else f"{prompt[:_EXCERPT]}..."
-
-
-class TimeLimit(Exception):
-    """The CPU time is used up."""
-
-
-@contextmanager
-def bounded_time() -> Iterator[None]:
-    """Raise TimeLimit after CPU_S of this process's CPU time."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def late(*_: Any) -> None:
-        raise TimeLimit
-
-    before = signal.signal(signal.SIGVTALRM, late)
-    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
-
-
-@contextmanager
-def _bounded_memory() -> Iterator[None]:
-    """Limit this process to MEMORY_BYTES more than it has now."""
-    if sys.platform != "linux":
-        yield
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = psutil.Process().memory_info().data + MEMORY_BYTES
-    if soft != resource.RLIM_INFINITY:
-        most = min(most, soft)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

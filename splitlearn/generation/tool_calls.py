@@ -2,18 +2,19 @@
 
 A response template says how they are written: the tokenizer's own, or one that transformers ships. It is taken only if
 it reads back a call that the model's chat template has written. Like the chat template it is from the model's folder,
-and what it computes is bounded.
+and runs in the same process of its own, within bounds.
 """
 
 import json
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
 from splitlearn.checkpoints import chat_template
-from splitlearn.checkpoints.chat_template import TemplateFailed, TimeLimit, bounded_time
+from splitlearn.checkpoints.chat_template import TemplateFailed
 from splitlearn.errors import InputError, ModelError
 from splitlearn.events import Message
 from splitlearn.runtime import private_apis
@@ -76,7 +77,7 @@ class CallReader:
 
     def __init__(self, template: dict[str, Any], prompt: str, tools: Sequence[Tool], most: int | None = None) -> None:
         functions = [chat_template.as_function(tool) for tool in tools]
-        self._parser = _bounded(lambda: private_apis.response_parser(template, prompt, functions))
+        self._parser = _Parser(template, prompt, functions)
         self._fields = template["fields"]
         self._body, self._most, self._count, self._space = "", most, 0, ""
         self._new: list[ToolCall] = []
@@ -88,11 +89,11 @@ class CallReader:
 
     def feed(self, text: str) -> str:
         """The text to show after `text`."""
-        return "" if self.full else self._read(_bounded(lambda: self._parser.feed(text)))
+        return "" if self.full else self._read(self._parser.feed(text))
 
     def finish(self) -> str:
         """The rest at the end of the answer."""
-        return "" if self.full else self._read(_bounded(lambda: self._parser.finalize()[1]), cut=True)
+        return "" if self.full else self._read(self._parser.finish(), cut=True)
 
     def take(self) -> tuple[ToolCall, ...]:
         """The calls since the last time."""
@@ -128,6 +129,35 @@ class CallReader:
         return str(field.get(end, "")) if written else ""
 
 
+class _Parser:
+    """transformers' parser of one answer, in the process that runs templates. Raises ModelError beyond its limits.
+
+    All pieces of the answer are kept here. That process may end for another's template; the next one gets them again.
+    """
+
+    def __init__(self, template: dict[str, Any], prompt: str, functions: Sequence[dict[str, Any]]) -> None:
+        self._begin = {"template": template, "prefix": prompt, "tools": functions}
+        self._reader, self._pieces = uuid.uuid4().hex, list[str]()
+
+    def feed(self, text: str) -> list[dict[str, Any]]:
+        """The events after `text`."""
+        self._pieces.append(text)
+        return self._events(len(self._pieces) - 1)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """The events of the answer's end."""
+        return self._events(len(self._pieces), end=True)
+
+    def _events(self, first: int, end: bool = False) -> list[dict[str, Any]]:
+        begin = {} if first else self._begin
+        request = {"op": "parse", "reader": self._reader, "first": first, "pieces": self._pieces[first:], "end": end}
+        try:
+            reply = chat_template.ask({**request, **begin})
+        except TemplateFailed as error:
+            raise ModelError(f"The model's response template cannot read an answer with tools: it {error}.") from error
+        return self._events(reply["has"], end) if "has" in reply else list(reply["events"])
+
+
 def _calls(value: Any) -> list[ToolCall]:
     """The calls that a parser found in a region; none if there is one that is no call of a function with an object."""
     found = []
@@ -158,11 +188,12 @@ def _reads(template: Any, written: str) -> bool:
 
 def _form(prompt: str, turn: str, special: Sequence[str]) -> CallForm | None:
     """The form of the probe's call as a chat template has written it behind `prompt`, up to the token that ends it."""
-    written = f"{re.escape(prompt)}(.*?){_CALL.name}(.*?){re.escape(_CALL.arguments)}(.*)"
-    found = re.fullmatch(written, turn, re.DOTALL)
-    if found is None:
+    if not turn.startswith(prompt):
         return None
-    before, between, after = found.groups()
+    before, name, rest = turn.removeprefix(prompt).partition(_CALL.name)
+    between, arguments, after = rest.partition(_CALL.arguments)
+    if not (name and arguments):
+        return None
     end = min((at for text in special if (at := after.find(text)) >= 0), default=len(after))
     return CallForm(before, between, after[:end].rstrip())
 
@@ -171,11 +202,3 @@ def _marks(tokenizer: Any, template: dict[str, Any]) -> dict[int, str]:
     named = " ".join(str(field.get(key, "")) for field in template["fields"].values() for key in _ANCHORS)
     special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     return {token: text for token, text in special if text in named or re.escape(text) in named}
-
-
-def _bounded(work: Any) -> Any:
-    try:
-        with bounded_time():
-            return work()
-    except TimeLimit as error:
-        raise ModelError("The model's response template takes too long to read an answer with tools") from error

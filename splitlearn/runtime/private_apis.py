@@ -8,6 +8,8 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from types import ModuleType
 from typing import Any
 
 
@@ -81,6 +83,30 @@ def response_parser(template: dict[str, Any], prefix: str, tools: list[dict[str,
     for field in loaded.fields.values():
         field.optional = True
     return LenientParser(loaded, prefix=prefix if loaded.start_anchor_re.search(prefix) else "", tools=tools)
+
+
+def only_chat_parts() -> None:
+    """transformers: let its chat_template_utils and chat_parsing be imported without the package's own start, which
+    lists all models and looks for torch: 0.25 s and 45 MB, not 0.65 s and 60 MB. For a process that needs no more."""
+    sys.modules["torch"] = None  # type: ignore[assignment]  # which is then not found
+    path = None
+    for name in ("transformers", "transformers.utils"):
+        spec = PathFinder.find_spec(name, path)
+        assert spec is not None and spec.submodule_search_locations is not None
+        path = list(spec.submodule_search_locations)
+        package = sys.modules[name] = ModuleType(name)
+        package.__path__, package.__spec__ = path, spec
+
+
+def rendered_chat(
+    template: str, messages: list[Any], tools: list[Any] | None, header: bool, special_tokens: dict[str, Any]
+) -> str:
+    """transformers: what a tokenizer's `apply_chat_template` renders, without the tokenizer."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    chosen = {"tools": tools, "chat_template": template, "add_generation_prompt": header}
+    rendered, _ = render_jinja_template([messages], **chosen, **special_tokens)
+    return str(rendered[0])
 
 
 def mkldnn_packed(weight: Any) -> Any:

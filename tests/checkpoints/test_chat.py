@@ -1,7 +1,6 @@
 """A model's chat templates: several by name, those that make no text, and control tokens in a prompt."""
 
 import json
-import resource
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer
 from splitlearn import config
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints import chat_template, convert
+from splitlearn.checkpoints.chat_template import TemplateFailed
 from splitlearn.checkpoints.folder import ModelFiles, open_folder, seal
 from splitlearn.cli import main as command_line
 from splitlearn.errors import InputError, ModelError
@@ -23,6 +23,7 @@ from tests.support.tiny import CHAT_TEMPLATE, make_checkpoint, make_tokenizer
 
 TOOLS = f"<|user|>tools:{CHAT_TEMPLATE}"
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
+PRODUCTS = f"{{% set x = 10 ** (messages | length * 100000) %}}{'{% set x = x * x %}' * 30}"
 BROKEN = {
     "nothing": ("{# a comment #}", "renders nothing"),
     "only spaces": (" \n ", "renders nothing"),
@@ -34,7 +35,8 @@ BROKEN = {
     "endless": (f"{LOOPS}{{% endfor %}}x", "s of CPU time"),
     "huge": ("{{ 'a' * 10000000000 }}", "MiB of memory"),
     "long": ("{{ 'ab' * 1000000 }}", "renders 2,000,000 characters"),
-    "powers": ("{{ 10 ** 1000000000 }}", "uses the operator **"),
+    "powers": ("{{ 10 ** 1000000000 }}", "takes more than"),
+    "products": (PRODUCTS, "s of CPU time"),
     "half": ("{{ '\\ud800' }}", "renders half characters"),
     "sandbox": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
 }
@@ -202,11 +204,22 @@ def test_a_long_prompt_is_no_long_template() -> None:
     assert chat_template.render(tokens._tokenizer, "{{ messages[0]['content'] }}" * 2, said) == prompt * 2
 
 
-def test_conversations_rendered_at_the_same_time_leave_the_process_its_limits() -> None:
-    before, tokens = resource.getrlimit(resource.RLIMIT_DATA), tokens_with(CHAT_TEMPLATE)
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda _: tokens.encode("Hello", chat=True), range(200)))
-    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+def test_prompts_are_rendered_while_templates_compute_without_end(hurry: None) -> None:
+    tokenizer, usual = make_tokenizer(), tokens_with(CHAT_TEMPLATE).encode("The sky", chat=True)
+    bad = ["endless", "products", "huge"]
+
+    def refusal(name: str) -> str:
+        with pytest.raises(TemplateFailed) as caught:
+            chat_template.render(tokenizer, BROKEN[name][0], [Message("user", "The sky")])
+        return str(caught.value)
+
+    with ThreadPoolExecutor(len(bad)) as threads:
+        ends, count = [threads.submit(refusal, name) for name in bad], 0
+        while not all(end.done() for end in ends):
+            assert tokens_with(CHAT_TEMPLATE).encode("The sky", chat=True) == usual
+            count += 1
+    assert count > 1
+    assert all(BROKEN[name][1] in end.result() for name, end in zip(bad, ends, strict=True))
 
 
 def test_control_tokens_in_a_prompt_are_control_tokens_and_are_shown() -> None:

@@ -185,8 +185,18 @@ def test_a_response_template_that_is_none_is_passed_over(
 def test_a_response_template_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "CPU_S", 0.2)
     fields = {"tool_calls": {"open_pattern": ENDLESS, "content": "json"}, "content": {"content": "text"}}
-    with pytest.raises(ModelError, match="too long"):
+    with pytest.raises(ModelError, match="s of CPU time"):
         read(["x" * 60 + "z"], {**OWN, "fields": fields})
+
+
+def test_an_answer_is_read_on_by_another_process_when_the_first_has_ended() -> None:
+    text = f"Sky.{written({'place': 'sky'})}Blue.{written({})}"
+    reader, shown = CallReader(HERMES, "", [LOOK]), ""
+    for at, letter in enumerate(text):
+        shown += reader.feed(letter)
+        if at % 40 == 39:
+            chat_template.PROGRAM.close()
+    assert (shown + reader.finish(), list(reader.take())) == read([text])
 
 
 def test_a_template_gets_calls_and_results_as_transformers_describes_them(tokenizer: PreTrainedTokenizerFast) -> None:
