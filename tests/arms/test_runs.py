@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from splitlearn.runtime.progress import silent
 from splitlearn.sampling import SamplingParams
 from tests.conftest import TinyFactory
 from tests.support.forked import forked
+from tests.support.tiny import make_hostile
 from tests.support.trunk import Raw, eventually, forks_of, gone, listens, opening, settings
 
 KINDS: tuple[Kind, ...] = ("full", "split")
@@ -69,6 +71,16 @@ def test_runs_that_all_compile_something_end_with_an_error_and_no_figures(
         items.extend(runs.stream("full", FLAGS, SHORT))
     monkeypatch.undo()
     assert report(runs, "full").metrics.n_tokens == SHORT.max_new_tokens
+
+
+def test_a_run_whose_chat_template_takes_all_memory_is_refused_and_the_next_one_goes_well(tmp_path: Path) -> None:
+    with Runs(config.parse({"model": {"name": str(make_hostile(tmp_path / "hostile").folder)}}), silent) as runs:
+        assert report(runs, "full").metrics.n_tokens == SHORT.max_new_tokens
+        before = workers()
+        with pytest.raises(InputError, match="takes more than 256 MiB of memory"):
+            report(runs, "full", replace(SHORT, prompt="HOARD"))
+        assert report(runs, "full").metrics.n_tokens == SHORT.max_new_tokens
+        assert workers() == before
 
 
 def interrupted(runs: Runs, kind: Kind, hit: Callable[[], object], flags: FlagSet = FLAGS) -> Iterator[Item]:

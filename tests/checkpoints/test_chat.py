@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
@@ -19,11 +20,10 @@ from splitlearn.errors import InputError, ModelError
 from splitlearn.events import GenerationRequest, Message
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.runtime.progress import silent
-from tests.support.tiny import CHAT_TEMPLATE, make_checkpoint, make_tokenizer
+from tests.support.tiny import CHAT_TEMPLATE, PRODUCTS, make_checkpoint, make_tokenizer
 
 TOOLS = f"<|user|>tools:{CHAT_TEMPLATE}"
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
-PRODUCTS = f"{{% set x = 10 ** (messages | length * 100000) %}}{'{% set x = x * x %}' * 30}"
 BROKEN = {
     "nothing": ("{# a comment #}", "renders nothing"),
     "only spaces": (" \n ", "renders nothing"),
@@ -202,6 +202,15 @@ def test_a_long_prompt_is_no_long_template() -> None:
     prompt = "The sky is blue. " * 100_000
     said = [Message("user", prompt)]
     assert chat_template.render(tokens._tokenizer, "{{ messages[0]['content'] }}" * 2, said) == prompt * 2
+
+
+def test_one_process_renders_all_prompts() -> None:
+    tokens = tokens_with(CHAT_TEMPLATE)
+    tokens.encode("The sky", chat=True)
+    rendering = set(psutil.Process().children())
+    for number in range(20):
+        tokens.encode(f"The sky {number}", chat=True)
+    assert set(psutil.Process().children()) == rendering
 
 
 def test_prompts_are_rendered_while_templates_compute_without_end(hurry: None) -> None:

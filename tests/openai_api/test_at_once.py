@@ -12,6 +12,7 @@ import pytest
 from splitlearn.checkpoints.folder import ModelFiles
 from tests.openai_api.test_endpoint import CHAT, KINDS, chat
 from tests.support.openai_server import START_S, serve
+from tests.support.tiny import make_hostile
 from tests.support.trunk import eventually
 
 SHARE = 0.2
@@ -37,9 +38,8 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def files(tiny_model: Any) -> ModelFiles:
-    found: ModelFiles = tiny_model("llama")
-    return found
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return make_hostile(tmp_path_factory.mktemp("tiny") / "hostile")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,23 @@ def test_answers_at_once_are_spot_checked_each_in_its_own_session(client: httpx.
         found = [each for each in threads.map(ask, range(8)) if each]
     assert sum(each["checked"] for each in found) == pytest.approx(8 * 40 * SHARE, abs=1)
     assert not any(each["mismatches"] for each in found)
+
+
+def test_others_are_answered_while_the_chat_template_computes_without_end(client: httpx.Client, name: str) -> None:
+    def refusal(word: str) -> str:
+        answer = client.post(CHAT, json=chat(name, messages=[{"role": "user", "content": word}]))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+        return str(answer.json()["error"]["message"])
+
+    request, count = asked(name, "split", 2), 0
+    alone = said(client, request)
+    with ThreadPoolExecutor(2) as threads:
+        ends = [threads.submit(refusal, word) for word in ("PRODUCTS", "HOARD")]
+        while not all(end.done() for end in ends):
+            assert said(client, request) == alone
+            count += 1
+    assert count > 1
+    assert "5 s of CPU time" in ends[0].result() and "256 MiB of memory" in ends[1].result()
 
 
 def test_no_interactive_request_waits_for_batch_ones_and_their_line_is_bounded(client: httpx.Client, name: str) -> None:

@@ -21,6 +21,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|user|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+PRODUCTS = f"{{% set x = 10 ** (100000 * messages | length) %}}{'{% set x = x * x %}' * 30}"
+"""A template that computes for hours, in products of long integers, which no signal's handler interrupts."""
+HOARD = "{{ 'a' * (10000000000 * messages | length) }}"
 _TEXT = (
     "The sky is blue because air scatters short waves of light more than long ones.",
     "A model is cut into three parts: the client keeps the first and the last layers.",
@@ -99,6 +102,16 @@ def make_converted(
     folder.mkdir()
     facts = convert.convert(checkpoint, folder, None, silent)
     seal(folder, str(checkpoint), facts, silent)
+    return open_folder(folder, str(folder))
+
+
+def make_hostile(folder: Path) -> ModelFiles:
+    """As `make_converted`. Its chat template computes without end for a prompt with PRODUCTS in it, and takes all
+    memory for one with HOARD."""
+    files = make_converted(folder)
+    bad = f"{{% if 'PRODUCTS' in messages[-1].content %}}{PRODUCTS}{{% elif 'HOARD' in messages[-1].content %}}{HOARD}"
+    (folder / "chat_template.jinja").write_text(f"{bad}{{% endif %}}{CHAT_TEMPLATE}", encoding="utf-8")
+    seal(folder, files.source, files.facts, silent)
     return open_folder(folder, str(folder))
 
 
