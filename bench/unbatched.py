@@ -52,9 +52,7 @@ class Unbatched:
 def _main(connection: Connection, config: Config) -> None:
     settings = config.server.model_copy(update={"port": 0})
     runtime, security = build(config, silent), Security.of(settings)
-    service = TrunkService(
-        replace(runtime, engine=Direct(runtime)), Variants(config, runtime), settings, security.access
-    )
+    service = TrunkService(replace(runtime, engine=Direct(runtime)), Variants(config, runtime), settings, security)
     running = listen(service, settings, security)
     connection.send(running.address)
     connection.recv()

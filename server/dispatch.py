@@ -25,7 +25,7 @@ from google.protobuf.message import Message
 
 from server.auth.gate import Access, Caller
 from server.call_log import peer
-from server.idle_timeout import IdleTimeout, WatchedCall
+from server.idle_timeout import IdleTimeout, Send, WatchedCall
 from server.monitoring import logs
 from server.monitoring.metrics import Metrics, cause_of
 from splitlearn.access.quota import DENIED
@@ -37,7 +37,6 @@ MAX_ENDING = 1_000
 """Limit on ended calls that still hold their thread. A thread notices the end within milliseconds."""
 
 Behavior = Callable[[Iterator[bytes], grpc.ServicerContext, WatchedCall], Iterator[bytes]]
-Send = Callable[[bytes | None], None]
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,11 @@ class Dispatch(grpc.GenericRpcHandler):
         if method is None:
             context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         self._count(caller)
-        call = method.timeout.watch(context, lambda cause: self._refused(context, cause))
+        call = method.timeout.watch(context, lambda cause: self._refused(context, cause), send)
 
         def work() -> None:
             try:
-                _answer(call.answers(method.behavior(requests, context, call)), context, send)
+                _answer(method.behavior(requests, context, call), context, call, send)
             finally:
                 self._uncount(caller)
 
@@ -184,11 +183,11 @@ class _CallingThread(ThreadPoolExecutor):
         return done
 
 
-def _answer(answers: Iterator[bytes], context: grpc.ServicerContext, send: Send) -> None:
+def _answer(answers: Iterator[bytes], context: grpc.ServicerContext, call: WatchedCall, send: Send) -> None:
     """Send all answers, then the status that the behavior set."""
     try:
         for answer in answers:
-            send(answer)
+            call.send(answer)
             if not context.is_active():
                 return
     except grpc.RpcError:

@@ -41,7 +41,11 @@ MAX_CONNECTIONS = 2_000
 
 def server(service: TrunkService, state: health.HealthServicer, limits: ServerConfig, access: Access) -> grpc.Server:
     """A gRPC server with all methods. It does not listen yet."""
-    brief, sessions = CallThreads(BRIEF_THREADS), CallThreads(limits.max_sessions + limits.max_waiting + SPARE_THREADS)
+    # A session of a chain has two calls: its client's and its feed.
+    brief, sessions = (
+        CallThreads(BRIEF_THREADS),
+        CallThreads(2 * limits.max_sessions + limits.max_waiting + SPARE_THREADS),
+    )
     timeout = IdleTimeout(limits.open_s, limits.open_s)
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     methods = {

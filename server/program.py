@@ -74,7 +74,7 @@ def _serve(settings: Config, security: Security, stops: SimpleQueue[str], parent
     with on_console() as progress:
         runtime = build(settings, progress)
     variants = Variants(settings, runtime)
-    service = TrunkService(runtime, variants, settings.server, security.access)
+    service = TrunkService(runtime, variants, settings.server, security)
     metrics = gauges.listen(runtime.metrics, settings.server)
     running = listen(service, settings.server, security)
     if parent is None:

@@ -2,27 +2,30 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from server.auth.gate import Access
+from server.auth.tls import Security
 from server.build import TrunkRuntime
 from server.call_log import CallLog, peer
 from server.dispatch import CallThreads, Method, unary
+from server.ending import Ending
+from server.feed import FedSession, Feeds
 from server.idle_timeout import IdleTimeout, WatchedCall
+from server.messages import parse
 from server.monitoring import gauges
 from server.offer import Offer
-from server.session_handler import SessionHandler, parse
+from server.session_call import SessionCall
+from server.session_handler import Chain, SessionHandler
 from server.variants import Variants
-from splitlearn.access.quota import Quota
 from splitlearn.config import ServerConfig
-from splitlearn.errors import InputError, SplitlearnError
+from splitlearn.errors import InputError, SplitlearnError, TrunkRefused
 from splitlearn.flags.registry import of_scope, settings
 from splitlearn.runtime.process import peak_resident_bytes
 from splitlearn.scheduling.contract import Client
+from splitlearn.scheduling.sessions import EngineSession
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import status_of
 from splitlearn.wire.stub import DESCRIBE, DROP, METRICS, SESSION
@@ -32,24 +35,14 @@ DEFAULT_TIMEOUT_S = 120.0
 """The timeout of a client that names none."""
 
 
-@dataclass(frozen=True)
-class SessionCall:
-    """A call of Session: its context, timeouts, log, quota and messages."""
-
-    context: grpc.ServicerContext
-    watched: WatchedCall
-    log: CallLog
-    quota: Quota
-    requests: Iterator[bytes]
-
-
 class TrunkService:
     """Implements the methods: checks requests and passes sessions to the engine or to a variant. Raises InputError as
     `Offer`."""
 
-    def __init__(self, runtime: TrunkRuntime, variants: Variants, limits: ServerConfig, access: Access) -> None:
+    def __init__(self, runtime: TrunkRuntime, variants: Variants, limits: ServerConfig, security: Security) -> None:
         self.counts = runtime.metrics
-        self._runtime, self._variants, self._limits, self._access = runtime, variants, limits, access
+        self._runtime, self._variants, self._limits, self._access = runtime, variants, limits, security.access
+        self._next_servers, self._feeds = security.next_servers, Feeds()
         self._offer = Offer(runtime, variants, limits)
         gauges.connect(runtime, variants, limits)
 
@@ -105,12 +98,19 @@ class TrunkService:
             return
         if len(first) > MAX_OPEN_BYTES:
             raise InputError("message", f"{len(first)} bytes", f"an Open of at most {MAX_OPEN_BYTES}")
-        opening = parse(first, "open").open
+        message = parse(first, "open", "feed")
+        if message.WhichOneof("kind") == "feed":
+            self._feeds.claim(message.feed, call).run(call)
+            return
+        opening = message.open
         flags = self._offer.flags(opening)
+        self._next_servers.check(opening)
         timeout_s = min(opening.timeout_s or DEFAULT_TIMEOUT_S, self._limits.max_wait_s)
         server_flags = of_scope(flags, "load", "process")
         if server_flags == self._runtime.own_flags:
             yield from self._own(call, flags, opening, timeout_s)
+        elif opening.forwards or opening.fed:
+            raise TrunkRefused("in a chain this trunk serves its own load and process flags only")
         else:
             yield from self._proxied(call, server_flags, first, timeout_s)
 
@@ -129,25 +129,33 @@ class TrunkService:
         runtime, began = self._runtime, time.perf_counter()
         client = Client(timeout_s, call.quota.holder, call.context.add_callback)
         session = runtime.engine.open(settings(flags).session, opening.max_length, client)
+        ending = Ending(partial(runtime.engine.close, session), self._next_servers, self._feeds, session.key)
         # If the stream ends while this generator waits at a yield, only the callback runs in time.
-        if not call.context.add_callback(lambda: runtime.engine.close(session)):
-            runtime.engine.close(session)
+        if not call.context.add_callback(ending.at_once):
+            ending.at_once()
             return
-        dtype, hidden_size = runtime.placement.dtype, runtime.files.facts.hidden_size
-        keep = partial(runtime.prefixes.keep, session, self._keeper(call))
-        handler = SessionHandler(runtime.engine, session, call.quota, call.log, dtype, hidden_size, keep)
         try:
             waited_s = time.perf_counter() - began
             cached = runtime.prefixes.begin(session, self._keeper(call), opening.prefix_keys)
+            handler = self._handler(call, session, opening)
+            if opening.fed:
+                ending.fed = self._feeds.add(FedSession(call, handler, session.key, timeout_s, self._limits.idle_s))
             call.log.opened(waited_s)
             yield self._opened(waited_s, session.key, cached)
             for raw in call.requests:
-                yield from handler.feed(raw)
-                call.watched.in_parts = handler.parts is not None
+                yield from handler.take(raw)
+                call.watched.in_parts = not opening.fed and handler.parts is not None
+            ending.done()
             closed = pb.Closed(peak_rss_bytes=peak_resident_bytes())
             yield pb.ServerMessage(closed=closed).SerializeToString()
         finally:
-            runtime.engine.close(session)
+            ending.at_last()
+
+    def _handler(self, call: SessionCall, session: EngineSession, opening: pb.Open) -> SessionHandler:
+        runtime, chain = self._runtime, Chain(self._next_servers, opening.forwards, opening.fed)
+        dtype, hidden_size = runtime.placement.dtype, runtime.files.facts.hidden_size
+        keep = partial(runtime.prefixes.keep, session, self._keeper(call))
+        return SessionHandler(runtime.engine, session, call, dtype, hidden_size, keep, chain)
 
     def _keeper(self, call: SessionCall) -> str:
         """Whose prefixes a session may reuse: its token's; without tokens, those of clients at its address. They have

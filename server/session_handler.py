@@ -1,16 +1,16 @@
 """Handles the messages of one session: turns them into steps for the engine, and encodes the answers."""
 
-import time
-from collections import defaultdict
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from google.protobuf.message import DecodeError
 
-from server.call_log import CallLog
+from server.answers import Encoder, Step, Stopwatch
+from server.forwarding import ForwardStream, NextServers
+from server.messages import checked_hops, parse
 from server.monitoring.metrics import TokenKind
-from splitlearn.access.quota import Quota
+from server.session_call import SessionCall
 from splitlearn.errors import InputError, StepUnwanted
 from splitlearn.scheduling.engine import Engine
 from splitlearn.scheduling.sessions import EngineSession
@@ -20,87 +20,139 @@ from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.hidden_states import converted
 
 
-class Stopwatch:
-    """Adds up seconds by name: `lap` adds the time since the last lap, or since `start`."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._at = 0.0
-
-    def start(self) -> None:
-        """Leave out the time since the last lap."""
-        self._at = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] += now - self._at
-        self._at = now
-
-
 @dataclass
 class Parts:
     """A step whose parts are still arriving: their values, and the fields of the first part. The messages are not kept,
-    since their other fields may be long."""
+    since their other fields may be long. `fork_of` is the key at the next server."""
 
     step_id: int
     position: int
     truncate: bool
     rope_length: int
+    fork_of: bytes = b""
     values: list[bytes] = field(default_factory=list)
     tokens: int = 0
 
 
 @dataclass(frozen=True)
-class Step:
-    """A complete step: its ids and its input. The client wants answers for the last `answered` positions."""
+class Chain:
+    """How a session is part of a chain of trunks. `forwards`: its answers go to one of `next_servers`. `fed`: its steps
+    come from the server before."""
 
-    sequence_id: int
-    step_id: int
-    item: StageInput
-    truncate: bool
-    answered: int
+    next_servers: NextServers
+    forwards: bool = False
+    fed: bool = False
 
 
 class SessionHandler:
-    """Takes the messages of `session` one by one. `parts`: the incomplete step, if there is one. `keep` is called with
-    the keys of the blocks that the client asks to keep."""
+    """Takes the messages of `session` one by one: those of its client, whose call is `call`, and those of its feed,
+    each from a thread of its own. `parts`: the incomplete step, if there is one. `keep` is called with the keys of the
+    blocks that the client asks to keep."""
 
     def __init__(
         self,
         engine: Engine,
         session: EngineSession,
-        quota: Quota,
-        log: CallLog,
+        call: SessionCall,
         dtype: torch.dtype,
         hidden_size: int,
         keep: Callable[[bytes], None],
+        chain: Chain,
     ) -> None:
         self.parts: Parts | None = None
         self._keep, self._kept = keep, False
-        self._engine, self._session, self._quota, self._log = engine, session, quota, log
+        self._engine, self._session, self._call, self._chain = engine, session, call, chain
+        self._quota, self._log = call.quota, call.log
         self._dtype, self._hidden_size, self._max_length = dtype, hidden_size, session.max_length
         self._rows = session.local.settings.rows(dtype)
+        self._encoder = Encoder(self._rows, hidden_size)
         self._read = self._rows.reader(hidden_size)
         self._watch = Stopwatch()
+        self._lock, self._told = threading.Lock(), threading.Event()
+        self._next: ForwardStream | None = None
 
-    def feed(self, raw: bytes) -> Iterator[bytes]:
-        """Take one message. Yields the answers after the last part of a step."""
+    def take(self, raw: bytes) -> Iterator[bytes]:
+        """Take one message of the client. Yields the answers after the last part of a step, unless they are
+        forwarded."""
+        if not self._chain.fed:
+            self._begin_watch()
+        message = parse(raw, "step", "keep", "forward")
+        kind = message.WhichOneof("kind")
+        if kind == "forward":
+            self._forward_once(message.forward)
+            return
+        with self._lock:  # a fed session may be computing
+            if kind == "keep":
+                self._keep_once(message.keep.prefix_keys)
+                return
+            self._check_own(message.step)
+            yield from self._take(message.step, ())
+
+    def take_fed(self, raw: bytes) -> Iterator[bytes]:
+        """Take one message of the feed, as `take`."""
+        with self._lock:
+            self._begin_watch()
+            step = parse(raw, "step").step
+            hops = checked_hops(step)
+            if step.dropped:
+                yield from self._pass_on_dropped(step, hops)
+            else:
+                yield from self._take(step, hops)
+
+    def await_forward(self, timeout_s: float) -> None:
+        """Wait until the client has said where the answers go, if that is to another server. Raises InputError if it
+        does not in time."""
+        if self._chain.forwards and not self._told.wait(timeout_s):
+            raise InputError("message", "none", f"a forward within {timeout_s:g} s, since the session opened with it")
+
+    def _begin_watch(self) -> None:
         if self.parts is None:
             self._watch = Stopwatch()
         self._watch.start()
-        message = parse(raw, "step", "keep")
-        if message.WhichOneof("kind") == "keep":
-            self._keep_once(message.keep.prefix_keys)
-            return
-        step = self.assemble(message.step)
+
+    def _check_own(self, message: pb.Step) -> None:
+        """Raise InputError for a step that may not come from the client itself."""
+        if self._chain.fed:
+            raise InputError("message", "step", "no step from the client of a session that opened with fed")
+        if self._chain.forwards and self._next is None:
+            raise InputError("message", "step", "a forward before it, since the session opened with forwards")
+        if message.dropped or message.hops:
+            raise InputError("message", "step", "neither dropped nor hops in it: a chain's servers set them")
+
+    def _take(self, message: pb.Step, hops: tuple[pb.HopTiming, ...]) -> Iterator[bytes]:
+        step = self.assemble(message, hops)
         if step is None:
             return
         before = self._session.computed - self._session.reused
         answer = self.run(step)
-        yield from self.encode(step, answer)
+        yield from self._answered(step, answer)
         if answer is not None:
             kinds = _kinds(step, before, self._session.recomputes)
-            self._log.stepped(kinds, step.item.x.shape[1], step.answered, answer.timing.ledger["queue"])
+            sent = step.answered if self._next is None else step.tokens
+            self._log.stepped(kinds, step.tokens, sent, answer.timing.ledger["queue"])
+
+    def _answered(self, step: Step, answer: StageOutput | None) -> Iterator[bytes]:
+        """The messages for the client. With another server in its place there are none."""
+        if self._next is None:
+            yield from self._encoder.for_client(step, answer, self._watch)
+        else:
+            self._next.send(self._encoder.for_next(step, answer, self._watch, self._next.part_bytes))
+
+    def _pass_on_dropped(self, message: pb.Step, hops: tuple[pb.HopTiming, ...]) -> Iterator[bytes]:
+        """Answer a step that the server before has dropped."""
+        if self.parts is not None or message.more or message.hidden.ByteSize():
+            raise InputError("message", "a dropped step", "one without a hidden state and other parts")
+        ids = Parts(message.step_id, message.position, message.truncate, message.rope_length)
+        self._fork(message, ids)
+        step = Step(message.sequence_id, ids.step_id, ids.position, None, ids.truncate, fork_of=ids.fork_of, hops=hops)
+        yield from self._answered(step, None)
+
+    def _forward_once(self, forward: pb.Forward) -> None:
+        if not self._chain.forwards or self._told.is_set():
+            raise InputError("message", "forward", "one forward in a session, which opened with forwards")
+        session = self._session
+        self._next = self._chain.next_servers.open(session.key, forward, session.timeout_s, self._call.fail)
+        self._told.set()
 
     def _keep_once(self, keys: bytes) -> None:
         if self._kept or self.parts is not None:
@@ -108,55 +160,39 @@ class SessionHandler:
         self._kept = True
         self._keep(keys)
 
-    def assemble(self, message: pb.Step) -> Step | None:
+    def assemble(self, message: pb.Step, hops: tuple[pb.HopTiming, ...] = ()) -> Step | None:
         """The step that `message` completes, or None if more parts are to come."""
         parts = self._checked(message)
-        if message.fork_of:
-            self._engine.fork(self._session, message.fork_of, message.position)
+        self._fork(message, parts)
         self._watch.lap("decode")
         self._quota.spend(message.hidden.shape[1], self._session.timeout_s)
         self._watch.lap("throttled")
         parts.values.append(message.hidden.data)
         parts.tokens += message.hidden.shape[1]
         self.parts = parts if message.more else None
-        step = None if message.more else self._whole(parts, message)
+        step = None if message.more else self._whole(parts, message, hops)
         self._watch.lap("decode")
         return step
 
+    def _fork(self, message: pb.Step, parts: Parts) -> None:
+        """Let the session begin as a fork of another one, here and at the next server, if `message` says so."""
+        if not message.fork_of:
+            return
+        self._engine.fork(self._session, message.fork_of, message.position)
+        if self._next is not None:
+            parts.fork_of = self._chain.next_servers.fork_of(message.fork_of, self._next.address)
+
     def run(self, step: Step) -> StageOutput | None:
         """Let the engine compute a step. None if its client dropped it."""
+        assert step.x is not None
+        mark = DropMark(self._session.drops, step.step_id) if step.uncertain else None
+        item = StageInput(self._session.local, step.position, step.x, mark=mark, rope_length=step.rope_length)
         try:
-            return self._engine.step(self._session, step.item, truncate=step.truncate)
+            return self._engine.step(self._session, item, truncate=step.truncate)
         except StepUnwanted:
             return None
         finally:
             self._watch.lap("engine")
-
-    def encode(self, step: Step, answer: StageOutput | None) -> Iterator[bytes]:
-        """The messages of an answer, in as many parts as it needs. The last one has the durations."""
-        seconds = self._watch.seconds
-        if answer is None:
-            durations = {"decode_s": seconds["decode"], "trunk_s": seconds["engine"]}
-            yield _answer(step, position=step.item.position, dropped=True, **durations)
-            return
-        skipped, timing = step.item.x.shape[1] - step.answered, answer.timing
-        x = answer.x[:, skipped:] if skipped else answer.x
-        data, position = self._rows.to_bytes(x), step.item.position + skipped
-        parts = codec.in_parts(data, self._rows, self._hidden_size, position)
-        *messages, last = [_answer(step, **part) for part in parts]
-        self._watch.lap("encode")
-        times = pb.ServerMessage(
-            result={
-                "decode_s": seconds["decode"],
-                "queue_s": timing.ledger["queue"] + seconds["throttled"],
-                "trunk_s": timing.ledger["trunk"],
-                "encode_s": seconds["encode"],
-                "compile_s": timing.compile_s,
-            }
-        )
-        yield from messages
-        # Protocol Buffers merge concatenated messages, so the encoded message can contain its own encoding time.
-        yield last + times.SerializeToString()
 
     def _checked(self, message: pb.Step) -> Parts:
         """Check `message` against the earlier parts and against the session. Returns the parts so far."""
@@ -175,19 +211,21 @@ class SessionHandler:
             raise InputError("rope_length", message.rope_length, f"at most {longest}, the session's max_length")
         return parts
 
-    def _whole(self, parts: Parts, last: pb.Step) -> Step:
+    def _whole(self, parts: Parts, last: pb.Step, hops: tuple[pb.HopTiming, ...]) -> Step:
         x = converted(self._read(b"".join(parts.values)), self._dtype)
         codec.check_finite(x, parts.position)
-        mark = DropMark(self._session.drops, last.step_id) if last.uncertain else None
-        item = StageInput(self._session.local, parts.position, x, mark=mark, rope_length=parts.rope_length)
-        answered = min(last.answer_last or parts.tokens, parts.tokens)
-        return Step(last.sequence_id, last.step_id, item, parts.truncate, answered)
-
-
-def _answer(step: Step, **fields: object) -> bytes:
-    # A dictionary, as in client/session_stream.py: a StepResult would be copied once more.
-    result = {"sequence_id": step.sequence_id, "step_id": step.step_id, **fields}
-    return pb.ServerMessage(result=result).SerializeToString()
+        return Step(
+            last.sequence_id,
+            last.step_id,
+            parts.position,
+            x,
+            parts.truncate,
+            last.answer_last,
+            parts.fork_of,
+            last.uncertain,
+            parts.rope_length,
+            hops,
+        )
 
 
 def _kinds(step: Step, before: int, recomputes: bool) -> dict[TokenKind, int]:
@@ -196,19 +234,7 @@ def _kinds(step: Step, before: int, recomputes: bool) -> dict[TokenKind, int]:
     Positions without an answer are a replay after failover. Without a KV cache, the prefix that each step repeats
     is a replay, too.
     """
-    tokens = step.item.x.shape[1]
+    tokens = step.tokens
     known = min(before, tokens) if recomputes else tokens - step.answered
     kind: TokenKind = "decode" if before or known else "prompt"
     return {"replay": known, kind: tokens - known} if known else {kind: tokens}
-
-
-def parse(raw: bytes, *kinds: str) -> pb.ClientMessage:
-    """The message, which is of one of `kinds`. Raises InputError for any other."""
-    try:
-        message = pb.ClientMessage.FromString(raw)
-    except DecodeError as error:
-        raise InputError("message", f"{len(raw)} bytes", "a serialized splitlearn.v1.ClientMessage") from error
-    if message.WhichOneof("kind") not in kinds:
-        expected = f"one of kind {' or '.join(map(repr, kinds))}"
-        raise InputError("message", message.WhichOneof("kind") or "an empty one", expected)
-    return message

@@ -49,6 +49,16 @@ def valid_addresses(value: object) -> tuple[str, ...]:
     return found
 
 
+def valid_next_servers(value: object) -> tuple[str, ...]:
+    """A list of `host:port`, which may be empty; ValueError otherwise."""
+    if not value and isinstance(value, list | tuple):
+        return ()
+    found = valid_addresses(value)
+    if found == (EMBEDDED,):
+        raise ValueError(f"a list of {address.ADDRESS}")
+    return found
+
+
 # No segment begins with a dot, so that none is "..".
 _ROOT_PATH = re.compile(r"(https?://[A-Za-z0-9.-]+(:\d{1,5})?)?(/[\w~-][\w.~-]*)*/?", re.ASCII)
 _ADDRESSES = f"'{EMBEDDED}', or {address.ADDRESS}; or a list of addresses"
@@ -180,6 +190,15 @@ class ServerTls(_Pair):
         return self
 
 
+class ForwardConfig(_Section):
+    """The next servers in chains of trunks: those to which this server may send the answers of a session, and what it
+    shows to them."""
+
+    addresses: Annotated[tuple[str, ...], BeforeValidator(valid_next_servers)] = ()
+    tls: TrunkTls = TrunkTls()
+    token: Variable = "SPLITLEARN_FORWARD_TOKEN"
+
+
 class ServerConfig(_Section):
     """What `python -m server` listens on, whom it lets in, and how much it takes on."""
 
@@ -188,6 +207,7 @@ class ServerConfig(_Section):
     tls: ServerTls = ServerTls()
     tokens: File | None = None
     allow_open: bool = False
+    forward_to: ForwardConfig = ForwardConfig()
     metrics_host: Host = "127.0.0.1"
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     max_sessions: Annotated[int, Field(ge=1, le=1024)] = 64

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import grpc
 
 from server.auth.gate import Access
+from server.forwarding import NextServers
 from splitlearn.access import network, tokens
 from splitlearn.config import ServerConfig, ServerTls
 from splitlearn.wire import pem
@@ -12,10 +13,12 @@ from splitlearn.wire import pem
 
 @dataclass(frozen=True)
 class Security:
-    """The access control of a server, and its TLS credentials (None: plaintext)."""
+    """The access control of a server, its TLS credentials (None: plaintext), and the next servers of
+    chains."""
 
     access: Access
     credentials: grpc.ServerCredentials | None
+    next_servers: NextServers
 
     @classmethod
     def of(cls, settings: ServerConfig) -> "Security":
@@ -25,7 +28,7 @@ class Security:
         """
         _check_open(settings)
         access = Access(tokens.load(settings.tokens, "server.tokens") if settings.tokens else ())
-        return cls(access, _credentials(settings.tls))
+        return cls(access, _credentials(settings.tls), NextServers(settings.forward_to))
 
     def listen(self, server: grpc.Server, address: str) -> int:
         """Make `server` listen at `address` and return the port. Raises RuntimeError if it cannot."""

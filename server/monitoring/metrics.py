@@ -19,14 +19,22 @@ from prometheus_client import (
 )
 
 from server.step_times import StepTimes
-from splitlearn.errors import InputError, SplitlearnError, TrunkDenied, TrunkFull, TrunkRefused, TrunkUnavailable
+from splitlearn.errors import (
+    InputError,
+    SplitlearnError,
+    TrunkDenied,
+    TrunkError,
+    TrunkFull,
+    TrunkRefused,
+    TrunkUnavailable,
+)
 
 PREFIX = "splitlearn_trunk_"
 End = Literal["done", "gone", "refused", "failed"]
 ENDS: dict[End, str] = {
     "done": "the client ended it",
     "gone": "the client cancelled it or was lost",
-    "refused": "the client sent an invalid message, or was silent for too long",
+    "refused": "the client sent an invalid message or was silent for too long, or another server of its chain was lost",
     "failed": "an error in this server",
 }
 # Each cause of a refusal: the gRPC code that the client sees, and what it means.
@@ -44,9 +52,13 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "calls_full": ("RESOURCE_EXHAUSTED", "the limit of concurrent calls is reached, for the client or in total"),
     "draining": ("UNAVAILABLE", "this server is shutting down"),
     "branch_lost": ("ABORTED", "the session to fork is gone"),
+    "forward": ("FAILED_PRECONDITION", "answers were to go to a server that server.forward_to does not list"),
+    "feed": ("ABORTED", "a feed of a session that is gone or has a feed already"),
+    "feed_lost": ("UNAVAILABLE", "the server before in a chain ended a session's feed, or was lost"),
+    "next_server": ("UNAVAILABLE", "the next server in a chain refused a session's feed, failed or was lost"),
     "step_late": ("DEADLINE_EXCEEDED", "a step waited longer than its client's timeout"),
     "not_opened": ("DEADLINE_EXCEEDED", "a call's first message was late, or another call needed its thread"),
-    "idle": ("DEADLINE_EXCEEDED", "a session's client was silent for too long"),
+    "idle": ("DEADLINE_EXCEEDED", "a session's client or its feed was silent for too long"),
     "length": ("INVALID_ARGUMENT", "a session of more tokens than the limit"),
     "flags": ("INVALID_ARGUMENT", "flags that do not exist or exclude each other"),
     "message": ("INVALID_ARGUMENT", "a malformed message, or one of an unexpected kind"),
@@ -146,8 +158,8 @@ def cause_of(error: SplitlearnError) -> str:
     """The key of REFUSALS for `error`."""
     if isinstance(error, InputError):
         return _BY_FIELD.get(error.field.partition(".")[0].partition(":")[0], "other")
+    if isinstance(error, TrunkError) and error.cause in REFUSALS:
+        return error.cause
     if isinstance(error, TrunkDenied | TrunkRefused):
         return "denied" if isinstance(error, TrunkDenied) else "mismatch"
-    if isinstance(error, TrunkFull | TrunkUnavailable):
-        return error.cause if error.cause in REFUSALS else "other"
-    return "failed"
+    return "other" if isinstance(error, TrunkFull | TrunkUnavailable) else "failed"

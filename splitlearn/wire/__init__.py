@@ -1,12 +1,14 @@
 """The trunk's protocol: trunk.proto, its generated code (`make proto`), tensors as bytes, errors as statuses."""
 
-PROTOCOL = 5
+PROTOCOL = 6
 SERVICE = "splitlearn.v1.Trunk"
 # A message stays below 4 MiB, gRPC's default limit, which every client and proxy accepts. Longer prompts go in parts.
 MAX_TENSOR_BYTES = 2 * 1024 * 1024
 MAX_MESSAGE_BYTES = 3 * 1024 * 1024
 # The most bytes of a message beside its tensor's data.
-ENVELOPE_BYTES = 256
+ENVELOPE_BYTES = 1024
+# The most servers of a chain. The durations of each take 27 bytes of the envelope.
+MAX_HOPS = 16
 # The most bytes of padding in an answer, to measure bandwidth.
 MAX_PADDING_BYTES = 1 << 20
 # The most keys of kept blocks in a message, each of so many bytes.

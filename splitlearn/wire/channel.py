@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from splitlearn.address import Address, loopback
-from splitlearn.config import TrunkConfig
+from splitlearn.config import ForwardConfig, TrunkConfig
 from splitlearn.errors import InputError
 from splitlearn.wire import TOKEN_HEADER, TOKEN_SCHEME, pem
 
@@ -45,17 +45,20 @@ class Credentials:
     server_name: str | None = None
     """The name in the trunk's certificate, if it is not that of the address."""
     token: str | None = field(default=None, repr=False)
+    section: str = "trunk"
+    """Of the settings that name them, for errors."""
 
 
 NONE = Credentials()
 
 
-def credentials(settings: TrunkConfig) -> Credentials:
-    """Read what `settings` name. Raises InputError for a file or a token that cannot be used."""
+def credentials(settings: TrunkConfig | ForwardConfig, section: str = "trunk") -> Credentials:
+    """Read what `settings`, the section of that name, say. Raises InputError for a file or a token that cannot be
+    used."""
     tls = settings.tls
-    certificate, key = pem.pair("trunk.tls", tls.certificate, tls.key) or (None, None)
-    ca = pem.authorities("trunk.tls.ca", tls.ca)
-    return Credentials(ca, certificate, key, tls.server_name, _token(settings.token))
+    certificate, key = pem.pair(f"{section}.tls", tls.certificate, tls.key) or (None, None)
+    ca = pem.authorities(f"{section}.tls.ca", tls.ca)
+    return Credentials(ca, certificate, key, tls.server_name, _token(settings.token, f"{section}.token"), section)
 
 
 def open_channel(address: str, identity: Credentials = NONE, via: str | None = None) -> grpc.Channel:
@@ -71,26 +74,26 @@ def open_channel(address: str, identity: Credentials = NONE, via: str | None = N
         override = (("grpc.ssl_target_name_override", name),) if name else ()
         channel = grpc.secure_channel(via or address, secure, options=(*options, *override))
     else:
-        plain = address if identity.token is None else _on_loopback(address)
+        plain = address if identity.token is None else _on_loopback(address, identity.section)
         channel = grpc.insecure_channel(via or plain, options=options)
     return channel if identity.token is None else grpc.intercept_channel(channel, _TokenInterceptor(identity.token))
 
 
-def _on_loopback(address: str) -> str:
+def _on_loopback(address: str, section: str) -> str:
     """`address` with its host as a loopback address: when gRPC resolves a name itself, it may get another one."""
     found = Address.parse(address)
     here = loopback(found.host)
     if here is None:
         wanted = f"the PEM file by which {address} is known: a token does not go over a network in plaintext"
-        raise InputError("trunk.tls.ca", None, wanted)
+        raise InputError(f"{section}.tls.ca", None, wanted)
     return str(Address(here, found.port))
 
 
-def _token(variable: str) -> str | None:
+def _token(variable: str, key: str) -> str | None:
     """The token in that environment variable; None if unset or empty."""
     token = os.environ.get(variable, "")
     if not (token.isascii() and token.isprintable()) or " " in token:
-        raise InputError("trunk.token", variable, "a variable that holds one token of `python -m splitlearn token`")
+        raise InputError(key, variable, "a variable that holds one token of `python -m splitlearn token`")
     return token or None
 
 

@@ -87,10 +87,15 @@ def _begin(text: str, size: int) -> str:
     return text[: sum(each <= size for each in sizes)]
 
 
+def error_class(code: grpc.StatusCode) -> type[TrunkError]:
+    """The class of the exception that a client raises for a status of `code`."""
+    return _ERRORS.get(code, TrunkFailed)
+
+
 def error_of(error: grpc.RpcError, address: str) -> TrunkError:
     """The exception that a client raises for `error` from the trunk at `address`."""
     code, details = error.code(), error.details() or "no details"
-    kind = _ERRORS.get(code, TrunkFailed)
+    kind = error_class(code)
     if kind is TrunkUnavailable:
         return kind(f"The trunk server at {address} does not answer or was lost ({details}). {_advice(details)}")
     ask = "; set the environment variable that trunk.token names to one" if kind is TrunkDenied else ""

@@ -116,14 +116,18 @@ class Costs(_message.Message):
     def __init__(self, decode_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., base_bytes: _Optional[int] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("open", "step", "keep")
+    __slots__ = ("open", "step", "keep", "forward", "feed")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    FEED_FIELD_NUMBER: _ClassVar[int]
     open: Open
     step: Step
     keep: Keep
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ...) -> None: ...
+    forward: Forward
+    feed: Feed
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., feed: _Optional[_Union[Feed, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
     __slots__ = ("opened", "result", "closed")
@@ -136,7 +140,7 @@ class ServerMessage(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "max_length", "flags", "timeout_s", "prefix_keys")
+    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "max_length", "flags", "timeout_s", "prefix_keys", "forwards", "fed")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +152,8 @@ class Open(_message.Message):
     FLAGS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     PREFIX_KEYS_FIELD_NUMBER: _ClassVar[int]
+    FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    FED_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: str
     digest: str
@@ -159,7 +165,9 @@ class Open(_message.Message):
     flags: _containers.RepeatedScalarFieldContainer[str]
     timeout_s: float
     prefix_keys: bytes
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., flags: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ..., prefix_keys: _Optional[bytes] = ...) -> None: ...
+    forwards: bool
+    fed: bool
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., flags: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ..., prefix_keys: _Optional[bytes] = ..., forwards: _Optional[bool] = ..., fed: _Optional[bool] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("threads", "load_s", "import_rss_bytes", "queue_s", "max_tensor_bytes", "key", "cached_tokens")
@@ -185,6 +193,24 @@ class Keep(_message.Message):
     prefix_keys: bytes
     def __init__(self, prefix_keys: _Optional[bytes] = ...) -> None: ...
 
+class Forward(_message.Message):
+    __slots__ = ("address", "key", "max_tensor_bytes")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    MAX_TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    key: bytes
+    max_tensor_bytes: int
+    def __init__(self, address: _Optional[str] = ..., key: _Optional[bytes] = ..., max_tensor_bytes: _Optional[int] = ...) -> None: ...
+
+class Feed(_message.Message):
+    __slots__ = ("protocol", "key")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    key: bytes
+    def __init__(self, protocol: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
+
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -196,7 +222,7 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "truncate", "answer_last", "fork_of", "uncertain", "rope_length")
+    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "truncate", "answer_last", "fork_of", "uncertain", "rope_length", "hops", "dropped")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +233,8 @@ class Step(_message.Message):
     FORK_OF_FIELD_NUMBER: _ClassVar[int]
     UNCERTAIN_FIELD_NUMBER: _ClassVar[int]
     ROPE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    HOPS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     step_id: int
     position: int
@@ -217,10 +245,26 @@ class Step(_message.Message):
     fork_of: bytes
     uncertain: bool
     rope_length: int
-    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., truncate: _Optional[bool] = ..., answer_last: _Optional[int] = ..., fork_of: _Optional[bytes] = ..., uncertain: _Optional[bool] = ..., rope_length: _Optional[int] = ...) -> None: ...
+    hops: _containers.RepeatedCompositeFieldContainer[HopTiming]
+    dropped: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., truncate: _Optional[bool] = ..., answer_last: _Optional[int] = ..., fork_of: _Optional[bytes] = ..., uncertain: _Optional[bool] = ..., rope_length: _Optional[int] = ..., hops: _Optional[_Iterable[_Union[HopTiming, _Mapping]]] = ..., dropped: _Optional[bool] = ...) -> None: ...
+
+class HopTiming(_message.Message):
+    __slots__ = ("decode_s", "queue_s", "trunk_s", "encode_s", "compile_s")
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_S_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPILE_S_FIELD_NUMBER: _ClassVar[int]
+    decode_s: float
+    queue_s: float
+    trunk_s: float
+    encode_s: float
+    compile_s: float
+    def __init__(self, decode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., trunk_s: _Optional[float] = ..., encode_s: _Optional[float] = ..., compile_s: _Optional[float] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "decode_s", "queue_s", "trunk_s", "encode_s", "compile_s", "dropped")
+    __slots__ = ("sequence_id", "step_id", "position", "hidden", "more", "decode_s", "queue_s", "trunk_s", "encode_s", "compile_s", "dropped", "hops")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +276,7 @@ class StepResult(_message.Message):
     ENCODE_S_FIELD_NUMBER: _ClassVar[int]
     COMPILE_S_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
+    HOPS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     step_id: int
     position: int
@@ -243,7 +288,8 @@ class StepResult(_message.Message):
     encode_s: float
     compile_s: float
     dropped: bool
-    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., decode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., trunk_s: _Optional[float] = ..., encode_s: _Optional[float] = ..., compile_s: _Optional[float] = ..., dropped: _Optional[bool] = ...) -> None: ...
+    hops: _containers.RepeatedCompositeFieldContainer[HopTiming]
+    def __init__(self, sequence_id: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., more: _Optional[bool] = ..., decode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., trunk_s: _Optional[float] = ..., encode_s: _Optional[float] = ..., compile_s: _Optional[float] = ..., dropped: _Optional[bool] = ..., hops: _Optional[_Iterable[_Union[HopTiming, _Mapping]]] = ...) -> None: ...
 
 class Closed(_message.Message):
     __slots__ = ("peak_rss_bytes",)

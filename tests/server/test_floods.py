@@ -143,7 +143,7 @@ def test_one_token_has_so_many_calls_and_the_others_are_refused_at_once(
 
 def test_without_tokens_too_a_session_that_says_nothing_gives_its_place_to_one_that_does(files: ModelFiles) -> None:
     with serve_here(files, open_s=600.0, max_sessions=2, max_waiting=1) as here:
-        places = 2 + 1 + endpoint.SPARE_THREADS
+        places = 2 * 2 + 1 + endpoint.SPARE_THREADS
         with Held(here.address, SESSION, places) as first, Held(here.address, SESSION, places):
             assert eventually(lambda: len(first.ended()) == places, within_s=60)
             assert set(first.ended()) == {LATE}

@@ -198,9 +198,9 @@ def test_nothing_of_a_prompt_a_hidden_state_or_a_token_is_in_the_log(
 @given(st.binary(max_size=300))
 @settings(ANY_SPEED, max_examples=300)
 def test_any_bytes_are_a_message_or_an_input_error(raw: bytes) -> None:
-    from server.session_handler import parse
+    from server.messages import parse
 
-    for kind in ("open", "step"):
+    for kind in ("open", "step", "forward", "feed"):
         try:
             assert parse(raw, kind).WhichOneof("kind") == kind
         except InputError as error:

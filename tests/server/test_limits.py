@@ -76,8 +76,8 @@ def test_a_prompt_goes_in_parts_that_the_server_takes(here: TrunkHere, files: Mo
 
 
 def test_a_limit_into_which_no_step_fits_is_named(files: ModelFiles) -> None:
-    limited = serve_here(files, max_message_bytes=447)
-    with pytest.raises(InputError, match=r"server\.max_message_bytes: 447 .* at least 448"), limited:
+    limited = serve_here(files, max_message_bytes=1215)
+    with pytest.raises(InputError, match=r"server\.max_message_bytes: 1215 .* at least 1216"), limited:
         pass
 
 

@@ -438,7 +438,7 @@ def test_memory_does_not_grow_with_the_sessions_that_were_there(trunk: Trunk, fi
                 raw.end()
 
     # Every thread that handles a call has the math library's buffers then, 5 MB each; which one does is chance.
-    for _ in range(SESSIONS + SPARE_THREADS):
+    for _ in range(2 * SESSIONS + SPARE_THREADS):
         with ThreadPoolExecutor(SESSIONS) as at_once:
             list(at_once.map(stay, range(SESSIONS)))
         assert eventually(lambda: free_places(trunk.address, files) == SESSIONS)

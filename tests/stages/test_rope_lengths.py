@@ -129,7 +129,7 @@ def case(cases: Cases, request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def trunk(case: Case) -> Iterator[TrunkHere]:
-    with serve_here(case.files, prompt_tokens=5, max_message_bytes=256 + 7 * 48 * 4) as running:
+    with serve_here(case.files, prompt_tokens=5, max_message_bytes=ENVELOPE_BYTES + 7 * 48 * 4) as running:
         yield running
 
 

@@ -130,7 +130,7 @@ def serve_here(
     built = build(parsed, silent)
     variants = Variants(parsed, built)
     security = Security.of(parsed.server)
-    service = TrunkService(built, variants, parsed.server, security.access)
+    service = TrunkService(built, variants, parsed.server, security)
     running = listen(service, parsed.server, security)
     try:
         yield TrunkHere(running.address, built)

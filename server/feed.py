@@ -1,0 +1,93 @@
+"""Feeds: in a chain of trunks the server before sends a session's steps here, on a stream of its own.
+
+Such a session has two calls. Its client's, which opened it, gets the answers, unless they are forwarded. The feed names
+the session by its key, and computes its steps in its own thread. When one of them is lost, the other one ends.
+"""
+
+import secrets
+import threading
+
+import grpc
+
+from server.idle_timeout import NEVER
+from server.session_call import SessionCall
+from server.session_handler import SessionHandler
+from splitlearn.errors import SplitlearnError, TrunkForgot, TrunkRefused, TrunkUnavailable
+from splitlearn.runtime import private_apis
+from splitlearn.wire import PROTOCOL
+from splitlearn.wire import trunk_pb2 as pb
+
+LOST = "the server before this one in the chain ended the session's feed, or was lost"
+OVER = "the session that this stream feeds has ended"
+
+
+class FedSession:
+    """A session that has `key`, and has or awaits its feed. `own` is its client's call. `done`: its client has ended it
+    in order."""
+
+    def __init__(self, own: SessionCall, handler: SessionHandler, key: bytes, timeout_s: float, idle_s: float) -> None:
+        self.key = key
+        self.feed: SessionCall | None = None
+        self.over, self.done = False, False
+        self._own, self._handler, self._timeout_s, self._idle_s = own, handler, timeout_s, idle_s
+        own.watched.wait_for(timeout_s, f"the server before this one in the chain sent no feed within {timeout_s:g} s")
+
+    def run(self, feed: SessionCall) -> None:
+        """Compute the steps of `feed` until it ends. Raises as `SessionHandler`, and RpcError if the feed is lost."""
+        own = self._own
+        own.watched.wait_for(NEVER)
+        try:
+            self._handler.await_forward(self._timeout_s)
+            for raw in feed.requests:
+                for answer in own.log.sent(self._handler.take_fed(raw)):
+                    own.watched.send(answer)
+                feed.watched.in_parts = self._handler.parts is not None
+        except SplitlearnError as error:
+            if self.over:
+                return
+            own.fail(error)
+            raise
+        except grpc.RpcError:
+            if not self.over:
+                own.fail(TrunkUnavailable(LOST, "feed_lost"))
+            raise
+        own.watched.wait_for(self._idle_s)
+
+
+class Feeds:
+    """The sessions that have or await a feed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sessions: list[FedSession] = []
+
+    def add(self, session: FedSession) -> FedSession:
+        """Let `session` be found by its feed."""
+        with self._lock:
+            self._sessions.append(session)
+        return session
+
+    def claim(self, message: pb.Feed, feed: SessionCall) -> FedSession:
+        """The session that `message` names, for its only feed. Raises TrunkForgot if there is none, TrunkRefused if it
+        has a feed. Comparisons take constant time, so that their time reveals nothing."""
+        if message.protocol != PROTOCOL:
+            raise TrunkRefused(f"this trunk's protocol is {PROTOCOL}, not {message.protocol}")
+        with self._lock:
+            found = next((each for each in self._sessions if secrets.compare_digest(each.key, message.key)), None)
+            if found is None:
+                raise TrunkForgot("the session to feed does not exist or has ended", "feed")
+            if found.feed is not None:
+                raise TrunkRefused("the session to feed has a feed already", "feed")
+            found.feed = feed
+            return found
+
+    def end(self, session: FedSession) -> None:
+        """The session has ended: end its feed, too. Further calls do nothing."""
+        with self._lock:
+            already, session.over = session.over, True
+            if not already:
+                self._sessions.remove(session)
+        feed = session.feed
+        if not already and feed is not None and feed.context.is_active():
+            code = grpc.StatusCode.CANCELLED if session.done else grpc.StatusCode.UNAVAILABLE
+            private_apis.end_call(feed.context, code, OVER)
