@@ -20,7 +20,7 @@ class Ending:
     _done: bool = False
 
     def done(self) -> None:
-        """The client has ended its stream in order: so do the others."""
+        """The client has said that nothing follows: the other streams end in order, too."""
         self._done = True
         if self.fed is not None:
             self.fed.done = True
@@ -37,6 +37,6 @@ class Ending:
         self.next_servers.close(self.key, done=self._done)
 
     def _free(self) -> None:
-        self.free()
         if self.fed is not None:
             self.feeds.end(self.fed)
+        self.free()

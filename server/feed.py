@@ -16,19 +16,20 @@ from splitlearn.errors import SplitlearnError, TrunkForgot, TrunkRefused, TrunkU
 from splitlearn.runtime import private_apis
 from splitlearn.wire import PROTOCOL
 from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.wire.status import code_of, shorten
 
 LOST = "the server before this one in the chain ended the session's feed, or was lost"
 OVER = "the session that this stream feeds has ended"
 
 
 class FedSession:
-    """A session that has `key`, and has or awaits its feed. `own` is its client's call. `done`: its client has ended it
-    in order."""
+    """A session that has `key`, and has or awaits its feed. `own` is its client's call. `over`: the session has ended;
+    `done`: in order. `failed`: the feed has, which ends with its own error."""
 
     def __init__(self, own: SessionCall, handler: SessionHandler, key: bytes, timeout_s: float, idle_s: float) -> None:
         self.key = key
         self.feed: SessionCall | None = None
-        self.over, self.done = False, False
+        self.over, self.done, self.failed = False, False, False
         self._own, self._handler, self._timeout_s, self._idle_s = own, handler, timeout_s, idle_s
         own.watched.wait_for(timeout_s, f"the server before this one in the chain sent no feed within {timeout_s:g} s")
 
@@ -42,16 +43,30 @@ class FedSession:
                 for answer in own.log.sent(self._handler.take_fed(raw)):
                     own.watched.send(answer)
                 feed.watched.in_parts = self._handler.parts is not None
+            if not self._handler.fed_in_full:
+                raise TrunkUnavailable(LOST, "feed_lost")
         except SplitlearnError as error:
-            if self.over:
-                return
-            own.fail(error)
+            self._fail(error)
             raise
         except grpc.RpcError:
-            if not self.over:
-                own.fail(TrunkUnavailable(LOST, "feed_lost"))
+            self._fail(TrunkUnavailable(LOST, "feed_lost"))
             raise
         own.watched.wait_for(self._idle_s)
+
+    def end_feed(self) -> None:
+        """End the feed, since the session has ended. It is told what has ended that."""
+        if self.feed is None or self.failed or not self.feed.context.is_active():
+            return
+        code = grpc.StatusCode.CANCELLED if self.done else grpc.StatusCode.UNAVAILABLE
+        error = self._own.error
+        why = (code, OVER) if error is None else (code_of(error), shorten(str(error)))
+        private_apis.end_call(self.feed.context, *why)
+
+    def _fail(self, error: SplitlearnError) -> None:
+        """End the client's call with `error`, unless the session's end was the cause."""
+        self.failed = True
+        if not self.over:
+            self._own.fail(error)
 
 
 class Feeds:
@@ -87,7 +102,5 @@ class Feeds:
             already, session.over = session.over, True
             if not already:
                 self._sessions.remove(session)
-        feed = session.feed
-        if not already and feed is not None and feed.context.is_active():
-            code = grpc.StatusCode.CANCELLED if session.done else grpc.StatusCode.UNAVAILABLE
-            private_apis.end_call(feed.context, code, OVER)
+        if not already:
+            session.end_feed()

@@ -127,6 +127,7 @@ class ForwardStream:
     def end(self) -> bool:
         """End the stream after its last message. Returns whether the next server has ended it in order, too."""
         with suppress(Full):
+            self._outgoing.put_nowait(pb.ClientMessage(done=pb.Done()).SerializeToString())
             self._outgoing.put_nowait(None)
             self._over.wait(CLOSE_TIMEOUT_S)
         return self._over.is_set() and self._call.code() is grpc.StatusCode.OK

@@ -145,7 +145,8 @@ class TrunkService:
             for raw in call.requests:
                 yield from handler.take(raw)
                 call.watched.in_parts = not opening.fed and handler.parts is not None
-            ending.done()
+            if handler.done:
+                ending.done()
             closed = pb.Closed(peak_rss_bytes=peak_resident_bytes())
             yield pb.ServerMessage(closed=closed).SerializeToString()
         finally:

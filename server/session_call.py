@@ -13,18 +13,21 @@ from splitlearn.runtime import private_apis
 from splitlearn.wire.status import code_of, shorten
 
 
-@dataclass(frozen=True)
+@dataclass
 class SessionCall:
-    """A call of Session: its context, timeouts, log, quota and messages."""
+    """A call of Session: its context, timeouts, log, quota and messages. `error`: another thread has ended it with
+    that."""
 
     context: grpc.ServicerContext
     watched: WatchedCall
     log: CallLog
     quota: Quota
     requests: Iterator[bytes]
+    error: SplitlearnError | None = None
 
     def fail(self, error: SplitlearnError) -> None:
         """End the call with `error`, from another thread than its own. Does nothing if it has ended."""
         if self.context.is_active():
+            self.error = error
             self.log.refused(error)
             private_apis.end_call(self.context, code_of(error), shorten(str(error)))

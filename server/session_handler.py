@@ -47,7 +47,8 @@ class Chain:
 class SessionHandler:
     """Takes the messages of `session` one by one: those of its client, whose call is `call`, and those of its feed,
     each from a thread of its own. `parts`: the incomplete step, if there is one. `keep` is called with the keys of the
-    blocks that the client asks to keep."""
+    blocks that the client asks to keep. `done`: the client has said that nothing follows, `fed_in_full`: its feed
+    has."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class SessionHandler:
         chain: Chain,
     ) -> None:
         self.parts: Parts | None = None
+        self.done, self.fed_in_full = False, False
         self._keep, self._kept = keep, False
         self._engine, self._session, self._call, self._chain = engine, session, call, chain
         self._quota, self._log = call.quota, call.log
@@ -76,28 +78,34 @@ class SessionHandler:
         forwarded."""
         if not self._chain.fed:
             self._begin_watch()
-        message = parse(raw, "step", "keep", "forward")
+        message = parse(raw, "step", "keep", "forward", "done")
         kind = message.WhichOneof("kind")
-        if kind == "forward":
+        if self.done:
+            raise InputError("message", kind, "none after done")
+        if kind == "done":
+            self.done = True
+        elif kind == "forward":
             self._forward_once(message.forward)
-            return
-        with self._lock:  # a fed session may be computing
-            if kind == "keep":
-                self._keep_once(message.keep.prefix_keys)
-                return
-            self._check_own(message.step)
-            yield from self._take(message.step, ())
+        else:
+            with self._lock:  # a fed session may be computing
+                if kind == "keep":
+                    self._keep_once(message.keep.prefix_keys)
+                else:
+                    self._check_own(message.step)
+                    yield from self._take(message.step, ())
 
     def take_fed(self, raw: bytes) -> Iterator[bytes]:
         """Take one message of the feed, as `take`."""
         with self._lock:
             self._begin_watch()
-            step = parse(raw, "step").step
-            hops = checked_hops(step)
-            if step.dropped:
-                yield from self._pass_on_dropped(step, hops)
-            else:
-                yield from self._take(step, hops)
+            message = parse(raw, "step", "done")
+            if self.fed_in_full:
+                raise InputError("message", message.WhichOneof("kind"), "none after done")
+            self.fed_in_full = message.WhichOneof("kind") == "done"
+            if not self.fed_in_full:
+                hops = checked_hops(message.step)
+                take = self._pass_on_dropped if message.step.dropped else self._take
+                yield from take(message.step, hops)
 
     def await_forward(self, timeout_s: float) -> None:
         """Wait until the client has said where the answers go, if that is to another server. Raises InputError if it

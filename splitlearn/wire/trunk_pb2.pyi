@@ -116,18 +116,20 @@ class Costs(_message.Message):
     def __init__(self, decode_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., base_bytes: _Optional[int] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("open", "step", "keep", "forward", "feed")
+    __slots__ = ("open", "step", "keep", "forward", "feed", "done")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     FEED_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
     open: Open
     step: Step
     keep: Keep
     forward: Forward
     feed: Feed
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., feed: _Optional[_Union[Feed, _Mapping]] = ...) -> None: ...
+    done: Done
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., feed: _Optional[_Union[Feed, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
     __slots__ = ("opened", "result", "closed")
@@ -210,6 +212,10 @@ class Feed(_message.Message):
     protocol: int
     key: bytes
     def __init__(self, protocol: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
+
+class Done(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")

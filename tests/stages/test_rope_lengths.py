@@ -29,6 +29,7 @@ from splitlearn.sampling import SamplingParams
 from splitlearn.stages import cuda_graph, loading
 from splitlearn.stages.base import Stage, StageInput
 from splitlearn.stages.local import LocalStage
+from splitlearn.wire import ENVELOPE_BYTES
 from tests.support.client import CACHED
 from tests.support.proxy import proxy
 from tests.support.tiny import make_converted
