@@ -130,6 +130,7 @@ def scripts(aim: Target) -> st.SearchStrategy[Script]:
         "positions": st.lists(_positions(aim), min_size=1, max_size=6),
         "steps out of order": _walks(aim),
         "again open": st.just([aim.open()]),
+        "chain": st.lists(_chained(aim), min_size=1, max_size=3),
         "unknown fields": st.integers(1, 200_000).map(lambda size: [aim.step(1, 0) + _unknown(size)]),
     }
     first = {
@@ -137,6 +138,10 @@ def scripts(aim: Target) -> st.SearchStrategy[Script]:
         "step first": st.just([aim.step(1, 0)]),
         "spoiled open": _spoiled(st.just(aim.open())).map(lambda message: [message]),
         "odd open": _openings(aim).map(lambda message: [message, aim.step(1, 0)]),
+        "chain first": st.lists(_chained(aim), min_size=1, max_size=2),
+        "chain open": _chain_openings(aim).flatmap(
+            lambda message: st.lists(_chained(aim), max_size=3).map(lambda after: [message, *after])
+        ),
         "nothing": st.just([]),
     }
     return st.one_of(
@@ -144,6 +149,17 @@ def scripts(aim: Target) -> st.SearchStrategy[Script]:
         + [_script(kind, messages, []) for kind, messages in first.items()]
         + [_other_methods()]
     )
+
+
+def feeds(aim: Target) -> st.SearchStrategy[list[bytes]]:
+    """What a hostile server sends on its feed after Feed: steps, most of them valid, with fields that only a chain has,
+    and what is no step."""
+    changes = st.fixed_dictionaries(
+        {}, optional={"hops": _hops(), "dropped": st.booleans(), "truncate": st.just(True), "more": st.booleans()}
+    )
+    odd = changes.map(lambda fields: aim.step(1, 0, **fields))
+    message = st.one_of(odd, _spoiled(odd), _positions(aim), _chained(aim), st.binary(max_size=100))
+    return st.one_of(_walks(aim), st.lists(message, min_size=1, max_size=4))
 
 
 def silent(aim: Target) -> st.SearchStrategy[Script]:
@@ -238,6 +254,40 @@ def _spoiled(draw: st.DrawFn, right: st.SearchStrategy[bytes]) -> bytes:
     other = draw(st.binary(min_size=1, max_size=8))
     message[at : at + (len(other) if how == "change" else 0)] = other
     return bytes(message)
+
+
+def _hops() -> st.SearchStrategy[list[pb.HopTiming]]:
+    """Durations of other servers, some of which are none."""
+    seconds = st.one_of(SECONDS, st.just(1.0)).map(lambda value: min(value, 3e38) if value == value else value)
+    timing = st.builds(lambda first, last: pb.HopTiming(decode_s=first, compile_s=last), seconds, seconds)
+    return st.one_of(st.lists(timing, max_size=3), st.sampled_from([15, 16, 5000]).map(lambda n: [pb.HopTiming()] * n))
+
+
+def _chain_openings(aim: Target) -> st.SearchStrategy[bytes]:
+    """Sessions that are part of a chain."""
+    return st.builds(lambda forwards, fed: aim.open(forwards=forwards, fed=fed), st.booleans(), st.booleans())
+
+
+def _chained(aim: Target) -> st.SearchStrategy[bytes]:
+    """Messages that only the sessions and servers of a chain send, each at the wrong place or with wrong values."""
+    key = st.one_of(st.binary(max_size=40), st.just(bytes(70_000)))
+    forward = st.builds(
+        lambda address, key, size: pb.ClientMessage(
+            forward=pb.Forward(address=address, key=key, max_tensor_bytes=size)
+        ),
+        st.one_of(TEXTS, st.sampled_from(["127.0.0.1:1", "localhost:50051", "[::1]:50051"])),
+        key,
+        NUMBERS,
+    )
+    feed = st.builds(
+        lambda protocol, key: pb.ClientMessage(feed=pb.Feed(protocol=protocol, key=key)),
+        st.one_of(st.just(PROTOCOL), NUMBERS),
+        key,
+    )
+    done = st.just(pb.ClientMessage(done=pb.Done()))
+    message = st.one_of(forward, feed, done).map(lambda made: made.SerializeToString())
+    step = st.builds(lambda hops, dropped: aim.step(1, 0, hops=hops, dropped=dropped), _hops(), st.booleans())
+    return st.one_of(message, _spoiled(message.filter(bool)), step)
 
 
 @st.composite

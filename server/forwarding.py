@@ -82,6 +82,12 @@ class NextServers:
             stream.cancel()
             stream.channel.close()
 
+    def stop(self) -> None:
+        """Close what is connected."""
+        with self._lock:
+            for endpoint in self._endpoints.values():
+                endpoint.close()
+
     def _endpoint(self, address: str) -> Endpoint | None:
         try:
             return self._endpoints.get(str(Address.parse(address)))

@@ -87,6 +87,7 @@ def _serve(settings: Config, security: Security, stops: SimpleQueue[str], parent
         _drain(running, runtime.admission, variants, settings.server.drain_s, stops)
     logs.info(log, "stopping", sessions=runtime.admission.sessions)
     running.server.stop(grace=0).wait()
+    security.next_servers.stop()
     variants.stop()
 
 

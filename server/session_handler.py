@@ -19,6 +19,9 @@ from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.hidden_states import converted
 
+LONGEST_KEY = 64
+"""Bytes of a key at the next server, which may be of a later version."""
+
 
 @dataclass
 class Parts:
@@ -158,6 +161,8 @@ class SessionHandler:
     def _forward_once(self, forward: pb.Forward) -> None:
         if not self._chain.forwards or self._told.is_set():
             raise InputError("message", "forward", "one forward in a session, which opened with forwards")
+        if not 0 < len(forward.key) <= LONGEST_KEY:
+            raise InputError("key", f"{len(forward.key)} bytes", f"the key of a session, at most {LONGEST_KEY} bytes")
         session = self._session
         self._next = self._chain.next_servers.open(session.key, forward, session.timeout_s, self._call.fail)
         self._told.set()

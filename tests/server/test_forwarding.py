@@ -10,8 +10,12 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from bench.hostile import REFUSALS, UNCAUGHT, feeds, target
 from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.served import describe
 from splitlearn.models.plan import SplitPlan
 from splitlearn.stages import loading
 from splitlearn.stages.base import StageInput
@@ -252,7 +256,7 @@ def test_only_listed_servers_are_connected_to(chain: Servers) -> None:
 def test_a_session_that_the_next_server_does_not_have_ends_with_its_name(chain: Servers) -> None:
     address = chain.hops[1].address
     with opened(chain, (1, 2)) as plain, opened(chain) as other:
-        for key in (b"", bytes(16), plain.keys[0], other.keys[0]):
+        for key in (bytes(16), plain.keys[0], other.keys[0]):
             with Raw(chain.hops[0].address) as raw:
                 raw.ask(opening(chain.files, PLANS[0], forwards=True))
                 code, said = raw.refusal(forward(address, key))
@@ -279,6 +283,9 @@ def test_the_client_of_a_chain_sends_what_its_place_allows(chain: Servers) -> No
         ({"forwards": True}, [step(one, 0)], "opened with forwards"),
         ({}, [forward(chain.hops[1].address, b"x" * 16)], "one forward"),
         ({}, [feed(b"x" * 16)], "one of kind"),
+        ({"forwards": True}, [forward(chain.hops[1].address, b"")], "key: '0 bytes'"),
+        ({"forwards": True}, [forward(chain.hops[1].address, bytes(65))], "key: '65 bytes'"),
+        ({"forwards": True}, [DONE, step(one, 0)], "none after done"),
         ({}, [step(one, 0, dropped=True)], "neither dropped nor hops"),
         ({}, [step(one, 0, hops=[timing])], "neither dropped nor hops"),
     ]
@@ -353,6 +360,33 @@ def test_a_next_server_that_ended_its_session_in_order_is_named_at_the_next_step
         code, said = session.streams[0].refusal(*[step(hidden(chain.files, 1), at, at) for at in range(2, 60)])
     assert code is LOST
     assert said == f"the next server of the chain, {chain.hops[2].address}, has ended its part of the session"
+
+
+@given(st.data())
+@settings(deadline=None, database=None, max_examples=60, suppress_health_check=list(HealthCheck))
+def test_whatever_a_feed_sends_is_answered_or_refused_and_leaves_nothing(servers: Servers, data: st.DataObject) -> None:
+    """Also to the session after it, which is forwarded to."""
+    aim = target(describe(servers.hops[1].address), FLAGS, 1 << 20)
+    messages = data.draw(feeds(aim))
+    with opened(servers, (1, 2), fed=True) as session, Raw(servers.hops[1].address) as feeding:
+        feeding.send(feed(session.keys[0]), *messages)
+        ends = [_end(feeding), *map(_end, session.streams)]
+    for code, said in ends:
+        assert code is grpc.StatusCode.OK or (code in {*REFUSALS, LOST} and said and not said.startswith(UNCAUGHT))
+    assert eventually(servers.free, within_s=60)
+
+
+def _end(raw: Raw) -> tuple[grpc.StatusCode, str]:
+    """How a stream ends that the client closes after it has sent all."""
+    try:
+        while raw.end().WhichOneof("kind") != "closed":
+            pass
+    except StopIteration:
+        pass
+    except grpc.RpcError as error:
+        failed: Any = error
+        return failed.code(), failed.details()
+    return grpc.StatusCode.OK, ""
 
 
 def test_nobody_waits_for_ever_for_a_feed_or_for_what_it_should_bring(files: ModelFiles) -> None:

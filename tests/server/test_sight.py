@@ -78,7 +78,7 @@ def test_metrics_and_log_are_exactly_what_happened(trunk: Trunk, files: ModelFil
         assert eventually(lambda: value(counted(trunk), "sessions_closed_total", cause="done") == 1)
         assert second.refusal(step(hidden(files, 1), 9, 2))[0].name == "INVALID_ARGUMENT"
     with Raw(trunk.address) as other:
-        other.refusal(opening(files, model="a name that is nowhere else"))
+        other.refusal(opening(files, digest="a name that is nowhere else"))
     assert (value(during, "sessions"), value(during, "sessions_limit"), value(during, "kv_blocks_used")) == (2, 2, 2)
     assert eventually(lambda: value(counted(trunk), "sessions_closed_total", cause="refused") == 1)
     after = counted(trunk)

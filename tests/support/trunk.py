@@ -136,6 +136,7 @@ def serve_here(
         yield TrunkHere(running.address, built)
     finally:
         running.server.stop(grace=0).wait()
+        security.next_servers.stop()
         variants.stop()
 
 
