@@ -57,6 +57,7 @@ SIZES = {
     "blocks": (int, 2, "runs of every arm"),
     "minutes": (float, 0.1, "longest duration"),
     "users": (int, 1, "browsers at once"),
+    "chain": (int, 2, "trunk servers one after the other"),
 }
 
 

@@ -7,7 +7,6 @@ servers are restarted for each pair. A third server, identical to the second, sh
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -58,15 +57,13 @@ def main(runs: Runs) -> None:
 def _started(config: Config, trunk: Trunk, seed: int) -> dict[str, list[Run]]:
     """Start the three servers once and run them RUNS times in random order."""
     with Runs(config, silent) as own, ExitStack() as stack:
-        addresses = {BATCHING: own.trunk_addresses(trunk.spec.flags.trunk)}
+        addresses = {BATCHING: own.hops(trunk.spec.flags.trunk)[0].addresses}
         for name in (WITHOUT, AGAIN):
             server = Unbatched(config)
             stack.callback(server.stop)
             addresses[name] = (server.address,)
         arms: dict[str, Callable[[], Run]] = {
-            name: partial(
-                side_by_side, Trunk(replace(trunk.spec, addresses=listed), trunk.states), mixed(1, LENGTH), STEPS
-            )
+            name: partial(side_by_side, Trunk(trunk.spec.at(*listed), trunk.states), mixed(1, LENGTH), STEPS)
             for name, listed in addresses.items()
         }
         for arm in arms.values():

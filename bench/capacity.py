@@ -102,7 +102,7 @@ def _steps(runs: Runs, trunk: Trunk, blocks: int) -> dict[str, list[Run]]:
     """The runs of each arm: trunk and plain forward at each size, and one sequence unbatched."""
     data = Plain(DTYPES[trunk.spec.dtype]).to_bytes(trunk.states[:, : LENGTH + STEPS + WARM_UP])
     plain, direct = Batched(trunk.spec, Contexts(data, LENGTH, SIZES)), Unbatched(runs.config)
-    at_direct = replace(trunk, spec=replace(trunk.spec, addresses=(direct.address,)))
+    at_direct = replace(trunk, spec=trunk.spec.at(direct.address))
     arms = {ALONE: partial(plain.run, 0, STEPS), DIRECT: partial(side_by_side, at_direct, mixed(1, LENGTH), STEPS)}
     for n in SIZES:
         arms[f"plain {n}"] = partial(plain.run, n, STEPS)

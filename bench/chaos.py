@@ -2,7 +2,8 @@
 
 The clients are worker processes of the split arm. The trunk is the embedded one, which its supervisor restarts on the
 same port. A random token of any client triggers the kill; the next kill waits until every client has had a token since.
-A request that arrives while no trunk runs fails at once and is retried.
+A request that arrives while no trunk runs fails at once and is retried. With `--chain N` the trunk is a chain of N
+servers with a spare each, and each kill hits one of them at random.
 """
 
 import random
@@ -19,8 +20,10 @@ from typing import Any
 import numpy as np
 import psutil
 
+from bench.chained import chained
 from bench.report import write
 from splitlearn.arms.compare import environment
+from splitlearn.arms.embedded_server import EmbeddedTrunk
 from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import ArmEnd
 from splitlearn.arms.worker import start
@@ -52,19 +55,26 @@ class Found:
     recoveries: list[Recovery] = field(default_factory=list)
 
 
-def main(runs: Runs) -> None:
-    """Measure and write docs/results/chaos.md."""
+def main(runs: Runs, chain: int = 1) -> None:
+    """Measure and write docs/results/chaos.md, or chaos_chain.md for a chain of so many links."""
+    if chain > 1:
+        with chained(runs, chain, 2, "default") as (own, servers):
+            order, what = random.Random(1), f"a chain of {chain} servers, each with a spare"
+            _measure(own, "chaos_chain", what, lambda: _kill_one(servers, order))
+        return
+    (address,) = runs.ready_spec("split", runs.flags("default")).hops[0].addresses
+    _measure(runs, "chaos", "their trunk", lambda: psutil.Process(trunk_pid(address)).kill())
+
+
+def _kill_one(servers: Sequence[EmbeddedTrunk], order: random.Random) -> None:
+    """Kill one that runs. The others have had the time to start again."""
+    running = [server for server in servers if server.alive()]
+    psutil.Process(order.choice(running).pid).kill()
+
+
+def _measure(runs: Runs, name: str, what: str, kill: Callable[[], None]) -> None:
     requests = [GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
-    flags = runs.flags("default")
-    (address,) = runs.ready_spec("split", flags).addresses
-    found, expected = chaos(
-        runs,
-        flags,
-        requests,
-        KILLS,
-        random.Random(0),
-        kill=lambda: psutil.Process(trunk_pid(address)).kill(),
-    )
+    found, expected = chaos(runs, runs.flags("default"), requests, KILLS, random.Random(0), kill)
     judged = [_judge(runs, prompt, expected[prompt], ids) for prompt, ids in found.different]
     lost = [recovery.seconds for recovery in found.recoveries]
     rows: list[dict[str, Any]] = [
@@ -80,12 +90,12 @@ def main(runs: Runs) -> None:
         {"what": "questions asked again, since no trunk was there to begin", "": found.asked_again},
     ]
     text = (
-        f"{CLIENTS} clients generate while their trunk is killed with SIGKILL at a random token. Most of a loss is the "
-        "time that the trunk takes to start. A token may differ where the gap of the two best logits is at most twice "
-        "the largest difference that one step in the place of single ones makes. Connections that are cut, trunks that "
-        "hang, are slow, or come back with another model: tests/client/test_faults.py."
+        f"{CLIENTS} clients generate through {what}. At random tokens a trunk server is killed with SIGKILL. Most of a "
+        "loss is the time that a trunk takes to start. A token may differ where the gap of the two best logits is at "
+        "most twice the largest difference that one step in the place of single ones makes. Connections that are cut, "
+        "trunks that hang, are slow, or come back with another model: tests/client/test_faults.py."
     )
-    write("chaos", "The trunk killed while clients generate", text, rows, environment(runs))
+    write(name, "Trunk servers killed while clients generate", text, rows, environment(runs))
 
 
 def chaos(

@@ -150,14 +150,15 @@ def held(spec: ArmSpec) -> Held:
 
 def kv_blocks(spec: ArmSpec) -> int:
     """KV blocks in use, by the server's own metrics."""
-    with closing(TrunkProbe(spec.credentials)) as probe:
-        text = probe.snapshot(spec.addresses).metrics
+    (hop,) = spec.hops
+    with closing(TrunkProbe(hop.credentials)) as probe:
+        text = probe.snapshot(hop.addresses).metrics
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return next(int(sample.value) for sample in samples if sample.name == KV_BLOCKS)
 
 
 def _server(spec: ArmSpec) -> psutil.Process:
-    return psutil.Process(trunk_pid(spec.addresses[0]))
+    return psutil.Process(trunk_pid(spec.hops[0].addresses[0]))
 
 
 def _row(name: str, now: Held) -> dict[str, str]:

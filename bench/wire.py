@@ -57,7 +57,7 @@ def _round(runs: Runs, echoes: Mapping[str, Echo], order: random.Random) -> dict
     loading.prepare_process(client.process, spec.threads)
     placement = loading.Placement.of(spec.device, spec.dtype)
     bottom, *rest = loading.load(spec.files, loading.client_specs(spec.plan), client.load, placement).chain
-    trunk = RemoteStage(spec.addresses, spec.served(), spec.timeout_s)
+    trunk = RemoteStage(spec.hops[0].addresses, spec.served(), spec.timeout_s)
     stages = [bottom, trunk, *rest]
     sessions = [stage.open(at_trunk.session if stage is trunk else client.session, 256) for stage in stages]
     chain = Chain(sessions, 0)

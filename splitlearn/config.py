@@ -6,7 +6,8 @@ which flags exist: `flags/registry.py` does.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar, get_args
 
@@ -59,9 +60,60 @@ def valid_next_servers(value: object) -> tuple[str, ...]:
     return found
 
 
+def valid_trunk(value: object) -> object:
+    """`valid_addresses`, or the links of a chain, which are mappings. Raises InputError for what is no chain."""
+    if not isinstance(value, list | tuple) or not any(isinstance(each, dict | TrunkLink) for each in value):
+        return valid_addresses(value)
+    links = tuple(_link(each, number) for number, each in enumerate(value, 1))
+    for number, (before, link) in enumerate(pairwise(links), 2):
+        _check_next(before, link, number)
+    _check_once(links)
+    return links
+
+
+def _link(value: object, number: int) -> "TrunkLink":
+    """Link `number` of a chain. Raises InputError."""
+    if isinstance(value, TrunkLink):
+        return value
+    where = f"trunk.address, link {number}"
+    if not isinstance(value, dict):
+        raise InputError(where, value, "a mapping with layers and address, as the other links are")
+    try:
+        link = checked(TrunkLink, value, "config key")
+    except InputError as error:
+        raise InputError(f"{where}: {error.field}", error.value, error.expected) from error
+    start, end = link.layers
+    if not 0 <= start < end:
+        raise InputError(f"{where}: layers", list(link.layers), "[start, end] with 0 <= start < end")
+    if EMBEDDED in link.address:
+        raise InputError(f"{where}: address", EMBEDDED, "the addresses of running servers: host:port")
+    return link
+
+
+def _check_next(before: "TrunkLink", link: "TrunkLink", number: int) -> None:
+    """Raise InputError unless link `number` begins where the one before ends."""
+    ends, begins = before.layers[1], link.layers[0]
+    if begins == ends:
+        return
+    wrong = f"[{begins}, {ends}) would be in both" if begins < ends else f"[{ends}, {begins}) would be in none"
+    raise InputError(
+        f"trunk.address, link {number}", str(link), f"layers from {ends} on, where link {number - 1} ends: {wrong}"
+    )
+
+
+def _check_once(links: "Sequence[TrunkLink]") -> None:
+    """Raise InputError for a server that is in two links."""
+    seen: dict[str, int] = {}
+    for number, link in enumerate(links, 1):
+        for each in link.address:
+            if seen.setdefault(each, number) != number:
+                expected = f"each server in one link: {each} is in link {seen[each]}, too"
+                raise InputError(f"trunk.address, link {number}", str(link), expected)
+
+
 # No segment begins with a dot, so that none is "..".
 _ROOT_PATH = re.compile(r"(https?://[A-Za-z0-9.-]+(:\d{1,5})?)?(/[\w~-][\w.~-]*)*/?", re.ASCII)
-_ADDRESSES = f"'{EMBEDDED}', or {address.ADDRESS}; or a list of addresses"
+_ADDRESSES = f"'{EMBEDDED}', or {address.ADDRESS}; or a list of addresses, or of a chain's links"
 
 
 def valid_chat(value: object) -> bool | str:
@@ -159,11 +211,25 @@ class TrunkTls(_Pair):
         return self
 
 
+class TrunkLink(_Section):
+    """A link of a chain of trunk servers: the `layers` [start, end) are at the first of `address` that works. `tls` and
+    `token` are those of the whole trunk unless they are given."""
+
+    layers: Annotated[tuple[int, int], Field(strict=False)]
+    address: Annotated[tuple[str, ...], BeforeValidator(valid_addresses)]
+    tls: TrunkTls | None = None
+    token: Variable | None = None
+
+    def __str__(self) -> str:
+        start, end = self.layers
+        return f"[{start}, {end}) at {' or '.join(self.address)}"
+
+
 class TrunkConfig(_Section):
     """Where the client finds its trunk, the first address that works and the others when that one is lost, and what it
-    shows to each."""
+    shows to each. Of a chain of trunk servers, `address` has the links."""
 
-    address: Annotated[tuple[str, ...], BeforeValidator(valid_addresses)] = (EMBEDDED,)
+    address: Annotated[tuple[str, ...] | tuple[TrunkLink, ...], BeforeValidator(valid_trunk)] = (EMBEDDED,)
     link: Annotated[str, Field(min_length=1)] | None = None
     """Of an emulated link, in the words of link/words.py."""
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
@@ -176,6 +242,21 @@ class TrunkConfig(_Section):
     def embedded(self) -> bool:
         """True when this program starts its trunk itself."""
         return self.address == (EMBEDDED,)
+
+    @property
+    def chain(self) -> tuple[TrunkLink, ...]:
+        """The links of a chain; none of a single trunk."""
+        return tuple(each for each in self.address if isinstance(each, TrunkLink))
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The addresses of a single trunk; none of a chain."""
+        return tuple(each for each in self.address if isinstance(each, str))
+
+    @property
+    def place(self) -> str:
+        """Where the trunk is, for people."""
+        return ", ".join(map(str, self.chain)) or " or ".join(self.addresses)
 
 
 class ServerTls(_Pair):

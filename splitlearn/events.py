@@ -196,13 +196,19 @@ class Reconnecting:
     lost: str
 
 
+Layers = tuple[int, int]
+"""The layers [start, end) of one server of a chain."""
+Hops = Mapping[Layers, Mapping[str, float]]
+"""The part of each server of a chain in a time breakdown, in the words of the whole one."""
+
+
 @dataclass(frozen=True)
 class StageTiming:
     """The cost of one step of one stage.
 
     `ledger` is the time breakdown: seconds on the critical path by part (bottom, encode, wire, queue, trunk, decode,
     recover, top, model). `compile_s` of it went into compilation. Bytes are those on the wire. `overlapped_s` is the
-    trunk's time while the client worked itself.
+    trunk's time while the client worked itself. `hops` is empty for a trunk of one server.
     """
 
     ledger: Mapping[str, float]
@@ -211,6 +217,7 @@ class StageTiming:
     bytes_down: int = 0
     recoveries: tuple[Recovery, ...] = ()
     overlapped_s: float = 0.0
+    hops: Hops = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,6 +235,7 @@ class TokenEvent:
     - `logprobs`: for each of `token_ids` its candidate and then the likeliest ones, where the request asks for them.
     - `prompt_logprobs`: the same for the prompt's tokens, with the first step of an `echo`; the first one's is NaN.
     - `calls`: the tool calls that end in this step. Their text is not part of `text`.
+    - `hops`: what of `ledger` each server of a chain has; empty for a trunk of one server.
     """
 
     token_ids: tuple[int, ...]
@@ -245,6 +253,7 @@ class TokenEvent:
     logprobs: tuple[tuple["Candidate", ...], ...] = ()
     prompt_logprobs: tuple[tuple["Candidate", ...], ...] = ()
     calls: tuple[ToolCall, ...] = ()
+    hops: Hops = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

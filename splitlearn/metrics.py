@@ -7,11 +7,11 @@ TPS (decode) = 1 / TPOT; ITL_i = t_i - t_(i-1).
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 
-from splitlearn.events import Done, Event, FinishReason, Mismatch, Recovery, SpotCheckResult, TokenEvent
+from splitlearn.events import Done, Event, FinishReason, Hops, Mismatch, Recovery, SpotCheckResult, TokenEvent
 
 UNATTRIBUTED = "unattributed"
 PARTS: Mapping[str, str] = {
@@ -33,6 +33,8 @@ PARTS: Mapping[str, str] = {
 }
 """The parts of a time breakdown, in the order in which they happen, each with what it is."""
 LEDGER_ORDER = tuple(PARTS)
+HOP_PARTS = ("wire", "queue", "trunk")
+"""The parts that are shown of each server of a chain."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class RunMetrics:
     """The steps that the figures were computed from."""
     cached_tokens: int = 0
     spot_checks: SpotCheckResult = SpotCheckResult()
+    hops: Hops = field(default_factory=dict)
+    """What of `ledger` each server of a chain has; empty for a trunk of one server."""
+    decode_hops: Hops = field(default_factory=dict)
+    """The same of `decode_ledger`."""
 
     @classmethod
     def from_events(cls, events: Iterable[Event], sample: int = 0) -> "RunMetrics | None":
@@ -112,6 +118,8 @@ class RunMetrics:
             steps=tuple(steps),
             cached_tokens=done.cached_tokens,
             spot_checks=done.spot_checks,
+            hops=_sum_hops(steps),
+            decode_hops=_sum_hops(steps[1:]),
         )
 
     @property
@@ -132,8 +140,16 @@ class RunMetrics:
     @property
     def per_token(self) -> dict[str, float]:
         """The time breakdown of a token after the first, in seconds: it sums to TPOT. Empty for a single token."""
+        return self._per_token(self.decode_ledger)
+
+    @property
+    def hops_per_token(self) -> dict[str, dict[str, float]]:
+        """What of `per_token` each server of a chain has, by its layers in words."""
+        return {f"[{start}, {end})": self._per_token(own) for (start, end), own in self.decode_hops.items()}
+
+    def _per_token(self, parts: Mapping[str, float]) -> dict[str, float]:
         after = self.n_tokens - len(self.steps[0].token_ids) if self.steps else 0
-        return {name: spent / after for name, spent in self.decode_ledger.items()} if after else {}
+        return {name: spent / after for name, spent in parts.items()} if after else {}
 
     @property
     def itl_p50_s(self) -> float | None:
@@ -206,3 +222,12 @@ def _sum(steps: Iterable[TokenEvent]) -> dict[str, float]:
     for step in steps:
         total.update(step.ledger)
     return dict(total)
+
+
+def _sum_hops(steps: Sequence[TokenEvent]) -> Hops:
+    layers = sorted({each for step in steps for each in step.hops})
+    total = {each: Counter[str]() for each in layers}
+    for step in steps:
+        for each, own in step.hops.items():
+            total[each].update(own)
+    return {each: dict(own) for each, own in total.items()}

@@ -18,7 +18,7 @@ from splitlearn.checkpoints import catalogue
 from splitlearn.config import AUTO, Config
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.flags.selection import check
-from splitlearn.models.plan import SplitPlan
+from splitlearn.models.plan import plan_of
 from splitlearn.planning.auto import settle
 from splitlearn.runtime import collector, command_line, home, ports, private_apis, programs, proxies
 from splitlearn.runtime.command_line import Job, whole
@@ -126,7 +126,7 @@ def _serve(settings: Config, port: int, login: Login, keys: Accounts | None, rep
     check(settings.flags)
     files = catalogue.find(settings.model)
     if files is not None and settings.split != AUTO:
-        SplitPlan.of(settings.cut.start, settings.cut.end, files.n_layers)
+        plan_of(settings, files.n_layers)
     startup = Startup(settings, settle=settle)
     try:
         startup.begin()

@@ -22,6 +22,7 @@ from splitlearn.metrics import UNATTRIBUTED, RunMetrics, first_difference, tps_o
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime import hardware
 from splitlearn.runtime.load import reading
+from splitlearn.wire import trunk_pb2 as pb
 
 Watch = Callable[[Kind, Item], None]
 
@@ -206,13 +207,18 @@ def compare(
 
 def environment(runs: Runs) -> dict[str, Any]:
     """What a reader needs to know of the machine and the software to place the figures."""
-    trunk = runs.describe_trunk()
+    trunk, *others = runs.describe_trunks()
+    after = {"after": {f"[{each.start}, {each.end})": _server(each) for each in others}} if others else {}
     return {
         **hardware.describe(),
         "device": runs.device,
         "digest": runs.files.digest,
-        "trunk": {"device": trunk.device, "threads": trunk.threads, **dict(sorted(trunk.machine.items()))},
+        "trunk": {**_server(trunk), **after},
     }
+
+
+def _server(described: pb.Description) -> dict[str, Any]:
+    return {"device": described.device, "threads": described.threads, **dict(sorted(described.machine.items()))}
 
 
 def arm_as_json(report: ArmReport) -> dict[str, Any]:
@@ -328,7 +334,15 @@ def _trunk_as_json(report: ArmReport) -> dict[str, Any]:
         "trunk_import_rss_bytes": trunk.import_rss_bytes if trunk else 0,
         "trunk_load_s": trunk.load_s if trunk else 0.0,
         "trunk_threads": trunk.threads if trunk else 0,
+        "hops": [_hop(report, number) for number in range(len(report.hops))],
     }
+
+
+def _hop(report: ArmReport, number: int) -> dict[str, Any]:
+    """A server of a chain, and its part of the time breakdown."""
+    facts, (layers, ledger) = report.hops[number], list(report.metrics.hops.items())[number]
+    parts = {f"{name}_s": spent for name, spent in ledger.items()}
+    return {"layers": list(layers), **asdict(facts), "ledger": parts}
 
 
 def _ledger(metrics: RunMetrics) -> dict[str, float]:

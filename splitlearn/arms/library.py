@@ -15,19 +15,19 @@ from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import ArmSpec
 from splitlearn.arms.worker_main import Arm
 from splitlearn.checkpoints import catalogue
-from splitlearn.client.served import check_served, describe, with_trunk
+from splitlearn.client.hop import hops_of
+from splitlearn.client.served import with_trunk
 from splitlearn.config import Config
 from splitlearn.errors import SplitlearnError
 from splitlearn.events import Event, GenerationRequest, Kind
 from splitlearn.flags import selection
 from splitlearn.flags.registry import SIDES
 from splitlearn.link.words import parse
-from splitlearn.models.plan import SplitPlan
+from splitlearn.models.plan import plan_of
 from splitlearn.response_format import JsonFormat
 from splitlearn.runtime.progress import silent
 from splitlearn.sampling import SamplingParams
 from splitlearn.stages.base import Stage
-from splitlearn.wire import channel
 
 MODEL = "smollm2-135m-instruct"
 
@@ -57,8 +57,8 @@ class Stages(Sequence[Stage]):
 
     def close(self) -> None:
         """Close the connection to a remote trunk. What is local ends with the last reference to it."""
-        if self._arm.trunk is not None:
-            self._arm.trunk.close()
+        for trunk in self._arm.trunks:
+            trunk.close()
 
     def events(self, request: GenerationRequest) -> Iterator[Event]:
         """The events of one generation."""
@@ -204,17 +204,13 @@ def _request(
 def _spec(kind: Kind, settings: Config, flags: str) -> ArmSpec:
     """What to load: checked, with the flags that can be applied here and at the trunk."""
     selection.check(flags)
-    model, split = settings.model, settings.cut
+    model = settings.model
     files = catalogue.prepare(model, silent)
     place = place_of(Question(files, None, model.device, model.dtype, chat=False))
     known = selection.availability(dict.fromkeys(SIDES, place))
-    plan = SplitPlan.of(split.start, split.end, files.n_layers)
-    addresses = () if kind == "full" or settings.trunk.embedded else settings.trunk.address
-    shown = channel.credentials(settings.trunk) if addresses else channel.NONE
+    plan = plan_of(settings, files.n_layers)
+    hops = () if kind == "full" else hops_of(settings.trunk, plan)
     arm = partial(ArmSpec.of, kind, settings, files, plan, place.device)
-    served = arm(selection.FlagSet()).served()
-    for address in addresses:
-        said = describe(address, shown)
-        check_served(said, served, address)
-        known = with_trunk(known, said)
-    return arm(selection.parse(flags, known), addresses, shown)
+    described = [said for hop in hops for said in hop.check_each(arm(selection.FlagSet()).served())]
+    known = with_trunk(known, *described) if described else known
+    return arm(selection.parse(flags, known), hops)

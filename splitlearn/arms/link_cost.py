@@ -18,7 +18,7 @@ from splitlearn.metrics import RunMetrics
 
 @dataclass(frozen=True)
 class LinkCost:
-    """`real` is the link to the trunk beside the emulated one."""
+    """`real` is the link to the trunk, of a chain to its first server, beside the emulated one."""
 
     link: Link
     real: RealLink
@@ -61,8 +61,9 @@ def link_cost(
     for item in runs.stream("split", flags, request, cancelled, link=Link()):
         watch("split", item)
         if isinstance(item, ArmReport):
-            real = real_link(runs.trunk_address(), runs.credentials)
-            predicted = predict(item.samples, over.link)
+            hops = runs.hops()
+            real = real_link(hops[0].address(), hops[0].credentials)
+            predicted = predict(item.samples, over.link, len(hops))
             return LinkCost(over.link, real, _times(item.samples), predicted, _times(over.samples))
     return None
 

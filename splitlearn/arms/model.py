@@ -8,7 +8,7 @@ from splitlearn.checkpoints import catalogue
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.config import Config
 from splitlearn.errors import InputError
-from splitlearn.models.plan import SplitPlan
+from splitlearn.models.plan import SplitPlan, plan_of
 from splitlearn.runtime.progress import Progress
 
 
@@ -27,7 +27,7 @@ class Model:
         """Fetch and convert the weights if the cache lacks them, then read everything else. Takes seconds, at first
         minutes. Raises InputError and ModelError."""
         files, draft = catalogue.prepare(config.model, progress), _draft(config, progress)
-        plan = SplitPlan.of(config.cut.start, config.cut.end, files.n_layers)
+        plan = plan_of(config, files.n_layers)
         model = config.model
         question = Question(files, draft, model.device, model.dtype, config.generation.chat)
         return cls(files, draft, plan, capabilities_cache.find(question, catalogue.cache_folder(model), progress))

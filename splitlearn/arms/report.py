@@ -31,6 +31,8 @@ class ArmReport:
     """Of the samples after the first."""
     link: Link = Link()
     """The emulated link to the trunk."""
+    hops: tuple[TrunkFacts, ...] = ()
+    """What each server of a chain said of itself; `trunk` has all together."""
 
     @property
     def samples(self) -> tuple[RunMetrics, ...]:

@@ -106,7 +106,7 @@ class Runs(Setup):
             for item in worker.exchange.ask(spec.flags, request, holder, stop):
                 if isinstance(item, ArmEnd):
                     found = of_samples(events, request.samples)
-                    yield replace(self._report(spec, worker, found, item), link=self.link if spec.via else Link())
+                    yield replace(self._report(spec, worker, found, item), link=self.link if spec.emulated else Link())
                 else:
                     events.append(item)
                     yield item
@@ -241,7 +241,7 @@ class Runs(Setup):
                 continue
             end = next((item for item in seen if isinstance(item, ArmEnd)), None)
             if found and end is not None:
-                yield replace(self._report(spec, worker, found, end), link=link if spec.via else Link())
+                yield replace(self._report(spec, worker, found, end), link=link if spec.emulated else Link())
             return
 
     def _report(self, spec: ArmSpec, worker: Worker, found: tuple[RunMetrics, ...], end: ArmEnd) -> ArmReport:
@@ -257,6 +257,7 @@ class Runs(Setup):
             threads=worker.ready.threads,
             trunk_address=end.trunk.address if end.trunk else None,
             trunk=end.trunk,
+            hops=end.hops if len(end.hops) > 1 else (),
             kv_bytes_per_token=self.model.trunk_kv_bytes() if spec.kind == "split" else 0,
             texts=end.texts,
             others=found[1:],

@@ -51,8 +51,8 @@ class Departure:
 class Serving:
     """The generations under way. `over` makes the decode loop over the stages of one client; `send` takes messages."""
 
-    def __init__(self, batching: Batching, trunk: RemoteStage | None, over: Over, send: Send) -> None:
-        self._batching, self._trunk, self._over, self._send = batching, trunk, over, send
+    def __init__(self, batching: Batching, trunks: Sequence[RemoteStage], over: Over, send: Send) -> None:
+        self._batching, self._trunks, self._over, self._send = batching, trunks, over, send
         self._departures: dict[int, Departure] = {}
 
     def start(self, asked: ServeRequest) -> None:
@@ -83,7 +83,7 @@ class Serving:
                 events.append(event)
                 if departure.gone:
                     break
-        facts = self._trunk.facts if self._trunk else None
+        facts = tuple(trunk.facts for trunk in self._trunks)
         return ArmEnd(process.peak_resident_bytes(), facts, texts_of(answers.tokens, events, asked.request))
 
 

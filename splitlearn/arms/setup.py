@@ -11,7 +11,8 @@ from splitlearn.arms.model import Model
 from splitlearn.arms.spec import ArmSpec, Kind
 from splitlearn.arms.trunk_pool import TrunkPool
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.served import check_served, describe, first_that_works, with_trunk
+from splitlearn.client.hop import Hop, hops_of
+from splitlearn.client.served import with_trunk
 from splitlearn.config import AUTO, Config
 from splitlearn.errors import InputError
 from splitlearn.flags.registry import SIDES, Place
@@ -104,17 +105,27 @@ class Setup:
         """The dtype of weights and activations, by torch's name."""
         return self.config.model.dtype
 
-    def trunk_addresses(self, applied: frozenset[str] | None = None) -> tuple[str, ...]:
-        """Where trunks listen, in the order of preference. `applied` are the trunk's flags, None for any.
+    def hops(self, applied: frozenset[str] | None = None) -> tuple[Hop, ...]:
+        """The way through the trunk: one hop, or several of a chain. `applied` are the trunk's flags, None for any.
 
-        Starts the embedded trunk that has these flags, where there is none yet.
+        Starts the embedded trunk that has these flags, where there is none yet. Raises InputError for credentials that
+        cannot be used.
         """
         if not self.config.trunk.embedded:
-            return self.config.trunk.address
+            return self._hops
         if applied is None:
             latest = self._trunks.latest
             applied = self._first_flags if latest is None else latest
-        return (self._trunks.address(applied),)
+        return (Hop(self.plan, (self._trunks.address(applied),)),)
+
+    @cached_property
+    def _hops(self) -> tuple[Hop, ...]:
+        plan = self.plan  # reading the model may settle other addresses
+        return hops_of(self.config.trunk, plan)
+
+    def trunk_addresses(self) -> tuple[str, ...]:
+        """Where trunks listen, in the order of preference; of a chain, those of the first hop."""
+        return self.hops()[0].addresses
 
     @property
     def _first_flags(self) -> frozenset[str]:
@@ -122,25 +133,19 @@ class Setup:
         return parse_flags(self.config.flags, self.availability_here).trunk
 
     def trunk_address(self) -> str:
-        """Where a trunk answers: the first address that there is, or the first of several that works."""
-        first, *others = self.trunk_addresses()
-        return first_that_works((first, *others), self._answering) if others else first
-
-    def _answering(self, address: str) -> str:
-        """`address`, if a trunk answers there."""
-        describe(address, self.credentials)
-        return address
+        """Where a trunk answers: the first address that there is, or the first of several that works. Of a chain, that
+        of the first hop."""
+        return self.hops()[0].address()
 
     def check_trunk(self) -> None:
         """Raise TrunkError unless a trunk answers and serves what this configuration needs."""
-        served, shown = self.spec("full", FlagSet()).served(), self.credentials
-        first_that_works(
-            self.trunk_addresses(), lambda address: check_served(describe(address, shown), served, address)
-        )
+        served = self.spec("full", FlagSet()).served()
+        for hop in self.hops():
+            hop.check(served)
 
     def availability(self) -> Availability:
         """Which flags can be applied where: here for full and client; for the trunk, what its server says."""
-        return with_trunk(self.availability_here, self.describe_trunk())
+        return with_trunk(self.availability_here, *self.describe_trunks())
 
     @property
     def availability_here(self) -> Availability:
@@ -148,12 +153,17 @@ class Setup:
         return availability(dict.fromkeys(SIDES, self.here))
 
     def describe_trunk(self) -> pb.Description:
-        """What the trunk says that it serves. Raises TrunkError."""
-        return describe(self.trunk_address(), self.credentials)
+        """What the trunk says that it serves; of a chain, its first server. Raises TrunkError."""
+        return self.hops()[0].describe()
+
+    def describe_trunks(self) -> list[pb.Description]:
+        """What each server of the trunk says that it serves. Raises TrunkError."""
+        return [hop.describe() for hop in self.hops()]
 
     @cached_property
     def credentials(self) -> Credentials:
-        """What is shown to the trunk; the embedded one is on loopback and asks for nothing. Raises InputError."""
+        """What is shown to the trunk, of a chain unless a link says otherwise; the embedded one is on loopback and asks
+        for nothing. Raises InputError."""
         return NONE if self.config.trunk.embedded else channel.credentials(self.config.trunk)
 
     def flags(self, text: str) -> FlagSet:
@@ -166,16 +176,13 @@ class Setup:
         what emulates `link` (None: the configured one)."""
         if kind == "full":
             return self.spec(kind, flags)
-        addresses = self.trunk_addresses(flags.trunk)
-        via = self._routes.over(self.link if link is None else link, addresses)
-        return replace(self.spec(kind, flags, addresses), via=via)
+        over = self.link if link is None else link
+        hops = [replace(hop, via=self._routes.over(over, hop.addresses)) for hop in self.hops(flags.trunk)]
+        return self.spec(kind, flags, tuple(hops))
 
-    def spec(self, kind: Kind, flags: FlagSet, addresses: tuple[str, ...] = ()) -> ArmSpec:
-        """What a worker of this arm is told; `addresses` are those of its trunk."""
-        shown = self.credentials if kind == "split" else NONE
-        return ArmSpec.of(
-            kind, self.config, self.files, self.plan, self.device, flags, addresses, shown, self.model.draft
-        )
+    def spec(self, kind: Kind, flags: FlagSet, hops: tuple[Hop, ...] = ()) -> ArmSpec:
+        """What a worker of this arm is told; `hops` lead to its trunk."""
+        return ArmSpec.of(kind, self.config, self.files, self.plan, self.device, flags, hops, self.model.draft)
 
     def check_cut(self, plan: SplitPlan) -> None:
         """Raise InputError for a cut that a remote trunk does not serve."""

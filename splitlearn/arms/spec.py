@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from splitlearn.checkpoints.catalogue import with_folder
 from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.hop import Hop
 from splitlearn.client.served import ServedModel, TrunkFacts
 from splitlearn.config import Config, PrefixCacheConfig
 from splitlearn.errors import SplitlearnError
@@ -12,17 +13,16 @@ from splitlearn.events import Kind as Kind
 from splitlearn.flags.registry import SIDES, of_scope
 from splitlearn.flags.selection import FlagSet
 from splitlearn.models.plan import SplitPlan
-from splitlearn.wire.channel import NONE, Credentials
 
 CANCEL = "cancel"
 
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """All that a worker needs to know. `device` and `dtype` are torch's names. `addresses` are the trunk's, none for
-    the full arm; over an emulated link `via` says where to connect for each of them. `draft` is the draft model, if one
-    is configured. `copy` tells apart workers that are otherwise the same. `kv_bytes` limits the KV memory of
-    generations at once, None to a share of what is free. `verify` is the share of the trunk's answers to check."""
+    """All that a worker needs to know. `device` and `dtype` are torch's names. `hops` lead to the trunk, several to a
+    chain of servers, none in the full arm. `draft` is the draft model, if one is configured. `copy` tells apart workers
+    that are otherwise the same. `kv_bytes` limits the KV memory of generations at once, None to a share of what is
+    free. `verify` is the share of the trunk's answers to check."""
 
     kind: Kind
     files: ModelFiles
@@ -31,12 +31,10 @@ class ArmSpec:
     dtype: str
     threads: int | None
     flags: FlagSet
-    addresses: tuple[str, ...]
+    hops: tuple[Hop, ...]
     timeout_s: float
-    credentials: Credentials = NONE
     draft: ModelFiles | None = None
     copy: int = 0
-    via: tuple[str, ...] = ()
     prefix_cache: PrefixCacheConfig = PrefixCacheConfig()
     kv_bytes: int | None = None
     verify: float = 0.0
@@ -50,11 +48,10 @@ class ArmSpec:
         plan: SplitPlan,
         device: str,
         flags: FlagSet,
-        addresses: tuple[str, ...] = (),
-        credentials: Credentials = NONE,
+        hops: tuple[Hop, ...] = (),
         draft: ModelFiles | None = None,
     ) -> "ArmSpec":
-        """The arm `kind` of `config`, with the `flags` of its sides; only the split arm shows the `credentials`."""
+        """The arm `kind` of `config`, with the `flags` of its sides."""
         split = kind == "split"
         return cls(
             kind,
@@ -64,9 +61,8 @@ class ArmSpec:
             config.model.dtype,
             config.runs.threads,
             replace(flags, full=frozenset()) if split else FlagSet(full=flags.full),
-            addresses,
+            hops,
             config.trunk.timeout_s,
-            credentials if split else NONE,
             draft,
             prefix_cache=with_folder(config.prefix_cache, config.model),
             kv_bytes=config.api.kv_bytes,
@@ -74,7 +70,17 @@ class ArmSpec:
         )
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.files.digest, self.flags, self.addresses, self.copy, self.via))
+        return hash((self.kind, self.files.digest, self.flags, self.hops, self.copy))
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the way to the trunk is an emulated link."""
+        return any(hop.via for hop in self.hops)
+
+    def at(self, *addresses: str) -> "ArmSpec":
+        """This with its trunk, which is one server, at other addresses."""
+        (hop,) = self.hops
+        return replace(self, hops=(replace(hop, addresses=addresses),))
 
     def loaded(self) -> "ArmSpec":
         """This without session flags, which each generation brings. Arms that differ only in those share a process."""
@@ -82,7 +88,7 @@ class ArmSpec:
         return replace(self, flags=FlagSet(**kept))
 
     def served(self) -> ServedModel:
-        """What the trunk must serve."""
+        """What the trunk must serve, of a chain all servers together."""
         return ServedModel(self.files.name, self.files.digest, self.plan, self.dtype, self.files.facts.hidden_size)
 
 
@@ -128,12 +134,17 @@ class Texts:
 
 @dataclass(frozen=True)
 class ArmEnd:
-    """A generation is over: the worker's peak memory so far, what the trunk said of itself (None for full), and the
-    texts of its tokens."""
+    """A generation is over: the worker's peak memory so far, what each server of the trunk said of itself (none for
+    full), and the texts of its tokens."""
 
     peak_rss_bytes: int
-    trunk: TrunkFacts | None
+    hops: tuple[TrunkFacts, ...]
     texts: Texts = Texts()
+
+    @property
+    def trunk(self) -> TrunkFacts | None:
+        """What the trunk said of itself, of a chain all servers together; None for full."""
+        return TrunkFacts.together(self.hops)
 
 
 @dataclass(frozen=True)

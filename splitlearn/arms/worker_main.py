@@ -30,6 +30,7 @@ from splitlearn.arms.spec import (
 )
 from splitlearn.arms.texts import texts_of
 from splitlearn.checkpoints import chat_template
+from splitlearn.client.hop import Hop
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.errors import InputError, as_error
 from splitlearn.events import Event, Reconnecting
@@ -43,6 +44,7 @@ from splitlearn.generation.prefix_cache import PrefixCache
 from splitlearn.generation.speculation import Proposer
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.kvcache.prefix_files import secret_of, store_of
+from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime import process
 from splitlearn.scheduling.batching import Batching
 from splitlearn.stages import loading
@@ -62,11 +64,11 @@ Watch = Callable[[Reconnecting], None]
 @dataclass(frozen=True)
 class Arm:
     """A loaded arm. `answers` generates under the flags it was loaded with, `under` makes the generator for others that
-    differ in session flags. `trunk` is its remote trunk, if it has one. `serving` makes what runs many at once."""
+    differ in session flags. `trunks` are the servers of its remote trunk. `serving` makes what runs many at once."""
 
     answers: Generator
     under: Callable[[FlagSet], Generator]
-    trunk: RemoteStage | None
+    trunks: tuple[RemoteStage, ...]
     ready: ArmReady
     serving: Callable[[Send], Serving]
 
@@ -100,7 +102,7 @@ def work(connection: Connection, spec: ArmSpec) -> None:
                 connection.send_bytes(pickle.dumps(event, pickle.HIGHEST_PROTOCOL))
                 events.append(event)
             peak = max(loading_peak, process.peak_resident_bytes())
-            facts = arm.trunk.facts if arm.trunk else None
+            facts = tuple(trunk.facts for trunk in arm.trunks)
             connection.send(ArmEnd(peak, facts, texts_of(answers.tokens, events, request)))
         except Exception as error:  # the run fails with its cause; the worker goes on
             connection.send(as_error(error, "generating"))
@@ -126,7 +128,7 @@ def load(spec: ArmSpec, watch: Watch = lambda notice: None) -> Arm:
     tokens = read_tokens(spec)
     tokenizer_bytes = process.resident_bytes() - before
     loaded = loading.load(spec.files, _specs(spec), local.load, loading.Placement.of(spec.device, spec.dtype))
-    trunk = open_trunk(spec, watch)
+    trunks = open_trunks(spec, watch)
     drafting, draft_load_s = _load_draft(spec)
     ready = ArmReady(loaded.load_s + draft_load_s, loaded.import_rss_bytes - tokenizer_bytes, threads)
 
@@ -135,10 +137,10 @@ def load(spec: ArmSpec, watch: Watch = lambda notice: None) -> Arm:
 
     @cache
     def under(flags: FlagSet) -> Generator:
-        return generator(replace(spec, flags=flags), loaded.chain, trunk, tokens, drafting, prefixes)
+        return generator(replace(spec, flags=flags), loaded.chain, trunks, tokens, drafting, prefixes)
 
     def serving(send: Send) -> Serving:
-        own = open_trunk(spec)  # a lost trunk is nobody's notice here: it would not say whose
+        own = open_trunks(spec)  # a lost trunk is nobody's notice here: it would not say whose
 
         def over(asked: ServeRequest, stages: Sequence[Stage]) -> Generator:
             return generator(replace(spec, flags=asked.flags), stages, own, tokens, drafting, prefixes, asked.holder)
@@ -146,7 +148,7 @@ def load(spec: ArmSpec, watch: Watch = lambda notice: None) -> Arm:
         usual = settings(_own_flags(spec) | SHARING).session
         return Serving(Batching.of(loaded.chain, usual, spec.kv_bytes, "api.kv_bytes"), own, over, send)
 
-    return Arm(under(spec.flags), under, trunk, ready, serving)
+    return Arm(under(spec.flags), under, trunks, ready, serving)
 
 
 def _until_cancelled(events: abc.Generator[Event, None, None], connection: Connection) -> Iterator[Event]:
@@ -185,31 +187,35 @@ def _specs(spec: ArmSpec) -> list[loading.StageSpec]:
     if spec.kind == "full":
         return loading.full_specs(spec.plan.n_layers)
     bottom, *rest = loading.client_specs(spec.plan)
-    return [bottom, *rest] if spec.addresses else [bottom, *loading.trunk_specs(spec.plan), *rest]
+    return [bottom, *rest] if spec.hops else [bottom, *loading.trunk_specs(spec.plan), *rest]
 
 
-def open_trunk(spec: ArmSpec, watch: Watch = lambda notice: None) -> RemoteStage | None:
-    """The remote trunk's stage, None if the arm has none. A first session connects, and starts a variant if need be."""
-    if not spec.addresses:
-        return None
-    timeout_s, checks = step_timeout_s(spec), _spot_checks(spec)
-    trunk = RemoteStage(spec.addresses, spec.served(), timeout_s, spec.credentials, spec.via, watch, checks)
+def open_trunks(spec: ArmSpec, watch: Watch = lambda notice: None) -> tuple[RemoteStage, ...]:
+    """The stages of the remote trunk, none if the arm has none. A first session at each connects, and starts a variant
+    if need be."""
+    return tuple(_open_trunk(spec, hop, watch) for hop in spec.hops)
+
+
+def _open_trunk(spec: ArmSpec, hop: Hop, watch: Watch) -> RemoteStage:
+    timeout_s, checks = step_timeout_s(spec), _spot_checks(spec, hop.plan)
+    trunk = RemoteStage(hop.addresses, hop.of(spec.served()), timeout_s, hop.credentials, hop.via, watch, checks)
     trunk.open(settings(spec.flags.trunk).session, max_length=1).close()
     return trunk
 
 
-def _spot_checks(spec: ArmSpec) -> SpotChecks | None:
-    """What checks the trunk's answers, None for nothing. Raises InputError for weights that are not the file's."""
+def _spot_checks(spec: ArmSpec, plan: SplitPlan) -> SpotChecks | None:
+    """What checks the answers of the layers of `plan`, None for nothing. Raises InputError for weights that are not the
+    file's."""
     if not spec.verify:
         return None
     applied, dtype = settings(spec.flags.trunk), DTYPES[spec.dtype]
     if (applied.load.weight_bits or 32) < 32:
         expected = "0 with weight_dtype at the trunk: its weights are not the file's"
         raise InputError("trunk.verify", spec.verify, expected)
-    reference = partial(trunk_layer_by_layer, spec.files, spec.plan, dtype)
+    reference = partial(trunk_layer_by_layer, spec.files, plan, dtype)
     # A flag of process scope may let the trunk multiply float32 values in bfloat16.
     least = torch.bfloat16 if applied.process and dtype == torch.float32 else dtype
-    return SpotChecks(spec.verify, spec.plan, reference, least)
+    return SpotChecks(spec.verify, plan, reference, least)
 
 
 def step_timeout_s(spec: ArmSpec) -> float:
@@ -239,18 +245,17 @@ def _load_draft(spec: ArmSpec) -> tuple[list[Callable[[], Proposer]], float]:
 def generator(
     spec: ArmSpec,
     stages: Sequence[Stage],
-    trunk: RemoteStage | None,
+    trunks: Sequence[RemoteStage],
     tokens: Tokens,
     drafting: Sequence[Callable[[], Proposer]] = (),
     prefixes: PrefixCache | None = None,
     holder: str = "",
 ) -> Generator:
-    """The decode loop over the arm's local stages. A remote trunk comes after the first stage, the proposers of
+    """The decode loop over the arm's local stages. The remote `trunks` come after the first stage, the proposers of
     `drafting` after those of the flags. `prefixes` are the process's kept ones, of which it sees those of `holder`."""
     local = _local_settings(spec)
     links = [Link(stage, local.session) for stage in stages]
-    if trunk is not None:
-        links.insert(1, Link(trunk, settings(spec.flags.trunk).session))
+    links[1:1] = [Link(trunk, settings(spec.flags.trunk).session) for trunk in trunks]
     generation = replace(local.generation, proposers=(*local.generation.proposers, *drafting))
     limit = spec.files.facts.context_length
     own = None if prefixes is None else replace(prefixes, context=_context(spec, holder))
@@ -260,4 +265,5 @@ def generator(
 def _context(spec: ArmSpec, holder: str) -> bytes:
     """All that the arm's keys and values depend on besides token ids, and whose they are."""
     flags = [sorted(spec.flags.of(side)) for side in SIDES]
-    return repr((spec.kind, spec.files.digest, spec.plan, spec.device, spec.dtype, flags, holder)).encode()
+    cuts = [spec.plan, *(hop.plan for hop in spec.hops)]
+    return repr((spec.kind, spec.files.digest, cuts, spec.device, spec.dtype, flags, holder)).encode()

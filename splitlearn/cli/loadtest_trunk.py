@@ -30,7 +30,10 @@ def load_trunk(config: Config, asked: LoadTest, progress: Progress, stopping: St
 
 def measure(runs: Runs, asked: LoadTest, progress: Progress, stopping: Stopping) -> LoadTestResult:
     """Check what is asked, start the clients, load the trunk. Raises InputError and TrunkError."""
-    chat, facts = runs.config.generation.chat, runs.files.facts
+    chat, facts, trunk = runs.config.generation.chat, runs.files.facts, runs.config.trunk
+    if asked.replay and trunk.chain:
+        expected = "one trunk server with --replay, which sends recorded hidden states to one; leave --replay out"
+        raise InputError("trunk.address", trunk.place, expected)
     tokens = Tokens.load(runs.files.folder, use_fast=True)
     lengths = [(len(tokens.encode(text, chat)), new_tokens) for text, new_tokens in asked.largest()]
     if asked.turns > 1 and chat is False:

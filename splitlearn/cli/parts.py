@@ -60,7 +60,7 @@ def parts(
     def run() -> None:
         from splitlearn.arms.runs import Runs
         from splitlearn.checkpoints import catalogue
-        from splitlearn.models.plan import SplitPlan
+        from splitlearn.models.plan import plan_of
         from splitlearn.planning import anatomy
         from splitlearn.planning.auto import without_figures
         from splitlearn.runtime.progress import on_console
@@ -68,7 +68,7 @@ def parts(
         with on_console() as progress:
             settings = without_figures(configured, progress).config
             files = catalogue.prepare(settings.model, progress)
-            plan = SplitPlan.of(settings.cut.start, settings.cut.end, files.n_layers)
+            plan = plan_of(settings, files.n_layers)
             model = anatomy.read(files, settings.model.dtype)
             report = None
             if cuts:

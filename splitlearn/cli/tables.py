@@ -16,6 +16,7 @@ from splitlearn.flags.registry import FLAGS, SIDES
 from splitlearn.flags.selection import Availability, FlagSet
 from splitlearn.flags.states import states
 from splitlearn.metrics import (
+    HOP_PARTS,
     LEDGER_ORDER,
     RunMetrics,
     mismatch_sentence,
@@ -181,14 +182,19 @@ def _ledger(full: RunMetrics, split: RunMetrics) -> PlainTable:
     """Where the time went, in milliseconds per step after the first, and as a share."""
     table = PlainTable("time per decoded token", "full", "", "split", "")
     for name in LEDGER_ORDER:
-        cells = []
-        for metrics in (full, split):
-            spent, all_of_it = metrics.decode_ledger.get(name), sum(metrics.decode_ledger.values())
-            steps = len(metrics.itl_s)
-            cells += [f"{spent / steps * 1e3:.2f} ms", f"{spent / all_of_it:.1%}"] if spent and steps else ["", ""]
+        cells = [*_share(full, full.decode_ledger.get(name)), *_share(split, split.decode_ledger.get(name))]
         if any(cells):
             table.add_row(name, *cells)
+    for (start, end), parts in split.decode_hops.items():
+        for name in HOP_PARTS:
+            table.add_row(f"[{start}, {end}) {name}", "", "", *_share(split, parts.get(name)))
     return table
+
+
+def _share(metrics: RunMetrics, spent: float | None) -> tuple[str, str]:
+    """Milliseconds per step after the first, and the share of the whole."""
+    steps, all_of_it = len(metrics.itl_s), sum(metrics.decode_ledger.values())
+    return (f"{spent / steps * 1e3:.2f} ms", f"{spent / all_of_it:.1%}") if spent and steps else ("", "")
 
 
 def _added(report: ArmReport) -> str:

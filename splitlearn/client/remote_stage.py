@@ -18,7 +18,7 @@ import torch
 from splitlearn.client.failover import Endpoints, RetryBudget
 from splitlearn.client.served import ServedModel, TrunkFacts
 from splitlearn.client.session_stream import Opening, SentStep, Stream, opening_of
-from splitlearn.errors import TrunkUnavailable
+from splitlearn.errors import TrunkError, TrunkUnavailable
 from splitlearn.events import Reconnecting, Recovery, SpotCheckResult, StageTiming
 from splitlearn.kvcache.prefix_store import BLOCK_TOKENS, BlockPart
 from splitlearn.stages.base import PendingStep, StageInput, StageOutput
@@ -127,7 +127,11 @@ class RemoteSession:
         self._pending: deque[SentStep] = deque()
         self._recovered: deque[StageOutput] = deque()  # answers to the other steps that were pending at a loss
         self._checks = None if stage.checks is None else stage.checks.session(max_length, opening.rows)
-        self._stream = self._open(endpoints.budget(), patient=False)
+        try:
+            self._stream = self._open(endpoints.budget(), patient=False)
+        except TrunkError as error:
+            stage.served.name(error)
+            raise
 
     def step(self, position: int, x: torch.Tensor, *, rope_length: int = 0) -> StageOutput:
         """Send `x` [1, T, H] and wait for the answer to all positions, from another trunk if this one is lost."""
@@ -143,7 +147,7 @@ class RemoteSession:
             return self._finish(position, sent, now, now)
 
         timing = StageTiming({"encode": sent.encode_s, "wire": sent.hand_over_s}, bytes_up=sent.size)
-        return PendingStep(timing, finish, partial(drop, sent))
+        return PendingStep(self._of_hop(timing), finish, partial(drop, sent))
 
     def fork(self, other: "RemoteSession", tokens: int) -> None:
         """Let the next step begin with the positions of `other` that the trunk has."""
@@ -187,10 +191,21 @@ class RemoteSession:
 
     def _finish(self, position: int, sent: SentStep, started: float, since: float | None = None) -> StageOutput:
         """The answer to the first pending step, which may be chosen for a spot check."""
-        output = self._answer(position, sent, started, since)
+        try:
+            output = self._answer(position, sent, started, since)
+        except TrunkError as error:
+            self._stage.served.name(error)
+            raise
         if self._checks is not None:
             self._checks.look(position, sent.data, output.x, self._sent, self._rope_length)
-        return output
+        return StageOutput(output.x, self._of_hop(output.timing))
+
+    def _of_hop(self, timing: StageTiming) -> StageTiming:
+        """`timing`, of a server in a chain also under its layers."""
+        served = self._stage.served
+        if not served.link:
+            return timing
+        return replace(timing, hops={(served.plan.start, served.plan.end): timing.ledger})
 
     def _answer(self, position: int, sent: SentStep, started: float, since: float | None) -> StageOutput:
         self._pending.popleft()
@@ -257,4 +272,5 @@ def _with(sent: StageTiming, output: StageOutput) -> StageOutput:
     """The output of a step, with the timings of both halves, sending and waiting."""
     timing = output.timing
     ledger = dict(Counter(sent.ledger) + Counter(timing.ledger))
-    return StageOutput(output.x, replace(timing, ledger=ledger, bytes_up=sent.bytes_up + timing.bytes_up))
+    hops = dict.fromkeys(timing.hops, ledger)
+    return StageOutput(output.x, replace(timing, ledger=ledger, bytes_up=sent.bytes_up + timing.bytes_up, hops=hops))

@@ -23,7 +23,7 @@ T = TypeVar("T")
 class ServedModel:
     """What the client needs a trunk to serve: a model by its digest, the layers of a plan, a dtype by its name.
 
-    The name of the model, which may be a path, is for people.
+    The name of the model, which may be a path, is for people. Of a server in a chain, `link` says which: "2 of 3".
     """
 
     model: str
@@ -31,6 +31,12 @@ class ServedModel:
     plan: SplitPlan
     dtype: str
     hidden_size: int
+    link: str = ""
+
+    def name(self, error: TrunkError) -> None:
+        """Let the message of `error` begin with the link of the chain, if this is one."""
+        if self.link:
+            error.args = (f"Link {self.link}, layers {self.plan}: {error}",)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,19 @@ class TrunkFacts:
     import_rss_bytes: int = 0
     peak_rss_bytes: int = 0
     address: str = ""
+
+    @classmethod
+    def together(cls, facts: "Sequence[TrunkFacts]") -> "TrunkFacts | None":
+        """The facts of all servers of a chain as one's: memory in sum. None without any."""
+        if len(facts) < 2:
+            return next(iter(facts), None)
+        return cls(
+            max(each.threads for each in facts),
+            max(each.load_s for each in facts),
+            sum(each.import_rss_bytes for each in facts),
+            sum(each.peak_rss_bytes for each in facts),
+            ", ".join(each.address for each in facts),
+        )
 
 
 def first_that_works(addresses: Sequence[str], ask: Callable[[str], T]) -> T:
@@ -77,7 +96,7 @@ def check_served(description: pb.Description, served: ServedModel, address: str)
             ("protocol", description.protocol, PROTOCOL),
             *named,
             ("weights digest", description.digest[:12], served.digest[:12]),
-            ("layers", f"[{description.start}, {description.end})", f"[{plan.start}, {plan.end})"),
+            ("layers", f"[{description.start}, {description.end})", str(plan)),
             ("dtype", description.dtype, served.dtype),
         )
         if theirs != ours
@@ -86,9 +105,12 @@ def check_served(description: pb.Description, served: ServedModel, address: str)
         raise TrunkRefused(f"The trunk server at {address} cannot be used. {'; '.join(differing)}.")
 
 
-def with_trunk(here: Availability, description: pb.Description) -> Availability:
-    """The flags available `here`, where the trunk side is that of the described server instead of this machine."""
-    reasons = {flag.name: flag.unavailable or None for flag in description.flags}
-    known = {name: reasons.get(name, "unknown to this trunk server") for name in here["trunk"]}
-    rule = auto.choose(description.machine.get("vector_instructions"), description.device, description.dtype)
-    return here.with_side("trunk", known, rule)
+def with_trunk(here: Availability, *described: pb.Description) -> Availability:
+    """The flags available `here`, where the trunk side is that of the described server instead of this machine: of a
+    chain, what all its servers can apply, and the last of their rules for `auto`."""
+    known: dict[str, str | None] = {}
+    for description in described:
+        reasons = {flag.name: flag.unavailable or None for flag in description.flags}
+        known = {name: known.get(name) or reasons.get(name, "unknown to this trunk server") for name in here["trunk"]}
+    rules = [auto.choose(each.machine.get("vector_instructions"), each.device, each.dtype) for each in described]
+    return here.with_side("trunk", known, max(rules, key=auto.RULES.index))

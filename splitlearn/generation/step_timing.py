@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from splitlearn.events import Recovery, StageTiming, TokenEvent
+from splitlearn.events import Layers, Recovery, StageTiming, TokenEvent
 from splitlearn.metrics import UNATTRIBUTED
 from splitlearn.stages.base import StageOutput
 
@@ -21,6 +21,7 @@ class Ledger:
     since: float = 0.0
     parts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     timings: defaultdict[int, list[StageTiming]] = field(default_factory=lambda: defaultdict(list))
+    hops: dict[Layers, defaultdict[str, float]] = field(default_factory=dict)
     started_right: bool | None = None
     """Whether a speculative start of this step had the right token; None if it had no such start (head_overlap.py)."""
 
@@ -34,6 +35,10 @@ class Ledger:
         """Add a stage's timing of a step of `sample`."""
         for name, spent in timing.ledger.items():
             self.parts[name] += spent
+        for layers, parts in timing.hops.items():
+            own = self.hops.setdefault(layers, defaultdict(float))
+            for name, spent in parts.items():
+                own[name] += spent
         self.timings[sample].append(timing)
 
     def noted(self, sample: int, output: StageOutput) -> Tensor:
@@ -47,6 +52,7 @@ class Ledger:
         parts[UNATTRIBUTED] = at - self.since - sum(parts.values())
         whole = [self._with_times(event, parts) for event in events]
         self.since, self.parts, self.timings, self.started_right = at, defaultdict(float), defaultdict(list), None
+        self.hops = {}
         return whole
 
     def _with_times(self, event: TokenEvent, parts: dict[str, float]) -> TokenEvent:
@@ -64,4 +70,5 @@ class Ledger:
             recoveries=tuple(recoveries),
             overlapped_s=overlapped_s,
             head_start=self.started_right,
+            hops={layers: dict(own) for layers, own in self.hops.items()},
         )

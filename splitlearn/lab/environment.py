@@ -35,7 +35,7 @@ def fingerprint(runs: Runs) -> dict[str, Any]:
         "split": {"start": plan.start, "end": plan.end, "n_layers": plan.n_layers},
         "trunk": {**known["trunk"], "address": EMBEDDED if config.trunk.embedded else "host"},
         "link": str(runs.link),
-        "rtt_s": round_trip_s(runs.trunk_address(), runs.credentials),
+        "rtt_s": sum(round_trip_s(hop.address(), hop.credentials) for hop in runs.hops()),
     }
 
 

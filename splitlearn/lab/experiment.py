@@ -225,9 +225,11 @@ class Experiment:
         return trial
 
     @cached_property
-    def _trunk(self) -> int | None:
-        """The process of a trunk on this machine that was started by hand: its work is no disturbance."""
-        return None if self.runs.config.trunk.embedded else trunk_pid(self.runs.trunk_address())
+    def _trunk(self) -> list[int]:
+        """The processes of a trunk on this machine that was started by hand: their work is no disturbance."""
+        hops = () if self.runs.config.trunk.embedded else self.runs.hops()
+        found = [trunk_pid(hop.address()) for hop in hops]
+        return [pid for pid in found if pid is not None]
 
     def _report(self, arm: Arm, request: GenerationRequest) -> ArmReport | None:
         """One generation. No report if it was stopped; after a compilation it begins again."""

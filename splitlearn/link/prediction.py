@@ -28,17 +28,18 @@ class Prediction:
     tpot_s: float | None
 
 
-def predict(samples: Sequence[RunMetrics], link: Link) -> Prediction:
-    """What a split run whose samples have these figures without a link would take over `link`."""
+def predict(samples: Sequence[RunMetrics], link: Link, hops: int = 1) -> Prediction:
+    """What a split run whose samples have these figures without a link would take over `link`. Through a chain of
+    `hops` servers it takes a trip to each."""
     first = samples[0]
     up, down = (sum(getattr(each, f"bytes_{way}") for each in samples) for way in ("up", "down"))
     decode_up, decode_down = (sum(getattr(each, f"decode_bytes_{way}") for each in samples) for way in ("up", "down"))
-    opening_s = _trip_s(link, OPEN_BYTES * len(samples), OPENED_BYTES * len(samples))
-    ttft_s = first.ttft_s + opening_s + _trip_s(link, up - decode_up, down - decode_down)
+    opening_s = hops * _trip_s(link, OPEN_BYTES * len(samples), OPENED_BYTES * len(samples))
+    ttft_s = first.ttft_s + opening_s + hops * _trip_s(link, (up - decode_up) / hops, (down - decode_down) / hops)
     steps = first.n_tokens - first.drafts_accepted - 1
     if first.tpot_s is None or steps < 1:
         return Prediction(ttft_s, first.tpot_s)
-    trip_s = _trip_s(link, decode_up / steps, decode_down / steps)
+    trip_s = hops * _trip_s(link, decode_up / steps / hops, decode_down / steps / hops)
     return Prediction(ttft_s, first.tpot_s + trip_s * steps / (first.n_tokens - 1))
 
 

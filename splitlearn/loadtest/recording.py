@@ -102,7 +102,7 @@ def _main(connection: Connection, spec: ArmSpec, requests: Sequence[GenerationRe
         loaded = loading.load(spec.files, loading.client_specs(spec.plan), own.load, placement)
         recorder = _Recorder(loaded.stages[0])
         generator = worker_main.generator(
-            spec, (recorder, *loaded.chain[1:]), worker_main.open_trunk(spec), worker_main.read_tokens(spec)
+            spec, (recorder, *loaded.chain[1:]), worker_main.open_trunks(spec), worker_main.read_tokens(spec)
         )
         for request in requests:
             for _ in generator.stream(request):

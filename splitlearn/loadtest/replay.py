@@ -37,9 +37,9 @@ class Sender:
 
     def open(self, max_length: int) -> Stream:
         """Open a session; waits for room at the trunk for as long as its client waits."""
-        spec, address = self._spec, self._spec.addresses[0]
-        via = spec.via[0] if spec.via else None
-        channel, self._channel = self._channel or open_channel(address, spec.credentials, via), None
+        (hop,) = self._spec.hops
+        address, via = hop.addresses[0], hop.via[0] if hop.via else None
+        channel, self._channel = self._channel or open_channel(address, hop.credentials, via), None
         opening = opening_of(self._served, self._settings, max_length, self._step_timeout_s)
         stream = self._stream = Stream(channel, address, self._served, opening)
         try:

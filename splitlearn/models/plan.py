@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from splitlearn.config import AUTO, Config, SplitConfig
 from splitlearn.errors import InputError
 
 DEFAULT_MARGIN = 2
@@ -35,3 +36,22 @@ class SplitPlan:
         if end is None:
             end = max(n_layers - margin, start + 1)
         return cls(start, end, n_layers)
+
+    def __str__(self) -> str:
+        return f"[{self.start}, {self.end})"
+
+
+def plan_of(config: Config, n_layers: int) -> SplitPlan:
+    """The configured plan; of a chain, from its first layer to its last. Raises InputError for other split settings
+    beside a chain, and for a chain with more layers than the model."""
+    if not (chain := config.trunk.chain):
+        return SplitPlan.of(config.cut.start, config.cut.end, n_layers)
+    start, end = chain[0].layers[0], chain[-1].layers[1]
+    if end > n_layers:
+        expected = f"layers up to {n_layers}: the model has no more"
+        raise InputError(f"trunk.address, link {len(chain)}", str(chain[-1]), expected)
+    cut = config.cut if config.split != AUTO else SplitConfig()
+    for field, given, its_own in (("split.start", cut.start, start), ("split.end", cut.end, end)):
+        if given not in (None, its_own):
+            raise InputError(field, given, f"{its_own} or null: the chain in trunk.address has it so")
+    return SplitPlan(start, end, n_layers)

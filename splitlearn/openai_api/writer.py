@@ -156,6 +156,7 @@ def figures(report: ArmReport) -> Json:
             "bytes_up": first.bytes_up,
             "bytes_down": first.bytes_down,
             "time_breakdown_s": first.per_token,
+            **({"hops_s": first.hops_per_token} if first.hops else {}),
             **({"spot_checks": asdict(report.spot_checks)} if report.spot_checks.checked else {}),
         },
     }

@@ -19,7 +19,7 @@ from splitlearn.config import AUTO, Config, Objective, SplitConfig, with_cut
 from splitlearn.errors import InputError, SplitlearnError, TrunkError
 from splitlearn.link import words
 from splitlearn.link.emulated import NONE
-from splitlearn.models.plan import SplitPlan
+from splitlearn.models.plan import SplitPlan, plan_of
 from splitlearn.planning import anatomy, devices
 from splitlearn.planning.advice import ERROR
 from splitlearn.planning.anatomy import Anatomy
@@ -62,10 +62,19 @@ def settle(config: Config, progress: Progress) -> Settled:
     be used, InputError for a file of machines that cannot be used, or where no cut fits them."""
     file = _two_machines(config)
     files = catalogue.prepare(config.model, progress)
-    question = _Question(config, files, anatomy.read(files, config.model.dtype), file)
-    settled = (_embedded if config.trunk.embedded else _remote)(question, progress)
+    if config.trunk.chain:
+        settled = _of_chain(config, files)
+    else:
+        question = _Question(config, files, anatomy.read(files, config.model.dtype), file)
+        settled = (_embedded if config.trunk.embedded else _remote)(question, progress)
     say(settled.why, stderr=True)
     return settled
+
+
+def _of_chain(config: Config, files: ModelFiles) -> Settled:
+    cut = plan_of(config, files.n_layers)
+    why = f"split: auto took {_layers(cut)}, which the chain in trunk.address has."
+    return Settled(with_cut(config, cut.start, cut.end), why)
 
 
 def without_figures(config: Config, progress: Progress) -> Settled:
@@ -74,7 +83,8 @@ def without_figures(config: Config, progress: Progress) -> Settled:
         return Settled(config)
     if config.trunk.embedded:
         return Settled(config.model_copy(update={"split": SplitConfig()}))
-    cut = next(iter(_ranges(config, catalogue.prepare(config.model, progress))))
+    files = catalogue.prepare(config.model, progress)
+    cut = plan_of(config, files.n_layers) if config.trunk.chain else next(iter(_ranges(config, files)))
     return Settled(with_cut(config, cut.start, cut.end))
 
 
@@ -143,7 +153,7 @@ def _remote(question: _Question, progress: Progress) -> Settled:
             trouble = str(error)
     cut = found[0] if found else next(iter(ranges))
     unusable = {address for plan, listed in ranges.items() if plan != cut for address in listed}
-    kept = tuple(address for address in config.trunk.address if address not in unusable)
+    kept = tuple(address for address in config.trunk.addresses if address not in unusable)
     servers = " and ".join(ranges[cut])
     said = sentence(found[1]) if found else f"What it costs was not predicted: {trouble.rstrip('.')}."
     settled = with_cut(config, cut.start, cut.end)
@@ -156,7 +166,7 @@ def _ranges(config: Config, files: ModelFiles) -> dict[SplitPlan, list[str]]:
     """The ranges that servers of this model have, with their addresses. Raises the first TrunkError if there are
     none."""
     shown, found, first = channel.credentials(config.trunk), dict[SplitPlan, list[str]](), list[TrunkError]()
-    for address in config.trunk.address:
+    for address in config.trunk.addresses:
         try:
             said = describe(address, shown)
             whole = SplitPlan(0, files.n_layers, files.n_layers)

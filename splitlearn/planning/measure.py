@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from splitlearn.arms.report import ArmReport
 from splitlearn.arms.runs import Runs
-from splitlearn.config import with_cut
+from splitlearn.config import Config, with_cut
+from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest, Kind
 from splitlearn.flags.registry import FLAGS, of_scope
 from splitlearn.flags.selection import FlagSet
@@ -61,10 +62,17 @@ def measured_at(runs: Runs) -> SplitPlan:
     return usual if few and runs.config.trunk.embedded else plan
 
 
+def check_single(config: Config) -> None:
+    """Raise InputError for a chain of trunk servers, whose rates are not those of one."""
+    if config.trunk.chain:
+        raise InputError("trunk.address", config.trunk.place, "one trunk server or embedded, to predict cuts")
+
+
 def rates_from(
     runs: Runs, anatomy: Anatomy, flags: FlagSet, plan: SplitPlan, found: Mapping[str, list[ArmReport]]
 ) -> Rates:
-    """The rates of the reports of `arms_of(flags)`."""
+    """The rates of the reports of `arms_of(flags)`. Raises InputError for a chain of trunk servers."""
+    check_single(runs.config)
     alike = runs.config.trunk.embedded and of_scope(flags.client, "load") == of_scope(flags.trunk, "load")
     return rates_of(anatomy, found["full"], found.get("whole", found["full"]), found["split"], plan, alike=alike)
 
@@ -82,6 +90,7 @@ def measure_rates(
 
     The peaks of memory are those of the arms' processes, which long prompts before may have raised.
     """
+    check_single(runs.config)
     stop, plan, before = cancelled or threading.Event(), measured_at(runs), reading(None)
     with cut_at(runs, plan) as own:
         found = _repeat(own, arms_of(flags), request, Link(), progress, stop)

@@ -7,6 +7,7 @@ reading(before).others_cpu     # cores that programs which are not ours used mea
 
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
@@ -37,15 +38,15 @@ class Reading:
     stolen_s: float
 
 
-def reading(before: Reading | None, also: int | None = None) -> Reading:
-    """The machine now. Ours are this process, process `also`, and the children of both.
+def reading(before: Reading | None, also: Iterable[int] = ()) -> Reading:
+    """The machine now. Ours are this process, the processes `also`, and the children of all.
 
-    `also` is a trunk server on this machine that was started by hand: its work is no disturbance.
+    `also` are trunk servers on this machine that were started by hand: their work is no disturbance.
     """
     clock_s, cpu = time.monotonic(), psutil.cpu_times()
     # Without interrupts: they serve every program, and those of the loopback network are ours.
     busy_s, stolen_s = cpu.user + cpu.system + getattr(cpu, "nice", 0.0), getattr(cpu, "steal", 0.0)
-    ours_s = _tree_s(os.getpid()) + (_tree_s(also) if also is not None else 0.0)
+    ours_s = sum(map(_tree_s, (os.getpid(), *also)))
     others_cpu = stolen_cpu = 0.0
     if before is not None and clock_s > before.clock_s:
         elapsed_s = clock_s - before.clock_s

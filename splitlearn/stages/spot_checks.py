@@ -36,6 +36,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 """What rounding explains, relative to the norm of a row. docs/trust.md has the measured errors behind it."""
 WIRE_ROUNDINGS = 1.5
 """The tolerance for what the wire's form rounds, in what it rounds of the reference's own row."""
+_computing = threading.Lock()
 _SETTINGS = SessionSettings(new_cache=dynamic, gradient_guard=torch.inference_mode)
 
 
@@ -73,7 +74,7 @@ class SpotChecks:
 
     def submit(self, check: Callable[[], Mismatch | None]) -> "Future[Mismatch | None]":
         """Compute a check after those that were submitted before."""
-        return self._thread.submit(check)
+        return self._thread.submit(lambda: _alone(check))
 
     def compare(self, own: Tensor, found: Tensor, form: Rows) -> tuple[float, float]:
         """The largest error of a row of `found` [1, T, H], and its tolerance, both relative to the norm of the row."""
@@ -150,6 +151,13 @@ class SessionChecks:
             return None
         plan, end = self._checks.plan, item.position + item.x.shape[1]
         return Mismatch((plan.start, plan.end), end - tokens, tokens, error, allowed)
+
+
+def _alone(check: Callable[[], Mismatch | None]) -> Mismatch | None:
+    """The checks of a chain's servers take turns: while one loads its layers, transformers makes every new parameter of
+    this process an empty one."""
+    with _computing:
+        return check()
 
 
 def _at_low_priority() -> None:

@@ -315,7 +315,7 @@ def test_without_a_trunk_the_full_arm_goes_on(files: ModelFiles) -> None:
     assert shown.full.metrics is not None
     assert shown.full.metrics.n_tokens == 8
     assert shown.split.state == "failed"
-    assert all(address in view.errors(shown) for address in parsed.trunk.address)
+    assert all(address in view.errors(shown) for address in parsed.trunk.addresses)
 
 
 def test_a_circuit_opens_after_failures_in_a_row_for_longer_each_time_and_one_probe_closes_it() -> None:

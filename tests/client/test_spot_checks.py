@@ -11,8 +11,9 @@ from torch import Tensor
 
 from splitlearn import config
 from splitlearn.arms.spec import ArmSpec
-from splitlearn.arms.worker_main import open_trunk
+from splitlearn.arms.worker_main import open_trunks
 from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.hop import hops_of
 from splitlearn.errors import InputError
 from splitlearn.events import Done, GenerationRequest, SpotCheckResult
 from splitlearn.flags.selection import FlagSet
@@ -155,9 +156,9 @@ def test_one_answer_of_each_fifty_is_chosen_at_places_that_differ() -> None:
 def test_checks_of_a_trunk_with_other_weights_are_refused_by_name(files: ModelFiles) -> None:
     settings = config.parse({"trunk": {"address": "127.0.0.1:1", "verify": 0.5}})
     flags = FlagSet(trunk=frozenset({"weight_dtype=int4"}))
-    spec = ArmSpec.of("split", settings, files, PLAN, "cpu", flags, settings.trunk.address)
+    spec = ArmSpec.of("split", settings, files, PLAN, "cpu", flags, hops_of(settings.trunk, PLAN))
     with pytest.raises(InputError, match=r"trunk\.verify.*weight_dtype"):
-        open_trunk(spec)
+        open_trunks(spec)
 
 
 def test_the_server_of_a_flag_that_rounds_raises_no_alarm(files: ModelFiles) -> None:

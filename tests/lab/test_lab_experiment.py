@@ -4,7 +4,7 @@ import itertools
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -100,7 +100,7 @@ def test_one_that_was_stopped_goes_on_and_loses_no_whole_block(runs: Runs, tmp_p
 def test_a_run_beside_other_programs_is_kept_with_their_load(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(before: Reading | None, also: int | None) -> Reading:
+    def read(before: Reading | None, also: Iterable[int]) -> Reading:
         return replace(reading(before, also), others_cpu=1.5, stolen_cpu=0.25)
 
     monkeypatch.setattr(experiment, "reading", read)

@@ -165,8 +165,8 @@ def test_what_we_use_is_ours_in_this_process_and_in_those_it_started_also_after_
 
 def test_a_trunk_that_somebody_else_started_can_be_counted_as_ours() -> None:
     with burning(WORK_S, ours=False) as pid:
-        before = reading(None, also=pid)
-        assert eventually(lambda: reading(before, also=pid).ours_s - before.ours_s > 0.1 * WORK_S)
+        before = reading(None, also=[pid])
+        assert eventually(lambda: reading(before, also=[pid]).ours_s - before.ours_s > 0.1 * WORK_S)
 
 
 def test_others_and_stolen_are_rates_of_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,4 +207,4 @@ def test_a_process_that_ends_while_it_is_read_is_not_forgotten(monkeypatch: pyte
 def test_a_trunk_that_has_gone_counts_as_nothing() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    assert reading(None, also=gone.pid).ours_s == pytest.approx(reading(None).ours_s, abs=0.2)
+    assert reading(None, also=[gone.pid]).ours_s == pytest.approx(reading(None).ours_s, abs=0.2)

@@ -69,12 +69,12 @@ def test_another_link_needs_no_other_worker(runs: Runs) -> None:
 
 
 def test_a_link_that_died_is_made_anew_for_the_next_run(runs: Runs) -> None:
-    (near,) = runs.ready_spec("split", FLAGS).via
+    (near,) = runs.ready_spec("split", FLAGS).hops[0].via
     port = int(near.rpartition(":")[2])
     (child,) = [each for each in proxies() if port in {at.laddr.port for at in each.net_connections("tcp")}]
     child.send_signal(signal.SIGKILL)
     assert report(runs).link == FAR
-    assert runs.ready_spec("split", FLAGS).via != (near,)
+    assert runs.ready_spec("split", FLAGS).hops[0].via != (near,)
 
 
 def test_words_that_mean_no_link_are_named_before_anything_starts(files: ModelFiles) -> None:

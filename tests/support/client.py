@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.hop import Hop
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.generation.chain import Link
@@ -15,6 +16,7 @@ from splitlearn.generation.generator import Generator
 from splitlearn.generation.prefix_cache import PrefixCache
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.metrics import RunMetrics
+from splitlearn.models.plan import SplitPlan
 from splitlearn.stages import loading
 from tests.support.trunk import PLAN, served
 from tests.support.words import generation_of, load_of, session_of
@@ -24,7 +26,8 @@ At = Callable[[int], object]
 
 
 class Client:
-    """A client that runs prompts one after the other. `stage` is its trunk."""
+    """A client that runs prompts one after the other. `stages` are the servers of its trunk, and `stage` is the first.
+    With `hops` it has a chain of them, and `addresses` are not used."""
 
     def __init__(
         self,
@@ -33,11 +36,15 @@ class Client:
         timeout_s: float = 60,
         trunk: frozenset[str] = CACHED,
         own: frozenset[str] = CACHED,
+        hops: Sequence[Hop] = (),
     ) -> None:
         placement = loading.Placement(torch.device("cpu"), torch.float32)
-        bottom, *rest = loading.load(files, loading.client_specs(PLAN), load_of(own), placement).chain
-        self.stage = RemoteStage(addresses, served(files), timeout_s)
-        links = [Link(bottom, session_of(own)), Link(self.stage, session_of(trunk))]
+        hops = hops or [Hop(PLAN, tuple(addresses))]
+        plan = SplitPlan(hops[0].plan.start, hops[-1].plan.end, files.n_layers)
+        bottom, *rest = loading.load(files, loading.client_specs(plan), load_of(own), placement).chain
+        self.stages = [RemoteStage(hop.addresses, hop.of(served(files)), timeout_s) for hop in hops]
+        self.stage = self.stages[0]
+        links = [Link(bottom, session_of(own)), *(Link(stage, session_of(trunk)) for stage in self.stages)]
         links += [Link(stage, session_of(own)) for stage in rest]
         tokens = Tokens.load(files.folder, use_fast=True)
         self._generator = Generator(links, tokens, files.facts.context_length, generation_of(own))
@@ -69,10 +76,12 @@ def client(
     timeout_s: float = 60,
     trunk: frozenset[str] = CACHED,
     own: frozenset[str] = CACHED,
+    hops: Sequence[Hop] = (),
 ) -> Iterator[Client]:
-    """A client of the trunks at `addresses`."""
-    made = Client(files, addresses, timeout_s, trunk, own)
+    """A client of the trunks at `addresses`, or of the chain of `hops`."""
+    made = Client(files, addresses, timeout_s, trunk, own, hops)
     try:
         yield made
     finally:
-        made.stage.close()
+        for stage in made.stages:
+            stage.close()

@@ -8,7 +8,7 @@ from html import escape
 from itertools import accumulate
 
 from splitlearn.arms.compare import Pairs
-from splitlearn.metrics import LEDGER_ORDER, PARTS, RunMetrics
+from splitlearn.metrics import HOP_PARTS, LEDGER_ORDER, PARTS, RunMetrics
 from splitlearn.reporting.charts import PART_COLOURS
 from splitlearn.reporting.percentile import percentile
 from ui.html import head_row, table, term
@@ -40,12 +40,24 @@ def _waterfall(full: RunMetrics, split: RunMetrics) -> str:
         if any(spent):
             cells = [_cell(name, start[name] / most, each, most) for start, each in zip(began, spent, strict=True)]
             rows.append((term(name, PARTS[name], "time"), *cells))
+        rows += [
+            (f"&nbsp;{layers} {name}", "", _cell(name, start, spent, most))
+            for layers, start, spent in _hops(split, name, began[1][name], most)
+        ]
     total = [
         f'<span class="sl-part"><span></span><span>{sum(parts.values()) * 1e3:.2f} ms</span></span>' for parts in arms
     ]
     rows.append(("all (TPOT)", *total))
     head = head_row("Part", "Full", "Split")
     return f'<h3>One token after the first</h3><div class="sl-waterfall">{table(head, rows, "Time of one token")}</div>'
+
+
+def _hops(run: RunMetrics, name: str, start: float, most: float) -> Iterator[tuple[str, float, float]]:
+    """Of a part of the time, what each server of a chain has: its layers, where its bar begins, and its seconds."""
+    for layers, parts in run.hops_per_token.items() if name in HOP_PARTS else ():
+        spent = max(0.0, parts.get(name, 0.0))
+        yield layers, start / most, spent
+        start += spent
 
 
 def _starts(parts: dict[str, float]) -> Iterator[tuple[str, float]]:

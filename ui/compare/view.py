@@ -168,7 +168,7 @@ def facts(config: Config, model: Model | None) -> str:
         parts += [config.model.dtype]
     else:
         parts += [f"{config.model.dtype} on {escape(model.capabilities.place.device)}"]
-    parts += [f"trunk: {escape(', '.join(config.trunk.address))}"]
+    parts += [f"trunk: {escape(config.trunk.place)}"]
     return f'<p class="sl-facts">{" &middot; ".join(parts)}</p>'
 
 
@@ -178,7 +178,7 @@ def split_facts(config: Config, model: Model | None) -> str:
     if model is None:
         return ""
     plan, trunk = model.plan, config.trunk
-    where = "started by this program" if trunk.embedded else f"at {' or '.join(trunk.address)}"
+    where = "started by this program" if trunk.embedded else f"at {trunk.place}"
     client = f"[0, {plan.start}) and [{plan.end}, {plan.n_layers})"
     text = f"Split: the client has layers {client}, the trunk [{plan.start}, {plan.end}). Trunk server {where}."
     how = "config.yaml sets both; the tab Model and cut changes them."

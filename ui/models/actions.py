@@ -32,7 +32,7 @@ class Chooser:
         if trunk.embedded:
             return ""
         return (
-            f"The trunk server at {', '.join(trunk.address)} has this model alone. For another one, start that server "
+            f"The trunk server at {trunk.place} has this model alone. For another one, start that server "
             "and this page with another model.name."
         )
 

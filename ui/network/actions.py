@@ -72,7 +72,8 @@ class Network:
             raise SetupError(reason)
         if self._startup.running:
             raise SetupError("Still loading. Press again when it is done.")
-        return real_link(self.runs.trunk_address(), self.runs.credentials)
+        first = self.runs.hops()[0]
+        return real_link(first.address(), first.credentials)
 
     def leave(self, visitor: str) -> None:
         """Drop the data of a visitor who has left."""

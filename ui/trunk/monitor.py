@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from splitlearn.arms.runs import Runs
 from splitlearn.client.probe import Snapshot, TrunkProbe
 from splitlearn.errors import SplitlearnError
+from splitlearn.wire.channel import Credentials
 
 PREFIX = "splitlearn_trunk_"
 HISTORY_S = 120.0
@@ -37,7 +38,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class ServerView:
-    """What to show: the last snapshot and the figures so far, oldest first; or the error."""
+    """What to show of one server: the last snapshot and the figures so far, oldest first; or the error."""
 
     snapshot: Snapshot | None = None
     figures: tuple[Figures, ...] = ()
@@ -45,20 +46,19 @@ class ServerView:
 
 
 class Monitor:
-    """Takes snapshots of the trunk of `runs`. `measuring` says whether a run is timed, which a snapshot would
-    disturb."""
+    """Takes snapshots of the trunk of `runs`, of a chain those of each server. `measuring` says whether a run is timed,
+    which a snapshot would disturb."""
 
     def __init__(self, runs: Runs, measuring: Callable[[], bool]) -> None:
         self.measuring = measuring
         self._runs = runs
         self._lock = threading.Lock()
-        self._probe: TrunkProbe | None = None
         self._taken_at = float("-inf")
-        self._shown = ServerView()
-        self._samples: deque[tuple[float, Mapping[Series, float]]] = deque()
+        self._servers: list[_Server] = []
+        self._shown: tuple[ServerView, ...] = (ServerView(),)
 
-    def see(self) -> ServerView:
-        """A new snapshot, or the last one if it is fresh."""
+    def see(self) -> tuple[ServerView, ...]:
+        """A new snapshot of each server, or the last ones if they are fresh."""
         with self._lock:
             if time.monotonic() - self._taken_at >= FRESH_S:
                 self._shown = self._see()
@@ -66,15 +66,41 @@ class Monitor:
             return self._shown
 
     def close(self) -> None:
-        """Close the connection to the trunk."""
+        """Close the connections to the trunk."""
         with self._lock:
-            if self._probe is not None:
-                self._probe.close()
+            for server in self._servers:
+                server.close()
 
-    def _see(self) -> ServerView:
+    def _see(self) -> tuple[ServerView, ...]:
         try:
-            self._probe = self._probe or TrunkProbe(self._runs.credentials)
-            snapshot = self._probe.snapshot(self._runs.trunk_addresses())
+            hops = self._runs.hops()
+        except SplitlearnError as error:
+            return (ServerView(error=str(error)),)
+        while len(self._servers) < len(hops):
+            self._servers.append(_Server(hops[len(self._servers)].credentials))
+        return tuple(server.see(hop.addresses) for server, hop in zip(self._servers, hops, strict=True))
+
+
+class _Server:
+    """The snapshots of one server."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._probe = TrunkProbe(credentials)
+        self._shown = ServerView()
+        self._samples: deque[tuple[float, Mapping[Series, float]]] = deque()
+
+    def see(self, addresses: Sequence[str]) -> ServerView:
+        """A new snapshot of the first of `addresses` that answers."""
+        self._shown = self._see(addresses)
+        return self._shown
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._probe.close()
+
+    def _see(self, addresses: Sequence[str]) -> ServerView:
+        try:
+            snapshot = self._probe.snapshot(addresses)
         except SplitlearnError as error:
             self._samples.clear()
             return ServerView(error=str(error))

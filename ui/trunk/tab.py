@@ -22,7 +22,7 @@ class ServerTab:
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
         self.timer = gr.Timer(EVERY_S, active=False)
-        self.card = gr.HTML(view.card(ServerView()), elem_id="server-card")
+        self.card = gr.HTML(view.cards([ServerView()]), elem_id="server-card")
         gr.HTML(view.meanings())
         self.plots: dict[str, Any] = {}
         titles = list(view.CHARTS)
@@ -51,9 +51,9 @@ class ServerTab:
 
     async def _tick(self) -> AsyncIterator[Updates]:
         if self._monitor.measuring():
-            yield {self.card: view.card(ServerView(), paused=True)}
+            yield {self.card: view.cards([], paused=True)}
             while self._monitor.measuring():
                 await asyncio.sleep(LOOK_S)
         shown = await asyncio.to_thread(self._monitor.see)
-        plots = {plot: gr.Plot(view.picture(shown, title), visible=True) for title, plot in self.plots.items()}
-        yield {self.card: view.card(shown), **plots}
+        plots = {plot: gr.Plot(view.picture(shown[0], title), visible=True) for title, plot in self.plots.items()}
+        yield {self.card: view.cards(shown), **plots}

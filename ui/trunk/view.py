@@ -1,6 +1,6 @@
 """The Server tab's view of the trunk: HTML and charts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -11,6 +11,7 @@ from ui.format import MISSING, rate, seconds, size
 from ui.trunk.monitor import HISTORY_S, Figures, ServerView
 
 PAUSED = "Paused: a run is being timed, and polling the trunk would disturb it."
+CHAIN = "The charts are those of the first server of the chain."
 Lines = dict[str, tuple[str, Callable[[Figures], float | None]]]
 BLUE, GREEN, ORANGE = "#0072b2", "#009e73", "#d55e00"
 CHARTS: dict[str, Lines] = {
@@ -31,10 +32,16 @@ CHARTS: dict[str, Lines] = {
 }
 
 
-def card(shown: ServerView, paused: bool = False) -> str:
-    """The trunk's state; or a sentence if there is none."""
+def cards(servers: Sequence[ServerView], paused: bool = False) -> str:
+    """The state of the trunk; of a chain, that of each server."""
     if paused:
         return html.note(PAUSED)
+    several = html.small(CHAIN) if len(servers) > 1 else ""
+    return "".join(map(card, servers)) + several
+
+
+def card(shown: ServerView) -> str:
+    """A server's state; or a sentence if there is none."""
     if shown.snapshot is None:
         return html.error(shown.error) if shown.error else html.note("Connecting to the trunk server.")
     snapshot, at = shown.snapshot, shown.figures[-1]
