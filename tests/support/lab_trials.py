@@ -1,13 +1,15 @@
-"""A made-up experiment: its arms, and runs with effects that a test chooses."""
+"""A made-up experiment: its arms, and runs with effects that a test chooses. `write` saves it for a page to show."""
 
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from splitlearn.flags.selection import FlagSet
 from splitlearn.lab.design import Arm, Design, plan
 from splitlearn.lab.records import Setup, Trial
+from splitlearn.lab.store import FILE, FOLDER, Store
 
 FLAGS = frozenset({"use_cache", "inference_mode", "output_hidden_states"})
 TOKENS = tuple(range(100, 116))
@@ -15,9 +17,9 @@ TTFT_S, TPOT_S = 0.2, 0.03
 Change = Callable[[Arm, Trial], Trial]
 
 
-def setup(design: Design = "without", **changes: Any) -> Setup:
-    """An experiment about `FLAGS` on every side with a fixed 12 pairs."""
-    flags = FlagSet(full=FLAGS, client=FLAGS, trunk=FLAGS)
+def setup(design: Design = "without", about: frozenset[str] = FLAGS, **changes: Any) -> Setup:
+    """An experiment about the flags `about` on every side with a fixed 12 pairs."""
+    flags = FlagSet(full=about, client=about, trunk=about)
     made = Setup(
         design=design,
         plan=plan(design, flags, flags.names()),
@@ -54,6 +56,17 @@ def trials(
             )
             made.append(change(arm, trial(arm, block, order, len(experiment.plan.arms), ttft, tpot)))
     return made
+
+
+def write(folder: Path, name: str = "2026-01-02-030405", **changes: Any) -> Setup:
+    """Save an experiment of 4 pairs about one flag, which has ended, below the `folder` in which a page runs."""
+    usual = {"pairs": 4, "max_pairs": 4, "command": "python -m splitlearn lab --pairs 4 --seed 7"}
+    asked = setup(about=frozenset({"inference_mode"}), **{**usual, **changes})
+    with Store.create(folder / FOLDER / name / FILE, asked) as store:
+        for each in trials(asked, blocks=asked.max_pairs):
+            store.add(each)
+        store.finish(f"{asked.max_pairs} pairs, as asked")
+    return asked
 
 
 def trial(arm: Arm, block: int, order: int, block_runs: int, ttft_s: float, tpot_s: float) -> Trial:

@@ -37,6 +37,16 @@ PATIENCE_MS = 30_000
 # How long typed text must stay: Gradio sets up a part that was just folded out again, a moment after it is visible.
 SETTLED_MS, TIMES = 300, 10
 FORBIDDEN: list[str] = []
+# Opens all that can be folded out and is visible, and then what was in it.
+UNFOLD = """async () => {
+  const all = () => [...document.querySelectorAll('button.label-wrap:not(.open)')];
+  const folded = () => all().filter(button => button.checkVisibility());
+  for (let found; (found = folded()).length;) {
+    found.forEach(button => button.click());
+    while (found.some(button => !button.classList.contains('open'))) await new Promise(requestAnimationFrame);
+  }
+  document.querySelectorAll('details').forEach(part => part.open = true);
+}"""
 WARM = re.compile("Both arms are warm")
 LOCAL = re.compile(r"The page is on (http://\S+)")
 
@@ -223,6 +233,11 @@ def setting(page: Page, name: str, value: str) -> None:
     type_into(page.locator(f"#{name}").locator("input, textarea").first, value)
 
 
+def unfold(page: Page) -> None:
+    """Open every part of the tab that is shown."""
+    page.evaluate(UNFOLD)
+
+
 def conversation(page: Page, *said: str) -> None:
     """Send these messages on the Chat tab, and show the token ids of the last one's prompt. In any language."""
     for number, text in enumerate(said or ("Hello", "Go on"), 1):
@@ -246,3 +261,12 @@ def experiment(page: Page, flag: str = "inference_mode", pairs: int = 2) -> None
     page.locator("#lab-start").click()
     expect(page.locator("#lab-details details").first).to_be_visible(timeout=START_S * 1000)
     expect(page.locator("#lab-start")).to_be_enabled()
+
+
+def open_experiment(page: Page, at: int = 0) -> None:
+    """Choose an experiment on the Lab tab from the list, newest first, and wait until all of its report is drawn."""
+    page.locator("#lab-chosen input").click()
+    page.get_by_role("option").nth(at).click()
+    expect(page.locator("#lab-details details").first).to_be_visible()
+    expect(page.locator("#lab-ledger-split .js-plotly-plot")).to_be_visible()
+    expect(page.get_by_role("tabpanel").filter(visible=True).locator(".empty")).to_have_count(0)

@@ -9,7 +9,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 from splitlearn.checkpoints.catalogue import CATALOGUE
 from splitlearn.flags.registry import FLAGS
 from tests.conftest import TinyFactory
-from tests.support.page import App, conversation, experiment, measuring, setting
+from tests.support.page import App, conversation, experiment, measuring, setting, unfold
 from ui.flags.flag_words import NAMES
 
 SENTENCE = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z]{2,}){2,}")
@@ -69,14 +69,6 @@ def english(page: Page) -> set[str]:
     words = {text for text in texts if LATIN.search(text) and not CHINESE.search(text)}
     names = {text for text in words if text.strip("()") in TERMS or NAME.fullmatch(text)}
     return {text for text in texts if SENTENCE.search(text)} | (words - names)
-
-
-def unfold(page: Page) -> None:
-    folded = page.locator("button.label-wrap:not(.open)").filter(visible=True)
-    while handles := folded.element_handles():
-        for handle in handles:
-            handle.click()
-    page.locator("details").evaluate_all("parts => parts.forEach(part => part.open = true)")
 
 
 @pytest.mark.browser
