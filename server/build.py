@@ -3,6 +3,7 @@
 import gc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from splitlearn.flags.registry import SIDES, of_scope
 from splitlearn.flags.registry import settings as settings_of
 from splitlearn.flags.selection import availability, parse
 from splitlearn.kvcache.prefix_files import store_of
+from splitlearn.models.part import Part
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.process import default_threads, keep_heap_small, peak_resident_bytes
 from splitlearn.runtime.progress import Progress, Step
@@ -58,7 +60,7 @@ def build(settings: Config, progress: Progress) -> TrunkRuntime:
 
 
 def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> TrunkRuntime:
-    files = catalogue.prepare(settings.model, progress, whole=False)
+    files = catalogue.prepare(settings.model, progress, part=partial(_part, settings.cut))
     plan = _plan(settings.cut, files)
     placement = Placement.of(settings.model.device, settings.model.dtype)
     place = here(str(placement.device), settings.model.dtype)
@@ -92,6 +94,11 @@ def _memory_of_weights(placement: Placement, import_rss_bytes: int) -> int:
     if placement.device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(placement.device))
     return max(0, peak_resident_bytes() - import_rss_bytes)
+
+
+def _part(split: SplitConfig, n_layers: int) -> Part:
+    """What this server needs of a model with so many layers."""
+    return Part.of_trunk(SplitPlan.of(split.start, split.end, n_layers))
 
 
 def _plan(split: SplitConfig, files: ModelFiles) -> SplitPlan:

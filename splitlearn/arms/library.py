@@ -15,6 +15,7 @@ from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import ArmSpec
 from splitlearn.arms.worker_main import Arm
 from splitlearn.checkpoints import catalogue
+from splitlearn.checkpoints.download import PartOf
 from splitlearn.client.hop import hops_of
 from splitlearn.client.served import with_trunk
 from splitlearn.config import Config
@@ -23,6 +24,7 @@ from splitlearn.events import Event, GenerationRequest, Kind
 from splitlearn.flags import selection
 from splitlearn.flags.registry import SIDES
 from splitlearn.link.words import parse
+from splitlearn.models.part import Part
 from splitlearn.models.plan import plan_of
 from splitlearn.response_format import JsonFormat
 from splitlearn.runtime.progress import silent
@@ -205,7 +207,7 @@ def _spec(kind: Kind, settings: Config, flags: str) -> ArmSpec:
     """What to load: checked, with the flags that can be applied here and at the trunk."""
     selection.check(flags)
     model = settings.model
-    files = catalogue.prepare(model, silent)
+    files = catalogue.prepare(model, silent, part=_needed(kind, settings))
     place = place_of(Question(files, None, model.device, model.dtype, chat=False))
     known = selection.availability(dict.fromkeys(SIDES, place))
     plan = plan_of(settings, files.n_layers)
@@ -214,3 +216,11 @@ def _spec(kind: Kind, settings: Config, flags: str) -> ArmSpec:
     described = [said for hop in hops for said in hop.check_each(arm(selection.FlagSet()).served())]
     known = with_trunk(known, *described) if described else known
     return arm(selection.parse(flags, known), hops)
+
+
+def _needed(kind: Kind, settings: Config) -> PartOf | None:
+    """The part of the model that a client has whose trunk is at servers; None for all of it. Spot checks compute the
+    trunk's layers, too."""
+    if kind == "full" or settings.trunk.embedded or settings.trunk.verify:
+        return None
+    return lambda n_layers: Part.of_client(plan_of(settings, n_layers))

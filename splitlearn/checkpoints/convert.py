@@ -2,8 +2,8 @@
 
 `convert` does it in this process. `convert_in_subprocess` does it in a child process, whose peak of memory (twice the
 model) ends with it, and reports the child's progress and errors. The child is `python -m splitlearn.checkpoints.convert
-SOURCE TARGET [--gguf NAME]`. It writes JSON lines: {"step": [label, done, total]}, then {"facts": {...}} or {"error":
-"..."}.
+SOURCE TARGET [--gguf NAME] [--part JSON]`. It writes JSON lines: {"step": [label, done, total]}, then {"facts": {...}}
+or {"error": "..."}.
 """
 
 import argparse
@@ -36,13 +36,18 @@ from splitlearn.checkpoints.conformance import (
 from splitlearn.checkpoints.folder import ALIGNMENT, CONFIG, KERNELS, PYTHON_VOCABULARY, WEIGHTS, ModelFacts
 from splitlearn.checkpoints.inspection import adapter_files, model_files, read_json
 from splitlearn.errors import ModelError
+from splitlearn.models.part import Part
 from splitlearn.runtime import programs
 from splitlearn.runtime.progress import Progress, Step, reporting_tqdm
 
+GENERATION = "generation_config.json"
 
-def convert_in_subprocess(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
+
+def convert_in_subprocess(
+    source: Path, target: Path, gguf: str | None, progress: Progress, part: Part | None = None
+) -> ModelFacts:
     """Run `convert` in a child process. Raises ModelError also if the child is killed."""
-    named = ["--gguf", gguf] if gguf else []
+    named = ["--gguf", gguf] if gguf else ["--part", json.dumps(asdict(part))] if part else []
     command = programs.command("splitlearn.checkpoints.convert", str(source), str(target), *named)
     # Without a GPU, transformers converts fp8 and mxfp4 weights back to floating point.
     alone = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
@@ -92,8 +97,9 @@ def _fate(status: int, complaints: IO[str]) -> str:
     return lines[-1]
 
 
-def convert(source: Path, target: Path, gguf: str | None, progress: Progress) -> ModelFacts:
-    """Load the checkpoint in `source` and write it into the empty folder `target`, without a manifest.
+def convert(source: Path, target: Path, gguf: str | None, progress: Progress, part: Part | None = None) -> ModelFacts:
+    """Load the checkpoint in `source`, or a `part` of it, and write it into the empty folder `target`, without a
+    manifest.
 
     Weights keep the checkpoint's dtype; those of a GGUF file become float32. An adapter beside them is merged. No code
     of the model is run. Raises ModelError unless it is a decoder-only causal language model with safetensors weights,
@@ -102,14 +108,12 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress) ->
     if gguf:
         _refuse_gguf_adapter(source / gguf)
     with _links_to(source, gguf) as links:
-        model, tokenizer = _load(source, links, gguf, progress)
-        if adapter_files(source):
-            progress(Step("Merging the adapter into the weights"))
-            model = merged(model, source)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are not quantized any more
-    untie(model)
-    refuse_other_tensors(source, model)
+        tokenizer = _tokenizer(source, links, gguf, progress)
+        if part is None:
+            model = _whole(source, links, gguf, progress)
+            state = model.state_dict()
+        else:
+            model, state = _part_of(source, links, part, progress)
     if odd := [
         name for name in chat_template.templates(tokenizer.chat_template) if not re.fullmatch(r"[\w. -]+", name)
     ]:
@@ -121,7 +125,7 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress) ->
     if not gguf and (source / PYTHON_VOCABULARY).exists():
         shutil.copyfile(source / PYTHON_VOCABULARY, target / PYTHON_VOCABULARY)
     progress(Step("Writing the converted weights"))
-    tied = _write_weights(model.state_dict(), target / WEIGHTS)
+    tied = _write_weights(state, target / WEIGHTS)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # mpt's name
     return ModelFacts(text.model_type, text.num_hidden_layers, text.hidden_size, text.vocab_size, context, tied)
@@ -151,17 +155,24 @@ def _without_kernels(config: dict[str, Any]) -> dict[str, Any]:
     return {key: _without_kernels(value) if isinstance(value, dict) else value for key, value in plain.items()}
 
 
-def _load(source: Path, links: Path, gguf: str | None, progress: Progress) -> tuple[Any, Any]:
-    """The model and its tokenizer, read by transformers from the folder `links`."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _tokenizer(source: Path, links: Path, gguf: str | None, progress: Progress) -> Any:
+    """The model's tokenizer, read by transformers from the folder `links`."""
+    from transformers import AutoTokenizer
 
     what, where = (source / gguf, {"gguf_file": gguf}) if gguf else (source, {})
     progress(Step("Reading the tokenizer"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(links, **where, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(links, **where, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # from transformers, tokenizers and gguf, about arbitrary files
         raise ModelError(f"{what}: the tokenizer could not be read: {_reason(source, links, error)}") from error
+
+
+def _model(source: Path, links: Path, gguf: str | None, progress: Progress) -> Any:
+    """The model, read by transformers from the folder `links`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    what, where = (source / gguf, {"gguf_file": gguf}) if gguf else (source, {})
     progress(Step("Reading the weights"))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -182,7 +193,40 @@ def _load(source: Path, links: Path, gguf: str | None, progress: Progress) -> tu
     refuse_unused(what, model, report)
     for line in not_applied(source, model, report):
         progress(Step(line))
-    return model, tokenizer
+    return model
+
+
+def _whole(source: Path, links: Path, gguf: str | None, progress: Progress) -> Any:
+    """The model with all of its weights in floating point, and with the adapter that is beside it."""
+    model = _model(source, links, gguf, progress)
+    if adapter_files(source):
+        progress(Step("Merging the adapter into the weights"))
+        model = merged(model, source)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are not quantized any more
+    untie(model)
+    refuse_other_tensors(source, model)
+    return model
+
+
+def _part_of(source: Path, links: Path, part: Part, progress: Progress) -> tuple[Any, dict[str, Any]]:
+    """The model with the tensors of `part` alone, and these, read from the folder `links`."""
+    from transformers import GenerationConfig
+
+    from splitlearn.checkpoints import shards  # imports torch
+
+    progress(Step(f"Reading {part}"))
+    try:
+        model, state = shards.load(links, part)
+        if (links / GENERATION).exists():
+            model.generation_config = GenerationConfig.from_dict(read_json(links / GENERATION))
+    except ModelError as error:
+        raise ModelError(str(error).replace(str(links), str(source))) from error
+    except Exception as error:  # from transformers, about an arbitrary file
+        raise ModelError(f"{source / GENERATION} cannot be used: {_reason(source, links, error)}") from error
+    for line in not_applied(source, model, {"unexpected_keys": []}):
+        progress(Step(line))
+    return model, state
 
 
 def _refuse_gguf_adapter(path: Path) -> None:
@@ -272,6 +316,7 @@ def main() -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--gguf")
+    parser.add_argument("--part", type=lambda text: Part.read(json.loads(text)))
     arguments = parser.parse_args()
 
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -285,7 +330,7 @@ def main() -> int:
 
     _report_tqdm(progress)
     try:
-        facts = convert(arguments.source, arguments.target, arguments.gguf, progress)
+        facts = convert(arguments.source, arguments.target, arguments.gguf, progress, arguments.part)
     except ModelError as error:
         say(error=str(error))
         return 1

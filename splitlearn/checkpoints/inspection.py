@@ -41,6 +41,9 @@ FILES = (
     "modules.json",
 )
 """The files of a model and of an adapter. No other file is downloaded from the hub."""
+_WEIGHTS = (WEIGHTS, "model-*-of-*.safetensors", "adapter_model*", "adapters.safetensors", "adapters.npz")
+SMALL = tuple(pattern for pattern in FILES if pattern not in _WEIGHTS)
+"""Those without weights."""
 _OF_ADAPTERS = (ADAPTER_CONFIG, "adapter_model*", "adapters.safetensors", "adapters.npz")
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "tekken.json")
 # Where a folder may hold models: each in a folder of its own, or as in the hub's cache.
@@ -74,16 +77,20 @@ def find(path: Path) -> Path:
     return found[0] if found else path
 
 
-def check_files(source: Path) -> None:
+def check_files(source: Path, shards: Sequence[str] | None = None) -> None:
     """Raise ModelError unless `source` is a GGUF file or a model's folder whose files can be read.
 
-    The content of the weights is not checked.
+    The content of the weights is not checked. `shards` are the files of weights that must be there, None for all that
+    the index names.
     """
     if source.is_file():
         _check_readable([source])
         _check_whole_gguf(source)
         return
-    _check_readable([*files(source), *_absent_shards(source)])
+    if shards is None:
+        _check_readable([*files(source), *_absent_shards(source)])
+    else:  # no other file of weights is opened
+        _check_readable([*files(source, SMALL), *(source / name for name in shards)])
     if not _weights_in(source) and adapter_files(source):
         raise ModelError(_adapter_alone(source))
     if not (source / CONFIG).exists():
@@ -96,10 +103,11 @@ def check_files(source: Path) -> None:
         )
 
 
-def check_whole(folder: Path) -> None:
-    """Raise ModelError unless `folder` has all of the model's weights and a tokenizer."""
-    tensors = _check_weights(folder)
-    _check_layers(folder, len(tensors))
+def check_whole(folder: Path, shards: Sequence[str] | None = None) -> None:
+    """Raise ModelError unless `folder` has all of the model's weights, or those in the files `shards`, and a
+    tokenizer."""
+    tensors = _check_weights(folder, shards)
+    check_layers(folder, len(tensors) if shards is None else len(weight_map(folder)))
     _check_dtypes(folder, tensors)
     if not any(files(folder, _VOCABULARIES)):
         raise ModelError(f"{folder} has no tokenizer: tokenizer.json, a .model file, vocab.json or vocab.txt.")
@@ -123,6 +131,16 @@ def adapter_files(folder: Path) -> list[Path]:
     return list(files(folder, _OF_ADAPTERS))
 
 
+def of_adapter(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are files of an adapter."""
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in _OF_ADAPTERS)]
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether the weights in `folder` are those that an index names. A file with all of them goes before the index."""
+    return (folder / INDEX).is_file() and not (folder / WEIGHTS).exists()
+
+
 def model_files(folder: Path) -> list[Path]:
     """The files of the model itself, without those of an adapter beside it."""
     others = adapter_files(folder)
@@ -131,7 +149,7 @@ def model_files(folder: Path) -> list[Path]:
 
 def unused_weights(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder that are neither loaded nor an adapter's."""
-    loaded = {WEIGHTS} if (folder / WEIGHTS).exists() else set(_shards(folder)) if (folder / INDEX).exists() else set()
+    loaded = {WEIGHTS} if (folder / WEIGHTS).exists() else set(shards_of(folder)) if is_sharded(folder) else set()
     found = sorted(folder.glob("*.safetensors")) if loaded else []
     return [path for path in found if path.name not in loaded and path not in adapter_files(folder)]
 
@@ -144,7 +162,7 @@ def unnamed_adapters(folder: Path) -> list[Path]:
 def missing(folder: Path) -> list[str]:
     """The names of files that a snapshot of the hub lacks, as far as its own files imply them."""
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        needed = [CONFIG, *_shards(folder)]
+        needed = [CONFIG, *shards_of(folder)]
     else:
         needed = [CONFIG, WEIGHTS]
     absent = [name for name in needed if not (folder / name).is_file()]
@@ -233,14 +251,15 @@ def _weights_in(folder: Path) -> bool:
     return any((folder / name).exists() or (folder / name).is_symlink() for name in (WEIGHTS, INDEX))
 
 
-def _check_weights(folder: Path) -> list[tuple[str, str]]:
+def _check_weights(folder: Path, only: Sequence[str] | None) -> list[tuple[str, str]]:
     """The tensors in the weights of `folder`, each with its dtype. Raises ModelError that names all that is missing."""
     named = read_json(folder / CONFIG).get("transformers_weights")
     if named not in (None, WEIGHTS, INDEX):
         raise ModelError(f"{folder / CONFIG}: transformers_weights {named!r} cannot be used; expected {WEIGHTS}.")
     if not _weights_in(folder):
         raise ModelError(_without_weights(folder))
-    shards = [WEIGHTS] if (folder / WEIGHTS).exists() else _shards(folder)
+    every = [WEIGHTS] if (folder / WEIGHTS).exists() else shards_of(folder)
+    shards = every if only is None else only
     found, broken = [], []
     for name in shards:
         try:
@@ -252,8 +271,13 @@ def _check_weights(folder: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _shards(folder: Path) -> list[str]:
+def shards_of(folder: Path) -> list[str]:
     """The files that the index names. Raises ModelError if it names anything but files beside it."""
+    return sorted(set(weight_map(folder).values()))
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """The name of each tensor in the index, with its file. Raises as `shards_of`."""
     index = folder / INDEX
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -261,7 +285,7 @@ def _shards(folder: Path) -> list[str]:
     odd = sorted({repr(name) for name in names.values() if not _is_plain(name)})
     if odd:
         raise ModelError(f"{index} may name .safetensors files beside it only, and names {_listed(odd)}.")
-    return sorted(set(names.values()))
+    return names
 
 
 def _absent_shards(folder: Path) -> list[Path]:
@@ -269,7 +293,7 @@ def _absent_shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if (folder / WEIGHTS).exists() or not index.is_file() or _fault(index):
         return []
-    return [folder / name for name in _shards(folder) if not (folder / name).exists()]
+    return [folder / name for name in shards_of(folder) if not (folder / name).exists()]
 
 
 def _is_plain(name: object) -> bool:
@@ -286,7 +310,7 @@ def _without_weights(folder: Path) -> str:
     return f"{folder} has no safetensors weights; pickled weights (.bin, .pt) are not loaded{found}."
 
 
-def _check_layers(folder: Path, tensors: int) -> None:
+def check_layers(folder: Path, tensors: int) -> None:
     """Raise ModelError for more layers than tensors; they would all be built before the weights were missed."""
     config = read_json(folder / CONFIG)
     text = config.get("text_config")

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from splitlearn.checkpoints.convert import write_tensors
 from splitlearn.checkpoints.folder import MANIFEST, WEIGHTS, ModelFiles, read_config, seal_part
-from splitlearn.errors import InputError
+from splitlearn.errors import InputError, ModelError
 from splitlearn.models.part import Part
 from splitlearn.models.tensors import tensor_names
 from splitlearn.runtime.progress import Progress, Step
@@ -17,8 +17,11 @@ from splitlearn.runtime.progress import Progress, Step
 def pack(whole: ModelFiles, part: Part, target: Path, progress: Progress) -> None:
     """Write `part` of the model `whole` into the new folder `target`. Its digest is that of the whole.
 
-    Raises InputError if `target` is there already.
+    `whole` may be a slice with that part. Raises InputError if `target` is there already, ModelError for a slice that
+    lacks some of it.
     """
+    if whole.part is not None and not whole.part.covers(part):
+        raise ModelError(f"{whole.folder} has {whole.part} of {whole.name} alone, and {part} are asked for.")
     if target.exists():
         raise InputError("OUT", str(target), "a folder that is not there yet")
     target.parent.mkdir(parents=True, exist_ok=True)

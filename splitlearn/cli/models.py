@@ -52,11 +52,14 @@ def pack(
         from splitlearn.runtime.progress import on_console
         from splitlearn.runtime.terminal import say
 
+        def part(n_layers: int) -> Part:
+            if not start < end <= n_layers:
+                raise InputError("layers", layers, f"layers within 0:{n_layers}, at least one")
+            return Part(((start, end),))
+
         with on_console() as progress:
-            files = catalogue.prepare(settings.model.model_copy(update={"name": name}), progress)
-            if not start < end <= files.n_layers:
-                raise InputError("layers", layers, f"layers within 0:{files.n_layers}, at least one")
-            pack(files, Part(((start, end),)), out, progress)
+            files = catalogue.prepare(settings.model.model_copy(update={"name": name}), progress, part=part)
+            pack(files, part(files.n_layers), out, progress)
         say(str(out))
 
     return run

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from splitlearn.models.plan import SplitPlan
+
 
 @dataclass(frozen=True)
 class Part:
@@ -11,6 +13,17 @@ class Part:
 
     layers: tuple[tuple[int, int], ...]
     ends: bool = False
+
+    @classmethod
+    def of_trunk(cls, plan: SplitPlan) -> "Part":
+        """What a trunk server has."""
+        return cls(((plan.start, plan.end),))
+
+    @classmethod
+    def of_client(cls, plan: SplitPlan) -> "Part":
+        """What a client has, whose trunk is at a server."""
+        ranges = ((0, plan.start), (plan.end, plan.n_layers))
+        return cls(tuple((start, end) for start, end in ranges if start < end), ends=True)
 
     @classmethod
     def read(cls, written: Mapping[str, Any]) -> "Part":
@@ -25,6 +38,16 @@ class Part:
         inside = start == end or any(first <= start and end <= last for first, last in self.layers)
         return inside and self.ends >= ends
 
+    def covers(self, other: "Part") -> bool:
+        """Whether all of `other` is in it."""
+        return all(self.has(start, end, other.ends) for start, end in other.layers or ((0, 0),))
+
+    @property
+    def slug(self) -> str:
+        """It as a part of a folder's name."""
+        return "+".join([*(f"{start}-{end}" for start, end in self.layers), *(["ends"] if self.ends else [])])
+
     def __str__(self) -> str:
         named = " and ".join(f"[{start}, {end})" for start, end in self.layers)
-        return f"the layers {named}{', the embeddings and the LM head' if self.ends else ''}"
+        ends = ["the embeddings and the LM head"] if self.ends else []
+        return ", ".join([*([f"the layers {named}"] if named else []), *ends])

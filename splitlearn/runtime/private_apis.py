@@ -6,10 +6,11 @@ Each has no public counterpart that does the same. Libraries are imported when t
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -49,6 +50,59 @@ def takes_any_attention(architecture: Any) -> bool:
 def forget_kernels(config: Any) -> None:
     """transformers: drop the kernels that a model's own configuration names; one may be fetched from the hub."""
     config._attn_implementation = config._experts_implementation = None
+
+
+def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """transformers: the name in the state dict of `model` of each tensor `names` of a checkpoint; of one that becomes
+    several, the first. Public from_pretrained does this only for all tensors at once."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def renamed(name: str) -> str:
+        found, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if found not in state and name in state:
+            return name
+        return str(found)
+
+    return {name: renamed(name) for name in names}
+
+
+def unplaced(model: Any, names: Iterable[str]) -> set[str]:
+    """transformers: those of `names` that the model has no place for, without what its class says may be there."""
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    info = LoadStateDictInfo(set(), set(names) - set(model.state_dict()), set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(info)
+    return set(info.unexpected_keys)
+
+
+def load_tensors(model: Any, tensors: Mapping[str, Any], dtype: Any) -> tuple[set[Any], dict[str, str]]:
+    """transformers: convert some tensors of a checkpoint, and put them into `model` in the place of its empty ones.
+
+    Returns those of another shape (name, shape there, shape in the model), and what could not be converted and why.
+    Public from_pretrained makes up what is not given.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    plan, mapping = model._get_dtype_plan(dtype), get_model_conversion_mapping(model)
+    how = LoadStateDictConfig(dtype=dtype, dtype_plan=plan, weight_mapping=mapping)
+    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), how)
+    return set(info.mismatched_keys), dict(info.conversion_errors)
+
+
+def hub_sha256(storage: Path, commit: str) -> dict[str, str]:
+    """huggingface_hub: the SHA-256 of each large file of a commit, as the hub listed it when files of it were fetched
+    into the folder `storage`. The public get_cached_repo_tree leaves them out."""
+    from huggingface_hub._tree_cache import read_tree_cache
+
+    entries = read_tree_cache(str(storage), commit) or {}
+    return {path: entry.lfs_sha256 for path, entry in entries.items() if entry.lfs_sha256 is not None}
 
 
 def python_tokenizer_class(rust_tokenizer: Any) -> Any:

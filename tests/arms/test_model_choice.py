@@ -26,9 +26,9 @@ FLAGS = "use_cache,inference_mode"
 
 @pytest.fixture(scope="module")
 def cache(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with a GPT-2, one whose weights are damaged, and one of which only loading the arms can tell."""
+    """A cache with a GPT-2, one whose weights are damaged, one of which only loading the arms can tell, and a part."""
     made = tmp_path_factory.mktemp("cache") / "v1"
-    for name in ("other", "damaged", "unloadable"):
+    for name in ("other", "damaged", "unloadable", "owner--other@2-4"):
         shutil.copytree(tiny_model("gpt2").folder, made / name)
     weights = made / "damaged" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0\0")
@@ -72,6 +72,7 @@ def test_the_list_has_the_model_in_use_the_catalogue_and_the_cache_with_the_reas
     found = {choice.name: choice for choice in choices(first, startup.runs, probe=True)}
     assert list(found)[0] == first.model.name
     assert {str(cache / name) for name in ("other", "damaged")} < set(found)
+    assert str(cache / "owner--other@2-4") not in found
     assert "hub cannot be reached" in found["gpt2"].why_not
     assert found[first.model.name].why_not == found[str(cache / "other")].why_not == ""
     assert found[first.model.name].status.parameters == folder.parameters(startup.runs.files.folder)

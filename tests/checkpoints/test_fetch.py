@@ -15,11 +15,13 @@ import pytest
 from huggingface_hub import constants
 
 from splitlearn.checkpoints import adapter, download
-from splitlearn.checkpoints.download import Checkpoint, HubSource, PipSource
+from splitlearn.checkpoints import hub as model_hub
+from splitlearn.checkpoints.download import Checkpoint, PipSource
+from splitlearn.checkpoints.hub import HubSource
 from splitlearn.errors import ModelError, ModelUnavailable
 from splitlearn.runtime.progress import silent
 from tests.conftest import start_prepare
-from tests.support.fake_hub import COMMIT, handler
+from tests.support.fake_hub import COMMIT, HubHere, handler, hub_here
 from tests.support.tiny import make_checkpoint
 
 
@@ -48,11 +50,15 @@ def test_a_hub_model_is_fetched_and_then_needs_no_hub(tmp_path: Path, hub: dict[
 
 @dataclass(frozen=True)
 class Near:
-    """A hub that this process asks: what it refuses, the folder that it serves, and what this machine has of it."""
+    """A hub that this process asks, and what this machine has of it."""
 
-    refusals: dict[str, int]
-    served: Path
+    hub: HubHere
     cache: Path
+
+    @property
+    def served(self) -> Path:
+        """The folder that it serves."""
+        return self.hub.served
 
     def fetch(self) -> tuple[Checkpoint, list[str]]:
         """What comes of it, and what is said meanwhile."""
@@ -62,8 +68,7 @@ class Near:
 
     def refuse(self, status: int, begin: str = "/") -> None:
         """Answer so from now on."""
-        self.refusals.clear()
-        self.refusals[begin] = status
+        self.hub.refuse(status, begin)
 
 
 REPO = "owner/model"
@@ -71,20 +76,12 @@ ALL, FILES = "/", f"/{REPO}/resolve/"
 
 
 @pytest.fixture
-def near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Near]:
-    refusals: dict[str, int] = {}
+def near(tmp_path: Path) -> Iterator[Near]:
     served = make_checkpoint(tmp_path / "served", n_layers=2)
     (served / "additional_chat_templates").mkdir()
     (served / "additional_chat_templates" / "rag.jinja").write_text("rag")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(REPO, served, refusals))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    there, cache = f"http://127.0.0.1:{server.server_port}", tmp_path / "hub"
-    monkeypatch.setattr(constants, "ENDPOINT", there)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", there + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    yield Near(refusals, served, cache)
-    server.shutdown()
-    server.server_close()
+    with hub_here(REPO, served, tmp_path / "hub") as found:
+        yield Near(found, tmp_path / "hub")
 
 
 def test_a_hub_that_says_nothing_does_not_take_away_a_whole_snapshot(
@@ -93,7 +90,7 @@ def test_a_hub_that_says_nothing_does_not_take_away_a_whole_snapshot(
     first, _ = near.fetch()
     with socket.create_server(("127.0.0.1", 0)) as silence:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silence.getsockname()[1]}")
-        monkeypatch.setattr(download, "HUB_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(model_hub, "TIMEOUT_S", 0.2)
         assert near.fetch()[0] == first
 
 

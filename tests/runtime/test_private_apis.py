@@ -1,5 +1,6 @@
 """What the program uses of other libraries' private APIs does what it is used for."""
 
+import hashlib
 import os
 import sys
 import threading
@@ -11,11 +12,13 @@ import gradio
 import grpc
 import pytest
 import torch
-from transformers import BertTokenizer, LlamaConfig, LlamaForCausalLM
+from huggingface_hub import snapshot_download
+from transformers import BertTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from splitlearn.runtime import private_apis
 from tests.support import ROOT
 from tests.support.children import output_of
+from tests.support.fake_hub import hub_here
 
 
 def _config() -> LlamaConfig:
@@ -44,6 +47,37 @@ def test_kernels_that_a_configuration_names_are_forgotten() -> None:
     private_apis.set_attention(config, "somebody/kernel")
     private_apis.forget_kernels(config)
     assert private_apis.attention_of(config) is None
+
+
+def test_tensors_of_a_checkpoint_are_called_and_converted_as_transformers_does_it() -> None:
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = private_apis.new_causal_model(MixtralForCausalLM, config, "eager", torch.float32)
+    expert, merged = "layers.0.block_sparse_moe.experts", "model.layers.0.mlp.experts"
+    names = private_apis.checkpoint_names(model, [f"{expert}.1.w3.weight", "norm.weight", "model.layers.7.odd"])
+    assert list(names.values()) == [f"{merged}.gate_up_proj", "model.norm.weight", "model.layers.7.odd"]
+    may_be_there = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert private_apis.unplaced(model, [*names.values(), may_be_there]) == {"model.layers.7.odd"}
+
+    down = {f"{expert}.{each}.w2.weight": torch.full((8, 4), float(each)) for each in range(2)}
+    others, failed = private_apis.load_tensors(model, {**down, "norm.weight": torch.ones(5)}, torch.float32)
+    assert [(name, list(has)) for name, has, _ in others] == [("model.norm.weight", [5])] and not failed
+    state = model.state_dict()
+    assert torch.equal(state[f"{merged}.down_proj"], torch.stack(list(down.values())))
+    assert state[f"{merged}.gate_up_proj"].is_meta
+
+
+def test_the_hashes_that_the_hub_listed_are_known(tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "some.safetensors").write_bytes(b"weights")
+    with hub_here("owner/model", tmp_path / "served", tmp_path / "hub"):
+        snapshot = Path(snapshot_download("owner/model", allow_patterns=[]))
+    known = private_apis.hub_sha256(tmp_path / "hub" / "models--owner--model", snapshot.name)
+    assert known == {"some.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    assert private_apis.hub_sha256(tmp_path, snapshot.name) == {}
 
 
 def test_the_python_class_of_a_rust_tokenizer_is_found_where_there_is_one() -> None:

@@ -32,7 +32,7 @@ from splitlearn import config
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import ServedModel
 from splitlearn.models.plan import SplitPlan
-from splitlearn.runtime.progress import silent
+from splitlearn.runtime.progress import Progress, silent
 from splitlearn.wire import PROTOCOL, READY, SERVICE, codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials, open_channel
@@ -126,8 +126,14 @@ def serve_here(
     """Run the real server on a real socket in this process, with the trunk's `flags` and settings of `prefix_cache`."""
     start, end = layers
     own = settings(files, split={"start": start, "end": end}, server={"port": 0, **limits}, prefix_cache=prefixes)
-    parsed = config.parse({**own, "flags": flags})
-    built = build(parsed, silent)
+    with run_here(config.parse({**own, "flags": flags})) as running:
+        yield running
+
+
+@contextmanager
+def run_here(parsed: config.Config, progress: Progress = silent) -> Iterator[TrunkHere]:
+    """As `serve_here`, with these settings."""
+    built = build(parsed, progress)
     variants = Variants(parsed, built)
     security = Security.of(parsed.server)
     service = TrunkService(built, variants, parsed.server, security)
