@@ -3,10 +3,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PROTO := splitlearn/wire/trunk.proto
+PROTO := splitlearn/wire/trunk.proto splitlearn/wire/directory.proto
 
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-compose test-clients check proto docs screenshots bench clean weights chromium iptables
+.PHONY: help install run test test-compose test-clients test-ray check proto docs screenshots bench clean weights chromium iptables
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -25,13 +25,16 @@ test-compose: .venv/installed-test chromium iptables ## build the images and bri
 test-clients: .venv/installed-test weights ## run other people's OpenAI clients against splitlearn serve (minutes)
 	$(BIN)/python -m pytest tests/openai_api/clients -m clients -n 0 -rs
 
+test-ray: .venv-ray/installed weights ## run trunk servers on a Ray of the tests' own (minutes)
+	.venv-ray/bin/python -m pytest tests/ray -m ray -n 0 -rs
+
 check: .venv/installed-test ## lint, types, import direction, container files, generated files
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_imports.py tests/test_setup.py tests/e2e/test_compose.py
 
-proto: .venv/installed-test ## generate the wire protocol's Python code from trunk.proto
+proto: .venv/installed-test ## generate the wire protocol's Python code from the proto files
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. $(PROTO)
 
 docs: .venv/installed ## generate docs/flags.md (docs/families.md: python -m splitlearn.stages.equivalence, minutes)
@@ -44,7 +47,7 @@ bench: .venv/installed-bench weights ## the side-by-side measurements of bench/
 	$(BIN)/python -m bench
 
 clean: ## remove .venv and what the tools left; the weights in the cache folder stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .gradio test-results
+	rm -rf .venv .venv-ray .mypy_cache .ruff_cache .pytest_cache .hypothesis .gradio test-results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 weights: .venv/installed
@@ -63,6 +66,14 @@ weights: .venv/installed
 
 .venv/installed-test: requirements-test.txt .venv/installed
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt
+	@touch $@
+
+# Ray in an environment beside the other, which sees what is installed there.
+.venv-ray/installed: requirements-ray.txt .venv/installed-test
+	$(PYTHON) -m venv .venv-ray
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >"$$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	.venv-ray/bin/python -m pip install --disable-pip-version-check -r $<
 	@touch $@
 
 .venv/installed-bench: bench/requirements.txt .venv/installed-test

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from splitlearn.arms.ray_trunk import LOCAL
 from splitlearn.cli.token import token
 from splitlearn.errors import SplitlearnError
-from splitlearn.runtime import command_line, proxies
+from splitlearn.runtime import command_line, proxies, ray_installed
 from splitlearn.runtime.command_line import Job, whole
 from splitlearn.runtime.terminal import guarded, say
 
@@ -21,17 +22,18 @@ if TYPE_CHECKING:
     from splitlearn.config import Config
 
 NAME = "python -m server"
+RAY = "--ray"
 app = command_line.program(add_completion=False, invoke_without_command=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal. Returns the exit status: 2 if the server cannot start, 141 if stdout is closed."""
-    return guarded(lambda: _run(arguments))
+    return guarded(lambda: _run(sys.argv[1:] if arguments is None else arguments))
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str]) -> int:
     try:
-        return command_line.run(app, arguments, NAME)
+        return command_line.run(app, _with_address(arguments), NAME)
     except BrokenPipeError:
         raise  # stdout is closed: `guarded` exits quietly
     except (SplitlearnError, OSError) as error:  # OSError: no space, no permission
@@ -39,6 +41,17 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 2
     except KeyboardInterrupt:  # before the server sets its signal handlers
         return 130
+
+
+def _with_address(arguments: Sequence[str]) -> list[str]:
+    """`arguments`, where `--ray` without an address has that of a Ray of this program's own: typer knows no option
+    whose value may be left out."""
+    found = list(arguments)
+    if RAY in found:
+        after = found.index(RAY) + 1
+        if after == len(found) or found[after].startswith("-"):
+            found.insert(after, LOCAL)
+    return found
 
 
 @app.callback()
@@ -62,24 +75,37 @@ def _serve_command(
             help="listen beyond loopback without access control: everybody who reaches the port can use the trunk",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            RAY,
+            metavar="[ADDRESS]",
+            help="trunk servers on Ray (docs/ray.md): on the cluster at ADDRESS, or without it on a Ray of their own",
+        ),
+    ] = None,
 ) -> Job | None:
     """Serve the trunk of the configured model."""
     if context.invoked_subcommand is not None:
         return None
     changes = {"host": host, "port": port, "metrics_host": metrics_host, "metrics_port": metrics_port}
     given = {name: value for name, value in {**changes, "allow_open": allow_open}.items() if value is not None}
-    return partial(_serve, config, given)
+    return partial(_serve, config, given, ray)
 
 
 app.command()(token)
 
 
-def _serve(path: Path | None, changes: dict[str, Any]) -> int:
+def _serve(path: Path | None, changes: dict[str, Any], ray: str | None) -> int:
     from server.auth.tls import Security
 
     settings = _settings(path, changes)
     proxies.settle()
     security = Security.of(settings.server)
+    if ray is not None:
+        ray_installed.check(RAY)
+        from server.ray_trunks import program
+
+        return program.serve(settings, ray)
     from server.program import serve  # takes seconds to import
 
     return serve(settings, security)

@@ -12,6 +12,7 @@ Each call that gets a thread has a deadline for its first message (`IdleTimeout`
 """
 
 import logging
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import torch
 from google.protobuf.message import Message
 
 from server.auth.gate import Access, Caller
@@ -69,7 +69,7 @@ class CallThreads:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._pool = ThreadPoolExecutor(size, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(size, initializer=_compute_alone)
         self._lock = threading.Lock()
         self._calls: dict[WatchedCall, None] = {}
         self._ending = 0
@@ -99,6 +99,13 @@ class CallThreads:
                     del self._calls[call]
                 else:
                     self._ending -= 1
+
+
+def _compute_alone() -> None:
+    """Make torch single-threaded in this thread, in a process that has torch: the directory's has not."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
 
 
 class Dispatch(grpc.GenericRpcHandler):

@@ -20,6 +20,7 @@ from server.monitoring import gauges, logs
 from server.service import TrunkService
 from server.variants import Variants
 from splitlearn import address
+from splitlearn.arms.embedded_server import Listening
 from splitlearn.config import Config, ServerConfig
 from splitlearn.errors import SetupError, as_error
 from splitlearn.runtime import ports
@@ -43,8 +44,8 @@ class RunningServer:
 
 
 def work(connection: Connection, settings: Config) -> None:
-    """The main function of a server in a child process. It sends its address, or the error that keeps it from starting.
-    Then it serves until SIGTERM, or until the parent closes its end of `connection`."""
+    """The main function of a server in a child process. It sends a `Listening`, or the error that keeps it from
+    starting. Then it serves until SIGTERM, or until the parent closes its end of `connection`."""
     multiprocessing.current_process().daemon = False  # a daemon may not start variants
     try:
         # The parent reports the rest: the terminal gets warnings and errors only.
@@ -70,7 +71,7 @@ def _stops(*signals: signal.Signals) -> SimpleQueue[str]:
 
 
 def _serve(settings: Config, security: Security, stops: SimpleQueue[str], parent: Connection | None = None) -> None:
-    """Load, listen, send the address to `parent` or print it, and serve until `stops` has an entry or `parent` ends."""
+    """Load, listen, tell `parent` or print where, and serve until `stops` has an entry or `parent` ends."""
     with on_console() as progress:
         runtime = build(settings, progress)
     variants = Variants(settings, runtime)
@@ -80,7 +81,7 @@ def _serve(settings: Config, security: Security, stops: SimpleQueue[str], parent
     if parent is None:
         say(f"{READY}{running.address}")
     else:
-        parent.send(running.address)
+        parent.send(Listening(running.address, metrics))
         threading.Thread(target=_wait_for_parent, args=(parent, stops), daemon=True).start()
     logs.info(log, "serving", metrics=metrics, **gauges.build_info(runtime))
     if _wait_for_end(stops) == STOP:

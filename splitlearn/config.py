@@ -27,7 +27,7 @@ from splitlearn import address
 from splitlearn.address import Address
 from splitlearn.errors import InputError
 
-EMBEDDED = "embedded"
+EMBEDDED, RAY, RAY_SCHEME = "embedded", "ray", "ray://"
 AUTO: Literal["auto"] = "auto"
 Objective = Literal["tpot", "ttft", "memory", "throughput"]
 """What a plan has least or most of (planning/search.py)."""
@@ -36,14 +36,16 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def valid_addresses(value: object) -> tuple[str, ...]:
-    """The word `embedded` alone, or `host:port` with a port of 1 to 65535, once or several times: as a list, or as text
-    with commas between; ValueError otherwise."""
+    """The word `embedded` or `ray` alone, `ray://host:port` alone, or `host:port` with a port of 1 to 65535, once or
+    several times: as a list, or as text with commas between; ValueError otherwise."""
     listed = value.split(",") if isinstance(value, str) else value
     if not isinstance(listed, list | tuple) or not listed or not all(isinstance(each, str) for each in listed):
         raise ValueError(_ADDRESSES)
     addresses = tuple(each.strip() for each in listed)
-    if addresses == (EMBEDDED,):
+    if addresses in ((EMBEDDED,), (RAY,)):
         return addresses
+    if len(addresses) == 1 and has_directory(addresses):
+        return (RAY_SCHEME + _address(addresses[0].removeprefix(RAY_SCHEME), 1),)
     found = tuple(_address(each, len(addresses)) for each in addresses)
     if len(set(found)) < len(found):
         raise ValueError("each address once")
@@ -55,7 +57,7 @@ def valid_next_servers(value: object) -> tuple[str, ...]:
     if not value and isinstance(value, list | tuple):
         return ()
     found = valid_addresses(value)
-    if found == (EMBEDDED,):
+    if found in ((EMBEDDED,), (RAY,)) or has_directory(found):
         raise ValueError(f"a list of {address.ADDRESS}")
     return found
 
@@ -85,8 +87,8 @@ def _link(value: object, number: int) -> "TrunkLink":
     start, end = link.layers
     if not 0 <= start < end:
         raise InputError(f"{where}: layers", list(link.layers), "[start, end] with 0 <= start < end")
-    if EMBEDDED in link.address:
-        raise InputError(f"{where}: address", EMBEDDED, "the addresses of running servers: host:port")
+    if link.address in ((EMBEDDED,), (RAY,)) or has_directory(link.address):
+        raise InputError(f"{where}: address", link.address[0], "the addresses of running servers: host:port")
     return link
 
 
@@ -111,9 +113,16 @@ def _check_once(links: "Sequence[TrunkLink]") -> None:
                 raise InputError(f"trunk.address, link {number}", str(link), expected)
 
 
+def has_directory(addresses: Sequence[str]) -> bool:
+    """Whether `addresses` is that of a directory of trunks on Ray."""
+    return len(addresses) == 1 and addresses[0].startswith(RAY_SCHEME)
+
+
 # No segment begins with a dot, so that none is "..".
 _ROOT_PATH = re.compile(r"(https?://[A-Za-z0-9.-]+(:\d{1,5})?)?(/[\w~-][\w.~-]*)*/?", re.ASCII)
-_ADDRESSES = f"'{EMBEDDED}', or {address.ADDRESS}; or a list of addresses, or of a chain's links"
+_ADDRESSES = (
+    f"'{EMBEDDED}', '{RAY}', {RAY_SCHEME}host:port, or {address.ADDRESS}; or a list of addresses, or of a chain's links"
+)
 
 
 def valid_chat(value: object) -> bool | str:
@@ -241,7 +250,12 @@ class TrunkConfig(_Section):
     @property
     def embedded(self) -> bool:
         """True when this program starts its trunk itself."""
-        return self.address == (EMBEDDED,)
+        return self.address in ((EMBEDDED,), (RAY,))
+
+    @property
+    def on_ray(self) -> bool:
+        """True when this program starts its trunk itself, on a Ray of its own."""
+        return self.address == (RAY,)
 
     @property
     def chain(self) -> tuple[TrunkLink, ...]:
@@ -317,6 +331,26 @@ class PrefixCacheConfig(_Section):
     survives_restart: bool = False
 
 
+class RayConfig(_Section):
+    """Trunk servers on Ray: how many, and what Ray reserves for each. `layers` are the links of a chain, [start, end)
+    each; None is one link, the layers of `split`."""
+
+    layers: Annotated[tuple[Annotated[tuple[int, int], Field(strict=False)], ...], Field(strict=False)] | None = None
+    min_replicas: Annotated[int, Field(ge=1, le=256)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=256)] = 2
+    idle_s: Annotated[float, Field(ge=0, le=86400)] = 60.0
+    num_cpus: Annotated[float, Field(gt=0, le=1024)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0, le=64)] = 0.0
+    memory: Annotated[int, Field(ge=1)] | None = None
+    namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "splitlearn"
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"max_replicas of at least min_replicas, which is {self.min_replicas}")
+        return self
+
+
 class GenerationConfig(_Section):
     """What a request has when nothing else is said."""
 
@@ -374,6 +408,7 @@ class Config(_Section):
     plan: PlanConfig = PlanConfig()
     trunk: TrunkConfig = TrunkConfig()
     server: ServerConfig = ServerConfig()
+    ray: RayConfig = RayConfig()
     prefix_cache: PrefixCacheConfig = PrefixCacheConfig()
     generation: GenerationConfig = GenerationConfig()
     flags: str = "auto"

@@ -11,6 +11,8 @@ from tests.support.children import output_of
 ROOT = Path(__file__).parents[1]
 OURS = {"splitlearn", "server", "ui", "app"}
 # Never imported by name, but transformers asks for them: see requirements.txt.
+OPTIONAL = {"ray"}  # requirements-ray.txt
+PROTO = ("splitlearn/wire/trunk.proto", "splitlearn/wire/directory.proto")
 FOR_TRANSFORMERS = {"gguf", "sentencepiece", "tokenizers"}
 
 
@@ -43,7 +45,9 @@ def _distributions(modules: set[str]) -> set[str]:
 
 
 def test_requirements_pin_exactly_what_the_program_imports() -> None:
-    assert set(_pins("requirements.txt")) == _distributions(_imported_modules()) | FOR_TRANSFORMERS
+    imported = {name for name in _imported_modules() if name.split(".")[0] not in OPTIONAL}
+    assert set(_pins("requirements.txt")) == _distributions(imported) | FOR_TRANSFORMERS
+    assert set(_pins("requirements-ray.txt")) > OPTIONAL
 
 
 def test_no_package_is_pinned_twice() -> None:
@@ -52,7 +56,7 @@ def test_no_package_is_pinned_twice() -> None:
 
 def test_generated_protocol_code_is_what_the_proto_file_gives(tmp_path: Path) -> None:
     out = [f"--python_out={tmp_path}", f"--pyi_out={tmp_path}"]
-    protoc = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *out, "splitlearn/wire/trunk.proto"]
+    protoc = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *out, *PROTO]
     output_of(protoc)
     for made in (tmp_path / "splitlearn/wire").iterdir():
         kept = ROOT / "splitlearn/wire" / made.name

@@ -8,6 +8,7 @@ When the server dies it is started again on the same port, so that clients find 
 
 import logging
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from splitlearn.config import Config, ServerTls
@@ -24,6 +25,14 @@ POLL_S = 0.05
 # A server that cannot be started so often in a row is given up; the pause before each start doubles.
 MOST_STARTS = 5
 FIRST_PAUSE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Listening:
+    """What a server sends its parent when it serves: where it listens, and where its metrics are (None: nowhere)."""
+
+    address: str
+    metrics: str | None
 
 
 class EmbeddedTrunk:
@@ -125,9 +134,9 @@ class Server:
             pass
         if stop.is_set():
             return None
-        address: str = raised(self._child.receive())
+        listening: Listening = raised(self._child.receive())
         self.ready = True
-        return address
+        return listening.address
 
     def alive(self) -> bool:
         """True while the process runs."""

@@ -11,9 +11,9 @@ from splitlearn.arms.model import Model
 from splitlearn.arms.spec import ArmSpec, Kind
 from splitlearn.arms.trunk_pool import TrunkPool
 from splitlearn.checkpoints.folder import ModelFiles
-from splitlearn.client.hop import Hop, hops_of
+from splitlearn.client.hop import Hop, hops_at, hops_of
 from splitlearn.client.served import with_trunk
-from splitlearn.config import AUTO, Config
+from splitlearn.config import AUTO, Config, has_directory
 from splitlearn.errors import InputError
 from splitlearn.flags.registry import SIDES, Place
 from splitlearn.flags.selection import Availability, FlagSet, availability
@@ -24,7 +24,7 @@ from splitlearn.link.emulated import NONE as NO_LINK
 from splitlearn.link.emulated import Link
 from splitlearn.link.route import Routes
 from splitlearn.models.plan import SplitPlan
-from splitlearn.runtime import cgroups
+from splitlearn.runtime import cgroups, ray_installed
 from splitlearn.runtime.progress import Progress
 from splitlearn.wire import channel
 from splitlearn.wire import trunk_pb2 as pb
@@ -53,6 +53,8 @@ class Setup:
 
     def __init__(self, config: Config, progress: Progress, settle: Settle | None = None) -> None:
         self.config, self._settle = config, settle
+        if config.trunk.on_ray:
+            ray_installed.check("trunk.address")
         self.link = words.parse(config.trunk.link or NO_LINK, "trunk.link")
         self._progress = progress
         self._reading = threading.Lock()
@@ -116,7 +118,7 @@ class Setup:
         if applied is None:
             latest = self._trunks.latest
             applied = self._first_flags if latest is None else latest
-        return (Hop(self.plan, (self._trunks.address(applied),)),)
+        return hops_at((self._trunks.address(applied),), self.plan)
 
     @cached_property
     def _hops(self) -> tuple[Hop, ...]:
@@ -125,7 +127,7 @@ class Setup:
 
     def trunk_addresses(self) -> tuple[str, ...]:
         """Where trunks listen, in the order of preference; of a chain, those of the first hop."""
-        return self.hops()[0].addresses
+        return self.hops()[0].listed()
 
     @property
     def _first_flags(self) -> frozenset[str]:
@@ -177,8 +179,14 @@ class Setup:
         if kind == "full":
             return self.spec(kind, flags)
         over = self.link if link is None else link
-        hops = [replace(hop, via=self._routes.over(over, hop.addresses)) for hop in self.hops(flags.trunk)]
+        hops = [self._over(over, hop) for hop in self.hops(flags.trunk)]
         return self.spec(kind, flags, tuple(hops))
+
+    def _over(self, link: Link, hop: Hop) -> Hop:
+        """`hop` over the emulated `link`."""
+        if link != Link() and has_directory(hop.addresses):
+            raise InputError("trunk.link", str(link), "none: no link is emulated to trunk servers on Ray")
+        return replace(hop, via=self._routes.over(link, hop.addresses))
 
     def spec(self, kind: Kind, flags: FlagSet, hops: tuple[Hop, ...] = ()) -> ArmSpec:
         """What a worker of this arm is told; `hops` lead to its trunk."""

@@ -3,7 +3,9 @@
 import threading
 from collections.abc import Callable
 
+from splitlearn.arms import ray_trunk
 from splitlearn.arms.embedded_server import EmbeddedTrunk
+from splitlearn.arms.ray_trunk import RayTrunk
 from splitlearn.config import Config, serving
 from splitlearn.flags.registry import of_scope
 from splitlearn.runtime.process_pool import ProcessPool
@@ -16,7 +18,7 @@ class TrunkPool:
         self._config = config
         self._closing = threading.Event()
         self._lock = threading.Lock()  # a page that opens asks for a trunk beside the run that does
-        self._trunks = ProcessPool[frozenset[str], EmbeddedTrunk](lambda count: has_memory())
+        self._trunks = ProcessPool[frozenset[str], EmbeddedTrunk | RayTrunk](lambda count: has_memory())
 
     @property
     def latest(self) -> frozenset[str] | None:
@@ -42,5 +44,7 @@ class TrunkPool:
         with self._lock:
             self._trunks.close()
 
-    def _start(self, flags: frozenset[str]) -> EmbeddedTrunk:
+    def _start(self, flags: frozenset[str]) -> EmbeddedTrunk | RayTrunk:
+        if self._config.trunk.on_ray:
+            return ray_trunk.embedded(serving(self._config, flags), self._closing)
         return EmbeddedTrunk(serving(self._config, flags), stop=self._closing)

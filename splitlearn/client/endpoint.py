@@ -50,5 +50,9 @@ class Endpoint:
     def close(self) -> None:
         """Close all idle channels, and those that are returned later."""
         self._closed = True
+        self.close_idle()
+
+    def close_idle(self) -> None:
+        """Close all idle channels."""
         while self._idle:
             self._idle.pop().close()

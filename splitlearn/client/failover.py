@@ -5,6 +5,8 @@ pauses that grow (full jitter), so that the clients of one trunk do not all retu
 breaker of an address opens after several failures in a row (client/circuit_breaker.py). An address that refuses is not
 tried again. client/remote_stage.py detects the loss of a trunk within a session, and replays the session.
 
+With a directory (`ray://host:port`) the addresses are those that it lists at each opening, the least full first.
+
 Why not gRPC's own retry policy and pick_first: gRPC repeats a call only until its first response headers. An open
 session is beyond that, and its state is lost with its trunk. And pick_first hides the address that it chose. Here a
 refusal, a full trunk and a dead trunk each need another reaction, by address.
@@ -15,9 +17,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from splitlearn.client.directory import Directory
 from splitlearn.client.endpoint import Endpoint
 from splitlearn.client.served import ServedModel
 from splitlearn.client.session_stream import Opening, Stream
+from splitlearn.config import has_directory
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import Credentials
@@ -40,7 +44,7 @@ class RetryBudget:
     def wait_s(self) -> float:
         """How long to wait for an answer: all of the remaining time, or half of it if there is another address."""
         left = self._until - time.monotonic()
-        return left if self._addresses == 1 else max(left / 2, min(left, LEAST_WAIT_S))
+        return left if self._addresses <= 1 else max(left / 2, min(left, LEAST_WAIT_S))
 
     def pause(self, due_s: float = 0.0) -> None:
         """Sleep until the next round: `due_s` plus a random time. Raises `error()` if that exceeds the budget."""
@@ -66,8 +70,8 @@ class RetryBudget:
 
 
 class Endpoints:
-    """A trunk's addresses, one of which is current. `open` opens a session at one that works. `via` has for each
-    address another one to connect to."""
+    """A trunk's addresses, one of which is current, or that of a directory, which knows them. `open` opens a session at
+    one that works. `via` has for each address another one to connect to."""
 
     def __init__(
         self,
@@ -77,9 +81,12 @@ class Endpoints:
         credentials: Credentials,
         via: Sequence[str] = (),
     ) -> None:
-        pairs = zip(addresses, via or (None,) * len(addresses), strict=True)
+        self._directory = Directory(addresses[0], credentials) if has_directory(addresses) else None
+        known = () if self._directory else addresses
+        pairs = zip(known, via or (None,) * len(known), strict=True)
         self._endpoints = {address: Endpoint(address, credentials, proxy) for address, proxy in pairs}
-        self._order = deque(addresses)  # the current one is first
+        self._order = deque(known)  # the current one is first
+        self._credentials = credentials
         self._served = served
         self._timeout_s = timeout_s
         self._streams: set[Stream] = set()
@@ -89,14 +96,25 @@ class Endpoints:
         """A new budget, for the opening of a session or for one step."""
         return RetryBudget(self._timeout_s, len(self._endpoints))
 
-    def open(self, opening: Opening, budget: RetryBudget, *, patient: bool) -> tuple[Stream, pb.Opened]:
+    @property
+    def change(self) -> bool:
+        """Whether the addresses may be others at each opening."""
+        return self._directory is not None
+
+    def open(
+        self, opening: Opening, budget: RetryBudget, *, patient: bool, beside: str = ""
+    ) -> tuple[Stream, pb.Opened]:
         """Open a session at the current address, or else at the next that works. Returns its stream and the reply.
+        `beside` is the address to begin with, that of a session which this one is to fork.
 
         A `patient` caller has an answer in progress, and waits within `budget` for a trunk to come back. Any other gets
         an error as soon as no address works. Both wait for a full trunk that says when to try again.
         """
         while True:
-            due: list[float] = []
+            due = [] if beside else self._look(budget, patient)
+            if beside:
+                self._begin_with(beside)
+            beside = ""
             for endpoint in [self._endpoints[each] for each in tuple(self._order) if not budget.hopeless(each)]:
                 if self._closed:
                     raise TrunkUnavailable("The connection to the trunk server was closed here.")
@@ -140,6 +158,8 @@ class Endpoints:
             stream.drop()
         for endpoint in self._endpoints.values():
             endpoint.close()
+        if self._directory is not None:
+            self._directory.close()
 
     def _open_at(self, endpoint: Endpoint, opening: Opening, budget: RetryBudget) -> tuple[Stream, pb.Opened]:
         """Open a session at `endpoint`, and make it current. Raises its last error while the breaker is open."""
@@ -159,7 +179,30 @@ class Endpoints:
         return stream, opened
 
     def _begin_with(self, address: str) -> None:
-        self._order.rotate(-self._order.index(address))
+        order = deque(self._order)  # a copy: another thread may have the directory's next list
+        if address in order:
+            order.rotate(-order.index(address))
+        else:  # the directory does not list it any more
+            order.appendleft(address)
+        self._order = order
+
+    def _look(self, budget: RetryBudget, patient: bool) -> list[float]:
+        """Take the directory's addresses, where there is one; those that failed within `budget` come last. Returns when
+        to ask again if it lists none, as `due` of `open`."""
+        if self._directory is None:
+            return []
+        try:
+            found = self._directory.addresses(self._served.plan, budget.wait_s())
+        except TrunkError as error:
+            budget.errors[self._directory.address] = error
+            return [0.0] if patient and isinstance(error, TrunkUnavailable) else []
+        budget.errors.pop(self._directory.address, None)
+        for address in found:
+            self._endpoints.setdefault(address, Endpoint(address, self._credentials))
+        for address in self._endpoints.keys() - set(found):
+            self._endpoints[address].close_idle()  # a replica that was started again has another address
+        self._order = deque(sorted(found, key=budget.errors.__contains__))
+        return []
 
 
 def _ignore(attempt: int) -> None:

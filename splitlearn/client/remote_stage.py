@@ -62,17 +62,26 @@ class RemoteStage:
         """Open `count` sessions. The first begins with the blocks with these `keys` that the trunk has kept."""
         first = self._open(settings, max_length, keys)
         try:
-            return [first, *self.open_together(settings, max_length, count - 1)]
+            return [first, *self._open_beside(first, settings, max_length, count - 1)]
         except BaseException:
             first.close()
             raise
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> "list[RemoteSession]":
-        """Open `count` sessions at the trunk at the same time."""
+        """Open `count` sessions at the trunk at the same time, all at one address."""
+        if count > 1 and self._endpoints.change:
+            return self.open_with(settings, max_length, count, ())
+        return self._open_beside(None, settings, max_length, count)
+
+    def _open_beside(
+        self, first: "RemoteSession | None", settings: SessionSettings, max_length: int, count: int
+    ) -> "list[RemoteSession]":
+        """Open `count` sessions at the same time, at the address of `first`."""
         if not count:
             return []
+        beside = "" if first is None else first.address
         with ThreadPoolExecutor(count) as threads, ExitStack() as opened:
-            opening = [threads.submit(self.open, settings, max_length) for _ in range(count)]
+            opening = [threads.submit(self._open, settings, max_length, (), beside) for _ in range(count)]
             wait(opening)
             for each in opening:
                 if each.exception() is None:
@@ -99,10 +108,12 @@ class RemoteStage:
         if self.checks is not None:
             self.checks.close()
 
-    def _open(self, settings: SessionSettings, max_length: int, keys: Sequence[bytes]) -> "RemoteSession":
+    def _open(
+        self, settings: SessionSettings, max_length: int, keys: Sequence[bytes], beside: str = ""
+    ) -> "RemoteSession":
         wait_s = TRUNK_SHARE * self._endpoints.budget().wait_s()
         opening = opening_of(self.served, settings, max_length, wait_s, keys)
-        return RemoteSession(self, self._endpoints, opening, max_length)
+        return RemoteSession(self, self._endpoints, opening, max_length, beside)
 
     def note_opened(self, opened: pb.Opened, address: str) -> None:
         peak = self.facts.peak_rss_bytes if address == self.facts.address else 0
@@ -115,7 +126,9 @@ class RemoteStage:
 class RemoteSession:
     """The session of one generation at a trunk, or at several in turn when one is lost."""
 
-    def __init__(self, stage: RemoteStage, endpoints: Endpoints, opening: Opening, max_length: int) -> None:
+    def __init__(
+        self, stage: RemoteStage, endpoints: Endpoints, opening: Opening, max_length: int, beside: str = ""
+    ) -> None:
         self._stage = stage
         self._endpoints = endpoints
         self._opening = opening
@@ -128,10 +141,15 @@ class RemoteSession:
         self._recovered: deque[StageOutput] = deque()  # answers to the other steps that were pending at a loss
         self._checks = None if stage.checks is None else stage.checks.session(max_length, opening.rows)
         try:
-            self._stream = self._open(endpoints.budget(), patient=False)
+            self._stream = self._open(endpoints.budget(), patient=False, beside=beside)
         except TrunkError as error:
             stage.served.name(error)
             raise
+
+    @property
+    def address(self) -> str:
+        """Where the trunk is that has the session."""
+        return self._stream.address
 
     def step(self, position: int, x: torch.Tensor, *, rope_length: int = 0) -> StageOutput:
         """Send `x` [1, T, H] and wait for the answer to all positions, from another trunk if this one is lost."""
@@ -239,8 +257,8 @@ class RemoteSession:
         if peak_rss_bytes is not None:
             self._stage.note_peak(peak_rss_bytes)
 
-    def _open(self, budget: RetryBudget, *, patient: bool) -> Stream:
-        stream, opened = self._endpoints.open(self._opening, budget, patient=patient)
+    def _open(self, budget: RetryBudget, *, patient: bool, beside: str = "") -> Stream:
+        stream, opened = self._endpoints.open(self._opening, budget, patient=patient, beside=beside)
         self._stage.note_opened(opened, stream.address)
         self._cached = opened.cached_tokens
         return stream

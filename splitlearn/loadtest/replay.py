@@ -29,6 +29,7 @@ class Sender:
     def __init__(self, spec: ArmSpec) -> None:
         self._spec, self._served = spec, spec.served()
         self._channel: grpc.Channel | None = None
+        self._address = ""
         self._stream: Stream | None = None
         self._settings = settings(spec.flags.trunk).session
         self.use_cache = self._settings.new_cache is not None
@@ -38,7 +39,11 @@ class Sender:
     def open(self, max_length: int) -> Stream:
         """Open a session; waits for room at the trunk for as long as its client waits."""
         (hop,) = self._spec.hops
-        address, via = hop.addresses[0], hop.via[0] if hop.via else None
+        address, via = hop.listed()[0], hop.via[0] if hop.via else None
+        if self._channel is not None and address != self._address:
+            self._channel.close()
+            self._channel = None
+        self._address = address
         channel, self._channel = self._channel or open_channel(address, hop.credentials, via), None
         opening = opening_of(self._served, self._settings, max_length, self._step_timeout_s)
         stream = self._stream = Stream(channel, address, self._served, opening)

@@ -2,6 +2,7 @@
 
 PROTOCOL = 6
 SERVICE = "splitlearn.v1.Trunk"
+DIRECTORY = "splitlearn.v1.Directory"
 # A message stays below 4 MiB, gRPC's default limit, which every client and proxy accepts. Longer prompts go in parts.
 MAX_TENSOR_BYTES = 2 * 1024 * 1024
 MAX_MESSAGE_BYTES = 3 * 1024 * 1024

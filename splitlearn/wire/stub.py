@@ -1,14 +1,15 @@
-"""The methods of the trunk's service: the one place that has their names, for clients and servers."""
+"""The methods of the services of trunk and directory: the one place that has their names, for clients and servers."""
 
 import grpc
 
-from splitlearn.wire import SERVICE
+from splitlearn.wire import DIRECTORY, SERVICE, directory_pb2
 from splitlearn.wire import trunk_pb2 as pb
 
 DESCRIBE = f"/{SERVICE}/Describe"
 SESSION = f"/{SERVICE}/Session"
 DROP = f"/{SERVICE}/Drop"
 METRICS = f"/{SERVICE}/Metrics"
+LIST = f"/{DIRECTORY}/List"
 
 
 class TrunkStub:
@@ -27,4 +28,15 @@ class TrunkStub:
             METRICS,
             request_serializer=pb.MetricsRequest.SerializeToString,
             response_deserializer=pb.MetricsText.FromString,
+        )
+
+
+class DirectoryStub:
+    """What a client of the directory calls over `channel`."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.list: grpc.UnaryUnaryMultiCallable[directory_pb2.ListRequest, directory_pb2.Listing] = channel.unary_unary(
+            LIST,
+            request_serializer=directory_pb2.ListRequest.SerializeToString,
+            response_deserializer=directory_pb2.Listing.FromString,
         )

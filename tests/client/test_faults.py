@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from server import endpoint
+from server import connections
 from splitlearn import config
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
@@ -239,7 +239,7 @@ def test_a_session_that_is_idle_may_be_pinged_and_is_not_shut_for_it(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ends' own settings, ten times as quick; with gRPC's default for a server the fourth ping is one too many."""
-    for end in (channel, endpoint):
+    for end in (channel, connections):
         quick = tuple((name, value // 10) for name, value in end.KEEP_ALIVE)
         monkeypatch.setattr(end, "KEEP_ALIVE", quick)
     with serve_here(files) as pinged, closing(RemoteStage([pinged.address], served(files), 20)) as stage:

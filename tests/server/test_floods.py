@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from bench import floods
 from bench.floods import DESCRIBE, FLOODS, HEALTH, PREFACE, SESSION, SETTINGS, begun, closed, connected, frame
-from server import endpoint
+from server import connections, endpoint
 from server.auth import gate
 from server.monitoring import logs
 from splitlearn.access import tokens as token_file
@@ -121,7 +121,7 @@ def test_health_is_answered_beside_many_connections_that_ask_for_it_and_send_no_
     patient: TrunkHere, files: ModelFiles
 ) -> None:
     with ExitStack() as stack:
-        for _ in range(2 * endpoint.HEALTH_THREADS):
+        for _ in range(2 * connections.HEALTH_THREADS):
             stack.enter_context(connected(patient.address, PREFACE + frame(SETTINGS, 0, 0) + begun(1, HEALTH)))
         assert healthy(patient.address)
         assert describe(patient.address, SEEN).hidden_size == 48
@@ -212,7 +212,7 @@ def changed(
 ) -> Iterator[TrunkHere]:
     """A server with other limits on connections."""
     for name, value in named.items():
-        monkeypatch.setattr(endpoint, name, value)
+        monkeypatch.setattr(endpoint if hasattr(endpoint, name) else connections, name, value)
     with serve_here(files, tokens=tokens, open_s=open_s) as here:
         yield here
 

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import server.__main__ as server_main
-from server import endpoint
+from server import connections
 from server.endpoint import SPARE_THREADS
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.served import describe
@@ -381,8 +381,8 @@ def test_a_client_that_is_killed_leaves_its_places(trunk: Trunk, files: ModelFil
 
 
 def test_a_client_that_stopped_answering_is_noticed(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    quicker = tuple((name, after_ms // 10) for name, after_ms in endpoint.KEEP_ALIVE)
-    monkeypatch.setattr(endpoint, "KEEP_ALIVE", quicker)
+    quicker = tuple((name, after_ms // 10) for name, after_ms in connections.KEEP_ALIVE)
+    monkeypatch.setattr(connections, "KEEP_ALIVE", quicker)
     with serve_here(files) as here, holder(here.address, files, 2) as client:
         assert here.runtime.admission.sessions == 2
         client.send_signal(signal.SIGSTOP)  # its connection stays open, as that of a machine without power

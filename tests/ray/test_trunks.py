@@ -1,0 +1,240 @@
+"""Trunk servers on a real Ray, by make test-ray: what is killed, drained, scaled or ended costs no token and leaves
+nothing running."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import psutil
+import pytest
+import yaml
+
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.directory import Directory
+from splitlearn.errors import TrunkError, TrunkUnavailable
+from splitlearn.events import GenerationRequest, TokenEvent
+from splitlearn.runtime import programs
+from splitlearn.wire import READY
+from tests.client.test_remote import free_port
+from tests.conftest import TinyFactory
+from tests.support import ROOT
+from tests.support.client import CACHED, client
+from tests.support.trunk import PLAN, TrunkHere, eventually, settings
+from tests.support.words import session_of
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: make test-ray"),
+]
+LONG_S = 300.0
+"""Limits what hangs: on a busy machine Ray takes minutes to start."""
+MARK = "SPLITLEARN_TEST_RAY"
+REQUEST = GenerationRequest("Why is the sky blue?", max_new_tokens=60, ignore_eos=True)
+ACTORS = """
+import json, ray
+ray.init(address="auto", namespace="splitlearn", log_to_driver=False, logging_level="ERROR")
+groups = [each["state"] for each in ray.util.placement_group_table().values()]
+print(json.dumps([sorted(ray.util.list_named_actors()), sorted(groups)]))
+"""
+
+
+class Program:
+    """A running `python -m server --ray`. All processes that it starts, and theirs, have its mark."""
+
+    def __init__(self, config: dict[str, Any], folder: Path, *arguments: str) -> None:
+        self.mark, self.errors = uuid.uuid4().hex, folder / "errors"
+        file = folder / "config.yaml"
+        file.write_text(yaml.safe_dump(config))
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                programs.command("server", "--config", str(file), "--port", "0", "--ray", *arguments),
+                env={**programs.environment(), MARK: self.mark},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith(READY), self.errors.read_text()
+        self.address = line.removeprefix(READY).strip()
+        self._directory = Directory(self.address)
+
+    def replicas(self) -> list[str]:
+        """The addresses that the directory lists; none when it does not answer."""
+        with suppress(TrunkError):
+            return [each.address for each in self._directory.replicas()]
+        return []
+
+    def left(self) -> list[str]:
+        """The command lines of its processes that run, and of theirs."""
+        return [" ".join(each.cmdline()) for each in psutil.process_iter() if _has(each, self.mark)]
+
+    def end(self, number: signal.Signals) -> int:
+        """Send a signal to the whole group of the program, as a terminal does. Returns its exit status."""
+        os.killpg(self.process.pid, number)
+        return self.process.wait(LONG_S)
+
+    def stop(self) -> None:
+        self._directory.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def _has(process: psutil.Process, mark: str) -> bool:
+    with suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark
+    return False
+
+
+def server_at(address: str) -> psutil.Process:
+    """The process that listens there."""
+    port = int(address.rpartition(":")[2])
+    listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    found = {each.pid for each in listening if each.laddr and each.laddr.port == port}
+    (pid,) = found
+    return psutil.Process(pid or 0)
+
+
+@contextmanager
+def program(files: ModelFiles, folder: Path, ray: dict[str, object], **server: object) -> Iterator[Program]:
+    split = {"start": PLAN.start, "end": PLAN.end}
+    running = Program(settings(files, split=split, ray=ray, server={"drain_s": LONG_S, **server}), folder)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model: TinyFactory) -> ModelFiles:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def wanted(files: ModelFiles, here: TrunkHere) -> tuple[int, ...]:
+    """The answer without Ray, with no loss."""
+    with client(files, here.address) as asking:
+        return asking.ask(REQUEST).token_ids
+
+
+def test_an_actor_or_a_server_that_is_killed_costs_no_token_and_comes_back_and_a_drain_loses_no_session(
+    files: ModelFiles, wanted: tuple[int, ...], tmp_path: Path
+) -> None:
+    with program(files, tmp_path, {"min_replicas": 2}) as running, client(files, running.address) as asking:
+        assert len(set(running.replicas())) == 2
+        for whom in ("actor", "server"):
+            before = set(running.replicas())
+
+            def kill(tokens: int, whom: str = whom) -> None:
+                if tokens == 20:
+                    server = server_at(asking.stage.facts.address)
+                    (server.parent() if whom == "actor" else server).kill()  # type: ignore[union-attr]
+
+            found = asking.ask(REQUEST, kill)
+            assert found.token_ids == wanted
+            ((_, loss),) = found.recoveries
+            assert loss.lost in before and loss.found in before - {loss.lost}
+            assert eventually(lambda lost=loss.lost: len(set(running.replicas()) - {lost}) == 2, LONG_S)  # type: ignore[misc]
+
+        def end(tokens: int) -> None:
+            if tokens == 20:
+                os.killpg(running.process.pid, signal.SIGINT)
+                assert eventually(lambda: running.replicas() == [], LONG_S)  # it drains
+
+        found = asking.ask(REQUEST, end)
+        assert found.token_ids == wanted and not found.recoveries
+        assert running.process.wait(LONG_S) == 0
+        assert not running.left()
+        with pytest.raises(TrunkUnavailable):
+            asking.ask(REQUEST)
+
+
+def test_replicas_come_with_the_sessions_and_go_without_losing_one_and_a_kill_leaves_nothing(
+    files: ModelFiles, wanted: tuple[int, ...], tmp_path: Path
+) -> None:
+    port = free_port()
+    limits: dict[str, object] = {"max_sessions": 4, "metrics_port": port}
+    with (
+        program(files, tmp_path, {"max_replicas": 2, "idle_s": 0}, **limits) as running,
+        client(files, running.address) as asking,
+    ):
+        (first,) = running.replicas()
+        assert seen(port, "serving") == 1
+        with ExitStack() as held:
+            for _ in range(4):
+                held.callback(asking.stage.open(session_of(CACHED), 64).close)
+            assert eventually(lambda: seen(port, "serving") == 2, LONG_S)
+            actors, groups = state()
+            assert [name.rpartition("-")[0] for name in actors] == ["", "link-1-replica", "link-1-replica"]
+            assert groups == ["CREATED", "CREATED"]
+            events = asking.stream(REQUEST)
+            answer = [next(event for event in events if isinstance(event, TokenEvent))]
+            assert asking.stage.facts.address != first
+        assert eventually(lambda: seen(port, "draining") == 1, LONG_S)
+        assert running.replicas() == [first]
+        answer += [event for event in events if isinstance(event, TokenEvent)]
+        assert tuple(each for event in answer for each in event.token_ids) == wanted
+        assert not any(event.recoveries for event in answer)
+        assert eventually(lambda: (seen(port, "draining"), seen(port, "serving")) == (0, 1), LONG_S)
+        assert eventually(lambda: [len(each) for each in state()] == [2, 2], LONG_S)
+        assert state()[1] == ["CREATED", "REMOVED"]
+        assert len(running.left()) > 5
+        running.end(signal.SIGKILL)
+        assert eventually(lambda: not running.left(), LONG_S)
+
+
+def seen(port: int, state: str) -> float:
+    """How many replicas are in that state, by the program's metrics."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=LONG_S) as answer:
+        lines = answer.read().decode().splitlines()
+    (line,) = [each for each in lines if each.startswith(f'splitlearn_ray_replicas{{link="1",state="{state}"}}')]
+    return float(line.split()[-1])
+
+
+def state() -> list[list[str]]:
+    """The actors' names and the placement groups' states, by Ray itself."""
+    done = subprocess.run([sys.executable, "-c", ACTORS], capture_output=True, text=True, timeout=LONG_S, check=True)
+    found: list[list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_comparison_with_its_trunk_on_ray_gives_the_same_tokens_and_leaves_nothing(
+    files: ModelFiles, tmp_path: Path
+) -> None:
+    mark, config = uuid.uuid4().hex, tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings(files, trunk={"address": "ray"})))
+    command = programs.command("splitlearn", "compare", "--config", str(config), "--max-new-tokens", "8", "--json")
+    environment = {**programs.environment(), MARK: mark}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=LONG_S)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["identical_tokens"] and len(found["split_run"]["token_ids"]) == 8
+    assert eventually(lambda: not [each for each in psutil.process_iter() if _has(each, mark)], LONG_S)
+
+
+def test_a_server_that_cannot_start_on_ray_is_one_line(files: ModelFiles, tmp_path: Path) -> None:
+    for wrong, said in (
+        ({"split": {"start": 2, "end": 99}}, "split"),
+        ({"ray": {"num_cpus": 999}}, "ray: there is no room for 1 trunk servers: 1 of them need CPU 999"),
+    ):
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(settings(files, **wrong)))
+        command = programs.command("server", "--config", str(file), "--port", "0", "--ray")
+        done = subprocess.run(
+            command, env=programs.environment(), cwd=ROOT, capture_output=True, text=True, timeout=LONG_S
+        )
+        assert done.returncode == 2
+        (line,) = [each for each in done.stderr.splitlines() if not each.startswith("{")]
+        assert line.startswith("error: The trunk servers on Ray did not start.") and said in line
