@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from splitlearn.arms.ray_trunk import LOCAL
 from splitlearn.cli.token import token
@@ -23,17 +24,31 @@ if TYPE_CHECKING:
 
 NAME = "python -m server"
 RAY = "--ray"
-app = command_line.program(add_completion=False, invoke_without_command=True)
+
+
+class Server(TyperGroup):
+    """The program. `--ray` without an address has that of a Ray of its own: typer has no optional values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # typer's type for the context is private
+        """Parse the words of the command line."""
+        if RAY in args:
+            after = args.index(RAY) + 1
+            if after == len(args) or args[after].startswith("-"):
+                args.insert(after, LOCAL)
+        return super().parse_args(ctx, args)
+
+
+app = command_line.program(cls=Server, add_completion=False, invoke_without_command=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal. Returns the exit status: 2 if the server cannot start, 141 if stdout is closed."""
-    return guarded(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+    return guarded(lambda: _run(arguments))
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(arguments: Sequence[str] | None) -> int:
     try:
-        return command_line.run(app, _with_address(arguments), NAME)
+        return command_line.run(app, arguments, NAME)
     except BrokenPipeError:
         raise  # stdout is closed: `guarded` exits quietly
     except (SplitlearnError, OSError) as error:  # OSError: no space, no permission
@@ -41,17 +56,6 @@ def _run(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:  # before the server sets its signal handlers
         return 130
-
-
-def _with_address(arguments: Sequence[str]) -> list[str]:
-    """`arguments`, where `--ray` without an address has that of a Ray of this program's own: typer knows no option
-    whose value may be left out."""
-    found = list(arguments)
-    if RAY in found:
-        after = found.index(RAY) + 1
-        if after == len(found) or found[after].startswith("-"):
-            found.insert(after, LOCAL)
-    return found
 
 
 @app.callback()

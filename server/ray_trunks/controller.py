@@ -19,7 +19,7 @@ from server.ray_trunks.ray_api import Lost, Ray
 from server.ray_trunks.replica import ANY, Replica, Report
 from server.ray_trunks.scaling import Bounds, Decision
 from splitlearn.address import joined
-from splitlearn.config import RAY_SCHEME, Config
+from splitlearn.config import RAY_SCHEME, Config, SplitConfig
 from splitlearn.errors import SetupError, as_error
 from splitlearn.runtime import ports
 
@@ -277,6 +277,5 @@ class Controller:
 def _of_link(settings: Config, layers: Sequence[int] | None) -> Config:
     """The settings of a replica with `layers`: on any port, with metrics for its actor alone."""
     server = settings.server.model_copy(update={"port": 0, "metrics_host": "127.0.0.1", "metrics_port": 0})
-    start, end = layers or (settings.split.start, settings.split.end)
-    split = settings.split.model_copy(update={"start": start, "end": end})
+    split = settings.split if layers is None else SplitConfig(start=layers[0], end=layers[1])
     return settings.model_copy(update={"server": server, "split": split})

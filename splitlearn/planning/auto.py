@@ -14,9 +14,10 @@ from splitlearn.arms.model_choice import why_no_room
 from splitlearn.arms.setup import Settled
 from splitlearn.checkpoints import catalogue, folder
 from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.directory import resolved
 from splitlearn.client.served import ServedModel, check_served, describe
 from splitlearn.config import AUTO, Config, Objective, SplitConfig, with_cut
-from splitlearn.errors import InputError, SplitlearnError, TrunkError
+from splitlearn.errors import InputError, SplitlearnError, TrunkError, TrunkUnavailable
 from splitlearn.link import words
 from splitlearn.link.emulated import NONE
 from splitlearn.models.plan import SplitPlan, plan_of
@@ -166,7 +167,7 @@ def _ranges(config: Config, files: ModelFiles) -> dict[SplitPlan, list[str]]:
     """The ranges that servers of this model have, with their addresses. Raises the first TrunkError if there are
     none."""
     shown, found, first = channel.credentials(config.trunk), dict[SplitPlan, list[str]](), list[TrunkError]()
-    for address in config.trunk.addresses:
+    for address in resolved(config.trunk.addresses, shown):
         try:
             said = describe(address, shown)
             whole = SplitPlan(0, files.n_layers, files.n_layers)
@@ -177,7 +178,7 @@ def _ranges(config: Config, files: ModelFiles) -> dict[SplitPlan, list[str]]:
         except TrunkError as error:
             first.append(error)
     if not found:
-        raise first[0]
+        raise first[0] if first else TrunkUnavailable(f"{config.trunk.address[0]} has no trunk server yet.")
     return found
 
 
