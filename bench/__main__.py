@@ -51,6 +51,7 @@ BENCHES = (
     "prefix",
     "prefix_tiers",
     "scale",
+    "spot_checks",
 )
 # Options that make a measurement smaller: type, least value and help of each.
 SIZES = {

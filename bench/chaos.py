@@ -28,7 +28,7 @@ from splitlearn.arms.runs import Runs
 from splitlearn.arms.spec import ArmEnd
 from splitlearn.arms.worker import start
 from splitlearn.errors import SplitlearnError, TrunkUnavailable
-from splitlearn.events import Event, GenerationRequest, Recovery, TokenEvent
+from splitlearn.events import Event, GenerationRequest, Recovery, SpotCheckResult, TokenEvent
 from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.lab.environment import trunk_pid
@@ -53,6 +53,7 @@ class Found:
     broken: list[str] = field(default_factory=list)
     different: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
+    spot_checks: list[SpotCheckResult] = field(default_factory=list)
 
 
 def main(runs: Runs, chain: int = 1) -> None:
@@ -166,6 +167,7 @@ class _Trial:
 
     def _answered(self, prompt: str, metrics: RunMetrics) -> None:
         self.found.answers += 1
+        self.found.spot_checks.append(metrics.spot_checks)
         self.found.recoveries += [recovery for _, recovery in metrics.recoveries]
         if metrics.token_ids != self._expected[prompt]:
             self.found.different.append((prompt, metrics.token_ids))

@@ -30,11 +30,12 @@ from splitlearn.arms.spec import (
 )
 from splitlearn.arms.texts import texts_of
 from splitlearn.checkpoints import chat_template
+from splitlearn.checkpoints.folder import read_config
 from splitlearn.client.hop import Hop
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.errors import InputError, as_error
 from splitlearn.events import Event, Reconnecting
-from splitlearn.flags.registry import SIDES, Settings, settings
+from splitlearn.flags.registry import SIDES, Settings, of_scope, settings
 from splitlearn.flags.selection import FlagSet
 from splitlearn.generation.candidates import LogitsOf, likeliest, token_at
 from splitlearn.generation.chain import Link
@@ -45,6 +46,7 @@ from splitlearn.generation.speculation import Proposer
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.kvcache.prefix_files import secret_of, store_of
 from splitlearn.models.plan import SplitPlan
+from splitlearn.models.structure import active_experts
 from splitlearn.runtime import process
 from splitlearn.scheduling.batching import Batching
 from splitlearn.stages import loading
@@ -205,16 +207,20 @@ def _open_trunk(spec: ArmSpec, hop: Hop, watch: Watch) -> RemoteStage:
 
 def _spot_checks(spec: ArmSpec, plan: SplitPlan) -> SpotChecks | None:
     """What checks the answers of the layers of `plan`, None for nothing. Raises InputError for weights that are not the
-    file's."""
+    file's, and for a model of which honest answers may differ by more than rounding."""
     if not spec.verify:
         return None
     applied, dtype = settings(spec.flags.trunk), DTYPES[spec.dtype]
     if (applied.load.weight_bits or 32) < 32:
         expected = "0 with weight_dtype at the trunk: its weights are not the file's"
         raise InputError("trunk.verify", spec.verify, expected)
+    if active_experts(read_config(spec.files.folder)) is not None:
+        expected = f"0 for {spec.files.name}, a mixture of experts: rounding may choose other experts"
+        raise InputError("trunk.verify", spec.verify, expected)
     reference = partial(trunk_layer_by_layer, spec.files, plan, dtype)
-    # A flag of process scope may let the trunk multiply float32 values in bfloat16.
-    least = torch.bfloat16 if applied.process and dtype == torch.float32 else dtype
+    # A flag of process scope may let the trunk, or the reference in this process, multiply float32 in bfloat16.
+    rounds = any(of_scope(spec.flags.of(side), "process") for side in ("client", "trunk"))
+    least = torch.bfloat16 if rounds and dtype == torch.float32 else dtype
     return SpotChecks(spec.verify, plan, reference, least)
 
 

@@ -17,6 +17,8 @@ from splitlearn.errors import FamilyRefused
 from splitlearn.models.rope import GROWING
 
 NORM_WORDS = ("norm", "ln_")
+ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""A configuration's names for how many experts a token goes through."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ def no_prefixes(config: Any) -> str | None:
     if _rope_types(config).isdisjoint(GROWING):
         return no_truncation(config)
     return "needs keys that do not depend on the length of the prompt; this model's rotary embeddings change with it"
+
+
+def active_experts(config: Any) -> int | None:
+    """How many experts a token goes through in a mixture of experts; None for a model without."""
+    text = config.get_text_config()
+    return next((int(found) for name in ACTIVE_EXPERTS if (found := getattr(text, name, None))), None)
 
 
 def _rope_types(config: Any) -> set[object]:

@@ -9,11 +9,9 @@ from torch import nn
 from splitlearn.checkpoints.folder import ModelFiles, read_config
 from splitlearn.errors import as_error
 from splitlearn.kvcache.architecture import Shapes, build, kv_values, shapes_of_architecture
-from splitlearn.models.structure import NORM_WORDS, Structure, structure_of
+from splitlearn.models.structure import NORM_WORDS, Structure, active_experts, structure_of
 from splitlearn.planning.anatomy import Anatomy, Layer, Mlp, Rope
 
-ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-"""Names of how many experts a token goes through."""
 ACTIVATIONS = (
     "hidden_act",
     "hidden_activation",
@@ -171,12 +169,8 @@ def _mlp(modules: Iterable[nn.Module], text: Any) -> Mlp:
         activation=act,
         width=width,
         experts=experts,
-        active=min(experts, _active(text)) if stacked else 1,
+        active=min(experts, (active_experts(text) or 1)) if stacked else 1,
     )
-
-
-def _active(text: Any) -> int:
-    return next((int(found) for name in ACTIVE if (found := getattr(text, name, None))), 1)
 
 
 def _matmul(modules: Iterable[nn.Module], text: Any) -> int:
@@ -188,7 +182,7 @@ def _matmul(modules: Iterable[nn.Module], text: Any) -> int:
                 continue
             for value in inner.parameters(recurse=False):
                 if value.dim() == 3:
-                    count += value.numel() * min(value.shape[0], _active(text)) // value.shape[0]
+                    count += value.numel() * min(value.shape[0], (active_experts(text) or 1)) // value.shape[0]
                 elif value.dim() == 2:
                     count += value.numel()
     return count

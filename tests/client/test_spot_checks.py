@@ -25,6 +25,7 @@ from splitlearn.stages.base import StageInput
 from splitlearn.stages.layerwise import trunk_layer_by_layer
 from splitlearn.stages.settings import LoadSettings
 from splitlearn.stages.spot_checks import SpotChecks
+from tests.conftest import TinyFactory
 from tests.support.client import CACHED, Client, client
 from tests.support.proxy import proxy
 from tests.support.trunk import PLAN, TrunkHere, serve_here
@@ -153,12 +154,36 @@ def test_one_answer_of_each_fifty_is_chosen_at_places_that_differ() -> None:
     assert len({each.index(True) for each in places}) > 5
 
 
+@pytest.mark.parametrize(("more", "strict"), [(set(), True), ({"float32_matmul_precision"}, False)])
+def test_the_configured_share_finds_one_percent_unless_a_flag_lets_the_client_round_to_bfloat16(
+    here: TrunkHere, files: ModelFiles, more: set[str], strict: bool
+) -> None:
+    """As a worker opens its trunk: the tolerance is that of the flags, not one that a test chose."""
+    settings = config.parse({"trunk": {"address": here.address, "verify": SHARE}})
+    flags = FlagSet(client=CACHED | more, trunk=CACHED)
+    trunk = open_trunk(ArmSpec.of("split", settings, files, PLAN, "cpu", flags, settings.trunk.address))
+    assert trunk is not None
+    with changed(here, one_percent), client(files, here.address) as asking:
+        asking.stage.checks = trunk.checks
+        found = ask(asking)
+    trunk.close()
+    assert found.checked == TOKENS * SHARE and bool(found.mismatches) == strict
+
+
 def test_checks_of_a_trunk_with_other_weights_are_refused_by_name(files: ModelFiles) -> None:
     settings = config.parse({"trunk": {"address": "127.0.0.1:1", "verify": 0.5}})
     flags = FlagSet(trunk=frozenset({"weight_dtype=int4"}))
     spec = ArmSpec.of("split", settings, files, PLAN, "cpu", flags, hops_of(settings.trunk, PLAN))
     with pytest.raises(InputError, match=r"trunk\.verify.*weight_dtype"):
         open_trunks(spec)
+
+
+def test_checks_of_a_mixture_of_experts_are_refused_by_name(tiny_model: TinyFactory) -> None:
+    experts = tiny_model("mixtral")
+    settings = config.parse({"trunk": {"address": "127.0.0.1:1", "verify": 0.5}})
+    spec = ArmSpec.of("split", settings, experts, PLAN, "cpu", FlagSet(), settings.trunk.address)
+    with pytest.raises(InputError, match=r"trunk\.verify.*mixture of experts"):
+        open_trunk(spec)
 
 
 def test_the_server_of_a_flag_that_rounds_raises_no_alarm(files: ModelFiles) -> None:
