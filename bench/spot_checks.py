@@ -87,7 +87,7 @@ def _honest(config: Config, flags: str) -> dict[str, Any]:
     requests = [GenerationRequest(prompt, max_new_tokens=64, ignore_eos=True) for prompt in PROMPTS]
     with Runs(_checking(config, 1.0), silent) as runs:
         chosen = runs.flags(flags)
-        (address,) = runs.ready_spec("split", chosen).addresses
+        (address,) = runs.ready_spec("split", chosen).hops[0].addresses
         found, _ = chaos(
             runs, chosen, requests, HONEST_KILLS, random.Random(0), lambda: psutil.Process(trunk_pid(address)).kill()
         )

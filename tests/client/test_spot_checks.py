@@ -161,8 +161,8 @@ def test_the_configured_share_finds_one_percent_unless_a_flag_lets_the_client_ro
     """As a worker opens its trunk: the tolerance is that of the flags, not one that a test chose."""
     settings = config.parse({"trunk": {"address": here.address, "verify": SHARE}})
     flags = FlagSet(client=CACHED | more, trunk=CACHED)
-    trunk = open_trunk(ArmSpec.of("split", settings, files, PLAN, "cpu", flags, settings.trunk.address))
-    assert trunk is not None
+    spec = ArmSpec.of("split", settings, files, PLAN, "cpu", flags, hops_of(settings.trunk, PLAN))
+    (trunk,) = open_trunks(spec)
     with changed(here, one_percent), client(files, here.address) as asking:
         asking.stage.checks = trunk.checks
         found = ask(asking)
@@ -181,9 +181,9 @@ def test_checks_of_a_trunk_with_other_weights_are_refused_by_name(files: ModelFi
 def test_checks_of_a_mixture_of_experts_are_refused_by_name(tiny_model: TinyFactory) -> None:
     experts = tiny_model("mixtral")
     settings = config.parse({"trunk": {"address": "127.0.0.1:1", "verify": 0.5}})
-    spec = ArmSpec.of("split", settings, experts, PLAN, "cpu", FlagSet(), settings.trunk.address)
+    spec = ArmSpec.of("split", settings, experts, PLAN, "cpu", FlagSet(), hops_of(settings.trunk, PLAN))
     with pytest.raises(InputError, match=r"trunk\.verify.*mixture of experts"):
-        open_trunk(spec)
+        open_trunks(spec)
 
 
 def test_the_server_of_a_flag_that_rounds_raises_no_alarm(files: ModelFiles) -> None:
