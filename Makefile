@@ -20,7 +20,7 @@ test: .venv/installed-test weights chromium ## install what the tests need, and 
 	$(BIN)/python -m pytest
 
 test-compose: .venv/installed-test chromium iptables ## build the images and bring the compose file up for real (minutes)
-	$(BIN)/python -m pytest tests/e2e/test_compose.py -m compose
+	$(BIN)/python -m pytest tests/e2e/test_compose.py -m compose -rs
 
 test-clients: .venv/installed-test weights ## run other people's OpenAI clients against splitlearn serve (minutes)
 	$(BIN)/python -m pytest tests/openai_api/clients -m clients -n 0 -rs
