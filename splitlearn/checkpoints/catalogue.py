@@ -101,10 +101,10 @@ class ModelStatus:
 def prepare(model: ModelConfig, progress: Progress, *, part: PartOf | None = None) -> ModelFiles:
     """Return the checked files of the configured model; fetch and convert them first if the cache lacks them.
 
-    With a `part`, that much will do: of a sharded model on the hub only the files with that part are fetched, and a
-    folder with a slice of the model is taken as it is. Raises InputError for a name of no model, ModelUnavailable if it
-    cannot be fetched from here, WeightsDamaged if a cached file has changed, and ModelError if the model cannot be
-    used.
+    With a `part`, that much will do: of a sharded model only that part is converted, on the hub only the files with it
+    are fetched, and a folder with a slice of the model is taken as it is. Raises InputError for a name of no model,
+    ModelUnavailable if it cannot be fetched from here, WeightsDamaged if a cached file has changed, and ModelError if
+    the model cannot be used.
     """
     found = find(model)
     if found is not None:
@@ -113,7 +113,7 @@ def prepare(model: ModelConfig, progress: Progress, *, part: PartOf | None = Non
         return found
     source = _source(model.name)
     target = _target(source, model)
-    if isinstance(source, HubSource) and part is not None:
+    if part is not None and not isinstance(source, PipSource):
         if files := cache.find_part(target, part, model.name):
             return files
         if files := cache.make_part(source, target, part, progress, model.name):

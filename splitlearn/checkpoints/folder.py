@@ -166,6 +166,15 @@ def source_of(folder: Path) -> str:
         return "unknown (its manifest is damaged)"
 
 
+def weights_sha256(folder: Path) -> str:
+    """The hash that stands for all weights of the model in `folder`, without checking its files. Raises
+    WeightsDamaged."""
+    try:
+        return _weights_hash(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(folder, MANIFEST, f"cannot be read ({error})") from error
+
+
 def parameters(folder: Path) -> int | None:
     """How many numbers the weights file of `folder` holds, by its header: tied ones count once. None for a file that
     is no such file."""

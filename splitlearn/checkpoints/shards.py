@@ -9,7 +9,7 @@ the other (runtime/private_apis.py).
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,17 +76,17 @@ class Sharded:
         return self.tied.get(name, name)
 
 
-def whole_only(folder: Path, listed: Mapping[str, str]) -> str:
+def whole_only(folder: Path, hashed: Collection[str]) -> str:
     """Why a part of the checkpoint in `folder` cannot be had without the rest, as the end of a sentence; empty if it
-    can. `listed` are the hashes of its files that are known."""
-    if not inspection.is_sharded(folder) or inspection.WEIGHTS in listed:
+    can. `hashed` are its files of which the hash is known."""
+    if not inspection.is_sharded(folder) or inspection.WEIGHTS in hashed:
         return "its weights are one file"
-    if inspection.adapter_files(folder) or inspection.of_adapter(listed):
+    if inspection.adapter_files(folder) or inspection.of_adapter(hashed):
         return "an adapter changes its weights"
     config = inspection.read_json(folder / CONFIG)
     if "quantization_config" in config:
         return "its weights are quantized"
-    if unknown := [name for name in inspection.shards_of(folder) if name not in listed]:
+    if unknown := [name for name in inspection.shards_of(folder) if name not in hashed]:
         return f"the hub gives no SHA-256 of {first_few(unknown)}"
     if _config(folder).dtype is None:
         return f"its {CONFIG} names no dtype"

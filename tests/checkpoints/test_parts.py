@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import splitlearn
 from splitlearn import config
 from splitlearn.checkpoints import catalogue, convert, download, shards
+from splitlearn.checkpoints.download import PartOf
 from splitlearn.checkpoints.folder import ModelFiles, fingerprint, open_folder, seal, sha256
 from splitlearn.checkpoints.hub import HubSource
 from splitlearn.checkpoints.inspection import INDEX
@@ -63,6 +64,11 @@ TRUNK_WORDS = (".layers.2.", ".layers.3.")
 CLIENT_WORDS = ("embed_tokens", ".layers.0.", ".layers.1.", ".layers.4.", ".layers.5.", "model.norm")
 
 
+def of(part: Part) -> PartOf:
+    """The part, whatever the number of layers."""
+    return lambda n_layers: part
+
+
 @dataclass
 class Machine:
     """A machine with an empty cache that fetches from the hub. `steps`: what it said meanwhile."""
@@ -74,7 +80,7 @@ class Machine:
     def prepare(self, part: Part | None = None) -> ModelFiles:
         """The model, or a part of it."""
         model = ModelConfig(name=REPO)
-        return catalogue.prepare(model, self.steps.append, part=None if part is None else lambda n_layers: part)
+        return catalogue.prepare(model, self.steps.append, part=None if part is None else of(part))
 
     def weights_sent(self) -> list[str]:
         """The files of weights that the hub has sent since this was asked last."""
@@ -183,6 +189,15 @@ def test_a_part_that_is_here_serves_what_is_in_it_without_the_hub(machine: Machi
     assert {"owner--model", "owner--model@2-4"} <= listed
 
 
+def test_a_local_folder_gives_parts_with_the_digest_that_the_hub_gives_and_is_hashed_once(machine: Machine) -> None:
+    local = ModelConfig(name=str(machine.hub.served))
+    trunk, client = (catalogue.prepare(local, machine.steps.append, part=of(part)) for part in (TRUNK, CLIENT))
+    assert trunk.digest == client.digest == machine.prepare(TRUNK).digest == catalogue.prepare(local, silent).digest
+    assert (trunk.part, client.part) == (TRUNK, CLIENT)
+    hashings = [step for step in machine.steps if step.label == "Hashing the files of weights"]
+    assert len(hashings) == 1
+
+
 def test_a_slice_is_packed_from_its_own_files(machine: Machine, tmp_path: Path) -> None:
     assert command(["models", "pack", REPO, "--layers", "2:4", str(tmp_path / "out")]) == 0
     assert machine.weights_sent() == files_with(machine.hub.served, *TRUNK_WORDS)
@@ -273,8 +288,8 @@ def test_a_model_of_which_no_part_can_be_known_alone_is_fetched_whole_and_a_line
     machine: Machine, change: Callable[[Machine], None], why: str
 ) -> None:
     change(machine)
-    assert download.fetch_part(HubSource(REPO), lambda n_layers: TRUNK, machine.steps.append) is None
-    assert machine.steps[-1].label.startswith(f"All of {REPO} is fetched, not the needed layers alone: {why}")
+    assert download.fetch_part(HubSource(REPO), of(TRUNK), machine.steps.append) is None
+    assert machine.steps[-1].label.startswith(f"All of hub {REPO} is needed, not some layers alone: {why}")
     assert machine.weights_sent() == []
 
 
