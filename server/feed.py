@@ -6,6 +6,8 @@ the session by its key, and computes its steps in its own thread. When one of th
 
 import secrets
 import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import grpc
 
@@ -69,20 +71,43 @@ class FedSession:
             self._own.fail(error)
 
 
+class ProxiedSession:
+    """A session that has `key` at a variant, and has or awaits its feed. `proxy` proxies a stream to the variant, which
+    ends both of the session's streams."""
+
+    def __init__(self, key: bytes, proxy: Callable[..., Iterator[bytes]], timeout_s: float) -> None:
+        self.key = key
+        self.feed: SessionCall | None = None
+        self.over = False
+        self._proxy, self._timeout_s = proxy, timeout_s
+
+    def run(self, feed: SessionCall) -> None:
+        """Proxy `feed` until it ends. Raises as `Variants.session`."""
+        first = pb.ClientMessage(feed=pb.Feed(protocol=PROTOCOL, key=self.key)).SerializeToString()
+        for _ in self._proxy(first, feed.requests, feed.context, self._timeout_s):
+            pass
+
+    def end_feed(self) -> None:
+        """Does nothing: the variant does it."""
+
+
+Fed = TypeVar("Fed", FedSession, ProxiedSession)
+
+
 class Feeds:
     """The sessions that have or await a feed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sessions: list[FedSession] = []
+        self._sessions: list[FedSession | ProxiedSession] = []
 
-    def add(self, session: FedSession) -> FedSession:
+    def add(self, session: Fed) -> Fed:
         """Let `session` be found by its feed."""
         with self._lock:
             self._sessions.append(session)
         return session
 
-    def claim(self, message: pb.Feed, feed: SessionCall) -> FedSession:
+    def claim(self, message: pb.Feed, feed: SessionCall) -> FedSession | ProxiedSession:
         """The session that `message` names, for its only feed. Raises TrunkForgot if there is none, TrunkRefused if it
         has a feed. Comparisons take constant time, so that their time reveals nothing."""
         if message.protocol != PROTOCOL:
@@ -96,7 +121,7 @@ class Feeds:
             found.feed = feed
             return found
 
-    def end(self, session: FedSession) -> None:
+    def end(self, session: FedSession | ProxiedSession) -> None:
         """The session has ended: end its feed, too. Further calls do nothing."""
         with self._lock:
             already, session.over = session.over, True

@@ -12,8 +12,8 @@ from server.build import TrunkRuntime
 from server.call_log import CallLog, peer
 from server.dispatch import CallThreads, Method, unary
 from server.ending import Ending
-from server.feed import FedSession, Feeds
-from server.idle_timeout import IdleTimeout, WatchedCall
+from server.feed import FedSession, Feeds, ProxiedSession
+from server.idle_timeout import NEVER, IdleTimeout, WatchedCall
 from server.messages import parse
 from server.monitoring import gauges
 from server.offer import Offer
@@ -21,7 +21,7 @@ from server.session_call import SessionCall
 from server.session_handler import Chain, SessionHandler
 from server.variants import Variants
 from splitlearn.config import ServerConfig
-from splitlearn.errors import InputError, SplitlearnError, TrunkRefused
+from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.flags.registry import of_scope, settings
 from splitlearn.runtime.process import peak_resident_bytes
 from splitlearn.scheduling.contract import Client
@@ -101,7 +101,7 @@ class TrunkService:
         message = parse(first, "open", "feed")
         if message.WhichOneof("kind") == "feed":
             self._feeds.claim(message.feed, call).run(call)
-            return
+            return  # without an answer
         opening = message.open
         flags = self._offer.flags(opening)
         self._next_servers.check(opening)
@@ -109,10 +109,9 @@ class TrunkService:
         server_flags = of_scope(flags, "load", "process")
         if server_flags == self._runtime.own_flags:
             yield from self._own(call, flags, opening, timeout_s)
-        elif opening.forwards or opening.fed:
-            raise TrunkRefused("in a chain this trunk serves its own load and process flags only")
         else:
-            yield from self._proxied(call, server_flags, first, timeout_s)
+            answers = self._proxied(call, server_flags, first, timeout_s)
+            yield from self._found_by_feed(answers, call, server_flags, timeout_s) if opening.fed else answers
 
     def _proxied(self, call: SessionCall, flags: frozenset[str], first: bytes, timeout_s: float) -> Iterator[bytes]:
         """A session at a variant. It counts here, too, but has its KV memory there."""
@@ -123,6 +122,20 @@ class TrunkService:
             yield from call.log.proxied(answers)
         finally:
             admission.release(reservation)
+
+    def _found_by_feed(
+        self, answers: Iterator[bytes], call: SessionCall, flags: frozenset[str], timeout_s: float
+    ) -> Iterator[bytes]:
+        """Let the session with these `answers`, which is at the variant with `flags`, be found there by its feed."""
+        call.watched.wait_for(NEVER)  # the variant has the same limits
+        opened = next(answers)
+        key = pb.ServerMessage.FromString(opened).opened.key
+        session = self._feeds.add(ProxiedSession(key, partial(self._variants.session, flags), timeout_s))
+        try:
+            yield opened
+            yield from answers
+        finally:
+            self._feeds.end(session)
 
     def _own(self, call: SessionCall, flags: frozenset[str], opening: pb.Open, timeout_s: float) -> Iterator[bytes]:
         """A session at this server's own engine."""
