@@ -201,25 +201,27 @@ def test_a_chain_answers_to_the_bit_as_one_whose_client_passes_on_the_answers(ch
     assert found == sent
 
 
-def test_servers_for_other_flags_are_part_of_a_chain(chain: Servers, local: LocalStage) -> None:
+def test_a_server_for_other_flags_is_part_of_a_chain(chain: Servers, local: LocalStage) -> None:
     x, flags = hidden(chain.files, 4), [*FLAGS, "low_cpu_mem_usage"]
-    own: dict[str, Any] = {"flags": flags, "timeout_s": 120}
-    with (
-        opened(chain, (0, 1), forwards=True, **own) as session,
-        opened(chain, (2,), fed=True) as last,
-        computed(local) as wanted,
-    ):
-        session.streams[1].send(forward(chain.hops[2].address, last.keys[0]))
-        for at in range(3):
-            session.streams[0].send(step(x[:, at : at + 1], at, at))
-            assert torch.equal(tensor_of(last.streams[0].receive(), chain.files), wanted(at, x[:, at : at + 1]))
-        last.streams[0].cancel()
-        assert [stream.refusal()[0] for stream in session.streams] == [LOST] * 2
-    with opened(chain, (0, 1), **own) as session:
-        session.ask(step(x, 0))
-        for stream in session.streams:
-            stream.send(DONE)
-            assert stream.end().WhichOneof("kind") == "closed"
+    for in_order in (True, False):
+        with (
+            opened(chain, (0,), forwards=True) as first,
+            opened(chain, (1,), forwards=True, fed=True, flags=flags, timeout_s=120) as middle,
+            opened(chain, (2,), fed=True) as last,
+            computed(local) as wanted,
+        ):
+            first.streams[0].send(forward(chain.hops[1].address, middle.keys[0]))
+            middle.streams[0].send(forward(chain.hops[2].address, last.keys[0]))
+            for at in range(3):
+                first.streams[0].send(step(x[:, at : at + 1], at, at))
+                assert torch.equal(tensor_of(last.streams[0].receive(), chain.files), wanted(at, x[:, at : at + 1]))
+            streams = [*first.streams, *middle.streams, *last.streams]
+            for stream in streams if in_order else ():
+                stream.send(DONE)
+                assert stream.end().WhichOneof("kind") == "closed"
+            if not in_order:
+                streams.pop().cancel()
+                assert [stream.refusal()[0] for stream in streams] == [LOST] * 2
     # A feed at a variant that its sender ends without a word.
     with Raw(chain.hops[1].address) as client, Raw(chain.hops[1].address) as feeding:
         key = client.ask(opening(chain.files, PLANS[1], fed=True, flags=flags)).opened.key
