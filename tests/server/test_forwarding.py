@@ -81,7 +81,7 @@ def layers(plan: SplitPlan) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def servers(files: ModelFiles) -> Iterator[Servers]:
-    with chained(files, idle_s=20.0) as made:
+    with chained(files) as made:
         yield made
 
 
