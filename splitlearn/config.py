@@ -331,11 +331,15 @@ class PrefixCacheConfig(_Section):
     survives_restart: bool = False
 
 
+Layers = Annotated[tuple[int, int], Field(strict=False)]
+"""[start, end)."""
+
+
 class RayConfig(_Section):
     """Trunk servers on Ray: how many, and what Ray reserves for each. `layers` are the links of a chain, [start, end)
     each; None is one link, the layers of `split`."""
 
-    layers: Annotated[tuple[Annotated[tuple[int, int], Field(strict=False)], ...], Field(strict=False)] | None = None
+    layers: Annotated[tuple[Layers, ...], Field(strict=False, min_length=1, max_length=64)] | None = None
     min_replicas: Annotated[int, Field(ge=1, le=256)] = 1
     max_replicas: Annotated[int, Field(ge=1, le=256)] = 2
     idle_s: Annotated[float, Field(ge=0, le=86400)] = 60.0
@@ -343,6 +347,16 @@ class RayConfig(_Section):
     num_gpus: Annotated[float, Field(ge=0, le=64)] = 0.0
     memory: Annotated[int, Field(ge=1)] | None = None
     namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "splitlearn"
+
+    @model_validator(mode="after")
+    def _chained(self) -> Self:
+        ends = None
+        for number, (start, end) in enumerate(self.layers or (), 1):
+            if not 0 <= start < end or ends not in (None, start):
+                wanted = "" if ends is None else f", and start {ends}, where the link before ends"
+                raise ValueError(f"layers with 0 <= start < end{wanted}: link {number} is [{start}, {end}]")
+            ends = end
+        return self
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

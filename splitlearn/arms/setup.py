@@ -194,7 +194,8 @@ class Setup:
 
     def check_cut(self, plan: SplitPlan) -> None:
         """Raise InputError for a cut that a remote trunk does not serve."""
-        if plan != self.plan and not self.config.trunk.embedded:
+        fixed = self.config.ray.layers if self.config.trunk.on_ray else not self.config.trunk.embedded
+        if plan != self.plan and fixed:
             serves = f"{self.plan.start}:{self.plan.end}, the layers that the trunk server has"
             raise InputError("cut", f"{plan.start}:{plan.end}", serves)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from splitlearn.config import AUTO, Config, SplitConfig
+from splitlearn.config import AUTO, Config, SplitConfig, has_directory
 from splitlearn.errors import InputError
 
 DEFAULT_MARGIN = 2
@@ -44,14 +44,30 @@ class SplitPlan:
 def plan_of(config: Config, n_layers: int) -> SplitPlan:
     """The configured plan; of a chain, from its first layer to its last. Raises InputError for other split settings
     beside a chain, and for a chain with more layers than the model."""
-    if not (chain := config.trunk.chain):
+    if not (chain := _chain(config)):
         return SplitPlan.of(config.cut.start, config.cut.end, n_layers)
     start, end = chain[0].layers[0], chain[-1].layers[1]
     if end > n_layers:
         expected = f"layers up to {n_layers}: the model has no more"
-        raise InputError(f"trunk.address, link {len(chain)}", str(chain[-1]), expected)
+        raise InputError(f"{chain[-1].field}, link {len(chain)}", chain[-1].text, expected)
     cut = config.cut if config.split != AUTO else SplitConfig()
     for field, given, its_own in (("split.start", cut.start, start), ("split.end", cut.end, end)):
         if given not in (None, its_own):
-            raise InputError(field, given, f"{its_own} or null: the chain in trunk.address has it so")
+            raise InputError(field, given, f"{its_own} or null: the chain in {chain[0].field} has it so")
     return SplitPlan(start, end, n_layers)
+
+
+@dataclass(frozen=True)
+class _Link:
+    """A link of a chain: its layers, the setting that has it, and how it is written there."""
+
+    layers: tuple[int, int]
+    field: str
+    text: str
+
+
+def _chain(config: Config) -> list[_Link]:
+    """The links of the configured chain, that of trunk.address or, of trunk servers on Ray, of ray.layers."""
+    if config.trunk.on_ray or has_directory(config.trunk.addresses):
+        return [_Link(layers, "ray.layers", str(list(layers))) for layers in config.ray.layers or ()]
+    return [_Link(link.layers, "trunk.address", str(link)) for link in config.trunk.chain]

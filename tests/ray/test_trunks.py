@@ -20,6 +20,7 @@ import yaml
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.directory import Directory
+from splitlearn.client.hop import hops_at
 from splitlearn.errors import TrunkError, TrunkUnavailable
 from splitlearn.events import GenerationRequest, TokenEvent
 from splitlearn.runtime import programs
@@ -193,6 +194,28 @@ def test_replicas_come_with_the_sessions_and_go_without_losing_one_and_a_kill_le
         assert len(running.left()) > 5
         running.end(signal.SIGKILL)
         assert eventually(lambda: not running.left(), LONG_S)
+
+
+def test_a_chain_on_ray_costs_no_token_when_the_actor_of_one_link_is_killed(
+    files: ModelFiles, wanted: tuple[int, ...], tmp_path: Path
+) -> None:
+    chain: dict[str, object] = {"layers": [[2, 3], [3, 4]], "num_cpus": 0.5, "max_replicas": 1}
+    with program(files, tmp_path, chain) as running:
+        hops = hops_at((running.address,), PLAN)
+        assert [(hop.link, str(hop.plan), len(hop.listed())) for hop in hops] == [
+            ("1 of 2", "[2, 3)", 1),
+            ("2 of 2", "[3, 4)", 1),
+        ]
+        with client(files, hops=hops) as asking:
+
+            def kill(tokens: int) -> None:
+                if tokens == 20:
+                    server_at(hops[1].address()).parent().kill()  # type: ignore[union-attr]
+
+            found = asking.ask(REQUEST, kill)
+        assert found.token_ids == wanted and len(found.recoveries) == 1
+        assert running.end(signal.SIGTERM) == 0
+        assert not running.left()
 
 
 def seen(port: int, state: str) -> float:

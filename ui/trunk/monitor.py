@@ -3,12 +3,13 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from splitlearn.arms.runs import Runs
+from splitlearn.client.hop import Hop
 from splitlearn.client.probe import Snapshot, TrunkProbe
 from splitlearn.errors import SplitlearnError
 from splitlearn.wire.channel import Credentials
@@ -78,7 +79,7 @@ class Monitor:
             return (ServerView(error=str(error)),)
         while len(self._servers) < len(hops):
             self._servers.append(_Server(hops[len(self._servers)].credentials))
-        return tuple(server.see(hop.addresses) for server, hop in zip(self._servers, hops, strict=True))
+        return tuple(server.see(hop) for server, hop in zip(self._servers, hops, strict=True))
 
 
 class _Server:
@@ -89,18 +90,18 @@ class _Server:
         self._shown = ServerView()
         self._samples: deque[tuple[float, Mapping[Series, float]]] = deque()
 
-    def see(self, addresses: Sequence[str]) -> ServerView:
-        """A new snapshot of the first of `addresses` that answers."""
-        self._shown = self._see(addresses)
+    def see(self, hop: Hop) -> ServerView:
+        """A new snapshot of the first server of `hop` that answers."""
+        self._shown = self._see(hop)
         return self._shown
 
     def close(self) -> None:
         """Close the connection."""
         self._probe.close()
 
-    def _see(self, addresses: Sequence[str]) -> ServerView:
+    def _see(self, hop: Hop) -> ServerView:
         try:
-            snapshot = self._probe.snapshot(addresses)
+            snapshot = self._probe.snapshot(hop.listed())
         except SplitlearnError as error:
             self._samples.clear()
             return ServerView(error=str(error))
