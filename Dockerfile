@@ -3,6 +3,8 @@ FROM python:3.11-slim
 
 # The package index that torch comes from; when empty, pip's own, whose torch brings CUDA's libraries with it.
 ARG TORCH_INDEX_URL=
+# What more to install: requirements-ray.txt for trunk servers on Ray, or nothing.
+ARG MORE_REQUIREMENTS=
 
 ENV PYTHONUNBUFFERED=1 \
     SPLITLEARN_CACHE=/cache/models \
@@ -14,10 +16,10 @@ RUN useradd --uid 10001 --create-home splitlearn \
     && mkdir -p /cache /srv/lab && chown 10001:10001 /cache /srv/lab
 
 WORKDIR /srv
-COPY requirements.txt .
+COPY requirements.txt requirements-ray.txt ./
 RUN grep '^torch==' requirements.txt >torch.txt \
     && pip install --no-cache-dir ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt \
-    && pip install --no-cache-dir -r requirements.txt
+    && pip install --no-cache-dir -r requirements.txt ${MORE_REQUIREMENTS:+-r "$MORE_REQUIREMENTS"}
 
 # The default model's weights are part of the image, and a fresh cache volume starts with them: a running container
 # needs no network. They come before what changes more often and has no say in them.

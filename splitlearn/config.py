@@ -333,10 +333,12 @@ class PrefixCacheConfig(_Section):
 
 Layers = Annotated[tuple[int, int], Field(strict=False)]
 """[start, end)."""
+Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class RayConfig(_Section):
-    """Trunk servers on Ray: how many, and what Ray reserves for each. `layers` are the links of a chain, [start, end)
+    """Trunk servers on Ray: how many, and what Ray reserves for each. `ports` are the first and the last that they may
+    listen on, None for any. `layers` are the links of a chain, [start, end)
     each; None is one link, the layers of `split`."""
 
     layers: Annotated[tuple[Layers, ...], Field(strict=False, min_length=1, max_length=64)] | None = None
@@ -346,7 +348,14 @@ class RayConfig(_Section):
     num_cpus: Annotated[float, Field(gt=0, le=1024)] = 1.0
     num_gpus: Annotated[float, Field(ge=0, le=64)] = 0.0
     memory: Annotated[int, Field(ge=1)] | None = None
+    ports: Annotated[tuple[Port, Port], Field(strict=False)] | None = None
     namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "splitlearn"
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Self:
+        if self.ports is not None and self.ports[0] > self.ports[1]:
+            raise ValueError(f"ports as [first, last], not {list(self.ports)}")
+        return self
 
     @model_validator(mode="after")
     def _chained(self) -> Self:

@@ -41,7 +41,8 @@ class Ray:
             ray.init(address=address, **options, **own)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             said = str(error).strip().splitlines() or ["no message"]
-            raise SetupError(f"--ray: {address!r} cannot be used: {said[0]}") from error
+            ask = "" if self.local else " If the cluster asks for a token, set RAY_AUTH_MODE=token (docs/ray.md)."
+            raise SetupError(f"--ray: {address!r} cannot be used: {said[0]}{ask}") from error
 
     def close(self) -> None:
         """End the actors, and a Ray of this program's own."""

@@ -15,7 +15,8 @@ from server.ray_trunks.load import Layers, Load
 from splitlearn.address import Address, joined
 from splitlearn.arms.embedded_server import WORK, Listening
 from splitlearn.config import Config
-from splitlearn.errors import SplitlearnError
+from splitlearn.errors import SetupError, SplitlearnError
+from splitlearn.runtime import ports
 from splitlearn.runtime.piped import Piped
 from splitlearn.runtime.process import raised
 
@@ -41,7 +42,7 @@ class Replica:
 
     def __init__(self, settings: Config) -> None:
         # Ray sets OMP_NUM_THREADS in each actor; runs.threads decides here.
-        self._server = Piped("The trunk server", WORK, settings, variables={"OMP_NUM_THREADS": None})
+        self._server = Piped("The trunk server", WORK, _on_a_port(settings), variables={"OMP_NUM_THREADS": None})
         self._draining, self._last = False, Report(pid=self._server.pid)
         try:
             self._listening: Listening = raised(self._server.receive())
@@ -72,3 +73,21 @@ class Replica:
         self._server.wait()
         if not self._draining:
             os._exit(1)
+
+
+def _on_a_port(settings: Config) -> Config:
+    """The settings with the first port of ray.ports that is free here. If none is, with the last one: the server says
+    what is wrong with it."""
+    server, given = settings.server, settings.ray.ports
+    if given is None:
+        return settings
+    port = next((each for each in range(given[0], given[1] + 1) if _free(server.host, each)), given[1])
+    return settings.model_copy(update={"server": server.model_copy(update={"port": port})})
+
+
+def _free(host: str, port: int) -> bool:
+    try:
+        ports.check("ray.", host, port)
+    except SetupError:
+        return False
+    return True

@@ -4,6 +4,7 @@ Bringing it up takes minutes, so that `make test` leaves it to `make test-compos
 """
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from server.__main__ import app as server
 from tests.support.children import output_of
 from tests.support.page import CHROMIUM
 
@@ -50,8 +52,51 @@ def test_the_page_and_prometheus_are_published_on_loopback_and_nothing_else_is()
         "trunk": None,
         "app": ["127.0.0.1:7860:7860"],
         "prometheus": ["127.0.0.1:9090:9090"],
+        "ray-head": None,
+        "ray-worker": None,
     }
     assert services["prometheus"]["profiles"] == ["metrics"]
+
+
+def test_a_ray_cluster_is_a_head_and_two_workers_in_a_profile_of_their_own() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    head, worker = services["ray-head"], services["ray-worker"]
+    for each in (head, worker):
+        assert each["profiles"] == ["ray"]
+        assert each["image"] == "splitlearn:ray" != services["app"]["image"]
+        assert (ROOT / each["build"]["args"]["MORE_REQUIREMENTS"]).exists()
+        assert each["cap_drop"] == ["ALL"] and "ports" not in each
+    assert worker["deploy"]["replicas"] == 2
+    assert "--address ray-head:6379" in worker["command"]
+    check_server(head["command"][-1])
+
+
+def test_the_manifest_for_kuberay_runs_the_program_on_the_head_and_lets_nobody_else_at_rays_ports() -> None:
+    cluster, service, policy = yaml.safe_load_all((ROOT / "docs/kuberay.yaml").read_text(encoding="utf-8"))
+    assert [each["kind"] for each in (cluster, service, policy)] == ["RayCluster", "Service", "NetworkPolicy"]
+    assert f"ray=={cluster['spec']['rayVersion']}" in (ROOT / "requirements-ray.txt").read_text(encoding="utf-8")
+    (head,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    (workers,) = cluster["spec"]["workerGroupSpecs"]
+    (worker,) = workers["template"]["spec"]["containers"]
+    assert cluster["metadata"]["annotations"] == {"ray.io/overwrite-container-cmd": "true"}
+    assert all("$KUBERAY_GEN_RAY_START_CMD" in each["args"][0] for each in (head, worker))
+    assert "--allow-open" not in check_server(head["args"][0])
+    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+    labels = cluster["spec"]["headGroupSpec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert service["spec"]["ports"][0]["targetPort"] in [port["name"] for port in head["ports"]]
+    assert policy["spec"]["podSelector"]["matchLabels"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    inside, outside = policy["spec"]["ingress"]
+    assert inside["from"] == [{"podSelector": policy["spec"]["podSelector"]}]
+    assert [port["port"] for port in outside["ports"]] == [50051, 50100]
+
+
+def check_server(script: str) -> list[str]:
+    """The words of the trunk server's command in a shell script, which its command line takes."""
+    words = shlex.split(script.partition("python -m server")[2].replace("/etc/splitlearn/", f"{ROOT}/"))
+    found = server(args=words, prog_name="server", standalone_mode=False)
+    assert callable(found) and "--ray" in words
+    return words
 
 
 def test_both_services_are_let_open_by_name_since_they_listen_on_the_stacks_network() -> None:
