@@ -1,5 +1,6 @@
 """One address of a trunk: its channels and its circuit breaker."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ from splitlearn.wire.channel import Credentials, open_channel
 
 class Endpoint:
     """Hands out channels, each to one user at a time. A user returns its channel after success, and the next user finds
-    it connected.
+    it connected. Any thread may use it.
 
     A channel that failed is closed, never reused: gRPC would back off longer and longer before it reconnects, and
     repeat the old error.
@@ -24,17 +25,21 @@ class Endpoint:
         self._credentials = credentials
         self._idle: list[grpc.Channel] = []
         self._closed = False
+        self._lock = threading.Lock()
 
     def take(self) -> grpc.Channel:
         """An idle channel, or a new one."""
-        return self._idle.pop() if self._idle else open_channel(self.address, self._credentials, self._via)
+        with self._lock:
+            idle = self._idle.pop() if self._idle else None
+        return open_channel(self.address, self._credentials, self._via) if idle is None else idle
 
     def give_back(self, channel: grpc.Channel) -> None:
         """Return a channel that works to the idle ones."""
-        if self._closed:
-            channel.close()
-        else:
-            self._idle.append(channel)
+        with self._lock:
+            if not self._closed:
+                self._idle.append(channel)
+                return
+        channel.close()
 
     @contextmanager
     def channel(self) -> Iterator[grpc.Channel]:
@@ -49,10 +54,13 @@ class Endpoint:
 
     def close(self) -> None:
         """Close all idle channels, and those that are returned later."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         self.close_idle()
 
     def close_idle(self) -> None:
         """Close all idle channels."""
-        while self._idle:
-            self._idle.pop().close()
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for channel in idle:
+            channel.close()

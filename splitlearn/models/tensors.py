@@ -1,9 +1,12 @@
 """A model without its weights, and the names of the tensors that a part of it has."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.initialization import no_init_weights
 
@@ -11,12 +14,33 @@ from splitlearn.models.cut import CutModel, carve
 from splitlearn.models.part import Part
 from splitlearn.runtime import private_apis
 
+_PATCHED = threading.Lock()
+"""Held while a model is made: what changes torch for it, for the whole process, puts back what it found."""
+
 
 def empty_model(config: Any, attention: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """The model of `config`; its parameters take no memory, its computed buffers (rotary frequencies) are real."""
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with no_init_weights(), init_empty_weights(include_buffers=False):
+    with _PATCHED, no_init_weights(), _parameters_without_memory():
         return private_apis.new_causal_model(architecture, config, attention, dtype).eval()
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """As accelerate's init_empty_weights, for this thread alone: others may set parameters meanwhile."""
+    own, register = threading.get_ident(), nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and threading.get_ident() == own:
+            attributes, param = vars(param), type(param)(param.to("meta"), requires_grad=param.requires_grad)
+            vars(param).update(attributes)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def tensor_names(config: Any, part: Part, n_layers: int) -> set[str]:

@@ -101,6 +101,14 @@ def test_no_honest_answer_raises_an_alarm_beside_those_of_others(here: TrunkHere
     assert (found.checked, found.mismatches) == (100, ())
 
 
+def test_checks_that_begin_at_once_load_their_layers_without_each_other(here: TrunkHere, files: ModelFiles) -> None:
+    with ExitStack() as clients, ThreadPoolExecutor(8) as threads:
+        asking = [clients.enter_context(checking(files, here.address, 1)) for _ in range(8)]
+        found = list(threads.map(lambda each: ask(each, 4), asking))
+        assert not torch.nn.Linear(1, 1).weight.is_meta
+    assert [(each.checked, each.mismatches) for each in found] == [(4, ())] * 8
+
+
 def test_no_honest_answer_raises_an_alarm_after_a_replay(here: TrunkHere, files: ModelFiles) -> None:
     request = GenerationRequest("Once upon a time", max_new_tokens=100, ignore_eos=True)
     with proxy(here.address) as between, checking(files, between.address, 1) as asking:
