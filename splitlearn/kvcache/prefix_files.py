@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 
 from splitlearn.config import PrefixCacheConfig
 from splitlearn.errors import SetupError
-from splitlearn.kvcache.prefix_store import Block, Counts, Memory, PrefixStore, Tier
+from splitlearn.kvcache.prefix_store import Block, Counts, Memory, PrefixStore, Reader, Tier
 
 MOST_FOLDERS = 64
 PASSING, DRAFT = "passing-", ".draft-"
@@ -94,12 +94,14 @@ class Files:
     def oldest(self) -> bytes | None:
         return next(iter(self._sizes), None)
 
-    def read(self, key: bytes) -> Block | None:
-        data = _read(self._path(key), self._sizes[key])
-        block = None if data is None else _decoded(key, data)
-        if block is None:
-            self._forget(key)
-        return block
+    def reader(self, key: bytes) -> Reader:
+        path, size = self._path(key), self._sizes[key]
+
+        def read() -> Block | None:
+            data = _read(path, size)
+            return None if data is None else _decoded(key, data)
+
+        return read
 
     def add(self, key: bytes, block: Block) -> None:
         data = _encoded(key, block)

@@ -12,8 +12,9 @@ one sequence the last ones: a block is not here without those before it. What go
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -23,6 +24,7 @@ BlockPart = tuple[torch.Tensor, ...]
 """What one session keeps of a block's tokens."""
 Block = tuple[BlockPart, ...]
 """What the sessions of a chain keep of the same tokens, in the order of the chain."""
+Reader = Callable[[], Block | None]
 
 
 @dataclass
@@ -51,14 +53,14 @@ class Tier(Protocol):
     def oldest(self) -> bytes | None:
         """The key of the block that goes first."""
 
-    def read(self, key: bytes) -> Block | None:
-        """The block of `key`. None if it is damaged; it has gone then."""
+    def reader(self, key: bytes) -> Reader:
+        """What reads the block of `key`, without the store's lock, and gives None if it is damaged or has gone."""
 
     def add(self, key: bytes, block: Block) -> None:
         """Keep a block, which fits, as the last to go."""
 
     def remove(self, key: bytes) -> Block | None:
-        """Let the block of `key` go, and return it as `read` does."""
+        """Let the block of `key` go, and return it where it is at hand."""
 
 
 class Memory:
@@ -78,8 +80,9 @@ class Memory:
     def oldest(self) -> bytes | None:
         return next(iter(self._blocks), None)
 
-    def read(self, key: bytes) -> Block | None:
-        return self._blocks[key]
+    def reader(self, key: bytes) -> Reader:
+        block = self._blocks[key]
+        return lambda: block
 
     def add(self, key: bytes, block: Block) -> None:
         here = tuple(tuple(tensor.to(self._device or tensor.device) for tensor in part) for part in block)
@@ -110,19 +113,25 @@ class PrefixStore:
 
     def find(self, keys: Sequence[bytes]) -> list[Block]:
         """The blocks of `keys` up to the first that is missing. They stay valid when they are evicted."""
-        found: list[Block] = []
         with self._lock:
-            for key in keys:
-                tier = self._tier_of(key)
-                block = tier.read(key) if tier is not None else None
-                if tier is None or block is None:
-                    break
+            tiers = list(takewhile(lambda tier: tier is not None, map(self._tier_of, keys)))
+            places = [(tier, key, tier.reader(key)) for tier, key in zip(tiers, keys, strict=False) if tier is not None]
+        found = list(takewhile(lambda block: block is not None, (read() for *_, read in places)))
+        blocks = [block for block in found if block is not None]
+        with self._lock:
+            for (tier, _, _), block in zip(places, blocks, strict=False):
                 tier.counts.hits += BLOCK_TOKENS
                 tier.counts.bytes_out += nbytes(block)
-                found.append(block)
-            self._touch_locked(keys[: len(found)])
-            self.misses += (len(keys) - len(found)) * BLOCK_TOKENS
-        return found
+            for tier, key, _ in places[len(blocks) : len(blocks) + 1]:  # is damaged
+                if key in tier:
+                    tier.remove(key)
+            self._touch_locked(keys[: len(blocks)])
+            self.misses += (len(keys) - len(blocks)) * BLOCK_TOKENS
+        return blocks
+
+    def unused_bytes(self, name: str) -> int:
+        """What the tier of this name may still come to take; 0 for none."""
+        return sum(tier.max_bytes - tier.nbytes for tier in self.tiers if tier.name == name)
 
     def first_missing(self, keys: Sequence[bytes]) -> int:
         """The index of the first key whose block is not in the first tier; the number of keys if all are."""

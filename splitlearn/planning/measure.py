@@ -28,6 +28,7 @@ from splitlearn.runtime.progress import Progress, Step, silent
 REPEATS = 5
 """Runs of each arm, of which the quickest counts: other programs can only make one slower."""
 TOKENS = 32
+KEPT = "prefix_cache"
 Arms = Mapping[str, tuple[Kind, FlagSet]]
 
 
@@ -48,8 +49,16 @@ def short_request(prompt: str) -> GenerationRequest:
     return GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True)
 
 
+def shows_rates(report: ArmReport, least_tokens: int) -> bool:
+    """Whether a run is usable for rates: one sample of so many tokens, no trunk lost, all of the prompt computed."""
+    metrics = report.metrics
+    return not (report.others or metrics.recoveries or metrics.cached_tokens) and metrics.n_tokens >= least_tokens
+
+
 def arms_of(flags: FlagSet) -> Arms:
-    """What is run to find the rates: full and split, and the whole model with the client's flags where they differ."""
+    """What is run to find the rates: full and split, and the whole model with the client's flags where they differ.
+    Without kept prefixes: from the second run on, a prompt would take no time."""
+    flags = flags.without(KEPT)
     whole = frozenset(text for text in flags.client if "full" in FLAGS[text.partition("=")[0]].sides)
     found: dict[str, tuple[Kind, FlagSet]] = {"full": ("full", flags), "split": ("split", flags)}
     return found if whole == flags.full else {**found, "whole": ("full", FlagSet(full=whole))}
@@ -111,7 +120,7 @@ def measure_cut(
     runs.check_cut(plan)
     stop = cancelled or threading.Event()
     with cut_at(runs, plan) as own:
-        reports = _repeat(own, {"split": ("split", flags)}, request, link, progress, stop)["split"]
+        reports = _repeat(own, {"split": ("split", flags.without(KEPT))}, request, link, progress, stop)["split"]
     return None if stop.is_set() else cut_run(plan, reports)
 
 

@@ -2,7 +2,9 @@
 
 import os
 import stat
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from splitlearn.kvcache import prefix_files
 from splitlearn.kvcache.prefix_files import Files, secret_of, store_of
 from splitlearn.kvcache.prefix_store import Block, Memory, PrefixStore, nbytes
 
-CPU, CONTEXT = torch.device("cpu"), b"a model"
+CPU, CONTEXT, PATIENCE_S = torch.device("cpu"), b"a model", 60.0
 KEYS = [bytes([at]) * 16 for at in range(1, 7)]
 
 
@@ -73,6 +75,26 @@ def test_the_bytes_come_back_exactly_also_after_a_restart(root: Path) -> None:
     found = store_of(settings(root), CPU, CONTEXT).find(KEYS)
     assert len(found) == len(KEYS)
     assert all(map(same, found, BLOCKS))
+
+
+def test_blocks_in_memory_are_found_while_files_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, begun, found = store_of(settings(root, memory=2), CPU, CONTEXT), threading.Event(), threading.Event()
+    for start in (0, 2, 4):
+        store.put(KEYS[start : start + 2], 0, BLOCKS[start : start + 2])
+    read = prefix_files._read  # noqa: SLF001
+
+    def slow(path: Path, size: int) -> bytes | None:
+        begun.set()
+        return read(path, size) if found.wait(PATIENCE_S) else None
+
+    monkeypatch.setattr(prefix_files, "_read", slow)
+    with ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(store.find, KEYS[:2])
+        assert begun.wait(PATIENCE_S)
+        assert all(map(same, store.find(KEYS[4:]), BLOCKS[4:]))
+        store.put(KEYS[2:4], 0, BLOCKS[2:4])
+        found.set()
+        assert all(map(same, reading.result(), BLOCKS[:2]))
 
 
 def test_what_leaves_memory_is_found_in_files(root: Path) -> None:

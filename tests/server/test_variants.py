@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 
 from server import memory
 from server.memory import KV_SHARE, Memory
@@ -88,7 +89,7 @@ def test_what_another_may_take_is_what_all_before_it_have_left(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mib = 1 << 20
-    with serve_here(files, kv_bytes=64 * mib) as here:
+    with serve_here(files, "trunk:none", {"memory_bytes": 0}, kv_bytes=64 * mib) as here:
         monkeypatch.setattr(memory, "peak_resident_bytes", lambda: 300 * mib)
         own, pool = Memory(here.runtime), here.runtime.admission.pool.nbytes
         monkeypatch.setattr(memory, "free_bytes", lambda _: pool + 300 * mib + 40 * mib)
@@ -102,6 +103,21 @@ def test_what_another_may_take_is_what_all_before_it_have_left(
         own.give_back("second")
         monkeypatch.setattr(memory, "free_bytes", lambda _: 1 << 40)
         assert own.take("third") == pool, "no more than this server has itself"
+
+
+def test_prefixes_that_this_server_and_another_may_come_to_keep_are_not_free(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mib = 1 << 20
+    with serve_here(files, "trunk:none", {"memory_bytes": 50 * mib}, kv_bytes=64 * mib) as here:
+        monkeypatch.setattr(memory, "peak_resident_bytes", lambda: 300 * mib)
+        own, pool, store = Memory(here.runtime), here.runtime.admission.pool.nbytes, here.runtime.prefixes.store
+        monkeypatch.setattr(memory, "free_bytes", lambda _: pool + (50 + 350 + 40) * mib)
+        assert own.take("first") == int(KV_SHARE * 40 * mib)
+        own.give_back("first")
+        store.put([b"key"], 0, [((torch.zeros(10 * mib, dtype=torch.uint8),),)])
+        monkeypatch.setattr(memory, "free_bytes", lambda _: pool + (40 + 350 + 40) * mib)
+        assert own.take("second") == int(KV_SHARE * 40 * mib)
 
 
 def test_a_start_that_hangs_is_ended_when_its_client_gives_up_and_holds_up_nobody(files: ModelFiles) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from splitlearn.arms.compare import Pairs
-from splitlearn.arms.report import ArmReport
 from splitlearn.arms.startup import ANY_PROMPT, Startup
 from splitlearn.errors import InputError, SetupError, SplitlearnError
 from splitlearn.events import GenerationRequest
@@ -28,6 +27,7 @@ from splitlearn.planning.measure import (
     measured_at,
     rates_from,
     short_request,
+    shows_rates,
 )
 from splitlearn.planning.report import CutReport, report_of
 from splitlearn.runtime.progress import Progress, Step
@@ -163,7 +163,7 @@ class Planner:
         there are at least FEWEST usable runs.
         """
         runs, usable = self.runs, [*zip(pairs.full, pairs.split, strict=True)]
-        usable = [pair for pair in usable if all(_shows_rates(report) for report in pair)]
+        usable = [pair for pair in usable if all(shows_rates(report, FEWEST_TOKENS) for report in pair)]
         apart = link != Link() or "whole" in arms_of(flags) or measured_at(runs) != runs.plan
         if apart or len(usable) < FEWEST or (self.measured and self.measured.flags == flags):
             return
@@ -238,12 +238,6 @@ def follow(work: Callable[[Progress], Result], stop: threading.Event) -> Generat
         stop.set()
         thread.join()
         raise
-
-
-def _shows_rates(report: ArmReport) -> bool:
-    """Whether a run is usable for rates: one sample, at least FEWEST_TOKENS tokens, no trunk lost."""
-    metrics = report.metrics
-    return not report.others and not metrics.recoveries and metrics.n_tokens >= FEWEST_TOKENS
 
 
 def _memory(typed: object) -> float | None:
