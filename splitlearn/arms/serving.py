@@ -23,7 +23,7 @@ from splitlearn.scheduling.contract import Client
 from splitlearn.stages.base import Stage
 
 Send = Callable[[object], None]
-Over = Callable[[ServeRequest, Sequence[Stage]], Generator]
+Over = Callable[[ServeRequest, Sequence[Stage], Sequence[RemoteStage]], Generator]
 
 
 class Departure:
@@ -49,7 +49,8 @@ class Departure:
 
 
 class Serving:
-    """The generations under way. `over` makes the decode loop over the stages of one client; `send` takes messages."""
+    """The generations under way. `over` makes the decode loop over the stages and `trunks` of one client; `send` takes
+    messages."""
 
     def __init__(self, batching: Batching, trunks: Sequence[RemoteStage], over: Over, send: Send) -> None:
         self._batching, self._trunks, self._over, self._send = batching, trunks, over, send
@@ -76,14 +77,15 @@ class Serving:
 
     def _run(self, asked: ServeRequest, departure: Departure) -> ArmEnd:
         client = Client(math.inf, asked.holder, departure.when_gone)
-        answers, events = self._over(asked, self._batching.stages(client)), list[Event]()
+        trunks = [trunk.for_client(departure.when_gone) for trunk in self._trunks]
+        answers, events = self._over(asked, self._batching.stages(client), trunks), list[Event]()
         with closing(answers.stream(asked.request)) as found:
             for event in found:
                 self._send(ServedItem(asked.number, event))
                 events.append(event)
                 if departure.gone:
                     break
-        facts = tuple(trunk.facts for trunk in self._trunks)
+        facts = tuple(trunk.facts for trunk in trunks)
         return ArmEnd(process.peak_resident_bytes(), facts, texts_of(answers.tokens, events, asked.request))
 
 

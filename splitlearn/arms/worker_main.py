@@ -144,8 +144,8 @@ def load(spec: ArmSpec, watch: Watch = lambda notice: None) -> Arm:
     def serving(send: Send) -> Serving:
         own = open_trunks(spec)  # a lost trunk is nobody's notice here: it would not say whose
 
-        def over(asked: ServeRequest, stages: Sequence[Stage]) -> Generator:
-            return generator(replace(spec, flags=asked.flags), stages, own, tokens, drafting, prefixes, asked.holder)
+        def over(asked: ServeRequest, stages: Sequence[Stage], trunks: Sequence[RemoteStage]) -> Generator:
+            return generator(replace(spec, flags=asked.flags), stages, trunks, tokens, drafting, prefixes, asked.holder)
 
         usual = settings(_own_flags(spec) | SHARING).session
         return Serving(Batching.of(loaded.chain, usual, spec.kv_bytes, "api.kv_bytes"), own, over, send)

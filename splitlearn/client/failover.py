@@ -13,9 +13,11 @@ refusal, a full trunk and a dead trunk each need another reaction, by address.
 """
 
 import random
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from splitlearn.client.directory import Directory
 from splitlearn.client.endpoint import Endpoint
@@ -23,6 +25,7 @@ from splitlearn.client.served import ServedModel
 from splitlearn.client.session_stream import Opening, Stream
 from splitlearn.config import has_directory
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
+from splitlearn.scheduling.contract import WhenGone
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import Credentials
 
@@ -32,14 +35,40 @@ LEAST_WAIT_S = 1.0
 
 class RetryBudget:
     """The tries for one opening or one step, all within `timeout_s`. `errors` has the last error of each address.
-    `announce` is called with the number of each try, before the pause that precedes it."""
+    `announce` is called with the number of each try, before the pause that precedes it. `gone` is set once the client
+    has gone for whom it is; nothing is tried then."""
 
-    def __init__(self, timeout_s: float, addresses: int) -> None:
+    def __init__(self, timeout_s: float, addresses: int, when_gone: WhenGone | None = None) -> None:
         self.announce: Callable[[int], None] = _ignore
         self._until = time.monotonic() + timeout_s
         self._addresses = addresses
         self._pauses = 0
         self.errors: dict[str, TrunkError] = {}
+        self.gone, self._lock, self._leave = threading.Event(), threading.Lock(), _stay
+        if when_gone is not None and not when_gone(self._client_left):
+            self._client_left()
+
+    def check(self) -> None:
+        """Raise TrunkUnavailable if the client has gone."""
+        if self.gone.is_set():
+            raise TrunkUnavailable("The client that the session was for has gone.")
+
+    @contextmanager
+    def leaving_by(self, leave: Callable[[], None]) -> Iterator[None]:
+        """Call `leave` if the client goes within the `with` block."""
+        with self._lock:
+            self.check()
+            self._leave = leave
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._leave = _stay
+
+    def _client_left(self) -> None:
+        with self._lock:
+            self.gone.set()
+            self._leave()
 
     def wait_s(self) -> float:
         """How long to wait for an answer: all of the remaining time, or half of it if there is another address."""
@@ -53,7 +82,8 @@ class RetryBudget:
         self.announce(self._pauses)
         if time.monotonic() + pause > self._until:
             raise self.error()
-        time.sleep(pause)
+        self.gone.wait(pause)
+        self.check()
 
     def hopeless(self, address: str) -> bool:
         """Whether another try at this address would give the same error."""
@@ -92,9 +122,9 @@ class Endpoints:
         self._streams: set[Stream] = set()
         self._closed = False
 
-    def budget(self) -> RetryBudget:
-        """A new budget, for the opening of a session or for one step."""
-        return RetryBudget(self._timeout_s, len(self._endpoints))
+    def budget(self, when_gone: WhenGone | None = None) -> RetryBudget:
+        """A new budget, for one step or for the opening of a session, which ends `when_gone` says so."""
+        return RetryBudget(self._timeout_s, len(self._endpoints), when_gone)
 
     @property
     def change(self) -> bool:
@@ -118,6 +148,7 @@ class Endpoints:
             for endpoint in [self._endpoints[each] for each in tuple(self._order) if not budget.hopeless(each)]:
                 if self._closed:
                     raise TrunkUnavailable("The connection to the trunk server was closed here.")
+                budget.check()
                 try:
                     return self._open_at(endpoint, opening, budget)
                 except TrunkError as error:
@@ -168,10 +199,11 @@ class Endpoints:
         endpoint.breaker.trying()
         stream = Stream(endpoint.take(), endpoint.address, self._served, opening)
         try:
-            opened = stream.open(budget.wait_s())
+            with budget.leaving_by(stream.overdue):
+                opened = stream.open(budget.wait_s())
         except BaseException as error:
             stream.drop()
-            if isinstance(error, TrunkUnavailable):
+            if isinstance(error, TrunkUnavailable) and not budget.gone.is_set():
                 endpoint.breaker.failed()
             raise
         self._begin_with(endpoint.address)
@@ -207,6 +239,10 @@ class Endpoints:
 
 def _ignore(attempt: int) -> None:
     """The default of `announce`."""
+
+
+def _stay() -> None:
+    """Nothing is under way that a client could leave."""
 
 
 def _resting(endpoint: Endpoint) -> TrunkUnavailable:

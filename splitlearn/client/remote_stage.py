@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +22,7 @@ from splitlearn.client.session_stream import Opening, SentStep, Stream, opening_
 from splitlearn.errors import TrunkError, TrunkUnavailable
 from splitlearn.events import Reconnecting, Recovery, SpotCheckResult, StageTiming
 from splitlearn.kvcache.prefix_store import BLOCK_TOKENS, BlockPart
+from splitlearn.scheduling.contract import WhenGone
 from splitlearn.stages.base import PendingStep, StageInput, StageOutput
 from splitlearn.stages.settings import SessionSettings
 from splitlearn.stages.spot_checks import SpotChecks
@@ -50,7 +52,14 @@ class RemoteStage:
         self.watch = watch
         self.checks = checks
         self.facts = TrunkFacts()
+        self.when_gone: WhenGone | None = None
         self._endpoints = Endpoints(addresses, served, timeout_s, credentials, via)
+
+    def for_client(self, when_gone: WhenGone) -> "RemoteStage":
+        """The same trunk for a client who may go: an opening that waits then ends."""
+        own = copy(self)
+        own.when_gone = when_gone
+        return own
 
     def open(self, settings: SessionSettings, max_length: int) -> "RemoteSession":
         """Open a session. The trunk refuses it unless model, digest, layers, dtype and flags match."""
@@ -141,7 +150,7 @@ class RemoteSession:
         self._recovered: deque[StageOutput] = deque()  # answers to the other steps that were pending at a loss
         self._checks = None if stage.checks is None else stage.checks.session(max_length, opening.rows)
         try:
-            self._stream = self._open(endpoints.budget(), patient=False, beside=beside)
+            self._stream = self._open(endpoints.budget(stage.when_gone), patient=False, beside=beside)
         except TrunkError as error:
             stage.served.name(error)
             raise

@@ -1,6 +1,7 @@
 """The client's stage at the far end of a stream: what it sends, what it counts, and what it says when a trunk fails."""
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -15,6 +16,7 @@ import grpc
 import pytest
 import torch
 
+from splitlearn.arms.serving import Departure
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.remote_stage import RemoteSession, RemoteStage
 from splitlearn.client.served import check_served, describe
@@ -304,3 +306,21 @@ def test_a_thing_that_speaks_no_grpc_is_an_error_of_the_trunk(files: ModelFiles)
         threading.Thread(target=speak_http, daemon=True).start()
         with pytest.raises(TrunkUnavailable, match=address):
             describe(address, timeout_s=5)
+
+
+@pytest.mark.parametrize("max_waiting", [1, 0], ids=["in the trunk's queue", "between two tries at a full trunk"])
+def test_an_opening_ends_when_its_client_goes_and_nobody_suffers(files: ModelFiles, max_waiting: int) -> None:
+    departure = Departure()
+    with serve_here(files, max_sessions=1, max_waiting=max_waiting) as full, ThreadPoolExecutor(1) as threads:
+        stage = RemoteStage([full.address], served(files), timeout_s=600)
+        with contextlib.closing(stage), opened(stage) as first:
+            waiting = threads.submit(stage.for_client(departure.when_gone).open, session_of(CACHED), MAX_LENGTH)
+            rejected = re.compile(r'cause="queue_full".* [1-9]')
+            assert eventually(lambda: full.runtime.admission.waiting or rejected.search(full.runtime.metrics.text()))
+            departure.leave()
+            assert isinstance(waiting.exception(60), TrunkUnavailable)
+            assert eventually(lambda: full.runtime.admission.waiting == 0)
+            with pytest.raises(TrunkUnavailable, match="has gone"):
+                stage.for_client(departure.when_gone).open(session_of(CACHED), MAX_LENGTH)
+            assert first.step(0, hidden(files, 3)).x.shape[1] == 3
+        assert eventually(lambda: full.runtime.admission.sessions == 0)
