@@ -13,7 +13,7 @@ OURS = {"splitlearn", "server", "ui", "app"}
 # Never imported by name, but transformers asks for them: see requirements.txt.
 OPTIONAL = {"ray"}  # requirements-ray.txt
 PROTO = ("splitlearn/wire/trunk.proto", "splitlearn/wire/directory.proto")
-FOR_TRANSFORMERS = {"gguf", "sentencepiece", "tokenizers"}
+FOR_TRANSFORMERS = {"accelerate", "gguf", "sentencepiece", "tokenizers"}
 
 
 def _pins(name: str) -> dict[str, str]:
