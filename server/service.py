@@ -110,13 +110,15 @@ class TrunkService:
         if server_flags == self._runtime.own_flags:
             yield from self._own(call, flags, opening, timeout_s)
         else:
-            answers = self._proxied(call, server_flags, first, timeout_s)
+            answers = self._proxied(call, server_flags, first, timeout_s, opening.batch)
             yield from self._found_by_feed(answers, call, server_flags, timeout_s) if opening.fed else answers
 
-    def _proxied(self, call: SessionCall, flags: frozenset[str], first: bytes, timeout_s: float) -> Iterator[bytes]:
+    def _proxied(
+        self, call: SessionCall, flags: frozenset[str], first: bytes, timeout_s: float, batch: bool
+    ) -> Iterator[bytes]:
         """A session at a variant. It counts here, too, but has its KV memory there."""
         admission = self._runtime.admission
-        reservation = admission.acquire(0, timeout_s, call.context.add_callback, call.quota.holder)
+        reservation = admission.acquire(0, timeout_s, call.context.add_callback, call.quota.holder, batch)
         try:
             answers = self._variants.session(flags, first, call.requests, call.context, timeout_s)
             yield from call.log.proxied(answers)
@@ -140,7 +142,7 @@ class TrunkService:
     def _own(self, call: SessionCall, flags: frozenset[str], opening: pb.Open, timeout_s: float) -> Iterator[bytes]:
         """A session at this server's own engine."""
         runtime, began = self._runtime, time.perf_counter()
-        client = Client(timeout_s, call.quota.holder, call.context.add_callback)
+        client = Client(timeout_s, call.quota.holder, call.context.add_callback, opening.batch)
         session = runtime.engine.open(settings(flags).session, opening.max_length, client)
         ending = Ending(partial(runtime.engine.close, session), self._next_servers, self._feeds, session.key)
         # If the stream ends while this generator waits at a yield, only the callback runs in time.

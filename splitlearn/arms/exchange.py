@@ -29,7 +29,7 @@ class Exchange:
         self._reading = False
 
     def ask(
-        self, flags: FlagSet, request: GenerationRequest, holder: str, stop: threading.Event
+        self, flags: FlagSet, request: GenerationRequest, holder: str, stop: threading.Event, batch: bool = False
     ) -> Iterator[Event | ArmEnd]:
         """The events of a generation under `flags`, then its ArmEnd. Setting `stop`, or closing the iterator, ends the
         generation. Raises the error that comes instead, and WorkerDied."""
@@ -37,7 +37,7 @@ class Exchange:
         self._enter(number, answers)
         ended = False
         try:
-            self._send(ServeRequest(number, flags, request, holder))
+            self._send(ServeRequest(number, flags, request, holder, batch))
             while not ended and not stop.is_set():
                 try:
                     item = answers.get(timeout=POLL_S)

@@ -89,12 +89,19 @@ class Runs(Setup):
                 raise
 
     def serve(
-        self, kind: Kind, flags: FlagSet, request: GenerationRequest, stop: threading.Event, holder: str = ""
+        self,
+        kind: Kind,
+        flags: FlagSet,
+        request: GenerationRequest,
+        stop: threading.Event,
+        holder: str = "",
+        batch: bool = False,
     ) -> Iterator[Event | ArmReport]:
         """Run a request beside others of this method: its events as they come, then its report.
 
         Steps of several requests share forwards, and nothing is measured: no run is repeated. While an arm is measured
-        (`stream`), requests wait. `holder` is whom the request counts for. Closing the iterator, or setting `stop`,
+        (`stream`), requests wait. `holder` is whom the request counts for; requests that are not `batch` come
+        first where memory is short. Closing the iterator, or setting `stop`,
         ends the run. Raises what the run raises.
         """
         with self._lock.shared(), ExitStack() as stack:
@@ -103,7 +110,7 @@ class Runs(Setup):
             if worker is None:
                 return
             stack.callback(self._leave_worker, worker)
-            for item in worker.exchange.ask(spec.flags, request, holder, stop):
+            for item in worker.exchange.ask(spec.flags, request, holder, stop, batch):
                 if isinstance(item, ArmEnd):
                     found = of_samples(events, request.samples)
                     yield replace(self._report(spec, worker, found, item), link=self.link if spec.emulated else Link())

@@ -76,8 +76,8 @@ class Serving:
         self._send(ServedItem(asked.number, end))
 
     def _run(self, asked: ServeRequest, departure: Departure) -> ArmEnd:
-        client = Client(math.inf, asked.holder, departure.when_gone)
-        trunks = [trunk.for_client(departure.when_gone) for trunk in self._trunks]
+        client = Client(math.inf, asked.holder, departure.when_gone, asked.batch)
+        trunks = [trunk.for_client(departure.when_gone, asked.batch) for trunk in self._trunks]
         answers, events = self._over(asked, self._batching.stages(client), trunks), list[Event]()
         with closing(answers.stream(asked.request)) as found:
             for event in found:

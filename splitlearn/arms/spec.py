@@ -150,12 +150,13 @@ class ArmEnd:
 @dataclass(frozen=True)
 class ServeRequest:
     """Asks a worker for one of several generations at once. `number` names it in all that is sent about it; `holder` is
-    whom its sessions count for."""
+    whom its sessions count for. `batch`: others come first."""
 
     number: int
     flags: FlagSet
     request: GenerationRequest
     holder: str = ""
+    batch: bool = False
 
 
 @dataclass(frozen=True)

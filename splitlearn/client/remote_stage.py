@@ -53,12 +53,13 @@ class RemoteStage:
         self.checks = checks
         self.facts = TrunkFacts()
         self.when_gone: WhenGone | None = None
+        self._batch = False
         self._endpoints = Endpoints(addresses, served, timeout_s, credentials, via)
 
-    def for_client(self, when_gone: WhenGone) -> "RemoteStage":
-        """The same trunk for a client who may go: an opening that waits then ends."""
+    def for_client(self, when_gone: WhenGone, batch: bool = False) -> "RemoteStage":
+        """The same trunk for a client who may go: an opening that waits then ends. `batch`: others come first."""
         own = copy(self)
-        own.when_gone = when_gone
+        own.when_gone, own._batch = when_gone, batch  # noqa: SLF001
         return own
 
     def open(self, settings: SessionSettings, max_length: int) -> "RemoteSession":
@@ -121,7 +122,7 @@ class RemoteStage:
         self, settings: SessionSettings, max_length: int, keys: Sequence[bytes], beside: str = ""
     ) -> "RemoteSession":
         wait_s = TRUNK_SHARE * self._endpoints.budget().wait_s()
-        opening = opening_of(self.served, settings, max_length, wait_s, keys)
+        opening = opening_of(self.served, settings, max_length, wait_s, keys, self._batch)
         return RemoteSession(self, self._endpoints, opening, max_length, beside)
 
     def note_opened(self, opened: pb.Opened, address: str) -> None:

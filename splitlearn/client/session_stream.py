@@ -42,10 +42,16 @@ class Opening:
 
 
 def opening_of(
-    served: ServedModel, settings: SessionSettings, max_length: int, timeout_s: float, keys: Sequence[bytes] = ()
+    served: ServedModel,
+    settings: SessionSettings,
+    max_length: int,
+    timeout_s: float,
+    keys: Sequence[bytes] = (),
+    batch: bool = False,
 ) -> Opening:
     """The opening of a session at a trunk that serves `served`. `timeout_s`: how long the trunk may let the client
-    wait, for admission and then for each step. `keys`: of the prompt's leading blocks, which it may have kept."""
+    wait, for admission and then for each step. `keys`: of the prompt's leading blocks, which it may have kept. `batch`:
+    other sessions come first."""
     keys = keys[:MAX_PREFIX_KEYS]
     opening = pb.Open(
         protocol=PROTOCOL,
@@ -59,6 +65,7 @@ def opening_of(
         flags=sorted(settings.words),
         timeout_s=timeout_s,
         prefix_keys=b"".join(keys),
+        batch=batch,
     )
     rows = settings.rows(codec.DTYPES[served.dtype])
     return Opening(pb.ClientMessage(open=opening).SerializeToString(), rows, len(keys))

@@ -76,18 +76,20 @@ class KVPool:
         """The number of reserved blocks."""
         return self.n_blocks - sum(slot.tokens for slot in tuple(self._free)) // self.block_tokens
 
-    def fits(self, tokens: int) -> bool:
-        """Whether some contiguous free blocks hold `tokens`."""
-        return any(free.tokens >= tokens for free in self._free)
+    def fits(self, tokens: int, start: int = 0) -> bool:
+        """Whether some contiguous free blocks from token `start` on, a block's first, hold `tokens`."""
+        return any(_behind(start, free).tokens >= tokens for free in self._free)
 
-    def reserve(self, tokens: int) -> Slot | None:
-        """Reserve the first contiguous free blocks that hold `tokens`. None if there are none."""
+    def reserve(self, tokens: int, start: int = 0) -> Slot | None:
+        """Reserve the first contiguous free blocks from token `start` on that hold `tokens`. None if there are none."""
         needed = -(-tokens // self.block_tokens) * self.block_tokens
         for index, free in enumerate(self._free):
-            if free.tokens >= needed:
-                rest = Slot(free.start + needed, free.tokens - needed)
-                self._free[index : index + 1] = [rest] if rest.tokens else []
-                return Slot(free.start, needed)
+            usable = _behind(start, free)
+            if usable.tokens >= needed:
+                before = Slot(free.start, usable.start - free.start)
+                rest = Slot(usable.start + needed, usable.tokens - needed)
+                self._free[index : index + 1] = [each for each in (before, rest) if each.tokens]
+                return Slot(usable.start, needed)
         return None
 
     def release(self, slot: Slot) -> None:
@@ -156,6 +158,12 @@ class PooledCache(ReservedCache):
         super().__init__(layers=[_PooledLayer(*flat[at : at + 2]) for at in range(0, len(flat), 2)])
         self.pool = pool
         self.slot = slot
+
+
+def _behind(start: int, slot: Slot) -> Slot:
+    """What of `slot` is from token `start` on."""
+    skipped = min(slot.tokens, max(0, start - slot.start))
+    return Slot(slot.start + skipped, slot.tokens - skipped)
 
 
 def shapes_of(cut: CutModel, x: torch.Tensor) -> list[tuple[KVShape, KVShape]]:

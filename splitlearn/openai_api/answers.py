@@ -84,7 +84,7 @@ async def run(runs: Runs, line: Line, job: Job) -> AsyncGenerator[Found]:
 
     def work() -> None:
         try:
-            for item in runs.serve(job.kind, job.flags, job.request, stop, job.holder):
+            for item in runs.serve(job.kind, job.flags, job.request, stop, job.holder, job.priority == "batch"):
                 put(item)
         except Exception as error:  # whatever it is, the client hears of it
             put(ApiError.of(as_error(error, "generating")))

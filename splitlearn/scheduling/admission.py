@@ -6,6 +6,9 @@ and among those the first. A holder is a token of the access file, or a connecti
 A session that needs more memory than is free does not block the others. After OVERTAKES others have passed it, free
 memory is kept for it: as long as two average sessions last, and at most LONGEST_KEPT_S.
 
+A batch session gets room only in one half of the KV memory and of the sessions, and after the others that wait. So no
+session that fits into the other half waits for batch ones.
+
 When the queue is full, a new session is rejected at once. If another holder has more sessions in the queue, that
 holder's last one is rejected instead.
 """
@@ -34,6 +37,7 @@ class Reservation:
     slot: Slot | None
     since: float = 0.0
     holder: str = ""
+    batch: bool = False
 
 
 @dataclass(eq=False)
@@ -43,6 +47,7 @@ class Ticket:
 
     tokens: int
     holder: str = ""
+    batch: bool = False
     passed: int = 0
     passed_at: float = 0.0
     reservation: Reservation | None = None
@@ -57,21 +62,23 @@ class Ticket:
 
 
 def choose(
-    queue: Sequence[Ticket], held: Mapping[str, int], fits: Callable[[int], bool], now: float, keep_s: float
+    queue: Sequence[Ticket], held: Mapping[str, int], fits: Callable[[Ticket], bool], now: float, keep_s: float
 ) -> Ticket | None:
     """The session to admit next, or None if none can be admitted now. `queue` is in order of arrival.
 
-    `held` counts the sessions of each holder. `fits` says whether there is room for a number of tokens. `now` and
+    `held` counts the sessions of each holder. `fits` says whether there is room for it. `now` and
     `keep_s`, the time that memory is kept for a session, are in seconds.
     """
     for ticket in queue:
         if ticket.passed >= OVERTAKES:
-            if fits(ticket.tokens):
+            if fits(ticket):
                 return ticket
-            if now < ticket.passed_at + keep_s:
+            if not ticket.batch and now < ticket.passed_at + keep_s:
                 return None
-    fair = sorted(queue, key=lambda ticket: held.get(ticket.holder, 0))  # stable: by arrival among equals
-    return next((ticket for ticket in fair if fits(ticket.tokens)), None)
+    fair = sorted(
+        queue, key=lambda ticket: (ticket.batch, held.get(ticket.holder, 0))
+    )  # stable: by arrival among equals
+    return next((ticket for ticket in fair if fits(ticket)), None)
 
 
 def note_passed(queue: Sequence[Ticket], chosen: Ticket, now: float) -> None:
@@ -92,7 +99,8 @@ class Admission:
     def __init__(self, pool: KVPool, max_sessions: int, max_waiting: int, setting: str = "server.kv_bytes") -> None:
         self.pool = pool
         self._setting = setting
-        self.sessions = 0
+        self.sessions = self._batch_sessions = 0
+        self._batch_start = pool.n_blocks // 2 * pool.block_tokens
         self._max_sessions, self._max_waiting = max_sessions, max_waiting
         self._lock = threading.Lock()
         self._queue: deque[Ticket] = deque()
@@ -105,7 +113,12 @@ class Admission:
         return len(self._queue)
 
     def acquire(
-        self, tokens: int, timeout_s: float, when_gone: Callable[[Callable[[], None]], bool], holder: str = ""
+        self,
+        tokens: int,
+        timeout_s: float,
+        when_gone: Callable[[Callable[[], None]], bool],
+        holder: str = "",
+        batch: bool = False,
     ) -> Reservation:
         """Reserve room for `tokens` (0: no KV memory). Waits at most `timeout_s`.
 
@@ -113,10 +126,11 @@ class Admission:
         TrunkFull if the queue is full or the wait too long. Raises InputError for more tokens than can ever fit,
         TrunkUnavailable while the server drains.
         """
-        if tokens > self.pool.capacity:
-            limit = f"at most {self.pool.capacity} tokens: {self._setting} has room for no more"
-            raise InputError("max_length", tokens, limit)
-        ticket = Ticket(tokens, holder)
+        most = self.pool.capacity - self._batch_start * batch
+        if tokens > most:
+            room = f"{self._setting} has room for no more{' batch requests' if batch else ''}"
+            raise InputError("max_length", tokens, f"at most {most} tokens: {room}")
+        ticket = Ticket(tokens, holder, batch)
         with self._lock:
             self._enqueue_locked(ticket)
         if ticket.reservation is None:
@@ -128,6 +142,7 @@ class Admission:
     def release(self, reservation: Reservation) -> None:
         with self._lock:
             self.sessions -= 1
+            self._batch_sessions -= reservation.batch
             self._held[reservation.holder] -= 1
             self._held += Counter()  # drops holders without sessions
             if reservation.slot is not None:
@@ -197,14 +212,19 @@ class Admission:
         if self._draining:
             raise TrunkUnavailable(DRAINING, "draining")
 
-    def _room_locked(self, tokens: int) -> bool:
-        return self.sessions < self._max_sessions and (not tokens or self.pool.fits(tokens))
+    def _room_locked(self, ticket: Ticket) -> bool:
+        if self.sessions >= self._max_sessions:
+            return False
+        if ticket.batch and self._batch_sessions >= max(1, self._max_sessions // 2):
+            return False
+        return not ticket.tokens or self.pool.fits(ticket.tokens, self._batch_start * ticket.batch)
 
     def _take_locked(self, ticket: Ticket) -> Reservation:
-        slot = self.pool.reserve(ticket.tokens) if ticket.tokens else None
+        slot = self.pool.reserve(ticket.tokens, self._batch_start * ticket.batch) if ticket.tokens else None
         self.sessions += 1
+        self._batch_sessions += ticket.batch
         self._held[ticket.holder] += 1
-        return Reservation(slot, time.monotonic(), ticket.holder)
+        return Reservation(slot, time.monotonic(), ticket.holder, ticket.batch)
 
     def _full_locked(self, why: str, cause: str) -> TrunkFull:
         """The error, with the time after which to try again: the recent average length of a session, times those ahead,

@@ -18,11 +18,12 @@ WhenGone = Callable[[Callable[[], None]], bool]
 @dataclass(frozen=True)
 class Client:
     """Who opens a session: how long it waits for room and for each step, the holder that it counts for, and how its end
-    is noticed."""
+    is noticed. `batch`: nobody waits for the answer at a keyboard (admission.py)."""
 
     timeout_s: float
     holder: str
     when_gone: WhenGone
+    batch: bool = False
 
 
 class OwnSession(KeepsPrefixes, Protocol):

@@ -71,7 +71,7 @@ class Engine:
         """
         block = 1 if count == 1 else self.admission.pool.block_tokens
         tokens = count * (-(-max_length // block) * block) if pooled else 0
-        reservation = self.admission.acquire(tokens, client.timeout_s, client.when_gone, client.holder)
+        reservation = self.admission.acquire(tokens, client.timeout_s, client.when_gone, client.holder, client.batch)
         try:
             own = [self._own(settings, max_length, part) for part in _parts(reservation.slot, count)]
         except BaseException:  # also an interrupt: the reservation must not leak

@@ -24,18 +24,20 @@ class PoolMachine(RuleBasedStateMachine):
         taken = {at for run in self.held for at in range(run.start, run.start + run.tokens)}
         return set(range(BLOCKS * BLOCK_TOKENS)) - taken
 
-    def _longest_free(self) -> int:
+    def _longest_free(self, start: int) -> int:
         longest = length = 0
-        for at in range(BLOCKS * BLOCK_TOKENS):
+        for at in range(start, BLOCKS * BLOCK_TOKENS):
             length = length + 1 if at in self._free() else 0
             longest = max(longest, length)
         return longest
 
-    @rule(target=runs, tokens=st.integers(1, BLOCKS * BLOCK_TOKENS + 1))
-    def reserve(self, tokens: int) -> Slot | None:
-        free, fits = self._free(), self.pool.fits(tokens)
-        run = self.pool.reserve(tokens)
-        assert fits == (run is not None) == (tokens <= self._longest_free())
+    @rule(target=runs, tokens=st.integers(1, BLOCKS * BLOCK_TOKENS + 1), block=st.just(0) | st.integers(0, BLOCKS))
+    def reserve(self, tokens: int, block: int) -> Slot | None:
+        start = block * BLOCK_TOKENS
+        free, fits = self._free(), self.pool.fits(tokens, start)
+        run = self.pool.reserve(tokens, start)
+        assert fits == (run is not None) == (tokens <= self._longest_free(start))
+        assert run is None or run.start >= start
         if run is not None:
             assert run.tokens >= tokens
             assert run.start % BLOCK_TOKENS == run.tokens % BLOCK_TOKENS == 0

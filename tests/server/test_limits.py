@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -155,3 +156,14 @@ def test_a_client_that_takes_no_answers_is_ended(here: TrunkHere, files: ModelFi
         assert eventually(lambda: here.runtime.admission.sessions == 0, within_s=20)
         call.cancel()
         more.set()
+
+
+def test_batch_sessions_leave_half_of_the_places_and_of_the_memory_to_others(files: ModelFiles) -> None:
+    with serve_here(files, max_sessions=4, kv_block_tokens=64) as here, ExitStack() as stack:
+        raws = [stack.enter_context(Raw(here.address)) for _ in range(5)]
+        for raw in raws[:2]:
+            assert raw.ask(opening(files, batch=True)).HasField("opened")
+        status, details = raws[2].refusal(opening(files, batch=True, timeout_s=0.1))
+        assert (status, "no room" in details) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+        for raw in raws[3:]:
+            assert raw.ask(opening(files)).HasField("opened")
