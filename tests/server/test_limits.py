@@ -158,7 +158,7 @@ def test_a_client_that_takes_no_answers_is_ended(here: TrunkHere, files: ModelFi
         more.set()
 
 
-def test_batch_sessions_leave_half_of_the_places_and_of_the_memory_to_others(files: ModelFiles) -> None:
+def test_batch_sessions_leave_half_of_the_places_to_others(files: ModelFiles) -> None:
     with serve_here(files, max_sessions=4, kv_block_tokens=64) as here, ExitStack() as stack:
         raws = [stack.enter_context(Raw(here.address)) for _ in range(5)]
         for raw in raws[:2]:
