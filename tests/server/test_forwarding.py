@@ -64,10 +64,18 @@ class Servers:
 
 @dataclass(frozen=True)
 class Opened:
-    """A session at each server of a chain: the client's streams, and the keys."""
+    """A session at each server of a chain: the client's streams, and what each was answered."""
 
     streams: Sequence[Raw]
-    keys: Sequence[bytes]
+    answers: Sequence[pb.Opened]
+
+    @property
+    def keys(self) -> list[bytes]:
+        return [answer.key for answer in self.answers]
+
+    @property
+    def cached(self) -> list[int]:
+        return [answer.cached_tokens for answer in self.answers]
 
     def ask(self, *messages: bytes) -> pb.ServerMessage:
         """Send to the first server, and wait for an answer of the last one."""
@@ -120,7 +128,7 @@ def opened(
         for stream, hop, answer in zip(streams, hops[1:], answers[1:], strict=False):
             address = servers.proxies[hop].address if proxied else servers.hops[hop].address
             stream.send(forward(address, answer.key, answer.max_tensor_bytes))
-        yield Opened(streams, [answer.key for answer in answers])
+        yield Opened(streams, answers)
 
 
 def forward(address: str, key: bytes, max_tensor_bytes: int = 0) -> bytes:
@@ -229,6 +237,20 @@ def test_a_server_for_other_flags_is_part_of_a_chain(chain: Servers, local: Loca
         assert tensor_of(client.receive(), chain.files).shape == x.shape
         feeding.cancel()
         assert client.refusal()[0] is LOST
+
+
+def test_kept_prefixes_of_different_lengths_are_used_up_to_the_shortest(chain: Servers, local: LocalStage) -> None:
+    x, keys, flags = hidden(chain.files, 33), bytes(range(32)), [*FLAGS, "prefix_cache"]
+    with opened(chain, flags=flags) as session, computed(local) as wanted:
+        session.ask(step(x, 0))
+        for stream, blocks in zip(session.streams, (2, 2, 1), strict=True):
+            stream.send(pb.ClientMessage(keep=pb.Keep(prefix_keys=keys[: 16 * blocks])).SerializeToString(), DONE)
+            assert stream.end().WhichOneof("kind") == "closed"
+        wanted(0, x)
+        with opened(chain, flags=flags, prefix_keys=keys) as again:
+            answer = again.ask(step(x[:, 16:], 16, truncate=True))
+            assert again.cached == [32, 32, 16]
+            assert torch.equal(tensor_of(answer, chain.files), wanted(16, x[:, 16:]))
 
 
 def test_a_long_step_goes_on_in_parts_that_the_next_server_takes(chain: Servers, local: LocalStage) -> None:
