@@ -217,14 +217,14 @@ def _part_of(source: Path, links: Path, part: Part, progress: Progress) -> tuple
 
     progress(Step(f"Reading {part}"))
     try:
-        model, state = shards.load(links, part)
+        model, state, unused = shards.load(links, part)
         if (links / GENERATION).exists():
             model.generation_config = GenerationConfig.from_dict(read_json(links / GENERATION))
     except ModelError as error:
         raise ModelError(str(error).replace(str(links), str(source))) from error
     except Exception as error:  # from transformers, about an arbitrary file
         raise ModelError(f"{source / GENERATION} cannot be used: {_reason(source, links, error)}") from error
-    for line in not_applied(source, model, {"unexpected_keys": []}):
+    for line in not_applied(source, model, {"unexpected_keys": unused}):
         progress(Step(line))
     return model, state
 

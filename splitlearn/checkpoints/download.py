@@ -135,8 +135,11 @@ def _needed_of(source: HubSource | Path, folder: Path, part: PartOf, progress: P
     inspection.check_files(folder, None if local else ())
     refuse_unless_causal_lm(folder / CONFIG)
     hashed = inspection.shards_of(folder) if local else [*hub.listed_sha256(folder)]
-    why = whole_only(folder, hashed)
-    sharded = None if why else Sharded.read(folder)
+    try:
+        why = whole_only(folder, hashed)
+        sharded = None if why else Sharded.read(folder)
+    except ModelError as error:  # what is wrong with the model, if anything is, the conversion of all of it says
+        why, sharded = str(error).rstrip("."), None
     if sharded is not None and (tensor := sharded.unclear()):
         why = f"{tensor} is in its weights, and tied by its {CONFIG}"
     if sharded is None or why:

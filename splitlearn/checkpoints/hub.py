@@ -113,7 +113,7 @@ def check(
     Raises ModelUnavailable for a file that is not the one that the hub lists. It is removed, to be fetched anew.
     """
     listed = listed_sha256(snapshot)
-    names = [name for name in (listed if only is None else only) if name in listed and (snapshot / name).is_file()]
+    names = [name for name in (listed if only is None else only) if name in listed and _is_here(snapshot, name)]
     for count, name in enumerate(names):
         progress(Step("Checking the downloaded files", count, len(names)))
         path = snapshot / name
@@ -123,6 +123,11 @@ def check(
             wrong = f"{name} of {source.repo} is not the file that the model hub lists (its SHA-256 differs)"
             raise ModelUnavailable(f"{wrong}. It was removed; another start fetches it anew.")
     return {name: listed[name] for name in names}
+
+
+def _is_here(snapshot: Path, name: str) -> bool:
+    """Whether a snapshot itself has a file. A hub may list any name, also one of a file elsewhere on this machine."""
+    return Path(name).name == name and (snapshot / name).is_file()
 
 
 def _here(source: HubSource, patterns: Sequence[str], said: str, progress: Progress) -> Path:

@@ -93,15 +93,16 @@ def whole_only(folder: Path, hashed: Collection[str]) -> str:
     return ""
 
 
-def load(folder: Path, part: Part) -> tuple[Any, dict[str, Any]]:
-    """The model with the tensors of `part` and no others, and its state dict as far as it is there. Opens only files
-    that have a tensor of it.
+def load(folder: Path, part: Part) -> tuple[Any, dict[str, Any], set[str]]:
+    """The model with the tensors of `part` and no others, its state dict as far as it is there, and the tensors of the
+    checkpoint that the model has no place for. Opens only files that have a tensor of the part.
 
     Raises ModelError for a tensor that is missing, of another shape or cannot be converted.
     """
     sharded = Sharded.read(folder)
     model, where = sharded.model, sharded.tensors(part)
-    refuse_unused(folder, model, {"unexpected_keys": private_apis.unplaced(model, sharded.names.values())})
+    unused = private_apis.unplaced(model, sharded.names.values())
+    refuse_unused(folder, model, {"unexpected_keys": unused})
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context(safe_open(folder / name, "pt")) for name in sorted(set(where.values()))}
@@ -116,15 +117,19 @@ def load(folder: Path, part: Part) -> tuple[Any, dict[str, Any]]:
     state, own = model.state_dict(), sharded.own(part)
     missing = {name for name in own if name not in state or state[name].is_meta}
     refuse_missing(folder, {"missing_keys": missing, "mismatched_keys": [], "unexpected_keys": []})
-    return model, {name: state[name] for name in state if name in own}
+    return model, {name: state[name] for name in state if name in own}, unused
 
 
 def _config(folder: Path) -> Any:
-    """The transformers configuration of a checkpoint, without code or kernels that it names."""
-    from transformers import AutoConfig
+    """The transformers configuration of a checkpoint, without code or kernels that it names. Of one with a part for
+    images it is the language model's, where that is a class of its own: AutoModelForCausalLM does the same."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        text = config.sub_configs.get("text_config")
+        if text is not None and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class is text:
+            config = config.get_text_config()
     except Exception as error:  # from transformers, about an arbitrary file
         said = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder / CONFIG} cannot be used ({type(error).__name__}: {said}).") from error

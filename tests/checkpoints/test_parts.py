@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import splitlearn
 from splitlearn import config
@@ -30,7 +30,7 @@ from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.progress import Step, silent
 from tests.support.fake_hub import COMMIT, HubHere, hub_here
 from tests.support.opened import opened_in
-from tests.support.tiny import make_checkpoint
+from tests.support.tiny import make_checkpoint, make_tokenizer
 from tests.support.trunk import PLAN, run_here
 
 REPO = "owner/model"
@@ -47,6 +47,20 @@ def make_sharded(folder: Path, family: str = "llama", dtype: str = "float32") ->
     (checkpoint / "model.safetensors").unlink()
     model.save_pretrained(checkpoint, max_shard_size=SHARD_BYTES)
     return checkpoint
+
+
+def make_with_images(folder: Path) -> Path:
+    """As `make_sharded`, of a model with a part for images: its tensors have other names than the language model's."""
+    tokenizer = make_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+    linear = {f"linear_{each}": 2 for each in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")}
+    images = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 48}
+    text = {**sizes, **heads, **linear, "dtype": "bfloat16"}
+    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=images, dtype="bfloat16")
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def weight_map(checkpoint: Path) -> dict[str, str]:
@@ -130,9 +144,10 @@ def test_a_trunk_and_a_client_fetch_their_own_files_and_give_the_tokens_of_the_w
     assert 0 < len(of_trunk) < len(of_client) < len(set(weight_map(served).values()))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "opt", "images"])
 def test_a_part_has_the_tensors_and_the_digest_of_the_whole(tmp_path: Path, family: str) -> None:
-    checkpoint = make_sharded(tmp_path / "checkpoint", family, dtype="bfloat16")
+    folder = tmp_path / "checkpoint"
+    checkpoint = make_with_images(folder) if family == "images" else make_sharded(folder, family, dtype="bfloat16")
     known = fingerprint(sha256(checkpoint / name) for name in set(weight_map(checkpoint).values()))
 
     def converted(name: str, part: Part | None) -> tuple[ModelFiles, dict[str, torch.Tensor]]:
@@ -221,6 +236,17 @@ def test_a_file_that_is_not_the_listed_one_is_refused_by_name_and_fetched_anew(
     assert machine.weights_sent() == [spoilt]
 
 
+def test_a_hub_that_lists_a_file_of_this_machine_does_not_have_it_removed(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "own.safetensors").write_text("not what the hub lists")
+    machine.hub.behaviour.listed = [f"{'../' * 4}own.safetensors", str(tmp_path / "own.safetensors")]
+    assert (machine.blobs.parent / "snapshots" / COMMIT / machine.hub.behaviour.listed[0]).resolve() == (
+        tmp_path / "own.safetensors"
+    )
+    machine.prepare(TRUNK)
+    machine.prepare()
+    assert (tmp_path / "own.safetensors").exists()
+
+
 def test_a_connection_that_ends_in_a_file_goes_on_there(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 10)
     first, *others = files_with(machine.hub.served, *TRUNK_WORDS)
@@ -270,6 +296,11 @@ def _one_file(machine: Machine) -> None:
     (machine.hub.served / INDEX).unlink()
 
 
+def _no_model(machine: Machine) -> None:
+    path = machine.hub.served / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": "wide"}))
+
+
 def _unhashed(machine: Machine) -> None:
     machine.hub.behaviour.unhashed = True
 
@@ -281,6 +312,7 @@ def _unhashed(machine: Machine) -> None:
         (_adapted, "an adapter changes its weights"),
         (_tied_and_apart, "lm_head.weight is in its weights, and tied by its config.json"),
         (_one_file, "its weights are one file"),
+        (_no_model, ""),
         (_unhashed, "the hub gives no SHA-256 of model-00001"),
     ],
 )

@@ -26,13 +26,14 @@ class Behaviour:
 
     `sent`: the files that were asked for, in order, each with its range where one was asked for. `cuts`: bytes of a
     file after which the connection ends, once. `wrong`: files of which the last byte is another one. `unhashed`: no
-    file has a SHA-256 in the list.
+    file has a SHA-256 in the list. `listed`: further names in the list, each with a SHA-256 that no file has.
     """
 
     sent: list[str] = field(default_factory=list)
     cuts: dict[str, int] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
     unhashed: bool = False
+    listed: list[str] = field(default_factory=list)
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -61,7 +62,8 @@ class _Hub(BaseHTTPRequestHandler):
             self._send(json.dumps({"id": self.repo, "sha": COMMIT, "siblings": []}).encode())
         elif path.startswith(f"{api}/tree/"):
             files = [file for file in sorted(self.folder.rglob("*")) if file.is_file()]
-            self._send(json.dumps([self._entry(file) for file in files]).encode())
+            others = [{"type": "file", "path": name, **self._large(b"")} for name in self.behaviour.listed]
+            self._send(json.dumps([*(self._entry(file) for file in files), *others]).encode())
         elif path.startswith(files_at):
             self._send_file(path.removeprefix(files_at))
         else:
@@ -69,15 +71,16 @@ class _Hub(BaseHTTPRequestHandler):
 
     def _entry(self, file: Path) -> dict[str, object]:
         data = file.read_bytes()
-        entry: dict[str, object] = {
-            "type": "file",
-            "path": file.relative_to(self.folder).as_posix(),
-            "size": len(data),
-            "oid": hashlib.sha1(data).hexdigest(),
-        }
-        if file.name.endswith(LARGE) and not self.behaviour.unhashed:
-            entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-        return entry
+        large = file.name.endswith(LARGE) and not self.behaviour.unhashed
+        known = self._large(data) if large else self._small(data)
+        return {"type": "file", "path": file.relative_to(self.folder).as_posix(), **known}
+
+    def _small(self, data: bytes) -> dict[str, object]:
+        return {"size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+
+    def _large(self, data: bytes) -> dict[str, object]:
+        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        return {**self._small(data), "lfs": lfs}
 
     def _send_file(self, name: str) -> None:
         body, asked = (self.folder / name).read_bytes(), self.headers.get("Range")
