@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.answer import answer
-from bench.chaos import PROMPTS, chaos
+from bench.chaos import CLIENTS, PROMPTS, chaos
 from bench.overhead import PLAIN
 from bench.pairs import warm_blocks
 from bench.report import table, write
@@ -84,7 +84,7 @@ def main(runs: Runs, blocks: int = BLOCKS) -> None:
 
 
 def _honest(config: Config, flags: str) -> dict[str, Any]:
-    requests = [GenerationRequest(prompt, max_new_tokens=64, ignore_eos=True) for prompt in PROMPTS]
+    requests = [GenerationRequest(prompt, max_new_tokens=64, ignore_eos=True) for prompt in PROMPTS[:CLIENTS]]
     with Runs(_checking(config, 1.0), silent) as runs:
         chosen = runs.flags(flags)
         (address,) = runs.ready_spec("split", chosen).hops[0].addresses

@@ -25,7 +25,8 @@ class Device:
     server messages. The first step takes `start_s` more.
 
     Its process takes `base_bytes`, `weight_ratio` times the bytes of its layers' weights, and their KV cache: at most
-    `memory_bytes`. `overlapped_s` of a server's step pass while the client works (flag head_overlap).
+    `memory_bytes`. `overlapped_s` of the servers' layers and of the links pass while the client works
+    (flag head_overlap); messages do not, since the client handles them itself.
     """
 
     name: str

@@ -133,7 +133,8 @@ def _breakdown(work: Work, network: Network, spans: tuple[Span, ...]) -> Iterato
     if spans:
         far.append(_wire(work, network, before.device, CLIENT))
         yield from far
-        hidden = min(client.overlapped_s, sum(share.token_s for share in far))
+        messages = sum(network.devices[span.device].step_s for span in spans)
+        hidden = min(client.overlapped_s, sum(share.token_s for share in far) - messages)
         yield Share("beside the client's own work", "", -hidden, 0.0)
         yield _layers(work, network, top)
 

@@ -64,13 +64,13 @@ def test_the_breakdown_sums_to_the_times() -> None:
         assert sum(share.first_s for share in found.breakdown) == pytest.approx(found.ttft_s)
 
 
-def test_what_overlaps_hides_servers_and_links_and_never_more() -> None:
+def test_what_overlaps_hides_layers_and_links_and_never_messages() -> None:
     def tpot_s(overlapped_s: float) -> float:
         hiding = replace(CLIENT, overlapped_s=overlapped_s)
         return predict(WORK, Network((hiding, NEAR, FAR), LINKS), CHAIN).tpot_s
 
     assert tpot_s(0.0) - tpot_s(0.003) == pytest.approx(0.003)
-    assert tpot_s(9.0) == pytest.approx(0.006 + 2 * 0.004)
+    assert tpot_s(9.0) == pytest.approx(0.006 + 2 * 0.004 + NEAR.step_s + FAR.step_s)
 
 
 def test_memory_is_libraries_weights_and_the_kv_cache_of_its_own_layers() -> None:
