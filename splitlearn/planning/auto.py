@@ -22,7 +22,7 @@ from splitlearn.link import words
 from splitlearn.link.emulated import NONE
 from splitlearn.models.plan import SplitPlan, plan_of
 from splitlearn.planning import anatomy, devices
-from splitlearn.planning.advice import ERROR
+from splitlearn.planning.advice import BUSY, ERROR
 from splitlearn.planning.anatomy import Anatomy
 from splitlearn.planning.choice import Choice, sentence
 from splitlearn.planning.devices import DeviceEntry, DevicesFile
@@ -120,13 +120,13 @@ def _embedded(question: _Question, progress: Progress) -> Settled:
     """The best cut of a trunk that this program starts."""
     config, model, file = question.config, question.model, question.file
     (name, client), (other, trunk) = file.devices.items()
-    row_bytes = None
+    row_bytes, others = None, 0.0
     if is_open(client) or is_open(trunk):
         free = cgroups.available_memory()
         rates = client_rates(config, config.flags, model, progress)
         client = filled(client, {**client_figures(model, rates), "memory": free})
         trunk = filled(trunk, {**trunk_figures(rates), "memory": free})
-        row_bytes = rates.prompt_token_bytes
+        row_bytes, others = rates.prompt_token_bytes, rates.others_cpu
     link = devices.links_of(file).get((0, 1), words.parse(config.trunk.link or NONE, "trunk.link"))
     network = Network((devices.device_of(name, client), devices.device_of(other, trunk)), {(0, 1): link})
     work = question.work(row_bytes)
@@ -137,8 +137,13 @@ def _embedded(question: _Question, progress: Progress) -> Settled:
     found = Choice(work, network, question.objective, predict(work, network, ()), route)
     cut = SplitPlan(route.spans[0].start, route.spans[0].end, model.n_layers)
     among = f", the smallest client of the cuts within {ERROR - 1:.0%} of the best" if equals else ""
-    why = f"split: auto chose {_layers(cut)}{among}. {sentence(found)}"
+    why = f"split: auto chose {_layers(cut)}{among}. {sentence(found)}{_doubt(others)}"
     return Settled(with_cut(config, cut.start, cut.end), why)
+
+
+def _doubt(others_cpu: float) -> str:
+    """What to think of times that a busy machine had."""
+    return f" Other programs used {others_cpu:.1f} cores meanwhile, so times may mislead." if others_cpu >= BUSY else ""
 
 
 def _remote(question: _Question, progress: Progress) -> Settled:

@@ -80,8 +80,9 @@ def test_an_embedded_trunk_that_is_faster_gets_every_layer(files: ModelFiles, tm
     found = settle(auto(files, tmp_path), silent)
     assert (found.config.cut.start, found.config.cut.end) == (0, 6)
     assert "Splitting is better" in found.why
-    said = chinese(found.why)
-    assert said is not None and not {"split", "trunk", "better"} & set(said.removeprefix("split: auto").split())
+    for why in (found.why, f"{found.why} Other programs used 1.4 cores meanwhile, so times may mislead."):
+        said = chinese(why)
+        assert said is not None and not {"split", "better", "programs"} & set(said.removeprefix("split: auto").split())
 
 
 def test_a_slow_link_is_counted_and_one_machine_alone_is_said_to_be_better(files: ModelFiles, tmp_path: Path) -> None:
