@@ -32,6 +32,7 @@ BENCHES = (
     "draft",
     "samples",
     "constrained",
+    "schemas",
     "head_overlap",
     "links",
     "link_cost",
