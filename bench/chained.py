@@ -20,15 +20,21 @@ def parts(plan: SplitPlan, links: int) -> list[tuple[int, int]]:
 
 @contextmanager
 def servers(config: Config, layers: list[tuple[int, int]], each: int) -> Iterator[list[list[EmbeddedTrunk]]]:
-    """`each` servers for each of the ranges `layers`. Those that die are started again."""
-    started: list[EmbeddedTrunk] = []
+    """`each` servers for each of the ranges `layers`, which may forward to those of the next range. Those that die are
+    started again."""
+    started: list[list[EmbeddedTrunk]] = []
     try:
-        for start, end in layers:
-            own = config.model_copy(update={"split": SplitConfig(start=start, end=end)})
-            started += [EmbeddedTrunk(own) for _ in range(each)]
-        yield [started[at : at + each] for at in range(0, len(started), each)]
+        for start, end in reversed(layers):
+            after = tuple(trunk.address for trunk in started[0]) if started else ()
+            to = config.server.forward_to.model_copy(update={"addresses": after})
+            server = config.server.model_copy(update={"forward_to": to})
+            own = config.model_copy(update={"split": SplitConfig(start=start, end=end), "server": server})
+            started.insert(0, [])
+            for _ in range(each):
+                started[0].append(EmbeddedTrunk(own))
+        yield started
     finally:
-        for trunk in started:
+        for trunk in (each for link in started for each in link):
             trunk.stop()
 
 

@@ -16,11 +16,11 @@ from server.session_call import SessionCall
 from server.session_handler import SessionHandler
 from splitlearn.errors import SplitlearnError, TrunkForgot, TrunkRefused, TrunkUnavailable
 from splitlearn.runtime import private_apis
-from splitlearn.wire import PROTOCOL
+from splitlearn.wire import PROTOCOL, SERVER_BEFORE
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import code_of, shorten
 
-LOST = "the server before this one in the chain ended the session's feed, or was lost"
+LOST = f"{SERVER_BEFORE}ended the session's feed, or was lost"
 OVER = "the session that this stream feeds has ended"
 
 
@@ -33,7 +33,7 @@ class FedSession:
         self.feed: SessionCall | None = None
         self.over, self.done, self.failed = False, False, False
         self._own, self._handler, self._timeout_s, self._idle_s = own, handler, timeout_s, idle_s
-        own.watched.wait_for(timeout_s, f"the server before this one in the chain sent no feed within {timeout_s:g} s")
+        own.watched.wait_for(timeout_s, f"{SERVER_BEFORE}sent no feed within {timeout_s:g} s")
 
     def run(self, feed: SessionCall) -> None:
         """Compute the steps of `feed` until it ends. Raises as `SessionHandler`, and RpcError if the feed is lost."""

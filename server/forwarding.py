@@ -16,7 +16,7 @@ from splitlearn.address import Address
 from splitlearn.client.endpoint import Endpoint
 from splitlearn.config import ForwardConfig
 from splitlearn.errors import SplitlearnError, TrunkDenied, TrunkError, TrunkForgot, TrunkRefused, TrunkUnavailable
-from splitlearn.wire import PROTOCOL
+from splitlearn.wire import NEXT_SERVER, PROTOCOL
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import credentials, open_channel
 from splitlearn.wire.status import error_class
@@ -109,7 +109,7 @@ class ForwardStream:
         self.address, self.channel, self.key = address, channel, forward.key
         self.part_bytes = forward.max_tensor_bytes
         self._timeout_s, self._fail = timeout_s, fail
-        self._name = f"the next server of the chain, {address}"
+        self._name = f"{NEXT_SERVER}{address}"
         self._outgoing: Queue[bytes | None] = Queue(QUEUED_MESSAGES)
         self._over = threading.Event()
         feed = pb.Feed(protocol=PROTOCOL, key=forward.key)

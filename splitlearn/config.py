@@ -239,6 +239,8 @@ class TrunkConfig(_Section):
     shows to each. Of a chain of trunk servers, `address` has the links."""
 
     address: Annotated[tuple[str, ...] | tuple[TrunkLink, ...], BeforeValidator(valid_trunk)] = (EMBEDDED,)
+    forward: bool = True
+    """Whether the servers of a chain send their answers to the next one, in the place of the client."""
     link: Annotated[str, Field(min_length=1)] | None = None
     """Of an emulated link, in the words of link/words.py."""
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0

@@ -63,7 +63,7 @@ def link_cost(
         if isinstance(item, ArmReport):
             hops = runs.hops()
             real = real_link(hops[0].address(), hops[0].credentials)
-            predicted = predict(item.samples, over.link, len(hops))
+            predicted = predict(item.samples, over.link, 1 if runs.config.trunk.forward else len(hops))
             return LinkCost(over.link, real, _times(item.samples), predicted, _times(over.samples))
     return None
 

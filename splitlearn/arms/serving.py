@@ -85,7 +85,7 @@ class Serving:
                 events.append(event)
                 if departure.gone:
                     break
-        facts = tuple(trunk.facts for trunk in trunks)
+        facts = tuple(facts for trunk in trunks for facts in trunk.facts_of_each)
         return ArmEnd(process.peak_resident_bytes(), facts, texts_of(answers.tokens, events, asked.request))
 
 

@@ -6,7 +6,7 @@ from splitlearn.checkpoints.catalogue import with_folder
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.client.hop import Hop
 from splitlearn.client.served import ServedModel, TrunkFacts
-from splitlearn.config import Config, PrefixCacheConfig
+from splitlearn.config import Config, PrefixCacheConfig, has_directory
 from splitlearn.errors import SplitlearnError
 from splitlearn.events import Candidate, Event, GenerationRequest
 from splitlearn.events import Kind as Kind
@@ -22,7 +22,8 @@ class ArmSpec:
     """All that a worker needs to know. `device` and `dtype` are torch's names. `hops` lead to the trunk, several to a
     chain of servers, none in the full arm. `draft` is the draft model, if one is configured. `copy` tells apart workers
     that are otherwise the same. `kv_bytes` limits the KV memory of generations at once, None to a share of what is
-    free. `verify` is the share of the trunk's answers to check."""
+    free. `verify` is the share of the trunk's answers to check. `forward`: the servers of a chain pass their answers on
+    themselves."""
 
     kind: Kind
     files: ModelFiles
@@ -38,6 +39,7 @@ class ArmSpec:
     prefix_cache: PrefixCacheConfig = PrefixCacheConfig()
     kv_bytes: int | None = None
     verify: float = 0.0
+    forward: bool = False
 
     @classmethod
     def of(
@@ -67,10 +69,11 @@ class ArmSpec:
             prefix_cache=with_folder(config.prefix_cache, config.model),
             kv_bytes=config.api.kv_bytes,
             verify=config.trunk.verify if split else 0.0,
+            forward=config.trunk.forward and len(hops) > 1 and not any(has_directory(hop.addresses) for hop in hops),
         )
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.files.digest, self.flags, self.hops, self.copy))
+        return hash((self.kind, self.files.digest, self.flags, self.hops, self.forward, self.copy))
 
     @property
     def emulated(self) -> bool:

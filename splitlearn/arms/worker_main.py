@@ -31,6 +31,7 @@ from splitlearn.arms.spec import (
 from splitlearn.arms.texts import texts_of
 from splitlearn.checkpoints import chat_template
 from splitlearn.checkpoints.folder import read_config
+from splitlearn.client.forwarding_chain import ForwardingChain
 from splitlearn.client.hop import Hop
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.errors import InputError, as_error
@@ -104,7 +105,7 @@ def work(connection: Connection, spec: ArmSpec) -> None:
                 connection.send_bytes(pickle.dumps(event, pickle.HIGHEST_PROTOCOL))
                 events.append(event)
             peak = max(loading_peak, process.peak_resident_bytes())
-            facts = tuple(trunk.facts for trunk in arm.trunks)
+            facts = tuple(facts for trunk in arm.trunks for facts in trunk.facts_of_each)
             connection.send(ArmEnd(peak, facts, texts_of(answers.tokens, events, request)))
         except Exception as error:  # the run fails with its cause; the worker goes on
             connection.send(as_error(error, "generating"))
@@ -193,16 +194,26 @@ def _specs(spec: ArmSpec) -> list[loading.StageSpec]:
 
 
 def open_trunks(spec: ArmSpec, watch: Watch = lambda notice: None) -> tuple[RemoteStage, ...]:
-    """The stages of the remote trunk, none if the arm has none. A first session at each connects, and starts a variant
-    if need be."""
-    return tuple(_open_trunk(spec, hop, watch) for hop in spec.hops)
+    """The stages of the remote trunk, none if the arm has none, one for a chain whose servers forward. A first session
+    at each connects, and starts a variant if need be."""
+    stages = [_forwarding(spec, watch)] if spec.forward else [_remote(spec, hop, watch) for hop in spec.hops]
+    for stage in stages:
+        stage.open(settings(spec.flags.trunk).session, max_length=1).close()
+    return tuple(stages)
 
 
-def _open_trunk(spec: ArmSpec, hop: Hop, watch: Watch) -> RemoteStage:
+def _remote(spec: ArmSpec, hop: Hop, watch: Watch) -> RemoteStage:
     timeout_s, checks = step_timeout_s(spec), _spot_checks(spec, hop.plan)
-    trunk = RemoteStage(hop.addresses, hop.of(spec.served()), timeout_s, hop.credentials, hop.via, watch, checks)
-    trunk.open(settings(spec.flags.trunk).session, max_length=1).close()
-    return trunk
+    return RemoteStage(hop.addresses, hop.of(spec.served()), timeout_s, hop.credentials, hop.via, watch, checks)
+
+
+def _forwarding(spec: ArmSpec, watch: Watch) -> RemoteStage:
+    served, timeout_s = spec.served(), step_timeout_s(spec)
+    if spec.verify and any(flag.startswith("wire_dtype") for flag in spec.flags.trunk):
+        expected = "0 with wire_dtype in a chain that forwards, where each link rounds; or set trunk.forward: false"
+        raise InputError("trunk.verify", spec.verify, expected)
+    chain = ForwardingChain(spec.hops, served, timeout_s)
+    return RemoteStage((), served, timeout_s, watch=watch, checks=_spot_checks(spec, spec.plan), chain=chain)
 
 
 def _spot_checks(spec: ArmSpec, plan: SplitPlan) -> SpotChecks | None:

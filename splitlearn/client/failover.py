@@ -21,7 +21,7 @@ from contextlib import contextmanager
 
 from splitlearn.client.directory import Directory
 from splitlearn.client.endpoint import Endpoint
-from splitlearn.client.served import ServedModel
+from splitlearn.client.served import ServedModel, TrunkFacts
 from splitlearn.client.session_stream import Opening, Stream
 from splitlearn.config import has_directory
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
@@ -43,6 +43,8 @@ class RetryBudget:
         self._until = time.monotonic() + timeout_s
         self._addresses = addresses
         self._pauses = 0
+        self._parts: dict[int, RetryBudget] = {}
+        self._when_gone = when_gone
         self.errors: dict[str, TrunkError] = {}
         self.gone, self._lock, self._leave = threading.Event(), threading.Lock(), _stay
         if when_gone is not None and not when_gone(self._client_left):
@@ -69,6 +71,13 @@ class RetryBudget:
         with self._lock:
             self.gone.set()
             self._leave()
+
+    def part(self, number: int, addresses: int) -> "RetryBudget":
+        """The tries for one server of a chain, within the same time."""
+        if number not in self._parts:
+            self._parts[number] = RetryBudget(self._until - time.monotonic(), addresses, self._when_gone)
+        self._parts[number].announce = self.announce
+        return self._parts[number]
 
     def wait_s(self) -> float:
         """How long to wait for an answer: all of the remaining time, or half of it if there is another address."""
@@ -122,6 +131,11 @@ class Endpoints:
         self._streams: set[Stream] = set()
         self._closed = False
 
+    @property
+    def facts(self) -> Sequence[TrunkFacts]:
+        """Of each server of a chain; nothing for a single one."""
+        return ()
+
     def budget(self, when_gone: WhenGone | None = None) -> RetryBudget:
         """A new budget, for one step or for the opening of a session, which ends `when_gone` says so."""
         return RetryBudget(self._timeout_s, len(self._endpoints), when_gone)
@@ -173,6 +187,11 @@ class Endpoints:
         breaker = self._endpoints[stream.address].breaker
         if breaker.failures:
             breaker.succeeded()
+
+    def leave(self, stream: Stream) -> None:
+        """Break off a session without a reason at its trunk."""
+        self._streams.discard(stream)
+        stream.drop()
 
     def end(self, stream: Stream) -> int | None:
         """End a session in order. Returns the trunk's peak memory in bytes, or None if it does not answer any more."""

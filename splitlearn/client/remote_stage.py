@@ -13,12 +13,14 @@ from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 
 from splitlearn.client.failover import Endpoints, RetryBudget
+from splitlearn.client.forwarding_chain import ForwardingChain
 from splitlearn.client.served import ServedModel, TrunkFacts
-from splitlearn.client.session_stream import Opening, SentStep, Stream, opening_of
+from splitlearn.client.session_stream import Opening, SentStep, opening_of
 from splitlearn.errors import TrunkError, TrunkUnavailable
 from splitlearn.events import Reconnecting, Recovery, SpotCheckResult, StageTiming
 from splitlearn.kvcache.prefix_store import BLOCK_TOKENS, BlockPart
@@ -29,14 +31,40 @@ from splitlearn.stages.spot_checks import SpotChecks
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import NONE, Credentials
 
+
+class Way(Protocol):
+    """The way to a trunk: one server (`Endpoints`), or a chain of them that forward. It takes the streams that it has
+    opened, of its own kind."""
+
+    @property
+    def facts(self) -> Sequence[TrunkFacts]: ...
+
+    @property
+    def change(self) -> bool: ...
+
+    def budget(self, when_gone: WhenGone | None = None) -> RetryBudget: ...
+
+    def open(
+        self, opening: Opening, budget: RetryBudget, *, patient: bool, beside: str = ""
+    ) -> tuple[Any, pb.Opened]: ...
+
+    def lost(self, stream: Any, error: TrunkUnavailable, budget: RetryBudget) -> None: ...
+
+    def works(self, stream: Any) -> None: ...
+
+    def end(self, stream: Any) -> int | None: ...
+
+    def close(self) -> None: ...
+
+
 # The trunk gets this share of the client's timeout as its own: its error then arrives before the client gives up.
 TRUNK_SHARE = 0.9
 
 
 class RemoteStage:
     """The trunk at the first of `addresses` that works; `via` is that of `Endpoints`. `facts` has the facts that the
-    trunk sent last. `watch` is called with each try to reach a lost trunk. `checks` computes some answers again. All
-    methods raise TrunkError."""
+    trunk sent last. `watch` is called with each try to reach a lost trunk. `checks` computes some answers again. With
+    `chain` the trunk is these servers together, in the place of `addresses`. All methods raise TrunkError."""
 
     def __init__(
         self,
@@ -47,6 +75,7 @@ class RemoteStage:
         via: Sequence[str] = (),
         watch: Callable[[Reconnecting], None] = lambda notice: None,
         checks: SpotChecks | None = None,
+        chain: ForwardingChain | None = None,
     ) -> None:
         self.served = served
         self.watch = watch
@@ -54,7 +83,7 @@ class RemoteStage:
         self.facts = TrunkFacts()
         self.when_gone: WhenGone | None = None
         self._batch = False
-        self._endpoints = Endpoints(addresses, served, timeout_s, credentials, via)
+        self._endpoints: Way = chain or Endpoints(addresses, served, timeout_s, credentials, via)
 
     def for_client(self, when_gone: WhenGone, batch: bool = False) -> "RemoteStage":
         """The same trunk for a client who may go: an opening that waits then ends. `batch`: others come first."""
@@ -125,6 +154,11 @@ class RemoteStage:
         opening = opening_of(self.served, settings, max_length, wait_s, keys, self._batch)
         return RemoteSession(self, self._endpoints, opening, max_length, beside)
 
+    @property
+    def facts_of_each(self) -> Sequence[TrunkFacts]:
+        """`facts` of each server."""
+        return self._endpoints.facts or (self.facts,)
+
     def note_opened(self, opened: pb.Opened, address: str) -> None:
         peak = self.facts.peak_rss_bytes if address == self.facts.address else 0
         self.facts = TrunkFacts(opened.threads, opened.load_s, opened.import_rss_bytes, peak, address)
@@ -136,9 +170,7 @@ class RemoteStage:
 class RemoteSession:
     """The session of one generation at a trunk, or at several in turn when one is lost."""
 
-    def __init__(
-        self, stage: RemoteStage, endpoints: Endpoints, opening: Opening, max_length: int, beside: str = ""
-    ) -> None:
+    def __init__(self, stage: RemoteStage, endpoints: Way, opening: Opening, max_length: int, beside: str = "") -> None:
         self._stage = stage
         self._endpoints = endpoints
         self._opening = opening
@@ -159,7 +191,8 @@ class RemoteSession:
     @property
     def address(self) -> str:
         """Where the trunk is that has the session."""
-        return self._stream.address
+        address: str = self._stream.address
+        return address
 
     def step(self, position: int, x: torch.Tensor, *, rope_length: int = 0) -> StageOutput:
         """Send `x` [1, T, H] and wait for the answer to all positions, from another trunk if this one is lost."""
@@ -201,7 +234,7 @@ class RemoteSession:
     def _send(self, position: int, x: torch.Tensor, rope_length: int, *, uncertain: bool = False) -> SentStep:
         kept, fork_of, self._fork_of = position * self._row_bytes, self._fork_of, b""
         self._rope_length = rope_length  # the same for all pending steps
-        sent = self._stream.send(
+        sent: SentStep = self._stream.send(
             position,
             x,
             truncate=kept < max(len(self._sent), self._cached * self._row_bytes),
@@ -241,16 +274,17 @@ class RemoteSession:
         if self._recovered:
             return self._recovered.popleft()
         try:
-            output = self._stream.answer(sent, budget.wait_s(), since)
+            output: StageOutput = self._stream.answer(sent, budget.wait_s(), since)
         except TrunkUnavailable as error:
-            lost = self._stream.address
+            part = self._stream.part
+            lost = self._stream.address_of(part)
             budget.announce = lambda attempt: self._stage.watch(
                 Reconnecting(attempt, time.perf_counter() - started, lost)
             )
             output = self._recover(sent, error, budget)
             spent = time.perf_counter() - started
-            recovery = Recovery(spent, lost, self._stream.address, position)
-            timing = replace(output.timing, ledger={"recover": spent}, recoveries=(recovery,))
+            recovery = Recovery(spent, lost, self._stream.address_of(part), position)
+            timing = replace(output.timing, ledger={"recover": spent}, recoveries=(recovery,), hops={})
             output = StageOutput(output.x, timing)
         self._endpoints.works(self._stream)
         return output
@@ -267,7 +301,7 @@ class RemoteSession:
         if peak_rss_bytes is not None:
             self._stage.note_peak(peak_rss_bytes)
 
-    def _open(self, budget: RetryBudget, *, patient: bool, beside: str = "") -> Stream:
+    def _open(self, budget: RetryBudget, *, patient: bool, beside: str = "") -> Any:
         stream, opened = self._endpoints.open(self._opening, budget, patient=patient, beside=beside)
         self._stage.note_opened(opened, stream.address)
         self._cached = opened.cached_tokens
@@ -300,5 +334,5 @@ def _with(sent: StageTiming, output: StageOutput) -> StageOutput:
     """The output of a step, with the timings of both halves, sending and waiting."""
     timing = output.timing
     ledger = dict(Counter(sent.ledger) + Counter(timing.ledger))
-    hops = dict.fromkeys(timing.hops, ledger)
+    hops = dict.fromkeys(sent.hops, ledger) or timing.hops
     return StageOutput(output.x, replace(timing, ledger=ledger, bytes_up=sent.bytes_up + timing.bytes_up, hops=hops))

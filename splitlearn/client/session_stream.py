@@ -6,18 +6,20 @@ time: wire = round trip - the server's durations.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from typing import Any
 
 import grpc
 import torch
 from google.protobuf.message import DecodeError
 
 from splitlearn.client.served import ServedModel
-from splitlearn.errors import InputError, TrunkFailed, TrunkUnavailable
-from splitlearn.events import StageTiming
+from splitlearn.errors import InputError, TrunkError, TrunkFailed, TrunkUnavailable
+from splitlearn.events import Layers, StageTiming
 from splitlearn.kvcache.prefix_store import BLOCK_TOKENS
+from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.watchdog import Watchdog
 from splitlearn.stages.base import StageOutput
 from splitlearn.stages.settings import SessionSettings
@@ -39,6 +41,12 @@ class Opening:
     message: bytes
     rows: Rows
     blocks: int = 0
+
+    def part(self, plan: SplitPlan, *, forwards: bool, fed: bool) -> "Opening":
+        """This for the layers of `plan` alone, in a chain that forwards."""
+        message = pb.ClientMessage.FromString(self.message)
+        message.open.MergeFrom(pb.Open(start=plan.start, end=plan.end, forwards=forwards, fed=fed))
+        return replace(self, message=message.SerializeToString())
 
 
 def opening_of(
@@ -84,24 +92,40 @@ class SentStep:
     at: float
     size: int
 
-    def timing(self, server: pb.StepResult, received: float, size: int, since: float | None) -> StageTiming:
-        """The timing of an answer of `size` bytes, which arrived at `received` and is decoded now.
+    def timing(
+        self, server: pb.StepResult, received: float, size: int, since: float | None, chain: Sequence[Layers] = ()
+    ) -> StageTiming:
+        """The timing of an answer of `size` bytes, which arrived at `received` and is decoded now. `chain` has the
+        layers of each server, if there are several.
 
         With `since` None the client only waited, and the costs of sending count here. Otherwise the client worked until
         `since`: the share of the server's time that passed before counts as overlapped.
         """
         waited = received - (self.at if since is None else since)
         encode_s, bytes_up = (self.encode_s, self.size) if since is None else (0.0, 0)
-        spent = server.decode_s + server.queue_s + server.trunk_s + server.encode_s
+        servers: list[pb.StepResult | pb.HopTiming] = [*server.hops, server]
+        spent = sum(each.decode_s + each.queue_s + each.trunk_s + each.encode_s for each in servers)
         share = min(1.0, waited / spent) if spent else 1.0
         ledger = {
-            "encode": encode_s + share * server.encode_s,
+            "encode": encode_s + share * sum(each.encode_s for each in servers),
             "wire": max(0.0, waited - spent),
-            "queue": share * server.queue_s,
-            "trunk": share * server.trunk_s,
-            "decode": time.perf_counter() - received + share * server.decode_s,
+            "queue": share * sum(each.queue_s for each in servers),
+            "trunk": share * sum(each.trunk_s for each in servers),
+            "decode": time.perf_counter() - received + share * sum(each.decode_s for each in servers),
         }
-        return StageTiming(ledger, server.compile_s, bytes_up, size, overlapped_s=(1 - share) * spent)
+        compile_s = sum(each.compile_s for each in servers)
+        hops = {layers: _parts(each, share) for layers, each in zip(chain, servers, strict=bool(chain))}
+        return StageTiming(ledger, compile_s, bytes_up, size, overlapped_s=(1 - share) * spent, hops=hops)
+
+
+def _parts(server: pb.StepResult | pb.HopTiming, share: float) -> dict[str, float]:
+    """This `share` of what a server of a chain took."""
+    return {
+        "encode": share * server.encode_s,
+        "queue": share * server.queue_s,
+        "trunk": share * server.trunk_s,
+        "decode": share * server.decode_s,
+    }
 
 
 class Stream:
@@ -116,6 +140,9 @@ class Stream:
         self._read = self._rows.reader(served.hidden_size)
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self.key = b""
+        self.chain: Sequence[Layers] = ()
+        """Of the last server of a chain whose servers forward: the layers of each."""
+        self._interrupted = False
         self._steps = 0
         self._part_bytes = 0
         self._deadline = float("inf")
@@ -135,6 +162,15 @@ class Stream:
             raise TrunkFailed(f"The trunk has {opened.cached_tokens} tokens of {self._blocks} blocks.")
         self._part_bytes, self.key = opened.max_tensor_bytes, opened.key
         return opened
+
+    @property
+    def part(self) -> int:
+        """Which server of a chain was lost: here there is one."""
+        return 0
+
+    def address_of(self, part: int) -> str:
+        """The address of that server."""
+        return self.address
 
     def step(self, position: int, x: torch.Tensor, wait_s: float) -> StageOutput:
         """Send `x` [1, T, H], in parts if it is long, and wait at most `wait_s` for each part of the answer."""
@@ -181,14 +217,42 @@ class Stream:
             results.append(self._parse(replies[-1], "result").result)
             if results[-1].step_id != sent.step_id:
                 raise TrunkFailed(f"The trunk answered step {results[-1].step_id} instead of step {sent.step_id}.")
+        if len(results[-1].hops) != max(0, len(self.chain) - 1):
+            raise TrunkFailed(f"The trunk server at {self.address} sent durations of {len(results[-1].hops)} others.")
         out = self._decode(results, 0 if results[0].dropped and sent.step_id <= self._unwanted else sent.answered)
-        return StageOutput(out, sent.timing(results[-1], received, sum(map(len, replies)), since))
+        return StageOutput(out, sent.timing(results[-1], received, sum(map(len, replies)), since, self.chain))
 
     def keep(self, keys: Sequence[bytes]) -> None:
         """Ask the trunk to keep what the session has of the blocks with these `keys`. It must be the last message."""
         most = min(MAX_PREFIX_KEYS, max(1, self._part_bytes // PREFIX_KEY_BYTES))
         keep = pb.Keep(prefix_keys=b"".join(keys[:most]))
         self._outgoing.put(pb.ClientMessage(keep=keep).SerializeToString())
+
+    def forward(self, to: "Stream") -> None:
+        """Let this trunk send its answers to the session of `to`, at the next server of a chain."""
+        forward = pb.Forward(address=to.address, key=to.key, max_tensor_bytes=to._part_bytes)  # noqa: SLF001
+        self._outgoing.put(pb.ClientMessage(forward=forward).SerializeToString())
+
+    def say_done(self) -> None:
+        """Say that no more steps come, before `close`. A session in a chain that forwards needs that."""
+        self._outgoing.put(pb.ClientMessage(done=pb.Done()).SerializeToString())
+
+    def when_over(self, act: Callable[[], None]) -> None:
+        """Call `act` in a thread of gRPC once the stream has ended."""
+        call: Any = self._call
+        call.add_done_callback(lambda _: act())
+
+    def interrupt(self) -> None:
+        """End the stream, so that the thread that waits for an answer gets an error."""
+        self._interrupted = True
+        self._call.cancel()
+
+    def failure(self) -> tuple[TrunkError, str] | None:
+        """The error that the far end has ended the stream with, and its own words for it; None if it has not."""
+        call: Any = self._call
+        if self._interrupted or call.is_active() or call.code() is grpc.StatusCode.OK:
+            return None
+        return error_of(call, self.address), call.details() or ""
 
     def drop_step(self, sent: SentStep) -> None:
         """Drop `sent` at the trunk. Its answer has no positions, unless it was computed already."""

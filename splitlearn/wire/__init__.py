@@ -10,6 +10,9 @@ MAX_MESSAGE_BYTES = 3 * 1024 * 1024
 ENVELOPE_BYTES = 1024
 # The most servers of a chain. The durations of each take 27 bytes of the envelope.
 MAX_HOPS = 16
+# How a server's status begins when another server of the chain was lost or failed: the next one, or the one before.
+NEXT_SERVER = "the next server of the chain, "
+SERVER_BEFORE = "the server before this one in the chain "
 # The most bytes of padding in an answer, to measure bandwidth.
 MAX_PADDING_BYTES = 1 << 20
 # The most keys of kept blocks in a message, each of so many bytes.

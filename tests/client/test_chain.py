@@ -1,8 +1,9 @@
-"""A chain of trunk servers that the client drives: the tokens of the full model, also when a server is lost."""
+"""A chain of trunk servers, driven by the client or forwarding: the tokens of the full model, also when one is lost."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from typing import Any, cast
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from splitlearn import config
 from splitlearn.arms.compare import compare
 from splitlearn.arms.link_cost import link_cost
+from splitlearn.arms.report import ArmReport
 from splitlearn.arms.runs import Runs
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.cli.tables import print_comparison
+from splitlearn.client.forwarding_chain import ForwardingChain
 from splitlearn.client.hop import Hop
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.errors import InputError, TrunkRefused, TrunkUnavailable
@@ -33,10 +36,10 @@ from splitlearn.sampling import SamplingParams
 from splitlearn.stages import loading
 from tests.client.test_remote import free_port
 from tests.conftest import TinyFactory
-from tests.support.chain import THREE, chain_here
+from tests.support.chain import THREE, ChainHere, chain_here
 from tests.support.client import CACHED, client
 from tests.support.proxy import proxy
-from tests.support.trunk import serve_here, served, settings
+from tests.support.trunk import eventually, hidden, serve_here, served, settings
 from tests.support.words import generation_of, load_of, session_of
 from ui.compare import time as waterfall
 from ui.trunk.monitor import Monitor
@@ -50,7 +53,7 @@ PROMPT = "The sky is blue because air scatters short waves of light more than lo
 TOKENS = 12
 
 
-def request(sampling: SamplingParams = GREEDY, samples: int = 1) -> GenerationRequest:
+def asked(sampling: SamplingParams = GREEDY, samples: int = 1) -> GenerationRequest:
     return GenerationRequest(PROMPT, TOKENS, ignore_eos=True, sampling=sampling, samples=samples)
 
 
@@ -69,27 +72,40 @@ def full(files: ModelFiles, *requests: GenerationRequest) -> list[list[tuple[int
     return found
 
 
+@pytest.fixture(params=[False, True], ids=["driven", "forwarding"])
+def forward(request: pytest.FixtureRequest) -> bool:
+    """Whether the servers pass their answers on themselves."""
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module")
-def hops(files: ModelFiles) -> Iterator[list[Hop]]:
+def servers(files: ModelFiles) -> Iterator[ChainHere]:
     with chain_here(files, THREE) as made:
         yield made
 
 
+@pytest.fixture
+def hops(servers: ChainHere) -> Iterator[Sequence[Hop]]:
+    """The way to these servers. After a test nothing is left of its sessions."""
+    yield servers.hops
+    assert eventually(servers.free, within_s=60)
+
+
 @pytest.fixture(scope="module")
 def wanted(files: ModelFiles) -> tuple[int, ...]:
-    ((found,),) = full(files, request())
+    ((found,),) = full(files, asked())
     return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chains_of_two_and_of_three_give_the_tokens_of_the_full_model(family: str, tiny_model: TinyFactory) -> None:
     files = tiny_model(family)
-    asked = [request(), request(SEEDED)]
-    right = full(files, *asked)
+    questions = [asked(), asked(SEEDED)]
+    right = full(files, *questions)
     with chain_here(files, THREE) as three:
-        for links in (three, three[1:]):
-            with client(files, hops=links) as asking:
-                assert [[asking.ask(each).token_ids] for each in asked] == right
+        for links, forward in product((three.hops, three.hops[1:]), (False, True)):
+            with client(files, hops=links, forward=forward) as asking:
+                assert [[asking.ask(each).token_ids] for each in questions] == right
 
 
 @pytest.mark.parametrize(
@@ -106,22 +122,26 @@ def test_chains_of_two_and_of_three_give_the_tokens_of_the_full_model(family: st
 def test_no_flag_changes_a_token(
     own: set[str],
     trunk: frozenset[str],
-    hops: list[Hop],
+    hops: Sequence[Hop],
     files: ModelFiles,
     wanted: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
+    forward: bool,
 ) -> None:
     in_chunks_of(3, monkeypatch)
     monkeypatch.setattr(OverlapPolicy, "pays", lambda self: True)
     greedy = GenerationRequest(PROMPT, TOKENS, ignore_eos=True)
-    with client(files, hops=hops) as plain, client(files, hops=hops, own=CACHED | own, trunk=trunk) as asking:
-        assert asking.ask(request()).token_ids == wanted
+    with (
+        client(files, hops=hops) as plain,
+        client(files, hops=hops, forward=forward, own=CACHED | own, trunk=trunk) as asking,
+    ):
+        assert asking.ask(asked()).token_ids == wanted
         found = asking.ask(greedy)
         assert found.token_ids == plain.ask(greedy).token_ids
     assert (found.head_starts > 0) == ("head_overlap" in own)
     assert set(found.hops) == {(plan.start, plan.end) for plan in THREE}
     assert sum(found.ledger.values()) == pytest.approx(found.e2el_s)
-    for part in ("trunk", "queue", "wire"):
+    for part in ("trunk", "queue") if forward else ("trunk", "queue", "wire"):
         of_hops = sum(parts[part] for parts in found.hops.values())
         assert of_hops == pytest.approx(found.ledger[part]), part
 
@@ -136,53 +156,101 @@ def in_chunks_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(known, overlap.name, replace(overlap, choices=chunked))
 
 
-def test_each_sample_is_the_answer_of_its_seed(hops: list[Hop], files: ModelFiles) -> None:
-    asked = request(SEEDED, samples=3)
-    (right,) = full(files, asked)
-    with client(files, hops=hops) as asking:
-        assert [each.token_ids for each in of_samples(list(asking.stream(asked)), 3)] == right
+def test_each_sample_is_the_answer_of_its_seed(hops: Sequence[Hop], files: ModelFiles, forward: bool) -> None:
+    question = asked(SEEDED, samples=3)
+    (right,) = full(files, question)
+    with client(files, hops=hops, forward=forward) as asking:
+        assert [each.token_ids for each in of_samples(list(asking.stream(question)), 3)] == right
 
 
-def test_kept_prefixes_are_found_at_every_server(hops: list[Hop], files: ModelFiles, wanted: tuple[int, ...]) -> None:
+def test_kept_prefixes_are_found_at_every_server(
+    hops: Sequence[Hop], files: ModelFiles, wanted: tuple[int, ...], forward: bool
+) -> None:
     flags = CACHED | {"prefix_cache"}
-    with client(files, hops=hops, own=flags, trunk=flags) as asking:
+    with client(files, hops=hops, forward=forward, own=flags, trunk=flags) as asking:
         asking.keep(PrefixCache(PrefixStore([Memory("memory", 1 << 20)]), b"secret", b"context"))
-        first, second = asking.ask(request()), asking.ask(request())
+        first, second = asking.ask(asked()), asking.ask(asked())
     assert (first.token_ids, second.token_ids) == (wanted, wanted)
     assert first.cached_tokens == 0 < second.cached_tokens
 
 
-def test_hidden_states_go_to_every_server_in_the_form_that_is_asked_for(hops: list[Hop], files: ModelFiles) -> None:
+def test_hidden_states_go_to_every_server_in_the_form_that_is_asked_for(
+    hops: Sequence[Hop], files: ModelFiles, forward: bool
+) -> None:
     found = []
     for form in (set(), {"wire_dtype"}):
-        with client(files, hops=hops, own=CACHED | form, trunk=CACHED | form) as asking:
-            found.append(asking.ask(request()))
+        with client(files, hops=hops, forward=forward, own=CACHED | form, trunk=CACHED | form) as asking:
+            found.append(asking.ask(asked()))
     plain, short = found
     assert short.n_tokens == TOKENS
     assert short.bytes_up < plain.bytes_up / 2
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_a_server_that_is_lost_costs_no_token_and_the_others_go_on(
-    number: int, hops: list[Hop], files: ModelFiles, wanted: tuple[int, ...]
+def test_a_server_that_is_lost_costs_no_token(
+    number: int,
+    servers: ChainHere,
+    hops: Sequence[Hop],
+    files: ModelFiles,
+    wanted: tuple[int, ...],
+    forward: bool,
 ) -> None:
-    hop = hops[number]
-    with proxy(hop.addresses[0]) as between:
-        links = [*hops[:number], replace(hop, addresses=(between.address, *hop.addresses)), *hops[number + 1 :]]
-        with client(files, hops=links, own=CACHED | {"head_overlap"}) as asking:
-            found = asking.ask(request(), lambda token: between.cut() if token == 5 else None)
+    hop, between = hops[number], servers.proxies[number]
+    links = [*hops]
+    links[number] = replace(hop, addresses=(between.address, *hop.addresses))
+    with client(files, hops=links, forward=forward, own=CACHED | {"head_overlap"}) as asking:
+        found = asking.ask(asked(), lambda token: between.cut() if token == 5 else None)
     assert found.token_ids == wanted
     ((token, recovery),) = found.recoveries
     assert (token, recovery.lost, recovery.found) == (6, between.address, hop.addresses[0])
-    (lost,) = [layers for layers, parts in found.hops.items() if "recover" in parts]
-    assert lost == (hop.plan.start, hop.plan.end)
+    if not forward:
+        (lost,) = [layers for layers, parts in found.hops.items() if "recover" in parts]
+        assert lost == (hop.plan.start, hop.plan.end)
+
+
+def test_a_session_that_is_left_in_the_middle_leaves_nothing_behind(
+    hops: Sequence[Hop], files: ModelFiles, wanted: tuple[int, ...]
+) -> None:
+    """A step that was started early is under way."""
+    with client(files, hops=hops, forward=True, own=CACHED | {"head_overlap"}) as asking:
+        for at in range(1, 4):
+            events = asking.stream(GenerationRequest(PROMPT, TOKENS, ignore_eos=True))
+            for _ in range(at):
+                next(events)
+            events.close()
+        assert asking.ask(asked()).token_ids == wanted
+        assert all(facts.peak_rss_bytes for facts in asking.stage.facts_of_each)
+
+
+def test_a_server_that_may_not_forward_to_the_next_one_is_named(
+    servers: ChainHere, hops: Sequence[Hop], files: ModelFiles
+) -> None:
+    last = servers.servers[2].address
+    alone = "localhost:" + last.rpartition(":")[2]  # a name that no server lists
+    cases = [
+        (
+            [*hops[:2], replace(hops[2], addresses=(alone,))],
+            rf"^Link 2 of 3, layers \[2, 4\): .*not forward to '{alone}'",
+        ),
+        (
+            [replace(hops[2], link="1 of 2"), replace(hops[1], link="2 of 2")],
+            r"^Link 1 of 2, layers \[4, 5\): .*forwards to no other",
+        ),
+    ]
+    for links, said in cases:
+        whole = served(files, SplitPlan(1, 5, 6))
+        stage = RemoteStage((), whole, 20, chain=ForwardingChain(links, whole, 20))
+        with closing(stage), pytest.raises(TrunkRefused, match=said + r".*trunk\.forward: false") as told:
+            stage.open(session_of(CACHED), 16).step(0, hidden(files, 2))
+        assert "\n" not in str(told.value)
 
 
 def test_a_comparison_names_every_server(
-    hops: list[Hop], files: ModelFiles, capsys: pytest.CaptureFixture[str]
+    hops: Sequence[Hop], files: ModelFiles, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chain = [{"layers": [hop.plan.start, hop.plan.end], "address": hop.addresses[0]} for hop in hops]
-    parsed = config.parse(settings(files, trunk={"address": chain, "link": "rtt=2ms", "verify": 0.5}))
+    parsed = config.parse(
+        settings(files, trunk={"address": links_of(hops), "forward": False, "link": "rtt=2ms", "verify": 0.5})
+    )
     with Runs(parsed, silent) as runs:
         runs.check_trunk()
         seen = (monitor := Monitor(runs, lambda: False)).see()
@@ -200,7 +268,7 @@ def test_a_comparison_names_every_server(
     assert sum(each["ledger"]["trunk_s"] for each in listed) == pytest.approx(said["split_run"]["ledger"]["trunk_s"])
     assert min(found.split.metrics.itl_s) > 3 * 0.002 * 0.9  # a trip to each server
     assert cost is not None and cost.predicted.tpot_s is not None and cost.without.tpot_s is not None
-    assert cost.predicted.tpot_s - cost.without.tpot_s >= 3 * 0.002
+    assert cost.predicted.tpot_s - cost.without.tpot_s == pytest.approx(3 * 0.002)
     checks = found.split.spot_checks
     assert checks.checked >= TOKENS and not checks.mismatches
     print_comparison(found)
@@ -210,6 +278,23 @@ def test_a_comparison_names_every_server(
     for hop in hops:
         assert f"[{hop.plan.start}, {hop.plan.end}) wire" in printed
         assert f"[{hop.plan.start}, {hop.plan.end}) trunk" in drawn
+
+
+def test_a_run_through_servers_that_forward_has_the_figures_of_each(hops: Sequence[Hop], files: ModelFiles) -> None:
+    parsed = config.parse(settings(files, trunk={"address": links_of(hops), "verify": 0.5}))
+    with Runs(parsed, silent) as runs:
+        flags = FlagSet(CACHED, CACHED, CACHED)
+        *_, report = runs.stream("split", flags, GenerationRequest(PROMPT, TOKENS, ignore_eos=True))
+    assert isinstance(report, ArmReport)
+    assert [facts.address for facts in report.hops] == [hop.addresses[0] for hop in hops]
+    assert all(facts.peak_rss_bytes > facts.import_rss_bytes > 0 for facts in report.hops)
+    assert report.metrics.hops.keys() == {(plan.start, plan.end) for plan in THREE}
+    assert report.spot_checks.checked >= TOKENS // 2 and not report.spot_checks.mismatches
+
+
+def links_of(hops: Sequence[Hop]) -> list[dict[str, Any]]:
+    """The chain as it stands in config.yaml."""
+    return [{"layers": [hop.plan.start, hop.plan.end], "address": hop.addresses[0]} for hop in hops]
 
 
 LAYERS: list[dict[str, Any]] = [{"layers": [1, 3], "address": "a:1"}, {"layers": [3, 5], "address": ["b:2", "c:3"]}]
@@ -254,7 +339,7 @@ def test_a_chain_has_the_split_of_its_links_and_no_other() -> None:
 
 @pytest.mark.parametrize("how", ["another model", "other layers", "unreachable", "dies"])
 def test_a_server_that_cannot_be_used_is_named_with_its_link(
-    how: str, hops: list[Hop], files: ModelFiles, tiny_model: TinyFactory
+    how: str, hops: Sequence[Hop], files: ModelFiles, tiny_model: TinyFactory
 ) -> None:
     dead = f"127.0.0.1:{free_port()}"
     with serve_here(tiny_model("gpt2"), "trunk:none", {}, (2, 4)) as other, proxy(dead) as closes:
@@ -269,6 +354,8 @@ def test_a_server_that_cannot_be_used_is_named_with_its_link(
         named = rf"^Link 2 of 3, layers \[2, 4\): The trunk server at {address} .*{said}"
         with pytest.raises(kind, match=named):
             hop.check(whole)
-        with closing(RemoteStage(hop.addresses, hop.of(whole), 20)) as stage, pytest.raises(kind, match=named) as told:
-            stage.open(session_of(CACHED), 16)
-        assert str(told.value).count("Link 2 of 3") == 1
+        forwarding = ForwardingChain([hops[0], hop, hops[2]], whole, 20)
+        for stage in (RemoteStage(hop.addresses, hop.of(whole), 20), RemoteStage((), whole, 20, chain=forwarding)):
+            with closing(stage), pytest.raises(kind, match=named) as told:
+                stage.open(session_of(CACHED), 16)
+            assert str(told.value).count("Link 2 of 3") == 1

@@ -1,6 +1,7 @@
 """The short form of `python -m bench chaos`: worker processes as clients, and a trunk that starts quickly."""
 
 import random
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.progress import silent
 from tests.conftest import TinyFactory
 from tests.support.chain import TWO
-from tests.support.forked import forked
+from tests.support.forked import ForkedTrunk, forked
 from tests.support.trunk import settings
 
 KILLS, KILLS_OF_CHAIN = 8, 4
@@ -43,13 +44,17 @@ def test_answers_are_complete_and_equal_however_often_the_trunk_is_killed(
 def test_answers_through_a_chain_are_complete_and_equal_whichever_server_is_killed(
     tiny_model: TinyFactory, tmp_path: Path
 ) -> None:
-    """A chain of two, each with a spare."""
+    """A chain of two that forward, each with a spare."""
     files, order = tiny_model("llama"), random.Random(5)
     with ExitStack() as stack:
-        servers = [
-            [stack.enter_context(forked(settings(files, split=split_of(plan)), tmp_path)) for _ in range(2)]
-            for plan in TWO
-        ]
+
+        def start(plan: SplitPlan, after: Sequence[str]) -> list[ForkedTrunk]:
+            section = {"drain_s": 0, "forward_to": {"addresses": list(after)}}
+            own = settings(files, split={"start": plan.start, "end": plan.end}, server=section)
+            return [stack.enter_context(forked(own, tmp_path)) for _ in range(2)]
+
+        second = start(TWO[1], ())
+        servers = [start(TWO[0], [each.address for each in second]), second]
 
         def kill() -> None:
             server = order.choice([each for link in servers for each in link])
@@ -66,7 +71,3 @@ def test_answers_through_a_chain_are_complete_and_equal_whichever_server_is_kill
     assert found.answers >= CLIENTS
     assert found.recoveries
     assert all(len(set(ids)) > 5 for ids in wanted.values())
-
-
-def split_of(plan: SplitPlan) -> dict[str, int]:
-    return {"start": plan.start, "end": plan.end}

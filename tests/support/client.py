@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.forwarding_chain import ForwardingChain
 from splitlearn.client.hop import Hop
 from splitlearn.client.remote_stage import RemoteStage
 from splitlearn.events import Event, GenerationRequest, TokenEvent
@@ -27,7 +28,7 @@ At = Callable[[int], object]
 
 class Client:
     """A client that runs prompts one after the other. `stages` are the servers of its trunk, and `stage` is the first.
-    With `hops` it has a chain of them, and `addresses` are not used."""
+    With `hops` it has a chain of them, which may `forward`, and `addresses` are not used."""
 
     def __init__(
         self,
@@ -37,12 +38,17 @@ class Client:
         trunk: frozenset[str] = CACHED,
         own: frozenset[str] = CACHED,
         hops: Sequence[Hop] = (),
+        forward: bool = False,
     ) -> None:
         placement = loading.Placement(torch.device("cpu"), torch.float32)
         hops = hops or [Hop(PLAN, tuple(addresses))]
         plan = SplitPlan(hops[0].plan.start, hops[-1].plan.end, files.n_layers)
         bottom, *rest = loading.load(files, loading.client_specs(plan), load_of(own), placement).chain
-        self.stages = [RemoteStage(hop.addresses, hop.of(served(files)), timeout_s) for hop in hops]
+        if forward:
+            whole = served(files, plan)
+            self.stages = [RemoteStage((), whole, timeout_s, chain=ForwardingChain(hops, whole, timeout_s))]
+        else:
+            self.stages = [RemoteStage(hop.addresses, hop.of(served(files)), timeout_s) for hop in hops]
         self.stage = self.stages[0]
         links = [Link(bottom, session_of(own)), *(Link(stage, session_of(trunk)) for stage in self.stages)]
         links += [Link(stage, session_of(own)) for stage in rest]
@@ -77,9 +83,10 @@ def client(
     trunk: frozenset[str] = CACHED,
     own: frozenset[str] = CACHED,
     hops: Sequence[Hop] = (),
+    forward: bool = False,
 ) -> Iterator[Client]:
     """A client of the trunks at `addresses`, or of the chain of `hops`."""
-    made = Client(files, addresses, timeout_s, trunk, own, hops)
+    made = Client(files, addresses, timeout_s, trunk, own, hops, forward)
     try:
         yield made
     finally:

@@ -39,7 +39,7 @@ class ForkedTrunk:
 
     def configure(self, config: Mapping[str, Any]) -> None:
         """Set the configuration for the next start."""
-        self._config.write_text(yaml.safe_dump({**config, "server": {"port": self._port}}))
+        self._config.write_text(yaml.safe_dump({**config, "server": {**config.get("server", {}), "port": self._port}}))
 
     def start(self) -> None:
         """Start it, and wait until it serves."""
