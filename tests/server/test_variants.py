@@ -1,7 +1,6 @@
 """Servers for other sets of flags: for whom there are any, what they cost the one that starts them, how they end."""
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,22 +119,23 @@ def test_prefixes_that_this_server_and_another_may_come_to_keep_are_not_free(
         assert own.take("second") == int(KV_SHARE * 40 * mib)
 
 
-def test_a_start_that_hangs_is_ended_when_its_client_gives_up_and_holds_up_nobody(files: ModelFiles) -> None:
-    before, ends = set(forks_of()), list[tuple[grpc.StatusCode, str]]()
+def test_a_start_that_hangs_is_ended_when_its_last_client_gives_up_and_holds_up_nobody(files: ModelFiles) -> None:
+    before, late = set(forks_of()), (FULL, "the server for these flags did not start in time")
     with serve_here(files) as here:
-        asking = threading.Thread(target=lambda: ends.append(refusal(here.address, files, OTHER, timeout_s=5)))
-        asking.start()
-        assert eventually(lambda: set(forks_of()) - before, within_s=60)
-        (child,) = set(forks_of()) - before
-        child.suspend()
-        assert "sessions_proxied 1" in here.runtime.metrics.text()
-        with Raw(here.address) as raw:
-            raw.ask(opening(files))
-            assert raw.ask(step(hidden(files, 3), 0)).HasField("result")
-        asking.join()
-        assert ends == [(FULL, "the server for these flags did not start in time")]
-        assert eventually(lambda: gone(child.pid), within_s=60)
-        assert eventually(lambda: here.runtime.admission.sessions == 0)
+        with Raw(here.address) as waiting:
+            waiting.send(opening(files, flags=OTHER, timeout_s=START_S))
+            assert eventually(lambda: set(forks_of()) - before, START_S)
+            (child,) = set(forks_of()) - before
+            child.suspend()
+            assert refusal(here.address, files, OTHER, timeout_s=0.2) == late
+            assert "sessions_proxied 1" in here.runtime.metrics.text()
+            with Raw(here.address) as raw:
+                raw.ask(opening(files))
+                assert raw.ask(step(hidden(files, 3), 0)).HasField("result")
+        assert eventually(lambda: gone(child.pid), START_S)
+        assert eventually(lambda: here.runtime.admission.sessions == 0, START_S)
+        assert refusal(here.address, files, OTHER, timeout_s=0.01) == late  # no process starts as quickly
+        assert eventually(lambda: set(forks_of()) <= before, START_S)
 
 
 def test_a_session_elsewhere_counts_and_its_server_goes_when_nobody_needs_it(files: ModelFiles) -> None:
@@ -143,25 +143,25 @@ def test_a_session_elsewhere_counts_and_its_server_goes_when_nobody_needs_it(fil
     with serve_here(files, max_sessions=1, max_waiting=0, idle_s=5.0) as here:
         with Raw(here.address) as raw:
             raw.send(opening(files, flags=OTHER, timeout_s=START_S))
-            assert eventually(lambda: set(forks_of()) - before, within_s=60)
+            assert eventually(lambda: set(forks_of()) - before, START_S)
             code, said = refusal(here.address, files, ["use_cache", "inference_mode"])
             assert (code, "1 of 1 sessions" in said) == (FULL, True), "one that starts counts, too"
             assert raw.receive().HasField("opened")
             assert raw.ask(step(hidden(files, 3), 0)).HasField("result")
             code, said = refusal(here.address, files, ["use_cache", "inference_mode"])
             assert (code, "1 of 1 sessions" in said) == (FULL, True)
-        assert eventually(lambda: here.runtime.admission.sessions == 0)
-        assert eventually(lambda: set(forks_of()) <= before, within_s=60)
+        assert eventually(lambda: here.runtime.admission.sessions == 0, START_S)
+        assert eventually(lambda: set(forks_of()) <= before, START_S)
 
 
 def test_a_server_that_is_told_to_stop_does_not_wait_for_a_start(files: ModelFiles, tmp_path: Path) -> None:
     config = settings(files, server={"drain_s": 1.0})
     with serve(config, tmp_path) as own, Raw(own.address) as raw:
         raw.send(opening(files, flags=OTHER, timeout_s=START_S))
-        assert eventually(own.variants, within_s=60)
+        assert eventually(own.variants, START_S)
         (child,) = own.variants()
         child.suspend()  # it would start for as long as it likes
         for _ in range(3):
             own.process.send_signal(signal.SIGTERM)
         assert own.process.wait(60) == 0
-        assert eventually(lambda: gone(child.pid), within_s=60)
+        assert eventually(lambda: gone(child.pid), START_S)
