@@ -53,6 +53,7 @@ BENCHES = (
     "prefix_tiers",
     "scale",
     "spot_checks",
+    "machines",
 )
 # Options that make a measurement smaller: type, least value and help of each.
 SIZES = {
