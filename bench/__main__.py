@@ -54,6 +54,7 @@ BENCHES = (
     "scale",
     "spot_checks",
     "machines",
+    "ray",
 )
 # Options that make a measurement smaller: type, least value and help of each.
 SIZES = {

@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ from splitlearn.wire import READY
 from tests.client.test_remote import free_port
 from tests.conftest import TinyFactory
 from tests.support import ROOT
+from tests.support.children import output_of
 from tests.support.client import CACHED, client
 from tests.support.trunk import PLAN, TrunkHere, eventually, settings
 from tests.support.words import session_of
@@ -40,6 +42,7 @@ pytestmark = [
 LONG_S = 300.0
 """Limits what hangs: on a busy machine Ray takes minutes to start."""
 MARK = "SPLITLEARN_TEST_RAY"
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests-with-thirty-two-characters"}
 REQUEST = GenerationRequest("Why is the sky blue?", max_new_tokens=60, ignore_eos=True)
 ACTORS = """
 import json, ray
@@ -52,13 +55,13 @@ print(json.dumps([sorted(ray.util.list_named_actors()), sorted(groups)]))
 class Program:
     """A running `python -m server --ray`. All processes that it starts, and theirs, have its mark."""
 
-    def __init__(self, config: dict[str, Any], folder: Path, *arguments: str) -> None:
-        self.mark, self.errors = uuid.uuid4().hex, folder / "errors"
+    def __init__(self, config: dict[str, Any], folder: Path, address: str, mark: str) -> None:
+        self.mark, self.errors = mark or uuid.uuid4().hex, folder / "errors"
         file = folder / "config.yaml"
         file.write_text(yaml.safe_dump(config))
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                programs.command("server", "--config", str(file), "--port", "0", "--ray", *arguments),
+                programs.command("server", "--config", str(file), "--port", "0", "--ray", address),
                 env={**programs.environment(), MARK: self.mark},
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
@@ -109,9 +112,13 @@ def server_at(address: str) -> psutil.Process:
 
 
 @contextmanager
-def program(files: ModelFiles, folder: Path, ray: dict[str, object], **server: object) -> Iterator[Program]:
+def program(
+    files: ModelFiles, folder: Path, ray: Mapping[str, object], address: str = "local", mark: str = "", **server: int
+) -> Iterator[Program]:
     split = {"start": PLAN.start, "end": PLAN.end}
-    running = Program(settings(files, split=split, ray=ray, server={"drain_s": LONG_S, **server}), folder)
+    running = Program(
+        settings(files, split=split, ray=ray, server={"drain_s": LONG_S, **server}), folder, address, mark
+    )
     try:
         yield running
     finally:
@@ -166,9 +173,9 @@ def test_replicas_come_with_the_sessions_and_go_without_losing_one_and_a_kill_le
     files: ModelFiles, wanted: tuple[int, ...], tmp_path: Path
 ) -> None:
     port = free_port()
-    limits: dict[str, object] = {"max_sessions": 4, "metrics_port": port}
+    limits = {"max_sessions": 4, "metrics_port": port}
     with (
-        program(files, tmp_path, {"max_replicas": 2, "idle_s": 0}, **limits) as running,
+        program(files, tmp_path, {"max_replicas": 2, "idle_s": 0}, "local", "", **limits) as running,
         client(files, running.address) as asking,
     ):
         (first,) = running.replicas()
@@ -199,7 +206,7 @@ def test_replicas_come_with_the_sessions_and_go_without_losing_one_and_a_kill_le
 def test_a_chain_on_ray_costs_no_token_when_the_actor_of_one_link_is_killed(
     files: ModelFiles, wanted: tuple[int, ...], tmp_path: Path
 ) -> None:
-    chain: dict[str, object] = {"layers": [[2, 3], [3, 4]], "num_cpus": 0.5, "max_replicas": 1}
+    chain = {"layers": [[2, 3], [3, 4]], "num_cpus": 0.5, "max_replicas": 1}
     with program(files, tmp_path, chain) as running:
         hops = hops_at((running.address,), PLAN)
         assert [(hop.link, str(hop.plan), len(hop.listed())) for hop in hops] == [
@@ -218,6 +225,68 @@ def test_a_chain_on_ray_costs_no_token_when_the_actor_of_one_link_is_killed(
         assert not running.left()
 
 
+@contextmanager
+def nodes(mark: str, count: int) -> Iterator[str]:
+    """A Ray cluster of `count` nodes with a CPU each, all on this machine, by `ray start`. Gives its address."""
+    command, port = [str(Path(sys.executable).parent / "ray"), "start", "--num-cpus", "1"], free_port()
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # a socket's path is short
+        environment = {**programs.environment(), **TOKEN, MARK: mark, "RAY_TMPDIR": folder}
+        kinds = [["--head", "--port", str(port)], *[["--address", f"127.0.0.1:{port}"]] * (count - 1)]
+        try:
+            for kind in kinds:
+                output_of([*command, "--object-store-memory", "80000000", *kind], ROOT, environment, LONG_S)
+            yield f"127.0.0.1:{port}"
+        finally:
+            for each in psutil.process_iter():
+                if _has(each, mark):
+                    with suppress(psutil.Error):
+                        each.kill()
+
+
+def test_on_a_cluster_each_replica_has_a_node_and_when_ray_is_stopped_nothing_is_left(
+    files: ModelFiles, wanted: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in TOKEN.items():
+        monkeypatch.setenv(name, value)
+    mark = uuid.uuid4().hex
+    with (
+        nodes(mark, 2) as address,
+        program(files, tmp_path, {"min_replicas": 2}, address, mark) as running,
+        client(files, running.address) as asking,
+    ):
+        assert asking.ask(REQUEST).token_ids == wanted
+        ((strategy, places),) = placed(address)
+        assert (strategy, len(set(places.values()))) == ("STRICT_SPREAD", 2)
+        assert ours(running)
+        for each in psutil.process_iter():
+            if _has(each, mark) and any(name in each.name() for name in ("raylet", "gcs_server")):
+                each.kill()  # `ray stop` would stop every Ray of this machine
+        assert running.process.wait(LONG_S) == 2
+        assert "error: Ray has ended" in running.errors.read_text()
+        assert eventually(lambda: not ours(running), LONG_S)
+
+
+def ours(running: Program) -> list[str]:
+    """What is left of it that is not the cluster's own."""
+    return [
+        each
+        for each in running.left()
+        if any(word in each for word in ("splitlearn", "ray::Replica", "ray::Directory"))
+    ]
+
+
+def placed(address: str) -> list[Any]:
+    """The strategy of each placement group, and the nodes of its places, by Ray itself."""
+    code = f"""
+import json, ray
+ray.init(address="{address}", log_to_driver=False, logging_level="ERROR")
+groups = ray.util.placement_group_table().values()
+print(json.dumps([[each["strategy"], each["bundles_to_node_id"]] for each in groups]))
+"""
+    found: list[Any] = json.loads(output_of([sys.executable, "-c", code], end_s=LONG_S).splitlines()[-1])
+    return found
+
+
 def seen(port: int, state: str) -> float:
     """How many replicas are in that state, by the program's metrics."""
     with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=LONG_S) as answer:
@@ -228,8 +297,7 @@ def seen(port: int, state: str) -> float:
 
 def state() -> list[list[str]]:
     """The actors' names and the placement groups' states, by Ray itself."""
-    done = subprocess.run([sys.executable, "-c", ACTORS], capture_output=True, text=True, timeout=LONG_S, check=True)
-    found: list[list[str]] = json.loads(done.stdout.splitlines()[-1])
+    found: list[list[str]] = json.loads(output_of([sys.executable, "-c", ACTORS], end_s=LONG_S).splitlines()[-1])
     return found
 
 
