@@ -98,9 +98,9 @@ def load_split(
     """Load a split model: the bottom with the layers [0, start), the trunk [start, end), the top with the others, and
     the LM head.
 
-    All stages are local, or the trunk is that of the server at `trunk` ("host:port", or "ray://host:port"). None for `start` or `end` leaves
-    two layers at that end. The other arguments and errors are those of `load_full`; raises TrunkError for a trunk that
-    does not answer or serves something else.
+    All stages are local, or the trunk is that of the server at `trunk` ("host:port" or "ray://host:port"). None for
+    `start` or `end` leaves two layers at that end. The other arguments and errors are those of `load_full`; raises
+    TrunkError for a trunk that does not answer or serves something else.
     """
     settings = _settings(model, dtype, device, threads, start, end, trunk)
     return Stages(worker_main.load(_spec("split", settings, flags)))
