@@ -22,6 +22,7 @@ BENCHES = (
     "lab",
     "ttft",
     "chaos",
+    "chain",
     "fuzz",
     "flooded",
     "capacity",

@@ -170,6 +170,10 @@ def test_kept_prefixes_are_found_at_every_server(
     with client(files, hops=hops, forward=forward, own=flags, trunk=flags) as asking:
         asking.keep(PrefixCache(PrefixStore([Memory("memory", 1 << 20)]), b"secret", b"context"))
         first, second = asking.ask(asked()), asking.ask(asked())
+        several = asked(SEEDED, samples=2)
+        samples = of_samples(list(asking.stream(several)), 2)
+    assert [[each.token_ids for each in samples]] == full(files, several)
+    assert samples[0].cached_tokens > 0
     assert (first.token_ids, second.token_ids) == (wanted, wanted)
     assert first.cached_tokens == 0 < second.cached_tokens
 
