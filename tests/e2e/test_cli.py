@@ -245,7 +245,7 @@ def test_what_cannot_be_asked_is_one_line_with_what_would_be_right(
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"modle": {}}, ["config key: 'modle'", "model, split, trunk"]),
+        ({"modle": {}}, ["config key: 'modle'", "model, split, plan, trunk"]),
         ({"split": {"begin": 1}}, ["config key: 'split.begin'", "start, end"]),
         ({"split": {"start": 6}}, ["split.start: 6", "0 to 5 for 6 layers"]),
         ({"split": {"start": -1}}, ["split.start: -1", "greater than or equal to 0"]),
