@@ -65,7 +65,12 @@ def _certificate(folder: Path, host: Machine) -> dict[str, str]:
     key, certificate = folder / f"{host.name}.key", folder / f"{host.name}.pem"
     made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1"]
     made += ["-subj", f"/CN={host.name}", "-addext", f"subjectAltName=IP:{host.address}"]
-    subprocess.run([*made, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    subprocess.run(
+        [*made, "-keyout", str(key), "-out", str(certificate)],
+        stdin=subprocess.DEVNULL,
+        check=True,
+        capture_output=True,
+    )
     with (folder / "trusted.pem").open("a", encoding="utf-8") as trusted:
         trusted.write(certificate.read_text(encoding="utf-8"))
     return {"certificate": str(certificate), "key": str(key)}

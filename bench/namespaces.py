@@ -25,7 +25,7 @@ def inside(command: Sequence[str], **environment: str) -> int:
     if missing or os.geteuid():
         raise SetupError(f"network namespaces need root, and the programs ip and unshare ({', '.join(missing)})")
     shell = ["unshare", "--net", "--mount", "--propagation", "private"]
-    return subprocess.run([*shell, *command], env={**os.environ, **environment}).returncode
+    return subprocess.run([*shell, *command], stdin=subprocess.DEVNULL, env={**os.environ, **environment}).returncode
 
 
 class Machine:
@@ -83,6 +83,6 @@ def machines(*names: str) -> Iterator[list[Machine]]:
 
 
 def _ip(arguments: str) -> None:
-    done = subprocess.run(["ip", *arguments.split()], capture_output=True, text=True)
+    done = subprocess.run(["ip", *arguments.split()], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise SetupError(f"ip {arguments}: {done.stderr.strip()}")

@@ -76,7 +76,9 @@ def between(here: TrunkHere) -> Iterator[Proxy]:
 
 @pytest.fixture
 def trunk(files: ModelFiles, tmp_path: Path) -> Iterator[ForkedTrunk]:
-    with forked(settings(files, split={"start": PLAN.start, "end": PLAN.end}), tmp_path) as running:
+    with forked(
+        settings(files, split={"start": PLAN.start, "end": PLAN.end}, server={"drain_s": 30.0}), tmp_path
+    ) as running:
         yield running
 
 

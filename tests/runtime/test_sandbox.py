@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -10,9 +11,25 @@ import pytest
 
 from splitlearn.runtime import sandbox
 from splitlearn.runtime.sandbox import Sandbox, SandboxError
+from tests.support.children import output_of
 from tests.support.trunk import eventually, gone
 
 CPU_S, PATIENCE_S = 60.0, 60.0
+FORKS = """
+import os
+from splitlearn.runtime.sandbox import Sandbox
+
+echo = Sandbox("tests.support.echo_program")
+pid = lambda: echo.ask({"do": "echo"}, 60.0)["pid"]
+first = pid()
+if not os.fork():
+    print(pid(), flush=True)
+    echo.close()
+    os._exit(0)
+os.wait()
+print(first, pid())
+"""
+"""A process of its own forks: that of the tests has threads, and memory for which there may be no second time."""
 
 
 @pytest.fixture
@@ -77,12 +94,7 @@ def test_others_go_on_while_a_request_is_slow(echo: Sandbox) -> None:
     assert count > 1
 
 
-def test_a_fork_of_this_process_has_children_of_its_own(echo: Sandbox) -> None:
-    first, (reading, writing) = pid(echo), os.pipe()
-    if not os.fork():
-        os.write(writing, str(pid(echo)).encode())
-        echo.close()
-        os._exit(0)
-    assert int(os.read(reading, 100)) != first == pid(echo)
-    echo.close()
-    assert eventually(lambda: gone(first), PATIENCE_S)
+def test_a_fork_of_this_process_has_children_of_its_own() -> None:
+    forked, first, again = map(int, output_of([sys.executable, "-c", FORKS]).split())
+    assert forked != first == again
+    assert eventually(lambda: gone(forked) and gone(first), PATIENCE_S)

@@ -14,7 +14,7 @@ import torch
 
 from splitlearn.client.remote_stage import RemoteSession, RemoteStage
 from splitlearn.client.session_stream import Opening, SentStep
-from splitlearn.errors import TrunkUnavailable
+from splitlearn.errors import TrunkError, TrunkUnavailable
 from splitlearn.events import StageTiming
 from splitlearn.stages.base import PendingLogits, StageInput, StageOutput
 from splitlearn.stages.settings import SessionSettings
@@ -124,6 +124,10 @@ class Server:
     queue: deque[tuple[SentStep, Callable[[], torch.Tensor]]] = field(default_factory=deque)
     dropped: set[int] = field(default_factory=set)
     lost: bool = False
+    part: int = 0
+
+    def address_of(self, part: int) -> str:
+        return self.address
 
     def send(
         self,
@@ -174,7 +178,7 @@ class Servers:
     cached: bool
     streams: dict[bytes, Server] = field(default_factory=dict)
 
-    def budget(self) -> Any:
+    def budget(self, when_gone: object = None) -> Any:
         return self
 
     def wait_s(self) -> float:
@@ -183,7 +187,7 @@ class Servers:
     def pause(self) -> None:
         """The next attempt is made at once."""
 
-    def open(self, opening: Opening, budget: Any, *, patient: bool) -> tuple[Server, pb.Opened]:
+    def open(self, opening: Opening, budget: Any, *, patient: bool, beside: str = "") -> tuple[Server, pb.Opened]:
         key = str(len(self.streams)).encode()
         self.streams[key] = Server(self, Cache(TRUNK, self.cached), key)
         return self.streams[key], pb.Opened()
@@ -205,6 +209,7 @@ class Remote(RemoteStage):
         self.servers = servers
         self.served = cast(Any, _Served())
         self.checks = None
+        self.when_gone = None
 
     def open(self, settings: SessionSettings, max_length: int) -> RemoteSession:
         return RemoteSession(self, cast(Any, self.servers), Opening(b"", ROWS), max_length)
@@ -219,6 +224,10 @@ class Remote(RemoteStage):
 @dataclass(frozen=True)
 class _Served:
     hidden_size: int = 1
+    link: str = ""
+
+    def name(self, error: TrunkError) -> None:
+        """A single trunk has no link to name."""
 
 
 @dataclass
