@@ -61,7 +61,8 @@ def main(runs: Runs, chain: int = 1) -> None:
     if chain > 1:
         with chained(runs, chain, 2, "default") as (own, servers):
             order, what = random.Random(1), f"a chain of {chain} servers, each with a spare"
-            _measure(own, "chaos_chain", what, lambda: _kill_one(servers, order))
+            command = f"chaos --chain {chain}"
+            _measure(own, "chaos_chain", what, lambda: _kill_one(servers, order), command)
         return
     (address,) = runs.ready_spec("split", runs.flags("default")).hops[0].addresses
     _measure(runs, "chaos", "their trunk", lambda: psutil.Process(trunk_pid(address)).kill())
@@ -73,7 +74,7 @@ def _kill_one(servers: Sequence[EmbeddedTrunk], order: random.Random) -> None:
     psutil.Process(order.choice(running).pid).kill()
 
 
-def _measure(runs: Runs, name: str, what: str, kill: Callable[[], None]) -> None:
+def _measure(runs: Runs, name: str, what: str, kill: Callable[[], None], command: str = "") -> None:
     requests = [GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
     found, expected = chaos(runs, runs.flags("default"), requests, KILLS, random.Random(0), kill)
     judged = [_judge(runs, prompt, expected[prompt], ids) for prompt, ids in found.different]
@@ -96,7 +97,7 @@ def _measure(runs: Runs, name: str, what: str, kill: Callable[[], None]) -> None
         "most twice the largest difference that one step in the place of single ones makes. Connections that are cut, "
         "trunks that hang, are slow, or come back with another model: tests/client/test_faults.py."
     )
-    write(name, "Trunk servers killed while clients generate", text, rows, environment(runs))
+    write(name, "Trunk servers killed while clients generate", text, rows, environment(runs), command)
 
 
 def chaos(

@@ -10,10 +10,14 @@ from splitlearn.runtime.terminal import say
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
-def write(name: str, title: str, text: str, rows: list[dict[str, Any]], environment: dict[str, Any]) -> None:
-    """Write docs/results/`name`.md and print it; and `name`.svg if `rows` have ratios."""
+def write(
+    name: str, title: str, text: str, rows: list[dict[str, Any]], environment: dict[str, Any], command: str = ""
+) -> None:
+    """Write docs/results/`name`.md and print it; and `name`.svg if `rows` have ratios. `command` names the measurement
+    with its options, where that is not `name` alone."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {title}", "", f"Made by `python -m bench {name}`; do not edit.", "", text.strip(), "", table(rows)]
+    made = f"Made by `python -m bench {command or name}`; do not edit."
+    lines = [f"# {title}", "", made, "", text.strip(), "", table(rows)]
     if draw(RESULTS / f"{name}.svg", rows):
         lines += ["", f"![The ratios with their intervals]({name}.svg)"]
     lines += ["", "## Environment", "", "```json", json.dumps(environment, indent=2), "```", ""]
