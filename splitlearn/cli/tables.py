@@ -181,13 +181,15 @@ _TIMES: dict[str, Callable[[RunMetrics], float | None]] = {
 def _ledger(full: RunMetrics, split: RunMetrics) -> PlainTable:
     """Where the time went, in milliseconds per step after the first, and as a share."""
     table = PlainTable("time per decoded token", "full", "", "split", "")
-    for name in LEDGER_ORDER:
-        cells = [*_share(full, full.decode_ledger.get(name)), *_share(split, split.decode_ledger.get(name))]
+    rows = {
+        name: (*_share(full, full.decode_ledger.get(name)), *_share(split, split.decode_ledger.get(name)))
+        for name in LEDGER_ORDER
+    }
+    for (start, end), parts in split.decode_hops.items():
+        rows |= {f"[{start}, {end}) {name}": ("", "", *_share(split, parts.get(name))) for name in HOP_PARTS}
+    for name, cells in rows.items():
         if any(cells):
             table.add_row(name, *cells)
-    for (start, end), parts in split.decode_hops.items():
-        for name in HOP_PARTS:
-            table.add_row(f"[{start}, {end}) {name}", "", "", *_share(split, parts.get(name)))
     return table
 
 
