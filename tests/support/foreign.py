@@ -30,9 +30,10 @@ class Asked:
         self.sent += len(data)
 
     async def status(self, line: str, headers: str = "", **error: str) -> None:
-        """Answer with a status and the protocol's error."""
-        body = json.dumps({"error": error})
-        await self.send(f"HTTP/1.1 {line}\r\nContent-Length: {len(body)}\r\n{headers}\r\n{body}")
+        """Answer with a status and the protocol's error. The connection is closed then, so the client must not take it
+        for another request."""
+        body, close = json.dumps({"error": error}), "Connection: close\r\n"
+        await self.send(f"HTTP/1.1 {line}\r\nContent-Length: {len(body)}\r\n{close}{headers}\r\n{body}")
 
 
 Behaviour = Callable[[Asked], Awaitable[None]]
