@@ -38,7 +38,8 @@ STREAMS = "document.querySelector('#split section[data-state=running] .sl-answer
 @pytest.fixture(scope="module")
 def app(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     folder = tiny_model().folder
-    config = write_config(tmp_path_factory.mktemp("page"), model={"name": str(folder)})
+    generation = {"max_new_tokens": 16}
+    config = write_config(tmp_path_factory.mktemp("page"), model={"name": str(folder)}, generation=generation)
     with running(config) as started:
         yield started
 
@@ -117,16 +118,6 @@ def test_gradios_hidden_clock_takes_no_frame_from_what_is_measured(browser: Brow
     page.close()
 
 
-def test_several_samples_are_shown_each_by_itself(page: Page) -> None:
-    fold_out(page, "settings")
-    setting(page, "temperature", "0.8")
-    setting(page, "samples", "3")
-    compares(page)
-    for side in ("full", "split"):
-        assert page.locator(f"#{side} .sl-answer .sl-small").all_inner_texts() == [f"Sample {at}" for at in (1, 2, 3)]
-        assert "TPS (all 3)" in figures(page, side)
-
-
 def test_stop_ends_a_run_long_before_its_last_token_and_the_next_one_works(page: Page) -> None:
     fold_out(page, "settings")
     setting(page, "max_new_tokens", "450")
@@ -145,22 +136,6 @@ def test_stop_ends_a_run_long_before_its_last_token_and_the_next_one_works(page:
     assert page.locator("#result .sl-verdict").count() == 0
     setting(page, "max_new_tokens", "8")
     compares(page)
-
-
-def test_flags_of_each_side_follow_the_words_and_the_matrix_shows_them(page: Page) -> None:
-    fold_out(page, "flags")
-    words = page.locator("#flag-words").locator("input, textarea").first
-    expect(words).to_have_value("default")
-    expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled()
-    expect(page.locator("#flags")).to_contain_text("Unavailable: needs a CUDA device")
-    page.get_by_label("inference_mode", exact=True).first.uncheck()
-    expect(words).not_to_have_value("default")
-    type_into(words, "full:all client:use_cache trunk:none")
-    words.blur()
-    expect(page.locator("#flag-use_cache input")).not_to_be_checked()  # the sides differ
-    fold_out(page, "by-side")
-    row = page.locator("#matrix tr", has_text="use_cache")
-    assert row.locator("td").all_inner_texts()[1:] == ["applied", "applied", "available"]
 
 
 def test_flags_typed_before_the_page_has_heard_from_the_program_stay(browser: BrowserContext, url: str) -> None:
@@ -182,7 +157,8 @@ def test_flags_typed_before_the_page_has_heard_from_the_program_stay(browser: Br
 
 @pytest.fixture(scope="module")
 def asking(browser: BrowserContext, url: str) -> Iterator[Page]:
-    """A page that knows what its trunk can do, on which each test does one wrong thing and takes it back."""
+    """A page that knows what its trunk can do. Each test of wrong input takes back what it did; the others follow in
+    the order in which they stand."""
     opened = open_page(browser, url)
     fold_out(opened, "settings")
     fold_out(opened, "flags")
@@ -219,27 +195,55 @@ def test_bad_input_is_named_nothing_typed_is_lost(asking: Page, field: str, valu
     setting(asking, field, right)
 
 
-def test_what_a_button_said_stays_while_flags_are_typed_and_wrong_flags_are_named_below_them(page: Page) -> None:
-    setting(page, "prompt", "")
-    page.locator("#compare").click()
-    said = error(page)
-    fold_out(page, "flags")
-    words = page.locator("#flag-words").locator("input, textarea").first
+def test_page_works_after_bad_input(asking: Page) -> None:
+    setting(asking, "prompt", "")
+    asking.locator("#compare").click()
+    assert "prompt" in error(asking)
+    setting(asking, "prompt", "Why is the sky blue?")
+    compares(asking)
+    assert asking.locator("#error .sl-error").count() == 0
+
+
+def test_several_samples_are_shown_each_by_itself(asking: Page) -> None:
+    for name, value in (("temperature", "0.8"), ("samples", "3")):
+        setting(asking, name, value)
+    asking.locator("#compare").click()
+    for side in ("full", "split"):
+        samples = asking.locator(f"#{side} .sl-answer .sl-small")
+        expect(samples).to_have_text([f"Sample {at}" for at in (1, 2, 3)], timeout=RUN_MS)
+        expect(asking.locator(f"#{side} .sl-tiles")).to_contain_text("TPS (all 3)", timeout=RUN_MS)
+    assert verdict(asking).startswith("Identical")
+    expect(asking.locator("#compare")).to_be_enabled()
+    for name, value in (("samples", "1"), ("temperature", "0")):
+        setting(asking, name, value)
+
+
+def test_flags_of_each_side_follow_the_words_and_the_matrix_shows_them(asking: Page) -> None:
+    words = asking.locator("#flag-words").locator("input, textarea").first
+    expect(words).to_have_value("default")
+    expect(asking.locator("#flag-cudnn_benchmark input")).to_be_disabled()
+    expect(asking.locator("#flags")).to_contain_text("Unavailable: needs a CUDA device")
+    asking.get_by_label("inference_mode", exact=True).first.uncheck()
+    expect(words).not_to_have_value("default")
+    type_into(words, "full:all client:use_cache trunk:none")
+    words.blur()
+    expect(asking.locator("#flag-use_cache input")).not_to_be_checked()  # the sides differ
+    fold_out(asking, "by-side")
+    row = asking.locator("#matrix tr", has_text="use_cache")
+    assert row.locator("td").all_inner_texts()[1:] == ["applied", "applied", "available"]
+
+
+def test_what_a_button_said_stays_while_flags_are_typed_and_wrong_flags_are_named_below_them(asking: Page) -> None:
+    setting(asking, "prompt", "")
+    asking.locator("#compare").click()
+    said = error(asking)
+    words = asking.locator("#flag-words").locator("input, textarea").first
     for typed, wrong in (("no_such_flag", 1), ("none", 0)):
         type_into(words, typed)
         words.blur()
-        expect(page.locator("#flags-error .sl-error")).to_have_count(wrong)
-    expect(page.get_by_label("none", exact=True)).to_be_checked()
-    assert error(page) == said
-
-
-def test_page_works_after_bad_input(page: Page) -> None:
-    setting(page, "prompt", "")
-    page.locator("#compare").click()
-    assert "prompt" in error(page)
-    setting(page, "prompt", "Why is the sky blue?")
-    compares(page)
-    assert page.locator("#error .sl-error").count() == 0
+        expect(asking.locator("#flags-error .sl-error")).to_have_count(wrong)
+    expect(asking.get_by_label("none", exact=True)).to_be_checked()
+    assert error(asking) == said
 
 
 def test_a_trunk_killed_in_the_middle_is_started_again_and_its_answer_goes_on(page: Page, app: App) -> None:
@@ -268,6 +272,10 @@ def test_nothing_scrolls_sideways_and_the_figures_come_early(
     browser: BrowserContext, url: str, width: int, height: int
 ) -> None:
     page = open_page(browser, url, width, height)
+    fold_out(page, "settings")
+    setting(page, "max_new_tokens", "96")
+    fold_out(page, "settings")
+    expect(page.locator("#max_new_tokens")).to_be_hidden()
     compares(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     top = page.locator("#result .sl-tiles").bounding_box()
@@ -302,6 +310,7 @@ def test_default_model_answers_in_both_arms_alike(
     config = write_config(tmp_path, generation={"max_new_tokens": 16}, runs={"threads": 2})
     with running(config) as started:
         opened = open_page(browser, started.warm_url())
+        opened.locator("#pairs").get_by_label("1", exact=True).check()
         opened.locator("#compare").click()
         assert verdict(opened).startswith("Identical")
         assert "sky" in opened.locator("#full .sl-answer").inner_text().lower()
