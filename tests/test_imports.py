@@ -30,6 +30,7 @@ ORDER = (
     "arms",
     "planning",
     "reporting",
+    "privacy",
     "lab",
     "loadtest",
     "openai_api",

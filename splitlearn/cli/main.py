@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import splitlearn
+from splitlearn.cli.attack import attack
 from splitlearn.cli.compare import compare
 from splitlearn.cli.flags import flags
 from splitlearn.cli.lab import lab
@@ -67,7 +68,7 @@ def _options(
     """What comes before the command."""
 
 
-for _command in (compare, lab, report, loadtest, serve, fetch, parts, plan, flags, token):
+for _command in (compare, lab, report, loadtest, attack, serve, fetch, parts, plan, flags, token):
     app.command()(_command)
 app.add_typer(models, name="models")
 for _program in (serve_trunk, ui):

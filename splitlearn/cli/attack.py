@@ -1,0 +1,151 @@
+"""`splitlearn attack`: what a trunk server can read of a text, by attacks that are run on it."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from splitlearn.cli import options
+from splitlearn.errors import InputError
+from splitlearn.runtime.command_line import Job, whole
+
+if TYPE_CHECKING:
+    from splitlearn.config import Config
+    from splitlearn.models.plan import SplitPlan
+    from splitlearn.privacy.summary import Line
+
+ANSWER_TOKENS = 8
+
+Splits = Annotated[
+    str | None,
+    typer.Option("--splits", metavar="N[,...]", help="layers before the trunk, such as 1,2,4 (default: split.start)"),
+]
+Attacks = Annotated[str | None, typer.Option("--attacks", metavar="NAME[,...]", help="which (default: all)")]
+Wires = Annotated[
+    str, typer.Option("--wire-dtype", metavar="FORM[,...]", help="forms on the wire: float32, bfloat16, int8")
+]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", parser=whole("limit"), help="of the prompts")]
+AnswerTokens = Annotated[
+    int, typer.Option("--answer-tokens", metavar="N", parser=whole("answer_tokens"), help="of each answer")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="results and report; what is there goes on where it ended")
+]
+
+
+def attack(
+    splits: Splits = None,
+    attacks: Attacks = None,
+    wire_dtype: Wires = "float32",
+    prompts: options.Prompts = None,
+    limit: Limit = None,
+    answer_tokens: AnswerTokens = ANSWER_TOKENS,
+    seed: options.Seed = None,
+    out: Out = None,
+    as_json: options.Json = False,
+    config: options.ConfigFile = None,
+) -> Job:
+    """Attack prompts as a trunk server could, and show how much of them it reads."""
+    from splitlearn.flags.registry import FLAGS
+    from splitlearn.privacy.registry import ATTACKS
+
+    settings, cuts = options.settings(config), _cuts(splits)
+    names = _names("attacks", attacks, list(ATTACKS))
+    wires = _names("wire_dtype", wire_dtype, list(FLAGS["wire_dtype"].choices))
+    for field, value in (("limit", limit), ("answer_tokens", answer_tokens)):
+        if value is not None and value < 1:
+            raise InputError(field, value, "at least 1")
+    own = None
+    if prompts is not None:
+        from splitlearn.lab.request import read_prompts
+
+        own = read_prompts(prompts)
+
+    def run() -> None:
+        from splitlearn.privacy import victims
+        from splitlearn.privacy.results import Results
+        from splitlearn.privacy.summary import summary
+        from splitlearn.privacy.sweep import Sweep
+        from splitlearn.runtime import environment
+        from splitlearn.runtime.progress import on_console
+        from splitlearn.stages.loading import prepare_process
+
+        environment.set_defaults()
+        every = victims.built_in() if own is None else victims.own(own)
+        with on_console() as progress:
+            from splitlearn.checkpoints import catalogue
+
+            files = catalogue.prepare(settings.model, progress)
+            plans = _plans(settings, files.n_layers, cuts)
+            prepare_process((), settings.runs.threads)
+            sweep = Sweep(files, settings.model.dtype, plans, names, wires, every[:limit], answer_tokens, seed or 0)
+            header = sweep.header(every)
+            with Results.open(out, header) as results:
+                sweep.run(results, progress)
+                lines = summary(sweep.own(results))
+        _end(header, lines, out, as_json)
+
+    return run
+
+
+def _end(header: dict[str, object], lines: "Sequence[Line]", out: Path | None, as_json: bool) -> None:
+    from splitlearn.privacy import report
+    from splitlearn.privacy.summary import HEADS
+    from splitlearn.privacy.summary import as_json as in_json
+    from splitlearn.runtime import hardware
+    from splitlearn.runtime.console import PlainTable, console
+    from splitlearn.runtime.terminal import say
+
+    machine = hardware.describe()
+    if as_json:
+        say(json.dumps(in_json(header, lines, machine), indent=2, ensure_ascii=False))
+    else:
+        table = PlainTable(*HEADS)
+        for line in lines:
+            table.add_row(*line.cells())
+        console().print(table)
+    if out is not None:
+        command = shlex.join(["python", "-m", "splitlearn", *sys.argv[1:]])
+        say(f"Report: {report.write(out, header, lines, machine, command)}", stderr=True)
+
+
+def _plans(settings: "Config", n_layers: int, cuts: Sequence[int] | None) -> "list[SplitPlan]":
+    """The plan of each cut, with the configured end. Raises InputError for a cut that the model does not have."""
+    from splitlearn.config import AUTO, SplitConfig
+    from splitlearn.models.plan import SplitPlan, plan_of
+
+    if settings.split == AUTO:
+        settings = settings.model_copy(update={"split": SplitConfig()})
+    usual = plan_of(settings, n_layers)
+    for cut in [usual.start] if cuts is None else cuts:
+        if not 1 <= cut < n_layers:
+            expected = (
+                f"1 to {n_layers - 1}: behind no layer, the embeddings themselves are sent, which are as good as text"
+            )
+            raise InputError("splits", cut, expected)
+    return [SplitPlan(cut, max(usual.end, cut + 1), n_layers) for cut in cuts or (usual.start,)]
+
+
+def _cuts(text: str | None) -> list[int] | None:
+    """Whole numbers with commas between, each once."""
+    if text is None:
+        return None
+    try:
+        return list(dict.fromkeys(int(each) for each in text.split(",")))
+    except ValueError as error:
+        raise InputError("splits", text, "whole numbers such as 1,2,4") from error
+
+
+def _names(field: str, text: str | None, known: list[str]) -> list[str]:
+    """Names with commas between, each once and each `known`; None is all."""
+    if text is None:
+        return known
+    names = list(dict.fromkeys(each.strip() for each in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise InputError(field, name, f"some of: {', '.join(known)}")
+    return names

@@ -1,0 +1,103 @@
+"""What an attacker computes with: the public checkpoint, and what can be learnt from it without any client.
+
+    checkpoint = Checkpoint.of(capture, files)
+
+The client's layers are in it like all others. Each part is loaded or learnt when it is first used, and then kept.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.errors import InputError
+from splitlearn.generation.tokenizer import Tokens
+from splitlearn.models.cut import CutModel, body_of, forward
+from splitlearn.models.plan import SplitPlan
+from splitlearn.privacy.capture import Capture
+from splitlearn.privacy.linear_map import LinearMap
+from splitlearn.privacy.token_table import TokenTable
+from splitlearn.privacy.training_text import training_text, windows
+from splitlearn.stages import loading
+from splitlearn.stages.local import LocalStage
+from splitlearn.stages.settings import LoadSettings
+
+TABLE_ROWS = 1024
+WINDOWS, WINDOW_TOKENS, WINDOWS_AT_ONCE = 256, 64, 16
+FIRST_TOKENS = 8192
+_LOADING = LoadSettings(assign_weights=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The model in `files`, seen by a server with the layers of `plan`. `dtype` is that in which clients compute.
+    `seed` is that of all that is random."""
+
+    files: ModelFiles
+    plan: SplitPlan
+    dtype: str
+    seed: int = 0
+
+    @classmethod
+    def of(cls, capture: Capture, files: ModelFiles) -> "Checkpoint":
+        """The checkpoint for `capture`. Raises InputError for files of another model."""
+        if files.digest != capture.digest:
+            expected = f"the model of the capture, {capture.model} with the digest {capture.digest[:12]}"
+            raise InputError("model", f"{files.name} with the digest {files.digest[:12]}", expected)
+        return cls(files, capture.plan, capture.dtype)
+
+    @cached_property
+    def bottom(self) -> LocalStage:
+        """The client's first layers, with the embeddings."""
+        return self._load(loading.StageSpec("bottom", 0, self.plan.start, first=True)).stages[0]
+
+    @cached_property
+    def top(self) -> CutModel:
+        """The client's last layers, with norm and LM head."""
+        loaded = self._load(loading.StageSpec("top", self.plan.end, self.plan.n_layers, last=True))
+        return loaded.stages[0].cut if loaded.head is None else loaded.head.cut
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """The embedding of each token [V, E], in float32."""
+        cut = self.bottom.cut
+        table = body_of(cut).get_submodule(cut.structure.embedding.removeprefix(f"{cut.structure.body}."))
+        assert isinstance(table.weight, Tensor)
+        return table.weight.detach().float()
+
+    @cached_property
+    def embedding_table(self) -> TokenTable:
+        """The embeddings, to find the closest one."""
+        return TokenTable.of(self.embeddings)
+
+    @cached_property
+    def single_tokens(self) -> TokenTable:
+        """The states at the cut of each token alone."""
+        return TokenTable.of(self.states(torch.arange(len(self.embeddings)).unsqueeze(1), TABLE_ROWS)[:, 0])
+
+    @cached_property
+    def later(self) -> LinearMap:
+        """From the states at a sequence's positions after the first to embeddings."""
+        tokens = Tokens.load(self.files.folder, use_fast=True)
+        ids = windows(
+            tokens.encode(training_text(), chat=False), len(self.embeddings), WINDOWS, WINDOW_TOKENS, self.seed
+        )
+        x, y = self.states(ids, WINDOWS_AT_ONCE)[:, 1:], self.embeddings[ids[:, 1:]]
+        return LinearMap.fit(x.flatten(0, 1), y.flatten(0, 1))
+
+    @cached_property
+    def first(self) -> LinearMap:
+        """The same for the first position, whose states are unlike all others: it sees no other token."""
+        made = torch.Generator().manual_seed(self.seed)
+        ids = torch.randint(len(self.embeddings), (FIRST_TOKENS, 1), generator=made)
+        return LinearMap.fit(self.states(ids, TABLE_ROWS)[:, 0], self.embeddings[ids[:, 0]])
+
+    def states(self, ids: Tensor, at_once: int) -> Tensor:
+        """The states [N, T, H] at the cut of N sequences with the token ids [N, T], in float32."""
+        with torch.inference_mode():
+            return torch.cat([forward(self.bottom.cut, some, 0, None).float() for some in ids.split(at_once)])
+
+    def _load(self, spec: loading.StageSpec) -> loading.LoadedStages:
+        return loading.load(self.files, [spec], _LOADING, loading.Placement.of("cpu", self.dtype))

@@ -1,0 +1,85 @@
+"""What a sweep's rows say together: a line for each cut, wire form and attack, as figures, JSON and Markdown."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from splitlearn.privacy.results import Row
+from splitlearn.privacy.scores import Estimate, exact, recall
+
+HEADS = ("cut", "wire", "attack", "prompts", "prompt tokens", "whole prompts", "answer tokens", "ms a token")
+NO_STATES = "no states"
+
+
+@dataclass(frozen=True)
+class Line:
+    """An attack at a cut with a wire form. Shares of tokens, and of whole prompts and answers; None of what the attack
+    does not look at. `by_kind` is the recall of prompt tokens for each kind of text."""
+
+    cut: int
+    wire: str
+    attack: str
+    prompts: int
+    prompt: Estimate | None
+    whole_prompts: Estimate | None
+    answer: Estimate | None
+    whole_answers: Estimate | None
+    by_kind: Mapping[str, Estimate]
+    seconds_per_token: float
+    prepare_s: float
+    peak_rss_bytes: int
+
+    def cells(self) -> tuple[str, ...]:
+        """It as text, under HEADS."""
+        where = (str(self.cut), self.wire) if self.cut else ("", NO_STATES)
+        speed = f"{self.seconds_per_token * 1e3:.1f}" if self.cut else ""
+        shares = map(percent, (self.prompt, self.whole_prompts, self.answer))
+        return (*where, self.attack, str(self.prompts), *shares, speed)
+
+
+def summary(rows: Iterable[Row]) -> list[Line]:
+    """The lines, baselines first, then in the order of the cuts."""
+    groups: dict[tuple[int, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.cut, row.wire, row.attack), []).append(row)
+    ordered = sorted(groups.items(), key=lambda group: group[0][0])
+    return [_line(*key, own) for key, own in ordered]
+
+
+def percent(share: Estimate | None) -> str:
+    """A share with its interval, such as 99.4% [98.9, 99.8]."""
+    return "" if share is None else f"{share.value:.1%} [{share.low * 100:.1f}, {share.high * 100:.1f}]"
+
+
+def as_json(header: Mapping[str, Any], lines: Sequence[Line], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """It as one object. Seconds and bytes."""
+    return {**header, "results": [asdict(line) for line in lines], "environment": dict(environment)}
+
+
+def kind_rows(lines: Sequence[Line]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The recall of prompt tokens by kind of text: heads and rows."""
+    kinds = list(dict.fromkeys(kind for line in lines for kind in line.by_kind))
+    shown = [line for line in lines if line.by_kind]
+    rows = [(*line.cells()[:3], *(percent(line.by_kind.get(kind)) for kind in kinds)) for line in shown]
+    return (*HEADS[:3], *kinds), rows
+
+
+def _line(cut: int, wire: str, attack: str, rows: Sequence[Row]) -> Line:
+    prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]
+    tokens = sum(each.tokens for each in (*prompts, *answers))
+    kinds = dict.fromkeys(row.kind for row in rows)
+    by_kind = {kind: recall([row.prompt for row in rows if row.kind == kind]) for kind in kinds}
+    return Line(
+        cut,
+        wire,
+        attack,
+        len(rows),
+        recall(prompts),
+        exact(prompts),
+        recall(answers),
+        exact(answers),
+        {kind: found for kind, found in by_kind.items() if found is not None},
+        sum(row.seconds for row in rows) / max(1, tokens),
+        max(row.prepare_s for row in rows),
+        max(row.peak_rss_bytes for row in rows),
+    )

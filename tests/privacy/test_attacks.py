@@ -1,0 +1,92 @@
+"""Attacks recover text from what crossed the wire, and from nothing else."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.errors import InputError
+from splitlearn.flags.registry import settings
+from splitlearn.privacy.checkpoint import Checkpoint
+from splitlearn.privacy.registry import ATTACKS
+from splitlearn.privacy.split_model import SplitModel, VictimSession
+from tests.conftest import TinyFactory
+from tests.support import attacker
+from tests.support.forks import printed
+from tests.support.trunk import PLAN
+
+PROMPT, TOKENS = "The sky is blue, and Größe 7 日本語 cost 12,350.75 at 06:55.", 5
+Run = Callable[[str], VictimSession]
+
+
+@pytest.fixture(scope="module")
+def run(files: ModelFiles) -> Run:
+    """`run("int8")`: the session of the prompt, with that form on the wire."""
+    split = SplitModel(files, PLAN, "float32")
+
+    def of(wire: str) -> VictimSession:
+        return split.run(PROMPT, settings(frozenset({f"wire_dtype={wire}"})).session.rows(torch.float32), TOKENS)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def checkpoint(files: ModelFiles) -> Checkpoint:
+    return Checkpoint(files, PLAN, "float32")
+
+
+def share(session: VictimSession, recovered: tuple[int | None, ...]) -> float:
+    """Of the ids that crossed the wire, those that were recovered at their place."""
+    truth = (session.prompt_ids + session.answer_ids)[: len(session.capture.sent)]
+    return sum(one == other for one, other in zip(truth, recovered, strict=True)) / len(truth)
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
+def test_search_recovers_every_token_that_crossed_the_wire(run: Run, checkpoint: Checkpoint, wire: str) -> None:
+    session = run(wire)
+    assert share(session, ATTACKS["search"].run(session.capture, checkpoint)) == 1.0
+
+
+@pytest.mark.parametrize("wire", ["float32", "int8"])
+def test_the_trunk_reads_a_greedy_answer_from_what_it_sends_back(run: Run, checkpoint: Checkpoint, wire: str) -> None:
+    session = run(wire)
+    found = ATTACKS["answer"].run(session.capture, checkpoint)
+    assert found == (*[None] * len(session.prompt_ids), *session.answer_ids)
+
+
+def test_an_attack_in_a_process_with_the_capture_and_the_checkpoint_alone_recovers_the_prompt(
+    run: Run, files: ModelFiles, tmp_path: Path
+) -> None:
+    session = run("float32")
+    session.capture.save(tmp_path / "capture")
+    arguments = [str(tmp_path / "capture"), str(files.folder), *ATTACKS]
+    found = json.loads(printed(attacker.main, arguments, tmp_path, tmp_path / "errors"))
+    assert found.keys() == ATTACKS.keys()
+    assert share(session, tuple(found["search"])) == 1.0
+    assert share(session, tuple(found["linear"])) > 0.5
+    assert tuple(found["answer"][len(session.prompt_ids) :]) == session.answer_ids
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_shuffled_states_destroy_recall(run: Run, checkpoint: Checkpoint, name: str) -> None:
+    session = run("float32")
+    found = ATTACKS[name].run(session.capture.shuffled(seed=3), checkpoint)
+    truth = session.prompt_ids + session.answer_ids
+    right = [one == other for one, other in zip(truth, found, strict=False) if other is not None]
+    assert sum(right) / len(right) < 0.35
+
+
+def test_states_behind_one_layer_of_another_family_are_read_too(tiny_model: TinyFactory) -> None:
+    files = tiny_model("gpt2")
+    plan = type(PLAN)(1, 5, 6)
+    session = SplitModel(files, plan, "float32").run(PROMPT, settings(frozenset()).session.rows(torch.float32), TOKENS)
+    found = ATTACKS["search"].run(session.capture, Checkpoint.of(session.capture, files))
+    assert share(session, found) == 1.0
+
+
+def test_a_checkpoint_of_another_model_is_refused(run: Run, tiny_model: TinyFactory) -> None:
+    with pytest.raises(InputError, match="digest"):
+        Checkpoint.of(run("float32").capture, tiny_model("gpt2"))
