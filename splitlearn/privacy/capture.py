@@ -103,7 +103,7 @@ def capture_of(up: Sequence[bytes], down: Sequence[bytes]) -> Capture:
     first = sum(part.hidden.shape[1] for part in parts if part.step_id == parts[0].step_id)
     empty = torch.empty(0, size, dtype=sent[0].dtype)
     back = torch.stack(returned) if returned else empty
-    return Capture(own.model, own.digest, plan, own.dtype, form, first, torch.stack(sent), back)
+    return Capture(own.model, own.digest, plan, own.dtype, form, min(first, len(sent)), torch.stack(sent), back)
 
 
 def _parsed(kind: Any, messages: Sequence[bytes]) -> list[Any]:
