@@ -8,6 +8,8 @@ It has what the trunk server's operator has, and the client has no hook for it. 
 details pass, and so does the client's token.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field

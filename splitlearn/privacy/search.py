@@ -72,9 +72,10 @@ class _Search:
 
     def confirm(self) -> None:
         """Settle the guesses that give the states that arrived, up to the first that does not."""
-        ids = torch.tensor([self.guesses[self.settled : self.settled + AHEAD]])
-        (output,) = self._checkpoint.bottom.step([StageInput(self._session, self.settled, ids)])
-        same = self._same(output.x[0], self._target[self.settled : self.settled + AHEAD])
+        begin, end = self._session.length, self.settled + AHEAD  # a token that was found is not in the cache yet
+        ids = torch.tensor([self.guesses[begin:end]])
+        (output,) = self._checkpoint.bottom.step([StageInput(self._session, begin, ids)])
+        same = self._same(output.x[0, self.settled - begin :].float(), self._target[self.settled : end])
         self.settled += int(same.long().cumprod(0).sum())
 
     def find(self) -> None:

@@ -58,7 +58,7 @@ def test_the_trunk_reads_a_greedy_answer_from_what_it_sends_back(run: Run, check
 
 
 def test_an_attack_in_a_process_with_the_capture_and_the_checkpoint_alone_recovers_the_prompt(
-    run: Run, files: ModelFiles, tmp_path: Path
+    run: Run, files: ModelFiles, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     session = run("float32")
     session.capture.save(tmp_path / "capture")
@@ -66,7 +66,7 @@ def test_an_attack_in_a_process_with_the_capture_and_the_checkpoint_alone_recove
     found = json.loads(printed(attacker.main, arguments, tmp_path, tmp_path / "errors"))
     assert found.keys() == ATTACKS.keys()
     assert share(session, tuple(found["search"])) == 1.0
-    assert share(session, tuple(found["linear"])) > 0.5
+    assert tuple(found["linear"]) == ATTACKS["linear"].run(session.capture, checkpoint)
     assert tuple(found["answer"][len(session.prompt_ids) :]) == session.answer_ids
 
 
