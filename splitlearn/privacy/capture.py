@@ -22,9 +22,8 @@ from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.hidden_states import Int8Blocks, Plain, Rows
 
-FORMS: Mapping[str, Rows] = {
-    codec.dtype_name(rows.number): rows for rows in (*map(Plain, codec.DTYPES.values()), Int8Blocks())
-}
+_ROWS: tuple[Rows, ...] = (*(Plain(dtype) for dtype in codec.DTYPES.values()), Int8Blocks())
+FORMS: Mapping[str, Rows] = {codec.dtype_name(rows.number): rows for rows in _ROWS}
 """The forms of hidden states on the wire, by their names in the protocol."""
 FORMAT = "splitlearn.capture.1"
 
@@ -147,7 +146,7 @@ def _of_json(said: Any, sent: Tensor, returned: Tensor) -> Capture:
     """A checked capture. Raises ValueError, TypeError, KeyError and InputError for what is none."""
     if said["format"] != FORMAT:
         raise ValueError(f"its format is {said['format']}, this program reads {FORMAT}")
-    texts = [str(said[name]) for name in ("model", "digest")]
+    model, digest = str(said["model"]), str(said["digest"])
     form, dtype, first = said["form"], said["dtype"], said["prompt_tokens"]
     if form not in FORMS or dtype not in codec.DTYPES:
         raise ValueError(f"it has no known form {form!r} or dtype {dtype!r}")
@@ -156,4 +155,4 @@ def _of_json(said: Any, sent: Tensor, returned: Tensor) -> Capture:
             raise ValueError(f"{name} has no finite rows of one size")
     if type(first) is not int or not 1 <= first <= len(sent) or len(returned) > len(sent):
         raise ValueError("its numbers of positions contradict each other")
-    return Capture(*texts, SplitPlan(*map(int, said["plan"])), dtype, form, first, sent, returned)
+    return Capture(model, digest, SplitPlan(*map(int, said["plan"])), dtype, form, first, sent, returned)

@@ -97,7 +97,7 @@ class Checkpoint:
     def states(self, ids: Tensor, at_once: int) -> Tensor:
         """The states [N, T, H] at the cut of N sequences with the token ids [N, T], in float32."""
         with torch.inference_mode():
-            return torch.cat([forward(self.bottom.cut, some, 0, None).float() for some in ids.split(at_once)])
+            return torch.cat([forward(self.bottom.cut, some, 0, None).float() for some in torch.split(ids, at_once)])
 
     def _load(self, spec: loading.StageSpec) -> loading.LoadedStages:
         return loading.load(self.files, [spec], _LOADING, loading.Placement.of("cpu", self.dtype))

@@ -56,7 +56,7 @@ class Relay:
             raise SetupError(f"No port on {HOST} can be had for the relay.") from error
         self.address = f"{HOST}:{port}"
 
-    def __enter__(self) -> "Relay":
+    def __enter__(self) -> Relay:
         self._server.start()
         return self
 
