@@ -3,11 +3,13 @@ the state that arrived.
 
 The first guess at all positions is that of the linear map. One forward of the guesses behind the recovered prefix
 confirms as many of them as are right: each position's state depends on the tokens up to it, and on nothing else. At the
-first wrong one, BATCH candidates at a time are tried. What is left between the nearest state so far and the one that
-arrived goes through the same map, and so says how the embedding has to change: the rest of the sentence is in both.
+first wrong one, BATCH candidates at a time are tried, from two rankings. One is that of the linear map. For the other,
+what is left between the nearest state so far and the one that arrived goes through the same map, and so says how the
+embedding has to change: the rest of the sentence is in both.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,21 +84,23 @@ class _Search:
         """Settle the next position by trying candidates: the one that gives the state, or the nearest."""
         at, tried = self.settled, _Tried()
         self._session.make_room(at, 0)
-        wanted = self._predicted[at]
+        wanted = [self._predicted[at]]
         while len(tried.ids) < min(MOST_CANDIDATES, len(self._checkpoint.embeddings)):
             if self._try(self._candidates(wanted, tried), tried):
                 break
             assert tried.state is not None
             change = self._map.change(self._target[at] - tried.state)
-            wanted = self._checkpoint.embeddings[tried.best] + change
+            wanted = [self._predicted[at], self._checkpoint.embeddings[tried.best] + change]
         self.guesses[at] = tried.best
         self.settled += 1
 
-    def _candidates(self, wanted: Tensor, tried: _Tried) -> list[int]:
-        """The tokens that were not tried with the embeddings closest to `wanted`."""
-        likeness = self._checkpoint.embedding_table.likeness(wanted.unsqueeze(0))[0]
-        likeness[tried.ids] = -torch.inf
-        found: list[int] = likeness.topk(min(BATCH, len(likeness) - len(tried.ids))).indices.tolist()
+    def _candidates(self, wanted: Sequence[Tensor], tried: _Tried) -> list[int]:
+        """BATCH tokens that were not tried: an equal number of those with the embeddings closest to each of `wanted`."""
+        found, each = list[int](), BATCH // len(wanted)
+        for likeness in self._checkpoint.embedding_table.likeness(torch.stack(list(wanted))):
+            likeness[[*tried.ids, *found]] = -torch.inf
+            left = len(likeness) - len(tried.ids) - len(found)
+            found += likeness.topk(min(each, left)).indices.tolist()
         return found
 
     def _try(self, ids: list[int], tried: _Tried) -> bool:
