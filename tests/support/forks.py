@@ -6,6 +6,7 @@ and servers start as quickly. Tests of the command as a person types it start a 
 imported before torch, for the page (tests/support/without_torch.py).
 """
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from splitlearn.runtime import process
 
 LIGHT_FIRST, IMPORTED = "tests.support.light", ["server.__main__", "server.program", "splitlearn.cli.main"]
 process.PRELOAD[:] = dict.fromkeys([LIGHT_FIRST, *process.PRELOAD, *IMPORTED])
+READS_ENVIRONMENT = "huggingface_hub.constants"
 Main = Callable[[list[str]], int]
 
 
@@ -29,7 +31,7 @@ class Fork:
     """`command(arguments)` in a process of its own, run in `folder`, with the methods of Popen that tests use.
 
     `stdout` is a pipe. stderr goes to the file `errors`, or to the same pipe. The process gets the test's current
-    environment, updated by `environment`; libraries have read theirs before.
+    environment, updated by `environment`. The model hub's client reads it anew, other libraries have read theirs.
     """
 
     def __init__(
@@ -93,10 +95,16 @@ class Fork:
         self.stdout.close()
 
 
-def printed(command: Main, arguments: Sequence[str], folder: Path, errors: Path) -> str:
+def printed(
+    command: Main,
+    arguments: Sequence[str],
+    folder: Path,
+    errors: Path,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """Run `command(arguments)` in `folder` and return its stdout. Fails with the text of `errors` unless it ends with
     status 0."""
-    child = Fork(command, arguments, folder, errors)
+    child = Fork(command, arguments, folder, errors, environment)
     try:
         text = child.stdout.read()
         assert child.wait() == 0, errors.read_text()
@@ -117,6 +125,7 @@ def _run(
     """The main function of the forked process: runs `command` with the test's pipe as stdout."""
     multiprocessing.current_process().daemon = False  # a daemon may not start workers
     os.environ.update(environment)
+    importlib.reload(importlib.import_module(READS_ENVIRONMENT))
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(out.fileno(), 1)

@@ -1,7 +1,5 @@
 """`catalogue.prepare` as a command: prints digest and source of the named model, or the error."""
 
-import sys
-
 from splitlearn.checkpoints import catalogue, convert
 from splitlearn.config import ModelConfig
 from splitlearn.errors import SplitlearnError
@@ -23,7 +21,3 @@ def converting(arguments: list[str]) -> int:
     """Run the command, and convert in this process: a child process would have to import torch first."""
     convert.convert_in_subprocess = convert.convert
     return main(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
