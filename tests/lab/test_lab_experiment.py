@@ -5,7 +5,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,18 +50,36 @@ def _store(runs: Runs, folder: Path, asked: ExperimentRequest = ASKED) -> Store:
     return Store.create(folder / "experiment.sqlite", setup(runs, asked, "a command"))
 
 
-def test_every_arm_runs_once_in_each_block_in_an_order_of_its_own(runs: Runs, tmp_path: Path) -> None:
-    with _store(runs, tmp_path, replace(ASKED, pairs=3)) as store:
-        states = list(Experiment(runs, store).go())
-        trials = [trial for trial in store.trials() if trial.block != FIRST_PASS]
-        names = [arm.name for arm in store.setup.plan.arms]
-        orders = [[t.arm for t in trials if t.block == block] for block in range(3)]
-    assert all(sorted(order) == sorted(names) for order in orders)
+@dataclass(frozen=True)
+class Whole:
+    """An experiment of three pairs from beginning to end: how far it said it was, its arms and its runs."""
+
+    states: tuple[ExperimentProgress, ...]
+    arms: tuple[str, ...]
+    trials: tuple[Trial, ...]
+
+    @property
+    def measured(self) -> list[Trial]:
+        """Those of the blocks."""
+        return [trial for trial in self.trials if trial.block != FIRST_PASS]
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    asked = replace(ASKED, pairs=3)
+    with pytest.MonkeyPatch.context() as patched, _store(runs, tmp_path_factory.mktemp("whole"), asked) as store:
+        patched.setattr(experiment, "PREFILLS", 2)
+        states = tuple(Experiment(runs, store).go())
+        return Whole(states, tuple(arm.name for arm in store.setup.plan.arms), tuple(store.trials()))
+
+
+def test_every_arm_runs_once_in_each_block_in_an_order_of_its_own(whole: Whole) -> None:
+    orders = [[trial.arm for trial in whole.measured if trial.block == block] for block in range(3)]
+    assert all(sorted(order) == sorted(whole.arms) for order in orders)
     assert len({tuple(order) for order in orders}) > 1
-    assert {len(trial.token_ids) for trial in trials} == {4}
-    assert states[-1].phase == "finished"
-    assert states[-1].blocks == 3
-    assert states[-1].remaining_s == 0
+    assert {len(trial.token_ids) for trial in whole.measured} == {4}
+    last = whole.states[-1]
+    assert (last.phase, last.blocks, last.remaining_s) == ("finished", 3, 0)
 
 
 def test_the_findings_answer_each_question_in_both_metrics(runs: Runs, tmp_path: Path) -> None:
@@ -111,13 +129,10 @@ def test_a_run_beside_other_programs_is_kept_with_their_load(
     assert {(t.block, t.attempt) for t in trials if not t.bad} == {(FIRST_PASS, 0), (0, 1), (1, 1)}
 
 
-def test_ttft_is_the_median_of_several_prefills(runs: Runs, tmp_path: Path) -> None:
-    with _store(runs, tmp_path) as store:
-        list(Experiment(runs, store).go())
-        trials = store.trials()
-    assert {len(trial.prefills_s) for trial in trials if trial.block != FIRST_PASS} == {3}
-    assert {len(trial.prefills_s) for trial in trials if trial.block == FIRST_PASS} == {2}
-    assert all(trial.ttft_s == median(trial.prefills_s) for trial in trials)
+def test_ttft_is_the_median_of_several_prefills(whole: Whole) -> None:
+    assert {len(trial.prefills_s) for trial in whole.measured} == {3}
+    assert {len(trial.prefills_s) for trial in whole.trials if trial.block == FIRST_PASS} == {2}
+    assert all(trial.ttft_s == median(trial.prefills_s) for trial in whole.trials)
 
 
 def test_the_prefills_of_a_block_go_round_the_arms_to_and_fro(
@@ -262,8 +277,7 @@ def test_an_experiment_that_cannot_be_is_refused_by_the_name_of_what_is_wrong(
     assert caught.value.field == field
 
 
-def test_progress_tells_the_remaining_time_from_the_second_block_on(runs: Runs, tmp_path: Path) -> None:
-    with _store(runs, tmp_path) as store:
-        states: list[ExperimentProgress] = list(Experiment(runs, store).go())
-    assert all(state.remaining_s is None for state in states if state.phase.startswith(("first pass", "block 1")))
-    assert all(state.remaining_s for state in states if state.phase.startswith("block 2"))
+def test_progress_tells_the_remaining_time_from_the_second_block_on(whole: Whole) -> None:
+    early = [state for state in whole.states if state.phase.startswith(("first pass", "block 1"))]
+    assert early and all(state.remaining_s is None for state in early)
+    assert all(state.remaining_s for state in whole.states if state.phase.startswith("block 2"))
