@@ -95,7 +95,7 @@ class _Search:
         self.settled += 1
 
     def _candidates(self, wanted: Sequence[Tensor], tried: _Tried) -> list[int]:
-        """BATCH tokens that were not tried: an equal number of those with the embeddings closest to each of `wanted`."""
+        """BATCH tokens that were not tried: equally many of the closest embeddings to each of `wanted`."""
         found, each = list[int](), BATCH // len(wanted)
         for likeness in self._checkpoint.embedding_table.likeness(torch.stack(list(wanted))):
             likeness[[*tried.ids, *found]] = -torch.inf
