@@ -43,16 +43,19 @@ class NextServers:
         self._lock = threading.Lock()
 
     def check(self, opening: pb.Open) -> None:
-        """Raise TrunkRefused if the session is to forward and this server forwards to nobody."""
+        """Raise TrunkRefused if the session may forward to a server that is not listed, also if it has not to yet."""
         if opening.forwards and not self._endpoints:
             raise TrunkRefused("this trunk forwards to no other (server.forward_to)", "forward")
+        missing = [each for each in opening.forward_to if self._endpoint(each) is None]
+        if missing:
+            raise _not_listed(*missing)
 
     def open(self, own_key: bytes, forward: pb.Forward, timeout_s: float, fail: Fail) -> "ForwardStream":
         """The stream for the session with `own_key`. `fail` is called once it is lost. A next server that takes no step
         for `timeout_s` counts as lost. Raises TrunkRefused for an address that is not listed."""
         endpoint = self._endpoint(forward.address)
         if endpoint is None:
-            raise TrunkRefused(f"this trunk does not forward to {forward.address!r} (server.forward_to)", "forward")
+            raise _not_listed(forward.address)
         with self._lock:
             channel = endpoint.take()
         stream = ForwardStream(endpoint.address, channel, forward, timeout_s, fail)
@@ -100,6 +103,11 @@ class NextServers:
             stream = self._streams.get(own_key)
         if stream is not None:
             stream.cancel()
+
+
+def _not_listed(*addresses: str) -> TrunkRefused:
+    named = " and ".join(map(repr, addresses))
+    return TrunkRefused(f"this trunk does not forward to {named} (server.forward_to)", "forward")
 
 
 class ForwardStream:

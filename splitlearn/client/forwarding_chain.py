@@ -159,6 +159,7 @@ class ForwardingChain:
             raise InputError("trunk.forward", True, f"false for a chain of more than {MAX_HOPS} links")
         self._served = [hop.of(whole) for hop in hops]
         self._counts = [len(hop.addresses) for hop in hops]
+        self._addresses = [*(hop.addresses for hop in hops), ()]
         self._timeout_s = timeout_s
         self._servers = [
             Endpoints(hop.addresses, served, timeout_s, hop.credentials, hop.via)
@@ -228,8 +229,8 @@ class ForwardingChain:
     def _open_at(
         self, at: int, opening: Opening, budget: RetryBudget, patient: bool, beside: str
     ) -> tuple[Stream, pb.Opened]:
-        served, last = self._served[at], len(self._servers) - 1
-        own = opening.part(served.plan, forwards=at < last, fed=at > 0)
+        served = self._served[at]
+        own = opening.part(served.plan, self._addresses[at + 1], fed=at > 0)
         try:
             return self._servers[at].open(own, budget.part(at, self._counts[at]), patient=patient, beside=beside)
         except TrunkError as error:

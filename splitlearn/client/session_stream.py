@@ -42,10 +42,11 @@ class Opening:
     rows: Rows
     blocks: int = 0
 
-    def part(self, plan: SplitPlan, *, forwards: bool, fed: bool) -> "Opening":
-        """This for the layers of `plan` alone, in a chain that forwards."""
+    def part(self, plan: SplitPlan, forward_to: Sequence[str], *, fed: bool) -> "Opening":
+        """This for the layers of `plan` alone, in a chain that forwards: to one of `forward_to`, the last to none."""
         message = pb.ClientMessage.FromString(self.message)
-        message.open.MergeFrom(pb.Open(start=plan.start, end=plan.end, forwards=forwards, fed=fed))
+        own = pb.Open(start=plan.start, end=plan.end, forwards=bool(forward_to), forward_to=forward_to, fed=fed)
+        message.open.MergeFrom(own)
         return replace(self, message=message.SerializeToString())
 
 

@@ -142,7 +142,7 @@ class ServerMessage(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "max_length", "flags", "timeout_s", "prefix_keys", "forwards", "fed", "batch")
+    __slots__ = ("protocol", "model", "digest", "start", "end", "n_layers", "dtype", "max_length", "flags", "timeout_s", "prefix_keys", "forwards", "fed", "batch", "forward_to")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +157,7 @@ class Open(_message.Message):
     FORWARDS_FIELD_NUMBER: _ClassVar[int]
     FED_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_TO_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: str
     digest: str
@@ -171,7 +172,8 @@ class Open(_message.Message):
     forwards: bool
     fed: bool
     batch: bool
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., flags: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ..., prefix_keys: _Optional[bytes] = ..., forwards: _Optional[bool] = ..., fed: _Optional[bool] = ..., batch: _Optional[bool] = ...) -> None: ...
+    forward_to: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., n_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., flags: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ..., prefix_keys: _Optional[bytes] = ..., forwards: _Optional[bool] = ..., fed: _Optional[bool] = ..., batch: _Optional[bool] = ..., forward_to: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("threads", "load_s", "import_rss_bytes", "queue_s", "max_tensor_bytes", "key", "cached_tokens")

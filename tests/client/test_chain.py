@@ -39,7 +39,7 @@ from tests.conftest import TinyFactory
 from tests.support.chain import THREE, ChainHere, chain_here
 from tests.support.client import CACHED, client
 from tests.support.proxy import proxy
-from tests.support.trunk import eventually, hidden, serve_here, served, settings
+from tests.support.trunk import eventually, serve_here, served, settings
 from tests.support.words import generation_of, load_of, session_of
 from ui.compare import time as waterfall
 from ui.trunk.monitor import Monitor
@@ -226,16 +226,15 @@ def test_a_session_that_is_left_in_the_middle_leaves_nothing_behind(
         assert all(facts.peak_rss_bytes for facts in asking.stage.facts_of_each)
 
 
-def test_a_server_that_may_not_forward_to_the_next_one_is_named(
+def test_a_server_that_may_not_forward_to_the_next_one_is_named_when_a_session_opens(
     servers: ChainHere, hops: Sequence[Hop], files: ModelFiles
 ) -> None:
     last = servers.servers[2].address
     alone = "localhost:" + last.rpartition(":")[2]  # a name that no server lists
+    unlisted = rf"^Link 2 of 3, layers \[2, 4\): .*not forward to '{alone}' \(server"
     cases = [
-        (
-            [*hops[:2], replace(hops[2], addresses=(alone,))],
-            rf"^Link 2 of 3, layers \[2, 4\): .*not forward to '{alone}'",
-        ),
+        ([*hops[:2], replace(hops[2], addresses=(alone,))], unlisted),
+        ([*hops[:2], replace(hops[2], addresses=(last, alone))], unlisted),  # only the spare is not
         (
             [replace(hops[2], link="1 of 2"), replace(hops[1], link="2 of 2")],
             r"^Link 1 of 2, layers \[4, 5\): .*forwards to no other",
@@ -245,7 +244,7 @@ def test_a_server_that_may_not_forward_to_the_next_one_is_named(
         whole = served(files, SplitPlan(1, 5, 6))
         stage = RemoteStage((), whole, 20, chain=ForwardingChain(links, whole, 20))
         with closing(stage), pytest.raises(TrunkRefused, match=said + r".*trunk\.forward: false") as told:
-            stage.open(session_of(CACHED), 16).step(0, hidden(files, 2))
+            stage.open(session_of(CACHED), 16)
         assert "\n" not in str(told.value)
 
 
