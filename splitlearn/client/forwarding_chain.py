@@ -134,7 +134,7 @@ class ChainStream:
         reason = error if told is None else told[0]
         if self.lost is not None:
             self._served[self.lost].name(reason)
-        if "server.forward_to" in str(reason):
+        if _unlisted(reason):
             reason.args = (f"{reason}.{ADVICE}",)
         return reason
 
@@ -186,12 +186,12 @@ class ForwardingChain:
                 threads.submit(self._open_at, at, opening, budget, patient, each) for at, each in enumerate(first)
             ]
             wait(opening_all)
-        failed = next((each.exception() for each in opening_all if each.exception() is not None), None)
-        if failed is not None:
+        errors = [error for each in opening_all if (error := each.exception()) is not None]
+        if errors:
             for servers, each in zip(self._servers, opening_all, strict=True):
                 if each.exception() is None:
                     servers.leave(each.result()[0])
-            raise failed
+            raise min(errors, key=_unlisted)  # an address that is wrong is listed nowhere: the first other error counts
         streams, opened = zip(*(each.result() for each in opening_all), strict=True)
         self.facts = [self._facts(*each) for each in zip(streams, opened, strict=True)]
         return ChainStream(streams, self._served, opened), _together(opened)
@@ -235,13 +235,18 @@ class ForwardingChain:
             return self._servers[at].open(own, budget.part(at, self._counts[at]), patient=patient, beside=beside)
         except TrunkError as error:
             served.name(error)
-            if "server.forward_to" in str(error):
+            if _unlisted(error):
                 error.args = (f"{error}.{ADVICE}",)
             raise
 
     def _facts(self, stream: Stream, opened: pb.Opened) -> TrunkFacts:
         peaks = (each.peak_rss_bytes for each in self.facts if each.address == stream.address)
         return TrunkFacts(opened.threads, opened.load_s, opened.import_rss_bytes, next(peaks, 0), stream.address)
+
+
+def _unlisted(error: BaseException) -> bool:
+    """Whether a server said that it may not forward to another."""
+    return "server.forward_to" in str(error)
 
 
 def _together(opened: Sequence[pb.Opened]) -> pb.Opened:
