@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2
 from server import endpoint
 from server.auth.tls import Security
 from server.build import build
-from server.monitoring import gauges, logs
+from server.monitoring import exposition, gauges, logs
 from server.service import TrunkService
 from server.variants import Variants
 from splitlearn import address
@@ -76,7 +76,7 @@ def _serve(settings: Config, security: Security, stops: SimpleQueue[str], parent
         runtime = build(settings, progress)
     variants = Variants(settings, runtime)
     service = TrunkService(runtime, variants, settings.server, security)
-    metrics = gauges.listen(runtime.metrics, settings.server)
+    metrics = exposition.listen(runtime.metrics, settings.server)
     running = listen(service, settings.server, security)
     if parent is None:
         say(f"{READY}{running.address}")

@@ -1,20 +1,15 @@
-"""Connects the Prometheus gauges to the running server, and serves the metrics over HTTP."""
+"""Connects the Prometheus gauges to the running server."""
 
 import platform
 
 import grpc
-import prometheus_client
 import torch
 import transformers
 
 from server.build import TrunkRuntime
-from server.monitoring.metrics import Metrics
 from server.monitoring.prefix_metrics import PrefixCollector
 from server.variants import Variants
-from splitlearn import address
 from splitlearn.config import ServerConfig
-from splitlearn.errors import SetupError
-from splitlearn.runtime import ports
 from splitlearn.wire import PROTOCOL
 
 
@@ -51,17 +46,3 @@ def build_info(runtime: TrunkRuntime) -> dict[str, str]:
         "transformers": transformers.__version__,
         "grpc": grpc.__version__,
     }
-
-
-def listen(metrics: Metrics, settings: ServerConfig) -> str | None:
-    """Serve the metrics over HTTP. Returns the address, None without a port. Raises SetupError if it cannot listen."""
-    if settings.metrics_port is None:
-        return None
-    host = settings.metrics_host
-    ports.check("server.metrics_", host, settings.metrics_port)
-    try:
-        server, _ = prometheus_client.start_http_server(settings.metrics_port, host, metrics.registry)
-    except OSError as error:
-        where = address.joined(host, settings.metrics_port)
-        raise SetupError(f"server.metrics_host: cannot listen on {where}: {error.strerror}.") from error
-    return address.joined(host, server.server_port)

@@ -14,19 +14,19 @@ from typing import Any
 
 from server.monitoring import logs
 from server.ray_trunks import scaling
-from server.ray_trunks.directory import Directory, Entry
+from server.ray_trunks.directory import Entry
+from server.ray_trunks.directory_handle import DirectoryHandle
+from server.ray_trunks.failures import Failures
 from server.ray_trunks.ray_api import Lost, Ray
 from server.ray_trunks.replica import ANY, Replica, Report
 from server.ray_trunks.scaling import Bounds, Decision
 from splitlearn.address import joined
 from splitlearn.config import RAY_SCHEME, Config, SplitConfig
 from splitlearn.errors import SetupError, as_error
-from splitlearn.runtime import ports
 
 LOOK_S = 0.25
 DRAIN_SPARE_S = 30.0
 """How much longer than server.drain_s a drain may take before the actor is killed."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 log = logging.getLogger("server")
 
 
@@ -86,19 +86,6 @@ class Running:
 
 
 @dataclass
-class Failures:
-    """How often in a row a link's replicas did not start, and when to try again."""
-
-    count: int = 0
-    until: float = 0.0
-    last: str = ""
-
-    def add(self, reason: str) -> None:
-        self.count, self.last = self.count + 1, reason
-        self.until = time.monotonic() + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self.count)
-
-
-@dataclass
 class Link:
     """A link of the chain, and what was decided of its number of replicas."""
 
@@ -120,14 +107,14 @@ class Controller:
         self._replicas: list[Running] = []
         self._started = 0
         self._group = self._all_groups()
-        self._directory = self._start_directory()
+        self._directory = DirectoryHandle(ray, settings.server, len(links))
 
     @property
     def address(self) -> str:
         """Where the directory is: ray://host:port."""
         server = self._settings.server
         host = self._ray.here if server.host in ANY else server.host
-        return RAY_SCHEME + joined(host, self._port)
+        return RAY_SCHEME + joined(host, self._directory.port)
 
     def begin(self) -> Iterator[None]:
         """Start the least replicas of each link, and wait until they serve. Raises SetupError if one cannot."""
@@ -243,7 +230,7 @@ class Controller:
 
     def _tell(self) -> None:
         """Tell the directory where the replicas are."""
-        self._ray.call(self._directory, "update", [each.entry() for each in self._replicas])
+        self._directory.tell([each.entry() for each in self._replicas])
 
     def _serving(self) -> bool:
         counts = [0] * len(self._links)
@@ -263,15 +250,6 @@ class Controller:
                 short = f"{count} of them need {name} {count * amount:g}, this machine has {have.get(name, 0.0):g}"
                 raise SetupError(f"ray: there is no room for {count} trunk servers: {short}.")
         return self._ray.group(count)
-
-    def _start_directory(self) -> Any:
-        """Start the directory on this node. Its port stays the same when it is started again."""
-        server = self._settings.server
-        self._port = ports.check("server.", server.host, server.port)
-        own = server.model_copy(update={"port": self._port})
-        actor = self._ray.beside(Directory, "directory", own, len(self._links))
-        self._ray.answered([self._ray.call(actor, "port")], None)
-        return actor
 
 
 def _of_link(settings: Config, layers: Sequence[int] | None) -> Config:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import grpc
-import prometheus_client
 from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import Gauge
@@ -21,6 +20,7 @@ from server.auth.tls import Security
 from server.connections import CHECK, HEALTH_THREADS
 from server.dispatch import CallThreads, Dispatch, Method, unary
 from server.idle_timeout import IdleTimeout
+from server.monitoring import exposition
 from server.monitoring.metrics import Metrics
 from server.ray_trunks.load import Layers, Load
 from splitlearn import address
@@ -102,8 +102,7 @@ class Directory:
         self._server.start()
         for name in ("", DIRECTORY):
             state.set(name, health_pb2.HealthCheckResponse.SERVING)
-        if settings.metrics_port is not None:
-            prometheus_client.start_http_server(settings.metrics_port, settings.metrics_host, metrics.registry)
+        exposition.listen(metrics, settings)
 
     def port(self) -> int:
         """Where it listens."""

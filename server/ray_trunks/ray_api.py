@@ -5,6 +5,7 @@ Ray places, watches and restarts actors. What the actors hold is in replica.py a
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,17 @@ from splitlearn.errors import InputError, SetupError
 
 LOCAL = "local"
 """The address of a Ray that is started for this program, and ends with it."""
+_CLASS = re.compile(r"^[\w.]+: ")
+"""Of an exception, before its message in a traceback."""
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing but small messages is kept there
 
 
 @dataclass(frozen=True)
 class Lost:
-    """An actor could not answer. `dead`: Ray will not start it again."""
+    """An actor could not answer. `dead`: Ray will not start it again. `why`: the last line of what Ray says."""
 
     dead: bool
+    why: str = ""
 
 
 class Ray:
@@ -96,8 +100,8 @@ class Ray:
         """Call a method of an actor, without waiting. The result is for `answered` and `result`."""
         return getattr(actor, method).remote(*arguments)
 
-    def answered(self, calls: Sequence[Any], within_s: float | None) -> list[Any]:
-        """Those of `calls` that have an answer within that time; None waits for all."""
+    def answered(self, calls: Sequence[Any], within_s: float) -> list[Any]:
+        """Those of `calls` that have an answer within that time."""
         done, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=within_s)
         return list(done)
 
@@ -107,8 +111,9 @@ class Ray:
             return self._ray.get(call)
         except self._exceptions.ActorUnavailableError:
             return Lost(dead=False)
-        except self._exceptions.RayActorError:
-            return Lost(dead=True)
+        except self._exceptions.RayActorError as error:
+            said = str(error).strip().splitlines() or [""]
+            return Lost(dead=True, why=_CLASS.sub("", said[-1]))
 
     def kill(self, actor: Any) -> None:
         """End an actor for good."""

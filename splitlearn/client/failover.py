@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from splitlearn.client.directory import Directory
+from splitlearn.client.directory import TIMEOUT_S, Directory
 from splitlearn.client.endpoint import Endpoint
 from splitlearn.client.served import ServedModel, TrunkFacts
 from splitlearn.client.session_stream import Opening, Stream
@@ -243,7 +243,7 @@ class Endpoints:
         if self._directory is None:
             return []
         try:
-            found = self._directory.addresses(self._served.plan, budget.wait_s())
+            found = self._directory.addresses(self._served.plan, min(TIMEOUT_S, budget.wait_s()))
         except TrunkError as error:
             budget.errors[self._directory.address] = error
             return [0.0] if patient and isinstance(error, TrunkUnavailable) else []

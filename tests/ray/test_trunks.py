@@ -4,6 +4,7 @@ nothing running."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -223,6 +224,54 @@ def test_a_chain_on_ray_costs_no_token_when_the_actor_of_one_link_is_killed(
         assert found.token_ids == wanted and len(found.recoveries) == 1
         assert running.end(signal.SIGTERM) == 0
         assert not running.left()
+
+
+def test_a_directory_that_is_killed_comes_back_and_sessions_and_their_losses_do_not_need_it(
+    files: ModelFiles, wanted: tuple[int, ...], tmp_path: Path
+) -> None:
+    with program(files, tmp_path, {"min_replicas": 2}) as running, client(files, running.address) as asking:
+        before = set(running.replicas())
+
+        def kill(tokens: int) -> None:
+            if tokens == 20:
+                server_at(running.address).kill()
+                server_at(asking.stage.facts.address).kill()
+
+        found = asking.ask(REQUEST, kill)
+        assert found.token_ids == wanted
+        ((_, loss),) = found.recoveries
+        assert {loss.lost, loss.found} == before
+        assert asking.ask(REQUEST).token_ids == wanted
+        assert eventually(lambda: len(set(running.replicas()) - {loss.lost}) == 2, LONG_S)
+
+        with port_taken_of(running.address):  # which keeps it from starting, so that Ray gives it up
+            assert asking.ask(REQUEST).token_ids == wanted
+            assert eventually(lambda: "the directory ended" in running.errors.read_text(), LONG_S)
+        assert eventually(lambda: len(set(running.replicas())) == 2, LONG_S)
+        with client(files, running.address) as newcomer:
+            assert newcomer.ask(REQUEST).token_ids == wanted
+        assert running.end(signal.SIGTERM) == 0
+        assert not running.left()
+
+
+@contextmanager
+def port_taken_of(address: str) -> Iterator[None]:
+    """Kill the process that listens there, and take its port for a `with` block."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+        def taken() -> bool:
+            with suppress(ValueError, psutil.Error):  # nobody listens there
+                server_at(address).kill()
+            with suppress(OSError):
+                other.bind((host, int(port)))
+                return True
+            return False
+
+        assert eventually(taken, LONG_S)
+        other.listen()
+        yield
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import urllib.request
 
 import pytest
 
-from server.monitoring import gauges
+from server.monitoring import exposition
 from splitlearn import address, config
 from splitlearn.client.served import describe
 from splitlearn.errors import SetupError
@@ -72,6 +72,6 @@ def test_a_trunk_serves_over_ipv6_and_is_reached_at_the_address_that_it_says(
         (found,) = config.with_trunk(config.Config(), here.address.upper()).trunk.address
         assert found == here.address
         limits = config.parse({"server": {"metrics_host": host, "metrics_port": 0}}).server
-        where = gauges.listen(here.runtime.metrics, limits)
+        where = exposition.listen(here.runtime.metrics, limits)
         with urllib.request.urlopen(f"http://{where}/metrics", timeout=30) as answer:
             assert b"splitlearn" in answer.read()
