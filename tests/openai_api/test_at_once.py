@@ -109,14 +109,13 @@ def test_others_are_answered_while_the_chat_template_computes_without_end(client
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
         return str(answer.json()["error"]["message"])
 
-    request, count = asked(name, "split", 2), 0
+    request = asked(name, "split", 2)
     alone = said(client, request)
     with ThreadPoolExecutor(2) as threads:
         ends = [threads.submit(refusal, word) for word in ("PRODUCTS", "HOARD")]
-        while not all(end.done() for end in ends):
+        for _ in range(3):
             assert said(client, request) == alone
-            count += 1
-    assert count > 1
+            assert not all(end.done() for end in ends)
     assert "5 s of CPU time" in ends[0].result() and "256 MiB of memory" in ends[1].result()
 
 
