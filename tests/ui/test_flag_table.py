@@ -12,7 +12,7 @@ from splitlearn.lab.analysis.flags_table import FlagsTable, flags_table
 from splitlearn.lab.analysis.pairing import ServiceLevel
 from splitlearn.lab.job import read_experiment
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, App, measuring, open_page
+from tests.support.page import CHROMIUM, FORBIDDEN, App, measuring, open_page
 from ui.flag_table.view import EMPTY, plain
 
 pytestmark = [
@@ -35,6 +35,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def app(tiny_model: TinyFactory, folder: Path) -> Iterator[App]:
     with measuring(folder, tiny_model().folder, flags=FLAG) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def later(browser: BrowserContext, url: str) -> Iterator[Page]:
+    """A page of somebody who comes after the experiment. Each test leaves it wide, on its first tab."""
+    opened = open_page(browser, url)
+    yield opened
+    opened.close()
+    assert not FORBIDDEN
 
 
 def stored(folder: Path) -> FlagsTable:
@@ -82,31 +91,29 @@ def test_one_press_fills_the_table_and_its_figures_are_those_of_the_labs_store(
     expect(page.locator("#ft-changes pre").last).to_contain_text("splitlearn compare")
 
 
-def test_the_lab_tab_shows_the_same_experiment(page: Page, folder: Path) -> None:
-    expect(page.locator("#flag-table")).to_contain_text(f"without {FLAG}")
-    page.get_by_role("tab", name="Lab").click()
+def test_the_lab_tab_shows_the_same_experiment(later: Page, folder: Path) -> None:
+    expect(later.locator("#flag-table")).to_contain_text(f"without {FLAG}")
+    later.get_by_role("tab", name="Lab").click()
     (name,) = [each.name for each in (folder / "lab").iterdir()]
-    expect(page.locator("#lab-progress")).to_contain_text(name)
+    expect(later.locator("#lab-progress")).to_contain_text(name)
+    later.get_by_role("tab", name="Answers").click()
 
 
-def test_another_order_is_shown_at_once_when_nothing_is_measured(page: Page) -> None:
-    rows = page.get_by_role("region", name="Flags, full and split").locator("tbody th")
+def test_another_order_is_shown_at_once_when_nothing_is_measured(later: Page) -> None:
+    rows = later.get_by_role("region", name="Flags, full and split").locator("tbody th")
     expect(rows.first).to_be_visible()
     before = rows.all_inner_texts()
-    page.get_by_label("Largest effect on TPOT first").check()
+    later.get_by_label("Largest effect on TPOT first").check()
     expect(rows).to_have_count(len(before))
     assert sorted(rows.all_inner_texts()) == sorted(before)
 
 
-def test_on_a_phone_the_table_scrolls_in_its_own_box_and_from_1280_pixels_on_it_fits(
-    browser: BrowserContext, url: str
-) -> None:
-    opened = open_page(browser, url, 1280)
-    region = opened.get_by_role("region", name="Flags, full and split")
+def test_on_a_phone_the_table_scrolls_in_its_own_box_and_from_1280_pixels_on_it_fits(later: Page) -> None:
+    region = later.get_by_role("region", name="Flags, full and split")
     expect(region).to_be_visible()
     assert region.evaluate("box => box.scrollWidth <= box.clientWidth")
-    opened.set_viewport_size({"width": 320, "height": 800})
-    assert opened.evaluate("document.documentElement.scrollWidth") <= 320
+    later.set_viewport_size({"width": 320, "height": 800})
+    assert later.evaluate("document.documentElement.scrollWidth") <= 320
     first = region.locator("tbody th").first
     left = first.bounding_box()
     region.evaluate("box => box.scrollLeft = 400")
@@ -114,14 +121,14 @@ def test_on_a_phone_the_table_scrolls_in_its_own_box_and_from_1280_pixels_on_it_
     assert left is not None
     assert moved is not None
     assert abs(moved["x"] - left["x"]) <= 2
-    opened.close()
+    later.set_viewport_size({"width": 1280, "height": 800})
 
 
-def test_flags_that_do_not_exist_are_refused_beside_the_table(page: Page, folder: Path) -> None:
+def test_flags_that_do_not_exist_are_refused_beside_the_table(later: Page, folder: Path) -> None:
     before = sorted((folder / "lab").iterdir())
-    page.locator("#flags > button").click()
-    words = page.locator("#flag-words textarea, #flag-words input")
+    later.locator("#flags > button").click()
+    words = later.locator("#flag-words textarea, #flag-words input")
     words.fill("none")
-    page.locator("#compare-flags").click()
-    expect(page.locator("#ft-error .sl-error")).to_contain_text(re.compile("at least one flag"))
+    later.locator("#compare-flags").click()
+    expect(later.locator("#ft-error .sl-error")).to_contain_text(re.compile("at least one flag"))
     assert sorted((folder / "lab").iterdir()) == before
