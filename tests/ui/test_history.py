@@ -24,7 +24,8 @@ IMAGE, FORMULA = "<img src=x onerror=alert(1)>", "=1+1"
 def url(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An app that keeps a history on disk, in a cache of its own, as it does by default."""
     folder = tmp_path_factory.mktemp("page")
-    config = write_config(folder, model={"name": str(tiny_model().folder)}, ui={"history_file": None})
+    model, generation = {"name": str(tiny_model().folder)}, {"max_new_tokens": 16}
+    config = write_config(folder, model=model, generation=generation, ui={"history_file": None})
     with running(config, environment={"SPLITLEARN_CACHE": str(folder / "cache")}) as app:
         yield app.warm_url()
 
@@ -143,6 +144,8 @@ def test_a_typed_link_is_answered_from_the_comparison_before_and_measured_by_the
 def test_a_page_that_opens_while_another_one_compares_says_so_and_her_place(
     browser: BrowserContext, url: str, page: Page
 ) -> None:
+    page.locator("#settings > button").click()
+    setting(page, "max_new_tokens", "400")  # it runs until it is stopped
     page.locator("#pairs").get_by_text("10", exact=True).click()
     page.locator("#compare").click()
     expect(page.locator("#stop")).to_be_enabled()
@@ -181,6 +184,7 @@ def apart(browser: BrowserContext, url: str) -> Iterator[Page]:
     opened.reload()
     opened.locator("#settings > button").click()
     setting(opened, "temperature", "0.7")
+    setting(opened, "max_new_tokens", "96")  # in which the rounding shows
     opened.locator("#flags > button").click()
     for lines, flags in enumerate(("use_cache", "use_cache,wire_dtype=int8"), 1):
         setting(opened, "flag-words", flags)

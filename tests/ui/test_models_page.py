@@ -54,14 +54,14 @@ def url(tiny_model: TinyFactory, hub: BrokenHub, tmp_path_factory: pytest.TempPa
     folder: Path = tmp_path_factory.mktemp("models")
     shutil.copytree(tiny_model("gpt2").folder, folder / "cache" / "v1" / "other")
     config = write_config(
-        folder, model={"name": str(tiny_model().folder)}, generation={"max_new_tokens": 100, "chat": False}
+        folder, model={"name": str(tiny_model().folder)}, generation={"max_new_tokens": 12, "chat": False}
     )
     environment = {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "SPLITLEARN_CACHE": str(folder / "cache"),
     }
-    with running(config, environment=environment, fresh=True) as app:
+    with running(config, environment=environment) as app:
         yield app.warm_url()
 
 
@@ -81,6 +81,7 @@ def test_another_model_is_chosen_by_keyboard_and_waits_for_another_visitors_comp
     expect(rows.first).to_contain_text("in use")
     other.locator("#settings > button").click()
     other.get_by_label("Ignore the end token").check()
+    setting(other, "max_new_tokens", "100")  # it runs until the owner has pressed
     other.locator("#compare").click()
     expect(other.locator("#full .sl-answer")).not_to_be_empty(timeout=RUN_MS)
     owner.get_by_label("other", exact=True).focus()
