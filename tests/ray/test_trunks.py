@@ -84,7 +84,12 @@ class Program:
 
     def left(self) -> list[str]:
         """The command lines of its processes that run, and of theirs."""
-        return [" ".join(each.cmdline()) for each in psutil.process_iter() if _has(each, self.mark)]
+        found = []
+        for each in psutil.process_iter():
+            with suppress(psutil.Error):  # it has ended meanwhile
+                if _has(each, self.mark):
+                    found.append(" ".join(each.cmdline()))
+        return found
 
     def end(self, number: signal.Signals) -> int:
         """Send a signal to the whole group of the program, as a terminal does. Returns its exit status."""
