@@ -13,7 +13,7 @@ ENV PYTHONUNBUFFERED=1 \
 
 # A volume takes its owner from the folder in the image. The user has a name, since torch looks it up.
 RUN useradd --uid 10001 --create-home splitlearn \
-    && mkdir -p /cache /srv/lab && chown 10001:10001 /cache /srv/lab
+    && mkdir -p /cache /srv/lab /home/splitlearn/.ray && chown 10001:10001 /cache /srv/lab /home/splitlearn/.ray
 
 WORKDIR /srv
 COPY requirements.txt requirements-ray.txt ./

@@ -4,6 +4,7 @@ Bringing it up takes minutes, so that `make test` leaves it to `make test-compos
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -67,7 +68,7 @@ def test_a_ray_cluster_is_a_head_and_two_workers_in_a_profile_of_their_own() -> 
         assert (ROOT / each["build"]["args"]["MORE_REQUIREMENTS"]).exists()
         assert each["cap_drop"] == ["ALL"] and "ports" not in each
     assert worker["deploy"]["replicas"] == 2
-    assert "--address ray-head:6379" in worker["command"]
+    assert "--address ray-head:6379" in worker["command"][-1]
     check_server(head["command"][-1])
 
 
@@ -114,19 +115,29 @@ def test_the_image_runs_as_a_user_with_a_number() -> None:
     assert int(group) > 0
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What compose_drive.py saw of the running stack."""
+def observed(drive: str, folder: Path, **environment: str) -> dict[str, Any]:
+    """What the module `drive` saw of the running stack."""
     if not BRING_UP.exists():
         pytest.skip(f"{BRING_UP} is missing, which brings a stack up without a Docker engine")
     if shutil.which("iptables") is None or not CHROMIUM.exists():
         pytest.skip("iptables or chromium is not installed")
-    out = tmp_path_factory.mktemp("compose") / "seen.json"
-    drive = ["env", "-C", str(ROOT), sys.executable, "-m", "tests.support.compose_drive", str(out)]
-    run = subprocess.run([BRING_UP, ROOT, "--", *drive], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out = folder / "seen.json"
+    words = ["env", "-C", str(ROOT), sys.executable, "-m", drive, str(out)]
+    run = subprocess.run(
+        [BRING_UP, ROOT, "--", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+    )
     assert run.returncode == 0, run.stdout[-8000:]
     seen: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return seen
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return observed("tests.support.compose_drive", tmp_path_factory.mktemp("compose"))
 
 
 @pytest.mark.compose
@@ -168,3 +179,17 @@ class TestStack:
 
     def test_the_stack_stops_before_it_is_killed(self, seen: dict[str, Any]) -> None:
         assert seen["stop_s"] < 10  # what compose waits before it kills
+
+
+@pytest.mark.compose
+@pytest.mark.timeout(1800)
+def test_the_profile_ray_runs_a_trunk_on_a_worker_and_on_the_other_when_that_is_lost(tmp_path: Path) -> None:
+    seen = observed("tests.support.compose_ray", tmp_path, COMPOSE_PROFILES="ray", COMPOSE_E2E_UP_S="600")
+    assert seen["user"] == "10001"
+    for address, found in ((seen["first"], seen["comparison"]), (seen["second"], seen["again"])):
+        assert found["identical_tokens"] and found["split_run"]["n_tokens"] == 16
+        assert found["split_run"]["trunk_address"] == address
+    assert seen["first"].rpartition(":")[0] != seen["second"].rpartition(":")[0]
+    assert seen["drivers"] == [True, False]  # with the token, and with another one
+    assert "draining" in seen["logs"]
+    assert seen["stop_s"] < 60  # what compose waits before it kills
