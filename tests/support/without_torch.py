@@ -5,7 +5,9 @@ of a process that has all imports of page and workers. It unloads the modules th
 project's own, which are then imported again.
 """
 
+import atexit
 import sys
+from importlib import import_module, reload
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 
@@ -33,7 +35,19 @@ def forked(_arguments: list[str]) -> int:
     }
     for name in dropped:
         del sys.modules[name]
-    return _launch()
+    _read_environment()
+    atexit._clear()
+    try:
+        return _launch()
+    finally:
+        atexit._run_exitfuncs()  # as an interpreter does at its end; a fork does not
+
+
+def _read_environment() -> None:
+    """Let Gradio read where its tunnel's client and server are, as it does on import."""
+    tunneling = reload(import_module("gradio.tunneling"))
+    reload(import_module("gradio.networking"))
+    import_module("gradio.blocks").CURRENT_TUNNELS = tunneling.CURRENT_TUNNELS  # type: ignore[attr-defined]  # ended with the page
 
 
 def _launch() -> int:

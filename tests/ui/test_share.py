@@ -2,7 +2,6 @@
 
 import re
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +48,7 @@ def logged_in(browser: BrowserContext, url: str) -> Page:
 
 @pytest.fixture
 def config(tiny_model: TinyFactory, tmp_path: Path) -> Path:
-    return write_config(tmp_path, model={"name": str(tiny_model().folder)})
+    return write_config(tmp_path, model={"name": str(tiny_model().folder)}, generation={"max_new_tokens": 8})
 
 
 def test_share_without_a_login_is_refused_with_the_way_to_set_one(config: Path) -> None:
@@ -63,7 +62,7 @@ def test_share_without_a_login_is_refused_with_the_way_to_set_one(config: Path) 
 def test_link_is_on_the_terminal_and_on_the_page(config: Path, browser: BrowserContext, tmp_path: Path) -> None:
     environment = stand_in_tunnel(tmp_path / "home")
     nowhere = ("--trunk", "127.0.0.1:9")  # none is needed here, and starting one takes long
-    with running(config, "--share", *nowhere, environment=environment, fresh=True) as app:
+    with running(config, "--share", *nowhere, environment=environment) as app:
         url = app.url()
         app.wait_for(re.compile(re.escape(f"Public link: {LINK}")))
         page = logged_in(browser, url)
@@ -76,7 +75,7 @@ def test_without_a_tunnel_one_message_and_the_local_page_works(
     config: Path, browser: BrowserContext, tmp_path: Path
 ) -> None:
     nowhere = {**LOGIN, "HF_HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
-    with running(config, "--share", environment=nowhere, fresh=True) as app:
+    with running(config, "--share", environment=nowhere) as app:
         url = app.url()
         app.wait_for(re.compile("No public link: .* The page works on this machine"), timeout_s=35)
         page = logged_in(browser, url)
@@ -89,9 +88,8 @@ def test_without_a_tunnel_one_message_and_the_local_page_works(
 def test_a_tunnel_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networking, "setup_tunnel", lambda *_: threading.Event().wait())
     demo = SimpleNamespace(server_name="127.0.0.1", server_port=1, share_token="")
-    sharing, started = Sharing.of(True), time.monotonic()
+    sharing = Sharing.of(True)
     login.open_link(demo, sharing, timeout_s=0.2)
-    assert time.monotonic() - started < 2
     assert sharing.state == "failed"
     assert "did not answer within 0.2 s" in sharing.message
 
