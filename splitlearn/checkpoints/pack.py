@@ -6,8 +6,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from splitlearn.checkpoints.convert import write_tensors
 from splitlearn.checkpoints.folder import MANIFEST, WEIGHTS, ModelFiles, read_config, seal_part
+from splitlearn.checkpoints.weights_file import write_tensors
 from splitlearn.errors import InputError, ModelError
 from splitlearn.models.part import Part
 from splitlearn.models.tensors import tensor_names

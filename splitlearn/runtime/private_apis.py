@@ -96,6 +96,34 @@ def load_tensors(model: Any, tensors: Mapping[str, Any], dtype: Any) -> tuple[se
     return set(info.mismatched_keys), dict(info.conversion_errors)
 
 
+def gguf_conversion(path: Path, model: Any) -> Callable[[str, Any], dict[str, Any]] | None:
+    """transformers: what makes of a tensor of a GGUF file (its name there and its float32 array) those of `model`, by
+    their names. None for an architecture whose tensors are made of several. Public from_pretrained does this only for
+    all tensors at once, and holds them all."""
+    from transformers import modeling_gguf_pytorch_utils as of_gguf
+    from transformers.integrations.gguf import is_gguf_arch_supported, read_gguf_metadata
+
+    architecture = read_gguf_metadata(str(path))[0]["general.architecture"]
+    plain = of_gguf.TensorProcessor
+    kind = of_gguf.TENSOR_PROCESSORS.get(architecture, plain)
+    merges = kind.perform_fallback_tensor_mapping is not plain.perform_fallback_tensor_mapping
+    if merges or is_gguf_arch_supported(architecture):
+        return None
+    processor = kind(config=of_gguf.load_gguf_checkpoint(str(path))["config"])
+    names = of_gguf.get_gguf_hf_weights_map(model, processor)
+
+    def convert(name: str, values: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        done = processor.process(
+            weights=values, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": found}
+        )
+        if done.name in names:
+            found[names[done.name]] = done.weights
+        return found
+
+    return convert
+
+
 def hub_sha256(storage: Path, commit: str) -> dict[str, str]:
     """huggingface_hub: the SHA-256 of each large file of a commit, as the hub listed it when files of it were fetched
     into the folder `storage`. The public get_cached_repo_tree leaves them out."""

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from splitlearn.checkpoints import convert, folder
+from splitlearn.checkpoints import convert, folder, weights_file
 from splitlearn.errors import ModelError
 from splitlearn.runtime.progress import silent
 from tests.conftest import TinyFactory
@@ -59,6 +59,6 @@ def test_a_conversion_that_is_killed_says_so(tmp_path: Path) -> None:
 
 def test_the_tensors_begin_where_torch_would_put_them(tiny_model: TinyFactory) -> None:
     files = tiny_model("llama")
-    assert convert.data_offset(files.weights) % folder.ALIGNMENT == 0
+    assert weights_file.data_offset(files.weights) % folder.ALIGNMENT == 0
     with safe_open(files.weights, framework="pt") as weights:
         assert all(weights.get_tensor(name).data_ptr() % folder.ALIGNMENT == 0 for name in weights.keys())  # noqa: SIM118

@@ -15,8 +15,9 @@ from huggingface_hub import constants
 
 from splitlearn.checkpoints import adapter, download
 from splitlearn.checkpoints import hub as model_hub
-from splitlearn.checkpoints.download import Checkpoint, PipSource
+from splitlearn.checkpoints.download import Checkpoint
 from splitlearn.checkpoints.hub import HubSource
+from splitlearn.checkpoints.packages import PipSource
 from splitlearn.errors import ModelError, ModelUnavailable
 from splitlearn.runtime.progress import silent
 from tests.support import ROOT, prepare
