@@ -47,7 +47,7 @@ def write_in_turn(shapes: Mapping[str, Sequence[int]], arrays: Iterable[tuple[st
             file.seek(len(header) + places[name][0])
             rows = max(1, PIECE_BYTES // max(1, array[:1].nbytes))
             for start in range(0, len(array), rows):
-                file.write(memoryview(np.ascontiguousarray(array[start : start + rows], np.float32)).cast("B"))
+                file.write(np.ascontiguousarray(array[start : start + rows], np.float32).data)
 
 
 def _header(shapes: Mapping[str, Sequence[int]], pad: str) -> tuple[bytes, dict[str, tuple[int, int]]]:

@@ -17,7 +17,7 @@ from tests.support.tiny import make_checkpoint, make_gguf
 
 # Every form of few bits that gguf can write in blocks of 32 values, and the two of 16 bits.
 FORMS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16")
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+SIZES: dict[str, object] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 
 
 def stored_as(form: str, plain: Path, to: Path) -> Path:
@@ -43,7 +43,7 @@ def stored_as(form: str, plain: Path, to: Path) -> Path:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of four layers as a GGUF file in float32."""
     folder = tmp_path_factory.mktemp("gguf")
-    return make_gguf(folder / "plain.gguf", make_checkpoint(folder / "checkpoint", n_layers=4, **SIZES))
+    return make_gguf(folder / "plain.gguf", make_checkpoint(folder / "checkpoint", "llama", 4, True, **SIZES))
 
 
 @pytest.mark.parametrize("form", FORMS)
