@@ -64,7 +64,7 @@ def test_a_converted_folder_is_used_where_it_is(tiny_model: TinyFactory, cache: 
     "name", ["smolm2", "/nowhere", "a/b/c", "../x", "https://host/a", "a b/c", "gpt2/", "x" * 300, "~x/y"]
 )
 def test_a_name_of_no_known_form_is_refused(name: str, cache: Path) -> None:
-    with pytest.raises(InputError, match="smollm2-135m-instruct, gpt2, a hub id"):
+    with pytest.raises(InputError, match="smollm2-135m-instruct, tinyllama-1.1b-chat, gpt2, a hub id"):
         prepare(name)
 
 
