@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splitlearn.checkpoints import catalogue, convert
+from splitlearn.checkpoints.catalogue import CATALOGUE
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.config import ModelConfig
 from splitlearn.errors import InputError, ModelError
@@ -97,7 +98,7 @@ def test_a_killed_conversion_leaves_nothing_that_is_taken_for_whole(
         assert child.poll() is None
         time.sleep(0.01)
     child.close()  # by SIGKILL
-    assert catalogue.catalogue_status(ModelConfig())[2:] == []
+    assert catalogue.catalogue_status(ModelConfig())[len(CATALOGUE) :] == []
     assert prepare(checkpoint).n_layers == 6
     assert not list(cache.glob("*.partial-*"))
 
@@ -105,12 +106,12 @@ def test_a_killed_conversion_leaves_nothing_that_is_taken_for_whole(
 def test_the_catalogue_says_what_is_cached(tmp_path: Path, cache: Path, in_process: None) -> None:
     own = prepare(make_checkpoint(tmp_path / "checkpoint"))
     rows = catalogue.catalogue_status(ModelConfig())
-    assert [row.name for row in rows] == ["smollm2-135m-instruct", "gpt2", own.folder.name]
-    assert [row.folder for row in rows] == [None, None, own.folder]
-    assert rows[2].cached_bytes > own.weights.stat().st_size
-    assert rows[2].source == str(tmp_path / "checkpoint")
+    assert [row.name for row in rows] == [*(entry.name for entry in CATALOGUE), own.folder.name]
+    assert [row.folder for row in rows] == [*[None] * len(CATALOGUE), own.folder]
+    assert rows[-1].cached_bytes > own.weights.stat().st_size
+    assert rows[-1].source == str(tmp_path / "checkpoint")
     (own.folder / "manifest.json").write_text("{")
-    assert catalogue.catalogue_status(ModelConfig())[2].source == "unknown (its manifest is damaged)"
+    assert catalogue.catalogue_status(ModelConfig())[-1].source == "unknown (its manifest is damaged)"
 
 
 def test_the_cache_folder_is_the_environments_then_the_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
