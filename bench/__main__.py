@@ -70,6 +70,7 @@ def main() -> int:
     """Run the named measurements."""
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(BENCHES)} (default: all)")
+    parser.add_argument("--model", metavar="NAME", help="another model than that of config.yaml")
     for name, (kind, _, text) in SIZES.items():
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text}, for measurements that take it")
     args = parser.parse_args()
@@ -85,9 +86,15 @@ def main() -> int:
         for option in size:
             if option not in inspect.signature(measure).parameters:
                 parser.error(f"{name} takes no --{option}")
-        with on_console() as progress, Runs(config.load(Path("config.yaml")), progress) as runs:
+        with on_console() as progress, Runs(_config(args.model), progress) as runs:
             measure(runs, **size)
     return 0
+
+
+def _config(model: str | None) -> config.Config:
+    """config.yaml, with another model if one is named."""
+    here = config.load(Path("config.yaml"))
+    return here if model is None else here.model_copy(update={"model": config.ModelConfig(name=model)})
 
 
 if __name__ == "__main__":

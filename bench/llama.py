@@ -39,34 +39,41 @@ SHORT, LONG = 20, 512
 FLAGS = "fast"
 OURS, SPLIT, LLAMA, RPC, GENERATE = "full, fast", "split, fast", "llama.cpp", "llama.cpp RPC", "generate()"
 RATIOS = ((OURS, LLAMA), (OURS, GENERATE), (SPLIT, OURS), (SPLIT, RPC))
-# As many as the default split has in its trunk. llama.cpp offloads the last layers.
-REMOTE_LAYERS = 26
 
 
-def main(runs: Runs) -> None:
-    """Measure and write docs/results/llama.md."""
+def main(runs: Runs, blocks: int = PAIRS) -> None:
+    """Measure and write docs/results/llama.md, or for another model than the default llama-NAME.md."""
+    entry = next(entry for entry in CATALOGUE if entry.name == runs.config.model.name)
     tokens = Tokens.load(runs.spec("full", runs.flags(FLAGS)).files.folder, use_fast=True)
     short, long = (text_of(tokens, length) for length in (SHORT, LONG))
     with tempfile.TemporaryDirectory() as work:
-        gguf = download.fetch(CATALOGUE[0].source, Path(work), silent).gguf
+        gguf = download.fetch(entry.source, Path(work), silent).gguf
         rows = [
-            row for threads in THREADS for row in _rows(runs.config, threads, tokens, (short, long), f"{work}/{gguf}")
+            row
+            for threads in THREADS
+            for row in _rows(runs.config, threads, tokens, (short, long), f"{work}/{gguf}", blocks)
         ]
     text = (
-        f"Geometric mean ratios with 95% intervals over {PAIRS} blocks, the arms in random order within each, each arm "
-        f"in a process with the threads named. TPOT: {TOKENS} tokens after a prompt of {SHORT}; TTFT: prompts of "
+        f"Geometric mean ratios with 95% intervals over {blocks} blocks, the arms in random order within each, each "
+        f"arm in a process with the threads named. TPOT: {TOKENS} tokens after a prompt of {SHORT}; TTFT: prompts of "
         f"{SHORT} and {LONG} tokens. fast: the flags `{FLAGS}` (docs/flags.md); with them, steps of one token run on "
-        f"one thread here, since there are fewer than four. llama.cpp RPC: {REMOTE_LAYERS} layers in a server with as "
-        "many threads."
+        f"one thread here, since there are fewer than four. llama.cpp RPC: {runs.plan.end - runs.plan.start} layers in "
+        f"a server with as many threads. The model is {entry.name}."
     )
-    write("llama", "The full model against llama.cpp and generate()", text, rows, environment(runs))
+    name, options = ("llama", "") if entry is CATALOGUE[0] else (f"llama-{entry.name}", f" --model {entry.name}")
+    options += f" --blocks {blocks}" if blocks != PAIRS else ""
+    title = "The full model against llama.cpp and generate()"
+    write(name, title, text, rows, environment(runs), f"llama{options}")
 
 
-def _rows(config: Config, threads: int, tokens: Tokens, prompts: tuple[str, str], gguf: str) -> list[dict[str, str]]:
+def _rows(
+    config: Config, threads: int, tokens: Tokens, prompts: tuple[str, str], gguf: str, blocks: int
+) -> list[dict[str, str]]:
     changes = {"runs": RunsConfig(threads=threads), "flags": FLAGS}
     with Runs(config.model_copy(update=changes), silent) as runs:
         decode, prefill = (
-            _measure(runs, tokens, prompt, count, gguf) for prompt, count in zip(prompts, (TOKENS, 1), strict=True)
+            _measure(runs, tokens, prompt, count, gguf, blocks)
+            for prompt, count in zip(prompts, (TOKENS, 1), strict=True)
         )
     return [
         {
@@ -84,11 +91,11 @@ def _rows(config: Config, threads: int, tokens: Tokens, prompts: tuple[str, str]
     ]
 
 
-def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> dict[str, list[Generated]]:
+def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str, blocks: int) -> dict[str, list[Generated]]:
     flags = runs.flags(FLAGS)
     spec = runs.spec("full", flags)
     reference, threads = Reference(spec), spec.threads or default_threads()
-    llama, rpc = _Llama(gguf, threads), _Llama(gguf, threads, REMOTE_LAYERS)
+    llama, rpc = _Llama(gguf, threads), _Llama(gguf, threads, runs.plan.end - runs.plan.start)
     ids = tokens.encode(prompt, chat=False)
     request = GenerationRequest(prompt, max_new_tokens=count, chat=False, ignore_eos=True)
 
@@ -104,7 +111,7 @@ def _measure(runs: Runs, tokens: Tokens, prompt: str, count: int, gguf: str) -> 
         GENERATE: lambda: reference.run(prompt, count, chat=False),
     }
     try:
-        return warm_blocks(arms, PAIRS)
+        return warm_blocks(arms, blocks)
     finally:
         reference.stop()
         llama.stop()

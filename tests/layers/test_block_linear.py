@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch.nn.functional import linear
@@ -64,8 +65,28 @@ def test_what_blocks_stand_for_is_kept_as_it_is(bits: int) -> None:
     assert torch.equal(from_blocks(to_blocks(kept, bits), 48, 96), kept)
 
 
+@pytest.mark.parametrize(("form", "bits"), [("Q4_0", 4), ("Q4_1", 4), ("Q8_0", 8)])
+def test_weights_of_a_gguf_file_with_as_many_bits_keep_their_values(form: str, bits: int) -> None:
+    kind = GGMLQuantizationType[form]
+    weight = torch.from_numpy(dequantize(quantize(torch.randn(80, 256).numpy(), kind), kind))
+    weight[5, 32:64] = 0
+    assert torch.equal(from_blocks(to_blocks(weight, bits), 80, 256), weight)
+
+
+def test_weights_of_super_blocks_keep_their_values_but_for_a_float16s_rounding() -> None:
+    random = np.random.default_rng(1)
+    stored = random.integers(0, 256, (64, 3, 144), np.uint8)  # blocks of Q4_K: two float16, 12 bytes of scales, halves
+    stored[:, :, :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
+    weight = torch.from_numpy(dequantize(stored.reshape(64, -1), GGMLQuantizationType.Q4_K))
+    found = from_blocks(to_blocks(weight, 4), *weight.shape)
+    groups = weight.view(64, -1, GROUP)
+    steps = (groups.amax(-1) - groups.amin(-1)) / 15
+    off = (found - weight).view(64, -1, GROUP).abs().amax(-1)
+    assert (off <= 0.05 * steps + groups.abs().amax(-1) / 2048).all()
+
+
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 15, 33])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 15, 33, 700])
 def test_the_products_are_those_of_the_matrix_that_the_blocks_stand_for(bits: int, rows: int) -> None:
     weight, x = torch.randn(80, 96), torch.randn(rows, 96)
     blocks, out = to_blocks(weight, bits), np.full((rows, 80), np.nan, np.float32)
