@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTO := splitlearn/wire/trunk.proto splitlearn/wire/directory.proto
 
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-compose test-clients test-ray check proto docs screenshots bench clean weights chromium iptables
+.PHONY: help install run test test-compose test-clients test-engines test-ray check proto docs screenshots bench clean weights chromium iptables
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -24,6 +24,9 @@ test-compose: .venv/installed-test chromium iptables ## build the images and bri
 
 test-clients: .venv/installed-test weights ## run other people's OpenAI clients against splitlearn serve (minutes)
 	$(BIN)/python -m pytest tests/openai_api/clients -m clients -n 0 -rs
+
+test-engines: .venv/installed-test ## run all families on the engines beside torch (minutes)
+	$(BIN)/python -m pytest tests/engines -m engines -n 2
 
 test-ray: .venv-ray/installed weights ## run trunk servers on a Ray of the tests' own (minutes)
 	.venv-ray/bin/python -m pytest tests/ray -m ray -n 0 -rs
@@ -64,7 +67,7 @@ weights: .venv/installed
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/installed-test: requirements-test.txt .venv/installed
+.venv/installed-test: requirements-test.txt requirements-onnx.txt .venv/installed
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt
 	@touch $@
 

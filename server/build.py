@@ -10,7 +10,7 @@ import torch
 from server.monitoring.metrics import Metrics
 from server.prefixes import TrunkPrefixes
 from splitlearn.checkpoints import catalogue
-from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.checkpoints.folder import ModelFiles, read_config
 from splitlearn.config import Config, SplitConfig
 from splitlearn.flags.here import here
 from splitlearn.flags.registry import SIDES, of_scope
@@ -63,7 +63,7 @@ def _build(settings: Config, progress: Progress, thread: ThreadPoolExecutor) -> 
     files = catalogue.prepare(settings.model, progress, part=partial(_part, settings.cut))
     plan = _plan(settings.cut, files)
     placement = Placement.of(settings.model.device, settings.model.dtype)
-    place = here(str(placement.device), settings.model.dtype)
+    place = here(str(placement.device), settings.model.dtype, read_config(files.folder))
     applied = parse(settings.flags, availability(dict.fromkeys(SIDES, place))).trunk
     own = of_scope(applied, "load", "process")
     progress(Step("Loading the trunk"))

@@ -12,8 +12,7 @@ from splitlearn.checkpoints.folder import read_config
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError, TrunkRefused
 from splitlearn.flags.here import here
-from splitlearn.flags.registry import FLAGS
-from splitlearn.flags.selection import applied_of, chosen_in, why_not
+from splitlearn.flags.selection import TEXTS, applied_of, chosen_in, why_not, why_not_chosen
 from splitlearn.models.structure import no_prefixes
 from splitlearn.runtime import hardware
 from splitlearn.runtime.process import resident_bytes
@@ -36,8 +35,9 @@ class Offer:
             expected = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
             raise InputError("server.max_message_bytes", limits.max_message_bytes, expected)
         self._dtype = _name(runtime.placement.dtype)
-        unfit = no_prefixes(read_config(runtime.files.folder))
-        self._place = replace(here(str(runtime.placement.device), self._dtype), no_prefixes=unfit)
+        model = read_config(runtime.files.folder)
+        place = here(str(runtime.placement.device), self._dtype, model)
+        self._place = replace(place, no_prefixes=no_prefixes(model))
         self._machine = {name: str(value) for name, value in hardware.describe().items() if value is not None}
 
     def describe(self, request: bytes, context: grpc.ServicerContext) -> pb.Description:
@@ -56,7 +56,7 @@ class Offer:
             hidden_size=runtime.files.facts.hidden_size,
             max_length=self._max_length() or 0,
             threads=runtime.threads,
-            flags=[pb.FlagState(name=name, unavailable=self._why_not(name) or "") for name in FLAGS],
+            flags=[pb.FlagState(name=text, unavailable=self._why_not(text) or "") for text in TEXTS],
             machine=self._machine,
             padding=bytes(asked.answer_padding),
             costs=self._costs() if asked.costs else None,
@@ -84,10 +84,10 @@ class Offer:
         if not 0 <= opening.timeout_s < float("inf"):
             raise InputError("timeout_s", opening.timeout_s, "seconds, 0 or more")
         chosen = chosen_in(opening.flags)
-        for name in chosen:
-            reason = why_not(name, "trunk", self._place)
-            if reason:
-                raise TrunkRefused(f"flag {name} is unavailable at this trunk: {reason}")
+        here = {text: why_not(text, "trunk", self._place) for text in TEXTS}
+        for text in chosen.values():
+            if reason := why_not_chosen(text, here):
+                raise TrunkRefused(f"flag {text} is unavailable at this trunk: {reason}")
         return applied_of(chosen)
 
     def _check_served(self, opening: pb.Open) -> None:
@@ -119,7 +119,7 @@ class Offer:
 
     def _why_not(self, flag: str) -> str | None:
         """Why this flag is unavailable here, or None."""
-        return why_not(flag, "trunk", self._place) or self._variants.why_not(flag)
+        return why_not(flag, "trunk", self._place) or self._variants.why_not(flag.partition("=")[0])
 
 
 def _name(dtype: torch.dtype) -> str:

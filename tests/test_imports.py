@@ -22,6 +22,7 @@ ORDER = (
     "kvcache",
     "layers",
     "stages",
+    "engines",
     "scheduling",
     "generation",
     "flags",

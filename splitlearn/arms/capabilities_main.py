@@ -44,12 +44,12 @@ def _kv_bytes(question: Question) -> tuple[int, ...]:
 
 def place_of(question: Question) -> Place:
     """What decides which flags can be applied to the model in question on this machine."""
-    folder = question.files.folder
+    folder, config = question.files.folder, read_config(question.files.folder)
     place = replace(
-        here(str(resolve(question.device)), question.dtype),
+        here(str(resolve(question.device)), question.dtype, config),
         no_python_tokenizer=python_tokenizer_available(folder),
-        no_truncation=no_truncation(read_config(folder)),
-        no_prefixes=no_prefixes(read_config(folder)),
+        no_truncation=no_truncation(config),
+        no_prefixes=no_prefixes(config),
     )
     if question.draft is None:
         return place

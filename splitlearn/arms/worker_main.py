@@ -57,8 +57,8 @@ from splitlearn.stages.spot_checks import SpotChecks
 from splitlearn.wire.codec import DTYPES
 
 COMPILE_TIMEOUT_S = 1800.0
-"""The least timeout for a trunk that compiles. Its first step waits until all layers are compiled, for 26 layers on two
-cores more than two minutes."""
+"""The least timeout for a trunk that compiles, or exports its layers for another engine. Its first step, or session,
+waits until that is done, for 26 layers on two cores more than two minutes."""
 SHARING = frozenset({"use_cache", "cache=reserved"})
 """The session flags with which steps share forwards."""
 Watch = Callable[[Reconnecting], None]
@@ -237,8 +237,9 @@ def _spot_checks(spec: ArmSpec, plan: SplitPlan) -> SpotChecks | None:
 
 def step_timeout_s(spec: ArmSpec) -> float:
     """How long a step may take at the trunk, in seconds."""
-    compiles = settings(spec.flags.trunk).load.compile_stage is not None
-    return max(spec.timeout_s, COMPILE_TIMEOUT_S) if compiles else spec.timeout_s
+    load = settings(spec.flags.trunk).load
+    prepares = load.compile_stage is not None or load.engine is not None
+    return max(spec.timeout_s, COMPILE_TIMEOUT_S) if prepares else spec.timeout_s
 
 
 def read_tokens(spec: ArmSpec) -> Tokens:

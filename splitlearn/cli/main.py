@@ -13,6 +13,7 @@ import typer
 import splitlearn
 from splitlearn.cli.attack import attack
 from splitlearn.cli.compare import compare
+from splitlearn.cli.export import export
 from splitlearn.cli.flags import flags
 from splitlearn.cli.lab import lab
 from splitlearn.cli.loadtest import loadtest
@@ -68,7 +69,7 @@ def _options(
     """What comes before the command."""
 
 
-for _command in (compare, lab, report, loadtest, attack, serve, fetch, parts, plan, flags, token):
+for _command in (compare, lab, report, loadtest, attack, serve, fetch, export, parts, plan, flags, token):
     app.command()(_command)
 app.add_typer(models, name="models")
 for _program in (serve_trunk, ui):

@@ -27,6 +27,7 @@ _POOREST = Place(
     no_python_tokenizer="the model has only one tokenizer, Rust or Python",
     no_truncation="the model has layers that keep something else than keys and values",
     no_prefixes="the model has layers that keep something else, or rotary embeddings that change with the length",
+    no_onnxruntime="is not installed, or does not compute this model, dtype or device",
     has_compiler=False,
 )
 
@@ -38,7 +39,7 @@ In `config.yaml` (`flags:`), on the command line (`--flags`) and on the page the
 - `auto`, which is applied at first: the fastest set that leaves the tokens as they are, on each side by this rule:
 {rules};
 - `default`: every available exact or rounding flag but {left_out};
-- `all`; `none`;
+- `all`: every available flag but `engine`; `none`;
 - a list: `use_cache,inference_mode`; another choice of a flag: `float32_matmul_precision=high`;
 - one of these for each side: `full:all client:use_cache trunk:none`; a side that is not named has the default;
 - a preset:

@@ -1,9 +1,14 @@
 """What this process, which has torch, can say of where it runs."""
 
+from typing import Any
+
+from splitlearn.engines.reasons import no_onnxruntime
 from splitlearn.flags.registry import Place
 from splitlearn.layers import onednn_linear
 
 
-def here(device: str, dtype: str) -> Place:
-    """The place of weights of `dtype` on `device`, as far as torch knows it; of the model nothing."""
-    return Place(device, dtype=dtype, no_onednn=onednn_linear.why_not(dtype))
+def here(device: str, dtype: str, config: Any | None = None) -> Place:
+    """The place of weights of `dtype` on `device`, as far as torch knows it; of the model only which engines can
+    compute it, if its configuration is given."""
+    no_engine = {"no_onnxruntime": no_onnxruntime(device, dtype, config)}
+    return Place(device, dtype=dtype, no_onednn=onednn_linear.why_not(dtype), **no_engine)

@@ -46,8 +46,8 @@ class Place:
     """What decides whether a process can apply a flag: device, dtype, processor, model and installed tools.
 
     Each `no_...` says why something is missing, None where it is there: a Python tokenizer, truncation of the KV cache,
-    reuse of a prefix by another sequence, oneDNN's products in this dtype, a draft model. `vector` names the vector
-    instructions (runtime/hardware.py)."""
+    reuse of a prefix by another sequence, oneDNN's products in this dtype, a draft model, ONNX Runtime for this model.
+    `vector` names the vector instructions (runtime/hardware.py)."""
 
     device: str
     no_python_tokenizer: str | None = None
@@ -55,6 +55,7 @@ class Place:
     no_prefixes: str | None = None
     no_onednn: str | None = None
     no_draft: str | None = "no draft model is named (model.draft)"
+    no_onnxruntime: str | None = None
     dtype: str = "float32"
     vector: str | None = field(default_factory=hardware.vector_instructions)
     has_compiler: bool = field(default_factory=lambda: any(map(shutil.which, ("c++", "g++", "clang++"))))
@@ -72,7 +73,8 @@ class Flag:
     """One optimization. `choices` maps each choice to what it changes; the first is the off arm.
 
     `applied` is the choice that the bare name means. `unavailable` returns why the flag cannot be applied at a place,
-    or None.
+    or None. `unavailable_choices` does so for single choices. `replaces` names, for a choice, the flags that do not act
+    beside it; they are left out (selection.py).
     """
 
     name: str
@@ -87,6 +89,8 @@ class Flag:
     on_by_default: bool = True
     acts_when_sampling: bool = False
     unavailable: Callable[[Place], str | None] = _available
+    unavailable_choices: Mapping[str, Callable[[Place], str | None]] = field(default_factory=dict)
+    replaces: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def off(self) -> str:
@@ -171,11 +175,25 @@ def _blocks(bits: int) -> Apply:
         from splitlearn.layers.block_linear import in_one_memory
 
         layer, head = (partial(in_one_memory, each) for each in (bits, max(bits, 8)))
-        return _set(linear=layer, head=head, engine=Import("splitlearn.stages.fused_decode:of"), weight_bits=bits)(
-            settings
-        )
+        return _set(
+            linear=layer, head=head, token_engine=Import("splitlearn.stages.fused_decode:of"), weight_bits=bits
+        )(settings)
 
     return apply
+
+
+def _engine(made_by: str) -> Apply:
+    """A choice that computes with an engine other than torch. What changes torch's layers or asks them for more does
+    not act."""
+    plain = {
+        "attention": None,
+        "sdpa": "sdpa",
+        "linear": None,
+        "head": None,
+        "token_engine": None,
+        "compile_stage": None,
+    }
+    return _set(engine=Import(made_by), forward_arguments={}, **plain)
 
 
 def _bfloat16_rows(settings: Settings) -> Settings:
@@ -233,6 +251,31 @@ def _needs_cpu_and_truncation(place: Place) -> str | None:
 def _needs_float32_on_cpu(place: Place) -> str | None:
     here = (place.device, place.dtype)
     return None if here == ("cpu", "float32") else f"is for float32 on the CPU; this is {place.dtype} on {place.device}"
+
+
+def _needs_onnxruntime(place: Place) -> str | None:
+    return place.no_onnxruntime
+
+
+OF_TORCH = (
+    "cache",
+    "float32_matmul_precision",
+    "row_attention",
+    "weight_prepack",
+    "torch_compile",
+    "cuda_graph",
+    "head_overlap",
+)
+"""The flags that change torch's layers, and do nothing beside another engine."""
+_NEEDS: Mapping[str, Callable[[Place], str | None]] = {"onnxruntime": _needs_onnxruntime}
+"""For each engine but torch, why it cannot compute at a place."""
+
+
+def _needs_an_engine(place: Place) -> str | None:
+    reasons = {name: needs(place) for name, needs in _NEEDS.items()}
+    if not all(reasons.values()):
+        return None
+    return "; ".join(f"{name} {reason}" for name, reason in reasons.items())
 
 
 def _needs_compiler(place: Place) -> str | None:
@@ -385,7 +428,7 @@ FLAGS: Mapping[str, Flag] = {
             "trial shows that the layers permit it. Keys and values lie in reserved memory (cache). The time of a "
             "capture is shown as compile time.",
             "Launches each kernel by itself.",
-            _on(engine=Import("splitlearn.stages.cuda_graph:of")),
+            _on(token_engine=Import("splitlearn.stages.cuda_graph:of")),
             fidelity="rounding",
             scope="load",
             unavailable=_needs_cuda,
@@ -480,6 +523,21 @@ FLAGS: Mapping[str, Flag] = {
             sides=frozenset({"trunk"}),
             fidelity="lossy",
             on_by_default=False,
+        ),
+        Flag(
+            "engine",
+            "engine",
+            "Computes with ONNX Runtime: each stage is exported once, as a graph of its own. Flags that change torch's "
+            f"layers then do not act: {', '.join(OF_TORCH)}.",
+            "Computes with torch.",
+            {"torch": _same, "onnxruntime": _engine("splitlearn.engines.onnx_engine:of")},
+            applied="onnxruntime",
+            fidelity="rounding",
+            scope="load",
+            on_by_default=False,
+            unavailable=_needs_an_engine,
+            unavailable_choices=_NEEDS,
+            replaces={"onnxruntime": frozenset(OF_TORCH)},
         ),
     )
 }

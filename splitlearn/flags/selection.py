@@ -12,6 +12,8 @@ from splitlearn.flags import auto
 from splitlearn.flags.auto import Rule
 from splitlearn.flags.registry import FLAGS, SIDES, Flag, Place, Side
 
+TEXTS = (*FLAGS, *(f"{flag.name}={choice}" for flag in FLAGS.values() for choice in flag.unavailable_choices))
+"""What an `Availability` says something of."""
 DOES_NOT_ACT = "does not act on this side"
 SETS = ("auto", "default", "all", "none")
 """Words that stand for a whole set, beside the presets."""
@@ -69,7 +71,8 @@ PRESETS: Mapping[str, tuple[str, Mapping[Side, str]]] = {
 
 @dataclass(frozen=True)
 class Availability(Mapping[Side, Mapping[str, str | None]]):
-    """For each side and flag, why it cannot be applied there, or None. `auto` is what the word `auto` means there."""
+    """For each side and flag, why it cannot be applied there, or None; for some choices, as `name=choice`, too. `auto`
+    is what the word `auto` means there."""
 
     reasons: Mapping[Side, Mapping[str, str | None]]
     auto: Mapping[Side, Rule]
@@ -90,11 +93,18 @@ class Availability(Mapping[Side, Mapping[str, str | None]]):
 
 @dataclass(frozen=True)
 class FlagSet:
-    """The applied flags of each side, each as `name`, or `name=choice` where the choice is not the usual one."""
+    """The applied flags of each side, each as `name`, or `name=choice` where the choice is not the usual one.
+
+    Flags that do not act beside another one of the same side are left out.
+    """
 
     full: frozenset[str] = frozenset()
     client: frozenset[str] = frozenset()
     trunk: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for side in SIDES:
+            object.__setattr__(self, side, acting(self.of(side)))
 
     def of(self, side: Side) -> frozenset[str]:
         """The applied flags of `side`."""
@@ -122,7 +132,7 @@ class FlagSet:
 
 def availability(places: Mapping[Side, Place]) -> Availability:
     """What can be applied at these places."""
-    reasons = {side: {name: why_not(name, side, place) for name in FLAGS} for side, place in places.items()}
+    reasons = {side: {text: why_not(text, side, place) for text in TEXTS} for side, place in places.items()}
     return Availability(reasons, {side: automatic(place) for side, place in places.items()})
 
 
@@ -131,9 +141,24 @@ def automatic(place: Place) -> Rule:
     return auto.choose(place.vector, place.device, place.dtype)
 
 
-def why_not(name: str, side: Side, place: Place) -> str | None:
-    """Why flag `name` cannot be applied on `side` at `place`, or None when it can."""
-    return _never(FLAGS[name], side) or FLAGS[name].unavailable(place)
+def why_not(text: str, side: Side, place: Place) -> str | None:
+    """Why the flag `text`, as `name` or `name=choice`, cannot be applied on `side` at `place`, or None when it can."""
+    name, _, choice = text.partition("=")
+    flag = FLAGS[name]
+    reason = _never(flag, side) or flag.unavailable(place)
+    return reason or (flag.unavailable_choices[choice](place) if choice in flag.unavailable_choices else None)
+
+
+def why_not_chosen(text: str, reasons: Mapping[str, str | None]) -> str | None:
+    """Why the flag `text` with its choice cannot be applied, by the `reasons` of a side of an `Availability`."""
+    name = _name(text)
+    return reasons[name] or reasons.get(f"{name}={_choice(text)}")
+
+
+def acting(applied: frozenset[str]) -> frozenset[str]:
+    """Those of a side's `applied` flags that act: another one may replace them."""
+    replaced = {name for text in applied for name in FLAGS[_name(text)].replaces.get(_choice(text), ())}
+    return frozenset(text for text in applied if _name(text) not in replaced) if replaced else applied
 
 
 def parse(text: str, available: Availability) -> FlagSet:
@@ -159,7 +184,7 @@ def parse(text: str, available: Availability) -> FlagSet:
 
 def check(text: str) -> None:
     """Raise InputError for words that no machine could apply. It needs no knowledge of what is available here."""
-    reasons = {side: {name: _never(flag, side) for name, flag in FLAGS.items()} for side in SIDES}
+    reasons = {side: {text: _never(FLAGS[_name(text)], side) for text in TEXTS} for side in SIDES}
     parse(text, Availability(reasons, dict.fromkeys(SIDES, auto.RULES[-1])))
 
 
@@ -186,9 +211,9 @@ def _group(words: str, side: Side, available: Availability, asked: Side | None) 
         word = available.auto[side].preset if sets[0] == "auto" else sets[0]
         return frozenset(text for text in _set(word, side) if available[side][_name(text)] is None)
     chosen = chosen_in(names)
-    for name in chosen:
-        _check_available(name, side, available, asked)
-    return applied_of({name: text for name, text in chosen.items() if available[side][name] is None})
+    for text in chosen.values():
+        _check_available(text, side, available, asked)
+    return applied_of({name: text for name, text in chosen.items() if _reason(text, available[side]) is None})
 
 
 def chosen_in(words: Sequence[str]) -> dict[str, str]:
@@ -204,8 +229,8 @@ def chosen_in(words: Sequence[str]) -> dict[str, str]:
 
 
 def applied_of(chosen: Mapping[str, str]) -> frozenset[str]:
-    """Those of `chosen` that are not at their off arm."""
-    return frozenset(text for name, text in chosen.items() if text != f"{name}={FLAGS[name].off}")
+    """Those of `chosen` that are not at their off arm, and act."""
+    return acting(frozenset(text for name, text in chosen.items() if not _is_off(text)))
 
 
 def _set(word: str, side: Side) -> list[str]:
@@ -213,7 +238,7 @@ def _set(word: str, side: Side) -> list[str]:
         return PRESETS[word][1][side].split(",")
     if word == "default":
         return [name for name, flag in FLAGS.items() if flag.on_by_default and flag.fidelity != "lossy"]
-    return list(FLAGS) if word == "all" else []
+    return [name for name, flag in FLAGS.items() if not flag.replaces] if word == "all" else []
 
 
 def _entry(word: str) -> tuple[str, str]:
@@ -229,13 +254,28 @@ def _entry(word: str) -> tuple[str, str]:
     return name, word if equals and choice != flag.applied else name
 
 
-def _check_available(name: str, side: Side, available: Availability, asked: Side | None) -> None:
+def _check_available(text: str, side: Side, available: Availability, asked: Side | None) -> None:
     """Raise InputError for a flag that is named and available on none of the sides it is meant for."""
-    reasons = {asked: available[side][name]} if asked else {other: available[other][name] for other in SIDES}
+    reasons = {other: _reason(text, available[other]) for other in ([asked] if asked else SIDES)}
     if all(reasons.values()):
         said = "; ".join(f"{where}: {reason}" for where, reason in reasons.items())
-        raise InputError("flags", name, f"a flag that can be applied here ({said})")
+        raise InputError("flags", text, f"a flag that can be applied here ({said})")
+
+
+def _reason(text: str, reasons: Mapping[str, str | None]) -> str | None:
+    """Why a named flag cannot be applied. At its off arm, only its name has to be known."""
+    return reasons[_name(text)] if _is_off(text) else why_not_chosen(text, reasons)
+
+
+def _is_off(text: str) -> bool:
+    name, _, choice = text.partition("=")
+    return choice == FLAGS[name].off
 
 
 def _name(text: str) -> str:
     return text.partition("=")[0]
+
+
+def _choice(text: str) -> str:
+    name, _, choice = text.partition("=")
+    return choice or FLAGS[name].applied

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from splitlearn.errors import FamilyRefused
 from splitlearn.kvcache.layers import ReservedCache, ReservedLayer
@@ -118,9 +118,35 @@ class KVPool:
             return []
         return [(view.view(torch.uint16) if view.dtype == torch.bfloat16 else view).numpy() for view in whole]
 
-    def cache(self, slot: Slot) -> "PooledCache":
+    def cache(self, slot: Slot) -> Cache:
         """An empty cache within `slot`."""
         return PooledCache(self, slot)
+
+
+class SeparatePool(KVPool):
+    """Blocks that are only counted: each session's cache has memory of its own, which `new_cache` makes for a number of
+    tokens and which goes with it. For engines whose caches are not torch's, or not part of one tensor."""
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[KVShape, KVShape]],
+        n_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        new_cache: Callable[[int], Cache],
+    ) -> None:
+        super().__init__((), n_blocks, block_tokens, dtype, device)
+        self._new_cache, self._nbytes = new_cache, bytes_per_token(shapes, dtype) * self.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all blocks in bytes."""
+        return self._nbytes
+
+    def cache(self, slot: Slot) -> Cache:
+        """An empty cache of as many tokens as `slot` has."""
+        return self._new_cache(slot.tokens)
 
 
 class StandingPool:

@@ -102,7 +102,7 @@ def forward(
     position: int | Tensor,
     cache: Any | None,
     *,
-    logits_to_keep: int = 0,
+    logits_to_keep: int | Tensor = 0,
     arguments: Mapping[str, Any] | None = None,
     rope_length: int = 0,
 ) -> Tensor:
@@ -110,7 +110,8 @@ def forward(
 
     `position` is the number of tokens before this step, an int or int64 []. `cache` is a transformers cache of this
     stage's own that holds `position` tokens and is extended in place, or None: then x is the whole prefix and
-    `position` is 0. `logits_to_keep` asks a last stage for the logits of that many last tokens; 0 is all of them.
+    `position` is 0. `logits_to_keep` asks a last stage for the logits of that many last tokens, 0 for all of them; or
+    for those of the tokens with these numbers, int64 [k].
     `arguments` go to the model's forward as they are, such as output_attentions=True. `rope_length` is the least length
     of the sequence by which rotary embeddings are made (models/rope.py); 0 is the length that this step ends at.
     """
@@ -123,8 +124,12 @@ def forward(
         call["logits_to_keep"] = logits_to_keep
     with rope.computing([(rope_length, x.shape[1])]):
         output = module(**call)
-    result: Tensor = output.logits if stage.last else output.last_hidden_state
-    return result[:, -logits_to_keep:] if stage.last else result
+    if not stage.last:
+        return cast(Tensor, output.last_hidden_state)
+    logits: Tensor = output.logits
+    if isinstance(logits_to_keep, int):
+        return logits[:, -logits_to_keep:]
+    return logits if "logits_to_keep" in stage.accepts else logits[:, logits_to_keep]
 
 
 @contextmanager

@@ -219,6 +219,24 @@ def mkldnn_supports(dtype: str) -> bool:
     return dtype == "float32" or bool(asks[dtype]())
 
 
+def onnx_rounded(matrix: Any, bits: int, block: int) -> tuple[Any, Any, Any]:
+    """onnxruntime: a float32 matrix [in, out] in 4 or 8 bits, each column in blocks: values uint8 [out, blocks, bytes],
+    scales [out, blocks], offsets uint8 [out, bytes]. The public quantizer's module sets up logging when it is imported,
+    and takes whole models."""
+    import numpy as np
+    from onnxruntime.capi import _pybind_state as native
+
+    rows, columns = matrix.shape
+    blocks, each = -(-rows // block), 8 // bits
+    whole = np.pad(matrix, ((0, blocks * block - rows), (0, 0)))
+    values = np.zeros((columns, blocks, block // each), np.uint8)
+    scales = np.zeros((columns, blocks), np.float32)
+    offsets = np.zeros((columns, -(-blocks // each)), np.uint8)
+    make = native.quantize_matmul_8bits if bits == 8 else native.quantize_matmul_4bits
+    make(values, whole, scales, offsets, block, columns, rows, False)
+    return values, scales, offsets
+
+
 def compile_seconds() -> float:
     """torch: seconds that this process has spent in torch.compile so far; 0 when nothing was ever compiled."""
     if "torch._dynamo.utils" not in sys.modules:

@@ -1,18 +1,21 @@
-"""Engines compute a session's steps: the model's own forward does all of them, a token engine decodes faster.
+"""Engines compute a session's steps: a stage engine does all of them, a token engine decodes faster.
 
-`fused_decode.FusedEngine` and `cuda_graph.GraphEngine` are token engines. A stage chooses when a session opens
-(stages/local.py).
+The stage engine is torch's, which calls the model's own forward (`EagerEngine`), or another (`splitlearn/engines/`).
+`fused_decode.FusedEngine` and `cuda_graph.GraphEngine` are token engines beside torch's. A stage chooses when a session
+opens (stages/local.py).
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from splitlearn.models.cut import CutModel, forward
+from splitlearn.kvcache.pool import KVShape, shapes_of
+from splitlearn.models.cut import CutModel, example, forward
 from splitlearn.runtime import private_apis
 from splitlearn.runtime.torch_threads import computing_one_token
 from splitlearn.stages.base import StageInput
@@ -34,6 +37,43 @@ class TokenEngine(Protocol):
         StepUnwanted if the step is dropped in time; the cache is then unchanged."""
 
 
+class StageEngine(Protocol):
+    """Computes all steps of a stage.
+
+    `cut` says which layers they are; another engine than torch's need not keep its weights. `token_threads` compute a
+    step of one token on a CPU, `precision` is torch's float32_matmul_precision, `compile_s` counts the seconds that
+    steps have waited for a compiler.
+
+    `new_cache` makes the cache of a session of at most so many tokens; None leaves it to the session's settings. Such a
+    cache is a transformers `Cache` with `crop`. Its session forks by `begin_with` if it is a `ReservedCache`, else by a
+    deep copy, and keeps prefixes if its layers have `keys` and `values` (kvcache/blocks.py). Sessions of an engine with
+    caches of its own never share a forward.
+    """
+
+    @property
+    def cut(self) -> CutModel: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def token_threads(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def compile_s(self) -> float: ...
+    @property
+    def new_cache(self) -> Callable[[int], Cache] | None: ...
+
+    def kv_shapes(self) -> Sequence[tuple[KVShape, KVShape]]:
+        """What each layer keeps of a token. Raises FamilyRefused if that is not keys and values."""
+
+    def compute(self, step: StageInput) -> Tensor:
+        """The hidden state [1, T, H], or from a last stage the logits [1, step.logits, V], all T if that is 0.
+
+        Appends the new tokens to the cache of the step's session, whose length is the step's position. Without a cache
+        the step is the whole prefix. The stage without layers at the end is computed so, too.
+        """
+
+
 @dataclass(frozen=True)
 class EagerEngine:
     """The model's own forward, compiled or not.
@@ -45,6 +85,11 @@ class EagerEngine:
     device: torch.device
     token_threads: int
     precision: str
+    new_cache: ClassVar[None] = None
+
+    def kv_shapes(self) -> Sequence[tuple[KVShape, KVShape]]:
+        """What each layer keeps of a token. Raises FamilyRefused if that is not keys and values."""
+        return shapes_of(self.cut, example(self.cut, 1))
 
     @property
     def compile_s(self) -> float:

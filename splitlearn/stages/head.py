@@ -26,7 +26,7 @@ from splitlearn.models.cut import CutModel, forward
 from splitlearn.runtime.torch_threads import computing_one_token
 from splitlearn.stages import nonfinite
 from splitlearn.stages.base import PendingLogits, StageInput, StageOutput, WholePrefix, timed
-from splitlearn.stages.engine import EagerEngine
+from splitlearn.stages.engine import StageEngine
 from splitlearn.stages.fused_decode import FusedHead, head_of
 from splitlearn.stages.settings import SessionSettings
 
@@ -94,7 +94,7 @@ class HeadSession(WholePrefix):
 class Head:
     """The LM head of a cut without layers. `label` names its time in the time breakdown."""
 
-    eager: EagerEngine
+    eager: StageEngine
     label: str
     dtype: torch.dtype
     engine: TorchEngine | FusedHead
@@ -188,6 +188,11 @@ class Head:
         if alone and self.eager.device.type == "cpu":
             settings.enter_context(computing_one_token(self.eager.token_threads, self.eager.precision))
         return settings
+
+
+def undivided(engine: StageEngine) -> TorchEngine:
+    """The logits by another engine than torch's, always all of them at once."""
+    return TorchEngine(_identity, lambda x: engine.compute(StageInput(None, 0, x, logits=0)), ())
 
 
 def engine_of(cut: CutModel, example: torch.Tensor) -> TorchEngine | FusedHead:

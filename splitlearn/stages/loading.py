@@ -29,8 +29,8 @@ from splitlearn.runtime.device import resolve
 from splitlearn.runtime.process import default_threads, resident_bytes, trim_heap
 from splitlearn.runtime.torch_threads import computing_one_token
 from splitlearn.stages import equivalence
-from splitlearn.stages.engine import EagerEngine
-from splitlearn.stages.head import Head, engine_of
+from splitlearn.stages.engine import EagerEngine, StageEngine
+from splitlearn.stages.head import Head, engine_of, undivided
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.settings import LoadSettings
 from splitlearn.wire.codec import DTYPES
@@ -131,9 +131,10 @@ def load(files: ModelFiles, specs: Sequence[StageSpec], settings: LoadSettings, 
     _fill(files, cuts, placement, settings)
     for cut in cuts:
         cut.module.to(placement.device)
-    pairs, size = list(zip([_eager(cut, placement) for cut in cuts], specs, strict=True)), files.facts.hidden_size
-    stages = tuple(_layers(eager, spec, settings, placement, config, size) for eager, spec in pairs if not spec.is_head)
-    head = next((_head(eager, spec, placement, size) for eager, spec in pairs if spec.is_head), None)
+    engines, size = [_engine(cut, files, settings, placement) for cut in cuts], files.facts.hidden_size
+    pairs = list(zip(engines, specs, strict=True))
+    stages = tuple(_layers(each, spec, settings, placement, config, size) for each, spec in pairs if not spec.is_head)
+    head = next((_head(each, spec, placement, size) for each, spec in pairs if spec.is_head), None)
     return LoadedStages(stages, head, time.perf_counter() - started, imports)
 
 
@@ -184,8 +185,10 @@ def _loading_bytes(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dty
         stored = _get(weights, files, next(iter(counts))).dtype
     every = sum(counts.values())
     copies = 0 if settings.assign_weights else 2 * every * stored.itemsize
-    made = sum(counts[name] for name in linear) if settings.linear else 0
+    linears = sum(counts[name] for name in linear)
+    made = linears if settings.linear else 0
     made_bytes = made * (settings.weight_bits or 8 * dtype.itemsize) // 8
+    made_bytes += 2 * linears * dtype.itemsize if settings.engine else 0  # handed over, and in an order of its own
     changed = (every - made) * dtype.itemsize if stored != dtype else 0
     return SPARE_BYTES + int(PACKING * (made_bytes + changed + copies))
 
@@ -293,19 +296,30 @@ def put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool) 
         owner.register_buffer(leaf, tensor)
 
 
+def _engine(cut: CutModel, files: ModelFiles, settings: LoadSettings, placement: Placement) -> StageEngine:
+    """What computes the steps of a stage that has its weights."""
+    eager = _eager(cut, placement)
+    return eager if settings.engine is None else settings.engine(eager, files, settings.weight_bits)
+
+
 def _layers(
-    eager: EagerEngine, spec: StageSpec, settings: LoadSettings, placement: Placement, config: Any, hidden_size: int
+    engine: StageEngine, spec: StageSpec, settings: LoadSettings, placement: Placement, config: Any, hidden_size: int
 ) -> LocalStage:
+    allows = cache(partial(equivalence.allows, config))
+    if not isinstance(engine, EagerEngine):
+        return LocalStage(engine, spec.label, placement.dtype, hidden_size, None, allows)
+    eager = engine
     if settings.compile_stage is not None:
         eager = replace(eager, cut=settings.compile_stage(eager.cut))
-    allows = cache(partial(equivalence.allows, config))
-    faster = None if settings.engine is None else settings.engine(eager)
+    faster = None if settings.token_engine is None else settings.token_engine(eager)
     if faster is not None and faster.window and equivalence.STATIC_CACHE not in allows():
         faster = None  # a CUDA graph attends to masked memory of a fixed length, as a static cache does
     return LocalStage(eager, spec.label, placement.dtype, hidden_size, faster, allows)
 
 
-def _head(eager: EagerEngine, spec: StageSpec, placement: Placement, hidden_size: int) -> Head:
+def _head(eager: StageEngine, spec: StageSpec, placement: Placement, hidden_size: int) -> Head:
+    if not isinstance(eager, EagerEngine):
+        return Head(eager, spec.label, placement.dtype, undivided(eager))
     x = torch.randn(1, 1, hidden_size, generator=torch.Generator().manual_seed(0))
     with computing_one_token(eager.token_threads, eager.precision):
         engine = engine_of(eager.cut, x.to(placement.device, placement.dtype))

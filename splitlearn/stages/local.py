@@ -13,12 +13,12 @@ from transformers.cache_utils import Cache
 
 from splitlearn.errors import FamilyRefused, InputError
 from splitlearn.kvcache.layers import reserved, static
-from splitlearn.kvcache.pool import KVPool, KVShape, StandingPool, shapes_of
-from splitlearn.models.cut import CutModel, body_of, example
+from splitlearn.kvcache.pool import KVPool, KVShape, SeparatePool, StandingPool
+from splitlearn.models.cut import CutModel, body_of
 from splitlearn.models.structure import rope_restart
 from splitlearn.stages import nonfinite
 from splitlearn.stages.base import StageInput, StageOutput, timed
-from splitlearn.stages.engine import EagerEngine, TokenEngine
+from splitlearn.stages.engine import StageEngine, TokenEngine
 from splitlearn.stages.equivalence import SHARED_FORWARD, STATIC_CACHE
 from splitlearn.stages.ragged_batch import RaggedStage
 from splitlearn.stages.session import LocalSession
@@ -33,11 +33,11 @@ MAX_REPLAYS = 8
 class LocalStage:
     """A cut model on a device of this process. `label` names its time in the time breakdown.
 
-    `faster` decodes single tokens in the sessions that suit it. `allows` says what else was shown exact for the
-    architecture, whatever the sessions' lengths (stages/equivalence/together.py).
+    `eager` computes all steps, `faster` decodes single tokens in the sessions that suit it. `allows` says what else was
+    shown exact for the architecture, whatever the sessions' lengths (stages/equivalence/together.py).
     """
 
-    eager: EagerEngine
+    eager: StageEngine
     label: str
     dtype: torch.dtype
     hidden_size: int
@@ -98,6 +98,8 @@ class LocalStage:
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[LocalSession]:
         """Open sessions whose steps can share a forward, if the settings reserve the cache and the layers permit it."""
         new_cache, layers = settings.new_cache, self.cut.end - self.cut.start
+        if new_cache is not None and self.eager.new_cache is not None:
+            return [self.session(self.eager.new_cache(max_length), settings, max_length) for _ in range(count)]
         if new_cache is static and STATIC_CACHE not in self.allows():
             raise InputError("cache", "static", "dynamic or reserved for this model: it counts masked keys, too")
         shares = count > 1 and new_cache is reserved and self.packs(settings)
@@ -124,6 +126,8 @@ class LocalStage:
         boundary (stages/equivalence/together.py).
         """
         words = settings.words
+        if self.eager.new_cache is not None:
+            return False
         if words not in self._tried:
             self._tried[words] = self._pools() and self._ragged.agrees(settings) and SHARED_FORWARD in self.allows()
         return self._tried[words]
@@ -137,12 +141,13 @@ class LocalStage:
 
     def pool(self, n_blocks: int, block_tokens: int) -> KVPool:
         """A pool of KV memory for this stage's layers. Raises FamilyRefused if they keep something else."""
-        return KVPool(self.kv_shapes, n_blocks, block_tokens, self.dtype, self.device)
+        shape = (self.kv_shapes, n_blocks, block_tokens, self.dtype, self.device)
+        return KVPool(*shape) if self.eager.new_cache is None else SeparatePool(*shape, self.eager.new_cache)
 
     @cached_property
-    def kv_shapes(self) -> list[tuple[KVShape, KVShape]]:
+    def kv_shapes(self) -> Sequence[tuple[KVShape, KVShape]]:
         """What each layer keeps of a token. Raises FamilyRefused if that is not keys and values."""
-        return shapes_of(self.cut, example(self.cut, 1))
+        return self.eager.kv_shapes()
 
     @cached_property
     def rope_restart(self) -> int | None:

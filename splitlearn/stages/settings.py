@@ -17,7 +17,8 @@ from splitlearn.models.cut import CutModel
 from splitlearn.wire.hidden_states import Plain, Rows
 
 if TYPE_CHECKING:
-    from splitlearn.stages.engine import EagerEngine, TokenEngine
+    from splitlearn.checkpoints.folder import ModelFiles
+    from splitlearn.stages.engine import EagerEngine, StageEngine, TokenEngine
 
 MakeLinear = Callable[[Iterable[torch.Tensor], torch.Tensor | None], nn.Module]
 """Makes the replacement of a linear layer from the rows of its weight [out, in], some at a time, and its bias [out]."""
@@ -33,8 +34,9 @@ class LoadSettings:
     transformers: sdpa, but eager for models without it (bloom, gemma2). `sdpa` is the implementation that is used if
     sdpa is chosen. `linear` makes replacements of the linear layers; None keeps the model's own. `head` does so for the
     LM head, if that differs. `weight_bits` is about how many bits each weight then takes; None means those of the
-    dtype. `compile_stage` compiles a stage that has its weights. `engine` makes a faster token engine from the eager
-    one, or returns None.
+    dtype. `compile_stage` compiles a stage that has its weights. `token_engine` makes a faster token engine from the
+    eager one, or returns None. `engine` makes what computes all steps in the place of torch, from the eager engine of a
+    stage of that model, with weights of `weight_bits`; it raises FamilyRefused for a stage that it cannot compute.
     """
 
     assign_weights: bool = False
@@ -43,7 +45,8 @@ class LoadSettings:
     linear: MakeLinears | None = None
     head: MakeLinears | None = None
     weight_bits: int | None = None
-    engine: "Callable[[EagerEngine], TokenEngine | None] | None" = None
+    token_engine: "Callable[[EagerEngine], TokenEngine | None] | None" = None
+    engine: "Callable[[EagerEngine, ModelFiles, int | None], StageEngine] | None" = None
     compile_stage: Callable[[CutModel], CutModel] | None = None
 
 

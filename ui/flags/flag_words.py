@@ -3,7 +3,7 @@
 from splitlearn.arms.runs import Runs
 from splitlearn.errors import SetupError, TrunkError
 from splitlearn.flags.registry import FLAGS, SIDES, Place, Side
-from splitlearn.flags.selection import PRESETS, SETS, Availability, FlagSet, availability, parse
+from splitlearn.flags.selection import PRESETS, SETS, TEXTS, Availability, FlagSet, availability, parse, why_not_chosen
 
 NAMES = (*SETS, *PRESETS)
 
@@ -14,7 +14,7 @@ def available(runs: Runs) -> Availability:
         return runs.availability()
     except (TrunkError, SetupError):
         here = runs.availability_here
-        return here.with_side("trunk", dict.fromkeys(FLAGS, "the trunk does not answer"), here.auto["trunk"])
+        return here.with_side("trunk", dict.fromkeys(TEXTS, "the trunk does not answer"), here.auto["trunk"])
 
 
 def useful_first(place: Place) -> list[str]:
@@ -51,7 +51,7 @@ def with_choice(flags: FlagSet, name: str, choice: str, known: Availability) -> 
         return changed
     text = name if choice == flag.applied else f"{name}={choice}"
     for side in SIDES:
-        if known[side][name] is None:
+        if why_not_chosen(text, known[side]) is None:
             changed = changed.with_side(side, changed.of(side) | {text})
     return changed
 

@@ -152,5 +152,5 @@ def _texts(reasons: Any) -> list[str]:
         for name, flag in FLAGS.items()
         if reasons[name] is None
         for chosen in flag.choices
-        if chosen != flag.off
+        if chosen != flag.off and reasons.get(f"{name}={chosen}") is None
     ]

@@ -1,0 +1,197 @@
+"""Exports a stage as an ONNX graph: a function of tensors alone, without its weights.
+
+    graph = export(cut, shapes)            # bytes of an ONNX model
+    arrays = weights(graph, cut)           # what the graph calls its weights, in the order in which it reads them
+
+The inputs are `x`, token ids int64 [1, T] or a hidden state [1, T, H]; `position` int64 [], the tokens before it; for a
+last stage with layers `rows` int64 [K], the tokens whose logits are wanted; and `past_0`, `past_1` ... the cache [1,
+heads, capacity, size]: keys of layer 0, values of layer 0 and so on. The outputs are `out`, a hidden state or logits,
+and `present_0`, `present_1` ..., the cache with the new tokens. The LM head alone takes `x`, and gives all logits.
+
+A matrix that torch keeps as [out, in] is read as [in, out], so that a step of one token reads it in order.
+"""
+
+import mmap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxscript.optimizer
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from splitlearn.engines import onnx_attention
+from splitlearn.engines.onnx_attention import Lengths
+from splitlearn.kvcache.pool import KVShape
+from splitlearn.models.cut import CutModel, example, forward
+from splitlearn.runtime import private_apis
+
+WEIGHTS = "weights.bin"
+"""Where a graph says that its weights are."""
+TURNED = ".T"
+"""Ends the name of a matrix that is read as [in, out]."""
+_STAGE = "stage."
+_KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
+# What a stage is traced with. A size of 0 or 1 would become part of the graph.
+TOKENS, CAPACITY, ROWS, POSITION = 5, 16, 2, 7
+
+
+def export(cut: CutModel, shapes: Sequence[tuple[KVShape, KVShape]]) -> bytes:
+    """The graph of a stage whose layers keep keys and values of `shapes`. Raises whatever the exporter raises for
+    layers that it cannot trace."""
+    inputs, names = _inputs(cut, shapes)
+    outputs = ["out", *(name.replace("past", "present") for name in names if name.startswith("past"))]
+    dynamic: Any = torch.export.Dim.DYNAMIC
+    free = {"x": {1: dynamic}, "position": {}, "rows": {0: dynamic}}
+    sizes = [free.get(name, {2: dynamic}) for name in names]
+    with torch.no_grad(), _attention(cut), _quietly():
+        program = torch.onnx.export(
+            _AsFunction(cut, names),
+            (inputs[0], inputs[1:]),
+            dynamo=True,
+            dynamic_shapes=(sizes[0], sizes[1:]),
+            input_names=names,
+            output_names=outputs,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None  # None is what an export to a file returns
+    return _without_weights(program.model).SerializeToString()
+
+
+def weights(graph: bytes, cut: CutModel) -> dict[str, NDArray[Any]]:
+    """The weights of the stage by the names that the graph has for them."""
+    state = dict(cut.module.named_parameters(remove_duplicate=False))
+    found = {}
+    for tensor in onnx.load_model_from_string(graph).graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            turned = tensor.name.endswith(TURNED)
+            weight = state[tensor.name.removeprefix(_STAGE).removesuffix(TURNED)].detach()
+            found[tensor.name] = _turned_copy(weight) if turned else weight.contiguous().numpy()
+    return found
+
+
+def head_of(cut: CutModel) -> str | None:
+    """The name that a graph has for the LM head's matrix."""
+    module: Any = cut.module
+    head = module.get_output_embeddings() if cut.last else None
+    named = cut.module.named_parameters(remove_duplicate=False)
+    return next((f"{_STAGE}{name}{TURNED}" for name, each in named if head is not None and each is head.weight), None)
+
+
+def release(arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Give the memory of turned matrices back to the system; from then on they are zero.
+
+    For after ONNX Runtime has them in the order of its own products.
+    """
+    for name, array in arrays.items():
+        if name.endswith(TURNED):
+            memory: Any = array.base
+            while not isinstance(memory, mmap.mmap):
+                memory = memory.base if isinstance(memory, np.ndarray) else memory.obj
+            memory.madvise(mmap.MADV_DONTNEED)
+
+
+def _turned_copy(weight: Tensor) -> NDArray[Any]:
+    """The transpose of a matrix, in memory mapped for it alone."""
+    (rows, columns), size = weight.shape, weight.element_size()
+    memory = mmap.mmap(-1, rows * columns * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    found = np.frombuffer(memory, np.float32).reshape(columns, rows)
+    torch.from_numpy(found).copy_(weight.t())
+    return found
+
+
+class _AsFunction(nn.Module):
+    """A stage as a function from the tensors `names` to its output and cache."""
+
+    def __init__(self, cut: CutModel, names: Sequence[str]) -> None:
+        super().__init__()
+        self.stage, self._cut, self._names = cut.module, cut, names
+
+    def forward(self, x: Tensor, others: list[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs, in the order of the graph's."""
+        given = dict(zip(self._names[1:], others, strict=True))
+        if not given:
+            return (forward(self._cut, x, 0, None),)
+        position, past = given["position"], [each for name, each in given.items() if name.startswith("past")]
+        cache = onnx_attention.cache_of(past, Lengths.after(position, x.shape[1])) if past else None
+        out = forward(self._cut, x, position, cache, logits_to_keep=given.get("rows", 0))
+        present = [] if cache is None else [each for layer in cache.layers for each in layer.present]
+        return out, *present
+
+
+def _inputs(cut: CutModel, shapes: Sequence[tuple[KVShape, KVShape]]) -> tuple[list[Tensor], list[str]]:
+    """What a stage is traced with, and the names of these inputs."""
+    found = {"x": example(cut, TOKENS)}
+    if cut.first or shapes:
+        found["position"] = torch.tensor(POSITION)
+    if cut.last and shapes:
+        found["rows"] = torch.arange(ROWS)
+    kept = [shape for pair in shapes for shape in pair]
+    found |= {f"past_{at}": torch.zeros(1, each.heads, CAPACITY, each.size) for at, each in enumerate(kept)}
+    return list(found.values()), list(found)
+
+
+@contextmanager
+def _attention(cut: CutModel) -> Iterator[None]:
+    """Inside, the stage's layers use the attention of exported stages."""
+    before = [private_apis.attention_of(config) for config in cut.configs]
+    try:
+        for config in cut.configs:
+            private_apis.set_attention(config, onnx_attention.NAME)
+        yield
+    finally:
+        for config, name in zip(cut.configs, before, strict=True):
+            private_apis.set_attention(config, name)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporter's warnings, which are about code that is not this program's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _without_weights(model: onnx_ir.Model) -> onnx.ModelProto:
+    """The optimised model, whose weights are named and not there.
+
+    While it is optimised they are inputs: else they would be computed with, and become part of the graph.
+    """
+    graph = model.graph
+    parameters = [value for value in graph.initializers.values() if value.metadata_props.get(_KIND) == "PARAMETER"]
+    for value in parameters:
+        graph.initializers.pop(value.name)
+        value.const_value = None
+    parameters += [turned for value in parameters for turned in _turned(value)]
+    graph.inputs.extend(parameters)
+    onnxscript.optimizer.optimize(model)
+    for value in parameters:
+        graph.inputs.remove(value)
+        if value.uses():
+            size = int(np.prod(value.shape.numpy())) * value.dtype.itemsize
+            value.const_value = onnx_ir.ExternalTensor(
+                WEIGHTS, 0, size, value.dtype, shape=value.shape, name=value.name
+            )
+            graph.register_initializer(value)
+    return onnx_ir.to_proto(model)
+
+
+def _turned(weight: onnx_ir.Value) -> list[onnx_ir.Value]:
+    """The matrix [in, out] that replaces the transposed `weight` [out, in] wherever the graph has that."""
+    nodes = [node for node in weight.consumers() if node.op_type == "Transpose" and len(weight.shape) == 2]
+    if not nodes:
+        return []
+    rows, columns = weight.shape
+    found = onnx_ir.Value(
+        name=f"{weight.name}{TURNED}", shape=onnx_ir.Shape((columns, rows)), type=onnx_ir.TensorType(weight.dtype)
+    )
+    for node in nodes:
+        node.outputs[0].replace_all_uses_with(found)
+        node.graph.remove(node, safe=True)
+    return [found]
