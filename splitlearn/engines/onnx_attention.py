@@ -100,7 +100,7 @@ def _attend(
     """
     layer = _latest.get()
     heads, tokens, size = query.shape[1:]
-    attributes: dict[str, int | float] = {
+    attributes: dict[str, Any] = {
         "num_heads": heads,
         "kv_num_heads": key.shape[1],
         "scale": float(size**-0.5 if scaling is None else scaling),

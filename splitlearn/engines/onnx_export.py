@@ -11,6 +11,7 @@ and `present_0`, `present_1` ..., the cache with the new tokens. The LM head alo
 A matrix that torch keeps as [out, in] is read as [in, out], so that a step of one token reads it in order.
 """
 
+import logging
 import mmap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ import onnx_ir
 import onnxscript.optimizer
 import torch
 from numpy.typing import NDArray
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from splitlearn.engines import onnx_attention
@@ -61,7 +63,8 @@ def export(cut: CutModel, shapes: Sequence[tuple[KVShape, KVShape]]) -> bytes:
             verbose=False,
         )
     assert program is not None  # None is what an export to a file returns
-    return _without_weights(program.model).SerializeToString()
+    graph: bytes = _without_weights(program.model).SerializeToString()
+    return graph
 
 
 def weights(graph: bytes, cut: CutModel) -> dict[str, NDArray[Any]]:
@@ -152,10 +155,16 @@ def _attention(cut: CutModel) -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's warnings, which are about code that is not this program's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without the exporter's warnings, which are about code and packages that are not this program's."""
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
 
 
 def _without_weights(model: onnx_ir.Model) -> onnx.ModelProto:
@@ -174,11 +183,12 @@ def _without_weights(model: onnx_ir.Model) -> onnx.ModelProto:
     for value in parameters:
         graph.inputs.remove(value)
         if value.uses():
-            size = int(np.prod(value.shape.numpy())) * value.dtype.itemsize
+            size = int(np.prod(value.shape.numpy()) * value.dtype.itemsize)
             value.const_value = onnx_ir.ExternalTensor(
                 WEIGHTS, 0, size, value.dtype, shape=value.shape, name=value.name
             )
             graph.register_initializer(value)
+    ClearMetadataAndDocStringPass()(model)  # where in this machine's files each operation was traced
     return onnx_ir.to_proto(model)
 
 

@@ -48,7 +48,8 @@ def rounded(
     kept = [each for each in model.graph.initializer if each.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    return model.SerializeToString(), {name: array for name, array in found.items() if name in used}
+    made: bytes = model.SerializeToString()
+    return made, {name: array for name, array in found.items() if name in used}
 
 
 def _declared(name: str, array: NDArray[Any]) -> TensorProto:

@@ -10,5 +10,5 @@ from splitlearn.layers import onednn_linear
 def here(device: str, dtype: str, config: Any | None = None) -> Place:
     """The place of weights of `dtype` on `device`, as far as torch knows it; of the model only which engines can
     compute it, if its configuration is given."""
-    no_engine = {"no_onnxruntime": no_onnxruntime(device, dtype, config)}
-    return Place(device, dtype=dtype, no_onednn=onednn_linear.why_not(dtype), **no_engine)
+    no_onednn = onednn_linear.why_not(dtype)
+    return Place(device, dtype=dtype, no_onednn=no_onednn, no_onnxruntime=no_onnxruntime(device, dtype, config))

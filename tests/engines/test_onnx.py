@@ -17,6 +17,7 @@ from tests.support.words import load_of, session_of
 
 LARGEST = 1e-4
 CUTS = (SplitPlan(1, 3, 4), SplitPlan(2, 3, 4), SplitPlan(1, 2, 4))
+CUT = SplitPlan(1, 2, 2)
 AT_FIRST = ("gemma2", "llama")
 FAMILIES = [
     name if name in AT_FIRST else pytest.param(name, marks=pytest.mark.engines) for name in sorted(ONNX_FAMILIES)
@@ -25,15 +26,15 @@ FAMILIES = [
 
 @pytest.fixture(scope="module")
 def small(tiny_model: TinyFactory) -> ModelFiles:
-    return tiny_model("llama", n_layers=4)
+    return tiny_model("llama", n_layers=2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_step_has_the_logits_of_torch_full_and_split(tiny_model: TinyFactory, family: str) -> None:
-    files = tiny_model(family, n_layers=4)
+    quick = family in AT_FIRST
+    files = tiny_model(family, n_layers=2 if quick else 4)
     expected = logits(chain(files, None, TORCH), TORCH)
-    plans = [None, *(CUTS[:1] if family in AT_FIRST else CUTS)]
-    for plan in plans:
+    for plan in (None, CUT) if quick else (None, *CUTS):
         found = logits(chain(files, plan, ONNX), ONNX)
         assert max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) <= LARGEST, plan
 
@@ -48,7 +49,7 @@ def test_without_a_cache_each_step_computes_the_whole_prefix(small: ModelFiles) 
 
 
 def test_a_fork_and_kept_blocks_go_on_as_the_session_that_they_come_from(small: ModelFiles) -> None:
-    (stage,) = loading.load(small, loading.trunk_specs(CUTS[0]), load_of(ONNX), CPU).stages
+    (stage,) = loading.load(small, loading.trunk_specs(CUT), load_of(ONNX), CPU).stages
     own, fork, later = stage.open_together(session_of(ONNX), 40, 3)
     hidden = torch.randn(1, 33, small.facts.hidden_size, generator=torch.Generator().manual_seed(0))
     stage.step([StageInput(own, 0, hidden[:, :32])])
@@ -66,9 +67,9 @@ def test_client_and_trunk_may_have_different_engines(small: ModelFiles, client: 
 
     words = {"none": "use_cache", "engine": "use_cache,engine=onnxruntime"}
     expected = tokens(splitlearn.load_full(str(small.folder), flags="use_cache", device="cpu", threads=1))
-    with serve_here(small, f"trunk:{words[trunk]}", {}, (1, 3)) as here:
+    with serve_here(small, f"trunk:{words[trunk]}", {}, (CUT.start, CUT.end)) as here:
         flags = f"client:{words[client]} trunk:{words[trunk]}"
         with splitlearn.load_split(
-            str(small.folder), 1, 3, trunk=here.address, flags=flags, device="cpu", threads=1
+            str(small.folder), CUT.start, CUT.end, trunk=here.address, flags=flags, device="cpu", threads=1
         ) as stages:
             assert len(expected) == 12 and tokens(stages) == expected

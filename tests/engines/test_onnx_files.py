@@ -93,17 +93,17 @@ def test_another_models_graph_in_the_same_folder_is_not_used(files: ModelFiles, 
 
 def test_a_kill_while_a_graph_is_written_leaves_nothing_that_is_used(files: ModelFiles) -> None:
     def killed() -> bytes:
-        (folder / ".2-4.onnxabc").write_bytes(GRAPH[:10])  # as a write under way has it
+        (there / ".2-4.onnxabc").write_bytes(GRAPH[:10])  # as a write under way has it
         os.kill(os.getpid(), signal.SIGKILL)
         return GRAPH
 
-    folder = files.folder.with_name("model.onnx")
+    there = files.folder.with_name("model.onnx")
     if not (child := os.fork()):
         kept(files, ORIGIN, killed)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert kept(files, ORIGIN, lambda: GRAPH) == GRAPH
-    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") == ["2-4.json", "2-4.onnx"]
+    assert sorted(path.name for path in there.iterdir() if path.suffix != ".lock") == ["2-4.json", "2-4.onnx"]
 
 
 @contextmanager

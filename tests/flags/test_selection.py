@@ -25,12 +25,27 @@ def of(side: Side) -> frozenset[str]:
 def test_default_is_every_available_exact_or_rounding_flag_but_those_that_are_off_at_first(side: Side) -> None:
     lossy = {name for name, flag in FLAGS.items() if flag.fidelity == "lossy"}
     off = {"torch_compile", "prompt_lookup", "prefill_overlap", "prefix_cache", "row_attention", "head_overlap"}
+    off |= {"engine"}
     assert parse("default", HERE).of(side) == of(side) - off - lossy
 
 
 def test_all_is_what_can_be_applied_and_none_is_nothing() -> None:
-    assert all(parse("all", HERE).of(side) == of(side) for side in SIDES)
+    assert all(parse("all", HERE).of(side) == of(side) - {"engine"} for side in SIDES)
     assert parse("none", HERE) == FlagSet() == parse("", HERE)
+
+
+def test_beside_another_engine_the_flags_of_torchs_layers_are_left_out() -> None:
+    flags = parse("full:engine=onnxruntime,use_cache,weight_prepack client:weight_prepack trunk:none", HERE)
+    assert (flags.full, flags.client) == ({"engine", "use_cache"}, {"weight_prepack"})
+    assert flags.with_side("client", flags.client | {"engine"}).client == {"engine"}
+    assert parse("engine=torch,weight_prepack", HERE).full == {"weight_prepack"}
+
+
+def test_an_engine_that_is_not_there_is_refused_with_its_reason() -> None:
+    there = availability(dict.fromkeys(SIDES, Place("cpu", no_onnxruntime="needs onnx: pip install it")))
+    for words in ("engine", "engine=onnxruntime", "trunk:engine"):
+        with pytest.raises(InputError, match="pip install it"):
+            parse(words, there)
 
 
 def test_a_flag_is_applied_only_on_the_sides_where_it_acts() -> None:

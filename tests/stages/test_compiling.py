@@ -23,7 +23,7 @@ from splitlearn.stages import compile, loading
 from splitlearn.stages.base import StageInput
 from splitlearn.stages.local import LocalStage
 from tests.conftest import TinyFactory
-from tests.support.words import load_of, session_of
+from tests.support.words import eager_of, load_of, session_of
 
 FLAGS = frozenset({"low_cpu_mem_usage", "inference_mode", "use_cache", "output_attentions", "output_hidden_states"})
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
@@ -54,7 +54,7 @@ def _stage(files: ModelFiles, spec: loading.StageSpec, flags: frozenset[str] = F
 
 def _by_layers(files: ModelFiles, spec: loading.StageSpec, flags: frozenset[str] = FLAGS) -> LocalStage:
     stage = _stage(files, spec, flags)
-    return replace(stage, eager=replace(stage.eager, cut=compile.compile_by_layers(stage.cut)))
+    return replace(stage, eager=replace(eager_of(stage), cut=compile.compile_by_layers(stage.cut)))
 
 
 def _outputs(stage: LocalStage, flags: frozenset[str]) -> list[torch.Tensor]:
@@ -94,7 +94,7 @@ def test_a_compiled_stage_attends_by_the_kernel_and_its_tokens_are_those_of_gene
     monkeypatch.setattr(decode_attention, "attend", lambda *given: calls.append(1) or attend(*given))  # type: ignore[func-returns-value]
     files, spec = tiny_model("llama", n_layers=1), loading.StageSpec("full", 0, 1, first=True, last=True)
     stage = _stage(files, spec, FLAGS | {"row_attention"})
-    stage = replace(stage, eager=replace(stage.eager, cut=compile.compile_whole(stage.cut)))
+    stage = replace(stage, eager=replace(eager_of(stage), cut=compile.compile_whole(stage.cut)))
     session, ids, at = stage.open(session_of(FLAGS | {"cache=reserved"}), 16), torch.tensor([[5, 9, 2, 7]]), 0
     counters.clear()
     while ids.shape[1] < 12:

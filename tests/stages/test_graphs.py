@@ -16,7 +16,7 @@ from splitlearn.stages.local import LocalStage
 from splitlearn.stages.session import LocalSession
 from tests.conftest import TinyFactory
 from tests.support.recorder import record
-from tests.support.words import load_of, session_of
+from tests.support.words import eager_of, load_of, session_of
 
 NOTHING_MORE = ("output_attentions", "output_hidden_states")
 FLAGS = frozenset({"low_cpu_mem_usage", "inference_mode", "use_cache", "cache", *NOTHING_MORE})
@@ -38,7 +38,7 @@ def _stage(files: ModelFiles, spec: loading.StageSpec, where: str) -> LocalStage
 
 
 def _of(stage: LocalStage, where: str) -> TokenEngine | None:
-    return cuda_graph.of(stage.eager, record if where == "cpu" else None)
+    return cuda_graph.of(eager_of(stage), record if where == "cpu" else None)
 
 
 def _replayed(stage: LocalStage, where: str) -> LocalStage:

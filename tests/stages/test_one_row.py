@@ -18,7 +18,7 @@ from splitlearn.stages import fused_decode, loading
 from splitlearn.stages.base import StageInput
 from splitlearn.stages.local import LocalStage
 from tests.conftest import TinyFactory
-from tests.support.words import load_of, session_of
+from tests.support.words import eager_of, load_of, session_of
 
 PLACEMENT = loading.Placement(torch.device("cpu"), torch.float32)
 FLAGS = frozenset({"low_cpu_mem_usage", "use_cache", "cache", "output_attentions", "weight_dtype"})
@@ -144,7 +144,7 @@ def test_stages_that_are_to_do_something_else_are_left(default_model: ModelFiles
 
 
 def test_a_stage_that_only_looks_like_llamas_is_left(default_model: ModelFiles) -> None:
-    eager = _stage(default_model).eager
+    eager = eager_of(_stage(default_model))
     assert fused_decode.of(eager) is not None
     layer: Any = layers_of(eager.cut)[0]
     own = layer.forward
@@ -181,7 +181,7 @@ def _has_a_layer_of_another_size(cut: CutModel) -> None:
     "change", [_grows, _slides, _scales_queries_further_on, _turns_otherwise_further_on, _has_a_layer_of_another_size]
 )
 def test_what_a_few_tokens_would_not_show_is_looked_for(default_model: ModelFiles, change: Any) -> None:
-    eager = _stage(default_model).eager
+    eager = eager_of(_stage(default_model))
     change(eager.cut)
     assert fused_decode.of(eager) is None
 

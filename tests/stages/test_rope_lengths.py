@@ -34,7 +34,7 @@ from tests.support.client import CACHED
 from tests.support.proxy import proxy
 from tests.support.tiny import make_converted
 from tests.support.trunk import PLAN, Raw, TrunkHere, hidden, opening, serve_here, served, step, tensor_of
-from tests.support.words import generation_of, load_of, session_of
+from tests.support.words import eager_of, generation_of, load_of, session_of
 
 CHANGE, NEW = 32, 24
 """The length past which frequencies change, and how many tokens an answer has."""
@@ -339,7 +339,7 @@ def test_a_length_that_cannot_be_is_refused(cases: Cases, name: str) -> None:
 
 def test_such_a_stage_is_not_captured_and_others_are_left_as_they_are(cases: Cases) -> None:
     (stage,) = loaded(cases("phi3-longrope"), loading.full_specs(6), CACHED)
-    assert is_pure(stage.cut.module) and cuda_graph.of(stage.eager, lambda body: body) is None
+    assert is_pure(stage.cut.module) and cuda_graph.of(eager_of(stage), lambda body: body) is None
     (stage,) = loaded(cases("llama-dynamic"), loading.full_specs(6), CACHED | {"weight_prepack=blocks"})
     assert is_pure(stage.cut.module) and stage.faster is None
 
