@@ -67,7 +67,7 @@ weights: .venv/installed
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/installed-test: requirements-test.txt requirements-onnx.txt .venv/installed
+.venv/installed-test: requirements-test.txt requirements-onnx.txt requirements-jax.txt .venv/installed
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt
 	@touch $@
 

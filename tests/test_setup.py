@@ -11,7 +11,11 @@ from tests.support.children import output_of
 ROOT = Path(__file__).parents[1]
 OURS = {"splitlearn", "server", "ui", "app"}
 # Never imported by name, but transformers asks for them: see requirements.txt.
-OPTIONAL = {"requirements-ray.txt": {"ray"}, "requirements-onnx.txt": {"onnx", "onnxruntime", "onnxscript"}}
+OPTIONAL = {
+    "requirements-ray.txt": {"ray"},
+    "requirements-onnx.txt": {"onnx", "onnxruntime", "onnxscript"},
+    "requirements-jax.txt": {"jax", "torchax"},
+}
 WITH_OTHERS = {"onnx_ir"}  # onnxscript's own requirement
 PROTO = ("splitlearn/wire/trunk.proto", "splitlearn/wire/directory.proto")
 FOR_TRANSFORMERS = {"accelerate", "gguf", "sentencepiece", "tokenizers"}

@@ -28,6 +28,7 @@ _POOREST = Place(
     no_truncation="the model has layers that keep something else than keys and values",
     no_prefixes="the model has layers that keep something else, or rotary embeddings that change with the length",
     no_onnxruntime="is not installed, or does not compute this model, dtype or device",
+    no_jax="is not installed, or does not compute this model, dtype or device",
     has_compiler=False,
 )
 

@@ -56,6 +56,7 @@ class Place:
     no_onednn: str | None = None
     no_draft: str | None = "no draft model is named (model.draft)"
     no_onnxruntime: str | None = None
+    no_jax: str | None = None
     dtype: str = "float32"
     vector: str | None = field(default_factory=hardware.vector_instructions)
     has_compiler: bool = field(default_factory=lambda: any(map(shutil.which, ("c++", "g++", "clang++"))))
@@ -257,6 +258,10 @@ def _needs_onnxruntime(place: Place) -> str | None:
     return place.no_onnxruntime
 
 
+def _needs_jax(place: Place) -> str | None:
+    return place.no_jax
+
+
 OF_TORCH = (
     "cache",
     "float32_matmul_precision",
@@ -267,7 +272,7 @@ OF_TORCH = (
     "head_overlap",
 )
 """The flags that change torch's layers, and do nothing beside another engine."""
-_NEEDS: Mapping[str, Callable[[Place], str | None]] = {"onnxruntime": _needs_onnxruntime}
+_NEEDS: Mapping[str, Callable[[Place], str | None]] = {"onnxruntime": _needs_onnxruntime, "jax": _needs_jax}
 """For each engine but torch, why it cannot compute at a place."""
 
 
@@ -527,17 +532,22 @@ FLAGS: Mapping[str, Flag] = {
         Flag(
             "engine",
             "engine",
-            "Computes with ONNX Runtime: each stage is exported once, as a graph of its own. Flags that change torch's "
-            f"layers then do not act: {', '.join(OF_TORCH)}.",
+            "Computes with ONNX Runtime, for which each stage is exported once, or with JAX, which compiles each stage "
+            "when its first step comes. Flags that change torch's layers then do not act: "
+            f"{', '.join(OF_TORCH)}; with JAX weight_dtype, too.",
             "Computes with torch.",
-            {"torch": _same, "onnxruntime": _engine("splitlearn.engines.onnx_engine:of")},
+            {
+                "torch": _same,
+                "onnxruntime": _engine("splitlearn.engines.onnx_engine:of"),
+                "jax": _engine("splitlearn.engines.jax_stage:of"),
+            },
             applied="onnxruntime",
             fidelity="rounding",
             scope="load",
             on_by_default=False,
             unavailable=_needs_an_engine,
             unavailable_choices=_NEEDS,
-            replaces={"onnxruntime": frozenset(OF_TORCH)},
+            replaces={"onnxruntime": frozenset(OF_TORCH), "jax": frozenset((*OF_TORCH, "weight_dtype"))},
         ),
     )
 }

@@ -237,6 +237,15 @@ def onnx_rounded(matrix: Any, bits: int, block: int) -> tuple[Any, Any, Any]:
     return values, scales, offsets
 
 
+def import_torchax() -> Any:
+    """torchax: the package. Importing it registers a device with torch, whose `get_rng_state` does not take the
+    device that torch gives it: `torch.random.fork_rng` would fail in the whole process."""
+    import torchax
+
+    torchax.device_module.get_rng_state = lambda device=None: []
+    return torchax
+
+
 def compile_seconds() -> float:
     """torch: seconds that this process has spent in torch.compile so far; 0 when nothing was ever compiled."""
     if "torch._dynamo.utils" not in sys.modules:
