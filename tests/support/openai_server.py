@@ -21,11 +21,15 @@ USED = "low_cpu_mem_usage,use_cache,output_attentions,float32_matmul_precision,w
 
 @contextmanager
 def serve(
-    model: str, folder: Path, verify: ssl.SSLContext | bool = True, **settings: Mapping[str, Any]
+    model: str,
+    folder: Path,
+    verify: ssl.SSLContext | bool = True,
+    flags: str = "default",
+    **settings: Mapping[str, Any],
 ) -> Iterator[str]:
     """The address, without /v1, of a server of `model` whose arms are loaded. `folder` gets its files. It must end in
     order. `verify` is what its certificate is checked with."""
-    whole: dict[str, Any] = {"model": {"name": model}, "flags": "default", "runs": {"threads": 1}, **settings}
+    whole: dict[str, Any] = {"model": {"name": model}, "flags": flags, "runs": {"threads": 1}, **settings}
     whole["api"] = {"port": 0, **whole.get("api", {})}
     (folder / "config.yaml").write_text(yaml.safe_dump(whole), encoding="utf-8")
     server = Fork(command_line.main, ["serve", "--config", str(folder / "config.yaml")], folder, folder / "errors")
