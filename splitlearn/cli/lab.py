@@ -11,6 +11,10 @@ from splitlearn.errors import InputError
 from splitlearn.runtime.command_line import Job, real, whole
 
 Design = Annotated[str, typer.Option(metavar="NAME", help="without (all flags but one), alone or ladder")]
+About = Annotated[
+    str | None,
+    typer.Option(metavar="FLAG[,...]", help="ask only about these of the flags; all: about all of them together"),
+]
 Pairs = Annotated[
     int | None, typer.Option(metavar="N", parser=whole("pairs"), help="exactly so many pairs, one look at the end")
 ]
@@ -28,6 +32,7 @@ Resume = Annotated[Path | None, typer.Option(metavar="DIR", help="go on with the
 def lab(
     flags: options.Flags = None,
     words: options.Words = None,
+    about: About = None,
     design: Design = "without",
     pairs: Pairs = None,
     minutes: Minutes = None,
@@ -54,6 +59,8 @@ def lab(
     chosen = options.given(pairs=pairs, minutes=minutes, delta=delta, max_new_tokens=max_new_tokens, seed=seed)
     if prompts is not None:
         chosen["prompts"] = read_prompts(prompts)
+    if about is not None:
+        chosen["about"] = tuple(map(str.strip, about.split(",")))
     asked = ExperimentRequest(options.chosen_flags(flags, words, settings), design=design, **chosen)  # type: ignore[arg-type]
     from splitlearn.cli import lab_run  # after what may be refused at once
 

@@ -84,13 +84,13 @@ class Plan:
         return next((word for word in FIDELITIES if word in differing), "exact")
 
 
-def plan(design: Design, flags: FlagSet, names: Sequence[str]) -> Plan:
-    """The arms and questions about each flag in `names`, where `flags` are applied.
+def plan(design: Design, flags: FlagSet, names: Sequence[str], together: bool = True) -> Plan:
+    """The arms and questions about each flag in `names`, where `flags` are applied; and `together`, about all of them.
 
     Raises InputError if there is nothing to ask, and for a flag that is not applied on any side.
     """
     applied = flags.names()
-    if not names:
+    if not names and not (together and _has_together(design, flags)):
         raise InputError("flags", ", ".join(names), "at least one flag to ask about")
     for name in names:
         if name not in applied:
@@ -98,8 +98,8 @@ def plan(design: Design, flags: FlagSet, names: Sequence[str]) -> Plan:
     arms: dict[str, Arm] = {}
     questions: list[Question] = []
     for kind in KINDS:
-        pairs = list(_pairs(design, flags, names, kind))
-        if all(flag in (AA, ALL) for flag, _, _ in pairs):  # no question about a flag in this kind of arm
+        pairs = list(_pairs(design, flags, names, kind, together))
+        if {flag for flag, _, _ in pairs} <= ({AA, ALL} if names else {AA}):  # nothing to ask in this kind of arm
             continue
         for flag, treated, control in pairs:
             for arm in (treated, control):
@@ -110,19 +110,21 @@ def plan(design: Design, flags: FlagSet, names: Sequence[str]) -> Plan:
 
 def first_pass(plan: Plan) -> list[Arm]:
     """The arms in the order in which a person wants to see them: baselines, no flags, then one flag after the other,
-    each in full and in split. Without the second baseline of A/A, which tells nothing new."""
+    each in full and in split. The second baselines of A/A come last: what differs there is chance."""
 
-    def rank(arm: Arm) -> tuple[bool, bool, int]:
+    def rank(arm: Arm) -> tuple[int, bool, bool, int]:
         asked = (q.flag for q in plan.questions if arm.name in (q.treated, q.control))
         about = next((flag for flag in asked if flag != AA), AA)
         order = list(dict.fromkeys(q.flag for q in plan.questions))
         base = arm.name == _arm(BASELINE, arm.kind, arm.flags).name
-        return not base, not arm.name.startswith(NONE), order.index(about)
+        return arm.copy, not base, not arm.name.startswith(NONE), order.index(about)
 
-    return sorted((arm for arm in plan.arms if not arm.copy), key=rank)
+    return sorted(plan.arms, key=rank)
 
 
-def _pairs(design: Design, flags: FlagSet, names: Sequence[str], kind: Kind) -> Iterator[tuple[str, Arm, Arm]]:
+def _pairs(
+    design: Design, flags: FlagSet, names: Sequence[str], kind: Kind, together: bool
+) -> Iterator[tuple[str, Arm, Arm]]:
     """(flag, treated, control) for one kind of arm, A/A first."""
     base = {"without": flags, "alone": flags.only(CACHE), "ladder": flags.only()}[design]
     baseline = _arm(BASELINE, kind, base)
@@ -130,7 +132,7 @@ def _pairs(design: Design, flags: FlagSet, names: Sequence[str], kind: Kind) -> 
     if design == "ladder":
         yield from _ladder(flags, names, kind)
         return
-    if len(flags.names()) > 1 and _own(flags, kind) != _own(flags.only(), kind):
+    if together and _has_together(design, flags) and _own(flags, kind) != _own(flags.only(), kind):
         none, every = _arm(NONE, kind, flags.only()), _arm(ALL, kind, flags)
         yield (ALL, baseline, none) if design == "without" else (ALL, every, baseline)
     for name in names:
@@ -144,6 +146,11 @@ def _pairs(design: Design, flags: FlagSet, names: Sequence[str], kind: Kind) -> 
             yield name, baseline, _arm(NONE, kind, flags.only())
         else:
             yield name, _arm(f"{name} alone", kind, flags.only(name, CACHE), sampled), baseline
+
+
+def _has_together(design: Design, flags: FlagSet) -> bool:
+    """Whether there is a question about all flags together. The last step of a ladder has them all."""
+    return design != "ladder" and len(flags.names()) > 1
 
 
 def _ladder(flags: FlagSet, names: Sequence[str], kind: Kind) -> Iterator[tuple[str, Arm, Arm]]:

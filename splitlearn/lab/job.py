@@ -149,6 +149,7 @@ class Job:
         """The command that repeats the experiment."""
         given = {
             "--flags": request.flags,
+            "--about": ",".join(request.about) or None,
             "--design": request.design,
             "--pairs": request.pairs,
             "--minutes": request.minutes,

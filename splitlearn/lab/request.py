@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest
-from splitlearn.flags.selection import check
-from splitlearn.lab.design import DESIGNS, Design, plan
+from splitlearn.flags.selection import FlagSet, check
+from splitlearn.lab.design import DESIGNS, Design, Plan, plan
 from splitlearn.lab.records import Setup
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DELTA = 0.02
 MAX_PAIRS = 72
 MINUTES = 60.0
+TOGETHER = "all"
 PROMPTS_LIMIT = 1000
 
 
@@ -26,6 +27,7 @@ class ExperimentRequest:
     """A user's request for an experiment.
 
     With `pairs` None it goes on until everything is decided or `minutes` are over; a number of pairs has no time limit.
+    `about` names the applied flags to ask about, and TOGETHER all of them together; nothing is all of that.
     Raises InputError for invalid flags, a number out of range or an empty prompt.
     """
 
@@ -37,6 +39,7 @@ class ExperimentRequest:
     prompts: tuple[str, ...] = ()
     max_new_tokens: int = 64
     seed: int = 0
+    about: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check(self.flags)
@@ -61,7 +64,7 @@ def setup(runs: "Runs", request: ExperimentRequest, command: str) -> Setup:
     flags = runs.flags(request.flags)
     return Setup(
         design=request.design,
-        plan=plan(request.design, flags, _about(flags.names(), request.flags)),
+        plan=planned(request, flags),
         flags=flags,
         prompts=request.prompts or (runs.config.generation.prompt,),
         max_new_tokens=request.max_new_tokens,
@@ -88,7 +91,21 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def _about(applied: Sequence[str], words: str) -> list[str]:
-    """The flags to ask about: all applied ones, in the order in which the words name them."""
+def planned(request: ExperimentRequest, flags: FlagSet) -> Plan:
+    """The arms and questions. Raises InputError for a question about a flag that is not applied."""
+    applied, asked = flags.names(), list(dict.fromkeys(request.about))
+    if not asked:
+        return plan(request.design, flags, _all(applied, request.flags))
+    for name in asked:
+        if name not in (*applied, TOGETHER):
+            raise InputError("about", name, f"{TOGETHER}, or a flag that is applied: {', '.join(applied) or 'none is'}")
+    names = [name for name in asked if name != TOGETHER]
+    if not names and (len(applied) < 2 or request.design == "ladder"):
+        raise InputError("about", TOGETHER, "flags by name: it takes several flags, and no ladder, to ask about all")
+    return plan(request.design, flags, names, together=TOGETHER in asked)
+
+
+def _all(applied: Sequence[str], words: str) -> list[str]:
+    """All applied flags, in the order in which the words name them."""
     written = [word.partition("=")[0] for word in re.split(r"[\s,:]+", words)]
     return sorted(applied, key=lambda name: written.index(name) if name in written else len(written))

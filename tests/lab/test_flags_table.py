@@ -15,6 +15,7 @@ from splitlearn.lab.analysis.findings import Findings, analyse
 from splitlearn.lab.analysis.flags_table import ArmCells, FlagsTable, Ratio, flags_table
 from splitlearn.lab.design import AA, ALL, NONE, Arm, Design
 from splitlearn.lab.records import FIRST_PASS, Trial
+from splitlearn.lab.request import ExperimentRequest, planned
 from tests.support.lab_trials import TOKENS, setup, trials
 
 SETUP = setup()
@@ -133,7 +134,7 @@ def test_in_each_design_a_row_stands_against_the_arm_that_differs_in_its_flag(
     assert (cell.arm, cell.reference) == (arm, reference)
 
 
-def test_json_and_csv_have_each_row_and_the_command_has_the_flags_of_its_row() -> None:
+def test_json_and_csv_have_each_row_with_its_command() -> None:
     table = table_of(analyse(SETUP, begun(12), {}))
     read = json.loads(json.dumps(table.as_json(), allow_nan=False))
     assert len(read["rows"]) == 5
@@ -141,11 +142,32 @@ def test_json_and_csv_have_each_row_and_the_command_has_the_flags_of_its_row() -
     lines = list(csv.DictReader(io.StringIO(table.as_csv())))
     assert len(lines) == 2 * (5 + 1)
     assert float(lines[6]["tpot_ratio.ratio"]) == pytest.approx(1.8, rel=0.02)
-    here = availability(dict.fromkeys(SIDES, Place("cpu")))
-    for row in table.rows:
+    assert {line["command"] for line in lines} == {row.command for row in (*table.rows, *table.controls)}
+
+
+@pytest.mark.parametrize("design", ["without", "alone", "ladder"])
+def test_a_rows_command_measures_its_arms_beside_those_that_they_are_held_against(design: Design) -> None:
+    """By what the command line makes of it: the arms that it plans are those of the row, and the second baselines."""
+    asked, here = (
+        setup(design, command="lab --config c.yaml --prompts p.txt --seed 7"),
+        availability(dict.fromkeys(SIDES, Place("cpu"))),
+    )
+    table = table_of(analyse(asked, trials(asked), {}))
+    for row in (*table.rows, *table.controls):
         words = shlex.split(row.command)
-        asked = dict(zip(words[4::2], words[5::2], strict=False))
-        arm = next(iter(row.cells.values())).arm
-        assert parse(asked["--flags"], here) == SETUP.plan.arm(arm).flags
-        assert asked["--prompt"] == SETUP.prompts[0]
-        assert words[words.index("--max-new-tokens") + 1] == str(len(TOKENS))
+        assert words[:4] == ["python", "-m", "splitlearn", "lab"]
+        given = dict(zip(words[4::2], words[5::2], strict=True))
+        again = ExperimentRequest(
+            given["--flags"],
+            design=design,
+            about=tuple(given["--about"].split(",")),
+            pairs=int(given["--pairs"]),
+        )
+        made = planned(again, parse(again.flags, here))
+        shown = {name for each in row.cells.values() for name in (each.arm, each.reference) if name}
+        assert given["--design"] == design
+        assert {asked.plan.arm(name) for name in shown} <= set(made.arms)
+        if row.role == "flag" and design != "ladder":
+            assert {question.flag for question in made.questions} == {AA, row.flag}
+        assert (given["--config"], given["--prompts"]) == ("c.yaml", "p.txt")
+        assert given["--max-new-tokens"] == str(len(TOKENS))

@@ -107,6 +107,8 @@ def _stored(file: Path) -> list[tuple[int, int, str, float]]:
     ("arguments", "said"),
     [
         (("lab", "--pairs", "0"), "pairs: 0 cannot be used"),
+        (("lab", "--flags", "use_cache,inference_mode", "--about", "cache"), "about: 'cache' cannot be used"),
+        (("lab", "--flags", "inference_mode", "--about", "all"), "about: 'all' cannot be used"),
         (("lab", "--pairs", "x"), "pairs: 'x'"),
         (("lab", "--delta", "3"), "delta: 3.0 cannot be used"),
         (("lab", "--minutes", "0"), "minutes: 0.0 cannot be used"),

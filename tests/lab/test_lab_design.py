@@ -70,7 +70,14 @@ def test_a_flag_on_one_side_only_is_asked_of_the_arms_that_have_it() -> None:
 @pytest.mark.parametrize(("asked", "words"), [([], "at least one flag"), (["torch_compile"], "a flag that is applied")])
 def test_asking_about_nothing_or_about_a_flag_that_is_not_applied_is_refused(asked: list[str], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        plan("without", DEFAULT, asked)
+        plan("without", DEFAULT, asked, together=False)
+
+
+def test_of_the_question_about_all_flags_together_alone_the_arms_are_both_baselines_and_none() -> None:
+    made = plan("without", DEFAULT, [])
+    assert {question.flag for question in made.questions} == {AA, ALL}
+    with pytest.raises(InputError, match="at least one flag"):
+        plan("without", FlagSet(), [])
 
 
 def test_arm_names_are_unique() -> None:

@@ -157,7 +157,9 @@ def test_the_prefills_of_a_block_go_round_the_arms_to_and_fro(
     assert {each[3] for each in last} == {4}
 
 
-def test_the_first_pass_shows_the_baselines_and_no_flags_before_the_flags(runs: Runs, tmp_path: Path) -> None:
+def test_the_first_pass_shows_the_baselines_and_no_flags_before_the_flags_and_the_check_last(
+    runs: Runs, tmp_path: Path
+) -> None:
     with _store(runs, tmp_path, replace(ASKED, flags="use_cache,inference_mode")) as store:
         for progress in Experiment(runs, store).go():
             if progress.phase.startswith("block 1"):
@@ -165,11 +167,13 @@ def test_the_first_pass_shows_the_baselines_and_no_flags_before_the_flags(runs: 
         first = [trial.arm for trial in store.trials()]
     assert first == [
         f"{name}, {kind}"
-        for name in ("baseline", "no flags", "without use_cache", "without inference_mode")
+        for name in ("baseline", "no flags", "without use_cache", "without inference_mode", "baseline again")
         for kind in ("full", "split")
     ]
     table = flags_table(progress.findings)
-    assert all(cells.first_pass for row in table.rows for cells in row.cells.values())
+    assert all(cells.first_pass for row in (*table.rows, *table.controls) for cells in row.cells.values())
+    (check,) = table.controls
+    assert all(cells.tpot_ratio and cells.tpot_ratio.ratio for cells in check.cells.values())
 
 
 def test_arms_of_decided_questions_drop_out_and_a_passed_check_runs_in_one_block_of_four(

@@ -88,7 +88,9 @@ def test_one_press_fills_the_table_and_its_figures_are_those_of_the_labs_store(
     assert text == found.as_csv()
     assert {line["row"] for line in csv.DictReader(text.splitlines())} >= {row.name for row in found.rows}
     page.locator("#ft-changes summary").last.click()
-    expect(page.locator("#ft-changes pre").last).to_contain_text("splitlearn compare")
+    expect(page.locator("#ft-changes pre").last).to_contain_text(
+        f"splitlearn lab --flags 'full:{FLAG} client:{FLAG} trunk:{FLAG}' --about {FLAG}"
+    )
 
 
 def test_the_lab_tab_shows_the_same_experiment(later: Page, folder: Path) -> None:

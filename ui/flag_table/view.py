@@ -15,7 +15,10 @@ EMPTY = (
     "seconds and get more precise until you press Stop."
 )
 NOWHERE = "does not act here"
-ONE_RUN = "Each row has one run so far, so its ratio may be chance. It gets an interval once the runs repeat."
+ONE_RUN = (
+    "Each row has one run so far, so its ratio may be chance: how far, the controls below show. It gets an interval "
+    "once the runs repeat."
+)
 FIRST_RUN = "first run only"
 WIDTH, HEIGHT = 72, 14
 LEAST_SPAN = math.log(1.25)  # the axis shows at least 0.8 to 1.25
@@ -74,9 +77,12 @@ def section(found: FlagsTable | None, order: str = "listed") -> str:
 
 
 def changes(found: FlagsTable) -> str:
-    """For each row the change in each part of a token's time, and the command that repeats it."""
+    """For each row the change in each part of a token's time, and the command that measures it beside its baseline."""
     rows = "".join(folded(row.name, _change(row)) for row in found.rows)
-    return f"<h3>What each row changed in a token's time, and the command that repeats it</h3>{rows}"
+    return (
+        "<h3>What each row changed in a token's time, and the command that measures it again beside its baseline</h3>"
+        f"{rows}"
+    )
 
 
 def _summary(found: FlagsTable) -> str:

@@ -26,14 +26,16 @@ from typing import Any, Literal
 
 from splitlearn.events import Kind
 from splitlearn.flags.registry import SIDES
-from splitlearn.flags.selection import FlagSet
 from splitlearn.lab.analysis.findings import METRICS, Findings, Metric, Row
 from splitlearn.lab.analysis.pairing import breakdown_per_token, whole_blocks
-from splitlearn.lab.design import AA, ALL, BASELINE, NONE, SAMPLED, Arm, Design, Plan, Question
-from splitlearn.lab.records import FIRST_PASS, Trial
+from splitlearn.lab.design import AA, ALL, BASELINE, NONE, Arm, Design, Plan, Question
+from splitlearn.lab.records import FIRST_PASS, Setup, Trial
+from splitlearn.lab.request import TOGETHER
 from splitlearn.lab.stats import Effect
 
 Role = Literal["all", "none", "flag", "control"]
+PAIRS = 6
+"""Of the command that repeats a row: enough for an interval."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class ArmCells:
 @dataclass(frozen=True)
 class FlagRow:
     """One row: `name` for people, `flag` of the registry ("" for all, none and controls), its figures by kind of arm,
-    and the command that runs these flags again. A kind is missing where the flag does not act."""
+    and the command that measures its arms and their references again, in pairs. A kind is missing where the flag does
+    not act."""
 
     name: str
     flag: str
@@ -131,9 +134,8 @@ def flags_table(findings: Findings) -> FlagsTable:
         cells = _cells(findings, place)
         row = rows.get((place.name, place.role))
         if row is None:
-            flags = plan.arm(place.arm).flags
             about = place.question.flag if place.question and place.role == "flag" else ""
-            row = FlagRow(place.name, about, place.role, {}, _command(findings, flags, place.arm))
+            row = FlagRow(place.name, about, place.role, {}, _command(setup, place))
         rows[place.name, place.role] = replace(row, cells={**row.cells, place.kind: cells})
     order: dict[Role, int] = {"all": 0, "none": 1, "flag": 2, "control": 3}
     listed = sorted(rows.values(), key=lambda row: order[row.role])
@@ -283,24 +285,32 @@ def _microseconds(parts: Mapping[str, float]) -> dict[str, float]:
     return {part: seconds * 1e6 for part, seconds in parts.items()}
 
 
-def _command(findings: Findings, flags: FlagSet, arm: str) -> str:
-    """The command that runs these flags once more, in full and in split, on the first prompt."""
-    setup = findings.setup
-    words = " ".join(f"{side}:{','.join(sorted(flags.of(side))) or 'none'}" for side in SIDES)
-    command = ["python", "-m", "splitlearn", "compare", "--flags", words, "--prompt", setup.prompts[0], "--ignore-eos"]
-    command += ["--max-new-tokens", str(setup.max_new_tokens), *_options(setup.command)]
-    if setup.plan.arm(arm).sampled:
-        command += _SAMPLING
-    return shlex.join(command)
+def _command(setup: Setup, place: _Place) -> str:
+    """The command that measures the arm again, in PAIRS pairs with the one that it is held against: its table has
+    both."""
+    words = " ".join(f"{side}:{','.join(sorted(setup.flags.of(side))) or 'none'}" for side in SIDES)
+    command = ["python", "-m", "splitlearn", "lab", "--flags", words, "--about", ",".join(_about(setup.plan, place))]
+    command += ["--design", setup.design, "--pairs", str(PAIRS), "--max-new-tokens", str(setup.max_new_tokens)]
+    return shlex.join([*command, *_options(setup.command)])
 
 
-_SAMPLING = [word for name, value in asdict(SAMPLED).items() for word in (f"--{name.replace('_', '-')}", f"{value}")]
+def _about(plan: Plan, place: _Place) -> list[str]:
+    """What to ask so that the arm runs. A step of a ladder stands on those before it."""
+    question = place.question
+    if question is None or question.flag == AA:
+        others, shown = [each for each in plan.questions if each.flag != AA], {place.arm, place.reference}
+        question = next((each for each in others if {each.treated, each.control} & shown), others[0])
+    if plan.design != "ladder":
+        return [TOGETHER if question.flag == ALL else question.flag]
+    asked = list(dict.fromkeys(each.flag for each in plan.questions if each.flag != AA))
+    return asked[: asked.index(question.flag) + 1]
 
 
 def _options(command: str) -> list[str]:
-    """The options of the experiment's command that say where it ran."""
+    """The options of the experiment's command that say where it ran, and on which prompts."""
     words = shlex.split(command)
-    return [part for at, word in enumerate(words) if word in ("--config", "--trunk") for part in words[at : at + 2]]
+    taken = ("--config", "--trunk", "--prompts")
+    return [part for at, word in enumerate(words) if word in taken for part in words[at : at + 2]]
 
 
 def _flat(row: FlagRow, kind: Kind, cells: ArmCells) -> dict[str, Any]:
