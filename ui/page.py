@@ -12,7 +12,7 @@ from splitlearn.flags.selection import parse
 from ui import html, inputs
 from ui.api.endpoints import Api
 from ui.chat.tab import NAME as CHAT_TAB
-from ui.chat.tab import ChatTab
+from ui.chat.tab import ChatTab, storage
 from ui.compare import intro, view
 from ui.compare.actions import Handlers
 from ui.compare.tab import AnswersTab
@@ -78,11 +78,12 @@ class Page:
         self.tick = gr.Timer(2 * TICK_S, active=False)
 
     def _tabs(self) -> None:
+        talk = storage()
         with gr.Tabs(selected="answers", overflow_behavior="wrap") as self.tabs:
             with gr.Tab("Answers", id="answers"):
                 self.answers = AnswersTab(self.handlers)
             with gr.Tab(CHAT_TAB, id="chat") as tab:
-                self.chat = ChatTab(self.handlers, self.answers, tab)
+                self.chat = ChatTab(self.handlers, self.answers, tab, talk)
             with gr.Tab(MODEL_TAB, id="model") as tab:
                 self.models = ModelsPanel(self.handlers.chooser)
                 self.model = ModelTab(self.handlers.planner, tab)
@@ -100,7 +101,7 @@ class Page:
             self.blocks.load(None, None, None, js=script)
         answers = self.answers
         answers.connect(self.tick)
-        self.chat.connect()
+        self.chat.connect(self.blocks)
         answers.history.connect(self.blocks)
         seen = [self.link, self.startup, self.timer]
         read = [self.facts, self.intro, self.notice.shown]

@@ -210,6 +210,8 @@ def open_page(browser: BrowserContext, url: str, width: int = 1280, height: int 
     `FORBIDDEN`."""
     browser.clear_cookies()
     page = browser.new_page()
+    storage = {"origin": url, "storageTypes": "local_storage"}
+    browser.new_cdp_session(page).send("Storage.clearDataForOrigin", storage)
     page.set_viewport_size({"width": width, "height": height})
     page.on("console", lambda line: FORBIDDEN.append(line.text) if "Content Security Policy" in line.text else None)
     page.set_default_timeout(PATIENCE_MS)

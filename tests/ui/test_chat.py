@@ -174,6 +174,40 @@ def test_markup_is_shown_as_text_and_a_turn_that_cannot_run_comes_back_into_its_
     expect(page.locator("#chat-error .sl-error")).to_have_count(0)
 
 
+def test_a_reload_brings_the_conversation_back_in_either_language_until_a_new_one(
+    page: Page, browser: BrowserContext, url: str, tiny_model: TinyFactory
+) -> None:
+    setting(page, "chat-system", SYSTEM)
+    send(page, HOSTILE)
+    page.reload()
+    page.get_by_role("tab", name="Chat").click()
+    turns(page, HOSTILE)
+    expect(page.locator(".sl-turn .sl-verdict")).to_contain_text("Identical")
+    expect(page.locator("#chat-system").locator("input, textarea").first).to_have_value(SYSTEM)
+    page.evaluate(COUNT)
+    send(page, "Go on.")
+    turns(page, HOSTILE, "Go on.")
+    asked = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": HOSTILE}]
+    theirs = Transformers(tiny_model())
+    asked += [{"role": "assistant", "content": theirs.answer(asked)}, {"role": "user", "content": "Go on."}]
+    assert ids(page, 2) == theirs.ids(asked)
+
+    other = browser.new_page()
+    other.goto(f"{url}/?language=zh")
+    other.get_by_role("tab").nth(1).click()
+    turns(other, HOSTILE, "Go on.")
+    expect(other.locator(".sl-turn header").first).to_contain_text("第 1 轮")
+    assert other.evaluate("window.hacked") is None
+    other.close()
+    browser.clear_cookies()  # which keep the language
+    page.locator("#chat-new").click()
+    expect(page.locator(".sl-turn")).to_have_count(0)
+    page.reload()
+    page.get_by_role("tab", name="Chat").click()
+    expect(page.locator("#chat-context")).to_contain_text("left")
+    expect(page.locator(".sl-turn")).to_have_count(0)
+
+
 def long_run(page: Page) -> None:
     """Begin a turn of many seconds, with no KV cache."""
     page.get_by_role("tab", name="Answers").click()

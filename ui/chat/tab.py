@@ -12,7 +12,7 @@ import gradio as gr
 from splitlearn.arms.startup import MODEL
 from splitlearn.errors import SplitlearnError
 from ui import html, inputs
-from ui.chat import view
+from ui.chat import record, view
 from ui.chat.composer import BACK_TO_FIELD, TO_FIELD, Composer
 from ui.chat.conversation import Conversation, Turn
 from ui.compare.actions import Handlers
@@ -20,25 +20,33 @@ from ui.compare.session import ArmView, ComparisonView
 from ui.compare.tab import AnswersTab
 from ui.compare.view import errors, status
 from ui.flags.picker import Updates
+from ui.history.panel import SCRAMBLED_WITH
 from ui.visitors import visitor
 
 NAME = "Chat"
 WHAT = (
     "One conversation, sent to both arms. Each turn runs once in each, one after the other, in random order. The next "
     "prompt has the full arm's answers, for both arms: else their prompts would differ, and their tokens could not be "
-    "compared. So the verdict of each turn stands by itself."
+    "compared. So the verdict of each turn stands by itself. Your browser keeps the conversation until you begin a new "
+    "one."
 )
 SYSTEM = "The first message of every prompt from the next turn on. Without one, some chat templates add their own."
+STORAGE_KEY = "splitlearn-chat"  # scrambled like the history
 TICK_S = 1.0
 TO_TURNS = "() => document.getElementById('chat-box').scrollIntoView({block: 'start'})"
 TO_IDS = "() => document.querySelector('#chat-prompt h2')?.focus()"
 
 
-class ChatTab:
-    """The tab's components, built inside `tab`. `connect` adds their event handlers."""
+def storage() -> Any:
+    """What the browser keeps, built outside all tabs: in one that is not open Gradio would not read it."""
+    return gr.BrowserState(record.EMPTY, storage_key=STORAGE_KEY, secret=SCRAMBLED_WITH)
 
-    def __init__(self, handlers: Handlers, answers: AnswersTab, tab: Any) -> None:
-        self.handlers, self.answers, self.tab = handlers, answers, tab
+
+class ChatTab:
+    """The tab's components, built inside `tab`. `connect` adds their event handlers. `kept` is the `storage`."""
+
+    def __init__(self, handlers: Handlers, answers: AnswersTab, tab: Any, kept: Any) -> None:
+        self.handlers, self.answers, self.tab, self.kept = handlers, answers, tab, kept
         self.talk = gr.State(Conversation())
         self.tick = gr.Timer(TICK_S, active=False)
         with gr.Column(elem_id="chat"):
@@ -52,8 +60,9 @@ class ChatTab:
             self.composer = Composer()
             self.prompt = gr.HTML("", elem_id="chat-prompt", elem_classes="sl-report")
 
-    def connect(self) -> None:
-        """Add the event handlers."""
+    def connect(self, blocks: Any) -> None:
+        """Add the event handlers, which show the browser's conversation when the page opens."""
+        blocks.load(self._open, self.kept, [self.talk, self.past, self.system], queue=False)
         fields, words, composer = self.answers.fields, self.answers.picker.words, self.composer
         chosen = {words, *(fields[name] for name in ("link", "max_new_tokens", "temperature"))}
         shown = [self.settings, composer.context]
@@ -68,7 +77,7 @@ class ChatTab:
             self._cancel: [composer.cancel.click],
             self._new: [composer.new.click],
         }.items():
-            gr.on(events, act, given, drawn, queue=False).then(None, None, None, js=TO_FIELD)
+            gr.on(events, act, given, [*drawn, self.kept], queue=False).then(None, None, None, js=TO_FIELD)
         asked = gr.on(
             [each.select for each in turns], self._token_ids, given, [self.prompt, composer.error], queue=False
         )
@@ -89,8 +98,15 @@ class ChatTab:
             concurrency_limit=1,
             trigger_mode="once",
         )
-        ended = ran.then(self._end, {self.talk}, [*self.composer.all, self.tick], queue=False)
+        ended = ran.then(self._end, {self.talk, self.system}, [*self.composer.all, self.tick, self.kept], queue=False)
         ended.then(None, None, None, js=BACK_TO_FIELD)
+
+    def _open(self, kept: object) -> Updates:
+        """On opening the page. Without a conversation nothing is set, since a quick visitor may have typed already."""
+        talk, system = record.read(kept)
+        if not talk.turns:
+            return {self.talk: gr.skip()}
+        return {self.talk: talk, self.past: view.turns(talk.turns), self.system: system}
 
     def _come(self, given: Mapping[Any, Any]) -> Updates:
         """On opening the tab."""
@@ -180,7 +196,10 @@ class ChatTab:
     def _end(self, given: Mapping[Any, Any], request: gr.Request) -> Updates:
         self.handlers.line.leave(visitor(request))
         talk: Conversation = given[self.talk]
-        return {self.tick: gr.Timer(active=False), **self.composer.end(talk), **self._room(talk)}
+        kept, room = record.text(talk, given[self.system] or ""), self._room(talk)
+        if talk.turns and kept == record.EMPTY:
+            room[self.composer.context] += html.small(view.NOT_STORED)
+        return {self.kept: kept, self.tick: gr.Timer(active=False), **self.composer.end(talk), **room}
 
     def _edit(self, given: Mapping[Any, Any], event: gr.EventData) -> Updates:
         """Take the message of an answered turn into the field."""
@@ -203,7 +222,7 @@ class ChatTab:
         return self._show(Conversation(given[self.talk].turns))
 
     def _new(self, given: Mapping[Any, Any]) -> Updates:
-        return self._show(Conversation())
+        return {**self._show(Conversation()), self.kept: record.EMPTY}
 
     def _show(self, talk: Conversation) -> Updates:
         cleared = dict.fromkeys((self.now, self.prompt, self.composer.message, self.composer.error), "")

@@ -29,6 +29,8 @@ IDS = (
     "What the model was given: the ids that the chat template and the tokenizer made of all messages, each with its "
     "text. Control tokens are marked. A token that is only part of a character has no text of its own."
 )
+IDS_NOT_KEPT = "The browser had no room for the token ids of this turn."
+NOT_STORED = "The conversation is too long for the browser to keep: it is lost when you close or reload the page."
 
 
 def turns(answered: Sequence[Turn]) -> str:
@@ -89,7 +91,7 @@ def token_ids(number: int, shown: Turn) -> str:
         listed = [("both arms", reports[0])]
     else:
         listed = [(f"the {report.kind} arm", report) for report in reports]
-    inner = "".join(_ids(name, report) for name, report in listed)
+    inner = "".join(_ids(name, report) for name, report in listed if report.metrics.prompt_ids) or small(IDS_NOT_KEPT)
     return (
         f'<section class="sl-prompt-ids" aria-label="Prompt of turn {number}"><h2 tabindex="-1">Prompt of turn {number}'
         f"</h2>{small(IDS)}{inner}</section>"
