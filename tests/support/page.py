@@ -205,13 +205,21 @@ def chromium() -> Iterator[BrowserContext]:
             browser.close()
 
 
-def open_page(browser: BrowserContext, url: str, width: int = 1280, height: int = 800, theme: str = "light") -> Page:
+def open_page(
+    browser: BrowserContext,
+    url: str,
+    width: int = 1280,
+    height: int = 800,
+    theme: str = "light",
+    new_browser: bool = False,
+) -> Page:
     """Open the page for a fresh visitor, and wait until it is usable. Violations of its content security policy go into
-    `FORBIDDEN`."""
+    `FORBIDDEN`. What the page keeps in the browser stays there, unless it is to be as in a `new_browser`."""
     browser.clear_cookies()
     page = browser.new_page()
-    storage = {"origin": url, "storageTypes": "local_storage"}
-    browser.new_cdp_session(page).send("Storage.clearDataForOrigin", storage)
+    if new_browser:
+        storage = {"origin": url, "storageTypes": "local_storage"}
+        browser.new_cdp_session(page).send("Storage.clearDataForOrigin", storage)
     page.set_viewport_size({"width": width, "height": height})
     page.on("console", lambda line: FORBIDDEN.append(line.text) if "Content Security Policy" in line.text else None)
     page.set_default_timeout(PATIENCE_MS)

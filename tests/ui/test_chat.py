@@ -36,7 +36,7 @@ def app(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def chat(browser: BrowserContext, url: str) -> Page:
-    opened = open_page(browser, url)
+    opened = open_page(browser, url, new_browser=True)
     opened.get_by_role("tab", name="Chat").click()
     opened.evaluate(COUNT)
     return opened
