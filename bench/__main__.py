@@ -63,6 +63,7 @@ SIZES = {
     "minutes": (float, 0.1, "longest duration"),
     "users": (int, 1, "browsers at once"),
     "chain": (int, 2, "trunk servers one after the other"),
+    "ray": (int, 1, "links of trunk servers on Ray, with two replicas each"),
 }
 
 

@@ -3,7 +3,8 @@
 The clients are worker processes of the split arm. The trunk is the embedded one, which its supervisor restarts on the
 same port. A random token of any client triggers the kill; the next kill waits until every client has had a token since.
 A request that arrives while no trunk runs fails at once and is retried. With `--chain N` the trunk is a chain of N
-servers with a spare each, and each kill hits one of them at random.
+servers with a spare each, and each kill hits one of them at random. With `--ray N` it is a chain of N links on Ray with
+two replicas each, and each kill hits a replica's actor or its server process.
 """
 
 import random
@@ -21,6 +22,7 @@ import numpy as np
 import psutil
 
 from bench.chained import chained
+from bench.on_ray import kill_replica, on_ray
 from bench.report import write
 from splitlearn.arms.compare import environment
 from splitlearn.arms.embedded_server import EmbeddedTrunk
@@ -56,11 +58,18 @@ class Found:
     spot_checks: list[SpotCheckResult] = field(default_factory=list)
 
 
-def main(runs: Runs, chain: int = 1) -> None:
-    """Measure and write docs/results/chaos.md, or chaos_chain.md for a chain of so many links."""
+def main(runs: Runs, chain: int = 1, ray: int = 0) -> None:
+    """Measure and write docs/results/chaos.md, or chaos_chain.md for a chain of so many links, or chaos_ray.md for so
+    many on Ray."""
+    order = random.Random(1)
+    if ray:
+        with on_ray(runs, ray, 2, "default") as (own, directory):
+            what = f"{ray} links on Ray, each with two replicas, whose actor or server process is hit"
+            _measure(own, "chaos_ray", what, lambda: kill_replica(directory, order), f"chaos --ray {ray}")
+        return
     if chain > 1:
         with chained(runs, chain, 2, "default") as (own, servers):
-            order, what = random.Random(1), f"a chain of {chain} servers, each with a spare"
+            what = f"a chain of {chain} servers, each with a spare"
             command = f"chaos --chain {chain}"
             _measure(own, "chaos_chain", what, lambda: _kill_one(servers, order), command)
         return
