@@ -42,6 +42,7 @@ BENCHES = (
     "overlap",
     "flips",
     "llama",
+    "jax_ladder",
     "threads",
     "context",
     "gpu",
