@@ -42,6 +42,7 @@ BENCHES = (
     "overlap",
     "flips",
     "llama",
+    "engines",
     "jax_ladder",
     "threads",
     "context",

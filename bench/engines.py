@@ -71,7 +71,7 @@ def _row(kind: Kind, name: str, found: dict[str, list[ArmReport]]) -> dict[str, 
         "split / full": str(effect(_tpot(own), _tpot(full))) if kind == "split" else "",
         "TTFT / torch": str(effect(_ttft(own), _ttft(torch))),
         "load, s": f"{own[0].load_s:.1f}",
-        "memory, MB": f"{median(_memory(each) for each in own) / 1e6:.0f}",
+        "memory, MB": f"{median(each.added_bytes for each in own) / 1e6:.0f}",
         "same ids": same,
     }
 
