@@ -238,10 +238,12 @@ def onnx_rounded(matrix: Any, bits: int, block: int) -> tuple[Any, Any, Any]:
 
 
 def import_torchax() -> Any:
-    """torchax: the package. Importing it registers a device with torch, whose `get_rng_state` does not take the
-    device that torch gives it: `torch.random.fork_rng` would fail in the whole process."""
+    """torchax: the package. Importing it registers a device with torch, which says that it can be used, and whose
+    `get_rng_state` does not take the device that torch gives it: `torch.compile`, which asks for the device's stream,
+    and `torch.random.fork_rng` would fail in the whole process."""
     import torchax
 
+    torchax.device_module.is_available = lambda: False
     torchax.device_module.get_rng_state = lambda device=None: []
     return torchax
 

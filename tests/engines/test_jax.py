@@ -20,6 +20,7 @@ from splitlearn.generation.chain import Link
 from splitlearn.generation.generator import Generator
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.models.plan import SplitPlan
+from splitlearn.runtime import private_apis
 from splitlearn.sampling import SamplingParams
 from splitlearn.stages import loading
 from splitlearn.stages.base import Session, Stage, StageInput
@@ -177,3 +178,10 @@ settings(frozenset({"use_cache", "engine=onnxruntime"}))
 print([name for name in ("jax", "jaxlib", "torchax") if name in sys.modules])
 """
     assert output_of([sys.executable, "-c", code]).strip() == "[]"
+
+
+def test_what_jax_registers_with_torch_hinders_no_other_stage_of_the_process() -> None:
+    private_apis.import_torchax()
+    twice = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
+    with torch.random.fork_rng():
+        assert twice(torch.ones(3)).tolist() == [2.0] * 3
