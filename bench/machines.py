@@ -22,6 +22,7 @@ from bench.report import write
 from splitlearn.access import tokens
 from splitlearn.arms.compare import environment
 from splitlearn.arms.runs import Runs
+from splitlearn.config import serving
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.events import Event, GenerationRequest, TokenEvent
 from splitlearn.metrics import RunMetrics
@@ -30,6 +31,7 @@ from splitlearn.wire import READY
 
 INSIDE = "SPLITLEARN_BENCH_INSIDE"
 CLIENT_TOKEN, SERVER_TOKEN = "SPLITLEARN_TRUNK_TOKEN", "SPLITLEARN_FORWARD_TOKEN"
+FLAGS = "default"
 PORT, TOKENS, ANSWERS, DISTURBED_AT = 50051, 64, 5, 20
 REQUEST = GenerationRequest("Explain in two sentences why the sky is blue.", max_new_tokens=TOKENS, ignore_eos=True)
 
@@ -43,10 +45,14 @@ def main(runs: Runs) -> None:
         return
     with tempfile.TemporaryDirectory() as folder, machines("first", "second", "spare") as hosts:
         secrets = _secrets(Path(folder))
+        # All before the first server starts: it reads then whom it trusts.
+        shown = [_certificate(Path(folder), host) for host in hosts]
         os.environ[CLIENT_TOKEN] = secrets["client"]
         with ExitStack() as stack:
-            for host, own, nexts in zip(hosts, (layers[0], layers[1], layers[1]), (hosts[1:], [], []), strict=True):
-                settings = _settings(runs, own, nexts, Path(folder), host)
+            for host, tls, own, nexts in zip(
+                hosts, shown, (layers[0], layers[1], layers[1]), (hosts[1:], [], []), strict=True
+            ):
+                settings = _settings(runs, own, nexts, Path(folder), tls)
                 stack.enter_context(_serving(host, settings, Path(folder), secrets["server"]))
             _report(runs, _measured(runs, hosts, layers, Path(folder)))
 
@@ -76,12 +82,15 @@ def _certificate(folder: Path, host: Machine) -> dict[str, str]:
     return {"certificate": str(certificate), "key": str(key)}
 
 
-def _settings(runs: Runs, layers: tuple[int, int], nexts: list[Machine], folder: Path, host: Machine) -> dict[str, Any]:
-    """The settings of the server on `host`."""
-    plain = runs.config.model_dump(mode="json")
+def _settings(
+    runs: Runs, layers: tuple[int, int], nexts: list[Machine], folder: Path, tls: dict[str, str]
+) -> dict[str, Any]:
+    """The settings of a server with the certificate `tls`. It has the flags of the answers, so that a loss does not
+    include the start of a server for others."""
+    plain = serving(runs.config, runs.flags(FLAGS).trunk).model_dump(mode="json")
     plain["split"] = {"start": layers[0], "end": layers[1]}
     forward_to = {"addresses": [_at(each) for each in nexts], "tls": {"ca": str(folder / "trusted.pem")}}
-    server = {"host": "0.0.0.0", "port": PORT, "tokens": str(folder / "tokens.yaml"), "tls": _certificate(folder, host)}
+    server = {"host": "0.0.0.0", "port": PORT, "tokens": str(folder / "tokens.yaml"), "tls": tls}
     plain["server"] = {**plain["server"], **server, "forward_to": forward_to, "drain_s": 0.0, "kv_bytes": 64 << 20}
     return plain
 
@@ -154,7 +163,7 @@ def _row(what: str, answers: list[RunMetrics], full: tuple[int, ...]) -> dict[st
 def _answer(runs: Runs, kind: Any, disturb: Callable[[], None] | None = None) -> RunMetrics:
     """One answer. `disturb` is called once DISTURBED_AT tokens are there."""
     events: list[Event] = []
-    for item in runs.stream(kind, runs.flags("default"), REQUEST):
+    for item in runs.stream(kind, runs.flags(FLAGS), REQUEST):
         if isinstance(item, Event):
             events.append(item)
         count = sum(len(each.token_ids) for each in events if isinstance(each, TokenEvent))

@@ -131,6 +131,8 @@ class ChainStream:
                 break
             time.sleep(POLL_S)
         told = found[self.lost] if self.lost is not None else None
+        # The lost one's own stream may have been interrupted: then another server says why.
+        told = told or next((each for each in found if each is not None), None)
         reason = error if told is None else told[0]
         if self.lost is not None:
             self._served[self.lost].name(reason)

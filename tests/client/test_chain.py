@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import trustme
 
 from splitlearn import config
 from splitlearn.arms.compare import compare
@@ -34,6 +36,7 @@ from splitlearn.models.plan import SplitPlan, plan_of
 from splitlearn.runtime.progress import silent
 from splitlearn.sampling import SamplingParams
 from splitlearn.stages import loading
+from splitlearn.stages.base import StageInput
 from tests.client.test_remote import free_port
 from tests.conftest import TinyFactory
 from tests.support.chain import THREE, ChainHere, chain_here
@@ -224,6 +227,23 @@ def test_a_session_that_is_left_in_the_middle_leaves_nothing_behind(
             events.close()
         assert asking.ask(asked()).token_ids == wanted
         assert all(facts.peak_rss_bytes for facts in asking.stage.facts_of_each)
+
+
+def test_why_a_server_cannot_reach_the_next_one_is_said(hops: Sequence[Hop], files: ModelFiles, tmp_path: Path) -> None:
+    trusted = tmp_path / "trusted.pem"
+    trustme.CA().cert_pem.write_to_path(trusted)
+    forward_to = {"addresses": list(hops[1].addresses), "tls": {"ca": str(trusted)}}  # the next one has no TLS
+    with serve_here(files, "trunk:none", {}, (1, 2), forward_to=forward_to) as first:
+        links = [Hop(hops[0].plan, (first.address,), link="1 of 2"), replace(hops[1], link="2 of 2")]
+        whole = served(files, SplitPlan(1, 4, 6))
+        stage = RemoteStage((), whole, 2, chain=ForwardingChain(links, whole, 2))
+        with closing(stage):
+            session = stage.open(session_of(CACHED), 16)
+            x = torch.zeros(1, 1, files.facts.hidden_size)
+            with pytest.raises(
+                TrunkUnavailable, match=rf"next server of the chain, {hops[1].addresses[0]}: .*(?i:tls|ssl)"
+            ):
+                stage.step([StageInput(session, 0, x)])
 
 
 def test_a_server_that_may_not_forward_to_the_next_one_is_named_when_a_session_opens(
