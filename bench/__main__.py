@@ -43,7 +43,6 @@ BENCHES = (
     "flips",
     "llama",
     "engines",
-    "jax_ladder",
     "threads",
     "context",
     "gpu",

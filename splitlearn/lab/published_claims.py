@@ -36,8 +36,6 @@ class Claim:
         return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
 
 
-JAX_LADDER_S = {"dynamic cache, eager": 130.9, "static cache, eager": 88.4, "static cache, JIT": 14.8}
-"""Seconds for 50 tokens in JAX (bench/jax_ladder.py). The last two claims of CLAIMS are its ratios."""
 BOTH: tuple[Kind, ...] = ("full", "split")
 CLAIMS = (
     Claim(("full",), "ttft_s", (ALL,), (0.75, 0.85), "15 to 25% sooner, nine flags together"),
