@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from splitlearn.kvcache.layers import StepLayer
 from splitlearn.kvcache.pool import KVShape
 
 NAME = "splitlearn_onnx"
@@ -40,34 +41,18 @@ class Lengths:
         return cls((total - 1).reshape(1), total)
 
 
-class GraphLayer(CacheLayerMixin):  # type: ignore[misc]
+class GraphLayer(StepLayer):
     """A layer's cache while its stage is traced. `past` are keys and values of the tokens before the step; `present`,
     which the layer's attention sets, those after it."""
-
-    is_sliding = False
 
     def __init__(self, past: tuple[Tensor, Tensor], lengths: Lengths) -> None:
         super().__init__()
         self.past, self.lengths, self.present = past, lengths, past
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing to do."""
-
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """The new keys and values alone. The next call of the attention is this layer's."""
         _latest.set(self)
         return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Not used: the operator masks by itself."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Not used: positions are given."""
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 _latest: ContextVar[GraphLayer] = ContextVar("the layer whose attention comes next")

@@ -38,6 +38,27 @@ class _StaticLayer(StaticLayer):  # type: ignore[misc]
         self.cumulative_length.add_(tokens_to_remove)
 
 
+class StepLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A layer's cache for one forward. Positions and masks come from elsewhere; `update` is the subclass's."""
+
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """There is nothing to do."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Not used."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Not used."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """There is no limit."""
+        return -1
+
+
 class ReservedLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values [1, heads, tokens, size] of one layer: written in place, returned as views."""
 

@@ -16,8 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from splitlearn.kvcache.layers import StepLayer
 from splitlearn.models import rope
 from splitlearn.models.cut import CutModel
 from splitlearn.runtime import private_apis
@@ -112,30 +113,15 @@ def _cache(batch: RaggedBatch, places: Tensor) -> Cache:
     return Cache(layers=[_RaggedLayer(batch, keys, values, places) for keys, values in pairs])
 
 
-class _RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
+class _RaggedLayer(StepLayer):
     """Writes the new tokens of all sessions to the pool, with one call for keys and one for values."""
-
-    is_sliding = False
 
     def __init__(self, batch: RaggedBatch, keys: Tensor, values: Tensor, places: Tensor) -> None:
         super().__init__()
         self._batch, self._keys, self._values, self._places = batch, keys, values, places
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing to do."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write the new tokens. The attention function reads each session's keys itself, and needs only the batch."""
         self._keys.index_copy_(2, self._places, key_states)
         self._values.index_copy_(2, self._places, value_states)
         return with_batch(key_states, self._batch), value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Not used for a row of several sessions: `RaggedBatch.masks` makes the masks."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
