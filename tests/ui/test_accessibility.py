@@ -61,7 +61,7 @@ def url(browser: BrowserContext, tiny_model: TinyFactory, tmp_path_factory: pyte
 @pytest.fixture(scope="module", params=["en", "zh"])
 def page(browser: BrowserContext, url: str, request: pytest.FixtureRequest) -> Iterator[Page]:
     """A page in one of the languages after a comparison and two turns, with every part open."""
-    opened = open_page(browser, url)
+    opened = open_page(browser, url, new_browser=True)  # without the conversation of the other language's page
     opened.goto(f"{url}?language={request.param}&__theme=light")
     expect(opened.locator("#compare")).to_have_text({"en": "Compare", "zh": "比较"}[request.param])
     opened.locator("#compare").click()

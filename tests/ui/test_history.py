@@ -179,9 +179,7 @@ def test_the_owner_finds_them_on_disk_and_somebody_behind_a_proxy_does_not(
 @pytest.fixture(scope="module")
 def apart(browser: BrowserContext, url: str) -> Iterator[Page]:
     """A page with two pinned comparisons that draw with one seed; the second one's hidden states are rounded."""
-    opened = open_page(browser, url)
-    opened.evaluate("localStorage.clear()")
-    opened.reload()
+    opened = open_page(browser, url, new_browser=True)
     opened.locator("#settings > button").click()
     setting(opened, "temperature", "0.7")
     setting(opened, "max_new_tokens", "96")  # in which the rounding shows
