@@ -14,7 +14,9 @@ import pytest
 
 from splitlearn.checkpoints.folder import ModelFacts, ModelFiles
 from splitlearn.engines.onnx_files import MOST_BYTES, Origin, kept
+from tests.support.forks import Fork
 
+FACTS = ModelFacts("llama", 6, 48, 400, 512, {})
 ORIGIN = Origin("digest", 2, 4, False, False, ("torch 1", "onnx 2"))
 GRAPH = b"graph" * 100
 
@@ -22,7 +24,7 @@ GRAPH = b"graph" * 100
 @pytest.fixture
 def files(tmp_path: Path) -> ModelFiles:
     """A model whose folder nobody reads here."""
-    return ModelFiles("model", "nowhere", tmp_path / "model", "digest", ModelFacts("llama", 6, 48, 400, 512, {}))
+    return ModelFiles("model", "nowhere", tmp_path / "model", "digest", FACTS)
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def _take_anothers(folder: Path) -> None:
     """The files of other layers under this one's name."""
     other = replace(ORIGIN, start=1)
     there = folder.with_name("model")
-    kept(ModelFiles("", "", there, "digest", ModelFacts("llama", 6, 48, 400, 512, {})), other, lambda: b"other")
+    kept(ModelFiles("", "", there, "digest", FACTS), other, lambda: b"other")
     for suffix in (".onnx", ".json"):
         shutil.copy(folder / f"1-4{suffix}", folder / f"2-4{suffix}")
 
@@ -91,19 +93,26 @@ def test_another_models_graph_in_the_same_folder_is_not_used(files: ModelFiles, 
     assert kept(files, replace(ORIGIN, digest="another"), lambda: b"new") == b"new"
 
 
-def test_a_kill_while_a_graph_is_written_leaves_nothing_that_is_used(files: ModelFiles) -> None:
+def killed_in_mid_write(arguments: list[str]) -> int:
+    """A process that keeps the graph of the model in the folder arguments[0], and is killed while it writes."""
+    folder = Path(arguments[0])
+
     def killed() -> bytes:
-        (there / ".2-4.onnxabc").write_bytes(GRAPH[:10])  # as a write under way has it
+        (folder.with_name("model.onnx") / ".2-4.onnxabc").write_bytes(GRAPH[:10])  # as a write under way has it
         os.kill(os.getpid(), signal.SIGKILL)
         return GRAPH
 
-    there = files.folder.with_name("model.onnx")
-    if not (child := os.fork()):
-        kept(files, ORIGIN, killed)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    kept(ModelFiles("model", "nowhere", folder, "digest", FACTS), ORIGIN, killed)
+    return 0
+
+
+def test_a_kill_while_a_graph_is_written_leaves_nothing_that_is_used(files: ModelFiles) -> None:
+    writer = Fork(killed_in_mid_write, [str(files.folder)], files.folder.parent, None)
+    assert writer.wait() == -signal.SIGKILL
+    writer.close()
     assert kept(files, ORIGIN, lambda: GRAPH) == GRAPH
-    assert sorted(path.name for path in there.iterdir() if path.suffix != ".lock") == ["2-4.json", "2-4.onnx"]
+    there = files.folder.with_name("model.onnx").iterdir()
+    assert sorted(path.name for path in there if path.suffix != ".lock") == ["2-4.json", "2-4.onnx"]
 
 
 @contextmanager
