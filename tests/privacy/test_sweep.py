@@ -137,10 +137,10 @@ def test_a_damaged_file_of_results_is_one_line(tmp_path: Path) -> None:
         Results.open(tmp_path, {"model": "m"})
 
 
-def test_built_in_prompts_are_of_four_kinds_in_turn_and_none_is_in_the_training_text() -> None:
+def test_built_in_prompts_are_50_of_each_of_four_kinds_in_turn_and_none_is_in_the_training_text() -> None:
     every = victims.built_in()
     assert len({victim.kind for victim in every[:4]}) == 4
-    assert min(Counter(victim.kind for victim in every).values()) >= 12
+    assert list(Counter(victim.kind for victim in every).values()) == [50] * 4
     assert len({victim.prompt for victim in every}) == len(every)
     training_text.check_disjoint([victim.prompt for victim in every])
     assert not [victim for victim in every if victim.prompt in training_text.training_text()]
@@ -162,3 +162,13 @@ def test_recall_counts_tokens_and_its_interval_is_over_prompts() -> None:
     assert whole.low == pytest.approx(0.9124, abs=1e-4) and whole.high == 1.0  # Wilson's interval of 40 of 40
     none = exact([Hits(2, 3)] * 40)
     assert none is not None and none.low == 0.0 and none.high == pytest.approx(0.0876, abs=1e-4)
+
+
+@pytest.mark.weights
+def test_built_in_prompts_of_each_kind_are_spread_over_5_to_100_tokens(default_model: ModelFiles) -> None:
+    tokens = Tokens.load(default_model.folder, use_fast=True)
+    for kind in dict.fromkeys(victim.kind for victim in victims.built_in()):
+        lengths = [len(tokens.encode(each.prompt, chat=False)) for each in victims.built_in() if each.kind == kind]
+        assert min(lengths) >= 5 and max(lengths) <= 100
+        fifths = Counter((length - 5) * 5 // 96 for length in lengths)
+        assert len(fifths) == 5 and min(fifths.values()) >= 5, (kind, fifths)
