@@ -37,7 +37,9 @@ def other_shapes(folder: Path) -> list[str]:
     from safetensors import safe_open
     from transformers import AutoConfig
 
-    wanted = _plain(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)).state_dict()
+    wanted = plain_model(
+        AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    ).state_dict()
     found = []
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="np") as weights:
@@ -97,7 +99,7 @@ def refuse_other_tensors(source: Path, model: Any) -> None:
 
     Weights that stay quantized, or have an adapter's parts between them, would later be read as something else.
     """
-    have, wanted = model.state_dict(), _plain(copy.deepcopy(model.config)).state_dict()
+    have, wanted = model.state_dict(), plain_model(copy.deepcopy(model.config)).state_dict()
     wrong = [name for name in sorted({*have, *wanted}) if not _alike(have.get(name), wanted.get(name))]
     if wrong:
         how = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
@@ -107,8 +109,8 @@ def refuse_other_tensors(source: Path, model: Any) -> None:
         )
 
 
-def _plain(config: Any) -> Any:
-    """The architecture of `config`, without memory for its weights."""
+def plain_model(config: Any) -> Any:
+    """The architecture of `config`, without any memory: its sizes may be those of no model."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -24,6 +24,7 @@ import tqdm.auto  # type: ignore[import-untyped]
 
 from splitlearn.checkpoints import chat_template
 from splitlearn.checkpoints.adapter import merged
+from splitlearn.checkpoints.configuration import quantization
 from splitlearn.checkpoints.conformance import (
     first_few,
     not_applied,
@@ -43,6 +44,7 @@ from splitlearn.runtime.progress import Progress, Step, reporting_tqdm
 
 if TYPE_CHECKING:
     from splitlearn.checkpoints.gguf_file import GgufModel
+    from splitlearn.checkpoints.quantized import QuantizedModel
 
 GENERATION = "generation_config.json"
 
@@ -105,15 +107,15 @@ def convert(source: Path, target: Path, gguf: str | None, progress: Progress, pa
     """Load the checkpoint in `source`, or a `part` of it, and write it into the empty folder `target`, without a
     manifest.
 
-    Weights keep the checkpoint's dtype; those of a GGUF file become float32. An adapter beside them is merged. No code
-    of the model is run. Raises ModelError unless it is a decoder-only causal language model with safetensors weights,
-    exactly those of its architecture.
+    Weights keep the checkpoint's dtype; those of a GGUF file, of GPTQ and of AWQ become float32. An adapter beside them
+    is merged. No code of the model is run. Raises ModelError unless it is a decoder-only causal language model with
+    safetensors weights, exactly those of its architecture.
     """
     if gguf:
         _refuse_gguf_adapter(source / gguf)
     with _links_to(source, gguf) as links:
         tokenizer = _tokenizer(source, links, gguf, progress)
-        streamed = _streamed(source, links, gguf) if gguf else None
+        streamed = _streamed(source, links, gguf) if gguf else _quantized(source, links, progress)
         if streamed is not None:
             model, state = streamed.model, {}
         elif part is None:
@@ -206,7 +208,7 @@ def _model(source: Path, links: Path, gguf: str | None, progress: Progress) -> A
     return model
 
 
-def _streamed(source: Path, links: Path, gguf: str) -> "GgufModel | None":
+def _streamed(source: Path, links: Path, gguf: str) -> "GgufModel | QuantizedModel | None":
     """The model of a GGUF file whose tensors can be converted one after the other, or None."""
     from splitlearn.checkpoints import gguf_file  # imports torch
 
@@ -214,6 +216,26 @@ def _streamed(source: Path, links: Path, gguf: str) -> "GgufModel | None":
         found = gguf_file.open_file(source / gguf)
     except Exception as error:  # from transformers and gguf, about an arbitrary file
         raise ModelError(f"{source / gguf} could not be loaded: {_reason(source, links, error)}") from error
+    return found
+
+
+def _quantized(source: Path, links: Path, progress: Progress) -> "QuantizedModel | None":
+    """The model in the folder `links` if its weights are quantized in a way that is converted here, or None."""
+    from splitlearn.checkpoints import quantized  # imports torch
+
+    if (how := quantization(source / CONFIG)) is None:
+        return None
+    if adapters := adapter_files(source):
+        raise ModelError(f"{source}: {adapters[0].name} cannot be merged into weights that are quantized.")
+    try:
+        found = quantized.open_folder(links, how)
+        _set_generation(found.model, links)
+    except ModelError as error:
+        raise ModelError(str(error).replace(str(links), str(source))) from error
+    except Exception as error:  # from transformers, about an arbitrary folder
+        raise ModelError(f"{source} could not be loaded: {_reason(source, links, error)}") from error
+    for line in not_applied(source, found.model, {"unexpected_keys": found.unused}):
+        progress(Step(line))
     return found
 
 
@@ -232,15 +254,12 @@ def _whole(source: Path, links: Path, gguf: str | None, progress: Progress) -> A
 
 def _part_of(source: Path, links: Path, part: Part, progress: Progress) -> tuple[Any, dict[str, Any]]:
     """The model with the tensors of `part` alone, and these, read from the folder `links`."""
-    from transformers import GenerationConfig
-
     from splitlearn.checkpoints import shards  # imports torch
 
     progress(Step(f"Reading {part}"))
     try:
         model, state, unused = shards.load(links, part)
-        if (links / GENERATION).exists():
-            model.generation_config = GenerationConfig.from_dict(read_json(links / GENERATION))
+        _set_generation(model, links)
     except ModelError as error:
         raise ModelError(str(error).replace(str(links), str(source))) from error
     except Exception as error:  # from transformers, about an arbitrary file
@@ -248,6 +267,14 @@ def _part_of(source: Path, links: Path, part: Part, progress: Progress) -> tuple
     for line in not_applied(source, model, {"unexpected_keys": unused}):
         progress(Step(line))
     return model, state
+
+
+def _set_generation(model: Any, folder: Path) -> None:
+    """Give `model` the generation_config.json of `folder`, if there is one."""
+    from transformers import GenerationConfig
+
+    if (folder / GENERATION).exists():
+        model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION))
 
 
 def _refuse_gguf_adapter(path: Path) -> None:
@@ -283,21 +310,6 @@ def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
             tied[name] = first
     write_tensors({name: state[name].contiguous() for name in stored.values()}, path)
     return tied
-
-
-def refuse_unless_causal_lm(config: Path) -> None:
-    """Raise ModelError unless `config` (a config.json) is of a decoder-only causal language model of transformers."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
-
-    settings = read_json(config)
-    kind, classes = settings.get("model_type"), settings.get("architectures") or []
-    if not isinstance(kind, str) or kind not in KNOWN:
-        raise ModelError(f"{config}: model_type {kind!r} is no causal language model of the installed transformers.")
-    if settings.get("is_encoder_decoder"):
-        raise ModelError(f"{config}: an encoder-decoder model ({kind}) cannot be split here; use a decoder-only one.")
-    if not isinstance(classes, list) or (classes and not {str(name) for name in classes} & set(KNOWN.values())):
-        named = ", ".join(map(str, classes)) if isinstance(classes, list) else repr(classes)
-        raise ModelError(f"{config}: {named} is no causal language model, so it cannot be used.")
 
 
 def _report_tqdm(progress: Progress) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitlearn.checkpoints import adapter, hub, inspection, packages
-from splitlearn.checkpoints.convert import refuse_unless_causal_lm
+from splitlearn.checkpoints.configuration import refuse_unusable
 from splitlearn.checkpoints.folder import CONFIG, fingerprint, sha256
 from splitlearn.checkpoints.hub import HubSource
 from splitlearn.checkpoints.packages import Packaged
@@ -49,7 +49,7 @@ def fetch(source: Packaged | HubSource | Path, work: Path, progress: Progress) -
         adapter.check(folder.parent if folder.is_file() else folder)
         if folder.is_file():
             return Checkpoint(folder.parent, folder.name, str(source))
-        refuse_unless_causal_lm(folder / CONFIG)
+        refuse_unusable(folder / CONFIG)
         inspection.check_whole(folder)
         if isinstance(source, HubSource):
             known = hub.check(source, folder, progress)
@@ -113,7 +113,7 @@ def _needed_of(source: HubSource | Path, folder: Path, part: PartOf, progress: P
 
     local = isinstance(source, Path)
     inspection.check_files(folder, None if local else ())
-    refuse_unless_causal_lm(folder / CONFIG)
+    refuse_unusable(folder / CONFIG)
     hashed = inspection.shards_of(folder) if local else [*hub.listed_sha256(folder)]
     try:
         why = whole_only(folder, hashed)

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from splitlearn.checkpoints.conformance import refuse_missing
 from splitlearn.checkpoints.weights_file import PIECE_BYTES, write_in_turn
 from splitlearn.errors import ModelError
-from splitlearn.models.tensors import empty_model
+from splitlearn.models.tensors import empty_model, stored_shapes, tied_names
 from splitlearn.runtime import private_apis
 from splitlearn.runtime.progress import Progress, Step
 
@@ -40,12 +40,11 @@ class GgufModel:
         """Write the weights to the safetensors file `to`, each once. Returns the names of tied ones, each with the one
         under which it is stored. Raises ModelError for tensors that are missing, have another shape or cannot be read.
         """
-        tied = _tied(self.model)
-        shapes = {name: tuple(empty.shape) for name, empty in self.model.state_dict().items() if name not in tied}
+        shapes = stored_shapes(self.model)
         left = dict(shapes)
         write_in_turn(shapes, self._arrays(left, progress), to)
         refuse_missing(self.path, {"missing_keys": left, "mismatched_keys": [], "unexpected_keys": []})
-        return tied
+        return tied_names(self.model)
 
     def _arrays(self, left: dict[str, tuple[int, ...]], progress: Progress) -> Iterator[tuple[str, Any]]:
         """The tensors in `left`, each by its name, which is then taken out."""
@@ -79,14 +78,9 @@ def open_file(path: Path) -> GgufModel | None:
     converted = private_apis.gguf_conversion(path, model)
     if converted is None or reader.byte_order != "I" or any(True for _ in _stored_buffers(model)):
         return None
-    if _tied(model) and any(tensor.name == "output.weight" for tensor in reader.tensors):
+    if tied_names(model) and any(tensor.name == "output.weight" for tensor in reader.tensors):
         return None  # which of the two is the LM head, only the weights say
     return GgufModel(path, model, reader, converted)
-
-
-def _tied(model: Any) -> dict[str, str]:
-    state = model.state_dict()
-    return {name: first for name, first in model.all_tied_weights_keys.items() if name in state}
 
 
 def _stored_buffers(model: Any) -> Iterator[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn.checkpoints import inspection
-from splitlearn.checkpoints.convert import refuse_unless_causal_lm
+from splitlearn.checkpoints.configuration import refuse_unusable
 from splitlearn.checkpoints.folder import CONFIG, sha256
 from splitlearn.errors import ModelUnavailable
 from splitlearn.runtime import private_apis
@@ -55,7 +55,7 @@ def fetch(source: HubSource, patterns: Sequence[str], progress: Progress) -> Pat
             first = _snapshot(source, [CONFIG, inspection.ADAPTER_CONFIG], progress)
             if not (first / CONFIG).exists():
                 inspection.check_files(first)  # raises a better error for an adapter alone
-            refuse_unless_causal_lm(first / CONFIG)  # before downloading gigabytes
+            refuse_unusable(first / CONFIG)  # before downloading gigabytes
             return _snapshot(source, patterns, progress)
         except ModelUnavailable as error:
             said = str(error)

@@ -52,7 +52,8 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 # The largest known tokenizer.json has 35 MB.
 _JSON_BYTES = 64 << 20
 _MOST_NAMES = 40
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the dtypes of plain weights."""
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -258,8 +259,7 @@ def _check_weights(folder: Path, only: Sequence[str] | None) -> list[tuple[str, 
         raise ModelError(f"{folder / CONFIG}: transformers_weights {named!r} cannot be used; expected {WEIGHTS}.")
     if not _weights_in(folder):
         raise ModelError(_without_weights(folder))
-    every = [WEIGHTS] if (folder / WEIGHTS).exists() else shards_of(folder)
-    shards = every if only is None else only
+    shards = weight_files(folder) if only is None else only
     found, broken = [], []
     for name in shards:
         try:
@@ -269,6 +269,11 @@ def _check_weights(folder: Path, only: Sequence[str] | None) -> list[tuple[str, 
     if broken:
         raise ModelError(_listed(broken, " "))
     return found
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The files with the weights that are loaded. Raises as `shards_of`."""
+    return [WEIGHTS] if (folder / WEIGHTS).exists() else shards_of(folder)
 
 
 def shards_of(folder: Path) -> list[str]:
@@ -323,26 +328,11 @@ def check_layers(folder: Path, tensors: int) -> None:
 
 def _check_dtypes(folder: Path, tensors: Sequence[tuple[str, str]]) -> None:
     """Raise ModelError for quantized weights that transformers would take for plain numbers."""
-    quantization = read_json(folder / CONFIG).get("quantization_config")
-    if quantization is None:
-        odd = [f"{name} ({dtype})" for name, dtype in tensors if name.endswith(".weight") and dtype not in _FLOATS]
-        if odd:
-            raise ModelError(
-                f"{folder} has quantized weights, and {CONFIG} does not say which quantization: {_listed(odd)}."
-            )
-    elif not _is_known(quantization):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelError(f"{folder / CONFIG}: the quantization {method!r} is not known to the installed transformers.")
-
-
-def _is_known(quantization: object) -> bool:
-    """Whether transformers knows this quantization; it ignores others, and reads the weights as plain numbers."""
-    from transformers.quantizers import AutoHfQuantizer
-
-    try:
-        return isinstance(quantization, dict) and bool(AutoHfQuantizer.supports_quant_method(quantization))
-    except (ValueError, TypeError):
-        return False
+    odd = [f"{name} ({dtype})" for name, dtype in tensors if name.endswith(".weight") and dtype not in FLOATS]
+    if odd and read_json(folder / CONFIG).get("quantization_config") is None:
+        raise ModelError(
+            f"{folder} has quantized weights, and {CONFIG} does not say which quantization: {_listed(odd)}."
+        )
 
 
 def _adapter_alone(folder: Path) -> str:

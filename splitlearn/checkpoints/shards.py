@@ -41,7 +41,7 @@ class Sharded:
         """The checkpoint in `folder`. Raises ModelError for a configuration that makes no model."""
         weight_map = inspection.weight_map(folder)
         inspection.check_layers(folder, len(weight_map))
-        config = _config(folder)
+        config = config_of(folder)
         try:
             model = empty_model(config, "eager", config.dtype)
             names = private_apis.checkpoint_names(model, weight_map)
@@ -88,7 +88,7 @@ def whole_only(folder: Path, hashed: Collection[str]) -> str:
         return "its weights are quantized"
     if unknown := [name for name in inspection.shards_of(folder) if name not in hashed]:
         return f"the hub gives no SHA-256 of {first_few(unknown)}"
-    if _config(folder).dtype is None:
+    if config_of(folder).dtype is None:
         return f"its {CONFIG} names no dtype"
     return ""
 
@@ -120,7 +120,7 @@ def load(folder: Path, part: Part) -> tuple[Any, dict[str, Any], set[str]]:
     return model, {name: state[name] for name in state if name in own}, unused
 
 
-def _config(folder: Path) -> Any:
+def config_of(folder: Path) -> Any:
     """The transformers configuration of a checkpoint, without code or kernels that it names. Of one with a part for
     images it is the language model's, where that is a class of its own: AutoModelForCausalLM does the same."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig

@@ -43,6 +43,18 @@ def _parameters_without_memory() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def tied_names(model: Any) -> dict[str, str]:
+    """The names in the state dict of tied tensors, each with the one under which it is stored."""
+    state = model.state_dict()
+    return {name: first for name, first in model.all_tied_weights_keys.items() if name in state}
+
+
+def stored_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in the state dict, tied ones once."""
+    tied = tied_names(model)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
 def tensor_names(config: Any, part: Part, n_layers: int) -> set[str]:
     """The names in the whole model's state dict of the tensors that `part` has; a tied one has its stored name."""
     cuts = [_cut(config, start, end) for start, end in part.layers]
