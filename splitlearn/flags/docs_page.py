@@ -1,5 +1,7 @@
 """docs/flags.md, generated from the registry: `python -m splitlearn flags --markdown`."""
 
+from collections.abc import Iterable
+
 from splitlearn.flags.auto import RULES
 from splitlearn.flags.registry import FLAGS, SIDES, Flag, Place
 from splitlearn.flags.selection import PRESETS
@@ -8,9 +10,10 @@ _HEAD = """# Optimization flags
 
 Generated from splitlearn/flags/registry.py by `make docs`; do not edit.
 
-A flag is one optimization. It is *applied*, or it is at its *off arm*: what a person who does not know the flag would
-write. Each side chooses for itself. `full` is the whole model in one process, `client` the bottom and the top of a
-split model, `trunk` the layers between, at the server.
+A flag is one optimization, or a defence that makes hidden states harder to read ([privacy.md](privacy.md)). It is
+*applied*, or it is at its *off arm*: what a person who does not know the flag would write. Each side chooses for
+itself. `full` is the whole model in one process, `client` the bottom and the top of a split model, `trunk` the layers
+between, at the server.
 
 - Fidelity: **exact** flags give bit-equal logits. **rounding** flags add in another order, so logits differ by
   rounding. **lossy** flags change the numbers on purpose, so full and split may give other tokens; only `all` or their
@@ -40,7 +43,7 @@ In `config.yaml` (`flags:`), on the command line (`--flags`) and on the page the
 - `auto`, which is applied at first: the fastest set that leaves the tokens as they are, on each side by this rule:
 {rules};
 - `default`: every available exact or rounding flag but {left_out};
-- `all`: every available flag but `engine`; `none`;
+- `all`: every available flag but {not_in_all}; `none`;
 - a list: `use_cache,inference_mode`; another choice of a flag: `float32_matmul_precision=high`;
 - one of these for each side: `full:all client:use_cache trunk:none`; a side that is not named has the default;
 - a preset:
@@ -53,14 +56,16 @@ def markdown() -> str:
     table += [_row(flag) for flag in FLAGS.values()]
     details = [_section(flag) for flag in FLAGS.values()]
     presets = [f"  - `{name}`: {words}" for name, (words, _) in PRESETS.items()]
+    left_out = _in_words(flag for flag in FLAGS.values() if flag.fidelity != "lossy" and not flag.on_by_default)
+    not_in_all = _in_words(flag for flag in FLAGS.values() if not flag.in_all)
     rules = "\n".join(f"  - {rule.when}: `{rule.preset}`" for rule in RULES)
-    select = _SELECT.format(rules=rules, left_out=_left_out())
+    select = _SELECT.format(rules=rules, left_out=left_out, not_in_all=not_in_all)
     return "\n".join([_HEAD, *table, "", *details]) + select + "\n".join(presets) + "\n"
 
 
-def _left_out() -> str:
-    """The flags that keep the computation and are not on by default, as a list in words."""
-    *most, last = [f"`{flag.name}`" for flag in FLAGS.values() if flag.fidelity != "lossy" and not flag.on_by_default]
+def _in_words(flags: Iterable[Flag]) -> str:
+    """Their names as a list in words."""
+    *most, last = [f"`{flag.name}`" for flag in flags]
     return f"{', '.join(most)} and {last}"
 
 

@@ -73,7 +73,8 @@ def _available(place: Place) -> str | None:
 class Flag:
     """One optimization. `choices` maps each choice to what it changes; the first is the off arm.
 
-    `applied` is the choice that the bare name means. `unavailable` returns why the flag cannot be applied at a place,
+    `applied` is the choice that the bare name means. `defence`: it makes hidden states harder to read, at a cost, and
+    is in no set of flags. `unavailable` returns why the flag cannot be applied at a place,
     or None. `unavailable_choices` does so for single choices. `replaces` names, for a choice, the flags that do not act
     beside it; they are left out (selection.py).
     """
@@ -89,6 +90,7 @@ class Flag:
     scope: Scope = "session"
     on_by_default: bool = True
     acts_when_sampling: bool = False
+    defence: bool = False
     unavailable: Callable[[Place], str | None] = _available
     unavailable_choices: Mapping[str, Callable[[Place], str | None]] = field(default_factory=dict)
     replaces: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -97,6 +99,11 @@ class Flag:
     def off(self) -> str:
         """The choice that leaves the optimization out."""
         return next(iter(self.choices))
+
+    @property
+    def in_all(self) -> bool:
+        """Whether the word `all` means it, too."""
+        return not self.replaces and not self.defence
 
 
 def _same(settings: Settings) -> Settings:
@@ -209,6 +216,16 @@ def _int8_rows(settings: Settings) -> Settings:
     from splitlearn.wire.hidden_states import Int8Blocks
 
     return _set(wire=Int8Blocks())(settings)
+
+
+def _defence(kind: str, *shares: float) -> Mapping[str, Apply]:
+    """Choices of a defence of this kind (stages/defences.py): off, or one of these shares of it."""
+
+    def defend(share: float, settings: Settings) -> Settings:
+        made = resolve_name(f"splitlearn.stages.defences:{kind}")(share)
+        return _set(defences=(*settings.session.defences, made))(settings)
+
+    return {"off": _same, **{str(share): partial(defend, share) for share in shares}}
 
 
 def _looking_up(settings: Settings) -> Settings:
@@ -528,6 +545,34 @@ FLAGS: Mapping[str, Flag] = {
             sides=frozenset({"trunk"}),
             fidelity="lossy",
             on_by_default=False,
+        ),
+        Flag(
+            "gaussian_noise",
+            "gaussian_noise",
+            "Adds Gaussian noise to the hidden states that the client sends. Its standard deviation is 0.3, 0.1 or "
+            "1.0 of each state's own, by the median magnitude. It follows from the request's seed, which has to be "
+            "secret. This is not private: docs/privacy.md has what attacks read all the same.",
+            "Sends hidden states without noise.",
+            _defence("GaussianNoise", 0.1, 0.3, 1.0),
+            applied="0.3",
+            sides=frozenset({"client"}),
+            fidelity="lossy",
+            on_by_default=False,
+            defence=True,
+        ),
+        Flag(
+            "topk_sparsification",
+            "topk_sparsification",
+            "Keeps a quarter, a half or a tenth of the values of each hidden state that the client sends, those with "
+            "the largest magnitude. The others are sent as zeros, in as many bytes. This is not private: "
+            "docs/privacy.md has what attacks read all the same.",
+            "Sends all values of hidden states.",
+            _defence("TopK", 0.5, 0.25, 0.1),
+            applied="0.25",
+            sides=frozenset({"client"}),
+            fidelity="lossy",
+            on_by_default=False,
+            defence=True,
         ),
         Flag(
             "engine",

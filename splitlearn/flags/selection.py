@@ -238,7 +238,7 @@ def _set(word: str, side: Side) -> list[str]:
         return PRESETS[word][1][side].split(",")
     if word == "default":
         return [name for name, flag in FLAGS.items() if flag.on_by_default and flag.fidelity != "lossy"]
-    return [name for name, flag in FLAGS.items() if not flag.replaces] if word == "all" else []
+    return [name for name, flag in FLAGS.items() if flag.in_all] if word == "all" else []
 
 
 def _entry(word: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from splitlearn.stages.base import (
     StageInput,
     WholePrefix,
 )
+from splitlearn.stages.defences import Defended
 from splitlearn.stages.prefix import PrefixStage
 from splitlearn.stages.settings import SessionSettings
 
@@ -31,10 +32,12 @@ class Link:
 
 @dataclass
 class Chain:
-    """One sample's sessions, one at each stage. `rope_length` is that of `StageInput`: the length of the prompt."""
+    """One sample's sessions, one at each stage. `rope_length` is that of `StageInput`: the length of the prompt.
+    `defended` changes what the first stage gives before the second, the trunk, gets it."""
 
     sessions: Sequence[Session]
     rope_length: int
+    defended: Defended | None = None
 
     def spot_checks(self) -> SpotCheckResult:
         """The spot checks of all sessions. Waits for those under way."""
@@ -43,6 +46,8 @@ class Chain:
     def fork(self, other: "Chain", tokens: int) -> None:
         for own, theirs in zip(self.sessions, other.sessions, strict=True):
             own.fork(theirs, tokens)
+        if self.defended is not None and other.defended is not None:
+            self.defended.fork(other.defended, tokens)
 
 
 @dataclass(frozen=True)
@@ -71,16 +76,26 @@ class Step:
         new = self.ids.shape[1]
         if x.shape[1] > new and not isinstance(session, WholePrefix):
             x = x[:, -new:]
+        if at == 1 and self.chain.defended is not None:
+            self.chain.defended.feed(self.position, self.ids[0].tolist())
+            x = self.chain.defended.sent(x, self.end)
         return StageInput(session, self.end - x.shape[1], x, self.rows, rope_length=self.chain.rope_length)
 
 
 def open_chains(
-    stack: ExitStack, links: Sequence[Link], prompt: int, max_length: int, count: int, keys: Sequence[bytes] = ()
+    stack: ExitStack,
+    links: Sequence[Link],
+    prompt: int,
+    max_length: int,
+    count: int,
+    keys: Sequence[bytes] = (),
+    seed: int = 0,
 ) -> tuple[list[Stage], list[Chain]]:
     """The stages, and the sessions of each of `count` samples. `stack` closes the sessions.
 
     `prompt` is the length of the prompt. A stage whose settings keep no KV cache gets the whole prefix in each step;
-    the LM head never needs it. `keys` are those of kept blocks of the prompt (generation/prefix_cache.py).
+    the LM head never needs it. `keys` are those of kept blocks of the prompt (generation/prefix_cache.py). `seed` is
+    that of what defences draw.
     """
     stages = [
         PrefixStage(link.stage)
@@ -94,7 +109,11 @@ def open_chains(
         for session in sessions:
             stack.callback(session.close)
         opened.append(sessions)
-    return stages, [Chain(sessions, prompt) for sessions in zip(*opened, strict=True)]
+    defences = links[0].settings.defences
+    return stages, [
+        Chain(sessions, prompt, Defended(defences, seed) if defences else None)
+        for sessions in zip(*opened, strict=True)
+    ]
 
 
 def _sessions(

@@ -67,7 +67,9 @@ class Generator:
         with ExitStack() as stack:
             length, prefix = len(ids) + request.max_new_tokens, self._prefix(request, ids)
             keys = () if prefix is None else prefix.keys
-            stages, chains = open_chains(stack, self.links, len(ids), length, request.samples, keys)
+            stages, chains = open_chains(
+                stack, self.links, len(ids), length, request.samples, keys, request.sampling.seed
+            )
             ends = () if request.ignore_eos else self.tokens.eos_ids
             answers = [self._answer(number, request, ids, chain, ends) for number, chain in enumerate(chains)]
             for answer in answers:

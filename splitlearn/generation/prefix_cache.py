@@ -78,6 +78,8 @@ class Prefix:
         for number, session in enumerate(_sessions(chain) if count else ()):
             session.write_blocks([block[number] for block in self.blocks[:count]])
         sequence.computed = count * BLOCK_TOKENS
+        if chain.defended is not None:
+            chain.defended.feed(0, sequence.ids[: sequence.computed])
 
 
 def _sessions(chain: Chain) -> Sequence[KeepsPrefixes]:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from splitlearn.models.cut import CutModel
+from splitlearn.stages.defences import Defence
 from splitlearn.wire.hidden_states import Plain, Rows
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class SessionSettings:
 
     `words` name its flags to a trunk server. `new_cache` makes a cache from a number of layers and a maximum of tokens;
     None keeps no cache. `forward_arguments` go to the model's forward. `wire` is the form of hidden states on the wire;
-    None means the dtype in which they are computed. `keeps_prefixes` keeps what is computed for later sessions.
+    None means the dtype in which they are computed. `defences` change, one behind the other, what a client sends.
+    `keeps_prefixes` keeps what is computed for later sessions.
     """
 
     words: frozenset[str] = frozenset()
@@ -64,6 +66,7 @@ class SessionSettings:
     forward_arguments: Mapping[str, bool] = field(default_factory=dict)
     gradient_guard: Callable[[], AbstractContextManager[object]] = torch.no_grad
     wire: Rows | None = None
+    defences: tuple[Defence, ...] = ()
     keeps_prefixes: bool = False
 
     @property
