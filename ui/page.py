@@ -11,6 +11,8 @@ from splitlearn.errors import InputError
 from splitlearn.flags.selection import parse
 from ui import html, inputs
 from ui.api.endpoints import Api
+from ui.attacks.tab import NAME as ATTACKS_TAB
+from ui.attacks.tab import AttacksTab
 from ui.chat.tab import NAME as CHAT_TAB
 from ui.chat.tab import ChatTab, storage
 from ui.compare import intro, view
@@ -70,7 +72,7 @@ class Page:
         gr.HTML(choice.links(), elem_id="language")
         gr.Markdown("# splitlearn", elem_classes="sl-title")
         self.facts = gr.HTML(view.facts(self.runs.config, None), elem_id="facts")
-        self.intro = gr.HTML(intro.picture(None), elem_id="intro")
+        self.intro = gr.HTML(intro.picture(None), js_on_load=intro.TO_TAB, elem_id="intro")
         self.link = gr.HTML(html.note(self.sharing.message), elem_id="share-link")
         self.startup = gr.HTML("", elem_id="startup")
         self.notice = ModelNotice(self.handlers.startup)
@@ -93,6 +95,8 @@ class Page:
                 )
                 self.lab_error = gr.HTML("", elem_id="lab-error")
                 self.lab = LabTab(self.handlers.lab, tab, self.runs.config.generation)
+            with gr.Tab(ATTACKS_TAB, id="attacks", elem_id="tab-attacks") as tab:
+                self.attacks = AttacksTab(self.handlers.attacks, self.handlers.downloads, tab)
             with gr.Tab(SERVER_TAB, id="server"):
                 self.server = ServerTab(self.handlers.monitor)
 
@@ -134,6 +138,7 @@ class Page:
         ):
             chosen.change(lambda same: same, chosen, other, queue=False)
         self.lab.connect(self.lab_flags, answers.fields["prompt"], self.lab_error)
+        self.attacks.connect(answers.fields["prompt"])
         self.model.connect(answers.picker.words, self._read, [*seen, *read])
         self._follow([*answers.picker.outputs, answers.network.costs, *seen, *read])
 
@@ -178,7 +183,7 @@ class Page:
             **self._see(),
             self.facts: view.facts(config, model),
             **self.notice.seen(),
-            self.intro: intro.picture(model),
+            self.intro: intro.picture(model, self.handlers.attacks.measured()),
             self.answers.split_facts: view.split_facts(config, model),
             self.answers.fields["form"]: gr.Radio(inputs.forms(model.capabilities.chat_templates)),
         }
@@ -197,6 +202,7 @@ class Page:
     def _leave(self, request: gr.Request) -> None:
         self.handlers.leave(visitor(request))
         self.lab.watches.leave(visitor(request))
+        self.attacks.watches.leave(visitor(request))
         self.answers.flag_table.watches.leave(visitor(request))
 
     def _see(self) -> Updates:

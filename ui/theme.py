@@ -4,6 +4,7 @@ Text and buttons pass WCAG AA in light and dark, control borders 3:1, which Grad
 
 import gradio as gr
 
+from ui.attacks import style as attacks_style
 from ui.chat import style as chat_style
 from ui.flag_table import style as flag_table_style
 from ui.history import style as history_style
@@ -65,6 +66,7 @@ PAGE = """
 .gradio-container .html-container h3 { font-size: 1rem; font-weight: 650; margin: 16px 0 6px; }
 .sl-facts, .sl-small { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0; overflow-wrap: anywhere; }
 .sl-purpose { max-width: 75ch; margin: 0 0 10px; }
+.sl-link { all: unset; cursor: pointer; text-decoration: underline; color: var(--link-text-color); }
 .sl-ways { display: grid; gap: 6px; font-size: .85rem; }
 .sl-way { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; }
 .sl-way b { flex: 0 0 3rem; }
@@ -195,4 +197,5 @@ mark { background: #fde68a; color: #1e293b; border-radius: 3px; }
 .js-plotly-plot text { fill: var(--body-text-color) !important; }
 footer { display: none !important; }
 """
-CSS = PAGE + model_style.CSS + models_style.CSS + flag_table_style.CSS + history_style.CSS + chat_style.CSS
+STYLES = (model_style, models_style, flag_table_style, history_style, chat_style, attacks_style)
+CSS = PAGE + "".join(style.CSS for style in STYLES)

@@ -11,14 +11,13 @@ import typer
 
 from splitlearn.cli import options
 from splitlearn.errors import InputError
+from splitlearn.privacy.victims import ANSWER_TOKENS
 from splitlearn.runtime.command_line import Job, whole
 
 if TYPE_CHECKING:
     from splitlearn.config import Config
     from splitlearn.models.plan import SplitPlan
     from splitlearn.privacy.summary import Line
-
-ANSWER_TOKENS = 8
 
 Splits = Annotated[
     str | None,
@@ -51,9 +50,10 @@ def attack(
 ) -> Job:
     """Attack prompts as a trunk server could, and show how much of them it reads."""
     from splitlearn.flags.registry import FLAGS
+    from splitlearn.privacy.cut import cuts_of
     from splitlearn.privacy.registry import ATTACKS
 
-    settings, cuts = options.settings(config), _cuts(splits)
+    settings, cuts = options.settings(config), None if splits is None else cuts_of(splits)
     names = _names("attacks", attacks, list(ATTACKS))
     wires = _names("wire_dtype", wire_dtype, list(FLAGS["wire_dtype"].choices))
     for field, value in (("limit", limit), ("answer_tokens", answer_tokens)):
@@ -116,28 +116,13 @@ def _end(header: dict[str, object], lines: "Sequence[Line]", out: Path | None, a
 def _plans(settings: "Config", n_layers: int, cuts: Sequence[int] | None) -> "list[SplitPlan]":
     """The plan of each cut, with the configured end. Raises InputError for a cut that the model does not have."""
     from splitlearn.config import AUTO, SplitConfig
-    from splitlearn.models.plan import SplitPlan, plan_of
+    from splitlearn.models.plan import plan_of
+    from splitlearn.privacy.cut import plan_at
 
     if settings.split == AUTO:
         settings = settings.model_copy(update={"split": SplitConfig()})
     usual = plan_of(settings, n_layers)
-    for cut in [usual.start] if cuts is None else cuts:
-        if not 1 <= cut < n_layers:
-            expected = (
-                f"1 to {n_layers - 1}: behind no layer, the embeddings themselves are sent, which are as good as text"
-            )
-            raise InputError("splits", cut, expected)
-    return [SplitPlan(cut, max(usual.end, cut + 1), n_layers) for cut in cuts or (usual.start,)]
-
-
-def _cuts(text: str | None) -> list[int] | None:
-    """Whole numbers with commas between, each once."""
-    if text is None:
-        return None
-    try:
-        return list(dict.fromkeys(int(each) for each in text.split(",")))
-    except ValueError as error:
-        raise InputError("splits", text, "whole numbers such as 1,2,4") from error
+    return [plan_at(cut, usual) for cut in cuts or (usual.start,)]
 
 
 def _names(field: str, text: str | None, known: list[str]) -> list[str]:

@@ -6,8 +6,8 @@ A `Job` runs one experiment at a time; `experiment.exclusive` keeps other progra
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from splitlearn.lab.preflight import Preflight, preflight
 from splitlearn.lab.report import exports
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import FILE, Store
+from splitlearn.runtime.background import Background
 
 PROMPTS = "prompts.txt"
-CLOSE_TIMEOUT_S = 10.0
 # A pause between two runs, in which the page can draw. It is the same whether anybody looks or not.
 SETTLE_S = 0.15
 
@@ -51,28 +51,16 @@ class SavedExperiment:
     finished: str | None
 
 
-class Job:
-    """Runs experiments on `runs`, one at a time, each in a folder of its own below `folder`.
+class Job(Background[JobStatus]):
+    """Runs experiments on `runs`, one at a time, each in a folder of its own below `folder`. One that is stopped ends
+    after its current run, and can be resumed.
 
     `options` are further options of the command that repeats an experiment, such as --config.
     """
 
     def __init__(self, runs: Runs, folder: Path, options: Sequence[str] = ()) -> None:
+        super().__init__()
         self.runs, self.folder, self._options = runs, folder, tuple(options)
-        self._status: JobStatus | None = None
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._listeners: list[Callable[[], None]] = []
-
-    @property
-    def running(self) -> bool:
-        """Whether an experiment is running."""
-        return self._status is not None and not self._status.ended
-
-    @property
-    def latest(self) -> JobStatus | None:
-        """The running experiment, or the last one; None before the first."""
-        return self._status
 
     def preflight(self, request: ExperimentRequest) -> Preflight:
         """What the experiment would take; looks for a second how busy the machine is. Raises as `start`."""
@@ -96,51 +84,24 @@ class Job:
             store = held.enter_context(Store.open(folder / FILE, write=True))
             self._begin(store, held.pop_all())
 
-    def stop(self) -> None:
-        """End the experiment, if one runs, after its current run. It can be resumed."""
-        self._stop.set()
-
-    def close(self) -> None:
-        """Stop the experiment and wait for its end."""
-        self.stop()
-        if self._thread is not None:
-            self._thread.join(CLOSE_TIMEOUT_S)
-
-    @contextmanager
-    def calling(self, listener: Callable[[], None]) -> Iterator[None]:
-        """Inside, call `listener` in the experiment's thread each time `latest` changes."""
-        self._listeners.append(listener)
-        try:
-            yield
-        finally:
-            self._listeners.remove(listener)
-
     def _begin(self, store: Store, held: ExitStack) -> None:
         """Run the experiment in a thread, which closes `held` at the end."""
-        self._stop = threading.Event()
-        self._show(JobStatus(store.path.parent))
-        self._thread = threading.Thread(target=self._work, args=(store, held, self._stop), name="lab", daemon=True)
-        self._thread.start()
+        self.begin(JobStatus(store.path.parent), lambda stop: self._work(store, held, stop), "lab")
 
-    def _work(self, store: Store, held: ExitStack, stop: threading.Event) -> None:
+    def _work(self, store: Store, held: ExitStack, stop: threading.Event) -> Iterator[JobStatus]:
         status = JobStatus(store.path.parent)
         try:
             with held:
                 for progress in Experiment(self.runs, store, stop).go():
                     status = replace(status, progress=progress, findings=progress.findings)
-                    self._show(status)
+                    yield status
                     time.sleep(SETTLE_S)
                 ended, error, findings = store.finished or "stopped", "", findings_of(store)
                 status = replace(status, findings=findings)
                 exports.write_exports(findings, status.folder)
         except Exception as problem:  # any error must reach the page
             ended, error = "broken off", str(as_error(problem, "running the experiment"))
-        self._show(replace(status, ended=ended, error=error))
-
-    def _show(self, status: JobStatus) -> None:
-        self._status = status
-        for listener in list(self._listeners):
-            listener()
+        yield replace(status, ended=ended, error=error)
 
     def _has_own_prompts(self, request: ExperimentRequest) -> bool:
         return request.prompts not in ((), (self.runs.config.generation.prompt,))

@@ -6,9 +6,10 @@
 The first line says what all have in common. A line that a kill left half written is dropped.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError, SetupError
 from splitlearn.privacy.scores import Hits
+from splitlearn.privacy.victims import Victim
 from splitlearn.reporting.files import make_folder
 
 FILE = "results.jsonl"
@@ -53,6 +56,29 @@ class Row:
         """Raises TypeError and KeyError for what is no row."""
         plain = {each.name: said[each.name] for each in fields(cls)}
         return cls(**{**plain, "prompt": Hits(**plain["prompt"]), "answer": Hits(**plain["answer"])})
+
+
+def header_of(
+    files: ModelFiles, dtype: str, end: int, answer_tokens: int, seed: int, victims: Sequence[Victim]
+) -> dict[str, object]:
+    """What all rows of a file have in common. `victims` has all prompts, of which a sweep may do the first few."""
+    text = "\n".join(f"{victim.kind} {victim.prompt}" for victim in victims)
+    return {
+        "model": files.name,
+        "digest": files.digest,
+        "dtype": dtype,
+        "end": end,
+        "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "answer_tokens": answer_tokens,
+        "seed": seed,
+    }
+
+
+def read(folder: Path) -> list[Row]:
+    """The rows in `folder`, also while a sweep writes there; none where no sweep has begun. Raises InputError for
+    another file."""
+    path = folder / FILE
+    return _parsed(path, _whole_lines(path.read_bytes()))[1] if path.exists() else []
 
 
 class Results:
@@ -117,24 +143,38 @@ def _lock(path: Path) -> Any:
 def _opened(path: Path, header: Mapping[str, Any], rows: dict[Key, Row]) -> BinaryIO:
     """The file, open at its end, with its `rows` read."""
     file = path.open("r+b" if path.exists() else "x+b")
-    whole = file.read().rpartition(b"\n")
-    lines, size = whole[0].splitlines(), len(whole[0]) + len(whole[1])
-    file.truncate(size)  # a half-written line
-    file.seek(size)
+    whole = _whole_lines(file.read())
+    file.truncate(len(whole))  # a half-written line
+    file.seek(len(whole))
     wanted = {"format": FORMAT, **header}
-    if not lines:
+    if not whole:
         file.write(_line(wanted))
         return file
     try:
-        found = json.loads(lines[0])
-        rows.update({row.key: row for row in (Row.of_json(json.loads(line)) for line in lines[1:])})
-        differing = [name for name, value in wanted.items() if found.get(name) != value]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found, own = _parsed(path, whole)
+    except InputError:
         file.close()
-        raise InputError("out", str(path), f"a file that `splitlearn attack` wrote ({error})") from error
+        raise
+    rows.update({row.key: row for row in own})
+    differing = [name for name, value in wanted.items() if found.get(name) != value]
     if differing:
         file.close()
         name = differing[0]
         expected = f"results with {name} {wanted[name]!r}, and these have {found.get(name)!r}; or another --out"
         raise InputError("out", str(path), expected)
     return file
+
+
+def _whole_lines(data: bytes) -> bytes:
+    """Without the line that a kill left half written."""
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _parsed(path: Path, data: bytes) -> tuple[dict[str, Any], list[Row]]:
+    """The first line, and the rows. Raises InputError."""
+    lines = data.splitlines()
+    try:
+        found = dict(json.loads(lines[0])) if lines else {}
+        return found, [Row.of_json(json.loads(line)) for line in lines[1:]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError("out", str(path), f"a file that `splitlearn attack` wrote ({error})") from error

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from splitlearn.privacy.registry import Recovered
-from splitlearn.privacy.split_model import VictimSession
+
+if TYPE_CHECKING:
+    from splitlearn.privacy.split_model import VictimSession
 
 RESAMPLES = 2000
 Z = 1.959964
@@ -31,7 +34,7 @@ class Estimate:
     high: float
 
 
-def score(session: VictimSession, recovered: Recovered, reads: str) -> tuple[Hits, Hits]:
+def score(session: "VictimSession", recovered: Recovered, reads: str) -> tuple[Hits, Hits]:
     """The hits in the prompt and in the answer, of what an attack could see.
 
     The last token of an answer is never sent, and an attack on what was returned sees no prompt.

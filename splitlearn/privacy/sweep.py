@@ -1,6 +1,5 @@
 """Attacks on many prompts, at several cuts and forms on the wire. What is in the results already is not done again."""
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy.baselines import BASELINES, Baselines
 from splitlearn.privacy.checkpoint import Checkpoint
 from splitlearn.privacy.registry import ATTACKS, Attack
-from splitlearn.privacy.results import Results, Row
+from splitlearn.privacy.results import Results, Row, header_of
 from splitlearn.privacy.scores import Hits, score
 from splitlearn.privacy.split_model import SplitModel, VictimSession
 from splitlearn.privacy.training_text import check_disjoint
@@ -44,16 +43,8 @@ class Sweep:
 
     def header(self, every_victim: Sequence[Victim]) -> dict[str, object]:
         """What all its rows have in common. `every_victim` has all prompts, of which this may do the first few."""
-        text = "\n".join(f"{victim.kind} {victim.prompt}" for victim in every_victim)
-        return {
-            "model": self.files.name,
-            "digest": self.files.digest,
-            "dtype": self.dtype,
-            "end": self.plans[0].end,
-            "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "answer_tokens": self.answer_tokens,
-            "seed": self.seed,
-        }
+        end = self.plans[0].end
+        return header_of(self.files, self.dtype, end, self.answer_tokens, self.seed, every_victim)
 
     def run(self, results: Results, progress: Progress) -> None:
         """Do what `results` lack. Raises InputError for a prompt that does not fit into the model's context."""
@@ -101,15 +92,15 @@ class Sweep:
             SplitModel(self.files, plan, self.dtype),
             Checkpoint(self.files, plan, self.dtype, self.seed),
         )
-        prepared = dict[str, float]()
+        prepare_s = dict[str, float]()
         for done, (wire, number, attacks) in enumerate(open_):
             progress(Step(f"{label}: attacks", done, len(open_)))
             session = split.run(self.victims[number].prompt, self._rows(wire), self.answer_tokens)
             for attack in attacks:
-                if attack.name not in prepared:
+                if attack.name not in prepare_s:
                     progress(Step(f"{label}: preparing {attack.name}", 0, 1))
-                    prepared[attack.name] = _seconds(attack, checkpoint)
-                results.add(self._row(attack, session, checkpoint, wire, number, prepared[attack.name]))
+                    prepare_s[attack.name] = prepared(attack, checkpoint)
+                results.add(self._row(attack, session, checkpoint, wire, number, prepare_s[attack.name]))
 
     def _open(self, plan: SplitPlan, results: Results) -> Iterator[tuple[str, int, list[Attack]]]:
         """The wires, prompts and attacks of a cut that results lack."""
@@ -142,8 +133,8 @@ class Sweep:
         return settings(frozenset({f"wire_dtype={wire}"})).session.rows(DTYPES[self.dtype])
 
 
-def _seconds(attack: Attack, checkpoint: Checkpoint) -> float:
-    """What preparing an attack takes."""
+def prepared(attack: Attack, checkpoint: Checkpoint) -> float:
+    """Prepare an attack. Returns the seconds that it takes."""
     began = time.perf_counter()
     attack.prepare(checkpoint)
     return time.perf_counter() - began

@@ -7,6 +7,8 @@ from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
 
+ANSWER_TOKENS = 8
+"""Of the answers that are attacked beside the prompts."""
 OWN = "own"
 """The kind of a person's own prompts."""
 

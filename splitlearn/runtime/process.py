@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,13 +23,14 @@ from typing import Any
 
 import psutil
 
-from splitlearn.errors import SetupError, SplitlearnError, WorkerDied
+from splitlearn.errors import SetupError, SplitlearnError, WorkerDied, as_error
 from splitlearn.runtime import cgroups, environment, programs
 
 ASK_TIMEOUT_S = 1.0
 # What the fork server imports (330 MB), and what a worker adds before it loads weights (60 MB, the tokenizer).
 IMPORTS_BYTES = 400_000_000
 STOP_TIMEOUT_S = 5.0
+POLL_S = 0.05
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _MMAPPED_BYTES, _SPARE_BYTES = 8 << 20, 16 << 20
 # What the fork server imports: what every child needs.
@@ -138,6 +139,38 @@ def ask(what: str, target: str, *arguments: object) -> Any:
         return raised(child.receive())
     finally:
         child.stop()
+
+
+def stream(what: str, target: str, stop: threading.Event, *arguments: object) -> Iterator[Any]:
+    """What `target(say, *arguments)` says in a child process of its own, by `say(item)`. It goes on once the next item
+    is asked for. The process ends with the iterator, or when `stop` is set. Raises the target's error, and what `start`
+    and `Child.receive` raise."""
+    child = start(what, _say, target, what, *arguments)
+    try:
+        while not stop.is_set():
+            if not child.connection.poll(POLL_S):
+                continue
+            item = raised(child.receive())
+            if item is None:
+                return
+            yield item
+            child.send(True)
+    finally:
+        child.stop()
+
+
+def _say(connection: Connection, target: str, what: str, *arguments: object) -> None:
+    def say(item: object) -> None:
+        connection.send(item)
+        connection.recv()
+
+    try:
+        programs.own(target)(say, *arguments)
+        connection.send(None)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception as error:
+        connection.send(as_error(error, f"running {what[0].lower()}{what[1:]}"))
 
 
 def raised(item: Any) -> Any:

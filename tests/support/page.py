@@ -273,6 +273,18 @@ def experiment(page: Page, flag: str = "inference_mode", pairs: int = 2) -> None
     expect(page.locator("#lab-start")).to_be_enabled()
 
 
+def attacks(page: Page) -> None:
+    """Read a prompt on the tab What the server reads, then sweep over the cuts with one prompt. In any language."""
+    page.get_by_role("tab").nth(4).click()
+    page.locator("#attacks-read").click()
+    expect(page.locator("#attacks-readings section")).to_have_count(3, timeout=START_S * 1000)
+    expect(page.locator("#attacks-read")).to_be_enabled(timeout=START_S * 1000)
+    setting(page, "sweep-limit", "1")
+    page.locator("#sweep-start").click()
+    expect(page.locator("#sweep-curve .js-plotly-plot")).to_be_visible(timeout=START_S * 1000)
+    expect(page.locator("#sweep-start")).to_be_enabled(timeout=START_S * 1000)
+
+
 def open_experiment(page: Page, at: int = 0) -> None:
     """Choose an experiment on the Lab tab from the list, newest first, and wait until all of its report is drawn."""
     page.locator("#lab-chosen input").click()

@@ -14,7 +14,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.conftest import TinyFactory
 from tests.support import lab_trials
-from tests.support.page import CHROMIUM, FORBIDDEN, conversation, measuring, open_experiment, open_page, unfold
+from tests.support.page import CHROMIUM, FORBIDDEN, attacks, conversation, measuring, open_experiment, open_page, unfold
 
 pytestmark = [
     pytest.mark.browser,
@@ -22,7 +22,14 @@ pytestmark = [
 ]
 RUN_MS = 120_000
 WIDTHS = (320, 390, 768, 1280, 1920)
-DRAWN = ("#full", "#chat-prompt li", "#model-facts dl", "#lab-details details", "#server-card dl")
+DRAWN = (
+    "#full",
+    "#chat-prompt li",
+    "#model-facts dl",
+    "#lab-details details",
+    "#attacks-readings section",
+    "#server-card dl",
+)
 """What each tab has once it is drawn."""
 AXE_WIDTHS = (1280, 320)
 COLOURS = ["color-contrast", "link-in-text-block"]
@@ -70,6 +77,7 @@ def page(browser: BrowserContext, url: str, request: pytest.FixtureRequest) -> I
     conversation(opened)
     opened.get_by_role("tab").nth(3).click()
     open_experiment(opened)
+    attacks(opened)
     yield opened
     opened.close()
     assert not FORBIDDEN

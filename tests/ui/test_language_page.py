@@ -9,7 +9,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 from splitlearn.checkpoints.catalogue import CATALOGUE
 from splitlearn.flags.registry import FLAGS
 from tests.conftest import TinyFactory
-from tests.support.page import App, conversation, experiment, measuring, setting, unfold
+from tests.support.page import App, attacks, conversation, experiment, measuring, setting, unfold
 from ui.flags.flag_words import NAMES
 
 SENTENCE = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z]{2,}){2,}")
@@ -73,7 +73,7 @@ def english(page: Page) -> set[str]:
 
 @pytest.mark.browser
 def test_no_tab_of_the_chinese_page_has_an_english_text(chinese: Page) -> None:
-    shown = ("#full", "#chat-box", "#model-facts dl", "#lab-start", "#server-card dl")
+    shown = ("#full", "#chat-box", "#model-facts dl", "#lab-start", "#attacks-read", "#server-card dl")
     for number, there in enumerate(shown):
         chinese.get_by_role("tab").nth(number).click()
         expect(chinese.locator(there).first).to_be_visible()
@@ -98,6 +98,8 @@ def test_no_result_of_the_chinese_page_has_an_english_text(chinese: Page, url: s
     chinese.reload()
     experiment(chinese)
     unfold(chinese)
+    assert english(chinese) == set()
+    attacks(chinese)
     assert english(chinese) == set()
     chinese.goto(url)  # which shows the experiment as a table of flags, too
     expect(chinese.locator("#flag-table tbody tr").first).to_be_visible()

@@ -35,7 +35,7 @@ def test_the_tab_shows_sessions_come_and_go_and_a_trunk_that_does_not_answer(
     config = write_config(tmp_path_factory.mktemp("app"), model={"name": str(files.folder)}, split=LAYERS)
     with running(config, "--trunk", trunk.address) as app:
         page = open_page(browser, app.warm_url())
-        page.get_by_role("tab", name="Server").click()
+        page.get_by_role("tab", name="Server", exact=True).click()
         card = page.locator("#server-card")
         sessions = card.locator("dl div").filter(has=page.get_by_text("Sessions", exact=True)).locator("dd")
         expect(sessions).to_have_text("0 / 64")

@@ -10,7 +10,9 @@ from splitlearn.errors import SplitlearnError
 from splitlearn.flags.selection import check, parse
 from splitlearn.lab.job import Job
 from splitlearn.lab.store import FOLDER
+from splitlearn.privacy.sweep_job import SweepJob
 from ui import inputs
+from ui.attacks.actions import Attacks
 from ui.compare import session
 from ui.compare.session import ArmView, ComparisonView
 from ui.flags import flag_words
@@ -45,6 +47,7 @@ class Handlers:
         self.historian = Historian(runs, self.downloads, options)
         self.lab = Lab(Job(runs, Path(FOLDER), options), self.downloads)
         self.planner = Planner(startup, self.stops, self.line, self._measuring)
+        self.attacks = Attacks(self.planner, SweepJob(runs, self._busy, options))
         self.chooser = Chooser(startup, self.planner)
         self.network = Network(startup, self._measuring)
         self.monitor = Monitor(runs, lambda: runs.busy or self.lab.job.running)
@@ -57,19 +60,24 @@ class Handlers:
         self.downloads.__exit__()
 
     def end(self) -> None:
-        """Stop all comparisons and the experiment, which can be resumed."""
+        """Stop all comparisons, and the experiment and the sweep, which can be resumed."""
         self.stops.stop_all()
         self.lab.job.close()
+        self.attacks.job.close()
         self.monitor.close()
 
     def _measuring(self) -> str:
         return MEASURING if self.lab.job.running else ""
 
+    def _busy(self) -> bool:
+        """Whether something is measured or loaded."""
+        return self.line.taken or self.runs.busy or self.startup.running or self.lab.job.running
+
     def leave(self, visitor: str) -> None:
         """Stop the runs of a visitor whose page was closed, and remove her files."""
         self.stops.stop(visitor)
         self.line.leave(visitor)
-        for key in (visitor, f"{visitor} flags"):
+        for key in (visitor, f"{visitor} flags", f"{visitor} sweep"):
             self.downloads.forget(key)
         self.historian.leave(visitor)
         self.network.leave(visitor)

@@ -1,18 +1,28 @@
-"""The introduction at the top of the page: what is compared, as a diagram."""
+"""The introduction at the top of the page: what is compared, as a diagram, and what the trunk server can read."""
 
 from html import escape
 
 from splitlearn.arms.model import Model
+from splitlearn.privacy.summary import Line
 
 PURPOSE = (
     "One prompt, two ways. Full runs the whole model in one process. Split keeps both ends on the client and the "
     "layers between on a server: for devices that cannot hold the model. "
     "The tokens are the same; here you see what it costs."
 )
+PUBLISHED = {("SmolLM2-135M-Instruct", 2): (1.0, 23)}
+"""What an attack recovered of the prompts' tokens, and of how many prompts (docs/privacy.md), by model and cut."""
+TO_TAB = """
+element.addEventListener('click', event => {
+  const button = event.target.closest('[data-tab]');
+  if (button) document.getElementById(`${button.dataset.tab}-button`)?.click();
+});
+"""
 
 
-def picture(model: Model | None) -> str:
-    """A diagram of full and split with their layers. It has no numbers before the model is read."""
+def picture(model: Model | None, measured: Line | None = None) -> str:
+    """A diagram of full and split with their layers, and what the server can read, `measured` on this machine. It has
+    no numbers before the model is read."""
     plan = model.plan if model else None
     bottom = f"layers 0 to {plan.start - 1}" if plan and plan.start else "no layers" if plan else "first layers"
     trunk = f"layers {plan.start} to {plan.end - 1}" if plan else "layers between"
@@ -20,7 +30,7 @@ def picture(model: Model | None) -> str:
     top = "no layers" if plan and plan.end == plan.n_layers else top
     whole = f"all {plan.n_layers} layers" if plan else "all layers"
     return (
-        f'<p class="sl-purpose">{escape(PURPOSE)}</p>'
+        f'<p class="sl-purpose">{escape(PURPOSE)}</p>{_read(model, measured)}'
         '<div class="sl-ways" role="img" aria-label="Full: '
         f"{whole} in one process. Split: {bottom} on the client, {trunk} on the trunk server, {top} on the client."
         '"><div class="sl-way sl-way-full"><b>Full</b><span class="sl-box">embeddings, '
@@ -29,4 +39,16 @@ def picture(model: Model | None) -> str:
         f'<span class="sl-box">client: embeddings, {bottom}</span><i>gRPC</i>'
         f'<span class="sl-box sl-far">trunk server: {trunk}, KV cache</span><i>gRPC</i>'
         f'<span class="sl-box">client: {top}, LM head</span></div></div>'
+    )
+
+
+def _read(model: Model | None, measured: Line | None) -> str:
+    """One sentence on what the trunk server can read, with the figure for this model and cut."""
+    share, prompts = PUBLISHED.get((model.files.name, model.plan.start), (None, 0)) if model else (None, 0)
+    if measured is not None and measured.prompt is not None:
+        share, prompts = measured.prompt.value, measured.prompts
+    figure = "" if share is None else f": at this cut an attack recovers {share:.0%} of the tokens of {prompts} prompts"
+    return (
+        f'<p class="sl-purpose"><span>Not private: the trunk server can read your text{figure}.</span> '
+        '<button type="button" class="sl-link" data-tab="tab-attacks">What the server reads</button></p>'
     )

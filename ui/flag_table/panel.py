@@ -18,8 +18,8 @@ from ui.compare.actions import Handlers
 from ui.flag_table import view
 from ui.flags.picker import Updates
 from ui.lab.view import progress
-from ui.lab.watch import Watches
 from ui.visitors import MOST_SIGNALS, LeastRecent, visitor
+from ui.watch import Watches
 
 MOST_TOKENS = 32
 FILE = "flags.csv"

@@ -19,8 +19,8 @@ from ui import html, inputs
 from ui.flags.picker import Updates
 from ui.lab.actions import ExperimentView, Lab
 from ui.lab.view import breakdown_key, details, progress, report, so_far
-from ui.lab.watch import Watches
 from ui.visitors import visitor
+from ui.watch import Watches
 
 HELP = (
     "Measures the effect of each chosen flag, in full and in split. Every block runs each arm once, in random order, "

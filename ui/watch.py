@@ -1,31 +1,32 @@
-"""Follow the running experiment. Each open page has at most one watch; a new one ends the last."""
+"""Follow work in the background. Each open page has at most one watch; a new one ends the last."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Generic
 from weakref import WeakValueDictionary
 
-from splitlearn.lab.job import Job, JobStatus
+from splitlearn.runtime.background import Background, Status
 
 
 class _Watch:
     """Identifies one watch of a page."""
 
 
-class Watches:
+class Watches(Generic[Status]):
     """The watches of one part of the page on `job`, at most one per visitor."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Background[Status]) -> None:
         self._job = job
         # Weak, so that an entry goes with the generator that holds its _Watch.
         self._last: WeakValueDictionary[str, _Watch] = WeakValueDictionary()
 
     def leave(self, visitor: str) -> None:
-        """End the watch of a visitor whose page was closed. The experiment goes on."""
+        """End the watch of a visitor whose page was closed. The work goes on."""
         self._last.pop(visitor, None)
 
-    async def follow(self, visitor: str) -> AsyncIterator[JobStatus]:
-        """Yield the experiment's status now and on each progress, to its end. Yields nothing if there is none.
+    async def follow(self, visitor: str) -> AsyncIterator[Status]:
+        """Yield the work's status now and on each progress, to its end. Yields nothing if there is none.
 
         Ends early when the visitor leaves or follows again."""
         mine = _Watch()
@@ -35,7 +36,7 @@ class Watches:
                 return
             yield status
 
-    async def _each(self) -> AsyncIterator[JobStatus]:
+    async def _each(self) -> AsyncIterator[Status]:
         loop, changed, shown = asyncio.get_running_loop(), asyncio.Event(), None
 
         def wake() -> None:

@@ -1,0 +1,109 @@
+"""The actions of the tab "What the server reads": attack a prompt, sweep over cuts. Nothing of Gradio here."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
+from typing import Any
+
+import pandas as pd
+
+from splitlearn.errors import InputError, SplitlearnError
+from splitlearn.flags.registry import FLAGS
+from splitlearn.models.plan import SplitPlan
+from splitlearn.planning.anatomy import Part, parts_of
+from splitlearn.privacy import live
+from splitlearn.privacy.cut import cuts_of, plan_at
+from splitlearn.privacy.live import Item, Question
+from splitlearn.privacy.summary import Line
+from splitlearn.privacy.sweep_job import SweepJob
+from splitlearn.reporting.files import csv
+from ui import inputs
+from ui.model.actions import Planner
+
+WIRES = tuple(FLAGS["wire_dtype"].choices)
+CUTS = (1, 2, 4, 8, 16)
+"""Of a sweep, as far as the model has them."""
+PROMPTS = 8
+FILE = "attacks.csv"
+
+
+class Attacks:
+    """Attacks on the model of `planner`, whose queue they wait in; and `job`, the sweeps, which all visitors share."""
+
+    def __init__(self, planner: Planner, job: SweepJob) -> None:
+        self.planner, self.job = planner, job
+
+    def attack(self, typed: Mapping[str, Any], visitor: str) -> Iterator[Item]:
+        """Attack the typed prompt. Raises InputError, and SetupError while an experiment runs."""
+        prompt, plan, (wire,) = str(typed["prompt"] or ""), self._plan(typed["splits"]), _wires([typed["wire"]])
+        if not prompt.strip():
+            raise InputError("prompt", prompt, "some text")
+        runs = self.planner.runs
+        stop = yield from self.planner.ready(visitor)
+        question = Question(runs.files, runs.dtype, plan, wire, prompt, runs.config.runs.threads)
+        with closing(live.read(question, stop)) as items:  # type: ignore[type-var]  # a generator
+            yield from items
+
+    def sweep(self, typed: Mapping[str, Any]) -> None:
+        """Begin a sweep, or go on with one. Raises InputError, and SetupError while one runs."""
+        usual = self.planner.runs.plan
+        cuts = str(typed["cuts"] or "").strip()
+        listed = cuts_of(cuts) if cuts else [cut for cut in CUTS if cut < usual.n_layers]
+        plans = [plan_at(cut, usual) for cut in listed]
+        self.job.start(plans, _wires(typed["wires"] or ()), inputs.whole("limit", typed["limit"]))
+
+    def measured(self) -> Line | None:
+        """The strongest attack that was measured at the cut in use, by the prompt tokens recovered. None of results
+        that cannot be read."""
+        with suppress(SplitlearnError):
+            found = [line for line in self.job.lines() if line.cut == self.planner.runs.plan.start]
+            return max(found, key=recall, default=None)
+        return None
+
+    def client(self, cut: int) -> Part:
+        """Layers and weights of a client with `cut` layers before the trunk. Raises what reading the model raises."""
+        anatomy, usual = self.planner.anatomy(), self.planner.runs.plan
+        (part,) = (part for part in parts_of(anatomy, plan_at(cut, usual), 0) if part.name == "client")
+        return part
+
+    def _plan(self, typed: object) -> SplitPlan:
+        """The cut in use, or one behind as many layers as `typed`."""
+        usual, text = self.planner.runs.plan, str(typed or "").strip()
+        return plan_at(inputs.whole("splits", text) if text else usual.start, usual)
+
+
+def _wires(typed: object) -> list[str]:
+    """Choices of wire_dtype. Raises InputError."""
+    chosen = [str(each) for each in (typed if isinstance(typed, list | tuple) else [typed])]
+    for each in chosen:
+        if each not in WIRES:
+            raise InputError("wire_dtype", each, f"some of: {', '.join(WIRES)}")
+    return chosen
+
+
+def recall(line: Line) -> float:
+    """The share of prompt tokens recovered; 0 of an attack that does not look at them."""
+    return line.prompt.value if line.prompt is not None else 0.0
+
+
+def as_csv(lines: list[Line]) -> str:
+    """The lines of sweeps; shares from 0 to 1, with their 95% intervals."""
+    rows = [
+        {
+            "cut": line.cut or None,
+            "wire_dtype": line.wire,
+            "attack": line.attack,
+            "prompts": line.prompts,
+            **_share("prompt", line.prompt),
+            **_share("answer", line.answer),
+            "seconds_per_token": line.seconds_per_token if line.cut else None,
+        }
+        for line in lines
+    ]
+    return csv(pd.DataFrame(rows))
+
+
+def _share(name: str, share: Any) -> dict[str, float | None]:
+    return {
+        f"{name}_recall{end}": None if share is None else getattr(share, field)
+        for end, field in (("", "value"), ("_low", "low"), ("_high", "high"))
+    }
