@@ -18,6 +18,7 @@ from splitlearn.models.cut import CutModel, body_of, forward
 from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy.capture import Capture
 from splitlearn.privacy.linear_map import LinearMap
+from splitlearn.privacy.recurrent_map import RecurrentMap
 from splitlearn.privacy.token_table import TokenTable
 from splitlearn.privacy.training_text import training_text, windows
 from splitlearn.stages import loading
@@ -26,6 +27,7 @@ from splitlearn.stages.settings import LoadSettings
 
 TABLE_ROWS = 1024
 WINDOWS, WINDOW_TOKENS, WINDOWS_AT_ONCE = 256, 64, 16
+NETWORK_WINDOWS = 512
 FIRST_TOKENS = 8192
 _LOADING = LoadSettings(assign_weights=True)
 
@@ -33,12 +35,13 @@ _LOADING = LoadSettings(assign_weights=True)
 @dataclass(frozen=True)
 class Checkpoint:
     """The model in `files`, seen by a server with the layers of `plan`. `dtype` is that in which clients compute.
-    `seed` is that of all that is random."""
+    `seed` is that of all that is random, and `network_windows` for how many sequences a network is trained."""
 
     files: ModelFiles
     plan: SplitPlan
     dtype: str
     seed: int = 0
+    network_windows: int = NETWORK_WINDOWS
 
     @classmethod
     def of(cls, capture: Capture, files: ModelFiles) -> "Checkpoint":
@@ -80,10 +83,7 @@ class Checkpoint:
     @cached_property
     def later(self) -> LinearMap:
         """From the states at a sequence's positions after the first to embeddings."""
-        tokens = Tokens.load(self.files.folder, use_fast=True)
-        ids = windows(
-            tokens.encode(training_text(), chat=False), len(self.embeddings), WINDOWS, WINDOW_TOKENS, self.seed
-        )
+        ids = self._training_ids(WINDOWS)
         x, y = self.states(ids, WINDOWS_AT_ONCE)[:, 1:], self.embeddings[ids[:, 1:]]
         return LinearMap.fit(x.flatten(0, 1), y.flatten(0, 1))
 
@@ -93,6 +93,23 @@ class Checkpoint:
         made = torch.Generator().manual_seed(self.seed)
         ids = torch.randint(len(self.embeddings), (FIRST_TOKENS, 1), generator=made)
         return LinearMap.fit(self.states(ids, TABLE_ROWS)[:, 0], self.embeddings[ids[:, 0]])
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The embeddings [..., T, E] that the maps give for states [..., T, H] from position 0 on."""
+        return torch.cat([self.first(x[..., :1, :]), self.later(x[..., 1:, :])], -2)
+
+    @cached_property
+    def recurrent(self) -> RecurrentMap:
+        """What a network adds to the linear maps."""
+        ids = self._training_ids(self.network_windows)
+        x = self.states(ids, WINDOWS_AT_ONCE).clone()  # outside of inference mode: a network is trained on it
+        return RecurrentMap.fit(x, self.linear(x), ids, self.later, self.embedding_table, self.seed)
+
+    def _training_ids(self, count: int) -> Tensor:
+        """Token ids [count, WINDOW_TOKENS] that no client sent."""
+        tokens = Tokens.load(self.files.folder, use_fast=True)
+        text = tokens.encode(training_text(), chat=False)
+        return windows(text, len(self.embeddings), count, WINDOW_TOKENS, self.seed)
 
     def states(self, ids: Tensor, at_once: int) -> Tensor:
         """The states [N, T, H] at the cut of N sequences with the token ids [N, T], in float32."""

@@ -50,6 +50,11 @@ ATTACKS: dict[str, Attack] = {
         Attack("nearest", "Compares each state with a table of the states of all single tokens."),
         Attack("linear", "Maps states to embeddings by ridge regression, learnt from other text.", learns=True),
         Attack(
+            "inverter",
+            "Maps the states so far to embeddings by a recurrent network, trained on other text.",
+            learns=True,
+        ),
+        Attack(
             "search",
             "Runs candidates of linear through the client's layers, behind the prefix recovered so far, until one "
             "gives the state.",

@@ -1,15 +1,16 @@
-"""A sweep's results as a page in Markdown: report.md beside them."""
+"""A sweep's results as a page in Markdown with a picture: report.md and recall.svg beside them."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from splitlearn.privacy.picture import svg
 from splitlearn.privacy.registry import ATTACKS
 from splitlearn.privacy.summary import HEADS, Line, kind_rows
 from splitlearn.reporting.files import write_texts
 
-FILE = "report.md"
+FILE, PICTURE = "report.md", "recall.svg"
 TEXT = """\
 Each attack has what a trunk server has: the public checkpoint and the hidden states on the wire. *Cut* is the number of
 layers at the client before the trunk. Shares are of tokens with the right id at their place, and of prompts recovered
@@ -21,8 +22,8 @@ was sent sees all but the last. *ms a token* is the attack's time for a token, w
 def write(
     folder: Path, header: Mapping[str, Any], lines: Sequence[Line], environment: Mapping[str, Any], command: str
 ) -> Path:
-    """Write the page, and return its path. Raises InputError for a folder that cannot be written."""
-    return write_texts(folder, {FILE: page(header, lines, environment, command)})[0]
+    """Write the page and the picture. Gives the page's path. Raises InputError for a folder that cannot be written."""
+    return write_texts(folder, {FILE: page(header, lines, environment, command), PICTURE: svg(lines)})[0]
 
 
 def page(header: Mapping[str, Any], lines: Sequence[Line], environment: Mapping[str, Any], command: str) -> str:
@@ -32,6 +33,7 @@ def page(header: Mapping[str, Any], lines: Sequence[Line], environment: Mapping[
         "# What the trunk server can read",
         f"Made by `{command}`.",
         f"{model}; answers of {header['answer_tokens']} tokens. {TEXT}",
+        f"![Recall by the depth of the cut]({PICTURE})",
         _table(HEADS, [line.cells() for line in lines]),
         "## By kind of text, recall of prompt tokens",
         _table(*kind_rows(lines)),

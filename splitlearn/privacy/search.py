@@ -19,7 +19,7 @@ from splitlearn.kvcache.layers import dynamic
 from splitlearn.models.cut import forward
 from splitlearn.privacy.capture import Capture
 from splitlearn.privacy.checkpoint import Checkpoint
-from splitlearn.privacy.linear import predicted, prepare
+from splitlearn.privacy.linear import prepare
 from splitlearn.privacy.linear_map import LinearMap
 from splitlearn.privacy.registry import Recovered
 from splitlearn.stages.base import StageInput
@@ -67,7 +67,7 @@ class _Search:
     def __init__(self, capture: Capture, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._rows = checkpoint, capture.rows
         self._target = capture.sent.float()
-        self._predicted = predicted(capture, checkpoint)
+        self._predicted = checkpoint.linear(self._target)
         self.guesses = checkpoint.embedding_table.closest(self._predicted)
         self.settled = 0
         self._session: LocalSession = checkpoint.bottom.open(_SETTINGS, len(self.guesses))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import normalize
 
+ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class TokenTable:
@@ -24,9 +26,9 @@ class TokenTable:
         scale = scale.clamp_min(1e-6 * float(scale.max()) + 1e-12)
         return cls(mean, scale, normalize((vectors - mean) / scale))
 
-    def likeness(self, x: Tensor) -> Tensor:
-        """The cosine [N, V] between each of `x` [N, H] and each token's vector."""
-        return normalize((x - self.mean) / self.scale) @ self.directions.T
+    def likeness(self, x: Tensor, tokens: Tensor | slice = ALL) -> Tensor:
+        """The cosine [N, V] between each of `x` [N, H] and each token's vector, or the vectors of some `tokens` [V]."""
+        return normalize((x - self.mean) / self.scale) @ self.directions[tokens].T
 
     def closest(self, x: Tensor) -> list[int]:
         """The token whose vector is the closest, for each of `x` [N, H]."""

@@ -35,7 +35,7 @@ def run(files: ModelFiles) -> Run:
 
 @pytest.fixture(scope="module")
 def checkpoint(files: ModelFiles) -> Checkpoint:
-    return Checkpoint(files, PLAN, "float32")
+    return Checkpoint(files, PLAN, "float32", network_windows=attacker.FEW)
 
 
 def share(session: VictimSession, recovered: tuple[int | None, ...]) -> float:
@@ -66,7 +66,8 @@ def test_an_attack_in_a_process_with_the_capture_and_the_checkpoint_alone_recove
     found = json.loads(printed(attacker.main, arguments, tmp_path, tmp_path / "errors"))
     assert found.keys() == ATTACKS.keys()
     assert share(session, tuple(found["search"])) == 1.0
-    assert tuple(found["linear"]) == ATTACKS["linear"].run(session.capture, checkpoint)
+    for name in ("linear", "inverter"):  # what is learnt is the same in every process
+        assert tuple(found[name]) == ATTACKS[name].run(session.capture, checkpoint)
     assert tuple(found["answer"][len(session.prompt_ids) :]) == session.answer_ids
 
 
@@ -77,6 +78,18 @@ def test_shuffled_states_destroy_recall(run: Run, checkpoint: Checkpoint, name: 
     truth = session.prompt_ids + session.answer_ids
     right = [one == other for one, other in zip(truth, found, strict=False) if other is not None]
     assert sum(right) / len(right) < 0.35
+
+
+def test_a_trained_network_adds_to_the_linear_maps_what_the_tokens_before_tell(tiny_model: TinyFactory) -> None:
+    files = tiny_model("gpt2")
+    checkpoint = Checkpoint(files, type(PLAN)(4, 5, 6), "float32", network_windows=64)
+    ids = torch.randint(len(checkpoint.embeddings), (8, 32), generator=torch.Generator().manual_seed(1))
+    x, network = checkpoint.states(ids, 8), checkpoint.recurrent
+    with torch.inference_mode():
+        linear = checkpoint.linear(x)
+        found = network(x, linear)
+    right = [(checkpoint.embedding_table.likeness(each).argmax(-1) == ids).sum() for each in (linear, found)]
+    assert right[1] > right[0]
 
 
 def test_states_behind_one_layer_of_another_family_are_read_too(tiny_model: TinyFactory) -> None:

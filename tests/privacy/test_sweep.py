@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -35,7 +36,8 @@ def test_a_sweep_scores_every_attack_and_says_so_in_json_and_a_report(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*SWEEP, "--splits", "2"]
-    assert command_line.main([*command, "--wire-dtype", "float32,int8", "--out", "found", "--json"]) == 0
+    asked = [*command, "--wire-dtype", "float32,int8", "--attacks", "nearest,linear,search,answer"]
+    assert command_line.main([*asked, "--out", "found", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     lines = {(line["cut"], line["wire"], line["attack"]): line for line in said["results"]}
     cells = [(2, wire, name) for wire in ("float32", "int8") for name in ("search", "answer")]
@@ -46,6 +48,8 @@ def test_a_sweep_scores_every_attack_and_says_so_in_json_and_a_report(
     assert lines[0, "", "frequent"]["prompt"]["value"] < 0.5
     report = (folder / "found" / "report.md").read_text(encoding="utf-8")
     assert "| 2 | int8 | search | 4 | 100.0% [100.0, 100.0] |" in report
+    picture = "".join(ElementTree.parse(folder / "found" / "recall.svg").getroot().itertext())
+    assert all(text in picture for text in ("linear", "search", "recovered, int8", "guess, no states"))
     before = (folder / "found" / FILE).read_bytes()
     assert command_line.main([*command, "--attacks", "nearest", "--out", "found"]) == 0
     assert (folder / "found" / FILE).read_bytes() == before, "nothing that is there is done again"

@@ -1,0 +1,21 @@
+"""Attack: a recurrent network from the states so far to embeddings, trained on other text, then the closest one."""
+
+import torch
+
+from splitlearn.privacy.capture import Capture
+from splitlearn.privacy.checkpoint import Checkpoint
+from splitlearn.privacy.registry import Recovered
+
+
+def prepare(checkpoint: Checkpoint) -> None:
+    """Learn the linear maps and the network."""
+    _ = checkpoint.recurrent, checkpoint.embedding_table
+
+
+def run(capture: Capture, checkpoint: Checkpoint) -> Recovered:
+    """The tokens at all positions that were sent."""
+    x = capture.sent.float().unsqueeze(0)
+    linear, network = checkpoint.linear(x), checkpoint.recurrent
+    with torch.inference_mode():
+        found = network(x, linear)[0]
+    return tuple(checkpoint.embedding_table.closest(found))
