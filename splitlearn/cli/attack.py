@@ -24,8 +24,9 @@ Splits = Annotated[
     typer.Option("--splits", metavar="N[,...]", help="layers before the trunk, such as 1,2,4 (default: split.start)"),
 ]
 Attacks = Annotated[str | None, typer.Option("--attacks", metavar="NAME[,...]", help="which (default: all)")]
-Wires = Annotated[
-    str, typer.Option("--wire-dtype", metavar="FORM[,...]", help="forms on the wire: float32, bfloat16, int8")
+Defences = Annotated[
+    str,
+    typer.Option("--defences", metavar="NAME[,...]", help="each alone, such as none,wire_dtype=int8 (default: none)"),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", metavar="N", parser=whole("limit"), help="of the prompts")]
 AnswerTokens = Annotated[
@@ -39,7 +40,7 @@ Out = Annotated[
 def attack(
     splits: Splits = None,
     attacks: Attacks = None,
-    wire_dtype: Wires = "float32",
+    defences: Defences = "none",
     prompts: options.Prompts = None,
     limit: Limit = None,
     answer_tokens: AnswerTokens = ANSWER_TOKENS,
@@ -49,13 +50,13 @@ def attack(
     config: options.ConfigFile = None,
 ) -> Job:
     """Attack prompts as a trunk server could, and show how much of them it reads."""
-    from splitlearn.flags.registry import FLAGS
     from splitlearn.privacy.cut import cuts_of
+    from splitlearn.privacy.defences import words
     from splitlearn.privacy.registry import ATTACKS
 
     settings, cuts = options.settings(config), None if splits is None else cuts_of(splits)
     names = _names("attacks", attacks, list(ATTACKS))
-    wires = _names("wire_dtype", wire_dtype, list(FLAGS["wire_dtype"].choices))
+    against = _names("defences", defences, words())
     for field, value in (("limit", limit), ("answer_tokens", answer_tokens)):
         if value is not None and value < 1:
             raise InputError(field, value, "at least 1")
@@ -82,7 +83,7 @@ def attack(
             files = catalogue.prepare(settings.model, progress)
             plans = _plans(settings, files.n_layers, cuts)
             prepare_process((), settings.runs.threads)
-            sweep = Sweep(files, settings.model.dtype, plans, names, wires, every[:limit], answer_tokens, seed or 0)
+            sweep = Sweep(files, settings.model.dtype, plans, names, against, every[:limit], answer_tokens, seed or 0)
             header = sweep.header(every)
             with Results.open(out, header) as results:
                 sweep.run(results, progress)

@@ -6,22 +6,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from splitlearn.errors import InputError
-from splitlearn.flags.registry import settings
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.privacy import victims
 from splitlearn.privacy.baselines import Baselines
-from splitlearn.privacy.checkpoint import Checkpoint
 from splitlearn.privacy.live import LIVE, MOST_TOKENS, Guess, Item, Question, Reading, Said, Victim
+from splitlearn.privacy.opponents import Attacker, Opponents
 from splitlearn.privacy.registry import ATTACKS, Attack, Recovered
 from splitlearn.privacy.results import Results
 from splitlearn.privacy.scores import Hits, score
-from splitlearn.privacy.split_model import SplitModel, VictimSession
-from splitlearn.privacy.sweep import Sweep, prepared
+from splitlearn.privacy.split_model import VictimSession
+from splitlearn.privacy.sweep import Sweep
 from splitlearn.privacy.sweep_job import SweepRequest
 from splitlearn.privacy.training_text import check_disjoint
 from splitlearn.runtime.progress import Step
 from splitlearn.stages.loading import prepare_process
-from splitlearn.wire.codec import DTYPES
 
 NICE = 19
 PART, MOST_PARTS = "\ufffd", 4
@@ -38,28 +36,25 @@ def attack(say: Callable[[Item], None], asked: Question) -> None:
     ids = tokens.encode(asked.prompt, chat=False)
     if len(ids) > MOST_TOKENS:
         raise InputError("prompt", f"{len(ids)} tokens", f"at most {MOST_TOKENS}")
-    split = SplitModel(asked.files, asked.plan, asked.dtype)
+    opponents = Opponents(asked.files, asked.plan, asked.dtype, victims.ANSWER_TOKENS)
     say(Step("Answering the prompt"))
-    rows = settings(frozenset({f"wire_dtype={asked.wire}"})).session.rows(DTYPES[asked.dtype])
-    session = split.run(asked.prompt, rows, victims.ANSWER_TOKENS)
-    answer, size = session.answer_ids, rows.row_bytes(session.capture.sent.shape[1])
+    session = opponents.session(asked.defence, asked.prompt)
+    answer, size = session.answer_ids, session.capture.rows.row_bytes(session.capture.sent.shape[1])
     say(Victim(len(ids), len(answer), tokens.text_of(answer), size))
-    checkpoint = Checkpoint.of(session.capture, asked.files)
+    attacker = opponents.knowing(asked.defence)
     for name in LIVE:
         say(Step(f"Learning for {name}"))
-        prepare_s = prepared(ATTACKS[name], checkpoint)
+        attacker.prepare(ATTACKS[name])
         say(Step(f"Attacking with {name}"))
-        say(_reading(ATTACKS[name], session, checkpoint, tokens, prepare_s))
+        say(_reading(ATTACKS[name], session, attacker, tokens))
     say(Step("Guessing without hidden states"))
     say(Guess(Hits(Baselines(asked.files, asked.dtype).right("guess", ids), len(ids))))
 
 
-def _reading(
-    attack: Attack, session: VictimSession, checkpoint: Checkpoint, tokens: Tokens, prepare_s: float
-) -> Reading:
+def _reading(attack: Attack, session: VictimSession, attacker: Attacker, tokens: Tokens) -> Reading:
     """Run an attack, which gets the capture and the checkpoint alone."""
-    began = time.perf_counter()
-    recovered = attack.run(session.capture, checkpoint)
+    prepare_s, began = attacker.prepare(attack), time.perf_counter()
+    recovered = attacker.run(attack, session.capture)
     seconds = time.perf_counter() - began
     n = len(session.prompt_ids)
     said = (_said(recovered[:n], session.prompt_ids, tokens), _said(recovered[n:], session.answer_ids, tokens))
@@ -86,7 +81,7 @@ def sweep(say: Callable[[Step], None], asked: SweepRequest, folder: Path) -> Non
     prepare_process((), asked.threads)
     every = victims.built_in()
     work = Sweep(
-        asked.files, asked.dtype, asked.plans, LIVE, asked.wires, every[: asked.prompts], victims.ANSWER_TOKENS
+        asked.files, asked.dtype, asked.plans, LIVE, asked.defences, every[: asked.prompts], victims.ANSWER_TOKENS
     )
     with Results.open(folder, work.header(every)) as results:
         work.run(results, say)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from splitlearn.errors import InputError
 from splitlearn.models.plan import SplitPlan
+from splitlearn.privacy.rotation import turned
 from splitlearn.wire import codec
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.hidden_states import Int8Blocks, Plain, Rows
@@ -69,6 +70,10 @@ class Capture:
             expected = f"a capture that splitlearn wrote ({' '.join(str(error).split())[:200]})"
             raise InputError("capture", str(path), expected) from error
         return found
+
+    def turned(self, q: Tensor) -> "Capture":
+        """It with every state times `q` [H, H]."""
+        return replace(self, sent=turned(self.sent, q), returned=turned(self.returned, q))
 
     def shuffled(self, seed: int) -> "Capture":
         """It with the order of the positions shuffled. Attacks that still read it read something else."""

@@ -9,21 +9,21 @@ from splitlearn.reporting.charts import new_figure
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, a colour for each attack."""
 DASHES, SYMBOLS = ("solid", "dash", "dot", "dashdot"), ("circle", "square", "diamond", "cross")
-"""One for each form on the wire."""
+"""One for each defence, and for whether it is known."""
 BASELINE = "#808890"
 
 
 def depth(lines: Sequence[Line]) -> Any:
     """The share of prompt tokens that each attack recovers, with its 95% interval, by the layers before the trunk."""
     shown = [line for line in lines if line.prompt is not None and line.cut]
-    attacks, wires = (list(dict.fromkeys(getattr(line, name) for line in shown)) for name in ("attack", "wire"))
+    attacks, defences = (list(dict.fromkeys(getattr(line, name) for line in shown)) for name in ("attack", "against"))
     figure = new_figure("Prompt tokens recovered, %", 340, {"orientation": "h", "y": -0.2})
     for number, attack in enumerate(attacks):
-        for at, wire in enumerate(wires):
-            own = sorted((line for line in shown if (line.attack, line.wire) == (attack, wire)), key=_cut)
+        for at, against in enumerate(defences):
+            own = sorted((line for line in shown if (line.attack, line.against) == (attack, against)), key=_cut)
             if own:
                 style = (COLOURS[number % len(COLOURS)], DASHES[at % len(DASHES)], SYMBOLS[at % len(SYMBOLS)])
-                figure.add_scatter(name=f"attack {attack}, {wire}", **_points(own), **_styled(*style))
+                figure.add_scatter(name=f"attack {attack}, {against}", **_points(own), **_styled(*style))
     for line in lines:
         if line.prompt is not None and not line.cut:
             dash = {"color": BASELINE, "dash": "dot", "width": 1}

@@ -22,6 +22,7 @@ from splitlearn.privacy.recurrent_map import RecurrentMap
 from splitlearn.privacy.token_table import TokenTable
 from splitlearn.privacy.training_text import training_text, windows
 from splitlearn.stages import loading
+from splitlearn.stages.defences import Defence, Defended
 from splitlearn.stages.local import LocalStage
 from splitlearn.stages.settings import LoadSettings
 
@@ -35,13 +36,15 @@ _LOADING = LoadSettings(assign_weights=True)
 @dataclass(frozen=True)
 class Checkpoint:
     """The model in `files`, seen by a server with the layers of `plan`. `dtype` is that in which clients compute.
-    `seed` is that of all that is random, and `network_windows` for how many sequences a network is trained."""
+    `seed` is that of all that is random, and `network_windows` for how many sequences a network is trained. `knows` is
+    a defence of the client that the attacker knows, but for its seed; None is none."""
 
     files: ModelFiles
     plan: SplitPlan
     dtype: str
     seed: int = 0
     network_windows: int = NETWORK_WINDOWS
+    knows: Defence | None = None
 
     @classmethod
     def of(cls, capture: Capture, files: ModelFiles) -> "Checkpoint":
@@ -61,6 +64,11 @@ class Checkpoint:
         """The client's last layers, with norm and LM head."""
         loaded = self._load(loading.StageSpec("top", self.plan.end, self.plan.n_layers, last=True))
         return loaded.stages[0].cut if loaded.head is None else loaded.head.cut
+
+    @cached_property
+    def trunk(self) -> CutModel:
+        """The layers of the trunk, as they are public."""
+        return self._load(loading.trunk_specs(self.plan)[0]).stages[0].cut
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -112,9 +120,18 @@ class Checkpoint:
         return windows(text, len(self.embeddings), count, WINDOW_TOKENS, self.seed)
 
     def states(self, ids: Tensor, at_once: int) -> Tensor:
-        """The states [N, T, H] at the cut of N sequences with the token ids [N, T], in float32."""
+        """The states [N, T, H] at the cut of N sequences with the token ids [N, T], in float32, as a client with the
+        defence that the attacker knows would send them."""
         with torch.inference_mode():
-            return torch.cat([forward(self.bottom.cut, some, 0, None).float() for some in torch.split(ids, at_once)])
+            x = torch.cat([forward(self.bottom.cut, some, 0, None).float() for some in torch.split(ids, at_once)])
+        if self.knows is None:
+            return x
+        sent = list[Tensor]()
+        for own, states in zip(ids.tolist(), torch.split(x, 1), strict=True):
+            sample = Defended((self.knows,), self.seed + 1)  # another seed than the client's
+            sample.feed(0, own)
+            sent.append(sample.sent(states, len(own)))
+        return torch.cat(sent)
 
     def _load(self, spec: loading.StageSpec) -> loading.LoadedStages:
         return loading.load(self.files, [spec], _LOADING, loading.Placement.of("cpu", self.dtype))

@@ -24,12 +24,13 @@ WHAT = "The process of the attacks"
 
 @dataclass(frozen=True)
 class Question:
-    """What to attack: a prompt, at the cut of `plan`, with a choice of the flag wire_dtype."""
+    """What to attack: a prompt, at the cut of `plan`, of a client with a `defence` (defences.py) that attacks
+    know."""
 
     files: ModelFiles
     dtype: str
     plan: SplitPlan
-    wire: str
+    defence: str
     prompt: str
     threads: int | None
 

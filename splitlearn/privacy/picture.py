@@ -1,4 +1,4 @@
-"""Recall against the depth of the cut as an SVG, for a report in Markdown: a panel for each form on the wire."""
+"""Recall against the depth of the cut as an SVG, for a report in Markdown: a panel for each defence."""
 
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -19,17 +19,19 @@ def svg(lines: Sequence[Line]) -> str:
     """The picture: the share of prompt tokens with its 95% interval. Cuts are evenly spaced."""
     shown = [line for line in lines if line.cut and line.prompt is not None]
     cuts = sorted({line.cut for line in shown})
-    wires, attacks = (list(dict.fromkeys(getattr(line, name) for line in shown)) for name in ("wire", "attack"))
+    defences, attacks = (list(dict.fromkeys(getattr(line, name) for line in shown)) for name in ("against", "attack"))
     parts = [_entry(10 + at * ENTRY, name, at) for at, name in enumerate(attacks)]
-    for at, wire in enumerate(wires):
+    for at, against in enumerate(defences):
         x, y = ACROSS * (at % IN_A_ROW) + 44, DOWN * (at // IN_A_ROW) + LEGEND + 24
-        parts += [f'<g transform="translate({x} {y})">', *_frame(wire, cuts), *_baselines(lines)]
+        parts += [f'<g transform="translate({x} {y})">', *_frame(against, cuts), *_baselines(lines)]
         for number, attack in enumerate(attacks):
-            own = sorted((line for line in shown if (line.wire, line.attack) == (wire, attack)), key=lambda x: x.cut)
+            own = sorted(
+                (line for line in shown if (line.against, line.attack) == (against, attack)), key=lambda x: x.cut
+            )
             parts += _curve(own, cuts, number)
         parts.append("</g>")
-    width = max(ACROSS * min(len(wires), IN_A_ROW), 10 + ENTRY * len(attacks))
-    height = LEGEND + DOWN * -(-len(wires) // IN_A_ROW)
+    width = max(ACROSS * min(len(defences), IN_A_ROW), 10 + ENTRY * len(attacks))
+    height = LEGEND + DOWN * -(-len(defences) // IN_A_ROW)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     return "\n".join([f'{head} font-family="sans-serif" font-size="11">', _ground(), *parts, "</svg>"]) + "\n"
 
@@ -59,8 +61,8 @@ def _entry(x: int, name: str, number: int) -> str:
     return _line(f"{x} 12h24", number) + _text(x + 30, 16, name, "start")
 
 
-def _frame(wire: str, cuts: Sequence[int]) -> Iterator[str]:
-    yield _text(0, -10, f"Prompt tokens recovered, {wire}", "start")
+def _frame(against: str, cuts: Sequence[int]) -> Iterator[str]:
+    yield _text(0, -10, f"recovered, {against}", "start")
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         yield f'<path d="M0 {_y(share)}h{WIDTH}" stroke="{GRID}"/>' + _text(-4, _y(share) + 4, f"{share:.0%}", "end")
     yield from (_text(_x(cut, cuts), HEIGHT + 14, cut) for cut in cuts)

@@ -24,19 +24,22 @@ from splitlearn.privacy.victims import Victim
 from splitlearn.reporting.files import make_folder
 
 FILE = "results.jsonl"
-FORMAT = "splitlearn.attack.1"
-Key = tuple[int, str, str, int]
-"""Cut, wire form, attack, number of the prompt."""
+FORMAT = "splitlearn.attack.2"
+Key = tuple[int, str, bool | None, str, int]
+"""Cut, defence, whether the attacker knows it, attack, number of the prompt."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """An attack on one prompt. Of a baseline `cut` is 0 and `wire` empty. `seconds` is what the attack took, without
-    what it learns once for a cut: `prepare_s`. `peak_rss_bytes` is the most memory of the process meanwhile, which
-    has the victim's stages, too."""
+    """An attack on one prompt. Of a baseline `cut` is 0 and `defence` empty. `knows`: whether the attacker knows the
+    defence, None where that makes no difference. `seconds` is what the attack took, without what it learns once for a
+    cut: `prepare_s`. `peak_rss_bytes` is the most memory of the process meanwhile, which has the victim's stages, too.
+    `same` has the tokens of the answer that are those of the client without a defence. `token_bytes` cross the wire for
+    a token, both ways."""
 
     cut: int
-    wire: str
+    defence: str
+    knows: bool | None
     attack: str
     number: int
     kind: str
@@ -45,17 +48,19 @@ class Row:
     seconds: float = 0.0
     prepare_s: float = 0.0
     peak_rss_bytes: int = 0
+    same: Hits = Hits(0, 0)
+    token_bytes: int = 0
 
     @property
     def key(self) -> Key:
         """What it is the result of."""
-        return self.cut, self.wire, self.attack, self.number
+        return self.cut, self.defence, self.knows, self.attack, self.number
 
     @classmethod
     def of_json(cls, said: Mapping[str, Any]) -> "Row":
         """Raises TypeError and KeyError for what is no row."""
         plain = {each.name: said[each.name] for each in fields(cls)}
-        return cls(**{**plain, "prompt": Hits(**plain["prompt"]), "answer": Hits(**plain["answer"])})
+        return cls(**{**plain, **{name: Hits(**plain[name]) for name in ("prompt", "answer", "same")}})
 
 
 def header_of(

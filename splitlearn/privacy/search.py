@@ -9,6 +9,7 @@ embedding has to change: the rest of the sentence is in both.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,9 @@ SAME_SHARE, CLOSE = 0.9, 1e-4
 """A candidate gives the state that arrived if this share of its values, after the rounding of the wire, are within
 CLOSE of it: relative to the value, or to the row's median value. Rounding of another order of the same operations is
 1e-6 of it; of two tokens, few values agree."""
+SURE = 4
+"""Under noise that the attacker knows, a candidate gives the state that arrived if the mean square of what is left, in
+deviations of the noise, is below 1 + SURE * sqrt(2 / H): the square of noise is beyond that for one state in 30,000."""
 _SETTINGS = SessionSettings(new_cache=dynamic, gradient_guard=torch.inference_mode)
 
 
@@ -106,12 +110,14 @@ class _Search:
     def _try(self, ids: list[int], tried: _Tried) -> bool:
         """Try candidates. Whether one gives the state; it is then the best."""
         states, target = self._states(ids), self._target[self.settled]
-        same = self._same(states, target)
-        distances = ((self._sent(states) - target) / self._map.scale).norm(dim=1)
-        distances[same] = 0.0
+        same, sent, noise = self._same(states, target), self._sent(states), self._noise(states)
+        scale = self._map.scale if noise is None else noise
+        distances = ((sent - target) / scale).norm(dim=1)
+        if noise is None:
+            distances[same] = 0.0
         best = int(distances.argmin())
         if float(distances[best]) < tried.distance:
-            tried.best, tried.state, tried.distance = ids[best], states[best], float(distances[best])
+            tried.best, tried.state, tried.distance = ids[best], sent[best], float(distances[best])
         tried.ids += ids
         return bool(same.any())
 
@@ -126,16 +132,26 @@ class _Search:
             ].float()
 
     def _same(self, states: Tensor, target: Tensor) -> Tensor:
-        """Which of `states` [N, H] are `target` [N, H] or [H], but for rounding."""
-        size = target.abs()
+        """Which of `states` [N, H] are `target` [N, H] or [H], but for rounding, and for noise that the attacker knows
+        of."""
+        noise, size = self._noise(states), target.abs()
+        if noise is not None:
+            square = ((self._sent(states) - target) / noise).square().mean(dim=-1)
+            return square <= 1 + SURE * math.sqrt(2 / states.shape[-1])
         close = max(CLOSE, 4 * torch.finfo(self._checkpoint.bottom.dtype).eps)
         near = close * torch.maximum(size, size.median(dim=-1, keepdim=True).values)
         return ((self._sent(states) - target).abs() <= near).float().mean(dim=-1) >= SAME_SHARE
 
     def _sent(self, states: Tensor) -> Tensor:
-        """What would arrive [N, H] of states that a client computes."""
-        own = states.to(self._checkpoint.bottom.dtype).unsqueeze(0)
+        """What would arrive [N, H] of states that a client computes, without the noise."""
+        knows = self._checkpoint.knows
+        own = (states if knows is None else knows.mean(states)).to(self._checkpoint.bottom.dtype).unsqueeze(0)
         return self._rows.from_bytes(self._rows.to_bytes(own), states.shape[-1])[0].float()
+
+    def _noise(self, states: Tensor) -> Tensor | None:
+        """The standard deviation [N, 1] of the noise of `states`, if the attacker knows of any."""
+        knows = self._checkpoint.knows
+        return None if knows is None else knows.deviation(states)
 
     @property
     def _map(self) -> LinearMap:

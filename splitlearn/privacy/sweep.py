@@ -1,38 +1,38 @@
-"""Attacks on many prompts, at several cuts and forms on the wire. What is in the results already is not done again."""
+"""Attacks on many prompts, at several cuts and with several defences. What results have is not done again."""
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from operator import eq
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError
-from splitlearn.flags.registry import settings
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy.baselines import BASELINES, Baselines
-from splitlearn.privacy.checkpoint import Checkpoint
+from splitlearn.privacy.defences import NONE, knowledge
+from splitlearn.privacy.opponents import Attacker, Opponents
 from splitlearn.privacy.registry import ATTACKS, Attack
 from splitlearn.privacy.results import Results, Row, header_of
 from splitlearn.privacy.scores import Hits, score
-from splitlearn.privacy.split_model import SplitModel, VictimSession
 from splitlearn.privacy.training_text import check_disjoint
 from splitlearn.privacy.victims import Victim
 from splitlearn.runtime import process
 from splitlearn.runtime.progress import Progress, Step
-from splitlearn.wire.codec import DTYPES
-from splitlearn.wire.hidden_states import Rows
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to do: each of `attacks` at each of `plans` and with each of `wires`, choices of the flag wire_dtype, on the
-    `victims`. Raises InputError for a prompt that attacks have learnt from."""
+    """What to do: each of `attacks` at each of `plans` and against each of `defences` (defences.py) alone, on the
+    `victims`; where it matters, by an attacker who knows the defence and by one who does not. Raises InputError for a
+    prompt that attacks have learnt from."""
 
     files: ModelFiles
     dtype: str
     plans: Sequence[SplitPlan]
     attacks: Sequence[str]
-    wires: Sequence[str]
+    defences: Sequence[str]
     victims: Sequence[Victim]
     answer_tokens: int
     seed: int = 0
@@ -54,12 +54,12 @@ class Sweep:
 
     def own(self, results: Results) -> list[Row]:
         """The rows of this sweep. The results may have those of other cuts, attacks and prompts, too."""
-        cuts = {(plan.start, wire) for plan in self.plans for wire in self.wires}
+        cuts = {(plan.start, defence) for plan in self.plans for defence in self.defences}
         return [
             row
             for row in results.rows
             if row.number < len(self.victims)
-            and (row.attack in BASELINES or ((row.cut, row.wire) in cuts and row.attack in self.attacks))
+            and (row.attack in BASELINES or ((row.cut, row.defence) in cuts and row.attack in self.attacks))
         ]
 
     def _ids(self) -> list[list[int]]:
@@ -77,64 +77,49 @@ class Sweep:
         for number, (victim, own) in enumerate(zip(self.victims, ids, strict=True)):
             progress(Step("Guessing without hidden states", number, len(ids)))
             for name in BASELINES:
-                if (0, "", name, number) not in results:
+                if (0, "", None, name, number) not in results:
                     hits = Hits(found.right(name, own), len(own))
-                    results.add(Row(0, "", name, number, victim.kind, hits, Hits(0, 0)))
+                    results.add(Row(0, "", None, name, number, victim.kind, hits, Hits(0, 0)))
 
     def _at(self, plan: SplitPlan, results: Results, progress: Progress) -> None:
         """One cut."""
-        open_ = list(self._open(plan, results))
-        if not open_:
-            return
-        label = f"Cut after layer {plan.start}"
-        progress(Step(f"{label}: loading", 0, 1))
-        split, checkpoint = (
-            SplitModel(self.files, plan, self.dtype),
-            Checkpoint(self.files, plan, self.dtype, self.seed),
-        )
-        prepare_s = dict[str, float]()
-        for done, (wire, number, attacks) in enumerate(open_):
-            progress(Step(f"{label}: attacks", done, len(open_)))
-            session = split.run(self.victims[number].prompt, self._rows(wire), self.answer_tokens)
-            for attack in attacks:
-                if attack.name not in prepare_s:
+        opponents = Opponents(self.files, plan, self.dtype, self.answer_tokens, self.seed)
+        for defence in self.defences:
+            label, attackers = f"Cut after layer {plan.start}, defence {defence}", dict[bool | None, Attacker]()
+            open_ = list(self._open(plan, defence, results))
+            for done, (number, attack, knows) in enumerate(open_):
+                progress(Step(f"{label}: attacks", done, len(open_)))
+                if knows not in attackers:
+                    attackers[knows] = opponents.knowing(defence) if knows else opponents.unknowing
+                if attack.name not in attackers[knows].prepare_s:
                     progress(Step(f"{label}: preparing {attack.name}", 0, 1))
-                    prepare_s[attack.name] = prepared(attack, checkpoint)
-                results.add(self._row(attack, session, checkpoint, wire, number, prepare_s[attack.name]))
+                results.add(self._row(opponents, defence, number, attack, knows, attackers[knows]))
 
-    def _open(self, plan: SplitPlan, results: Results) -> Iterator[tuple[str, int, list[Attack]]]:
-        """The wires, prompts and attacks of a cut that results lack."""
-        for wire in self.wires:
-            for number in range(len(self.victims)):
-                lacking = [name for name in self.attacks if (plan.start, wire, name, number) not in results]
-                if lacking:
-                    yield wire, number, [ATTACKS[name] for name in lacking]
+    def _open(self, plan: SplitPlan, defence: str, results: Results) -> Iterator[tuple[int, Attack, bool | None]]:
+        """The prompts, attacks and kinds of attackers that results lack of a cut with a defence."""
+        for number, name in product(range(len(self.victims)), self.attacks):
+            for knows in knowledge(defence, ATTACKS[name]):
+                if (plan.start, defence, knows, name, number) not in results:
+                    yield number, ATTACKS[name], knows
 
     def _row(
         self,
-        attack: Attack,
-        session: VictimSession,
-        checkpoint: Checkpoint,
-        wire: str,
+        opponents: Opponents,
+        defence: str,
         number: int,
-        prepare_s: float,
+        attack: Attack,
+        knows: bool | None,
+        attacker: Attacker,
     ) -> Row:
         """Run one attack, which gets the capture and the checkpoint, and score it."""
+        victim = self.victims[number]
+        session, plain = (opponents.session(each, victim.prompt) for each in (defence, NONE))
+        prepare_s, capture = attacker.prepare(attack), session.capture
         process.reset_peak()
         began = time.perf_counter()
-        recovered = attack.run(session.capture, checkpoint)
+        recovered = attacker.run(attack, capture)
         seconds, peak = time.perf_counter() - began, process.peak_resident_bytes()
         prompt, answer = score(session, recovered, attack.reads)
-        kind, cut = self.victims[number].kind, checkpoint.plan.start
-        return Row(cut, wire, attack.name, number, kind, prompt, answer, seconds, prepare_s, peak)
-
-    def _rows(self, wire: str) -> Rows:
-        """The form on the wire of a choice of wire_dtype."""
-        return settings(frozenset({f"wire_dtype={wire}"})).session.rows(DTYPES[self.dtype])
-
-
-def prepared(attack: Attack, checkpoint: Checkpoint) -> float:
-    """Prepare an attack. Returns the seconds that it takes."""
-    began = time.perf_counter()
-    attack.prepare(checkpoint)
-    return time.perf_counter() - began
+        same = Hits(sum(map(eq, session.answer_ids, plain.answer_ids)), len(plain.answer_ids))
+        size, where = 2 * capture.rows.row_bytes(capture.sent.shape[1]), (opponents.plan.start, defence, knows)
+        return Row(*where, attack.name, number, victim.kind, prompt, answer, seconds, prepare_s, peak, same, size)

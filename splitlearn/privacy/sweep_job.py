@@ -1,7 +1,7 @@
-"""A sweep in the background of a page: over cuts and forms on the wire, on the built-in prompts.
+"""A sweep in the background of a page: over cuts and defences, on the built-in prompts.
 
     job = SweepJob(runs, busy, options)
-    job.start(plans, wires, prompts=8)      # goes on where the last one ended
+    job.start(plans, defences, prompts=8)      # goes on where the last one ended
     job.lines()                             # what it has found so far, also in another process
 
 Its rows are in the cache folder: what was measured of a model stays, and `splitlearn attack --out` adds to the same. It
@@ -34,13 +34,13 @@ RUNNING = "Another sweep is running. Its progress is shown here."
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """What to attack: the first `prompts` of the built-in ones, at the cut of each of `plans`, with each of `wires`,
-    choices of the flag wire_dtype."""
+    """What to attack: the first `prompts` of the built-in ones, at the cut of each of `plans`, against each of
+    `defences` (defences.py) alone."""
 
     files: ModelFiles
     dtype: str
     plans: tuple[SplitPlan, ...]
-    wires: tuple[str, ...]
+    defences: tuple[str, ...]
     prompts: int
     threads: int | None
 
@@ -65,17 +65,17 @@ class SweepJob(Background[SweepStatus]):
         super().__init__()
         self.runs, self._busy, self._options = runs, busy, tuple(options)
 
-    def start(self, plans: Sequence[SplitPlan], wires: Sequence[str], prompts: int) -> None:
+    def start(self, plans: Sequence[SplitPlan], defences: Sequence[str], prompts: int) -> None:
         """Begin a sweep, or go on with one. Raises InputError for nothing to do, SetupError while another one runs."""
         most = len(victims.built_in())
         if not 1 <= prompts <= most:
             raise InputError("limit", prompts, f"1 to {most}, which is all that there are")
-        if not wires:
-            raise InputError("wire_dtype", "", "at least one form on the wire")
+        if not defences:
+            raise InputError("defences", "", "at least one; none is one, too")
         if self.running:
             raise SetupError(RUNNING)
         runs = self.runs
-        asked = SweepRequest(runs.files, runs.dtype, (*plans,), (*wires,), prompts, runs.config.runs.threads)
+        asked = SweepRequest(runs.files, runs.dtype, (*plans,), (*defences,), prompts, runs.config.runs.threads)
         folder = self._folder(plans[0].end)
         first = SweepStatus(folder, self._command(asked, folder))
         self.begin(first, lambda stop: self._work(asked, first, stop), "sweep")
@@ -88,7 +88,7 @@ class SweepJob(Background[SweepStatus]):
         """One for each header of results, so that no sweep meets another one's."""
         runs = self.runs
         header = results.header_of(runs.files, runs.dtype, end, victims.ANSWER_TOKENS, 0, victims.built_in())
-        name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
+        name = hashlib.sha256(json.dumps([results.FORMAT, header]).encode()).hexdigest()[:16]
         return cache_folder(runs.config.model) / "attacks" / name
 
     def _work(self, asked: SweepRequest, status: SweepStatus, stop: threading.Event) -> Iterator[SweepStatus]:
@@ -110,7 +110,7 @@ class SweepJob(Background[SweepStatus]):
         given = {
             "--splits": ",".join(str(plan.start) for plan in asked.plans),
             "--attacks": ",".join(live.LIVE),
-            "--wire-dtype": ",".join(asked.wires),
+            "--defences": ",".join(asked.defences),
             "--limit": str(asked.prompts),
             "--out": str(folder),
         }

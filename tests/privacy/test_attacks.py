@@ -9,7 +9,6 @@ import torch
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError
-from splitlearn.flags.registry import settings
 from splitlearn.privacy.checkpoint import Checkpoint
 from splitlearn.privacy.registry import ATTACKS
 from splitlearn.privacy.split_model import SplitModel, VictimSession
@@ -28,7 +27,7 @@ def run(files: ModelFiles) -> Run:
     split = SplitModel(files, PLAN, "float32")
 
     def of(wire: str) -> VictimSession:
-        return split.run(PROMPT, settings(frozenset({f"wire_dtype={wire}"})).session.rows(torch.float32), TOKENS)
+        return split.run(PROMPT, frozenset({f"wire_dtype={wire}"}), TOKENS)
 
     return of
 
@@ -95,7 +94,7 @@ def test_a_trained_network_adds_to_the_linear_maps_what_the_tokens_before_tell(t
 def test_states_behind_one_layer_of_another_family_are_read_too(tiny_model: TinyFactory) -> None:
     files = tiny_model("gpt2")
     plan = type(PLAN)(1, 5, 6)
-    session = SplitModel(files, plan, "float32").run(PROMPT, settings(frozenset()).session.rows(torch.float32), TOKENS)
+    session = SplitModel(files, plan, "float32").run(PROMPT, frozenset(), TOKENS)
     found = ATTACKS["search"].run(session.capture, Checkpoint.of(session.capture, files))
     assert share(session, found) == 1.0
 

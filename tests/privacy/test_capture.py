@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError
 from splitlearn.events import GenerationRequest
-from splitlearn.flags.registry import settings
 from splitlearn.privacy.capture import Capture
 from splitlearn.privacy.relay import Relay
 from splitlearn.privacy.split_model import SplitModel
@@ -39,7 +38,7 @@ def test_a_relay_before_a_real_server_records_what_a_sweep_makes_to_the_bit(
     request = GenerationRequest(PROMPT, TOKENS, chat=False, ignore_eos=True)
     with Relay(here.address) as relay, client(files, relay.address, trunk=CACHED | {flag}) as victim:
         metrics = victim.ask(request)
-    made = split.run(PROMPT, settings(frozenset({flag})).session.rows(torch.float32), TOKENS)
+    made = split.run(PROMPT, frozenset({flag}), TOKENS)
     (recorded,) = relay.sessions
     assert_same(recorded.capture(), made.capture)
     assert made.answer_ids == tuple(metrics.token_ids)
@@ -79,7 +78,7 @@ def test_a_file_that_is_no_capture_is_one_line(tmp_path: Path, metadata: dict[st
 
 
 def test_numbers_that_contradict_the_states_are_refused(split: SplitModel, tmp_path: Path) -> None:
-    made = split.run("a b c", settings(frozenset()).session.rows(torch.float32), 2).capture
+    made = split.run("a b c", frozenset(), 2).capture
     made.sent[0, 0] = torch.nan
     made.save(tmp_path / "file")
     with pytest.raises(InputError, match="finite"):

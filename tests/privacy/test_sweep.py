@@ -36,20 +36,20 @@ def test_a_sweep_scores_every_attack_and_says_so_in_json_and_a_report(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*SWEEP, "--splits", "2"]
-    asked = [*command, "--wire-dtype", "float32,int8", "--attacks", "nearest,linear,search,answer"]
+    asked = [*command, "--defences", "none,wire_dtype=int8", "--attacks", "nearest,linear,search,answer"]
     assert command_line.main([*asked, "--out", "found", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    lines = {(line["cut"], line["wire"], line["attack"]): line for line in said["results"]}
-    cells = [(2, wire, name) for wire in ("float32", "int8") for name in ("search", "answer")]
+    lines = {(line["cut"], line["defence"], line["attack"]): line for line in said["results"]}
+    cells = [(2, defence, name) for defence in ("none", "wire_dtype=int8") for name in ("search", "answer")]
     assert all(lines[cell]["prompts"] == 4 for cell in cells)
     assert {lines[cell]["prompt"]["value"] for cell in cells if cell[2] == "search"} == {1.0}
     assert {lines[cell]["answer"]["value"] for cell in cells if cell[2] == "answer"} == {1.0}
-    assert lines[2, "float32", "search"]["by_kind"].keys() == {"prose", "code", "names", "chinese"}
+    assert lines[2, "none", "search"]["by_kind"].keys() == {"prose", "code", "names", "chinese"}
     assert lines[0, "", "frequent"]["prompt"]["value"] < 0.5
     report = (folder / "found" / "report.md").read_text(encoding="utf-8")
-    assert "| 2 | int8 | search | 4 | 100.0% [100.0, 100.0] |" in report
+    assert "| 2 | wire_dtype=int8 |  | search | 4 | 100.0% [100.0, 100.0] |" in report
     picture = "".join(ElementTree.parse(folder / "found" / "recall.svg").getroot().itertext())
-    assert all(text in picture for text in ("linear", "search", "recovered, int8", "guess, no states"))
+    assert all(text in picture for text in ("linear", "search", "recovered, wire_dtype=int8", "guess, no states"))
     before = (folder / "found" / FILE).read_bytes()
     assert command_line.main([*command, "--attacks", "nearest", "--out", "found"]) == 0
     assert (folder / "found" / FILE).read_bytes() == before, "nothing that is there is done again"
@@ -64,11 +64,11 @@ def test_a_killed_sweep_goes_on_without_losing_or_repeating_a_row(folder: Path) 
     finally:
         child.close()
     kept = b"".join(file.read_bytes().splitlines(keepends=True)[:11])
-    file.write_bytes(kept + b'{"cut": 1, "wi')  # as a kill in the middle of a write leaves it
+    file.write_bytes(kept + b'{"cut": 1, "de')  # as a kill in the middle of a write leaves it
     assert command_line.main(command) == 0
     assert file.read_bytes().startswith(kept)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[1:]]
-    keys = Counter((row["cut"], row["wire"], row["attack"], row["number"]) for row in rows)
+    keys = Counter((row["cut"], row["defence"], row["attack"], row["number"]) for row in rows)
     assert set(keys.values()) == {1}
     assert len(keys) == 4 * 2 + 2 * 4 * 2
 
@@ -80,7 +80,10 @@ def test_a_killed_sweep_goes_on_without_losing_or_repeating_a_row(folder: Path) 
         (("--splits", "2,6"), "splits: 6 cannot be used"),
         (("--splits", "two"), "splits: 'two'"),
         (("--attacks", "telepathy"), "attacks: 'telepathy' cannot be used; expected some of: nearest, linear"),
-        (("--wire-dtype", "int3"), "wire_dtype: 'int3'"),
+        (
+            ("--defences", "wire_dtype=int3"),
+            "defences: 'wire_dtype=int3' cannot be used; expected some of: none, wire_dtype=",
+        ),
         (("--limit", "0"), "limit: 0 cannot be used"),
         (("--answer-tokens", "0"), "answer_tokens: 0 cannot be used"),
         (("--prompts", "empty.txt"), "empty.txt"),
@@ -131,7 +134,7 @@ def test_results_are_one_writers(results: Results, tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_of_results_is_one_line(tmp_path: Path) -> None:
-    row = Row(1, "float32", "search", 0, "prose", Hits(1, 2), Hits(0, 1))
+    row = Row(1, "none", None, "search", 0, "prose", Hits(1, 2), Hits(0, 1))
     with Results.open(tmp_path, {"model": "m"}) as opened:
         opened.add(row)
     with Results.open(tmp_path, {"model": "m"}) as again:

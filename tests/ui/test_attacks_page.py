@@ -110,8 +110,8 @@ def test_a_sweep_goes_on_without_its_page_stops_and_goes_on_where_it_ended(
     expect(page.locator("#sweep-progress")).to_contain_text("Ended: done", timeout=RUN_MS)
     rows = page.locator("#sweep-table tbody tr")
     assert [row.split("\t")[:3] for row in rows.all_inner_texts()[:2]] == [
-        ["1", "float32", "search"],
-        ["1", "int8", "search"],
+        ["1", "none", "search"],
+        ["1", "wire_dtype=int8", "search"],
     ]
     expect(page.locator("#sweep-curve .js-plotly-plot")).to_be_visible()
     expect(page.locator("#sweep-command pre")).to_contain_text("attack --config")

@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 
 from splitlearn.errors import InputError, SplitlearnError
-from splitlearn.flags.registry import FLAGS
 from splitlearn.models.plan import SplitPlan
 from splitlearn.planning.anatomy import Part, parts_of
 from splitlearn.privacy import live
 from splitlearn.privacy.cut import cuts_of, plan_at
+from splitlearn.privacy.defences import words
 from splitlearn.privacy.live import Item, Question
 from splitlearn.privacy.summary import Line
 from splitlearn.privacy.sweep_job import SweepJob
@@ -19,7 +19,7 @@ from splitlearn.reporting.files import csv
 from ui import inputs
 from ui.model.actions import Planner
 
-WIRES = tuple(FLAGS["wire_dtype"].choices)
+DEFENCES = tuple(words())
 CUTS = (1, 2, 4, 8, 16)
 """Of a sweep, as far as the model has them."""
 PROMPTS = 8
@@ -34,12 +34,12 @@ class Attacks:
 
     def attack(self, typed: Mapping[str, Any], visitor: str) -> Iterator[Item]:
         """Attack the typed prompt. Raises InputError, and SetupError while an experiment runs."""
-        prompt, plan, (wire,) = str(typed["prompt"] or ""), self._plan(typed["splits"]), _wires([typed["wire"]])
+        prompt, plan, (defence,) = str(typed["prompt"] or ""), self._plan(typed["splits"]), _known([typed["defence"]])
         if not prompt.strip():
             raise InputError("prompt", prompt, "some text")
         runs = self.planner.runs
         stop = yield from self.planner.ready(visitor)
-        question = Question(runs.files, runs.dtype, plan, wire, prompt, runs.config.runs.threads)
+        question = Question(runs.files, runs.dtype, plan, defence, prompt, runs.config.runs.threads)
         with closing(live.read(question, stop)) as items:  # type: ignore[type-var]  # a generator
             yield from items
 
@@ -49,7 +49,7 @@ class Attacks:
         cuts = str(typed["cuts"] or "").strip()
         listed = cuts_of(cuts) if cuts else [cut for cut in CUTS if cut < usual.n_layers]
         plans = [plan_at(cut, usual) for cut in listed]
-        self.job.start(plans, _wires(typed["wires"] or ()), inputs.whole("limit", typed["limit"]))
+        self.job.start(plans, _known(typed["defences"] or ()), inputs.whole("limit", typed["limit"]))
 
     def measured(self) -> Line | None:
         """The strongest attack that was measured at the cut in use, by the prompt tokens recovered. None of results
@@ -71,12 +71,12 @@ class Attacks:
         return plan_at(inputs.whole("splits", text) if text else usual.start, usual)
 
 
-def _wires(typed: object) -> list[str]:
-    """Choices of wire_dtype. Raises InputError."""
+def _known(typed: object) -> list[str]:
+    """Words for defences. Raises InputError."""
     chosen = [str(each) for each in (typed if isinstance(typed, list | tuple) else [typed])]
     for each in chosen:
-        if each not in WIRES:
-            raise InputError("wire_dtype", each, f"some of: {', '.join(WIRES)}")
+        if each not in DEFENCES:
+            raise InputError("defences", each, f"some of: {', '.join(DEFENCES)}")
     return chosen
 
 
@@ -90,11 +90,14 @@ def as_csv(lines: list[Line]) -> str:
     rows = [
         {
             "cut": line.cut or None,
-            "wire_dtype": line.wire,
+            "defence": line.defence,
+            "known": line.knows,
             "attack": line.attack,
             "prompts": line.prompts,
             **_share("prompt", line.prompt),
             **_share("answer", line.answer),
+            "flips": line.flips and line.flips.value,
+            "bytes_per_token": line.token_bytes or None,
             "seconds_per_token": line.seconds_per_token if line.cut else None,
         }
         for line in lines

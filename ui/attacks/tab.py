@@ -14,14 +14,14 @@ from splitlearn.privacy.victims import built_in
 from splitlearn.runtime.progress import Step
 from ui import html
 from ui.attacks import view
-from ui.attacks.actions import CUTS, FILE, PROMPTS, WIRES, Attacks, as_csv
+from ui.attacks.actions import CUTS, DEFENCES, FILE, PROMPTS, Attacks, as_csv
 from ui.flags.picker import Updates
 from ui.model import cuts
 from ui.visitors import Downloads, visitor
 from ui.watch import Watches
 
 NAME = "What the server reads"
-LABELS = {"splits": "Layers before the trunk", "limit": "Prompts", "wire_dtype": "On the wire"}
+LABELS = {"splits": "Layers before the trunk", "limit": "Prompts", "defences": "Defence"}
 KINDS = {"names": "Names and numbers", "prose": "Prose", "code": "Code", "chinese": "Chinese"}
 SWEEP = (
     "The same attacks on prompts that come with the program, of four kinds, at several cuts. Results stay on this "
@@ -58,8 +58,8 @@ class AttacksTab:
             self.fields["splits"] = gr.Textbox(
                 "", label="Layers before the trunk", info="Empty: the cut in use.", min_width=200, elem_id="attacks-cut"
             )
-            self.fields["wire"] = gr.Radio(
-                WIRES, value=WIRES[0], label="On the wire", info="The choices of the flag wire_dtype.", min_width=280
+            self.fields["defence"] = gr.Dropdown(
+                DEFENCES, value=DEFENCES[0], label="Defence", info="Of the client. The attacks know it.", min_width=280
             )
         with gr.Row():
             self.read = gr.Button("Read it", variant="primary", scale=3, min_width=160, elem_id="attacks-read")
@@ -77,8 +77,8 @@ class AttacksTab:
                 min_width=240,
                 elem_id="sweep-cuts",
             )
-            self.asked["wires"] = gr.CheckboxGroup(
-                WIRES, value=[WIRES[0], WIRES[-1]], label="Forms on the wire", info="Each is measured.", min_width=280
+            self.asked["defences"] = gr.CheckboxGroup(
+                DEFENCES, value=["none", "wire_dtype=int8"], label="Defences", info="Each is measured.", min_width=280
             )
             self.asked["limit"] = gr.Textbox(
                 str(PROMPTS), label="Prompts", info="How many of them.", min_width=120, elem_id="sweep-limit"

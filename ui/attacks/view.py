@@ -126,29 +126,32 @@ def sweep_progress(status: SweepStatus) -> str:
 
 
 def sweep(lines: Sequence[Line], client: Callable[[int], Part]) -> str:
-    """A row for each cut and form on the wire, with the strongest attack. `client` gives the client of a cut."""
+    """A row for each cut and defence, with the strongest attack. `client` gives the client of a cut."""
     groups: dict[tuple[int, str], list[Line]] = {}
     for line in lines:
         if line.prompt is not None and line.cut:
-            groups.setdefault((line.cut, line.wire), []).append(line)
+            groups.setdefault((line.cut, line.defence), []).append(line)
     if not groups:
         return html.small(NO_SWEEP)
     clients = {cut: client(cut) for cut, _ in groups}
-    heads = ("Layers before the trunk", "wire_dtype", "Strongest attack", "Prompt tokens", "Whole prompts", "Prompts")
-    head = html.head_row(*heads, "Time a token", "Client layers", "Client weights")
+    heads = ("Layers before the trunk", "Defence", "Strongest attack", "Prompt tokens", "Whole prompts", "Prompts")
+    costs = ("Time a token", "Answer tokens changed", "Bytes a token", "Client layers", "Client weights")
+    head = html.head_row(*heads, *costs)
     rows = [_row(max(own, key=recall), clients[cut]) for (cut, _), own in sorted(groups.items())]
-    return f'<div class="sl-measured">{html.table(head, rows, "Recall by cut and form on the wire")}</div>'
+    return f'<div class="sl-measured">{html.table(head, rows, "Recall by cut and defence")}</div>'
 
 
 def _row(line: Line, client: Part) -> tuple[str, ...]:
     return (
         str(line.cut),
-        line.wire,
+        line.defence,
         f"<code>{line.attack}</code>",
         percent(line.prompt),
         percent(line.whole_prompts),
         str(line.prompts),
         seconds(line.seconds_per_token),
+        percent(line.flips),
+        str(line.token_bytes),
         str(client.n_layers),
         size(client.weight_bytes),
     )
