@@ -76,8 +76,8 @@ PAGE = """
 .sl-way-full .sl-box { flex: 1 1 220px; } .sl-way-split .sl-box { border-color: var(--sl-split); flex: 1 1 150px; }
 .sl-way-split .sl-far { border-style: dashed; flex-grow: 3; }
 .sl-status { min-height: 1.4em; margin: 0; font-size: .9rem; color: var(--body-text-color-subdued); }
-#examples { flex-wrap: wrap; gap: 6px; }
-#examples button { border: 1px solid var(--sl-line); flex: 0 0 auto; white-space: nowrap; width: auto; }
+.sl-examples { flex-wrap: wrap; gap: 6px; }
+.sl-examples button { border: 1px solid var(--sl-line); flex: 0 0 auto; white-space: nowrap; width: auto; }
 #actions { align-items: center; } #actions > button { align-self: center; min-height: 44px; }
 .sl-card, .sl-result, .sl-time { border: 1px solid var(--sl-line); border-radius: 10px; padding: 14px;
   background: var(--sl-panel); color: var(--body-text-color); }

@@ -52,7 +52,7 @@ class AttacksTab:
             max_lines=8,
             elem_id="attacks-prompt",
         )
-        with gr.Row():
+        with gr.Row(elem_classes="sl-examples"):
             self.examples = {kind: gr.Button(label, size="sm", min_width=80, scale=0) for kind, label in KINDS.items()}
         with gr.Row():
             self.fields["splits"] = gr.Textbox(

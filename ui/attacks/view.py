@@ -104,8 +104,8 @@ def _said(said: Said) -> str:
 
 
 def _visible(text: str) -> str:
-    """A token's text, whose line breaks can be seen."""
-    return escape(text).replace("\n", "\N{RETURN SYMBOL}\n")
+    """A token's text on one line, whose line breaks can be seen."""
+    return escape(text.replace("\n", "\N{RETURN SYMBOL}"))
 
 
 def _counted(hits: Hits) -> str:

@@ -10,7 +10,7 @@ PURPOSE = (
     "layers between on a server: for devices that cannot hold the model. "
     "The tokens are the same; here you see what it costs."
 )
-PUBLISHED = {("SmolLM2-135M-Instruct", 2): (1.0, 23)}
+PUBLISHED = {("smollm2-135m-instruct", 2): (1.0, 23)}
 """What an attack recovered of the prompts' tokens, and of how many prompts (docs/privacy.md), by model and cut."""
 TO_TAB = """
 element.addEventListener('click', event => {

@@ -85,7 +85,7 @@ class AnswersTab:
         self.fields["prompt"] = gr.Textbox(
             prompt, label="Prompt", info="Shift+Enter compares.", lines=2, max_lines=8, elem_id="prompt"
         )
-        with gr.Row(elem_id="examples"):
+        with gr.Row(elem_classes="sl-examples"):
             self.examples = [gr.Button(each.label, size="sm", min_width=80, scale=0) for each in EXAMPLES]
         self.look = gr.HTML(html.small(EXAMPLES[0].look), elem_id="look")
         with gr.Row(elem_id="actions"):
