@@ -183,7 +183,7 @@ class Page:
             **self._see(),
             self.facts: view.facts(config, model),
             **self.notice.seen(),
-            self.intro: intro.picture(model, self.handlers.attacks.measured()),
+            self.intro: intro.picture(model, self.handlers.attacks.known()),
             self.answers.split_facts: view.split_facts(config, model),
             self.answers.fields["form"]: gr.Radio(inputs.forms(model.capabilities.chat_templates)),
         }

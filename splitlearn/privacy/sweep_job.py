@@ -22,6 +22,7 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError, SetupError, as_error
 from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy import live, results, victims
+from splitlearn.privacy.results import Row
 from splitlearn.privacy.summary import Line, summary
 from splitlearn.runtime import process
 from splitlearn.runtime.background import Background
@@ -64,6 +65,7 @@ class SweepJob(Background[SweepStatus]):
     def __init__(self, runs: Runs, busy: Callable[[], bool], options: Sequence[str] = ()) -> None:
         super().__init__()
         self.runs, self._busy, self._options = runs, busy, tuple(options)
+        self._lines: tuple[tuple[Row, ...], list[Line]] = ((), [])
 
     def start(self, plans: Sequence[SplitPlan], defences: Sequence[str], prompts: int) -> None:
         """Begin a sweep, or go on with one. Raises InputError for nothing to do, SetupError while another one runs."""
@@ -80,9 +82,16 @@ class SweepJob(Background[SweepStatus]):
         first = SweepStatus(folder, self._command(asked, folder))
         self.begin(first, lambda stop: self._work(asked, first, stop), "sweep")
 
-    def lines(self) -> list[Line]:
+    def rows(self) -> list[Row]:
         """What sweeps have found of the model in use, as it is cut now. Raises InputError for a damaged file."""
-        return summary(results.read(self._folder(self.runs.plan.end)))
+        return results.read(self._folder(self.runs.plan.end))
+
+    def lines(self) -> list[Line]:
+        """What the rows say together. Raises as `rows`."""
+        found = tuple(self.rows())
+        if self._lines[0] != found:  # intervals take a second
+            self._lines = found, summary(found)
+        return self._lines[1]
 
     def _folder(self, end: int) -> Path:
         """One for each header of results, so that no sweep meets another one's."""

@@ -1,6 +1,6 @@
 """The actions of the tab "What the server reads": attack a prompt, sweep over cuts. Nothing of Gradio here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any
 
@@ -11,8 +11,9 @@ from splitlearn.models.plan import SplitPlan
 from splitlearn.planning.anatomy import Part, parts_of
 from splitlearn.privacy import live
 from splitlearn.privacy.cut import cuts_of, plan_at
-from splitlearn.privacy.defences import words
+from splitlearn.privacy.defences import NONE, words
 from splitlearn.privacy.live import Item, Question
+from splitlearn.privacy.scores import Hits
 from splitlearn.privacy.summary import Line
 from splitlearn.privacy.sweep_job import SweepJob
 from splitlearn.reporting.files import csv
@@ -24,6 +25,8 @@ CUTS = (1, 2, 4, 8, 16)
 """Of a sweep, as far as the model has them."""
 PROMPTS = 8
 FILE = "attacks.csv"
+PUBLISHED = {("smollm2-135m-instruct", "float32", 2): (1.0, 23)}
+"""By model, dtype and cut: the share of the prompts' tokens recovered, of so many prompts (docs/privacy.md)."""
 
 
 class Attacks:
@@ -51,13 +54,16 @@ class Attacks:
         plans = [plan_at(cut, usual) for cut in listed]
         self.job.start(plans, _known(typed["defences"] or ()), inputs.whole("limit", typed["limit"]))
 
-    def measured(self) -> Line | None:
-        """The strongest attack that was measured at the cut in use, by the prompt tokens recovered. None of results
-        that cannot be read."""
-        with suppress(SplitlearnError):
-            found = [line for line in self.job.lines() if line.cut == self.planner.runs.plan.start]
-            return max(found, key=recall, default=None)
-        return None
+    def known(self) -> tuple[float, int] | None:
+        """The share of the prompts' tokens that the strongest attack recovered at the cut in use, without a defence,
+        and of how many prompts: measured here, else PUBLISHED. None where that is not known."""
+        runs, hits = self.planner.runs, dict[str, list[Hits]]()
+        with suppress(SplitlearnError):  # results that cannot be read
+            for row in self.job.rows():
+                if (row.cut, row.defence) == (runs.plan.start, NONE) and row.prompt.tokens:
+                    hits.setdefault(row.attack, []).append(row.prompt)
+        shares = map(_pooled, hits.values())
+        return max(shares, default=PUBLISHED.get((runs.files.name, runs.dtype, runs.plan.start)))
 
     def client(self, cut: int) -> Part:
         """Layers and weights of a client with `cut` layers before the trunk. Raises what reading the model raises."""
@@ -78,6 +84,11 @@ def _known(typed: object) -> list[str]:
         if each not in DEFENCES:
             raise InputError("defences", each, f"some of: {', '.join(DEFENCES)}")
     return chosen
+
+
+def _pooled(hits: Sequence[Hits]) -> tuple[float, int]:
+    """The share of all tokens, and how many prompts."""
+    return sum(each.right for each in hits) / sum(each.tokens for each in hits), len(hits)
 
 
 def recall(line: Line) -> float:

@@ -1,6 +1,7 @@
 """What attacks recovered, as HTML: token by token of one prompt, and the table of a sweep."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 
 from splitlearn.planning.anatomy import Part
@@ -31,6 +32,10 @@ RECALL = "Tokens with the right id at their place. Of an answer, the last token 
 WHOLE = "Whether every token of the prompt was recovered."
 SPEED = "The attack's time for a token, without what it learns once for a cut."
 LEARNS = "What the attack learns once for a cut, from other text."
+FRONT = (
+    "No other row is as good in all of these and better in one: prompt tokens recovered, layers at the client, bytes, "
+    "answer tokens changed."
+)
 NOT_READ = "This attack looks at what the server sends back, and reads the answer alone."
 
 
@@ -134,10 +139,15 @@ def sweep(lines: Sequence[Line], client: Callable[[int], Part]) -> str:
     if not groups:
         return html.small(NO_SWEEP)
     clients = {cut: client(cut) for cut, _ in groups}
+    strongest = [max(own, key=recall) for _, own in sorted(groups.items())]
+    prices = [_price(line, clients[line.cut]) for line in strongest]
     heads = ("Layers before the trunk", "Defence", "Strongest attack", "Prompt tokens", "Whole prompts", "Prompts")
     costs = ("Time a token", "Answer tokens changed", "Bytes a token", "Client layers", "Client weights")
-    head = html.head_row(*heads, *costs)
-    rows = [_row(max(own, key=recall), clients[cut]) for (cut, _), own in sorted(groups.items())]
+    head = html.head_row(*heads, *costs, html.term("Pareto-optimal", FRONT, "sweep"))
+    rows = [
+        (*_row(line, clients[line.cut]), "" if any(map(partial(_beats, price), prices)) else "yes")
+        for line, price in zip(strongest, prices, strict=True)
+    ]
     return f'<div class="sl-measured">{html.table(head, rows, "Recall by cut and defence")}</div>'
 
 
@@ -155,6 +165,16 @@ def _row(line: Line, client: Part) -> tuple[str, ...]:
         str(client.n_layers),
         size(client.weight_bytes),
     )
+
+
+def _price(line: Line, client: Part) -> tuple[float, ...]:
+    """What a row costs: recall, layers at the client, bytes, answer tokens that change."""
+    return recall(line), client.n_layers, line.token_bytes, line.flips.value if line.flips is not None else 0.0
+
+
+def _beats(price: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether `other` is nowhere worse than `price`, and somewhere better."""
+    return other != price and all(one <= two for one, two in zip(other, price, strict=True))
 
 
 def command(status: SweepStatus | None) -> str:

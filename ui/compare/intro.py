@@ -3,15 +3,12 @@
 from html import escape
 
 from splitlearn.arms.model import Model
-from splitlearn.privacy.summary import Line
 
 PURPOSE = (
     "One prompt, two ways. Full runs the whole model in one process. Split keeps both ends on the client and the "
     "layers between on a server: for devices that cannot hold the model. "
     "The tokens are the same; here you see what it costs."
 )
-PUBLISHED = {("smollm2-135m-instruct", 2): (1.0, 23)}
-"""What an attack recovered of the prompts' tokens, and of how many prompts (docs/privacy.md), by model and cut."""
 TO_TAB = """
 element.addEventListener('click', event => {
   const button = event.target.closest('[data-tab]');
@@ -20,9 +17,9 @@ element.addEventListener('click', event => {
 """
 
 
-def picture(model: Model | None, measured: Line | None = None) -> str:
-    """A diagram of full and split with their layers, and what the server can read, `measured` on this machine. It has
-    no numbers before the model is read."""
+def picture(model: Model | None, read: tuple[float, int] | None = None) -> str:
+    """A diagram of full and split with their layers, and what the server can `read`: a share of the tokens of so many
+    prompts. It has no numbers before the model is read."""
     plan = model.plan if model else None
     bottom = f"layers 0 to {plan.start - 1}" if plan and plan.start else "no layers" if plan else "first layers"
     trunk = f"layers {plan.start} to {plan.end - 1}" if plan else "layers between"
@@ -30,7 +27,7 @@ def picture(model: Model | None, measured: Line | None = None) -> str:
     top = "no layers" if plan and plan.end == plan.n_layers else top
     whole = f"all {plan.n_layers} layers" if plan else "all layers"
     return (
-        f'<p class="sl-purpose">{escape(PURPOSE)}</p>{_read(model, measured)}'
+        f'<p class="sl-purpose">{escape(PURPOSE)}</p>{_privacy(read)}'
         '<div class="sl-ways" role="img" aria-label="Full: '
         f"{whole} in one process. Split: {bottom} on the client, {trunk} on the trunk server, {top} on the client."
         '"><div class="sl-way sl-way-full"><b>Full</b><span class="sl-box">embeddings, '
@@ -42,12 +39,9 @@ def picture(model: Model | None, measured: Line | None = None) -> str:
     )
 
 
-def _read(model: Model | None, measured: Line | None) -> str:
-    """One sentence on what the trunk server can read, with the figure for this model and cut."""
-    share, prompts = PUBLISHED.get((model.files.name, model.plan.start), (None, 0)) if model else (None, 0)
-    if measured is not None and measured.prompt is not None:
-        share, prompts = measured.prompt.value, measured.prompts
-    figure = "" if share is None else f": at this cut an attack recovers {share:.0%} of the tokens of {prompts} prompts"
+def _privacy(read: tuple[float, int] | None) -> str:
+    """One sentence on what the trunk server can read, with the figure that is known for this model and cut."""
+    figure = f": at this cut an attack recovers {read[0]:.0%} of the tokens of {read[1]} prompts" if read else ""
     return (
         f'<p class="sl-purpose"><span>Not private: the trunk server can read your text{figure}.</span> '
         '<button type="button" class="sl-link" data-tab="tab-attacks">What the server reads</button></p>'
