@@ -34,17 +34,27 @@ _LOADING = LoadSettings(assign_weights=True)
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Known token ids [N, T], and the states [N, T, H] of them at the cut."""
+
+    ids: Tensor
+    states: Tensor
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The model in `files`, seen by a server with the layers of `plan`. `dtype` is that in which clients compute.
     `seed` is that of all that is random, and `network_windows` for how many sequences a network is trained. `knows` is
-    a defence of the client that the attacker knows, but for its seed; None is none."""
+    a defence of the client that the attacker knows, but for its seed; None is none. `asked` is what it has learnt of
+    first layers that are not the checkpoint's; for the first position it still learns from those."""
 
     files: ModelFiles
     plan: SplitPlan
     dtype: str
     seed: int = 0
-    network_windows: int = NETWORK_WINDOWS
     knows: Defence | None = None
+    network_windows: int = NETWORK_WINDOWS
+    asked: Pairs | None = None
 
     @classmethod
     def of(cls, capture: Capture, files: ModelFiles) -> "Checkpoint":
@@ -91,8 +101,8 @@ class Checkpoint:
     @cached_property
     def later(self) -> LinearMap:
         """From the states at a sequence's positions after the first to embeddings."""
-        ids = self._training_ids(WINDOWS)
-        x, y = self.states(ids, WINDOWS_AT_ONCE)[:, 1:], self.embeddings[ids[:, 1:]]
+        own = self._pairs(WINDOWS)
+        x, y = own.states[:, 1:], self.embeddings[own.ids[:, 1:]]
         return LinearMap.fit(x.flatten(0, 1), y.flatten(0, 1))
 
     @cached_property
@@ -109,15 +119,18 @@ class Checkpoint:
     @cached_property
     def recurrent(self) -> RecurrentMap:
         """What a network adds to the linear maps."""
-        ids = self._training_ids(self.network_windows)
-        x = self.states(ids, WINDOWS_AT_ONCE).clone()  # outside of inference mode: a network is trained on it
-        return RecurrentMap.fit(x, self.linear(x), ids, self.later, self.embedding_table, self.seed)
+        own = self._pairs(self.network_windows)
+        x = own.states.clone()  # outside of inference mode: a network is trained on it
+        return RecurrentMap.fit(x, self.linear(x), own.ids, self.later, self.embedding_table, self.seed)
 
-    def _training_ids(self, count: int) -> Tensor:
-        """Token ids [count, WINDOW_TOKENS] that no client sent."""
+    def _pairs(self, count: int) -> Pairs:
+        """What is learnt from: what it has asked, or else `count` sequences of WINDOW_TOKENS tokens."""
+        if self.asked is not None:
+            return self.asked
         tokens = Tokens.load(self.files.folder, use_fast=True)
         text = tokens.encode(training_text(), chat=False)
-        return windows(text, len(self.embeddings), count, WINDOW_TOKENS, self.seed)
+        ids = windows(text, len(self.embeddings), count, WINDOW_TOKENS, self.seed)
+        return Pairs(ids, self.states(ids, WINDOWS_AT_ONCE))
 
     def states(self, ids: Tensor, at_once: int) -> Tensor:
         """The states [N, T, H] at the cut of N sequences with the token ids [N, T], in float32, as a client with the

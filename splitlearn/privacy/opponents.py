@@ -11,7 +11,8 @@ from splitlearn.flags.registry import settings
 from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy.capture import Capture
 from splitlearn.privacy.checkpoint import Checkpoint
-from splitlearn.privacy.defences import NONE, ROTATION, flags_of
+from splitlearn.privacy.defences import NONE, OWN_WEIGHTS, ROTATION, flags_of
+from splitlearn.privacy.own_weights import asked, fine_tune
 from splitlearn.privacy.registry import Attack, Recovered
 from splitlearn.privacy.rotation import recovered
 from splitlearn.privacy.split_model import SplitModel, VictimSession
@@ -51,9 +52,8 @@ class Opponents:
         """The session of a client with `defence`. Raises InputError for a model that a rotation would change."""
         key = defence, prompt
         if key not in self._sessions:  # keeps the last one, and those without a defence
-            split = self._rotated if defence == ROTATION else self._split
             self._sessions = {old: kept for old, kept in self._sessions.items() if old[0] == NONE}
-            self._sessions[key] = split.run(prompt, flags_of(defence), self._answer_tokens)
+            self._sessions[key] = self._victim(defence).run(prompt, flags_of(defence), self._answer_tokens)
         return self._sessions[key]
 
     @cached_property
@@ -63,13 +63,20 @@ class Opponents:
 
     def knowing(self, defence: str) -> Attacker:
         """A server that knows the defence of its client, but not what is drawn: it learns from states that have gone
-        through the same, or finds the rotation by the weights that it was given."""
+        through the same, finds the rotation by the weights that it was given, or asks a client of its own."""
         public = self.unknowing.checkpoint
         if defence == ROTATION:
             return Attacker(public, recovered(public.trunk, self._rotated.trunk.cut))
+        if defence == OWN_WEIGHTS:
+            return Attacker(replace(public, asked=asked(self._tuned, len(public.embeddings), self._seed + 1)))
         for known in settings(flags_of(defence)).session.defences:
             return Attacker(replace(public, knows=known))
         return self.unknowing  # there is nothing to know
+
+    def _victim(self, defence: str) -> SplitModel:
+        if defence == ROTATION:
+            return self._rotated
+        return self._tuned if defence == OWN_WEIGHTS else self._split
 
     @cached_property
     def _split(self) -> SplitModel:
@@ -78,3 +85,9 @@ class Opponents:
     @cached_property
     def _rotated(self) -> SplitModel:
         return SplitModel(*self._model, self._seed, rotated=True)
+
+    @cached_property
+    def _tuned(self) -> SplitModel:
+        split = SplitModel(*self._model, self._seed)
+        fine_tune(split, self._seed)
+        return split

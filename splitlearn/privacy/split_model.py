@@ -19,6 +19,7 @@ from splitlearn.flags.registry import settings
 from splitlearn.generation.chain import Link
 from splitlearn.generation.generator import Generator
 from splitlearn.generation.tokenizer import Tokens
+from splitlearn.models.cut import CutModel
 from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy.capture import FORMS, Capture
 from splitlearn.privacy.rotation import rotated_trunk, turned
@@ -88,6 +89,11 @@ class SplitModel:
         ).chain
         assert isinstance(trunk, LocalStage)
         self.trunk, self._q = trunk, rotated_trunk(trunk.cut, files.facts, seed) if rotated else None
+
+    @property
+    def cuts(self) -> list[CutModel]:
+        """All stages, from the embeddings to the LM head."""
+        return [stage.cut for stage in (self._bottom, self.trunk, *self._rest)]
 
     def run(self, prompt: str, flags: frozenset[str], answer_tokens: int) -> VictimSession:
         """Answer `prompt` greedily, without a chat template, with exactly `answer_tokens` tokens. `flags` of client and

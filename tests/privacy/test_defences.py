@@ -13,6 +13,7 @@ from splitlearn.models.cut import forward
 from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy.checkpoint import Checkpoint
 from splitlearn.privacy.opponents import Attacker, Opponents
+from splitlearn.privacy.own_weights import fine_tune
 from splitlearn.privacy.registry import ATTACKS
 from splitlearn.privacy.rotation import orthogonal, recovered
 from splitlearn.privacy.split_model import SplitModel, VictimSession
@@ -64,6 +65,27 @@ def test_a_rotation_stops_those_alone_who_do_not_know_of_it(opponents: Opponents
     session = opponents.session("rotation", PROMPT)
     assert share(opponents.unknowing, "linear", session) < 0.3
     assert share(opponents.knowing("rotation"), "search", session) == 1.0
+
+
+def test_who_knows_of_a_clients_own_weights_learns_from_its_states_and_from_no_more_than_it_asked(
+    opponents: Opponents,
+) -> None:
+    session, plain = opponents.session("own_weights", PROMPT), opponents.session("none", PROMPT)
+    assert not torch.allclose(session.capture.sent, plain.capture.sent, rtol=1e-2)
+    knowing = opponents.knowing("own_weights").checkpoint
+    assert knowing.asked is not None and knowing.asked.ids.shape == (64, 64)
+    ids = knowing.asked.ids[:1]
+    assert not torch.allclose(knowing.asked.states[:1], knowing.states(ids, 1), rtol=1e-2), "these are the public ones"
+
+
+def test_a_client_with_own_weights_leaves_all_others_as_they_are(files: ModelFiles) -> None:
+    public, own = SplitModel(files, PLAN, "float32"), SplitModel(files, PLAN, "float32")
+    fine_tune(own, seed=0)
+    first, *rest = [
+        all(map(torch.equal, one.module.parameters(), other.module.parameters()))
+        for one, other in zip(public.cuts, own.cuts, strict=True)
+    ]
+    assert not first and all(rest)
 
 
 @pytest.mark.parametrize("defence", ["gaussian_noise=0.3", "topk_sparsification=0.25"])

@@ -153,13 +153,6 @@ def test_built_in_prompts_are_50_of_each_of_four_kinds_in_turn_and_none_is_in_th
     assert not [victim for victim in every if victim.prompt in training_text.training_text()]
 
 
-@pytest.mark.weights
-def test_built_in_prompts_have_5_to_100_tokens(default_model: ModelFiles) -> None:
-    tokens = Tokens.load(default_model.folder, use_fast=True)
-    lengths = [len(tokens.encode(victim.prompt, chat=False)) for victim in victims.built_in()]
-    assert min(lengths) >= 5 and 60 <= max(lengths) <= 100
-
-
 def test_recall_counts_tokens_and_its_interval_is_over_prompts() -> None:
     assert recall([Hits(0, 0)]) is None
     even = recall([Hits(9, 10), Hits(1, 10)] * 50)
