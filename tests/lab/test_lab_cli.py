@@ -17,6 +17,7 @@ from splitlearn.lab.store import Store
 from tests.conftest import TinyFactory
 from tests.e2e.test_cli import Refusal, configured, refusal
 from tests.support.forks import Fork, printed
+from tests.support.lab_trials import quick_command
 from tests.support.trunk import Trunk, eventually, serve, settings
 
 __all__ = ["refusal"]
@@ -44,7 +45,7 @@ def folder(files: ModelFiles, trunk: Trunk, tmp_path: Path) -> Path:
 @contextmanager
 def begun(folder: Path, *arguments: str) -> Iterator[Fork]:
     """The command in `folder`; killed at the end."""
-    process = Fork(command_line.main, arguments, folder, folder / "errors")
+    process = Fork(quick_command, arguments, folder, folder / "errors")
     try:
         yield process
     finally:
@@ -62,7 +63,7 @@ def test_lab_measures_and_report_shows_it_again(
 
     folder = configured(tmp_path, settings(files))  # with an embedded trunk
     command = [*LAB, "--out", "found", "--json"]
-    found = json.loads(printed(command_line.main, command, folder, tmp_path / "errors"))
+    found = json.loads(printed(quick_command, command, folder, tmp_path / "errors"))
     assert found["finished"] == "2 pairs, as asked"
     frame = pd.read_csv(folder / "found" / "verdicts.csv")
     assert set(frame["flag"]) == {"A/A", "inference_mode"}
@@ -78,7 +79,7 @@ def test_lab_measures_and_report_shows_it_again(
 
 def test_a_killed_experiment_goes_on_without_losing_or_repeating_a_run(folder: Path) -> None:
     file = folder / "found" / "experiment.sqlite"
-    with begun(folder, *LAB, "--pairs", "3", "--out", "found"):
+    with begun(folder, *LAB, "--pairs", "4", "--out", "found"):
         assert eventually(lambda: file.exists() and _count(file) >= 14, within_s=120)
     before = _stored(file)
     with begun(folder, "lab", "--resume", "found", "--config", "config.yaml") as other:
@@ -90,8 +91,8 @@ def test_a_killed_experiment_goes_on_without_losing_or_repeating_a_run(folder: P
             (trial.block, trial.arm) for trial in store.trials() if not trial.bad and trial.block != FIRST_PASS
         )
         assert set(good.values()) == {1}
-        assert len(good) == 3 * len(store.setup.plan.arms)
-        assert store.finished == "3 pairs, as asked"
+        assert len(good) == 4 * len(store.setup.plan.arms)
+        assert store.finished == "4 pairs, as asked"
 
 
 def _count(file: Path) -> int:
