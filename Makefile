@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTO := splitlearn/wire/trunk.proto splitlearn/wire/directory.proto
 
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-compose test-clients test-engines test-ray check proto docs screenshots bench clean weights chromium iptables
+.PHONY: help install run test test-compose test-clients test-engines test-ray check proto docs screenshots bench clean weights chromium-headless-shell iptables
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -16,10 +16,10 @@ install: weights ## make .venv with the pinned requirements, fetch and convert t
 run: weights ## install, then open the page on http://127.0.0.1:7860
 	$(BIN)/python app.py --config config.yaml
 
-test: .venv/installed-test weights chromium ## install what the tests need, and run them
+test: .venv/installed-test weights chromium-headless-shell ## install what the tests need, and run them
 	$(BIN)/python -m pytest
 
-test-compose: .venv/installed-test chromium iptables ## build the images and bring the compose file up for real (minutes)
+test-compose: .venv/installed-test chromium-headless-shell iptables ## build the images and bring the compose file up for real (minutes)
 	$(BIN)/python -m pytest tests/e2e/test_compose.py -m compose -rs
 
 test-clients: .venv/installed-test weights ## run other people's OpenAI clients against splitlearn serve (minutes)
@@ -43,7 +43,7 @@ proto: .venv/installed-test ## generate the wire protocol's Python code from the
 docs: .venv/installed ## generate docs/flags.md (docs/families.md: python -m splitlearn.stages.equivalence, minutes)
 	$(BIN)/python -m splitlearn flags --markdown >docs/flags.md
 
-screenshots: .venv/installed-test weights chromium ## take the pictures of docs/tour.md from the running page (minutes)
+screenshots: .venv/installed-test weights chromium-headless-shell ## take the pictures of docs/tour.md from the running page (minutes)
 	$(BIN)/python -m tests.support.screenshots
 
 bench: .venv/installed-bench weights ## the side-by-side measurements of bench/
@@ -84,7 +84,7 @@ weights: .venv/installed
 	@touch $@
 
 # Debian's packages. What needs them skips, saying so, where they cannot be had.
-chromium iptables:
+chromium-headless-shell iptables:
 	@command -v $@ >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $@; } || \
 	  echo "no $@ here, and it cannot be installed by this user: the tests that need it will be skipped" >&2

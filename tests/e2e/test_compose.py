@@ -120,7 +120,7 @@ def observed(drive: str, folder: Path, **environment: str) -> dict[str, Any]:
     if not BRING_UP.exists():
         pytest.skip(f"{BRING_UP} is missing, which brings a stack up without a Docker engine")
     if shutil.which("iptables") is None or not CHROMIUM.exists():
-        pytest.skip("iptables or chromium is not installed")
+        pytest.skip(f"iptables or {CHROMIUM.name} is not installed")
     out = folder / "seen.json"
     words = ["env", "-C", str(ROOT), sys.executable, "-m", drive, str(out)]
     run = subprocess.run(

@@ -18,7 +18,7 @@ from tests.support.page import CHROMIUM, FORBIDDEN, attacks, conversation, measu
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package of that name)"),
 ]
 RUN_MS = 120_000
 WIDTHS = (320, 390, 768, 1280, 1920)

@@ -13,7 +13,7 @@ from tests.support.page import CHROMIUM, FORBIDDEN, START_S, App, measuring, ope
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package of that name)"),
 ]
 RUN_MS = START_S * 1000
 PROMPT = "Call Priya Raman at +44 7700 900123, or 日本語."

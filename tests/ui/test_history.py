@@ -14,7 +14,7 @@ from tests.support.page import CHROMIUM, FORBIDDEN, open_page, running, setting,
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package of that name)"),
 ]
 RUN_MS = 120_000
 IMAGE, FORMULA = "<img src=x onerror=alert(1)>", "=1+1"

@@ -16,7 +16,7 @@ from tests.support.trunk import eventually
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package of that name)"),
 ]
 PASSWORD = "cobalt-Harbor-42"
 WIDTHS = (320, 1280)

@@ -13,7 +13,7 @@ from tests.support.trunk import PLAN, Raw, Trunk, opening, serve, settings
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package of that name)"),
 ]
 LAYERS = {"start": PLAN.start, "end": PLAN.end}
 

@@ -14,7 +14,7 @@ from tests.support.page import CHROMIUM, PATIENCE_MS, App, running, write_config
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package chromium)"),
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package of that name)"),
 ]
 PROMPT = "The zebra asked a question."
 LONG = {"max_new_tokens": 400}
