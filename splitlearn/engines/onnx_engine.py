@@ -2,7 +2,7 @@
 
 `of(eager, files, weight_bits)` makes the engine, and compares it with the model's own forward (stages/verify.py) before
 it is used. One with weights in 8 or 4 bits is made of the same graph, after that check (onnx_rounding.py).
-torch's weights are then released, and so is what was handed over: ONNX Runtime keeps matrices in an order of its own.
+torch's weights are then released: ONNX Runtime keeps matrices in an order of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,9 +58,14 @@ def of(eager: EagerEngine, files: ModelFiles, weight_bits: int | None) -> "OnnxE
 
 
 def _made(eager: EagerEngine, shapes: Shapes, graph: bytes, weights: dict[str, NDArray[Any]]) -> "OnnxEngine":
-    session, threads = _session(graph, weights), torch.get_num_threads()
-    onnx_export.release(weights)  # the session has packed them; the check by `of` would see it if it had not
-    return OnnxEngine(eager.cut, shapes, session, weights, threads, eager.precision)
+    packed = onnx_export.packed(graph)
+    least = min(packed, key=lambda name: weights[name].nbytes, default=None)
+    own = weights if least is None else weights | {least: weights[least].copy()}
+    session, threads = _session(graph, own), torch.get_num_threads()
+    if least is not None:
+        own[least].fill(0)  # if the session had not packed the matrices, the check by `of` would see this
+    read = {name: array for name, array in own.items() if name not in packed}
+    return OnnxEngine(eager.cut, shapes, session, read, threads, eager.precision)
 
 
 def shapes_for(cut: CutModel) -> Shapes:
@@ -87,7 +92,7 @@ class _Layer(ReservedLayer):
 
 @dataclass(frozen=True)
 class OnnxEngine:
-    """A stage in ONNX Runtime. `weights` is memory that its session reads, but for turned matrices."""
+    """A stage in ONNX Runtime. `weights` is torch's memory that its session reads."""
 
     cut: CutModel
     shapes: Shapes

@@ -8,13 +8,13 @@ last stage with layers `rows` int64 [K], the tokens whose logits are wanted; and
 heads, capacity, size]: keys of layer 0, values of layer 0 and so on. The outputs are `out`, a hidden state or logits,
 and `present_0`, `present_1` ..., the cache with the new tokens. The LM head alone takes `x`, and gives all logits.
 
-A matrix that torch keeps as [out, in] is read as [in, out], so that a step of one token reads it in order.
+A matrix that torch keeps as [out, in] stays so: a product with its transpose is FUSED, of which ONNX Runtime packs the
+matrix in an order of its own when a session is made. So nothing is transposed in memory here.
 """
 
 import logging
-import mmap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,8 +35,8 @@ from splitlearn.runtime import private_apis
 
 WEIGHTS = "weights.bin"
 """Where a graph says that its weights are."""
-TURNED = ".T"
-"""Ends the name of a matrix that is read as [in, out]."""
+FUSED, DOMAIN = "FusedMatMul", "com.microsoft"
+"""ONNX Runtime's own operator for a product with a transposed matrix."""
 _STAGE = "stage."
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 # What a stage is traced with. A size of 0 or 1 would become part of the graph.
@@ -68,15 +68,22 @@ def export(cut: CutModel, shapes: Sequence[tuple[KVShape, KVShape]]) -> bytes:
 
 
 def weights(graph: bytes, cut: CutModel) -> dict[str, NDArray[Any]]:
-    """The weights of the stage by the names that the graph has for them."""
+    """The weights of the stage by the names that the graph has for them, in torch's memory where that is in order."""
     state = dict(cut.module.named_parameters(remove_duplicate=False))
-    found = {}
-    for tensor in onnx.load_model_from_string(graph).graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            turned = tensor.name.endswith(TURNED)
-            weight = state[tensor.name.removeprefix(_STAGE).removesuffix(TURNED)].detach()
-            found[tensor.name] = _turned_copy(weight) if turned else weight.contiguous().numpy()
-    return found
+    names = [
+        tensor.name
+        for tensor in onnx.load_model_from_string(graph).graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
+    return {name: state[name.removeprefix(_STAGE)].detach().contiguous().numpy() for name in names}
+
+
+def packed(graph: bytes) -> set[str]:
+    """The matrices of which ONNX Runtime has all it needs once a session is made: nothing but FUSED reads them."""
+    nodes = onnx.load_model_from_string(graph).graph.node
+    matrices = {node.input[1] for node in nodes if node.op_type == FUSED}
+    others = {name for node in nodes for at, name in enumerate(node.input) if (node.op_type, at) != (FUSED, 1)}
+    return matrices - others
 
 
 def head_of(cut: CutModel) -> str | None:
@@ -84,29 +91,7 @@ def head_of(cut: CutModel) -> str | None:
     module: Any = cut.module
     head = module.get_output_embeddings() if cut.last else None
     named = cut.module.named_parameters(remove_duplicate=False)
-    return next((f"{_STAGE}{name}{TURNED}" for name, each in named if head is not None and each is head.weight), None)
-
-
-def release(arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Give the memory of turned matrices back to the system; from then on they are zero.
-
-    For after ONNX Runtime has them in the order of its own products.
-    """
-    for name, array in arrays.items():
-        if name.endswith(TURNED):
-            memory: Any = array.base
-            while not isinstance(memory, mmap.mmap):
-                memory = memory.base if isinstance(memory, np.ndarray) else memory.obj
-            memory.madvise(mmap.MADV_DONTNEED)
-
-
-def _turned_copy(weight: Tensor) -> NDArray[Any]:
-    """The transpose of a matrix, in memory mapped for it alone."""
-    (rows, columns), size = weight.shape, weight.element_size()
-    memory = mmap.mmap(-1, rows * columns * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    found = np.frombuffer(memory, np.float32).reshape(columns, rows)
-    torch.from_numpy(found).copy_(weight.t())
-    return found
+    return next((f"{_STAGE}{name}" for name, each in named if head is not None and each is head.weight), None)
 
 
 class _AsFunction(nn.Module):
@@ -177,7 +162,9 @@ def _without_weights(model: onnx_ir.Model) -> onnx.ModelProto:
     for value in parameters:
         graph.initializers.pop(value.name)
         value.const_value = None
-    parameters += [turned for value in parameters for turned in _turned(value)]
+    graph.opset_imports.setdefault(DOMAIN, 1)
+    for value in parameters:
+        _fuse(value)
     graph.inputs.extend(parameters)
     onnxscript.optimizer.optimize(model)
     for value in parameters:
@@ -192,16 +179,12 @@ def _without_weights(model: onnx_ir.Model) -> onnx.ModelProto:
     return onnx_ir.to_proto(model)
 
 
-def _turned(weight: onnx_ir.Value) -> list[onnx_ir.Value]:
-    """The matrix [in, out] that replaces the transposed `weight` [out, in] wherever the graph has that."""
-    nodes = [node for node in weight.consumers() if node.op_type == "Transpose" and len(weight.shape) == 2]
-    if not nodes:
-        return []
-    rows, columns = weight.shape
-    found = onnx_ir.Value(
-        name=f"{weight.name}{TURNED}", shape=onnx_ir.Shape((columns, rows)), type=onnx_ir.TensorType(weight.dtype)
-    )
-    for node in nodes:
-        node.outputs[0].replace_all_uses_with(found)
-        node.graph.remove(node, safe=True)
-    return [found]
+def _fuse(weight: onnx_ir.Value) -> None:
+    """Let products with the transposed matrix `weight` [out, in] read it as it is."""
+    for turn in [node for node in weight.consumers() if node.op_type == "Transpose" and len(weight.shape) == 2]:
+        for node in [node for node in turn.outputs[0].consumers() if node.op_type == "MatMul"]:
+            node.op_type, node.domain = FUSED, DOMAIN
+            node.attributes["transB"] = onnx_ir.AttrInt64("transB", 1)
+            node.replace_input_with(1, weight)
+        if not turn.outputs[0].uses():
+            turn.graph.remove(turn, safe=True)

@@ -24,7 +24,7 @@ from splitlearn.models.cut import CutModel
 from splitlearn.runtime import atomic_file
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 MOST_BYTES = 1 << 28
 """Of a graph without its weights, or of its description."""

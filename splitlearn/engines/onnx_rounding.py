@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from splitlearn.engines.onnx_export import TURNED
+from splitlearn.engines.onnx_export import FUSED
 from splitlearn.runtime import private_apis
 
 BLOCK = 32
@@ -19,7 +19,6 @@ HEAD_BITS = 8
 """The least bits of the LM head: a logit is one product, where a hidden state is the sum of many layers' products."""
 INT8_PRODUCTS = 4
 """The operator's `accuracy_level` for which it rounds its input to 8 bits."""
-DOMAIN = "com.microsoft"
 _TYPES = {np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.float32): TensorProto.FLOAT}
 
 
@@ -30,17 +29,18 @@ def rounded(
     model = onnx.load_model_from_string(graph)
     found = dict(weights)
     for node in model.graph.node:
-        name = node.input[1] if node.op_type == "MatMul" else ""
-        if not name.endswith(TURNED) or name not in weights:
+        if node.op_type != FUSED:
             continue
+        name = node.input[1]
         own = max(bits, HEAD_BITS) if name == head else bits
-        parts = private_apis.onnx_rounded(weights[name], own, BLOCK)
         names = [f"{name}.{part}" for part in ("rounded", "scales", "offsets")]
         if names[0] not in found:
+            parts = private_apis.onnx_rounded(np.ascontiguousarray(weights[name].T), own, BLOCK)
             found |= dict(zip(names, parts, strict=True))
             model.graph.initializer.extend(map(_declared, names, parts))
-        n_in, n_out = weights[name].shape
-        node.op_type, node.domain = "MatMulNBits", DOMAIN
+        n_out, n_in = weights[name].shape
+        node.op_type = "MatMulNBits"
+        del node.attribute[:]
         node.input[:] = [node.input[0], *names]
         sizes = {"K": n_in, "N": n_out, "bits": own, "block_size": BLOCK, "accuracy_level": INT8_PRODUCTS}
         node.attribute.extend(helper.make_attribute(key, value) for key, value in sizes.items())

@@ -188,7 +188,7 @@ def _loading_bytes(files: ModelFiles, cuts: Sequence[CutModel], dtype: torch.dty
     linears = sum(counts[name] for name in linear)
     made = linears if settings.linear else 0
     made_bytes = made * (settings.weight_bits or 8 * dtype.itemsize) // 8
-    made_bytes += 2 * linears * dtype.itemsize if settings.engine else 0  # handed over, and in an order of its own
+    made_bytes += linears * dtype.itemsize if settings.engine else 0  # in an order of its own
     changed = (every - made) * dtype.itemsize if stored != dtype else 0
     return SPARE_BYTES + int(PACKING * (made_bytes + changed + copies))
 
