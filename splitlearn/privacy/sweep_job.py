@@ -94,7 +94,7 @@ class SweepJob(Background[SweepStatus]):
         return self._lines[1]
 
     def _folder(self, end: int) -> Path:
-        """One for each header of results, so that no sweep meets another one's."""
+        """One for each header and format of results, so that no sweep meets another one's."""
         runs = self.runs
         header = results.header_of(runs.files, runs.dtype, end, victims.ANSWER_TOKENS, 0, victims.built_in())
         name = hashlib.sha256(json.dumps([results.FORMAT, header]).encode()).hexdigest()[:16]

@@ -9,7 +9,7 @@ from playwright.sync_api import FloatRect, Page, expect
 
 from splitlearn.config import Config
 from tests.support import ROOT
-from tests.support.page import chromium, conversation, open_page, running, write_config
+from tests.support.page import chromium, conversation, open_page, running, setting, write_config
 
 FOLDER = ROOT / "docs" / "screenshots"
 RUN_MS = 1_800_000
@@ -49,12 +49,24 @@ def chat(page: Page) -> None:
     conversation(page, "Why is the sky blue?", "And the sea?")
 
 
+def reads(page: Page) -> None:
+    """Read a prompt, and measure the shallow cuts."""
+    page.get_by_role("tab", name="What the server reads").click()
+    page.locator("#attacks-read").click()
+    expect(page.locator("#attacks-readings section")).to_have_count(3, timeout=RUN_MS)
+    setting(page, "sweep-cuts", "1,2,4")
+    setting(page, "sweep-limit", "4")
+    page.locator("#sweep-start").click()
+    expect(page.locator("#sweep-progress")).to_contain_text("Ended", timeout=RUN_MS)
+
+
 SHOTS: Mapping[str, Callable[[Page], None]] = {
     "compare": compare,
     "flags": flags,
     "lab": lab,
     "model": model,
     "chat": chat,
+    "reads": reads,
 }
 
 
