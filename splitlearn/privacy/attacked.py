@@ -36,7 +36,7 @@ def attack(say: Callable[[Item], None], asked: Question) -> None:
     ids = tokens.encode(asked.prompt, chat=False)
     if len(ids) > MOST_TOKENS:
         raise InputError("prompt", f"{len(ids)} tokens", f"at most {MOST_TOKENS}")
-    opponents = Opponents(asked.files, asked.plan, asked.dtype, victims.ANSWER_TOKENS)
+    opponents = Opponents(asked.files, asked.plan, asked.dtype, victims.ANSWER_TOKENS, kept=asked.kept)
     say(Step("Answering the prompt"))
     session = opponents.session(asked.defence, asked.prompt)
     answer, size = session.answer_ids, session.capture.rows.row_bytes(session.capture.sent.shape[1])

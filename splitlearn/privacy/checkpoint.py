@@ -5,8 +5,12 @@
 The client's layers are in it like all others. Each part is loaded or learnt when it is first used, and then kept.
 """
 
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +21,7 @@ from splitlearn.generation.tokenizer import Tokens
 from splitlearn.models.cut import CutModel, body_of, forward
 from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy.capture import Capture
-from splitlearn.privacy.linear_map import LinearMap
+from splitlearn.privacy.linear_map import RIDGE, LinearMap
 from splitlearn.privacy.recurrent_map import RecurrentMap
 from splitlearn.privacy.token_table import TokenTable
 from splitlearn.privacy.training_text import training_text, windows
@@ -46,7 +50,8 @@ class Checkpoint:
     """The model in `files`, seen by a server with the layers of `plan`. `dtype` is that in which clients compute.
     `seed` is that of all that is random, and `network_windows` for how many sequences a network is trained. `knows` is
     a defence of the client that the attacker knows, but for its seed; None is none. `asked` is what it has learnt of
-    first layers that are not the checkpoint's; for the first position it still learns from those."""
+    first layers that are not the checkpoint's; for the first position it still learns from those. `kept` is a folder in
+    which the linear maps of public layers stay; None keeps none."""
 
     files: ModelFiles
     plan: SplitPlan
@@ -55,6 +60,7 @@ class Checkpoint:
     knows: Defence | None = None
     network_windows: int = NETWORK_WINDOWS
     asked: Pairs | None = None
+    kept: Path | None = None
 
     @classmethod
     def of(cls, capture: Capture, files: ModelFiles) -> "Checkpoint":
@@ -101,6 +107,9 @@ class Checkpoint:
     @cached_property
     def later(self) -> LinearMap:
         """From the states at a sequence's positions after the first to embeddings."""
+        return self._learnt("later", self._learn_later)
+
+    def _learn_later(self) -> LinearMap:
         own = self._pairs(WINDOWS)
         x, y = own.states[:, 1:], self.embeddings[own.ids[:, 1:]]
         return LinearMap.fit(x.flatten(0, 1), y.flatten(0, 1))
@@ -108,9 +117,25 @@ class Checkpoint:
     @cached_property
     def first(self) -> LinearMap:
         """The same for the first position, whose states are unlike all others: it sees no other token."""
+        return self._learnt("first", self._learn_first)
+
+    def _learn_first(self) -> LinearMap:
         made = torch.Generator().manual_seed(self.seed)
         ids = torch.randint(len(self.embeddings), (FIRST_TOKENS, 1), generator=made)
         return LinearMap.fit(self.states(ids, TABLE_ROWS)[:, 0], self.embeddings[ids[:, 0]])
+
+    def _learnt(self, name: str, learn: Callable[[], LinearMap]) -> LinearMap:
+        """What `learn` gives, or has given once for the same model, cut and recipe."""
+        if self.kept is None or self.knows is not None or self.asked is not None:
+            return learn()
+        recipe = (WINDOWS, WINDOW_TOKENS, FIRST_TOKENS, RIDGE, training_text())
+        about = (name, self.files.digest, self.plan.start, self.dtype, self.seed, recipe)
+        path = self.kept / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.safetensors"
+        found = LinearMap.load(path)
+        if found is None:
+            found = learn()
+            found.save(path)
+        return found
 
     def linear(self, x: Tensor) -> Tensor:
         """The embeddings [..., T, E] that the maps give for states [..., T, H] from position 0 on."""

@@ -8,6 +8,7 @@ Records alone, so that the page's process needs no torch; attacked.py computes.
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.models.plan import SplitPlan
@@ -24,8 +25,8 @@ WHAT = "The process of the attacks"
 
 @dataclass(frozen=True)
 class Question:
-    """What to attack: a prompt, at the cut of `plan`, of a client with a `defence` (defences.py) that attacks
-    know."""
+    """What to attack: a prompt, at the cut of `plan`, of a client with a `defence` (defences.py) that attacks know. The
+    folder `kept` has what they have learnt of a cut."""
 
     files: ModelFiles
     dtype: str
@@ -33,6 +34,7 @@ class Question:
     defence: str
     prompt: str
     threads: int | None
+    kept: Path
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 from torch import Tensor
 
@@ -42,9 +43,18 @@ class Attacker:
 
 class Opponents:
     """Those of the cut of `plan`, each loaded when it is first used. Victims answer with `answer_tokens` tokens, and
-    everything random has `seed`."""
+    everything random has `seed`. `kept` is a folder for what attackers learn of public layers."""
 
-    def __init__(self, files: ModelFiles, plan: SplitPlan, dtype: str, answer_tokens: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        plan: SplitPlan,
+        dtype: str,
+        answer_tokens: int,
+        seed: int = 0,
+        kept: Path | None = None,
+    ) -> None:
+        self._kept = kept
         self.plan, self._model, self._answer_tokens, self._seed = plan, (files, plan, dtype), answer_tokens, seed
         self._sessions: dict[tuple[str, str], VictimSession] = {}
 
@@ -59,7 +69,7 @@ class Opponents:
     @cached_property
     def unknowing(self) -> Attacker:
         """A server that takes every client for one without a defence."""
-        return Attacker(Checkpoint(*self._model, self._seed))
+        return Attacker(Checkpoint(*self._model, self._seed, kept=self._kept))
 
     def knowing(self, defence: str) -> Attacker:
         """A server that knows the defence of its client, but not what is drawn: it learns from states that have gone

@@ -93,12 +93,21 @@ class SweepJob(Background[SweepStatus]):
             self._lines = found, summary(found)
         return self._lines[1]
 
+    @property
+    def maps(self) -> Path:
+        """The folder for what attacks on single prompts learn."""
+        return self._cache / "maps"
+
+    @property
+    def _cache(self) -> Path:
+        return cache_folder(self.runs.config.model) / "attacks"
+
     def _folder(self, end: int) -> Path:
         """One for each header and format of results, so that no sweep meets another one's."""
         runs = self.runs
         header = results.header_of(runs.files, runs.dtype, end, victims.ANSWER_TOKENS, 0, victims.built_in())
         name = hashlib.sha256(json.dumps([results.FORMAT, header]).encode()).hexdigest()[:16]
-        return cache_folder(runs.config.model) / "attacks" / name
+        return self._cache / name
 
     def _work(self, asked: SweepRequest, status: SweepStatus, stop: threading.Event) -> Iterator[SweepStatus]:
         try:

@@ -102,3 +102,17 @@ def test_states_behind_one_layer_of_another_family_are_read_too(tiny_model: Tiny
 def test_a_checkpoint_of_another_model_is_refused(run: Run, tiny_model: TinyFactory) -> None:
     with pytest.raises(InputError, match="digest"):
         Checkpoint.of(run("float32").capture, tiny_model("gpt2"))
+
+
+def test_what_is_learnt_of_a_cut_is_kept_and_learnt_anew_where_its_file_is_damaged(
+    files: ModelFiles, tmp_path: Path
+) -> None:
+    learnt = Checkpoint(files, PLAN, "float32", kept=tmp_path).first
+    (path,) = tmp_path.iterdir()
+    kept = path.read_bytes()
+    assert torch.equal(Checkpoint(files, PLAN, "float32", kept=tmp_path).first.weights, learnt.weights)
+    Checkpoint(files, PLAN, "float32", seed=1, kept=tmp_path).first  # noqa: B018  # another seed's is another file
+    assert path.read_bytes() == kept and len(list(tmp_path.iterdir())) == 2
+    path.write_bytes(kept[:100])
+    assert torch.equal(Checkpoint(files, PLAN, "float32", kept=tmp_path).first.weights, learnt.weights)
+    assert path.read_bytes() == kept

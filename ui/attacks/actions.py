@@ -42,7 +42,7 @@ class Attacks:
             raise InputError("prompt", prompt, "some text")
         runs = self.planner.runs
         stop = yield from self.planner.ready(visitor)
-        question = Question(runs.files, runs.dtype, plan, defence, prompt, runs.config.runs.threads)
+        question = Question(runs.files, runs.dtype, plan, defence, prompt, runs.config.runs.threads, self.job.maps)
         with closing(live.read(question, stop)) as items:  # type: ignore[type-var]  # a generator
             yield from items
 

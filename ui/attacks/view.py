@@ -31,7 +31,7 @@ NO_SWEEP = (
 RECALL = "Tokens with the right id at their place. Of an answer, the last token is never sent."
 WHOLE = "Whether every token of the prompt was recovered."
 SPEED = "The attack's time for a token, without what it learns once for a cut."
-LEARNS = "What the attack learns once for a cut, from other text."
+LEARNS = "What the attack learns once for a cut, from other text; kept for the next prompt."
 FRONT = (
     "No other row is as good in all of these and better in one: prompt tokens recovered, layers at the client, bytes, "
     "answer tokens changed."
