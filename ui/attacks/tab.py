@@ -77,12 +77,12 @@ class AttacksTab:
                 min_width=240,
                 elem_id="sweep-cuts",
             )
-            self.asked["defences"] = gr.CheckboxGroup(
-                DEFENCES, value=["none", "wire_dtype=int8"], label="Defences", info="Each is measured.", min_width=280
-            )
             self.asked["limit"] = gr.Textbox(
                 str(PROMPTS), label="Prompts", info="How many of them.", min_width=120, elem_id="sweep-limit"
             )
+        self.asked["defences"] = gr.CheckboxGroup(
+            DEFENCES, value=["none", "wire_dtype=int8"], label="Defences", info="Each is measured.", min_width=280
+        )
         with gr.Row():
             self.start = gr.Button("Measure", variant="primary", scale=3, min_width=160, elem_id="sweep-start")
             self.end = gr.Button("Stop measuring", interactive=False, scale=1, min_width=120, elem_id="sweep-stop")
