@@ -10,6 +10,7 @@ from splitlearn.checkpoints.catalogue import CATALOGUE
 from splitlearn.flags.registry import FLAGS
 from tests.conftest import TinyFactory
 from tests.support.page import App, attacks, conversation, experiment, measuring, setting, unfold
+from ui.attacks.actions import DEFENCES
 from ui.flags.flag_words import NAMES
 
 SENTENCE = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z]{2,}){2,}")
@@ -26,7 +27,7 @@ GRADIOS = (
 CHOICES = {choice for flag in FLAGS.values() for choice in flag.choices}
 TERMS = {*FLAGS, *NAMES, *CHOICES, *(flag.label for flag in FLAGS.values())}
 TERMS |= {"English", "splitlearn", "gRPC", "Wi-Fi", "Top-k", "Top-p", "MLP", "RMSNorm", "LM head", "dtype"}
-TERMS |= {"TTFT", "TPOT", "Delta"}
+TERMS |= {"TTFT", "TPOT", "Delta", *DEFENCES}
 TERMS |= {name for entry in CATALOGUE for name in (entry.name, entry.licence)}
 NAME = re.compile(
     r"(?:hub|PyPI|torch|transformers) \S+|[a-z0-9_]+=\w+|[\w./-]*/[\w./-]*|\w+\.(?:csv|html|json)|[-+±\d.,]+ \w{1,2}"
