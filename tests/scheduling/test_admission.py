@@ -1,7 +1,7 @@
 """Who comes in next, for any sessions: nobody passes for ever, holders share, and what is free is used."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from functools import partial
 from random import Random
@@ -109,8 +109,7 @@ def test_a_full_queue_rejects_the_last_of_the_holder_with_most_in_it() -> None:
         first, second = (threads.submit(admission.acquire, BLOCK, 60, _stays, "many") for _ in range(2))
         assert eventually(lambda: admission.waiting == 2)
         one = threads.submit(admission.acquire, BLOCK, 60, _stays, "one")
-        rejected = [future for future in (first, second) if eventually(future.done, 5)]
-        (gone,) = rejected
+        (gone,) = wait((first, second), 60, FIRST_COMPLETED).done
         with pytest.raises(TrunkFull, match="full"):
             gone.result()
         with pytest.raises(TrunkFull, match="waiting already"):
