@@ -239,11 +239,12 @@ def asking(browser: BrowserContext, url: str) -> Iterator[Page]:
 )
 def test_bad_input_is_named_and_nothing_is_begun(asking: Page, folder: Path, field: str, value: str, said: str) -> None:
     before = sorted((folder / "lab").glob("*"))
-    right = asking.locator(f"#{field}").locator("input, textarea").first.input_value()
-    setting(asking, field, value)
+    box = asking.locator(f"#{field}").locator("input, textarea").first
+    right = box.input_value()
+    box.fill(value)
     asking.locator("#lab-start").click()
     expect(asking.locator("#lab-error .sl-error")).to_contain_text(said)
     expect(asking.locator("#lab-error .sl-error")).to_contain_text("expected")
     assert sorted((folder / "lab").glob("*")) == before
     expect(asking.locator("#lab-start")).to_be_enabled()
-    setting(asking, field, right)
+    box.fill(right)
