@@ -43,6 +43,7 @@ BENCHES = (
     "flips",
     "llama",
     "engines",
+    "engine_tokens",
     "threads",
     "context",
     "gpu",
