@@ -2,7 +2,8 @@
 
 Clients, their requests and their figures are those of the load test, and a server decides by the scheduler's own
 `next_batch` and `Pace`. Only time is simulated: what forwards, clients and links take is given by `Costs` and `Link`.
-Each client has a link of its own and stays at one replica.
+Each client has a link of its own and stays at one replica. A process passes one message at a time, as the threads of a
+Python process share its lock; so the answers of one forward come one after another.
 """
 
 from collections.abc import Generator, Sequence
@@ -69,7 +70,8 @@ class SimulatedStep(QueueEntry):
 
 
 class Replica:
-    """A trunk server: one forward at a time, chosen as the engine chooses it (scheduling/engine.py)."""
+    """A trunk server: one forward at a time, chosen as the engine chooses it (scheduling/engine.py). `messages` is its
+    process, as far as that passes messages."""
 
     def __init__(self, env: simpy.Environment, costs: Costs, limits: Limits) -> None:
         self._env, self._costs, self._limits = env, costs, limits
@@ -77,6 +79,7 @@ class Replica:
         self._waiting: list[SimulatedStep] = []
         self._arrived = env.event()
         self._turns, self._forwards = Turns(), 0
+        self.messages = simpy.Resource(env)
         env.process(self._run())
 
     def open(self) -> Session:
@@ -136,51 +139,78 @@ class Replica:
 
 @dataclass(frozen=True)
 class Scenario:
-    """The closed loop `load` with prompts of `prompt_tokens`, shared by `replicas` servers behind links alike."""
+    """The closed loop `load` with prompts of `prompt_tokens`, shared by `replicas` servers behind links alike. Clients
+    are in one process, as those of a load test are, or each on a machine of its own."""
 
     load: LoadTest
     prompt_tokens: Sequence[int]
     link: Link
     replicas: int = 1
+    one_process: bool = False
 
 
 def simulate(scenario: Scenario, costs: Costs, limits: Limits) -> Summary:
     """The figures of a load, as the load test would measure them."""
     env: Any = simpy.Environment()
     replicas = [Replica(env, costs, limits) for _ in range(scenario.replicas)]
-    found: list[Outcome] = []
+    found, shared = list[Outcome](), simpy.Resource(env)
     for number in range(scenario.load.clients):
-        env.process(_client(env, scenario, number, replicas[number % len(replicas)], costs, found))
+        own = shared if scenario.one_process else simpy.Resource(env)
+        wire = Wire(env, scenario.link, costs, own, replicas[number % len(replicas)])
+        env.process(_client(env, scenario, number, wire, found))
     env.run()  # until the last answer has ended, as the load test waits for it
     found.sort(key=lambda outcome: outcome.arrived_s)
     return Summary.of(Measurement(tuple(found), scenario.load.duration_s, busy=0.0), scenario.load.levels)
 
 
-def _client(
-    env: simpy.Environment, scenario: Scenario, number: int, replica: Replica, costs: Costs, found: list[Outcome]
-) -> Events:
+@dataclass(frozen=True)
+class Wire:
+    """What is between a client in the process `own` and its replica. Each of the two takes a quarter of a step's
+    `step_s` for the message there, and a quarter for the one back."""
+
+    env: simpy.Environment
+    link: Link
+    costs: Costs
+    own: simpy.Resource
+    replica: Replica
+
+    def sent(self, tokens: int) -> Events:
+        """The seconds from the client to the replica's queue."""
+        yield from self._passed(self.own)
+        yield self.env.timeout(self.link.up.expected_s(tokens * self.costs.row_bytes))
+        yield from self._passed(self.replica.messages)
+
+    def returned(self, tokens: int) -> Events:
+        """The seconds from the replica to the client."""
+        yield from self._passed(self.replica.messages)
+        yield self.env.timeout(self.link.down.expected_s(tokens * self.costs.row_bytes))
+        yield from self._passed(self.own)
+
+    def _passed(self, process: simpy.Resource) -> Events:
+        with process.request() as turn:
+            yield turn
+            yield self.env.timeout(self.costs.step_s / 4)
+
+
+def _client(env: simpy.Environment, scenario: Scenario, number: int, wire: Wire, found: list[Outcome]) -> Events:
     for job in load_requests(scenario.load, number):
         if env.now >= scenario.load.duration_s:
             return
         began, times = env.now, list[float]()
-        yield from _answer(env, scenario, job, replica, costs, times)
+        yield from _answer(env, scenario, job, wire, times)
         found.append(Outcome(number, job, began, began, env.now, "done", "", tuple(times)))
         yield env.timeout(scenario.link.rtt_ms / 1e3)  # the client ends its session in order
 
 
-def _answer(
-    env: simpy.Environment, scenario: Scenario, job: LoadRequest, replica: Replica, costs: Costs, times: list[float]
-) -> Events:
+def _answer(env: simpy.Environment, scenario: Scenario, job: LoadRequest, wire: Wire, times: list[float]) -> Events:
     """One request: open a session, send the prompt, and then each token once the answer to the last one is there."""
-    up, down = scenario.link.up, scenario.link.down
-    session = replica.open()
-    yield env.timeout(costs.open_s + scenario.link.rtt_ms / 1e3)
+    session = wire.replica.open()
+    yield env.timeout(wire.costs.open_s + scenario.link.rtt_ms / 1e3)
     tokens = scenario.prompt_tokens[job.prompt]
     for _ in range(job.new_tokens):
-        size = tokens * costs.row_bytes
-        yield env.timeout(costs.step_s / 2 + up.expected_s(size))
-        yield replica.step(session, tokens)
-        yield env.timeout(costs.step_s / 2 + down.expected_s(size))
+        yield from wire.sent(tokens)
+        yield wire.replica.step(session, tokens)
+        yield from wire.returned(tokens)
         times.append(env.now)
         tokens = 1
-    replica.close(session)
+    wire.replica.close(session)

@@ -51,3 +51,11 @@ def test_no_token_comes_sooner_than_alone_and_no_server_gives_more_than_its_forw
     share = -(-clients // replicas)
     assert found.tps_system <= replicas * share / COSTS.forward_s(share, 0) + 1e-9
     assert found.done == found.offered
+
+
+def test_clients_in_one_process_pass_their_messages_one_after_another() -> None:
+    load = replace(LOAD, clients=4, duration_s=0.1)  # one request each
+    apart = simulate(replace(ALONE, load=load, replicas=4), COSTS, LIMITS)
+    together = simulate(replace(ALONE, load=load, replicas=4, one_process=True), COSTS, LIMITS)
+    assert together.ttft.mean_s is not None and apart.ttft.mean_s is not None
+    assert together.ttft.mean_s - apart.ttft.mean_s >= 1.5 * COSTS.step_s / 4 - 1e-9  # they wait for 0, 1, 2, 3 others
