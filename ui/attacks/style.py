@@ -3,7 +3,7 @@
 CSS = """
 .sl-reading { margin: 12px 0; }
 .gradio-container .html-container .sl-reading h3 { margin: 0; }
-.sl-reading .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); }
+.sl-reading .sl-tiles { grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); }
 .sl-tokens { margin: 6px 0; line-height: 1.9; overflow-wrap: anywhere; white-space: pre-wrap; }
 .sl-right { border-bottom: 2px solid #15803d; margin-right: 2px; } .dark .sl-right { border-color: #4ade80; }
 .sl-wrong { border: 1px dashed #b91c1c; border-radius: 3px; padding: 0 2px; background: #fef2f2; color: #7f1d1d; }
