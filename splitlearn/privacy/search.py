@@ -41,7 +41,7 @@ CLOSE of it: relative to the value, or to the row's median value. Rounding of an
 1e-6 of it; of two tokens, few values agree."""
 SURE = 4
 """Under noise that the attacker knows, a candidate gives the state that arrived if the mean square of what is left, in
-deviations of the noise, is below 1 + SURE * sqrt(2 / H): the square of noise is beyond that for one state in 30,000."""
+deviations of the noise, is within SURE * sqrt(2 / H) of 1: that of noise is beyond it for one state in 15,000."""
 _SETTINGS = SessionSettings(new_cache=dynamic, gradient_guard=torch.inference_mode)
 
 
@@ -111,10 +111,11 @@ class _Search:
         """Try candidates. Whether one gives the state; it is then the best."""
         states, target = self._states(ids), self._target[self.settled]
         same, sent, noise = self._same(states, target), self._sent(states), self._noise(states)
-        scale = self._map.scale if noise is None else noise
-        distances = ((sent - target) / scale).norm(dim=1)
         if noise is None:
+            distances = ((sent - target) / self._map.scale).norm(dim=1)
             distances[same] = 0.0
+        else:  # the negative logarithm of the likelihood, but for a constant
+            distances = ((sent - target) / noise).square().sum(1) / 2 + len(target) * noise[:, 0].log()
         best = int(distances.argmin())
         if float(distances[best]) < tried.distance:
             tried.best, tried.state, tried.distance = ids[best], sent[best], float(distances[best])
@@ -137,7 +138,7 @@ class _Search:
         noise, size = self._noise(states), target.abs()
         if noise is not None:
             square = ((self._sent(states) - target) / noise).square().mean(dim=-1)
-            return square <= 1 + SURE * math.sqrt(2 / states.shape[-1])
+            return (square - 1).abs() <= SURE * math.sqrt(2 / states.shape[-1])
         close = max(CLOSE, 4 * torch.finfo(self._checkpoint.bottom.dtype).eps)
         near = close * torch.maximum(size, size.median(dim=-1, keepdim=True).values)
         return ((self._sent(states) - target).abs() <= near).float().mean(dim=-1) >= SAME_SHARE
