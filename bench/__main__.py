@@ -44,6 +44,7 @@ BENCHES = (
     "llama",
     "engines",
     "engine_tokens",
+    "jax_ladder",
     "threads",
     "context",
     "gpu",
