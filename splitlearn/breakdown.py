@@ -75,7 +75,7 @@ class Difference:
             "the rest": self.rest,
         }
         said = ", ".join(f"{_signed(spent)} for {name}" for name, spent in parts.items())
-        return f"Split takes {abs(self.total) * 1e3:.1f} ms {more} for each token: {said}."
+        return f"On average, split takes {abs(self.total) * 1e3:.1f} ms {more} for each token: {said}."
 
 
 def _signed(seconds: float) -> str:

@@ -20,6 +20,7 @@ from splitlearn.lab.preflight import Preflight, preflight
 from splitlearn.lab.report import exports
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import FILE, Store
+from splitlearn.runtime import programs
 from splitlearn.runtime.background import Background
 
 PROMPTS = "prompts.txt"
@@ -120,7 +121,7 @@ class Job(Background[JobStatus]):
             "--prompts": folder / PROMPTS if self._has_own_prompts(request) else None,
         }
         words = [word for name, value in given.items() if value is not None for word in (name, f"{value}")]
-        return shlex.join(["python", "-m", "splitlearn", "lab", *self._options, *words])
+        return shlex.join([programs.spoken(), "-m", "splitlearn", "lab", *self._options, *words])
 
 
 def saved_experiments(folder: Path) -> list[SavedExperiment]:

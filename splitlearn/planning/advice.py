@@ -14,6 +14,7 @@ DOUBT = 1.5
 
 
 LESS = "A smaller model takes less, and weights in 4 bits do (weight_dtype)."
+NEVER = "they alone take more than this client has."
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def _where(chosen: CutCost | None, smallest: CutCost, rates: Rates, limit: float
     if chosen is None:
         return (
             f"No cut fits a client of {_mb(limit or 0)}: the least is {_mb(smallest.client_memory_bytes)}, with trunk "
-            f"layers {_range(smallest)}, of which the libraries take {_mb(rates.import_bytes)}. {LESS}"
+            f"layers {_range(smallest)}, of which the libraries take {_mb(rates.import_bytes)}"
+            + (f". {LESS}" if rates.import_bytes < (limit or 0) else f": {NEVER}")
         )
     who = "Without a limit of memory" if limit is None else f"For a client of {_mb(limit)}"
     memory = f"{_mb(chosen.client_memory_bytes)} at the client and {_mb(chosen.trunk_memory_bytes)} at the trunk"

@@ -25,6 +25,12 @@ def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
+def spoken() -> str:
+    """How a user calls this interpreter from the current folder: `.venv/bin/python` in a checkout, else `python`."""
+    path, here = Path(sys.executable), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else "python"
+
+
 def environment() -> dict[str, str]:
     """The environment for `command`, and for interpreters that it starts in its turn."""
     known = {Path(path).resolve() for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))}

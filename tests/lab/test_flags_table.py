@@ -155,7 +155,7 @@ def test_a_rows_command_measures_its_arms_beside_those_that_they_are_held_agains
     table = table_of(analyse(asked, trials(asked), {}))
     for row in (*table.rows, *table.controls):
         words = shlex.split(row.command)
-        assert words[:4] == ["python", "-m", "splitlearn", "lab"]
+        assert words[1:4] == ["-m", "splitlearn", "lab"]
         given = dict(zip(words[4::2], words[5::2], strict=True))
         again = ExperimentRequest(
             given["--flags"],

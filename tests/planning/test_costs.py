@@ -135,4 +135,5 @@ def test_a_client_too_small_is_told_what_the_least_is() -> None:
     none = advise(found, RATES, 100 * MB)
     assert none.chosen is None
     assert "No cut fits a client of 100 MB: the least is 300 MB" in none.where_to_cut
-    assert "libraries take 250 MB" in none.where_to_cut
+    assert "libraries take 250 MB: they alone take more" in none.where_to_cut
+    assert "libraries take 250 MB. A smaller model" in advise(found, RATES, 280 * MB).where_to_cut

@@ -88,7 +88,7 @@ def test_one_press_shows_both_answers_their_figures_and_that_they_are_identical(
         assert all(any(letter.isdigit() for letter in value) for value in shown.values())
     assert figures(page, "full")["Tokens"] == figures(page, "split")["Tokens"]
     result = page.locator("#result").inner_text()
-    for part in ("TTFT, split / full", "TPOT, split / full", "3 pairs", "Bytes up", "Split takes"):
+    for part in ("TTFT, split / full", "TPOT, split / full", "3 pairs", "Bytes up", "split takes"):
         assert part in result
     page.locator("#time .sl-prompt summary").click()
     expect(page.locator("#time .sl-prompt mark")).to_have_text(["<|user|>", "<|end|>", "<|assistant|>"])

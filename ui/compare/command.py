@@ -4,13 +4,14 @@ import shlex
 from collections.abc import Sequence
 
 from splitlearn.events import GenerationRequest
+from splitlearn.runtime import programs
 from splitlearn.sampling import SamplingParams
 
 
 def command(request: GenerationRequest, flags: str, pairs: int, link: str | None, options: Sequence[str] = ()) -> str:
     """`python -m splitlearn compare ...` for this request. `options` are those for the same settings, such as
     --config."""
-    words = ["python", "-m", "splitlearn", "compare", *options, "--prompt", request.text]
+    words = [programs.spoken(), "-m", "splitlearn", "compare", *options, "--prompt", request.text]
     words += ["--max-new-tokens", str(request.max_new_tokens), "--flags", flags, "--pairs", str(pairs)]
     words += ["--ignore-eos"] * request.ignore_eos + ["--raw"] * (request.chat is False)
     words += ["--chat-template", request.chat] if isinstance(request.chat, str) else []

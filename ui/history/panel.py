@@ -18,7 +18,7 @@ from ui.visitors import visitor
 
 # Where the browser keeps it. Gradio encrypts it with a key that every page has, so it is no secret.
 STORAGE_KEY, SCRAMBLED_WITH = "splitlearn-history", "splitlearn"
-REPEAT_HELP = "Runs the same comparison on the command line."
+REPEAT_HELP = "Runs the same comparison on the command line, in the folder in which the page was started."
 
 
 class HistoryPanel:

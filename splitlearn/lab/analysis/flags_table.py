@@ -32,6 +32,7 @@ from splitlearn.lab.design import AA, ALL, BASELINE, NONE, Arm, Design, Plan, Qu
 from splitlearn.lab.records import FIRST_PASS, Setup, Trial
 from splitlearn.lab.request import TOGETHER
 from splitlearn.lab.stats import Effect
+from splitlearn.runtime import programs
 
 Role = Literal["all", "none", "flag", "control"]
 PAIRS = 6
@@ -289,8 +290,9 @@ def _command(setup: Setup, place: _Place) -> str:
     """The command that measures the arm again, in PAIRS pairs with the one that it is held against: its table has
     both."""
     words = " ".join(f"{side}:{','.join(sorted(setup.flags.of(side))) or 'none'}" for side in SIDES)
-    command = ["python", "-m", "splitlearn", "lab", "--flags", words, "--about", ",".join(_about(setup.plan, place))]
-    command += ["--design", setup.design, "--pairs", str(PAIRS), "--max-new-tokens", str(setup.max_new_tokens)]
+    command = [programs.spoken(), "-m", "splitlearn", "lab", "--flags", words]
+    command += ["--about", ",".join(_about(setup.plan, place)), "--design", setup.design]
+    command += ["--pairs", str(PAIRS), "--max-new-tokens", str(setup.max_new_tokens)]
     return shlex.join([*command, *_options(setup.command)])
 
 
