@@ -40,5 +40,5 @@ def _milliseconds(seconds: float | None) -> str:
 def _ratio(found: Ratio | None) -> str:
     if found is None or found.ratio is None:
         return ""
-    interval = "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"
+    interval = " [{:.2f}, {:.2f}]".format(*found.interval) if found.interval else ""
     return f"{found.ratio:.2f}{interval}"

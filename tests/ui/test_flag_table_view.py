@@ -7,7 +7,7 @@ from html import unescape
 import pytest
 
 from splitlearn.lab.analysis.findings import analyse
-from splitlearn.lab.analysis.flags_table import ArmCells, FlagsTable, flags_table
+from splitlearn.lab.analysis.flags_table import ArmCells, FlagsTable, Ratio, flags_table
 from splitlearn.lab.design import Design
 from splitlearn.lab.records import FIRST_PASS
 from tests.support.lab_trials import setup, trials
@@ -62,7 +62,17 @@ def test_every_figure_is_that_of_the_labs_table(design: Design, blocks: int) -> 
             for shown, expected in ((ratio, cells.tpot_ratio), (ttft_ratio, cells.ttft_ratio)):
                 if expected is not None and expected.ratio is not None:
                     assert shown.startswith(f"{expected.ratio:.2f}\N{MULTIPLICATION SIGN}")
-                    assert ("to" in shown) == (expected.low is not None)
+                    assert ("to" in shown) == (expected.interval is not None)
+
+
+@pytest.mark.parametrize(("low", "high", "shown"), [(1e-20, 6e16, ""), (0.9, 1.2, "0.90 to 1.20")])
+def test_an_interval_is_shown_where_it_says_something(low: float, high: float, shown: str) -> None:
+    found = table_of(1)
+    row = found.rows[-1]
+    wide = Ratio(1.04, low, high, 0.95, 2, "no verdict yet: n = 2", False)
+    cells = {kind: replace(each, tpot_ratio=wide) for kind, each in row.cells.items()}
+    drawn = rows(view.section(replace(found, rows=(replace(row, cells=cells),), controls=())))
+    assert drawn[row.name][0].split("\N{MULTIPLICATION SIGN}")[1].strip() == shown
 
 
 def test_by_effect_the_flag_with_the_largest_effect_comes_first_behind_the_baselines() -> None:

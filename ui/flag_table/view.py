@@ -129,7 +129,7 @@ def _effect(row: FlagRow) -> float:
 def _axis(rows: Iterable[FlagRow]) -> tuple[float, float]:
     """The ends of the shared log axis: as wide as the data, and including 1."""
     found = [cells.tpot_ratio for row in rows for cells in row.cells.values() if cells.tpot_ratio]
-    ends = [at for each in found for at in (each.ratio, each.low, each.high) if at]
+    ends = [at for each in found for at in (each.ratio, *(each.interval or ())) if at]
     logs = [math.log(at) for at in ends]
     return min([-LEAST_SPAN, *logs]), max([LEAST_SPAN, *logs])
 
@@ -183,8 +183,7 @@ def _verdict(cells: ArmCells) -> str:
 def _ratio(found: Ratio | None) -> str:
     if found is None or found.ratio is None:
         return MISSING
-    known = found.low is not None and found.high is not None
-    interval = f"<small> {found.low:.2f} to {found.high:.2f}</small>" if known else ""
+    interval = "<small> {:.2f} to {:.2f}</small>".format(*found.interval) if found.interval else ""
     return f'<span class="sl-ratio">{found.ratio:.2f}\N{MULTIPLICATION SIGN}{interval}</span>'
 
 
@@ -196,7 +195,7 @@ def _bar(kind: Kind, found: Ratio | None, axis: tuple[float, float]) -> str:
     def x(value: float) -> float:
         return 4 + (math.log(value) - axis[0]) / (axis[1] - axis[0]) * (WIDTH - 8)
 
-    low, high = found.low or found.ratio, found.high or found.ratio
+    low, high = found.interval or (found.ratio, found.ratio)
     middle = HEIGHT / 2
     return (
         f'<svg class="sl-interval sl-of-{kind}" viewBox="0 0 {WIDTH} {HEIGHT}" aria-hidden="true">'

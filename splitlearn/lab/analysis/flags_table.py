@@ -37,6 +37,8 @@ from splitlearn.runtime import programs
 Role = Literal["all", "none", "flag", "control"]
 PAIRS = 6
 """Of the command that repeats a row: enough for an interval."""
+WIDEST = 100
+"""An interval whose ends differ by a larger factor says nothing: that of two pairs may have 50 digits."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,13 @@ class Ratio:
     pairs: int
     verdict: str
     decided: bool
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """`low` and `high`, if they say something to a reader."""
+        if self.low is None or self.high is None or self.high > WIDEST * self.low:
+            return None
+        return self.low, self.high
 
 
 @dataclass(frozen=True)
