@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from splitlearn.errors import InputError, SplitlearnError
+from splitlearn.link.emulated import Link
 from splitlearn.models.plan import SplitPlan
-from splitlearn.planning.anatomy import Part, parts_of
+from splitlearn.planning.anatomy import parts_of
+from splitlearn.planning.costs import tpot_s
 from splitlearn.privacy import live
 from splitlearn.privacy.cut import cuts_of, plan_at
 from splitlearn.privacy.defences import NONE, words
@@ -27,6 +30,15 @@ PROMPTS = 8
 FILE = "attacks.csv"
 PUBLISHED = {("smollm2-135m-instruct", "float32", 2): (1.0, 40)}
 """By model, dtype and cut: the share of the prompts' tokens recovered, of so many prompts (docs/privacy.md)."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client of a cut. `tpot_s` is predicted from what was last measured of these machines, None before that."""
+
+    n_layers: int
+    weight_bytes: int
+    tpot_s: float | None
 
 
 class Attacks:
@@ -65,11 +77,13 @@ class Attacks:
         shares = map(_pooled, hits.values())
         return max(shares, default=PUBLISHED.get((runs.files.name, runs.dtype, runs.plan.start)))
 
-    def client(self, cut: int) -> Part:
-        """Layers and weights of a client with `cut` layers before the trunk. Raises what reading the model raises."""
-        anatomy, usual = self.planner.anatomy(), self.planner.runs.plan
-        (part,) = (part for part in parts_of(anatomy, plan_at(cut, usual), 0) if part.name == "client")
-        return part
+    def client(self, cut: int) -> Client:
+        """A client with `cut` layers before the trunk. Raises what reading the model raises."""
+        anatomy, plan = self.planner.anatomy(), plan_at(cut, self.planner.runs.plan)
+        (part,) = (part for part in parts_of(anatomy, plan, 0) if part.name == "client")
+        measured = self.planner.measured
+        tpot = tpot_s(anatomy, measured.rates, Link(), plan.start, plan.end) if measured is not None else None
+        return Client(part.n_layers, part.weight_bytes, tpot)
 
     def _plan(self, typed: object) -> SplitPlan:
         """The cut in use, or one behind as many layers as `typed`."""

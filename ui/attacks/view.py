@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 
-from splitlearn.planning.anatomy import Part
 from splitlearn.privacy.live import Guess, Item, Reading, Said, Victim
 from splitlearn.privacy.registry import ATTACKS
 from splitlearn.privacy.scores import Hits
@@ -12,7 +11,7 @@ from splitlearn.privacy.summary import Line, percent
 from splitlearn.privacy.sweep_job import SweepStatus
 from splitlearn.runtime.progress import Step
 from ui import html
-from ui.attacks.actions import recall
+from ui.attacks.actions import Client, recall
 from ui.format import MISSING, seconds, size
 
 WHAT = (
@@ -36,6 +35,7 @@ FRONT = (
     "No other row is as good in all of these and better in one: prompt tokens recovered, layers at the client, bytes, "
     "answer tokens changed."
 )
+TPOT = "Of the cut without a defence, from the last comparison or measurement here, over its link."
 NOT_READ = "This attack looks at what the server sends back, and reads the answer alone."
 
 
@@ -130,7 +130,7 @@ def sweep_progress(status: SweepStatus) -> str:
     return progress(Step(f"Ended: {status.ended}") if status.ended else status.step)
 
 
-def sweep(lines: Sequence[Line], client: Callable[[int], Part]) -> str:
+def sweep(lines: Sequence[Line], client: Callable[[int], Client]) -> str:
     """A row for each cut and defence, with the strongest attack. `client` gives the client of a cut."""
     groups: dict[tuple[int, str], list[Line]] = {}
     for line in lines:
@@ -143,7 +143,8 @@ def sweep(lines: Sequence[Line], client: Callable[[int], Part]) -> str:
     prices = [_price(line, clients[line.cut]) for line in strongest]
     heads = ("Layers before the trunk", "Defence", "Strongest attack", "Prompt tokens", "Whole prompts", "Prompts")
     costs = ("Time a token", "Answer tokens changed", "Bytes a token", "Client layers", "Client weights")
-    head = html.head_row(*heads, *costs, html.term("Pareto-optimal", FRONT, "sweep"))
+    terms = html.term("TPOT predicted", TPOT, "sweep"), html.term("Pareto-optimal", FRONT, "sweep")
+    head = html.head_row(*heads, *costs, *terms)
     rows = [
         (*_row(line, clients[line.cut]), "" if any(map(partial(_beats, price), prices)) else "yes")
         for line, price in zip(strongest, prices, strict=True)
@@ -151,7 +152,7 @@ def sweep(lines: Sequence[Line], client: Callable[[int], Part]) -> str:
     return f'<div class="sl-measured">{html.table(head, rows, "Recall by cut and defence")}</div>'
 
 
-def _row(line: Line, client: Part) -> tuple[str, ...]:
+def _row(line: Line, client: Client) -> tuple[str, ...]:
     return (
         str(line.cut),
         line.defence,
@@ -164,10 +165,11 @@ def _row(line: Line, client: Part) -> tuple[str, ...]:
         str(line.token_bytes),
         str(client.n_layers),
         size(client.weight_bytes),
+        seconds(client.tpot_s),
     )
 
 
-def _price(line: Line, client: Part) -> tuple[float, ...]:
+def _price(line: Line, client: Client) -> tuple[float, ...]:
     """What a row costs: recall, layers at the client, bytes, answer tokens that change."""
     return recall(line), client.n_layers, line.token_bytes, line.flips.value if line.flips is not None else 0.0
 
