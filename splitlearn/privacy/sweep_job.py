@@ -24,7 +24,7 @@ from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy import live, results, victims
 from splitlearn.privacy.results import Row
 from splitlearn.privacy.summary import Line, summary
-from splitlearn.runtime import process
+from splitlearn.runtime import process, programs
 from splitlearn.runtime.background import Background
 from splitlearn.runtime.progress import Step
 
@@ -133,4 +133,4 @@ class SweepJob(Background[SweepStatus]):
             "--out": str(folder),
         }
         words = [word for pair in given.items() for word in pair]
-        return shlex.join(["python", "-m", "splitlearn", "attack", *self._options, *words])
+        return shlex.join([programs.spoken(), "-m", "splitlearn", "attack", *self._options, *words])
