@@ -112,7 +112,7 @@ def _block(
         asked = replace(load, clients=clients)
         measured = _measured(trunks[:replicas], asked, recordings)
         costs = beside if min(clients, replicas) > 1 else alone
-        simulated = simulate(Scenario(asked, tokens, LINK, replicas, one_process=True), costs, _limits(costs))
+        simulated = simulate(Scenario(asked, tokens, LINK, replicas), costs, _limits(costs))
         found[clients, replicas] = Point(measured, simulated)
         print(clients, replicas, f"{measured.tps_system:.1f} {simulated.tps_system:.1f} tokens/s", flush=True)
     return alone, found

@@ -2,7 +2,7 @@
 
 Clients, their requests and their figures are those of the load test, and a server decides by the scheduler's own
 `next_batch` and `Pace`. Only time is simulated: what forwards, clients and links take is given by `Costs` and `Link`.
-Each client has a link of its own and stays at one replica. A process passes one message at a time, as the threads of a
+Each client has a link of its own and stays at one replica. A server passes one message at a time, as the threads of a
 Python process share its lock; so the answers of one forward come one after another.
 """
 
@@ -139,24 +139,21 @@ class Replica:
 
 @dataclass(frozen=True)
 class Scenario:
-    """The closed loop `load` with prompts of `prompt_tokens`, shared by `replicas` servers behind links alike. Clients
-    are in one process, as those of a load test are, or each on a machine of its own."""
+    """The closed loop `load` with prompts of `prompt_tokens`, shared by `replicas` servers behind links alike."""
 
     load: LoadTest
     prompt_tokens: Sequence[int]
     link: Link
     replicas: int = 1
-    one_process: bool = False
 
 
 def simulate(scenario: Scenario, costs: Costs, limits: Limits) -> Summary:
     """The figures of a load, as the load test would measure them."""
     env: Any = simpy.Environment()
     replicas = [Replica(env, costs, limits) for _ in range(scenario.replicas)]
-    found, shared = list[Outcome](), simpy.Resource(env)
+    found: list[Outcome] = []
     for number in range(scenario.load.clients):
-        own = shared if scenario.one_process else simpy.Resource(env)
-        wire = Wire(env, scenario.link, costs, own, replicas[number % len(replicas)])
+        wire = Wire(env, scenario.link, costs, replicas[number % len(replicas)])
         env.process(_client(env, scenario, number, wire, found))
     env.run()  # until the last answer has ended, as the load test waits for it
     found.sort(key=lambda outcome: outcome.arrived_s)
@@ -165,29 +162,26 @@ def simulate(scenario: Scenario, costs: Costs, limits: Limits) -> Summary:
 
 @dataclass(frozen=True)
 class Wire:
-    """What is between a client in the process `own` and its replica. Each of the two takes a quarter of a step's
-    `step_s` for the message there, and a quarter for the one back."""
+    """What is between a client and its replica. Each of the two takes a quarter of a step's `step_s` for the message
+    there, and a quarter for the one back."""
 
     env: simpy.Environment
     link: Link
     costs: Costs
-    own: simpy.Resource
     replica: Replica
 
     def sent(self, tokens: int) -> Events:
         """The seconds from the client to the replica's queue."""
-        yield from self._passed(self.own)
-        yield self.env.timeout(self.link.up.expected_s(tokens * self.costs.row_bytes))
-        yield from self._passed(self.replica.messages)
+        yield self.env.timeout(self.costs.step_s / 4 + self.link.up.expected_s(tokens * self.costs.row_bytes))
+        yield from self._passed()
 
     def returned(self, tokens: int) -> Events:
         """The seconds from the replica to the client."""
-        yield from self._passed(self.replica.messages)
-        yield self.env.timeout(self.link.down.expected_s(tokens * self.costs.row_bytes))
-        yield from self._passed(self.own)
+        yield from self._passed()
+        yield self.env.timeout(self.link.down.expected_s(tokens * self.costs.row_bytes) + self.costs.step_s / 4)
 
-    def _passed(self, process: simpy.Resource) -> Events:
-        with process.request() as turn:
+    def _passed(self) -> Events:
+        with self.replica.messages.request() as turn:
             yield turn
             yield self.env.timeout(self.costs.step_s / 4)
 
