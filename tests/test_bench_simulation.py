@@ -55,8 +55,6 @@ def test_no_token_comes_sooner_than_alone_and_no_server_gives_more_than_its_forw
 
 def test_a_server_passes_the_messages_of_its_clients_one_after_another() -> None:
     load = replace(LOAD, clients=4, duration_s=0.1)  # one request each
-    apart = simulate(replace(ALONE, load=load, replicas=4), COSTS, LIMITS)
-    assert apart.tpot.mean_s == pytest.approx(0.031)
     free = simulate(replace(ALONE, load=load), replace(COSTS, step_s=0.0), LIMITS)
     together = simulate(replace(ALONE, load=load), COSTS, LIMITS)
     assert free.tpot.mean_s is not None and together.tpot.mean_s is not None

@@ -1,9 +1,8 @@
 """`splitlearn attack`: what a trunk server can read of a text, by attacks that are run on it."""
 
 import json
-import shlex
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,9 +53,15 @@ def attack(
     from splitlearn.privacy.defences import words
     from splitlearn.privacy.registry import ATTACKS
 
-    settings, cuts = options.settings(config), None if splits is None else cuts_of(splits)
-    names = _names("attacks", attacks, list(ATTACKS))
-    against = _names("defences", defences, words())
+    asked = _Asked(
+        options.settings(config),
+        None if splits is None else cuts_of(splits),
+        _names("attacks", attacks, list(ATTACKS)),
+        _names("defences", defences, words()),
+        limit,
+        answer_tokens,
+        seed or 0,
+    )
     for field, value in (("limit", limit), ("answer_tokens", answer_tokens)):
         if value is not None and value < 1:
             raise InputError(field, value, "at least 1")
@@ -65,39 +70,53 @@ def attack(
         from splitlearn.lab.request import read_prompts
 
         own = read_prompts(prompts)
+    return lambda: _run(asked, own, out, as_json)
 
-    def run() -> None:
-        from splitlearn.privacy import victims
-        from splitlearn.privacy.results import Results
-        from splitlearn.privacy.summary import summary
-        from splitlearn.privacy.sweep import Sweep
-        from splitlearn.runtime import environment
-        from splitlearn.runtime.progress import on_console
-        from splitlearn.stages.loading import prepare_process
 
-        environment.set_defaults()
-        every = victims.built_in() if own is None else victims.own(own)
-        with on_console() as progress:
-            from splitlearn.checkpoints import catalogue
+@dataclass(frozen=True)
+class _Asked:
+    """What to do. `cuts` None is the configured one, `limit` None all prompts."""
 
-            files = catalogue.prepare(settings.model, progress)
-            plans = _plans(settings, files.n_layers, cuts)
-            prepare_process((), settings.runs.threads)
-            sweep = Sweep(files, settings.model.dtype, plans, names, against, every[:limit], answer_tokens, seed or 0)
-            header = sweep.header(every)
-            with Results.open(out, header) as results:
-                sweep.run(results, progress)
-                lines = summary(sweep.own(results))
-        _end(header, lines, out, as_json)
+    settings: "Config"
+    cuts: Sequence[int] | None
+    attacks: Sequence[str]
+    defences: Sequence[str]
+    limit: int | None
+    answer_tokens: int
+    seed: int
 
-    return run
+
+def _run(asked: _Asked, own: Sequence[str] | None, out: Path | None, as_json: bool) -> None:
+    """Attack a person's `own` prompts, or the built-in ones, and show the results."""
+    from splitlearn.checkpoints import catalogue
+    from splitlearn.privacy import victims
+    from splitlearn.privacy.results import Results
+    from splitlearn.privacy.summary import summary
+    from splitlearn.privacy.sweep import Sweep
+    from splitlearn.runtime import environment
+    from splitlearn.runtime.progress import on_console
+    from splitlearn.stages.loading import prepare_process
+
+    environment.set_defaults()
+    every = victims.built_in() if own is None else victims.own(own)
+    model, some = asked.settings.model, every[: asked.limit]
+    with on_console() as progress:
+        files = catalogue.prepare(model, progress)
+        plans = _plans(asked.settings, files.n_layers, asked.cuts)
+        prepare_process((), asked.settings.runs.threads)
+        sweep = Sweep(files, model.dtype, plans, asked.attacks, asked.defences, some, asked.answer_tokens, asked.seed)
+        header = sweep.header(every)
+        with Results.open(out, header) as results:
+            sweep.run(results, progress)
+            lines = summary(sweep.own(results))
+    _end(header, lines, out, as_json)
 
 
 def _end(header: dict[str, object], lines: "Sequence[Line]", out: Path | None, as_json: bool) -> None:
     from splitlearn.privacy import report
     from splitlearn.privacy.summary import HEADS
     from splitlearn.privacy.summary import as_json as in_json
-    from splitlearn.runtime import hardware
+    from splitlearn.runtime import hardware, programs
     from splitlearn.runtime.console import PlainTable, console
     from splitlearn.runtime.terminal import say
 
@@ -110,8 +129,7 @@ def _end(header: dict[str, object], lines: "Sequence[Line]", out: Path | None, a
             table.add_row(*line.cells())
         console().print(table)
     if out is not None:
-        command = shlex.join(["python", "-m", "splitlearn", *sys.argv[1:]])
-        say(f"Report: {report.write(out, header, lines, machine, command)}", stderr=True)
+        say(f"Report: {report.write(out, header, lines, machine, programs.this_command())}", stderr=True)
 
 
 def _plans(settings: "Config", n_layers: int, cuts: Sequence[int] | None) -> "list[SplitPlan]":

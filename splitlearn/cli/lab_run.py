@@ -1,9 +1,7 @@
 """The lab on a terminal: run an experiment, go on with one, show one or two."""
 
 import json
-import shlex
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +24,7 @@ from splitlearn.lab.report import data, exports
 from splitlearn.lab.request import ExperimentRequest, setup
 from splitlearn.lab.store import FILE, FOLDER, Store
 from splitlearn.planning.auto import settle
+from splitlearn.runtime import programs
 from splitlearn.runtime.console import console
 from splitlearn.runtime.progress import on_console
 from splitlearn.runtime.terminal import say, visible
@@ -34,7 +33,7 @@ from splitlearn.runtime.terminal import say, visible
 def run(asked: ExperimentRequest, config: Config, out: Path | None, *, as_json: bool) -> None:
     """Run a new experiment in the folder `out`, and write its exports there."""
     folder = out or Path(FOLDER) / time.strftime("%Y-%m-%d-%H%M%S")
-    command = shlex.join(["python", "-m", "splitlearn", *sys.argv[1:]])
+    command = programs.this_command()
     with exclusive(config), on_console() as progress, Runs(config, progress, settle) as runs:
         runs.check_trunk()
         made = setup(runs, asked, command)

@@ -1,7 +1,5 @@
 """A load test of a trunk server, by clients that are split arms or replay one."""
 
-import shlex
-import sys
 from contextlib import AbstractContextManager
 
 from splitlearn.arms.compare import environment
@@ -19,6 +17,7 @@ from splitlearn.loadtest.report import LoadTestResult
 from splitlearn.loadtest.summary import Summary
 from splitlearn.loadtest.trunk_clients import real_clients, replay_clients
 from splitlearn.planning.auto import settle
+from splitlearn.runtime import programs
 from splitlearn.runtime.progress import Progress
 
 
@@ -50,7 +49,7 @@ def measure(runs: Runs, asked: LoadTest, progress: Progress, stopping: Stopping)
         measurement=measured,
         summary=Summary.of(measured, asked.levels),
         model=runs.files.name,
-        command=shlex.join(["python", "-m", "splitlearn", *sys.argv[1:]]),
+        command=programs.this_command(),
         environment=environment(runs),
     )
 

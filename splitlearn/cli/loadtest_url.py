@@ -1,7 +1,5 @@
 """A load test of any server of the OpenAI protocol."""
 
-import shlex
-import sys
 from dataclasses import asdict
 
 from splitlearn.cli.loadtest_run import Stopping
@@ -12,7 +10,7 @@ from splitlearn.loadtest.plan import LoadTest
 from splitlearn.loadtest.report import LoadTestResult
 from splitlearn.loadtest.summary import Summary
 from splitlearn.loadtest.url_clients import UrlClient, connected
-from splitlearn.runtime import hardware
+from splitlearn.runtime import hardware, programs
 from splitlearn.runtime.progress import Progress, Step
 from splitlearn.runtime.terminal import say
 
@@ -34,7 +32,7 @@ def load_endpoint(endpoint: Endpoint, asked: LoadTest, progress: Progress, stopp
         measurement=measured,
         summary=Summary.of(measured, asked.levels),
         model=used.model,
-        command=shlex.join(["python", "-m", "splitlearn", *sys.argv[1:]]),
+        command=programs.this_command(),
         environment={"client": hardware.describe(), "url": used.url, "path": path, "form": asdict(used.form)},
     )
 

@@ -5,5 +5,5 @@
     recovered = ATTACKS["search"].run(capture, Checkpoint.of(capture, files))  # registry.py, checkpoint.py
 
 An attack gets a capture and the public checkpoint, and nothing else; the prompt is known to the scorer alone
-(scores.py). `sweep.py` does this for many prompts, cuts and forms on the wire. docs/privacy.md says what it means.
+(scores.py). `sweep.py` does this for many prompts, cuts and defences. docs/privacy.md says what it means.
 """

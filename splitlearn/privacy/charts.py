@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from splitlearn.privacy.picture import BASELINE, COLOURS
 from splitlearn.privacy.summary import Line
 from splitlearn.reporting.charts import new_figure
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's palette, a colour for each attack."""
 DASHES, SYMBOLS = ("solid", "dash", "dot", "dashdot"), ("circle", "square", "diamond", "cross")
 """One for each defence, and for whether it is known."""
-BASELINE = "#808890"
 
 
 def depth(lines: Sequence[Line]) -> Any:

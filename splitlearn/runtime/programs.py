@@ -5,6 +5,7 @@ leaves the current folder out, and a checkout's packages are named by PYTHONPATH
 """
 
 import os
+import shlex
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -29,6 +30,11 @@ def spoken() -> str:
     """How a user calls this interpreter from the current folder: `.venv/bin/python` in a checkout, else `python`."""
     path, here = Path(sys.executable), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else "python"
+
+
+def this_command() -> str:
+    """The command line that started this program, for a person to repeat."""
+    return shlex.join([spoken(), "-m", "splitlearn", *sys.argv[1:]])
 
 
 def environment() -> dict[str, str]:
