@@ -6,8 +6,6 @@ from splitlearn.planning.route import Route
 from splitlearn.runtime.console import PlainTable, console
 from splitlearn.runtime.terminal import say
 
-CHAIN = "This is a prediction alone: splitlearn cannot run a chain of servers yet."
-
 
 def print_choice(choice: Choice) -> None:
     """The verdict, the best route with its time breakdown and memory, and the lines to paste."""
@@ -26,8 +24,6 @@ def print_choice(choice: Choice) -> None:
     if lines := config_lines(choice, best):
         say("config.yaml:")
         say(lines)
-    elif best.spans:
-        say(CHAIN)
 
 
 def _figures(choice: Choice) -> PlainTable:

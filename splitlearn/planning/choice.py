@@ -1,6 +1,6 @@
 """Which route to take, in words and as lines of config.yaml: what `splitlearn plan` says."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -113,23 +113,35 @@ def path(choice: Choice, route: Route) -> str:
 
 
 def config_lines(choice: Choice, route: Route) -> str:
-    """The lines of config.yaml, for the client and for the server.
-
-    Empty for the client alone, which needs none, and for several servers, which this program cannot run in a chain.
-    """
+    """The lines of config.yaml, for the client and for each server. Empty for the client alone, which needs none."""
     return "\n".join(_lines(choice, route))
 
 
 def _lines(choice: Choice, route: Route) -> Iterator[str]:
     devices, spans = choice.network.devices, route.spans
-    if len(spans) != 1:
+    if not spans:
         return
-    (span,) = spans
-    server = devices[span.device]
-    split = f"split: {{start: {span.start}, end: {span.end}}}"
-    yield from (f"# {devices[CLIENT].name}, the client", split)
-    yield f"trunk: {{address: '{server.address or f'{server.name}:50051'}'}}"
-    yield from (f"# {server.name}, a trunk server", split)
+    servers = [devices[span.device] for span in spans]
+    addresses = [server.address or f"{server.name}:50051" for server in servers]
+    splits = [f"split: {{start: {span.start}, end: {span.end}}}" for span in spans]
+    yield f"# {devices[CLIENT].name}, the client"
+    if len(spans) == 1:
+        yield from (splits[0], f"trunk: {{address: '{addresses[0]}'}}")
+    else:
+        yield from _chain(spans, addresses, forward=choice.network.forward)
+    for server, split, following in zip(servers, splits, [*addresses[1:], None], strict=True):
+        yield from (f"# {server.name}, a trunk server", split)
+        if following and choice.network.forward:
+            yield f"server: {{forward_to: {{addresses: ['{following}']}}}}"
+
+
+def _chain(spans: Sequence[Span], addresses: Sequence[str], *, forward: bool) -> Iterator[str]:
+    """The client's links to several servers, one after the other (docs/chain.md)."""
+    yield from ("trunk:", "  address:")
+    for span, address in zip(spans, addresses, strict=True):
+        yield f"    - {{layers: [{span.start}, {span.end}], address: '{address}'}}"
+    if not forward:
+        yield "  forward: false"
 
 
 def _json(choice: Choice, route: Route | None) -> dict[str, Any] | None:

@@ -20,9 +20,10 @@ class Rates:
     """What was measured on the client's and the trunk's machine, with some flags. Times in seconds.
 
     A decode step takes `bottom_s` (embeddings), `top_s` (norm, head), `*_layer_s` for each layer, and `around_s` for
-    the rest: encoding, the measured link, sampling. Of the trunk's time `overlapped_s` passes while the client works
-    itself. The first step takes `start_s` for the rest, and `*_prefill_s` for each layer and each token of the prompt
-    after the first. Of the rest, `hop_s` and `hop_start_s` are messages and the measured link.
+    the rest: encoding, the measured link, sampling. For `overlapped_s` the client still works itself when a step has
+    left it. While the trunk computes, it gains `overlap_share` of that: less than 1 where both share processors. The
+    first step takes `start_s` for the rest, and `*_prefill_s` for each layer and each token of the prompt after the
+    first. Of the rest, `hop_s` and `hop_start_s` are messages and the measured link.
 
     Peak memory of a process is `*_base_bytes` and `*_weight_ratio` times the weights of its layers. `full_*` are those
     of the whole model in one process at the client. `context` tokens were in the cache in the end. Other programs used
@@ -35,6 +36,7 @@ class Rates:
     top_s: float
     around_s: float
     overlapped_s: float
+    overlap_share: float
     client_prefill_s: float
     trunk_prefill_s: float
     start_s: float
@@ -116,14 +118,23 @@ def cut_cost(anatomy: Anatomy, rates: Rates, link: Link, context: int, start: in
 
 
 def tpot_s(anatomy: Anatomy, rates: Rates, link: Link, start: int, end: int) -> float:
-    """TPOT = client + max(0, trunk + link - overlapped) + around.
+    """TPOT = client + link + trunk - hidden + around. The link's time is RTT + 8 * bytes / bandwidth
+    (docs/results/links.md)."""
+    trunk_s = trunk_step_s(anatomy, rates, start, end)
+    link_s = link.up.expected_s(round(rates.bytes_up)) + link.down.expected_s(round(rates.bytes_down))
+    away_s = link_s + trunk_s - hidden_s(rates.overlapped_s, link_s, [(trunk_s, rates.overlap_share)])
+    return client_step_s(anatomy, rates, start, end) + away_s + rates.around_s
 
-    The link's time is RTT + 8 * bytes / bandwidth (docs/results/links.md). What overlaps is what the client still has
-    to compute when the step has left it, so that a trunk and a link that are quicker than that cost nothing.
-    """
-    far = trunk_step_s(anatomy, rates, start, end)
-    far += link.up.expected_s(round(rates.bytes_up)) + link.down.expected_s(round(rates.bytes_down))
-    return client_step_s(anatomy, rates, start, end) + max(0.0, far - rates.overlapped_s) + rates.around_s
+
+def hidden_s(overlapped_s: float, link_s: float, servers: Iterable[tuple[float, float]]) -> float:
+    """How much of a step's time away from the client its own work hides: of the links all of it, then of each server's
+    time the server's share."""
+    hidden = min(overlapped_s, link_s)
+    left = overlapped_s - hidden
+    for time_s, share in servers:
+        beside = min(left, time_s)
+        hidden, left = hidden + share * beside, left - beside
+    return hidden
 
 
 def client_step_s(anatomy: Anatomy, rates: Rates, start: int, end: int) -> float:

@@ -66,6 +66,7 @@ class DeviceEntry(_Section):
     step_ms: Figure | None = None
     start_ms: Figure | None = None
     overlapped_ms: Figure = 0.0
+    overlap_share: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 class LinkEntry(_Section):
@@ -115,6 +116,7 @@ def device_of(name: str, entry: DeviceEntry) -> Device:
         step_s=found["step_ms"] / 1e3,
         start_s=found["start_ms"] / 1e3,
         overlapped_s=entry.overlapped_ms / 1e3,
+        overlap_share=entry.overlap_share,
         address=entry.address or "",
         threads=entry.threads,
     )

@@ -7,7 +7,7 @@ memory of these two processes differs by the weights of the trunk's layers.
 Of several runs the quickest counts: other programs can only make one slower.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from splitlearn.arms.report import ArmReport
 from splitlearn.metrics import RunMetrics
@@ -21,30 +21,37 @@ HOP = ("open", "encode", "wire", "queue", "decode")
 Reports = Sequence[ArmReport]
 
 
-def rates_of(anatomy: Anatomy, full: Reports, whole: Reports, split: Reports, plan: SplitPlan, *, alike: bool) -> Rates:
-    """The rates of runs that all answered the same request: of the full model, of the `whole` model with the client's
-    flags (the same runs where these are the full model's), and of the split `plan`.
+def rates_of(anatomy: Anatomy, found: Mapping[str, Reports], plan: SplitPlan, *, alike: bool) -> Rates:
+    """The rates of runs that all answered the same request: `full` is the full model, `split` has the trunk of `plan`.
+
+    `whole`, if there, is the whole model with the client's flags, and `in_turn` the split where client and trunk never
+    work at once. Where those are not there, the client has the full model's flags, and what both do at once is taken
+    to cost neither of them anything.
 
     `alike`: whether the trunk's process keeps weights as the client's does. Otherwise, all that it holds beyond its
     imports counts as weights.
     """
+    full, split = found["full"], found["split"]
+    whole, in_turn = found.get("whole", full), found.get("in_turn", split)
     layers = anatomy.layers
     parts = (layers[: plan.start], layers[plan.start : plan.end], layers[plan.end :])
     bottom, trunk, top = (units(anatomy, part) for part in parts)
-    one, other, full_run = _quickest(whole), _quickest(split), _quickest(full)
+    one, other, full_run = _quickest(whole), _quickest(in_turn), _quickest(full)
     layer_s = max(0.0, (_decode(one, "model") - _decode(other, "bottom") - _decode(other, "top")) / trunk)
     start, more = _first_quickest(split), max(1, other.prompt_tokens - 1)
     prompt_s = _first(_first_quickest(whole), "model") - _decode(one, "model")
     trunk_prompt_s = _first(start, "trunk") - _trunk(other)
     client_base, client_ratio = _client_memory(anatomy, whole, split, plan)
     trunk_base, trunk_ratio = _trunk_memory(anatomy, split, plan, client_ratio if alike else None)
+    overlapped_s, overlap_share = _overlap(_quickest(split), other)
     return Rates(
         client_layer_s=layer_s,
         trunk_layer_s=_trunk(other) / trunk,
         bottom_s=max(0.0, _decode(other, "bottom") - bottom * layer_s),
         top_s=max(0.0, _decode(other, "top") - top * layer_s),
         around_s=sum(_decode(other, word) for word in other.decode_ledger if word not in COMPUTING),
-        overlapped_s=_overlapped(other),
+        overlapped_s=overlapped_s,
+        overlap_share=overlap_share,
         client_prefill_s=max(0.0, prompt_s) / more / anatomy.n_layers,
         trunk_prefill_s=max(0.0, trunk_prompt_s) / more / trunk,
         start_s=sum(_first(start, word) for word in start.ledger if word not in COMPUTING),
@@ -64,6 +71,17 @@ def rates_of(anatomy: Anatomy, full: Reports, whole: Reports, split: Reports, pl
         hop_s=sum(_decode(other, word) for word in HOP),
         hop_start_s=sum(_first(start, word) for word in HOP),
     )
+
+
+def _overlap(split: RunMetrics, in_turn: RunMetrics) -> tuple[float, float]:
+    """overlapped_s and overlap_share.
+
+    What the client does beside the trunk takes it longer there, where both share processors; in turn it takes what the
+    top does without the part of it that is not beside the trunk.
+    """
+    alone_s = max(0.0, _decode(in_turn, "top") - _decode(split, "top") + _overlapped(split))
+    gained_s = (in_turn.tpot_s or 0.0) + _overlapped(in_turn) - (split.tpot_s or 0.0)
+    return alone_s, min(1.0, max(0.0, gained_s / alone_s)) if alone_s else 1.0
 
 
 def _quickest(reports: Reports) -> RunMetrics:

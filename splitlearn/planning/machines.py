@@ -68,6 +68,7 @@ def trunk_figures(rates: Rates) -> dict[str, float]:
         "prefill_ms": rates.trunk_prefill_s * 1e3,
         "step_ms": rates.hop_s * 1e3,
         "start_ms": max(0.0, rates.hop_start_s - rates.hop_s) * 1e3,
+        "overlap_share": rates.overlap_share,
     }
 
 

@@ -28,7 +28,7 @@ from splitlearn.runtime.progress import Progress, Step, silent
 REPEATS = 5
 """Runs of each arm, of which the quickest counts: other programs can only make one slower."""
 TOKENS = 32
-KEPT = "prefix_cache"
+KEPT, OVERLAP = "prefix_cache", "head_overlap"
 Arms = Mapping[str, tuple[Kind, FlagSet]]
 
 
@@ -56,12 +56,19 @@ def shows_rates(report: ArmReport, least_tokens: int) -> bool:
 
 
 def arms_of(flags: FlagSet) -> Arms:
-    """What is run to find the rates: full and split, and the whole model with the client's flags where they differ.
-    Without kept prefixes: from the second run on, a prompt would take no time."""
+    """What is run to find the rates: full and split; the whole model with the client's flags where they differ; the
+    split in turn, so that neither side slows the other down, where client and trunk work at once.
+
+    Without kept prefixes: from the second run on, a prompt would take no time.
+    """
     flags = flags.without(KEPT)
     whole = frozenset(text for text in flags.client if "full" in FLAGS[text.partition("=")[0]].sides)
     found: dict[str, tuple[Kind, FlagSet]] = {"full": ("full", flags), "split": ("split", flags)}
-    return found if whole == flags.full else {**found, "whole": ("full", FlagSet(full=whole))}
+    if whole != flags.full:
+        found["whole"] = ("full", FlagSet(full=whole))
+    if (in_turn := flags.without(OVERLAP)) != flags:
+        found["in_turn"] = ("split", in_turn)
+    return found
 
 
 def measured_at(runs: Runs) -> SplitPlan:
@@ -83,7 +90,7 @@ def rates_from(
     """The rates of the reports of `arms_of(flags)`. Raises InputError for a chain of trunk servers."""
     check_single(runs.config)
     alike = runs.config.trunk.embedded and of_scope(flags.client, "load") == of_scope(flags.trunk, "load")
-    return rates_of(anatomy, found["full"], found.get("whole", found["full"]), found["split"], plan, alike=alike)
+    return rates_of(anatomy, found, plan, alike=alike)
 
 
 def measure_rates(

@@ -25,8 +25,9 @@ class Device:
     server messages. The first step takes `start_s` more.
 
     Its process takes `base_bytes`, `weight_ratio` times the bytes of its layers' weights, and their KV cache: at most
-    `memory_bytes`. `overlapped_s` of the servers' layers and of the links pass while the client works
-    (flag head_overlap); messages do not, since the client handles them itself.
+    `memory_bytes`. For `overlapped_s` the client still works itself when a step has left it (flag head_overlap): the
+    links and the servers' layers pass meanwhile; messages do not, since the client handles them itself. Beside a server
+    it gains `overlap_share` of that, less than 1 where both share processors.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Device:
     step_s: float
     start_s: float
     overlapped_s: float = 0.0
+    overlap_share: float = 1.0
     address: str = ""
     threads: int | None = None
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from splitlearn.link.prediction import OPEN_BYTES, OPENED_BYTES
+from splitlearn.planning.costs import hidden_s
 from splitlearn.planning.network import CLIENT, Network, Work
 
 
@@ -133,8 +134,9 @@ def _breakdown(work: Work, network: Network, spans: tuple[Span, ...]) -> Iterato
     if spans:
         far.append(_wire(work, network, before.device, CLIENT))
         yield from far
-        messages = sum(network.devices[span.device].step_s for span in spans)
-        hidden = min(client.overlapped_s, sum(share.token_s for share in far) - messages)
+        links_s = sum(share.token_s for share in far if not share.layers)
+        servers = [(step_s(work, network, span), network.devices[span.device].overlap_share) for span in spans]
+        hidden = hidden_s(client.overlapped_s, links_s, servers)
         yield Share("beside the client's own work", "", -hidden, 0.0)
         yield _layers(work, network, top)
 

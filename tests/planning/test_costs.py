@@ -20,7 +20,8 @@ MODEL = Anatomy(
 )  # fmt: skip
 RATES = Rates(
     client_layer_s=0.004, trunk_layer_s=0.001, bottom_s=0.001, top_s=0.005, around_s=0.002,
-    overlapped_s=0.0, client_prefill_s=0.0004, trunk_prefill_s=0.0001, start_s=0.01, bytes_up=1000.0, bytes_down=1000.0,
+    overlapped_s=0.0, overlap_share=1.0,
+    client_prefill_s=0.0004, trunk_prefill_s=0.0001, start_s=0.01, bytes_up=1000.0, bytes_down=1000.0,
     prompt_token_bytes=256.0, prompt_tokens=20, context=50, client_base_bytes=300.0 * MB, client_weight_ratio=1.5,
     trunk_base_bytes=200.0 * MB, trunk_weight_ratio=1.0, import_bytes=250 * MB, full_tpot_s=0.032, full_ttft_s=0.1,
     full_memory_bytes=336 * MB,
@@ -55,6 +56,14 @@ def test_what_overlaps_hides_the_trunk_and_never_more() -> None:
     much = by_range(replace(RATES, overlapped_s=1.0))[2, 4].tpot_s
     assert by_range()[2, 4].tpot_s - some == pytest.approx(0.001)
     assert by_range()[2, 4].tpot_s - much == pytest.approx(2 * 0.001)
+
+
+def test_beside_a_trunk_on_the_same_processors_less_is_hidden_than_beside_the_link() -> None:
+    shared = replace(RATES, overlapped_s=0.0015, overlap_share=0.4)
+    assert by_range()[2, 4].tpot_s - by_range(shared)[2, 4].tpot_s == pytest.approx(0.4 * 0.0015)
+    far = Link(rtt_ms=1)
+    hidden = by_range(link=far)[2, 4].tpot_s - by_range(shared, link=far)[2, 4].tpot_s
+    assert hidden == pytest.approx(0.001 + 0.4 * 0.0005)
 
 
 def test_a_layer_at_the_client_takes_memory_there_and_none_at_the_trunk() -> None:

@@ -1,6 +1,7 @@
 """devices.yaml: what it must say, and what is chosen and printed from it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from splitlearn.link.emulated import Link
 from splitlearn.planning.choice import Choice, choose, config_lines, path, sentence
 from splitlearn.planning.devices import DevicesFile, load, network_of
 from splitlearn.planning.network import work_of
+from splitlearn.planning.route import predict
 from tests.planning.test_costs import MODEL
+from tests.planning.test_search import CHAIN, network
 
 DEVICE = {"memory": "90MB", "base": "10MB", "weight_ratio": 1, "decode_ms": 4, "prefill_ms": 0.4, "step_ms": 6}
 CLIENT: dict[str, object] = {**DEVICE, "start_ms": 10}
@@ -118,3 +121,17 @@ def test_the_lines_to_paste_are_settings(tmp_path: Path) -> None:
         assert (parse(yaml.safe_load(lines)).cut.start, parse(yaml.safe_load(lines)).cut.end) == (0, 6)
     assert parse(yaml.safe_load(client)).trunk.address == ("desk:50051",)
     assert parse(yaml.safe_load(server)).trunk == Config().trunk
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_the_lines_of_a_chain_are_settings_of_the_client_and_of_each_server(forward: bool) -> None:
+    machines = network(forward=forward)
+    lines = config_lines(choose(WORK, machines, "tpot"), predict(WORK, machines, CHAIN))
+    client, *servers = (parse(yaml.safe_load(each)) for each in re.split(r"(?m)^# .+ trunk server$", lines))
+    assert [(link.layers, link.address) for link in client.trunk.chain] == [
+        ((1, 3), ("desk:50051",)),
+        ((3, 5), ("rack:50051",)),
+    ]
+    assert client.trunk.forward is forward
+    assert [(server.cut.start, server.cut.end) for server in servers] == [(1, 3), (3, 5)]
+    assert [server.server.forward_to.addresses for server in servers] == [("rack:50051",) if forward else (), ()]

@@ -71,9 +71,9 @@ def test_a_server_that_has_computed_nothing_with_its_own_flags_is_named() -> Non
         facts_of(described(), Link(), Waits(0.05, 0.014, 64), prompt_tokens=2)
 
 
-@pytest.mark.parametrize("overlapped_s", [0.001, 1.0])
-def test_the_figures_of_two_runs_predict_as_the_costs_of_cuts_do(overlapped_s: float) -> None:
-    rates = replace(RATES, overlapped_s=overlapped_s, hop_s=0.0012, hop_start_s=0.007)
+@pytest.mark.parametrize(("overlapped_s", "share"), [(0.001, 1.0), (0.001, 0.4), (1.0, 0.4)])
+def test_the_figures_of_two_runs_predict_as_the_costs_of_cuts_do(overlapped_s: float, share: float) -> None:
+    rates = replace(RATES, overlapped_s=overlapped_s, overlap_share=share, hop_s=0.0012, hop_start_s=0.007)
     devices = {
         name: {**figures, "memory": "1GB", "base": f"{figures['base'] / MB}MB"}
         for name, figures in (("laptop", client_figures(MODEL, rates)), ("trunk", trunk_figures(rates)))

@@ -7,8 +7,14 @@ CACHE = frozenset({"use_cache", "inference_mode"})
 
 
 def test_full_and_split_are_enough_where_the_client_has_the_full_models_flags() -> None:
-    flags = FlagSet(full=CACHE, client=CACHE | {"head_overlap"}, trunk=frozenset())
+    flags = FlagSet(full=CACHE, client=CACHE, trunk=frozenset())
     assert arms_of(flags) == {"full": ("full", flags), "split": ("split", flags)}
+
+
+def test_a_split_whose_sides_work_at_once_is_also_run_in_turn() -> None:
+    flags = FlagSet(full=CACHE, client=CACHE | {"head_overlap"}, trunk=frozenset())
+    in_turn = FlagSet(full=CACHE, client=CACHE, trunk=frozenset())
+    assert arms_of(flags) == {"full": ("full", flags), "split": ("split", flags), "in_turn": ("split", in_turn)}
 
 
 def test_the_runs_keep_no_prefixes() -> None:
