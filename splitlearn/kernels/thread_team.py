@@ -1,4 +1,4 @@
-"""A team of threads that computes one token together (fork-join).
+"""A team of threads that computes a step together (fork-join): one token, or a token of each of several sessions.
 
 The leader runs the kernel (kernels/llama_decode.py). Each product and each attention in it is a phase, divided into
 shares of whole columns. The leader describes the phase in a record and sets `left` to the number of its shares. Leader
@@ -41,10 +41,10 @@ PATIENCE = SPINS + 1_000
 MAX_HELPERS = 1024
 MULTIPLY, ATTEND = range(2)
 # The arguments of a phase. Arrays are passed by address.
-PRODUCT = np.dtype([(name, np.int64) for name in ("blocks", "size", "bits", "x", "width", "out", "n")])
+PRODUCT = np.dtype([(name, np.int64) for name in ("blocks", "size", "bits", "x", "rows", "width", "out", "n")])
 ATTENTION = np.dtype(
-    [(name, np.int64) for name in ("query", "keys", "values", "groups", "capacity", "head_size", "start", "length")]
-    + [("scale", np.float64), ("out", np.int64), ("n", np.int64)]
+    [(name, np.int64) for name in ("query", "rows", "width", "keys", "values", "groups", "capacity", "head_size")]
+    + [("starts", np.int64), ("lengths", np.int64), ("scale", np.float64), ("out", np.int64), ("n", np.int64)]
 )
 # A team's record. Fields that different threads write are 128 bytes apart, since processors fetch two cache lines at
 # once.
@@ -143,23 +143,27 @@ def floats(address: Any, shape: Any) -> Any:
 
 @numba.njit  # type: ignore[untyped-decorator]
 def product(team: Any, blocks: Any, begin: Any, end: Any, bits: Any, x: Any, out: Any) -> None:
-    """`multiply` for one row, with the bytes `blocks[begin:end]`, to all columns of `out`."""
+    """`multiply` for the rows of `x`, with the bytes `blocks[begin:end]`, to all columns of `out`."""
     given, team.kind = team.product, MULTIPLY
     given.blocks, given.size, given.bits = np.int64(blocks.ctypes.data) + begin, end - begin, bits
-    given.x, given.width, given.out, given.n = x.ctypes.data, x.shape[1], out.ctypes.data, out.shape[1]
+    given.x, given.out, given.n = x.ctypes.data, out.ctypes.data, out.shape[1]
+    given.rows, given.width = x.shape
     _do_phase(team, out.shape[1] // LANES)
 
 
 @numba.njit  # type: ignore[untyped-decorator]
-def attention(team: Any, query: Any, addresses: Any, shape: Any, start: Any, length: Any, scale: Any, out: Any) -> None:
-    """`attend_arrays` for one token. The first columns of `query` are [1, heads * size], the shape of `out`.
-    `addresses` has those of keys and values, arrays of `shape` (groups, capacity, size)."""
+def attention(
+    team: Any, query: Any, addresses: Any, shape: Any, starts: Any, lengths: Any, scale: Any, out: Any
+) -> None:
+    """`attend_arrays` for one token of each session. The first columns of `query` are [T, heads * size], the shape of
+    `out`. `addresses` has those of keys and values, arrays of `shape` (groups, capacity, size)."""
     given, team.kind = team.attention, ATTEND
     given.query, given.keys, given.values = query.ctypes.data, addresses[0], addresses[1]
+    given.rows, given.width = query.shape
     given.groups, given.capacity, given.head_size = shape
-    given.start, given.length, given.scale = start, length, scale
+    given.starts, given.lengths, given.scale = starts.ctypes.data, lengths.ctypes.data, scale
     given.out, given.n = out.ctypes.data, out.shape[1]
-    _do_phase(team, shape[0])
+    _do_phase(team, len(query) * shape[0])
 
 
 @numba.njit  # type: ignore[untyped-decorator]
@@ -198,27 +202,36 @@ def _pause(looked: Any) -> Any:
 
 
 @numba.njit  # type: ignore[untyped-decorator]
-def _columns(n: Any, pieces: Any, share: Any, shares: Any) -> Any:
-    """The columns [begin, end) of a share, of `n` columns in so many `pieces`."""
-    return pieces * share // shares * (n // pieces), pieces * (share + 1) // shares * (n // pieces)
+def _pieces(pieces: Any, share: Any, shares: Any) -> Any:
+    """The pieces [begin, end) of a share."""
+    return pieces * share // shares, pieces * (share + 1) // shares
 
 
 @numba.njit  # type: ignore[untyped-decorator]
 def _multiply(given: Any, share: Any, shares: Any) -> None:
-    begin, end = _columns(given.n, given.n // LANES, share, shares)
+    begin, end = _pieces(given.n // LANES, share, shares)
     blocks = numba.carray(_at(given.blocks, BYTE), (given.size,))
-    multiply(blocks, given.bits, floats(given.x, (1, given.width)), floats(given.out, (1, given.n)), begin, end)
+    x, out = floats(given.x, (given.rows, given.width)), floats(given.out, (given.rows, given.n))
+    multiply(blocks, given.bits, x, out, begin * LANES, end * LANES)
 
 
 @numba.njit  # type: ignore[untyped-decorator]
 def _attend(given: Any, share: Any, shares: Any) -> None:
-    begin, end = _columns(given.n, given.groups, share, shares)
-    size, capacity, width = given.head_size, given.capacity, given.n // given.groups
-    shape, kept = (1, (end - begin) // size, size), ((end - begin) // width, capacity, size)
-    query, out = floats(given.query + 4 * begin, shape), floats(given.out + 4 * begin, shape)
-    before = 4 * (begin // width) * capacity * size
-    keys, values = floats(given.keys + before, kept), floats(given.values + before, kept)
-    attend_arrays(query, keys, values, np.array([given.start]), np.array([given.length]), given.scale, out)
+    """A piece is a group of heads of one row. Those of a row are computed in one call."""
+    groups, size, capacity, columns = given.groups, given.head_size, given.capacity, given.n // given.groups
+    starts = numba.carray(_at(given.starts, NUMBER), (given.rows,))
+    lengths = numba.carray(_at(given.lengths, NUMBER), (given.rows,))
+    piece, end = _pieces(given.rows * groups, share, shares)
+    while piece < end:
+        row, group = divmod(piece, groups)
+        some = min(groups - group, end - piece)
+        shape, kept, before = (1, some * columns // size, size), (some, capacity, size), 4 * group * capacity * size
+        query = floats(given.query + 4 * (row * given.width + group * columns), shape)
+        out = floats(given.out + 4 * (row * given.n + group * columns), shape)
+        keys, values = floats(given.keys + before, kept), floats(given.values + before, kept)
+        own = slice(row, row + 1)
+        attend_arrays(query, keys, values, starts[own], lengths[own], given.scale, out)
+        piece += some
 
 
 @intrinsic  # type: ignore[untyped-decorator]

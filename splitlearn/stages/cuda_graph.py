@@ -48,7 +48,7 @@ def of(eager: EagerEngine, capture: Capture | None = None) -> TokenEngine | None
         reason: str | None = "the frequencies of its rotary embeddings change as the sequence grows"
     else:
         captured = GraphEngine(eager, capture or on_cuda(eager.device))
-        reason = reason_against(cut, with_tokens_by(cut, captured.token))
+        reason = reason_against(cut, with_tokens_by(cut, lambda steps: list(map(captured.token, steps))))
     if reason is None:
         return captured
     log.warning("The layers [%d, %d) are not captured: %s", cut.start, cut.end, reason)
@@ -80,7 +80,7 @@ def on_cuda(device: torch.device) -> Capture:
 class GraphEngine:
     """Decodes one token by a replay, over a cache in a pool that later sessions reuse."""
 
-    window = MIN_WINDOW
+    window, together = MIN_WINDOW, None
     caches: type[Cache] = PooledCache
 
     def __init__(self, eager: EagerEngine, capture: Capture) -> None:

@@ -26,11 +26,15 @@ class TokenEngine(Protocol):
 
     `compile_s` counts the seconds that steps have waited for a capture. `window` is 0, or for an engine that is bound
     to addresses the number of tokens in a block of memory: a later session should then reuse an earlier one's block.
+    `together` computes a token of each of several sessions of one pool; None leaves that to the stage's own forward.
     """
 
     caches: type[Cache]
     compile_s: float
     window: int
+
+    @property
+    def together(self) -> Callable[[Sequence[StageInput]], Sequence[Tensor]] | None: ...
 
     def token(self, step: StageInput) -> Tensor:
         """The hidden state [1, 1, H] or the logits [1, 1, V] of a decode step. Appends the token to the cache. Raises

@@ -1,5 +1,5 @@
-"""Fused decode: one kernel call takes a token through all layers of a stage (kernels/llama_decode.py), if they are as
-Llama's.
+"""Fused decode: one kernel call takes a token of each session through all layers of a stage (kernels/llama_decode.py),
+if they are as Llama's.
 
 `of(eager)` checks the structure of the layers, then compares the kernel with the model's own forward
 (stages/verify.py). The eager engine computes a stage that fails either check.
@@ -40,7 +40,7 @@ FULL = "full_attention"
 # from the 16,384th on.
 ALLOWED = {"getattr", "sliding_window"}
 TURNS = 256
-# Half of the configured threads compute a token. Client and trunk compute at the same time
+# Half of the configured threads compute a single token. Client and trunk compute at the same time
 # (generation/head_overlap.py): on one machine they would otherwise take each other's cores.
 CORES_EACH = 2
 # Helper threads start 0.1 to 0.4 ms late. Fewer bytes of weights than these are read by one thread in that time.
@@ -64,11 +64,11 @@ def of(eager: EagerEngine) -> TokenEngine | None:
     if len({tuple((linear.out_features, linear.in_features) for linear in _linears(layer)) for layer in layers}) > 1:
         return None
     fused = FusedEngine(cut, layers)
-    return fused if reason_against(cut, with_tokens_by(cut, fused.token)) is None else None
+    return fused if reason_against(cut, with_tokens_by(cut, fused.together)) is None else None
 
 
 class FusedEngine:
-    """Decodes a token in one kernel call, over a reserved cache, whose memory the kernel can read.
+    """Decodes tokens in one kernel call, over reserved caches, whose memory the kernel can read.
 
     It holds the blocks of all linear layers in one piece of memory, in the order of reading. The memory is in huge
     pages if the system has them. So a token takes 0.93 to 0.96 times as long as with separate memory.
@@ -99,30 +99,41 @@ class FusedEngine:
         module: Any = cut.module
         size = len(blocks) + (len(module.get_output_embeddings().array) if cut.last else 0)
         self._team = thread_team.Team(threads_for(size))
+        self._all = thread_team.Team(torch.get_num_threads() if size >= HELPED_BYTES else 1)
         self._head = FusedHead(cut, 1.0, self._team) if cut.last else None
 
     def token(self, step: StageInput) -> torch.Tensor:
         """The hidden state [1, 1, H] or the logits [1, 1, V] of one token. Raises StepUnwanted."""
-        x, cache = step.x, step.session.cache
-        at: KVAddresses = cache.addresses
-        hidden = x.numpy()[0].copy() if self._embedding is None else self._embedding[x.numpy()[0]]
-        place = self._kernel.KVPlace(at.layers, at.shape, at.start, step.position)
-        turn, (drops, number) = self._turn(step.position), step.mark or _NEVER
-        with self._team.leading() as record:
-            if not self._kernel.step(hidden, self._layers, place, turn, drops, number, record):
+        return self._decoded([step], self._team, step.mark or _NEVER)
+
+    def together(self, steps: Sequence[StageInput]) -> Sequence[torch.Tensor]:
+        """The same for one token of each session, by all threads. Their caches are in one pool."""
+        return torch.split(self._decoded(steps, self._all, _NEVER), 1, dim=1)
+
+    def _decoded(self, steps: Sequence[StageInput], team: "Team", mark: DropMark) -> torch.Tensor:
+        """The hidden states [1, T, H] or the logits [1, T, V]."""
+        x, caches = np.concatenate([step.x.numpy()[0] for step in steps]), [step.session.cache for step in steps]
+        hidden = x if self._embedding is None else self._embedding[x]
+        places: list[KVAddresses] = [cache.addresses for cache in caches]
+        lengths = np.array([step.position for step in steps])
+        starts = np.array([place.start for place in places])
+        kv = self._kernel.KVPlace(places[0].layers, places[0].shape, starts, lengths)
+        turns = self._turns_up_to(int(lengths.max()))[lengths]
+        with team.leading() as record:
+            if not self._kernel.step(hidden, self._layers, kv, turns, *mark, record):
                 raise StepUnwanted
-            cache.grow(1)
+            for cache in caches:
+                cache.grow(1)
             return torch.from_numpy(hidden[None]) if self._head is None else self._head.logits(hidden, record)
 
-    def _turn(self, position: int) -> NDArray[np.float32]:
-        """cos and sin [2, size] of a position, computed for TURNS positions at once."""
+    def _turns_up_to(self, position: int) -> NDArray[np.float32]:
+        """cos and sin [more than position, 2, size] of each position, computed for TURNS positions at once."""
         turns = self._turns
         while position >= len(turns):
             more = torch.arange(len(turns), len(turns) + TURNS)[None]
             found = torch.stack(self._rotary(torch.from_numpy(self._layers.norms), more), dim=2)[0].numpy()
             self._turns = turns = np.concatenate([turns, found])
-        turn: NDArray[np.float32] = turns[position]
-        return turn
+        return turns
 
 
 class FusedHead:
@@ -149,14 +160,14 @@ class FusedHead:
             return self.logits(x.numpy()[0], record)
 
     def logits(self, hidden: NDArray[np.float32], record: NDArray[Any]) -> torch.Tensor:
-        """The logits [1, 1, V] of `hidden` [1, H], by the threads of a team's `record`."""
-        logits = self._new()
+        """The logits [1, T, V] of `hidden` [T, H], by the threads of a team's `record`."""
+        logits = self._new(len(hidden))
         self._fill(logits, hidden, self._linear.array, record)
         return torch.from_numpy(logits[None])
 
     def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
         """The first logits [1, 1, k] of one token, and a function that computes the others and returns all."""
-        logits, hidden, (at, first, others) = self._new(), x.numpy()[0], self._cut_at
+        logits, hidden, (at, first, others) = self._new(1), x.numpy()[0], self._cut_at
         with self._team.leading() as record:
             self._fill(logits[:, :at], hidden, first, record)
 
@@ -166,11 +177,11 @@ class FusedHead:
 
         return torch.from_numpy(logits[None, :, :at]), finish
 
-    def _new(self) -> NDArray[np.float32]:
-        return np.empty((1, self._linear.out_features), np.float32)
+    def _new(self, rows: int) -> NDArray[np.float32]:
+        return np.empty((rows, self._linear.out_features), np.float32)
 
     def _fill(self, logits: NDArray[Any], hidden: NDArray[Any], blocks: NDArray[Any], record: NDArray[Any]) -> None:
-        """Set `logits` [1, n] to the products of `hidden` [1, H] with the rows of the head in `blocks`."""
+        """Set `logits` [T, n] to the products of `hidden` [T, H] with the rows of the head in `blocks`."""
         self._kernel(hidden, self._norm, self._eps, blocks, self._linear.bits, logits, record)
 
 
@@ -180,7 +191,7 @@ def head_of(cut: CutModel, share: float) -> FusedHead | None:
     if cut.compiled or not _ends_as_llama(cut):
         return None
     fused = FusedHead(cut, share)
-    by_kernel = with_tokens_by(cut, lambda step: fused.whole(step.x))
+    by_kernel = with_tokens_by(cut, lambda steps: [fused.whole(step.x) for step in steps])
     return fused if reason_against(cut, by_kernel) is None else None
 
 

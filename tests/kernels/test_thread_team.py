@@ -39,18 +39,21 @@ def layers(request: pytest.FixtureRequest) -> Layers:
     return Layers(np.concatenate(blocks), ends, request.param, norms, 1e-5, N_HEADS, INNER, SIZE**-0.5)
 
 
-def _decode(team: Team, layers: Layers, tokens: int = TOKENS) -> NDArray[np.float32]:
-    """The hidden states [tokens, WIDTH] that come of the last one, again and again, each token seeing those before."""
-    caches = np.zeros((LAYERS, 2, GROUPS, tokens, SIZE), np.float32)
+def _decode(team: Team, layers: Layers, tokens: int = TOKENS, sessions: int = 1) -> NDArray[np.float32]:
+    """The hidden states [tokens, sessions, WIDTH] that come of the last one, again and again, each token seeing those
+    before in its session. Later sessions begin with a smaller one."""
+    room = sessions * tokens
+    caches = np.zeros((LAYERS, 2, GROUPS, room, SIZE), np.float32)
     addresses = np.array([[cache.ctypes.data for cache in pair] for pair in caches])
-    x, outs = np.linspace(-1, 1, WIDTH, dtype=np.float32)[None], list[NDArray[np.float32]]()
+    x = np.linspace(-1, 1, WIDTH, dtype=np.float32) / np.arange(1, 1 + sessions, dtype=np.float32)[:, None]
+    starts, turns, outs = np.arange(0, room, tokens), np.stack([TURN] * sessions), list[NDArray[np.float32]]()
     for token in range(tokens):
-        place = KVPlace(addresses, (GROUPS, tokens, SIZE), 0, token)
+        place = KVPlace(addresses, (GROUPS, room, SIZE), starts, np.full(sessions, token))
         with team.leading() as record:
-            assert llama_decode.step(x, layers, place, TURN, DROPS, 1, record)
-        x /= np.abs(x).max()
+            assert llama_decode.step(x, layers, place, turns, DROPS, 1, record)
+        x /= np.abs(x).max(axis=1, keepdims=True)
         outs.append(x.copy())
-    return np.concatenate(outs)
+    return np.stack(outs)
 
 
 class _Late(Executor):
@@ -87,6 +90,13 @@ def others_at_work() -> Iterator[None]:
 @pytest.mark.parametrize("threads", THREADS)
 def test_a_token_is_the_same_bits_from_any_number_of_threads(layers: Layers, threads: int) -> None:
     assert np.array_equal(_decode(Team(threads), layers), _decode(Team(1), layers))
+
+
+@pytest.mark.parametrize("sessions", [2, 5, 16])
+def test_tokens_of_several_sessions_are_the_same_bits_from_any_number_of_threads(layers: Layers, sessions: int) -> None:
+    one, other = (_decode(Team(threads), layers, 20, sessions) for threads in (1, 3))
+    assert np.array_equal(one, other)
+    np.testing.assert_allclose(one[:5, 0], _decode(Team(1), layers, 5)[:, 0], atol=1e-4)
 
 
 @pytest.mark.usefixtures("others_at_work")

@@ -1,7 +1,8 @@
-"""A token that goes through a stage in one call comes out as from the stage's own forward; other stages are left."""
+"""Tokens that go through a stage in one call come out as from the stage's own forward; other stages are left."""
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from splitlearn.kvcache.pool import KVPool, KVShape
 from splitlearn.layers.block_linear import in_one_memory
 from splitlearn.models.cut import CutModel, body_of, forward, layers_of
 from splitlearn.stages import fused_decode, loading
-from splitlearn.stages.base import StageInput
+from splitlearn.stages.base import StageInput, StageOutput
 from splitlearn.stages.local import LocalStage
 from tests.conftest import TinyFactory
 from tests.support.words import eager_of, load_of, session_of
@@ -78,6 +79,30 @@ def test_a_token_comes_out_as_from_the_stages_own_forward(
         assert ours.length == theirs.length == 12
         torch.testing.assert_close(ours.keys[:, :, :12], theirs.keys[:, :, :12], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.values[:, :, :12], theirs.values[:, :, :12], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [TRUNK, BOTTOM, TOP], ids=lambda spec: spec.label)
+def test_a_token_of_each_of_several_sessions_comes_out_as_from_the_stages_own_forward(
+    default_model: ModelFiles, spec: loading.StageSpec
+) -> None:
+    stage, lengths, random = _stage(default_model, spec), (3, 7, 1), torch.Generator().manual_seed(1)
+    x = torch.randint(VOCABULARY, (3, 9), generator=random) if spec.first else torch.randn(3, 9, WIDTH)
+
+    def decoded(each: LocalStage) -> torch.Tensor:
+        sessions, outs = each.open_together(session_of(FLAGS | {"output_hidden_states"}), 16, 3), list[StageOutput]()
+        for session, row, length in zip(sessions, x, lengths, strict=True):
+            each.step([StageInput(session, 0, row[None, :length])])
+        for after in range(2):
+            ends = [length + after for length in lengths]
+            new = [row[None, end : end + 1] for row, end in zip(x, ends, strict=True)]
+            outs += each.step(list(map(StageInput, sessions, ends, new)))
+        return torch.cat([out.x for out in outs])
+
+    engine = type(_fused(stage))
+    with patch.object(engine, "together", autospec=True, side_effect=engine.together) as fused:
+        found = decoded(stage)
+    assert fused.call_count == 2
+    torch.testing.assert_close(found, decoded(replace(stage, faster=None)), rtol=1e-4, atol=1e-4)
 
 
 def test_positions_further_on_are_turned_as_the_model_turns_them(default_model: ModelFiles) -> None:
