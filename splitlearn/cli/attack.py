@@ -32,7 +32,10 @@ AnswerTokens = Annotated[
     int, typer.Option("--answer-tokens", metavar="N", parser=whole("answer_tokens"), help="of each answer")
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="results and report; what is there goes on where it ended")
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="results and a report of all that are there; they go on where they ended"
+    ),
 ]
 
 
@@ -108,7 +111,7 @@ def _run(asked: _Asked, own: Sequence[str] | None, out: Path | None, as_json: bo
         header = sweep.header(every)
         with Results.open(out, header) as results:
             sweep.run(results, progress)
-            lines = summary(sweep.own(results))
+            lines = summary(results.rows)
     _end(header, lines, out, as_json)
 
 

@@ -33,7 +33,7 @@ def page(header: Mapping[str, Any], lines: Sequence[Line], environment: Mapping[
     model = f"{header['model']}, {header['dtype']}, trunk up to layer {header['end']}"
     parts = [
         "# What the trunk server can read",
-        f"Made by `{command}`.",
+        f"Made by `{command}`, of all results in its folder.",
         f"{model}; answers of {header['answer_tokens']} tokens. {TEXT}",
         f"![Recall by the depth of the cut]({PICTURE})",
         _table(HEADS, [line.cells() for line in lines]),

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from splitlearn.privacy.defences import NONE
 from splitlearn.privacy.results import Row
 from splitlearn.privacy.scores import Estimate, Hits, exact, recall
 
@@ -54,12 +55,12 @@ class Line:
 
 
 def summary(rows: Iterable[Row]) -> list[Line]:
-    """The lines, baselines first, then in the order of the cuts."""
+    """The lines, baselines first, then in the order of the cuts, at each one without a defence first."""
     groups: dict[tuple[int, str, bool | None, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.cut, row.defence, row.knows, row.attack), []).append(row)
-    ordered = sorted(groups.items(), key=lambda group: group[0][0])
-    return [_line(*key, own) for key, own in ordered]
+    ordered = sorted(groups, key=lambda key: (key[0], key[1] != NONE, key[1], key[2] is True))
+    return [_line(*key, groups[key]) for key in ordered]
 
 
 def percent(share: Estimate | None) -> str:

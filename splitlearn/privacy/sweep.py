@@ -52,16 +52,6 @@ class Sweep:
         for plan in self.plans:
             self._at(plan, results, progress)
 
-    def own(self, results: Results) -> list[Row]:
-        """The rows of this sweep. The results may have those of other cuts, attacks and prompts, too."""
-        cuts = {(plan.start, defence) for plan in self.plans for defence in self.defences}
-        return [
-            row
-            for row in results.rows
-            if row.number < len(self.victims)
-            and (row.attack in BASELINES or ((row.cut, row.defence) in cuts and row.attack in self.attacks))
-        ]
-
     def _ids(self) -> list[list[int]]:
         """The token ids of each prompt."""
         tokens, context = Tokens.load(self.files.folder, use_fast=True), self.files.facts.context_length
