@@ -53,7 +53,7 @@ def test_a_sweep_scores_every_attack_and_says_so_in_json_and_a_report(
     before = (folder / "found" / FILE).read_bytes()
     assert command_line.main([*command, "--attacks", "nearest", "--out", "found"]) == 0
     assert (folder / "found" / FILE).read_bytes() == before, "nothing that is there is done again"
-    assert (folder / "found" / "report.md").read_text(encoding="utf-8").count("| search |") == 6
+    assert "| 2 | none |  | search | 4 |" in (folder / "found" / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_killed_sweep_goes_on_without_losing_or_repeating_a_row(folder: Path) -> None:
