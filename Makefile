@@ -16,8 +16,9 @@ install: weights ## make .venv with the pinned requirements, fetch and convert t
 run: weights ## install, then open the page on http://127.0.0.1:7860
 	$(BIN)/python app.py --config config.yaml
 
+# Bytecode is kept whatever the environment says: tests start many interpreters, and each would compile the project anew.
 test: .venv/installed-test weights chromium-headless-shell ## install what the tests need, and run them
-	$(BIN)/python -m pytest
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 test-compose: .venv/installed-test chromium-headless-shell iptables ## build the images and bring the compose file up for real (minutes)
 	$(BIN)/python -m pytest tests/e2e/test_compose.py -m compose -rs

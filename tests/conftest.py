@@ -13,7 +13,7 @@ import pytest
 
 from splitlearn.checkpoints import catalogue
 from splitlearn.config import ModelConfig
-from splitlearn.runtime import progress, proxies
+from splitlearn.runtime import private_apis, progress, proxies
 from tests.support.scheduling import DURATIONS, Durations
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Files that take long begin first."""
-    in_worker = hasattr(config, "workerinput")
+    """Files that take long begin first. Test processes import models as the program's own processes do."""
+    if in_worker := hasattr(config, "workerinput"):
+        private_apis.without_scipy()
     config.pluginmanager.register(Durations(record=config.getoption("--record-durations") and not in_worker))
 
 

@@ -174,9 +174,9 @@ def asking(browser: BrowserContext, url: str) -> Iterator[Page]:
     [
         ("prompt", "   ", "prompt: '   '"),
         ("prompt", "word " * 800, "at most"),
-        *(("max_new_tokens", value, f"max_new_tokens: {value}") for value in ("0", "-1", str(10**9), "'x'")),
-        *(("temperature", value, f"temperature: {value}") for value in ("-1.0", "nan")),
-        *(("samples", value, f"samples: {value}") for value in ("0", "2", "'x'")),
+        *(("max_new_tokens", value, f"max_new_tokens: {value}") for value in (str(10**9), "'x'")),
+        ("temperature", "nan", "temperature: nan"),
+        ("samples", "2", "samples: 2"),
         ("flag-words", "no_such_flag", "no_such_flag"),
         ("flag-words", "full:float32_matmul_precision,float32_matmul_precision=high", "exclude each other"),
     ],

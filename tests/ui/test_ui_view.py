@@ -265,6 +265,7 @@ def test_what_is_typed_becomes_a_request() -> None:
         ("top_k", "-1"),
         ("seed", "1e3"),
         ("samples", "0"),
+        ("samples", "x"),
         ("repetition_penalty", "inf"),
         ("prompt", ""),
     ],
