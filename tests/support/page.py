@@ -267,7 +267,7 @@ def experiment(page: Page, flag: str = "inference_mode", pairs: int = 2) -> None
     """Measure one flag on the Lab tab, and stay there until the report is drawn. In any language."""
     page.get_by_role("tab").nth(3).click()
     setting(page, "lab-flags", flag)
-    page.locator("#lab-advanced > button").click()
+    unfold(page)
     page.locator("input[type=radio][value=pairs]").check()
     setting(page, "lab-pairs", str(pairs))
     page.locator("#lab-start").click()

@@ -1,4 +1,4 @@
-"""What axe-core finds on the page, and whether it fits every screen: all tabs, all parts open.
+"""What axe-core finds on the page, and whether it fits every screen and is in one language: all tabs, all parts open.
 
 Most of axe-core's time goes into the rules about colours. The dark page differs from the light one in colours alone,
 and no colour depends on the width: these rules are tried on the light page where it is wide, on the dark one where it
@@ -14,6 +14,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.conftest import TinyFactory
 from tests.support import lab_trials
+from tests.support.chinese import english
 from tests.support.page import CHROMIUM, FORBIDDEN, attacks, conversation, measuring, open_experiment, open_page, unfold
 
 pytestmark = [
@@ -109,14 +110,14 @@ def violations(page: Page, **options: object) -> list[str]:
 
 def test_axe_finds_nothing_on_any_tab_with_all_parts_open(page: Page) -> None:
     page.evaluate(AXE_SCRIPT)
-    english = page.locator("html").get_attribute("lang") == "en"
+    in_english = page.locator("html").get_attribute("lang") == "en"
     others = {"rules": {rule: {"enabled": False} for rule in COLOURS}}
     for name in tabs(page):
         for width in AXE_WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
-            options = {} if english and width == max(AXE_WIDTHS) else others
+            options = {} if in_english and width == max(AXE_WIDTHS) else others
             assert not violations(page, **options), f"{name} at {width}"
-        if english:
+        if in_english:
             with dark(page):
                 assert not violations(page, runOnly=COLOURS), f"{name} at {width}, dark"
 
@@ -126,6 +127,17 @@ def test_no_tab_is_wider_than_any_screen(page: Page) -> None:
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} at {width}"
+
+
+def test_a_page_with_results_has_english_texts_only_if_it_is_the_english_one(page: Page) -> None:
+    in_english = page.locator("html").get_attribute("lang") == "en"
+    for name in tabs(page):
+        assert bool(found := english(page)) == in_english, f"{name}: {found}"
+    page.get_by_role("tab").nth(1).click()
+    page.locator(".sl-turn button[data-do=edit]").first.click()
+    expect(page.locator("#chat-cancel")).to_be_visible()
+    assert bool(found := english(page)) == in_english, f"an edit: {found}"
+    page.locator("#chat-cancel").click()
 
 
 def selected(page: Page) -> str:

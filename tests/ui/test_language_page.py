@@ -1,4 +1,5 @@
-"""The Chinese page in a browser: no English text is left, also in results, and the choice stays."""
+"""The Chinese page in a browser: no English text is left before anything ran and after an experiment, and the choice
+stays. test_accessibility.py looks at the other results."""
 
 import re
 from collections.abc import Iterator
@@ -6,48 +7,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
-from splitlearn.checkpoints.catalogue import CATALOGUE
-from splitlearn.flags.registry import FLAGS
 from tests.conftest import TinyFactory
-from tests.support.page import App, attacks, conversation, experiment, measuring, setting, unfold
-from ui.attacks.actions import DEFENCES
-from ui.flags.flag_words import NAMES
-
-SENTENCE = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z]{2,}){2,}")
-GRADIOS = (
-    "number input for ",
-    "range slider for ",
-    "Box Select",
-    "Lasso Select",
-    "Download plot",
-    "Copy",
-    "Empty value",
-)
-"""Gradio and Plotly have no other language for these names of sliders, buttons and empty fields."""
-CHOICES = {choice for flag in FLAGS.values() for choice in flag.choices}
-TERMS = {*FLAGS, *NAMES, *CHOICES, *(flag.label for flag in FLAGS.values())}
-TERMS |= {"English", "splitlearn", "gRPC", "Wi-Fi", "Top-k", "Top-p", "MLP", "RMSNorm", "LM head", "dtype"}
-TERMS |= {"TTFT", "TPOT", "Delta", *DEFENCES}
-TERMS |= {name for entry in CATALOGUE for name in (entry.name, entry.licence)}
-NAME = re.compile(
-    r"(?:hub|PyPI|torch|transformers) \S+|[a-z0-9_]+=\w+|[\w./-]*/[\w./-]*|\w+\.(?:csv|html|json)|[-+±\d.,]+ \w{1,2}"
-)
-"""Names of flags with a choice, paths, files, figures with their unit; where a model comes from; versions."""
-LATIN = re.compile("[A-Za-z]{3}")
-CHINESE = re.compile("[\u4e00-\u9fff\uff00-\uffef]")
-RUN_MS = 120_000
-TEXTS = """() => {
-  const found = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const element = walker.currentNode.parentElement;
-    if (element && element.checkVisibility() && !element.closest('[dir=auto], pre, code, script, style, textarea'))
-      found.push(walker.currentNode.textContent.trim());
-  }
-  for (const name of ['aria-label', 'title'])
-    for (const element of document.querySelectorAll(`[${name}]`)) found.push(element.getAttribute(name));
-  return found;
-}"""
+from tests.support.chinese import english
+from tests.support.page import App, experiment, measuring, setting, unfold
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +26,6 @@ def chinese(browser: BrowserContext, url: str) -> Page:
     return page
 
 
-def english(page: Page) -> set[str]:
-    """The texts with three English words in a row, and those of one or two that are no name and no term."""
-    texts = {text for text in page.evaluate(TEXTS) if not text.startswith(GRADIOS)}
-    words = {text for text in texts if LATIN.search(text) and not CHINESE.search(text)}
-    names = {text for text in words if text.strip("()") in TERMS or NAME.fullmatch(text)}
-    return {text for text in texts if SENTENCE.search(text)} | (words - names)
-
-
 @pytest.mark.browser
 def test_no_tab_of_the_chinese_page_has_an_english_text(chinese: Page) -> None:
     shown = ("#full", "#chat-box", "#model-facts dl", "#lab-start", "#attacks-read", "#server-card dl")
@@ -83,24 +37,9 @@ def test_no_tab_of_the_chinese_page_has_an_english_text(chinese: Page) -> None:
 
 
 @pytest.mark.browser
-def test_no_result_of_the_chinese_page_has_an_english_text(chinese: Page, url: str) -> None:
-    chinese.get_by_role("tab").first.click()
-    chinese.locator("#compare").click()
-    expect(chinese.locator("#time section")).to_be_visible(timeout=RUN_MS)
-    unfold(chinese)
-    assert english(chinese) == set()
-    expect(chinese.locator("#compare")).to_be_enabled()
-    chinese.get_by_role("tab").nth(1).click()
-    conversation(chinese)
-    chinese.locator(".sl-turn button[data-do=edit]").first.click()
-    expect(chinese.locator("#chat-cancel")).to_be_visible()
-    unfold(chinese)
-    assert english(chinese) == set()
-    chinese.reload()
+def test_no_text_of_an_experiment_that_ran_on_the_chinese_page_is_english(chinese: Page, url: str) -> None:
     experiment(chinese)
     unfold(chinese)
-    assert english(chinese) == set()
-    attacks(chinese)
     assert english(chinese) == set()
     chinese.goto(url)  # which shows the experiment as a table of flags, too
     expect(chinese.locator("#flag-table tbody tr").first).to_be_visible()
