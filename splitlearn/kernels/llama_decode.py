@@ -1,4 +1,4 @@
-"""Fused decode: takes a token of each session through all of a stage's Llama layers in one compiled call.
+"""Fused decode: takes some tokens through all of a stage's Llama layers in one compiled call.
 
 Norms, products (kernels/block_matmul.py), rotary embedding, attention (kernels/decode_attention.py) and the gated MLP
 run without torch's overhead per operation. To import this module loads LLVM.
@@ -71,22 +71,23 @@ class Layers(NamedTuple):
 
 
 class KVPlace(NamedTuple):
-    """The places of the sessions' keys and values in memory."""
+    """The places of the tokens' keys and values in memory."""
 
     addresses: NDArray[np.int64]
     """The addresses [layers, 2] of each layer's keys and values, float32 arrays of `shape`."""
     shape: tuple[int, ...]
     """(groups, capacity, head size)"""
     starts: NDArray[np.int64]
-    """The index of each session's first token within `capacity`."""
+    """For each token, the index of its session's first one within `capacity`."""
     lengths: NDArray[np.int64]
-    """Each session's tokens so far."""
+    """The tokens of its session before it."""
 
 
 @compiled
 def step(x: Any, layers: Any, kv: Any, turns: Any, drops: Any, number: Any, record: Any) -> Any:
-    """Take `x` [T, H], a token of each session, in place through all `layers`, and append each layer's keys and values
-    to those in `kv`, a KVPlace. `turns` [T, 2, size] have cos and sin. `record` is a team's (kernels/thread_team.py).
+    """Take `x` [T, H] in place through all `layers`, and append each layer's keys and values to those in `kv`, a
+    KVPlace. Tokens of one session are in order. `turns` [T, 2, size] have cos and sin. `record` is a team's
+    (kernels/thread_team.py).
 
     Another thread may set the field `last` of the record `drops`, which is read before each layer. Once it reaches
     `number`, the step stops and returns False.
@@ -122,8 +123,7 @@ def step(x: Any, layers: Any, kv: Any, turns: Any, drops: Any, number: Any, reco
 
 @numba.njit  # type: ignore[untyped-decorator]
 def _append(new: Any, turn: Any, kv: Any, addresses: Any, row: Any) -> None:
-    """Append a token's key and value, which `new` has one after the other, to those of session `row`. The key is
-    rotated first."""
+    """Append the key and the value of the token `row`: `new` has one after the other. The key is rotated first."""
     (groups, _, size), position = kv.shape, kv.starts[row] + kv.lengths[row]
     key, value = new[: groups * size].reshape(groups, size), new[groups * size :].reshape(groups, size)
     _rotate(key, turn[0], turn[1])

@@ -1,4 +1,4 @@
-"""A team of threads that computes a step together (fork-join): one token, or a token of each of several sessions.
+"""A team of threads that computes a step of one or a few tokens together (fork-join).
 
 The leader runs the kernel (kernels/llama_decode.py). Each product and each attention in it is a phase, divided into
 shares of whole columns. The leader describes the phase in a record and sets `left` to the number of its shares. Leader
@@ -155,8 +155,8 @@ def product(team: Any, blocks: Any, begin: Any, end: Any, bits: Any, x: Any, out
 def attention(
     team: Any, query: Any, addresses: Any, shape: Any, starts: Any, lengths: Any, scale: Any, out: Any
 ) -> None:
-    """`attend_arrays` for one token of each session. The first columns of `query` are [T, heads * size], the shape of
-    `out`. `addresses` has those of keys and values, arrays of `shape` (groups, capacity, size)."""
+    """`attend_arrays` for some tokens. The first columns of `query` are [T, heads * size], the shape of `out`.
+    `addresses` has those of keys and values, arrays of `shape` (groups, capacity, size)."""
     given, team.kind = team.attention, ATTEND
     given.query, given.keys, given.values = query.ctypes.data, addresses[0], addresses[1]
     given.rows, given.width = query.shape

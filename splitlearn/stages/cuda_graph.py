@@ -48,7 +48,7 @@ def of(eager: EagerEngine, capture: Capture | None = None) -> TokenEngine | None
         reason: str | None = "the frequencies of its rotary embeddings change as the sequence grows"
     else:
         captured = GraphEngine(eager, capture or on_cuda(eager.device))
-        reason = reason_against(cut, with_tokens_by(cut, lambda steps: list(map(captured.token, steps))))
+        reason = reason_against(cut, with_tokens_by(cut, captured.token))
     if reason is None:
         return captured
     log.warning("The layers [%d, %d) are not captured: %s", cut.start, cut.end, reason)

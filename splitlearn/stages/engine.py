@@ -26,7 +26,8 @@ class TokenEngine(Protocol):
 
     `compile_s` counts the seconds that steps have waited for a capture. `window` is 0, or for an engine that is bound
     to addresses the number of tokens in a block of memory: a later session should then reuse an earlier one's block.
-    `together` computes a token of each of several sessions of one pool; None leaves that to the stage's own forward.
+    `together` computes a ragged batch, as RaggedStage.forward does, where that is faster; None for an engine that never
+    does.
     """
 
     caches: type[Cache]

@@ -1,5 +1,5 @@
-"""Fused decode: one kernel call takes a token of each session through all layers of a stage (kernels/llama_decode.py),
-if they are as Llama's.
+"""Fused decode: one kernel call takes a token, or a ragged batch of some, through all layers of a stage
+(kernels/llama_decode.py), if they are as Llama's.
 
 `of(eager)` checks the structure of the layers, then compares the kernel with the model's own forward
 (stages/verify.py). The eager engine computes a stage that fails either check.
@@ -64,11 +64,11 @@ def of(eager: EagerEngine) -> TokenEngine | None:
     if len({tuple((linear.out_features, linear.in_features) for linear in _linears(layer)) for layer in layers}) > 1:
         return None
     fused = FusedEngine(cut, layers)
-    return fused if reason_against(cut, with_tokens_by(cut, fused.together)) is None else None
+    return fused if reason_against(cut, fused.together) is None else None
 
 
 class FusedEngine:
-    """Decodes tokens in one kernel call, over reserved caches, whose memory the kernel can read.
+    """Computes one or a few tokens in a kernel call, over reserved caches, whose memory the kernel can read.
 
     It holds the blocks of all linear layers in one piece of memory, in the order of reading. The memory is in huge
     pages if the system has them. So a token takes 0.93 to 0.96 times as long as with separate memory.
@@ -107,23 +107,33 @@ class FusedEngine:
         return self._decoded([step], self._team, step.mark or _NEVER)
 
     def together(self, steps: Sequence[StageInput]) -> Sequence[torch.Tensor]:
-        """The same for one token of each session, by all threads. Their caches are in one pool."""
-        return torch.split(self._decoded(steps, self._all, _NEVER), 1, dim=1)
+        """The same for a ragged batch, by all threads: all tokens of each step, and logits of the last `step.logits`.
+        Their caches are in one pool."""
+        tokens = [step.x.shape[1] for step in steps]
+        rows = tokens if self._head is None else [step.logits or own for step, own in zip(steps, tokens, strict=True)]
+        kept = [np.arange(end - own, end) for own, end in zip(rows, accumulate(tokens), strict=True)]
+        return torch.split(self._decoded(steps, self._all, _NEVER, np.concatenate(kept)), rows, dim=1)
 
-    def _decoded(self, steps: Sequence[StageInput], team: "Team", mark: DropMark) -> torch.Tensor:
-        """The hidden states [1, T, H] or the logits [1, T, V]."""
-        x, caches = np.concatenate([step.x.numpy()[0] for step in steps]), [step.session.cache for step in steps]
+    def _decoded(
+        self, steps: Sequence[StageInput], team: "Team", mark: DropMark, rows: NDArray[np.int64] | slice = slice(None)
+    ) -> torch.Tensor:
+        """The hidden states [1, rows, H] or the logits [1, rows, V] of these rows of all tokens."""
+        x = np.concatenate([step.x.numpy()[0] for step in steps])
         hidden = x if self._embedding is None else self._embedding[x]
-        places: list[KVAddresses] = [cache.addresses for cache in caches]
-        lengths = np.array([step.position for step in steps])
-        starts = np.array([place.start for place in places])
+        tokens = [step.x.shape[1] for step in steps]
+        places: list[KVAddresses] = [step.session.cache.addresses for step in steps]
+        starts = np.repeat([place.start for place in places], tokens)
+        lengths = np.concatenate(
+            [np.arange(step.position, step.position + own) for step, own in zip(steps, tokens, strict=True)]
+        )
         kv = self._kernel.KVPlace(places[0].layers, places[0].shape, starts, lengths)
         turns = self._turns_up_to(int(lengths.max()))[lengths]
         with team.leading() as record:
             if not self._kernel.step(hidden, self._layers, kv, turns, *mark, record):
                 raise StepUnwanted
-            for cache in caches:
-                cache.grow(1)
+            for step, own in zip(steps, tokens, strict=True):
+                step.session.cache.grow(own)
+            hidden = hidden[rows]
             return torch.from_numpy(hidden[None]) if self._head is None else self._head.logits(hidden, record)
 
     def _turns_up_to(self, position: int) -> NDArray[np.float32]:
@@ -191,7 +201,7 @@ def head_of(cut: CutModel, share: float) -> FusedHead | None:
     if cut.compiled or not _ends_as_llama(cut):
         return None
     fused = FusedHead(cut, share)
-    by_kernel = with_tokens_by(cut, lambda steps: [fused.whole(step.x) for step in steps])
+    by_kernel = with_tokens_by(cut, lambda step: fused.whole(step.x))
     return fused if reason_against(cut, by_kernel) is None else None
 
 

@@ -19,9 +19,9 @@ from splitlearn.stages.base import StageInput
 from splitlearn.stages.session import LocalSession
 from splitlearn.stages.settings import SessionSettings
 
-ROUNDS = ((3, 2), (1, 2), (1, 1), (1,))
+ROUNDS = ((3, 2), (1, 2), (1,))
 """The tokens of the first and the second session in each round."""
-SESSION_TOKENS = 6
+SESSION_TOKENS = 5
 
 Candidate = Callable[[Sequence[StageInput]], Sequence[Tensor]]
 """Computes the outputs of a round's steps, all positions of each, and extends their caches."""
@@ -48,15 +48,9 @@ def own_forward(cut: CutModel, step: StageInput) -> Tensor:
     return forward(cut, step.x, step.position, session.cache, arguments=session.settings.forward_arguments)
 
 
-def with_tokens_by(cut: CutModel, together: Candidate) -> Candidate:
-    """A candidate that computes a round's steps of one token by `together`, longer ones by the model's own forward."""
-
-    def compute(steps: Sequence[StageInput]) -> list[Tensor]:
-        single = [step for step in steps if step.x.shape[1] == 1]
-        found = iter(together(single) if single else ())
-        return [next(found) if step.x.shape[1] == 1 else own_forward(cut, step) for step in steps]
-
-    return compute
+def with_tokens_by(cut: CutModel, one_token: Callable[[StageInput], Tensor]) -> Candidate:
+    """A candidate that computes steps of one token by `one_token`, and longer ones by the model's own forward."""
+    return lambda steps: [one_token(step) if step.x.shape[1] == 1 else own_forward(cut, step) for step in steps]
 
 
 def rounding(dtype: torch.dtype) -> float:

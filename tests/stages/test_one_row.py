@@ -82,26 +82,24 @@ def test_a_token_comes_out_as_from_the_stages_own_forward(
 
 
 @pytest.mark.parametrize("spec", [TRUNK, BOTTOM, TOP], ids=lambda spec: spec.label)
-def test_a_token_of_each_of_several_sessions_comes_out_as_from_the_stages_own_forward(
+def test_tokens_of_several_sessions_come_out_as_from_the_stages_own_forward(
     default_model: ModelFiles, spec: loading.StageSpec
 ) -> None:
-    stage, lengths, random = _stage(default_model, spec), (3, 7, 1), torch.Generator().manual_seed(1)
+    stage, random = _stage(default_model, spec), torch.Generator().manual_seed(1)
     x = torch.randint(VOCABULARY, (3, 9), generator=random) if spec.first else torch.randn(3, 9, WIDTH)
+    ends = ((3, 5, 1), (4, 6, 2), (5, 9, 3))  # a prompt each, a token each, a chunk of a prompt beside two tokens
 
     def decoded(each: LocalStage) -> torch.Tensor:
         sessions, outs = each.open_together(session_of(FLAGS | {"output_hidden_states"}), 16, 3), list[StageOutput]()
-        for session, row, length in zip(sessions, x, lengths, strict=True):
-            each.step([StageInput(session, 0, row[None, :length])])
-        for after in range(2):
-            ends = [length + after for length in lengths]
-            new = [row[None, end : end + 1] for row, end in zip(x, ends, strict=True)]
-            outs += each.step(list(map(StageInput, sessions, ends, new)))
-        return torch.cat([out.x for out in outs])
+        for begins, until in zip([(0, 0, 0), *ends], ends, strict=False):
+            new = [row[None, begin:end] for row, begin, end in zip(x, begins, until, strict=True)]
+            outs += each.step(list(map(StageInput, sessions, begins, new)))
+        return torch.cat([out.x for out in outs], dim=1)
 
     engine = type(_fused(stage))
     with patch.object(engine, "together", autospec=True, side_effect=engine.together) as fused:
         found = decoded(stage)
-    assert fused.call_count == 2
+    assert fused.call_count == 3
     torch.testing.assert_close(found, decoded(replace(stage, faster=None)), rtol=1e-4, atol=1e-4)
 
 
