@@ -1,7 +1,6 @@
 """The public API: its list, full and split through it, and the code of docs/library.md."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError, TrunkRefused
 from tests.conftest import TinyFactory
 from tests.support import ROOT
-from tests.support.children import output_of
-from tests.support.trunk import environment, serve_here
+from tests.support.forks import printed, run_programs
+from tests.support.trunk import serve_here
 
 PROMPT = "Why is the sky blue?"
 PAGE = ROOT / "docs" / "library.md"
@@ -73,21 +72,12 @@ def test_what_cannot_be_loaded_is_said_by_name(files: ModelFiles) -> None:
         splitlearn.load_split(name, 1, 4, trunk=here.address)
 
 
-# Each block as the program that is run, as `python block.py` does: __main__ is its module and its file.
-RUN_EACH = """import runpy, sys
-if __name__ == "__main__":
-    for path in sys.argv[1:]:
-        print(path)
-        runpy.run_path(path, run_name="__main__")
-"""
-
-
 @pytest.mark.weights
 def test_the_page_of_the_library_runs_as_written(default_model: ModelFiles, tmp_path: Path) -> None:
-    """In one interpreter: to import torch takes most of a block's time."""
-    names = [f"block{at}.py" for at in range(len(BLOCKS))]
-    for name, block in zip(["each.py", *names], [RUN_EACH, *BLOCKS], strict=True):
-        (tmp_path / name).write_text(block, encoding="utf-8")
-    said = output_of([sys.executable, "each.py", *names], tmp_path, environment())
-    parts = re.split(r"^block\d+\.py$", said, flags=re.MULTILINE)[1:]
+    """In one process: to import torch takes most of a block's time."""
+    paths = [tmp_path / f"block{at}.py" for at in range(len(BLOCKS))]
+    for path, block in zip(paths, BLOCKS, strict=True):
+        path.write_text(block, encoding="utf-8")
+    said = printed(run_programs, [str(path) for path in paths], tmp_path, tmp_path / "errors")
+    parts = re.split(r"^.*block\d+\.py$", said, flags=re.MULTILINE)[1:]
     assert len(parts) == len(BLOCKS) and all(part.strip() for part in parts), said

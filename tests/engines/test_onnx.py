@@ -1,7 +1,5 @@
 """ONNX Runtime computes what torch does, in the sessions of a local stage and at a trunk server."""
 
-import sys
-
 import pytest
 import torch
 
@@ -14,12 +12,10 @@ from splitlearn.stages import loading
 from splitlearn.stages.base import StageInput
 from tests.conftest import TinyFactory
 from tests.engines.onnx_chains import CPU, IDS, ONNX, TORCH, chain, logits
-from tests.support.children import output_of
 from tests.support.trunk import serve_here
 from tests.support.words import load_of, session_of
 
 LARGEST = 1e-4
-OTHERS = ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "jax", "jaxlib", "torchax")
 CUTS = (SplitPlan(1, 3, 4), SplitPlan(2, 3, 4), SplitPlan(1, 2, 4))
 CUT = SplitPlan(1, 2, 2)
 AT_FIRST = ("gemma2", "llama")
@@ -84,8 +80,3 @@ def test_weights_in_fewer_bits_lose_no_more_than_torchs(small: ModelFiles, choic
     words = ONNX | {f"weight_dtype={choice}"}
     expected, found = (torch.cat(logits(chain(small, None, own), own), dim=1) for own in (TORCH, words))
     assert 0 < float((found - expected).std()) <= lost * float(expected.std())
-
-
-def test_the_fork_server_imports_no_engine_but_torch() -> None:
-    code = f"import sys, splitlearn.arms.preload; print(*(name for name in {OTHERS} if name in sys.modules))"
-    assert output_of([sys.executable, "-c", code]).split() == []

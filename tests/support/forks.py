@@ -9,6 +9,7 @@ imported before torch, for the page (tests/support/without_torch.py).
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -111,6 +112,14 @@ def printed(
     finally:
         child.close()
     return text
+
+
+def run_programs(paths: list[str]) -> int:
+    """Print each path and run it, as `python PATH` does: __main__ is its module and its file."""
+    for path in paths:
+        print(path)
+        runpy.run_path(path, run_name="__main__")
+    return 0
 
 
 def _run(
