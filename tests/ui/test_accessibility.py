@@ -35,6 +35,8 @@ DRAWN = (
 AXE_WIDTHS = (1280, 320)
 COLOURS = ["color-contrast", "link-in-text-block"]
 """The rules of axe-core about colours."""
+IN_ONE_LANGUAGE = pytest.mark.parametrize("page", ["en"], indirect=True)
+"""For what a keyboard does, which depends on no text."""
 # As Gradio does for ?__theme=dark. Colours have transitions, some of which end by being replaced.
 DARK = """async dark => {
   document.body.classList.toggle('dark', dark);
@@ -149,6 +151,7 @@ def selected(page: Page) -> str:
     return tab.inner_text()
 
 
+@IN_ONE_LANGUAGE
 def test_arrow_keys_go_from_tab_to_tab_and_one_press_of_tab_leaves_them(page: Page) -> None:
     names = page.get_by_role("tab").all_inner_texts()
     page.get_by_role("tab").first.click()
@@ -170,6 +173,7 @@ def test_arrow_keys_go_from_tab_to_tab_and_one_press_of_tab_leaves_them(page: Pa
     assert selected(page) == names[0]
 
 
+@IN_ONE_LANGUAGE
 def test_an_accordion_says_whether_it_is_open_and_opens_by_keyboard(page: Page) -> None:
     page.get_by_role("tab").first.click()
     fold = page.locator("#settings > button")
@@ -180,6 +184,7 @@ def test_an_accordion_says_whether_it_is_open_and_opens_by_keyboard(page: Page) 
         expect(page.locator("#max_new_tokens")).to_be_visible(visible=said == "true")
 
 
+@IN_ONE_LANGUAGE
 def test_the_keyboard_alone_goes_through_a_whole_tab_forwards_and_sees_where_it_is(page: Page) -> None:
     next(tabs(page))
     page.get_by_role("tab").first.focus()
