@@ -15,7 +15,7 @@ from splitlearn.privacy.checkpoint import Checkpoint
 from splitlearn.privacy.opponents import Attacker, Opponents
 from splitlearn.privacy.own_weights import fine_tune
 from splitlearn.privacy.registry import ATTACKS
-from splitlearn.privacy.rotation import orthogonal, recovered
+from splitlearn.privacy.rotation import orthogonal, recovered, rotate
 from splitlearn.privacy.split_model import SplitModel, VictimSession
 from tests.conftest import TinyFactory
 from tests.e2e.test_cli import configured
@@ -53,6 +53,27 @@ def test_a_rotated_trunk_gives_the_same_logits_and_its_weights_say_what_the_rota
     assert one.answer_ids == other.answer_ids
     assert (one.capture.sent - other.capture.sent).abs().mean() > 0.1 * one.capture.sent.abs().mean()
     assert torch.allclose(recovered(checkpoint.trunk, rotated.trunk.cut), q, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_rotation_changes_nothing_but_rounding(tiny_model: TinyFactory, family: str) -> None:
+    files = tiny_model(family)
+    cut = SplitModel(files, SplitPlan(2, files.n_layers - 2, files.n_layers), "float32").trunk.cut
+    cut.module.double()
+    for name, norm in list(cut.module.named_modules()):
+        if hasattr(norm, "variance_epsilon"):  # transformers' norms compute in float32 whatever they get
+            exact = torch.nn.RMSNorm(len(norm.weight), norm.variance_epsilon, dtype=torch.float64)
+            exact.load_state_dict(norm.state_dict())
+            cut.module.set_submodule(name, exact)
+    made = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 9, files.facts.hidden_size, dtype=torch.float64, generator=made)
+    q = orthogonal(files.facts.hidden_size, 0)
+    with torch.inference_mode():
+        before = forward(cut, x, 0, None)
+    rotate(cut, q)
+    with torch.inference_mode():
+        after = forward(cut, x @ q, 0, None) @ q.T
+    assert (before - after).abs().max() <= 1e-10 * before.abs().max()
 
 
 def test_a_model_that_a_rotation_would_change_is_refused(tiny_model: TinyFactory) -> None:
