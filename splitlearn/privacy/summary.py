@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from splitlearn.privacy.defences import NONE
+from splitlearn.privacy.defences import words
 from splitlearn.privacy.results import Row
 from splitlearn.privacy.scores import Estimate, Hits, exact, recall
 
@@ -55,11 +55,12 @@ class Line:
 
 
 def summary(rows: Iterable[Row]) -> list[Line]:
-    """The lines, baselines first, then in the order of the cuts, at each one without a defence first."""
+    """The lines, baselines first, then in the order of the cuts, and of the defences at each."""
     groups: dict[tuple[int, str, bool | None, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.cut, row.defence, row.knows, row.attack), []).append(row)
-    ordered = sorted(groups, key=lambda key: (key[0], key[1] != NONE, key[1], key[2] is True))
+    place = {word: at for at, word in enumerate(words())}
+    ordered = sorted(groups, key=lambda key: (key[0], place.get(key[1], len(place)), key[2] is True))
     return [_line(*key, groups[key]) for key in ordered]
 
 
