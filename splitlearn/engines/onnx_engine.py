@@ -159,7 +159,9 @@ def _session(graph: bytes, weights: dict[str, NDArray[Any]]) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-    options.add_external_initializers(list(weights), values)
+    options.add_external_initializers(list(weights), values)  # for the optimizer, which would look for a file
+    for name, value in zip(weights, values, strict=True):
+        options.add_initializer(name, value)  # for the session, which would else copy each
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 

@@ -29,7 +29,8 @@ FAST_IN_ANY = (
     "low_cpu_mem_usage,use_fast,inference_mode,use_cache,cache,output_attentions,output_hidden_states,fast_top_k"
 )
 FAST_ON_CPU = f"{FAST_IN_ANY},head_overlap"
-FAST, FAST_FLOAT32 = f"{FAST_ON_CPU},weight_dtype", f"{FAST_ON_CPU},weight_prepack=blocks"
+FAST = f"{FAST_ON_CPU},weight_dtype,float32_matmul_precision"
+FAST_FLOAT32 = f"{FAST_ON_CPU},weight_prepack=blocks"
 FAST_GPU = f"{FAST_IN_ANY},cuda_graph,torch_compile"
 
 

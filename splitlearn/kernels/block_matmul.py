@@ -132,7 +132,7 @@ def _product(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _unpack(typing: Any, bits: Any, blocks: Any, at: Any, panel: Any) -> Any:
+def unpack(typing: Any, bits: Any, blocks: Any, at: Any, panel: Any) -> Any:
     """Set `panel` to a block of 32 bits for each block of 4 or 8 `bits` from the byte `at` on."""
     index = numba.types.intp
 
@@ -150,7 +150,7 @@ def _unpack(typing: Any, bits: Any, blocks: Any, at: Any, panel: Any) -> Any:
 
 
 def _emit_unpack(builder: Any, bits: int, source: Any, target: Any, n_groups: Any) -> None:
-    """The instructions of `_unpack` for one format."""
+    """The instructions of `unpack` for one format."""
     with cgutils.for_range(builder, n_groups) as loop:
         block = builder.gep(source, [builder.mul(loop.index, _index(block_bytes(bits)))])
         values = builder.gep(target, [builder.mul(loop.index, _index(block_bytes(32)))])
@@ -261,7 +261,7 @@ def multiply(blocks: Any, bits: Any, x: Any, out: Any, begin: Any, end: Any) -> 
     _sum_groups(x, sums)
     passes = -(-n_groups // PASS_GROUPS) if unpacks else 1
     groups, rows = -(-n_groups // passes), PASS_ROWS if unpacks else n_rows
-    panel = _aligned(groups * PANEL_BYTES if unpacks else 0)
+    panel = aligned(groups * PANEL_BYTES if unpacks else 0)
     column_bytes = len(blocks) // out.shape[1]
     group_bytes = column_bytes * LANES // n_groups
     for row in range(0, n_rows, rows):
@@ -271,14 +271,14 @@ def multiply(blocks: Any, bits: Any, x: Any, out: Any, begin: Any, end: Any) -> 
             for first in range(begin, end, LANES):
                 at = first * column_bytes + group * group_bytes
                 if unpacks:
-                    _unpack(bits, blocks, at, panel[: some * PANEL_BYTES])
+                    unpack(bits, blocks, at, panel[: some * PANEL_BYTES])
                     _multiply_rows(panel, 32, 0, x, sums, out, row, end_row, first, group, some)
                 else:
                     _multiply_rows(blocks, bits, at, x, sums, out, row, end_row, first, group, some)
 
 
 @numba.njit  # type: ignore[untyped-decorator]
-def _aligned(size: Any) -> Any:
+def aligned(size: Any) -> Any:
     """`size` bytes that begin with a cache line."""
     memory = np.empty(size + CACHE_LINE, np.uint8)
     begin = -np.int64(memory.ctypes.data) % CACHE_LINE

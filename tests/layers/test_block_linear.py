@@ -1,6 +1,7 @@
 """Weights in blocks: what they stand for, the products with them, and a model whose layers have them."""
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.flags.selection import FlagSet
 from splitlearn.kernels.block_format import BITS, GROUP, LANES, block_bytes, from_blocks, to_blocks
 from splitlearn.kernels.block_matmul import multiply
+from splitlearn.kernels.block_values import to_bfloat16
 from splitlearn.lab.logit_fidelity import FixedInput
 from splitlearn.lab.logits import logits
-from splitlearn.layers.block_linear import MANY, BlockLinear, in_one_memory
+from splitlearn.layers.block_linear import MANY, MANY_ROWS, BlockLinear, in_one_memory
 from splitlearn.models.plan import SplitPlan
 from splitlearn.runtime.torch_threads import computing_on
 from splitlearn.stages import loading
@@ -116,6 +118,34 @@ def test_threads_share_the_product_of_many_rows(bits: int, threads: int) -> None
     with computing_on(threads):
         found = layer(x)
     torch.testing.assert_close(found, linear(x, layer.weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", FEW_BITS)
+def test_the_values_of_blocks_in_bfloat16_are_those_that_torch_rounds(bits: int) -> None:
+    blocks, out = to_blocks(torch.randn(48, 96), bits), torch.zeros(48, 96, dtype=torch.uint16)
+    to_bfloat16(blocks.view(-1).numpy(), bits, out.numpy(), 16, 48)
+    assert torch.equal(out.view(torch.bfloat16)[16:], from_blocks(blocks, 48, 96).bfloat16()[16:])
+    assert not out[:16].view(torch.int16).any()
+
+
+@pytest.mark.parametrize(("bits", "shape"), [(4, (80, 70)), (8, (80, 70)), (32, (80, 70)), (4, (528, 8200))])
+def test_only_long_prompts_in_few_bits_are_less_precise_where_that_is_allowed(
+    bits: int, shape: tuple[int, int], medium: None
+) -> None:
+    layer, x = _layer(torch.randn(shape), bits=bits), torch.randn(MANY_ROWS, shape[1])
+    exact = linear(x, layer.weight)
+    most = float(exact.abs().max())
+    torch.testing.assert_close(layer(x[1:]), exact[1:], rtol=0, atol=1e-4 * most)
+    torch.testing.assert_close(layer(x), exact, rtol=0, atol=(1e-4 if bits == 32 else 0.02) * most)
+
+
+@pytest.fixture
+def medium() -> Iterator[None]:
+    """Inside, torch may multiply float32 in bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def _layer(weight: torch.Tensor, bias: torch.Tensor | None = None, bits: int = 4) -> BlockLinear:
