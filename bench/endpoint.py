@@ -1,7 +1,7 @@
 """Many clients of `splitlearn serve` at once against one, by the OpenAI protocol: tokens per second, and the answers.
 
 Sixteen clients ask once each, with prompts and answers of mixed lengths; one client asks some of that one after the
-other. Each answer must be the one that its request gets alone.
+other. Each answer must be the one that its request gets alone. For each of some sets of flags.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from splitlearn.lab.stats import effect
 from tests.support.openai_server import serve
 
 CLIENTS, ALONE, BLOCKS = 16, 3, 8
+SETS = ("auto", "default", "fast")
 PATIENCE_S = 600.0
 WORDS = (
     "the",
@@ -62,18 +63,21 @@ class Load:
 
 def main(runs: Runs, blocks: int = BLOCKS) -> None:
     """Measure and write docs/results/endpoint.md."""
-    words = runs.config.flags
-    with TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {"flags": words, "runs": runs.config.runs.model_dump()}
-        with serve(runs.config.model.name, Path(folder), **settings) as url:
-            rows = [_row(url, model, blocks) for model in _models(url)]
+    rows = [row for words in SETS for row in _rows(runs, words, blocks)]
     text = (
-        f"`splitlearn serve` with `{words}`; server, trunk and clients on one machine. {CLIENTS} clients at once, one "
-        f"request each, against one client that asks the first {ALONE} one after the other; in random order in each of "
-        f"{blocks} blocks. Medians of all tokens per second, and the geometric mean ratio with its 95% interval. "
-        "Greedy answers of 48 to 78 tokens; one is *equal* if it has the text that the request got alone."
+        f"`splitlearn serve`; server, trunk and clients on one machine. {CLIENTS} clients at once, one request each, "
+        f"against one client that asks the first {ALONE} one after the other; in random order in each of {blocks} "
+        "blocks. Medians of all tokens per second, and the geometric mean ratio with its 95% interval. Greedy answers "
+        "of 48 to 78 tokens; one is *equal* if it has the text that the request got alone."
     )
     write("endpoint", "Many requests at once on the endpoint", text, rows, environment(runs))
+
+
+def _rows(runs: Runs, words: str, blocks: int) -> list[dict[str, Any]]:
+    """Full and split with these flags."""
+    settings: dict[str, Any] = {"flags": words, "runs": runs.config.runs.model_dump()}
+    with TemporaryDirectory() as folder, serve(runs.config.model.name, Path(folder), **settings) as url:
+        return [{"flags": f"`{words}`", **_row(url, model, blocks)} for model in _models(url)]
 
 
 def _models(url: str) -> list[str]:
@@ -89,7 +93,7 @@ def _row(url: str, model: str, blocks: int) -> dict[str, Any]:
     one, many = ([load.tps for load in found[name]] for name in (ONE, MANY))
     same = sum(text == own for load in found[MANY] for text, own in zip(load.texts, alone, strict=True))
     return {
-        "model": model,
+        "arm": model.partition(":")[2],
         "one client, tokens/s": f"{median(one):.1f}",
         f"{CLIENTS} clients, tokens/s": f"{median(many):.1f}",
         "ratio": str(effect(many, one)),
