@@ -1,6 +1,7 @@
 """The line of requests, and what serve refuses."""
 
 import asyncio
+import threading
 
 import pytest
 from fastapi.testclient import TestClient
@@ -10,9 +11,10 @@ from splitlearn.access.quota import Accounts
 from splitlearn.arms.startup import Startup
 from splitlearn.cli import main as command_line
 from splitlearn.config import Config
+from splitlearn.errors import TrunkError, TrunkFull, TrunkUnavailable
 from splitlearn.openai_api.answers import Line
 from splitlearn.openai_api.app import Endpoint
-from splitlearn.openai_api.failures import ApiError
+from splitlearn.openai_api.failures import RETRY_S, ApiError
 from splitlearn.openai_api.queue import Entry
 
 
@@ -59,6 +61,34 @@ def test_what_nobody_foresaw_is_said_in_the_envelope_too() -> None:
     answer = TestClient(app, base_url="http://localhost", raise_server_exceptions=False).get("/broken")
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "failed")
     assert "secret" not in answer.text
+
+
+def test_until_the_model_is_loaded_the_answer_is_when_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, startup = threading.Event(), Startup(Config())
+    monkeypatch.setattr(startup, "_read_model", read.wait)
+    startup.begin()
+    app = Endpoint(startup, Line(1, 0)).application(Names().has, Accounts())
+    client = TestClient(app, base_url="http://localhost")
+    body = {"model": "smollm2-135m-instruct:full", "prompt": "Hi"}
+    for answer in (client.get("/v1/models"), client.post("/v1/completions", json=body)):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+        assert int(answer.headers["Retry-After"]) > 0
+    assert client.get("/health").status_code == 503
+    startup.close()
+    read.set()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (TrunkFull("no room", retry_s=7.4), 429, "trunk_full"),
+        (TrunkUnavailable("gone"), 503, "trunk_unavailable"),
+    ],
+)
+def test_a_trunk_without_room_or_out_of_reach_says_when_to_try_again(error: TrunkError, status: int, code: str) -> None:
+    found = ApiError.of(error)
+    assert (found.status, found.code) == (status, code)
+    assert int(found.headers["Retry-After"]) == (7 if status == 429 else RETRY_S)
 
 
 @pytest.mark.parametrize(

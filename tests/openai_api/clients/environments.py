@@ -34,7 +34,7 @@ def python(name: str) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             venv.create(folder, symlinks=True)
             pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
-            _install(name, [*pip, "install", "-q", "-r", str(pins)], folder)
+            _install(name, [*pip, "install", "-q", "--retries", "2", "-r", str(pins)], folder)
     return folder / "bin"
 
 
@@ -50,7 +50,8 @@ def node(name: str) -> Path:
             npm = shutil.which("npm")
             if npm is None:
                 pytest.skip("npm is not here")
-            _install(name, [npm, "install", "--no-audit", "--no-fund", "--no-package-lock"], folder)
+            retry = ["--fetch-retries=2", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=2000"]
+            _install(name, [npm, "install", "--no-audit", "--no-fund", "--no-package-lock", *retry], folder)
     return folder / "node_modules" / ".bin"
 
 
@@ -68,6 +69,6 @@ def _folder(name: str, pins: Path) -> Path:
 def _install(name: str, command: Sequence[str | Path], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=END_S)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        pytest.skip(f"{name} cannot be installed here: {' '.join(lines[-3:])}")
+        lines = [line for line in done.stderr.splitlines() if line.lower().startswith(("error", "npm error"))]
+        pytest.skip(f"{name} cannot be installed here: {' '.join(lines[:4])}")
     (folder / "installed").touch()
