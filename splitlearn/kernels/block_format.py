@@ -18,6 +18,8 @@ BITS = (4, 8, 32)
 LANES, GROUP = 16, 32
 SCALES_BYTES = 2 * 2 * LANES
 HUGE_PAGE = 2 << 20
+# So many values are rounded at a time: what is computed on the way takes ten times their memory.
+VALUES = 1 << 19
 # Values are on a grid if they are off by these parts of its step and of its offset at most: float16 rounds both.
 OFF_GRID, OFFSET_ROUNDING = 0.02, 2.0**-11
 # The fewest steps between the smallest and the largest value of a group for which grids are looked for.
@@ -53,6 +55,12 @@ def fill_blocks(blocks: torch.Tensor, weight: torch.Tensor, bits: int) -> None:
     With 4 and 8 bits, a group's offset is its smallest value, and its scale is (largest - smallest) / (2**bits - 1),
     unless the values are on another grid of so many bits.
     """
+    groups = max(1, VALUES // (LANES * weight.shape[1]))
+    for part, rows in zip(blocks.split(groups), weight.split(groups * LANES), strict=True):
+        _fill_part(part, rows, bits)
+
+
+def _fill_part(blocks: torch.Tensor, weight: torch.Tensor, bits: int) -> None:
     n, k = weight.shape
     whole = pad(weight, (0, -k % GROUP, 0, -n % LANES)) if n % LANES or k % GROUP else weight
     values = whole.view(len(blocks), LANES, -1, GROUP).transpose(1, 2)
