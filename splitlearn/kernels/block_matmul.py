@@ -107,8 +107,8 @@ def _product(
         )
         (_, width), (_, n) = (cgutils.unpack_tuple(builder, each.shape) for each in (x, out))
         n_groups, in_rows = (
-            builder.sdiv(width, _index(GROUP)),
-            [builder.add(row, _index(each)) for each in range(n_rows)],
+            builder.sdiv(width, constant(GROUP)),
+            [builder.add(row, constant(each)) for each in range(n_rows)],
         )
 
         def pointers(array: Any, width: Any, column: Any) -> list[Any]:
@@ -116,14 +116,14 @@ def _product(
 
         tile = _Tile(
             block=builder.gep(blocks.data, [at]),
-            x=pointers(x, width, builder.mul(group, _index(GROUP))),
+            x=pointers(x, width, builder.mul(group, constant(GROUP))),
             sums=pointers(sums, n_groups, group),
             out=pointers(out, n, first),
             n_groups=groups,
-            adds=builder.icmp_signed("!=", group, _index(0)),
+            adds=builder.icmp_signed("!=", group, constant(0)),
         )
         for each in BITS if n_rows <= SUMS else (32,):
-            with builder.if_then(builder.icmp_signed("==", bits, _index(each))):
+            with builder.if_then(builder.icmp_signed("==", bits, constant(each))):
                 _emit(builder, each, tile)
         return context.get_dummy_value()
 
@@ -132,7 +132,7 @@ def _product(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def unpack(typing: Any, bits: Any, blocks: Any, at: Any, panel: Any) -> Any:
+def _unpack(typing: Any, bits: Any, blocks: Any, at: Any, panel: Any) -> Any:
     """Set `panel` to a block of 32 bits for each block of 4 or 8 `bits` from the byte `at` on."""
     index = numba.types.intp
 
@@ -140,9 +140,9 @@ def unpack(typing: Any, bits: Any, blocks: Any, at: Any, panel: Any) -> Any:
         bits, from_blocks, at, to_panel = given
         source = builder.gep(context.make_array(blocks)(context, builder, from_blocks).data, [at])
         target = context.make_array(panel)(context, builder, to_panel)
-        n_groups = builder.sdiv(cgutils.unpack_tuple(builder, target.shape)[0], _index(block_bytes(32)))
+        n_groups = builder.sdiv(cgutils.unpack_tuple(builder, target.shape)[0], constant(block_bytes(32)))
         for each in BITS[:-1]:
-            with builder.if_then(builder.icmp_signed("==", bits, _index(each))):
+            with builder.if_then(builder.icmp_signed("==", bits, constant(each))):
                 _emit_unpack(builder, each, source, target.data, n_groups)
         return context.get_dummy_value()
 
@@ -150,14 +150,14 @@ def unpack(typing: Any, bits: Any, blocks: Any, at: Any, panel: Any) -> Any:
 
 
 def _emit_unpack(builder: Any, bits: int, source: Any, target: Any, n_groups: Any) -> None:
-    """The instructions of `unpack` for one format."""
+    """The instructions of `_unpack` for one format."""
     with cgutils.for_range(builder, n_groups) as loop:
-        block = builder.gep(source, [builder.mul(loop.index, _index(block_bytes(bits)))])
-        values = builder.gep(target, [builder.mul(loop.index, _index(block_bytes(32)))])
-        scale, offset = _scale_and_offset(builder, block)
-        for column, integers in _columns(builder, block, bits):
-            place = builder.bitcast(builder.gep(values, [_index(4 * LANES * column)]), FLOATS.as_pointer())
-            builder.store(_multiply_add(builder, integers, scale, offset), place, align=4)
+        block = builder.gep(source, [builder.mul(loop.index, constant(block_bytes(bits)))])
+        values = builder.gep(target, [builder.mul(loop.index, constant(block_bytes(32)))])
+        scale, offset = scale_and_offset(builder, block)
+        for column, integers in columns_of(builder, block, bits):
+            place = builder.bitcast(builder.gep(values, [constant(4 * LANES * column)]), FLOATS.as_pointer())
+            builder.store(multiply_add(builder, integers, scale, offset), place, align=4)
 
 
 def _emit(builder: Any, bits: int, tile: _Tile) -> None:
@@ -165,16 +165,16 @@ def _emit(builder: Any, bits: int, tile: _Tile) -> None:
     zero, at_once, size = ir.Constant(FLOATS, None), max(1, SUMS // len(tile.x)), block_bytes(bits)
     totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(at_once if bits == 32 else 1)] for _ in tile.x]
     with cgutils.for_range(builder, tile.n_groups) as loop:
-        block = builder.gep(tile.block, [builder.mul(loop.index, _index(size))])
-        begin = builder.mul(loop.index, _index(GROUP))
+        block = builder.gep(tile.block, [builder.mul(loop.index, constant(size))])
+        begin = builder.mul(loop.index, constant(GROUP))
         for line in range(0, size if len(tile.x) > 1 or bits < 32 else 0, CACHE_LINE):
-            prefetch(builder, builder.gep(block, [_index(AHEAD_BYTES + line)]))
+            prefetch(builder, builder.gep(block, [constant(AHEAD_BYTES + line)]))
         sums = [list(map(builder.load, of_row)) if bits == 32 else [zero] * at_once for of_row in totals]
-        for column, values in _columns(builder, block, bits):
-            at, place = builder.add(begin, _index(column)), column % at_once
+        for column, values in columns_of(builder, block, bits):
+            at, place = builder.add(begin, constant(column)), column % at_once
             for x, of_row in zip(tile.x, sums, strict=True):
                 spread = _in_all_lanes(builder, builder.load(builder.gep(x, [at])))
-                of_row[place] = _multiply_add(builder, spread, values, of_row[place])
+                of_row[place] = multiply_add(builder, spread, values, of_row[place])
         for x_sums, of_row, kept in zip(tile.sums, sums, totals, strict=True):
             if bits < 32:
                 x_sum = _in_all_lanes(builder, builder.load(builder.gep(x_sums, [loop.index])))
@@ -189,7 +189,7 @@ def _emit(builder: Any, bits: int, tile: _Tile) -> None:
         builder.store(builder.load(total), place, align=4)
 
 
-def _columns(builder: Any, block: Any, bits: int) -> Iterator[tuple[int, Any]]:
+def columns_of(builder: Any, block: Any, bits: int) -> Iterator[tuple[int, Any]]:
     """Yield each column of a block with its values; with 4 and 8 bits, with its integers."""
     if bits == 32:
         for column in range(GROUP):
@@ -207,26 +207,26 @@ def _columns(builder: Any, block: Any, bits: int) -> Iterator[tuple[int, Any]]:
 def _scaled(builder: Any, block: Any, found: Any, x_sum: Any, total: Any) -> Any:
     """`total` plus the contribution of a block of integers: `found`, their products with x, times the scale, plus the
     sum of x times the offset."""
-    scale, offset = _scale_and_offset(builder, block)
-    return _multiply_add(builder, x_sum, offset, _multiply_add(builder, found, scale, total))
+    scale, offset = scale_and_offset(builder, block)
+    return multiply_add(builder, x_sum, offset, multiply_add(builder, found, scale, total))
 
 
-def _scale_and_offset(builder: Any, block: Any) -> tuple[Any, Any]:
+def scale_and_offset(builder: Any, block: Any) -> tuple[Any, Any]:
     """The scale and the offset of each of a block's LANES, as float32."""
     places = (0, SCALES_BYTES // 2)
     scale, offset = (builder.fpext(_load(builder, block, at, HALVES), FLOATS) for at in places)
     return scale, offset
 
 
-def _index(number: int) -> Any:
+def constant(number: int) -> Any:
     return ir.Constant(ir.IntType(64), number)
 
 
 def _load(builder: Any, base: Any, byte: int, kind: Any) -> Any:
-    return builder.load(builder.bitcast(builder.gep(base, [_index(byte)]), kind.as_pointer()), align=1)
+    return builder.load(builder.bitcast(builder.gep(base, [constant(byte)]), kind.as_pointer()), align=1)
 
 
-def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     kind, name = ir.FunctionType(FLOATS, [FLOATS] * 3), f"llvm.fmuladd.v{LANES}f32"
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
 
@@ -261,7 +261,7 @@ def multiply(blocks: Any, bits: Any, x: Any, out: Any, begin: Any, end: Any) -> 
     _sum_groups(x, sums)
     passes = -(-n_groups // PASS_GROUPS) if unpacks else 1
     groups, rows = -(-n_groups // passes), PASS_ROWS if unpacks else n_rows
-    panel = aligned(groups * PANEL_BYTES if unpacks else 0)
+    panel = _aligned(groups * PANEL_BYTES if unpacks else 0)
     column_bytes = len(blocks) // out.shape[1]
     group_bytes = column_bytes * LANES // n_groups
     for row in range(0, n_rows, rows):
@@ -271,14 +271,14 @@ def multiply(blocks: Any, bits: Any, x: Any, out: Any, begin: Any, end: Any) -> 
             for first in range(begin, end, LANES):
                 at = first * column_bytes + group * group_bytes
                 if unpacks:
-                    unpack(bits, blocks, at, panel[: some * PANEL_BYTES])
+                    _unpack(bits, blocks, at, panel[: some * PANEL_BYTES])
                     _multiply_rows(panel, 32, 0, x, sums, out, row, end_row, first, group, some)
                 else:
                     _multiply_rows(blocks, bits, at, x, sums, out, row, end_row, first, group, some)
 
 
 @numba.njit  # type: ignore[untyped-decorator]
-def aligned(size: Any) -> Any:
+def _aligned(size: Any) -> Any:
     """`size` bytes that begin with a cache line."""
     memory = np.empty(size + CACHE_LINE, np.uint8)
     begin = -np.int64(memory.ctypes.data) % CACHE_LINE

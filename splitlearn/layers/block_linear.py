@@ -1,6 +1,6 @@
 """Linear layers whose weights lie in blocks (kernels/block_format.py): in float32 in the order in which they are read,
 or in 4 or 8 bits. What is computed with stays as it is: weight-only. With torch's float32_matmul_precision "medium",
-prompts are multiplied in bfloat16 where the processor has such products: 512 rows take 0.5 to 0.6 times as long.
+prompts are multiplied in bfloat16 where the processor has such products: 512 rows take half as long.
 
 One row through SmolLM2-135M's layers and head takes 3 ms with 4 bits on one core and 13 with 32, where oneDNN's packed
 float32 takes 20.
@@ -34,11 +34,12 @@ OP = "block_linear"
 # times as long on two, 14 million 0.9, 18 million 0.8 to 0.9 and 28 million 0.75 to 0.85, of 4 bits as of 32 (40 pairs,
 # matrices of 576x576 to 1536x576 and 4 to 32 rows). A prompt of 20 tokens takes 0.89 [0.84, 0.94] times as long by it.
 MANY = 12_000_000
-# Rows from which on they are multiplied in bfloat16, for which the matrix is written anew: 64 rows take 0.96 to 1.26
-# times as long, 96 0.77 to 1.0, 128 0.68 to 0.89, 256 0.51 to 0.65 (192x576 to 5632x2048, one thread).
+# Rows from which on they are multiplied in bfloat16, for which the matrix is written anew: 64 rows take 0.62 to 1.04
+# times as long, 128 0.5 to 0.76, 512 0.47 to 0.5 (192x576 to 5632x2048, one thread). Fewer than these are tokens of
+# sessions that share a forward, which it must not change.
 MANY_ROWS = 128
-# As much of a matrix is written at a time.
-MATRIX_BYTES = 8 << 20
+# As much of a matrix is written at a time, to the same memory.
+MATRIX_BYTES = 4 << 20
 _library = torch.library.Library("splitlearn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(f"{OP}(Tensor x, Tensor blocks, int n) -> Tensor")  # type: ignore[no-untyped-call]
 
@@ -85,12 +86,13 @@ def _fill_in_bfloat16(
 
     x, row_bytes, found = torch.from_numpy(rows).bfloat16(), len(blocks) // out.shape[1], torch.from_numpy(out)
     step = LANES * max(1, MATRIX_BYTES // (LANES * x.shape[1] * x.itemsize))
+    matrix = torch.empty(min(step, out.shape[1]), x.shape[1], dtype=torch.uint16)
     for start in range(0, out.shape[1], step):
         columns = found[:, start : start + step]
-        matrix = torch.empty(columns.shape[1], x.shape[1], dtype=torch.uint16)
-        some = blocks[start * row_bytes :][: len(matrix) * row_bytes]
-        _share(partial(to_bfloat16, some, bits, matrix.numpy()), len(matrix), torch.get_num_threads())
-        columns.copy_(linear(x, matrix.view(torch.bfloat16)))
+        part = matrix[: columns.shape[1]]
+        some = blocks[start * row_bytes :][: len(part) * row_bytes]
+        _share(partial(to_bfloat16, some, bits, part.numpy()), len(part), torch.get_num_threads())
+        columns.copy_(linear(x, part.view(torch.bfloat16)))
 
 
 def _share(work: Callable[[int, int], None], n: int, threads: int) -> None:
