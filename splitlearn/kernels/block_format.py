@@ -56,7 +56,7 @@ def fill_blocks(blocks: torch.Tensor, weight: torch.Tensor, bits: int) -> None:
     unless the values are on another grid of so many bits.
     """
     groups = max(1, VALUES // (LANES * weight.shape[1]))
-    for part, rows in zip(blocks.split(groups), weight.split(groups * LANES), strict=True):
+    for part, rows in zip(torch.split(blocks, groups), torch.split(weight, groups * LANES), strict=True):
         _fill_part(part, rows, bits)
 
 
