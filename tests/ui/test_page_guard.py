@@ -229,6 +229,14 @@ def test_two_streams_of_one_session_that_break_off_are_no_error(page: Served, ca
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+def test_a_stream_of_a_session_that_is_gone_says_so_and_is_no_error(
+    page: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = page.client.get(f"{API}/queue/data", params={"session_hash": "gone"}).text
+    assert '"session_not_found":true' in said.replace(" ", "")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_what_a_page_has_just_asked_for_is_not_dropped_though_it_read_nothing_for_long(page: Served) -> None:
     app, queue = page.blocks.server_app, page.blocks._queue
     page.join(session_hash="idle")

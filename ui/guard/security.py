@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from typing import Any
 from urllib.parse import urlencode
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -118,8 +119,13 @@ class Guard:
             return
         if path in choice.PAGES:
             uncompressed(request)
-        with self._counting(request):
-            await self._app(request.scope, receive, answer)
+        try:
+            with self._counting(request):
+                await self._app(request.scope, receive, answer)
+        except RuntimeError as error:
+            if not _is_late_404(error):
+                raise
+            await answer({"type": "http.response.body"})  # the end of what has begun
         if address is not None and answer.status == 200:
             self._brake.give_back(address)
 
@@ -225,6 +231,12 @@ class Guard:
             self.reading[session] -= 1
             if not self.reading[session]:
                 del self.reading[session]
+
+
+def _is_late_404(error: RuntimeError) -> bool:
+    """Whether Starlette raises it for a 404 that comes in the midst of a response. Gradio 6 raises one in the stream of
+    a session that is gone, once the stream has said so: of a page that was left before it began to read, say."""
+    return isinstance(error.__cause__, HTTPException) and error.__cause__.status_code == 404
 
 
 def _page_of(language: choice.Language, request: Request) -> str:
