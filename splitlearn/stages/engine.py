@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from splitlearn.kvcache.pool import KVShape, shapes_of
 from splitlearn.models.cut import CutModel, example, forward
 from splitlearn.runtime import private_apis
-from splitlearn.runtime.torch_threads import computing_one_token
+from splitlearn.runtime.torch_threads import in_full_float32
 from splitlearn.stages.base import StageInput
 
 
@@ -83,13 +83,15 @@ class StageEngine(Protocol):
 class EagerEngine:
     """The model's own forward, compiled or not.
 
-    On a CPU `token_threads` compute a step of one token. `precision` is the process's float32_matmul_precision.
+    On a CPU `token_threads` compute a step of one token. `precision` is the process's float32_matmul_precision; there,
+    steps of fewer tokens than `long` are computed in full float32.
     """
 
     cut: CutModel
     device: torch.device
     token_threads: int
     precision: str
+    long: int = 2
     new_cache: ClassVar[None] = None
 
     def kv_shapes(self) -> Sequence[tuple[KVShape, KVShape]]:
@@ -103,8 +105,10 @@ class EagerEngine:
 
     def compute(self, step: StageInput) -> Tensor:
         """The hidden state [1, T, H] or the logits [1, logits, V]. Appends the new tokens to the cache."""
-        alone = step.x.shape[1] == 1 and self.device.type == "cpu"
-        with computing_one_token(self.token_threads, self.precision) if alone else nullcontext():
+        tokens = step.x.shape[1]
+        threads = self.token_threads if tokens == 1 else torch.get_num_threads()
+        short = tokens < self.long and self.device.type == "cpu"
+        with in_full_float32(threads, self.precision) if short else nullcontext():
             return forward(
                 self.cut,
                 step.x.to(self.device),

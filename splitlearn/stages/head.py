@@ -23,7 +23,7 @@ from splitlearn.kvcache.prefix_store import BlockPart
 from splitlearn.layers.block_linear import BlockLinear
 from splitlearn.layers.onednn_linear import PrepackedLinear
 from splitlearn.models.cut import CutModel, forward
-from splitlearn.runtime.torch_threads import computing_one_token
+from splitlearn.runtime.torch_threads import in_full_float32
 from splitlearn.stages import nonfinite
 from splitlearn.stages.base import PendingLogits, StageInput, StageOutput, WholePrefix, timed
 from splitlearn.stages.engine import StageEngine
@@ -186,7 +186,7 @@ class Head:
         settings = ExitStack()
         settings.enter_context(item.session.settings.gradient_guard())
         if alone and self.eager.device.type == "cpu":
-            settings.enter_context(computing_one_token(self.eager.token_threads, self.eager.precision))
+            settings.enter_context(in_full_float32(self.eager.token_threads, self.eager.precision))
         return settings
 
 

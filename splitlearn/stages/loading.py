@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from splitlearn.checkpoints.folder import ALIGNMENT, ModelFiles, read_config
 from splitlearn.errors import ModelError, NotFinite, WeightsDamaged
 from splitlearn.kernels.block_format import LANES
+from splitlearn.layers.block_linear import MANY_ROWS
 from splitlearn.models.cut import CutModel, carve
 from splitlearn.models.part import Part
 from splitlearn.models.plan import SplitPlan
@@ -27,7 +28,7 @@ from splitlearn.models.tensors import empty_model
 from splitlearn.runtime import cgroups, private_apis
 from splitlearn.runtime.device import resolve
 from splitlearn.runtime.process import default_threads, resident_bytes, trim_heap
-from splitlearn.runtime.torch_threads import computing_one_token
+from splitlearn.runtime.torch_threads import in_full_float32
 from splitlearn.stages import equivalence
 from splitlearn.stages.engine import EagerEngine, StageEngine
 from splitlearn.stages.head import Head, engine_of, undivided
@@ -298,7 +299,7 @@ def put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool) 
 
 def _engine(cut: CutModel, files: ModelFiles, settings: LoadSettings, placement: Placement) -> StageEngine:
     """What computes the steps of a stage that has its weights."""
-    eager = _eager(cut, placement)
+    eager = _eager(cut, placement, settings)
     return eager if settings.engine is None else settings.engine(eager, files, settings.weight_bits)
 
 
@@ -321,16 +322,17 @@ def _head(eager: StageEngine, spec: StageSpec, placement: Placement, hidden_size
     if not isinstance(eager, EagerEngine):
         return Head(eager, spec.label, placement.dtype, undivided(eager))
     x = torch.randn(1, 1, hidden_size, generator=torch.Generator().manual_seed(0))
-    with computing_one_token(eager.token_threads, eager.precision):
+    with in_full_float32(eager.token_threads, eager.precision):
         engine = engine_of(eager.cut, x.to(placement.device, placement.dtype))
     return Head(eager, spec.label, placement.dtype, engine)
 
 
-def _eager(cut: CutModel, placement: Placement) -> EagerEngine:
+def _eager(cut: CutModel, placement: Placement, settings: LoadSettings) -> EagerEngine:
     if cut.last:
         module: Any = cut.module
         module.get_output_embeddings().register_forward_pre_hook(_with_own_row)
-    return EagerEngine(cut, placement.device, _row_threads(placement), torch.get_float32_matmul_precision())
+    long = 2 if settings.weight_bits is None else MANY_ROWS  # of fewer rows, the products stay as they are
+    return EagerEngine(cut, placement.device, _row_threads(placement), torch.get_float32_matmul_precision(), long)
 
 
 def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

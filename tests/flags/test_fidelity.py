@@ -20,6 +20,7 @@ from splitlearn.flags.registry import FLAGS, SIDES, Place, settings
 from splitlearn.flags.selection import FlagSet, availability, parse
 from splitlearn.lab.logit_fidelity import FixedInput
 from splitlearn.lab.logits import logits
+from splitlearn.layers.block_linear import MANY_ROWS
 from splitlearn.models.cut import layers_of
 from splitlearn.models.plan import SplitPlan
 from splitlearn.stages import loading
@@ -153,18 +154,21 @@ def _is_mapped(tensor: torch.Tensor, path: Path) -> bool:
     return False
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_one_token_is_computed_in_full_and_longer_steps_in_the_process_precision(
-    files: ModelFiles, precision: str
+@pytest.mark.parametrize(
+    ("precision", "more", "short"),
+    [(each, "", each) for each in ("highest", "high", "medium")] + [("medium", ",weight_dtype=int8", "highest")],
+)
+def test_one_token_or_few_of_blocks_are_computed_in_full_and_longer_steps_in_the_process_precision(
+    files: ModelFiles, precision: str, more: str, short: str
 ) -> None:
     seen = list[tuple[int, str]]()
-    flags = parse(f"low_cpu_mem_usage,use_cache,float32_matmul_precision={precision}", HERE).full
+    flags = parse(f"low_cpu_mem_usage,use_cache,float32_matmul_precision={precision}{more}", HERE).full
     loading.prepare_process(settings(flags).process, 1)
     stage = loading.load(files, loading.full_specs(5), load_of(flags), PLACEMENT).stages[0]
     layers_of(stage.cut)[0].register_forward_pre_hook(
         lambda _, given: seen.append((given[0].shape[1], torch.get_float32_matmul_precision()))
     )
-    session = stage.open(session_of(flags), 8)
-    for position, tokens in ((0, 3), (3, 1), (4, 2)):
+    session = stage.open(session_of(flags), 200)
+    for position, tokens in ((0, 3), (3, 1), (4, 2), (6, MANY_ROWS)):
         stage.step([StageInput(session, position, torch.zeros(1, tokens, dtype=torch.long))])
-    assert seen == [(3, precision), (1, "highest"), (2, precision)]
+    assert seen[-4:] == [(3, short), (1, "highest"), (2, short), (MANY_ROWS, precision)]
