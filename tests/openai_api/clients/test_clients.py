@@ -28,6 +28,7 @@ KINDS = ("full", "split")
 SAID = {"role": "user", "content": "Why is the sky blue?"}
 TOOLS = "the default model's chat template has no place for tools"
 PONG = "chat.pong"
+CANARY_CHECKS, MOST_SCANS = 7, 8
 NOT_PASSED = {
     PONG: "asked at a temperature of 1, a model of 135M parameters does not always say pong",
     "catalog.declared-v2": "no catalog of prices is published",
@@ -100,12 +101,14 @@ def test_langchain_gets_the_endpoints_answers(url: str, model: str) -> None:
 def test_each_check_of_compatcanary_passes_with_a_model_that_calls_tools(
     caller_client: httpx.Client, kind: str
 ) -> None:
-    """In one of three scans: it asks at a temperature of 1, at which this model's text may be cut off in a call."""
+    """In one of some scans: it asks at a temperature of 1, at which this model's text may be cut off in a call."""
     program, url = environments.node("compatcanary") / "compatcanary", f"{str(caller_client.base_url).rstrip('/')}/v1"
     command = [str(program), "scan", "--format", "json", "--fail-on", "never", "--base-url", url]
-    reports = [json.loads(environments.run([*command, "--model", f"caller:{kind}"])) for _ in range(3)]
-    found = [(each["id"], each["status"], each["summary"]) for report in reports for each in report["results"]]
-    assert len({name for name, status, _ in found if status == "pass"}) == 7, found
+    found, passed = list[dict[str, Any]](), set[str]()
+    while len(passed) < CANARY_CHECKS and len(found) < MOST_SCANS * CANARY_CHECKS:
+        found += json.loads(environments.run([*command, "--model", f"caller:{kind}"]))["results"]
+        passed = {each["id"] for each in found if each["status"] == "pass"}
+    assert len(passed) == CANARY_CHECKS, found
 
 
 def test_each_check_of_the_provider_check_passes_that_applies(url: str, model: str, tmp_path: Path) -> None:
@@ -200,5 +203,5 @@ def test_gradios_chat_page_shows_the_answers_of_two_turns(
             box.fill(said)
             box.press("Enter")
             expect(answers).to_have_count(turn)
-            expect(answers.last).to_have_text(re.compile(r"\w"))
-            expect(page.locator("button.stop-button")).to_be_hidden()
+            expect(answers.last).to_have_text(re.compile(r"^(?!Loading content)\W*\w"))  # what Gradio shows before
+            expect(box).to_be_enabled(timeout=START_S * 1000)  # the answer has ended
