@@ -15,6 +15,7 @@ from server.__main__ import app as server
 from splitlearn.cli.main import app as splitlearn
 from tests.support import ROOT
 from ui.app import app as page
+from ui.attacks.actions import PUBLISHED
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/notes").glob("*.md"))]
 PROGRAMS = {"splitlearn": splitlearn, "server": server, "app.py": page}
@@ -106,3 +107,11 @@ def test_every_option_that_the_docs_name_exists(path: Path) -> None:
 def test_every_link_in_the_docs_leads_to_a_file(path: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8"))
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_page_and_the_readme_say_of_attacks_what_their_report_says() -> None:
+    report, said = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/results/privacy.md", "README.md"))
+    for (model, dtype, cut), (share, prompts) in PUBLISHED.items():
+        assert f"\n{model}, {dtype}, trunk" in report
+        assert f"| {cut} | none |  | search | {prompts} | {share:.1%} [" in report
+        assert f"{prompts} prompts" in said

@@ -28,8 +28,8 @@ CUTS = (1, 2, 4, 8, 16)
 """Of a sweep, as far as the model has them."""
 PROMPTS = 8
 FILE = "attacks.csv"
-PUBLISHED = {("smollm2-135m-instruct", "float32", 2): (1.0, 40)}
-"""By model, dtype and cut: the share of the prompts' tokens recovered, of so many prompts (docs/privacy.md)."""
+PUBLISHED = {("smollm2-135m-instruct", "float32", 2): (1.0, 200)}
+"""By model, dtype and cut: the share of the prompts' tokens recovered, of so many prompts (docs/results/privacy.md)."""
 
 
 @dataclass(frozen=True)
