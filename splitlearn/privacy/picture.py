@@ -10,7 +10,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("", "6 3", "2 2", "8 3 2 3", "1 3", "10 2")
 BASELINE, BASELINE_TEXT, GRID = "#808890", "#5a6068", "#dddddd"
 WIDTH, HEIGHT = 230, 180
-ACROSS, DOWN, IN_A_ROW = WIDTH + 60, HEIGHT + 80, 3
+ACROSS, DOWN, IN_A_ROW = WIDTH + 90, HEIGHT + 80, 3
 """Pixels: the plot, a panel with what is around it, and panels side by side."""
 LEGEND, ENTRY = 24, 100
 
