@@ -40,7 +40,7 @@ def model(page: Page) -> None:
 def lab(page: Page) -> None:
     """Show the experiment of Compare flags in the Lab."""
     page.get_by_role("tab", name="Lab").click()
-    expect(page.locator("#lab-report h3").first).to_be_visible(timeout=RUN_MS)
+    expect(page.locator("#lab-report h2").first).to_be_visible(timeout=RUN_MS)
 
 
 def chat(page: Page) -> None:
