@@ -24,9 +24,8 @@ Reports = Sequence[ArmReport]
 def rates_of(anatomy: Anatomy, found: Mapping[str, Reports], plan: SplitPlan, *, alike: bool) -> Rates:
     """The rates of runs that all answered the same request: `full` is the full model, `split` has the trunk of `plan`.
 
-    `whole`, if there, is the whole model with the client's flags, and `in_turn` the split where client and trunk never
-    work at once. Where those are not there, the client has the full model's flags, and what both do at once is taken
-    to cost neither of them anything.
+    `whole` is the whole model with the client's flags, where these are others than the full model's. `in_turn` is the
+    split without `head_overlap`, where it has that flag: client and trunk never work at once.
 
     `alike`: whether the trunk's process keeps weights as the client's does. Otherwise, all that it holds beyond its
     imports counts as weights.

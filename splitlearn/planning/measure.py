@@ -49,12 +49,6 @@ def short_request(prompt: str) -> GenerationRequest:
     return GenerationRequest(prompt, max_new_tokens=TOKENS, ignore_eos=True)
 
 
-def shows_rates(report: ArmReport, least_tokens: int) -> bool:
-    """Whether a run is usable for rates: one sample of so many tokens, no trunk lost, all of the prompt computed."""
-    metrics = report.metrics
-    return not (report.others or metrics.recoveries or metrics.cached_tokens) and metrics.n_tokens >= least_tokens
-
-
 def arms_of(flags: FlagSet) -> Arms:
     """What is run to find the rates: full and split; the whole model with the client's flags where they differ; the
     split in turn, so that neither side slows the other down, where client and trunk work at once.

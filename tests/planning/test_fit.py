@@ -12,7 +12,6 @@ from splitlearn.metrics import RunMetrics
 from splitlearn.models.plan import SplitPlan
 from splitlearn.planning.costs import cut_cost
 from splitlearn.planning.fit import rates_of
-from splitlearn.planning.measure import shows_rates
 from tests.planning.test_costs import MB, MODEL, RATES, N
 
 PLAN = SplitPlan(1, 5, N)
@@ -129,10 +128,3 @@ def test_a_trunk_of_other_flags_or_machines_keeps_weights_in_its_own_way() -> No
     cost = cut_cost(MODEL, rates, Link(), rates.context, PLAN.start, PLAN.end)
     assert split.trunk is not None
     assert cost.trunk_memory_bytes == pytest.approx(split.trunk.peak_rss_bytes)
-
-
-def test_a_run_that_reused_part_of_its_prompt_shows_no_rates() -> None:
-    _, split = runs_of()
-    assert shows_rates(split, TOKENS)
-    assert not shows_rates(split, TOKENS + 1)
-    assert not shows_rates(replace(split, metrics=replace(split.metrics, cached_tokens=16)), TOKENS)

@@ -35,6 +35,8 @@ def flags(page: Page) -> None:
 def model(page: Page) -> None:
     """Show the model, its cuts and their costs on this machine."""
     page.get_by_role("tab", name="Model and cut").click()
+    page.locator("#model-measure").click()
+    expect(page.locator("#model-advice")).to_contain_text("Without a limit of memory", timeout=RUN_MS)
 
 
 def lab(page: Page) -> None:

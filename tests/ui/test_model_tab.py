@@ -97,17 +97,6 @@ def test_what_cannot_be_used_is_named_as_its_field_is(page: Page, name: str, val
     expect(page.locator("#model-error .sl-error")).to_have_count(0)
 
 
-def test_a_comparison_shows_what_each_cut_costs(page: Page) -> None:
-    page.get_by_role("tab", name="Answers").click()
-    page.locator("#settings > button").click()
-    page.get_by_label("Ignore the end token").check()  # answers of one token show no rates
-    page.locator("#compare").click()
-    expect(page.locator("#result .sl-verdict")).to_contain_text("Identical", timeout=RUN_MS)
-    expect(page.locator("#compare")).to_be_enabled(timeout=RUN_MS)
-    page.get_by_role("tab", name="Model and cut").click()
-    expect(page.locator("#model-advice")).to_contain_text("Without a limit of memory, cut at")
-
-
 def test_a_measured_cut_is_chosen_by_keyboard_run_and_taken_for_the_comparison(page: Page) -> None:
     page.locator("#model-measure").click()
     expect(page.locator("#model-status progress")).to_be_visible(timeout=RUN_MS)

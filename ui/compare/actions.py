@@ -117,7 +117,4 @@ class Handlers:
             yield ComparisonView(error=str(error))
             return
         with closing(session.compare(self.runs, flags, request, stop, pairs, link)) as states:  # type: ignore[type-var]  # a generator
-            for shown in states:
-                yield shown
-        if shown.pairs and shown.ended:
-            self.planner.learn(words, flags, shown.pairs, link, shown.others_cpu)
+            yield from states

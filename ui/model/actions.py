@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
-from splitlearn.arms.compare import Pairs
 from splitlearn.arms.startup import ANY_PROMPT, Startup
-from splitlearn.errors import InputError, SetupError, SplitlearnError
+from splitlearn.errors import InputError, SetupError
 from splitlearn.events import GenerationRequest
 from splitlearn.flags.selection import FlagSet, parse
 from splitlearn.link.emulated import Link
@@ -21,13 +20,9 @@ from splitlearn.planning.anatomy import Anatomy
 from splitlearn.planning.costs import CutCost, Rates, cut_cost
 from splitlearn.planning.measure import (
     CutRun,
-    arms_of,
     measure_cut,
     measure_rates,
-    measured_at,
-    rates_from,
     short_request,
-    shows_rates,
 )
 from splitlearn.planning.report import CutReport, report_of
 from splitlearn.runtime.progress import Progress, Step
@@ -39,8 +34,6 @@ from ui.visitors import Stops
 
 USUAL_CONTEXT = 2048
 POLL_S = 0.1
-FEWEST, FEWEST_TOKENS = 3, 16
-"""Fewest runs of each arm, and fewest tokens of a run, from which rates are taken."""
 Result = TypeVar("Result")
 
 
@@ -155,22 +148,6 @@ class Planner:
         )
         if rates is not None:
             self._known.measured = Measurement(words, flags, rates, time.time())
-
-    def learn(self, words: str, flags: FlagSet, pairs: Pairs, link: Link, others_cpu: float) -> None:
-        """Take the rates from a comparison if it shows them, unless they were measured with these flags.
-
-        A comparison shows them if it had no emulated link and lost no trunk, client and full have the same flags, and
-        there are at least FEWEST usable runs.
-        """
-        runs, usable = self.runs, [*zip(pairs.full, pairs.split, strict=True)]
-        usable = [pair for pair in usable if all(shows_rates(report, FEWEST_TOKENS) for report in pair)]
-        apart = link != Link() or "whole" in arms_of(flags) or measured_at(runs) != runs.plan
-        if apart or len(usable) < FEWEST or (self.measured and self.measured.flags == flags):
-            return
-        full, split = zip(*usable, strict=True)
-        with suppress(SplitlearnError):  # of a model whose structure cannot be read; the tab shows why
-            rates = rates_from(runs, self.anatomy(), flags, runs.plan, {"full": [*full], "split": [*split]})
-            self._known.measured = Measurement(words, flags, replace(rates, others_cpu=others_cpu), time.time())
 
     def measure_cut(self, question: Question, words: str, visitor: str) -> Iterator[Step]:
         """Run the cut of `question` with the prediction's flags. Measures the rates first if there are none. Yields

@@ -15,7 +15,7 @@ from ui.model.pareto import distinct
 EMPTY = (
     "Press “Measure this machine” to see whether splitting helps here, where to cut, and TPOT and memory of every cut. "
     f"Full and split run {REPEATS} times each, {TOKENS} tokens a run: half a minute, and more while something still "
-    "loads. A comparison of three runs on the Answers tab works, too."
+    "loads."
 )
 
 
