@@ -16,8 +16,9 @@ Each attack has what a trunk server has: the public checkpoint and the hidden st
 layers at the client before the trunk. Shares are of tokens with the right id at their place, and of prompts recovered
 whole; 95% intervals over prompts (docs/privacy.md). *Answer tokens* are those of a greedy answer; an attack on what
 was sent sees all but the last. *Known* says whether the attacker knows the defence, where that makes a difference.
-*Flips* are tokens of the answer that are others than without the defence. *Bytes a token* are those of the hidden
-states, both ways. *ms a token* is the attack's time for a token, without what it learns once for a cut.\
+*Flips* are tokens of the answer that are others than without the defence. *Perplexity* is that of these prompts for the
+split model. *Bytes a token* are those of the hidden states, both ways. *ms a token* is the attack's time for a token,
+without what it learns once for a cut.\
 """
 
 

@@ -19,12 +19,12 @@ from filelock import FileLock, Timeout
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError, SetupError
-from splitlearn.privacy.scores import Hits
+from splitlearn.privacy.scores import Hits, Loss
 from splitlearn.privacy.victims import Victim
 from splitlearn.reporting.files import make_folder
 
 FILE = "results.jsonl"
-FORMAT = "splitlearn.attack.2"
+FORMAT = "splitlearn.attack.3"
 Key = tuple[int, str, bool | None, str, int]
 """Cut, defence, whether the attacker knows it, attack, number of the prompt."""
 
@@ -34,8 +34,8 @@ class Row:
     """An attack on one prompt. Of a baseline `cut` is 0 and `defence` empty. `knows`: whether the attacker knows the
     defence, None where that makes no difference. `seconds` is what the attack took, without what it learns once for a
     cut: `prepare_s`. `peak_rss_bytes` is the most memory of the process meanwhile, which has the victim's stages, too.
-    `same` has the tokens of the answer that are those of the client without a defence. `token_bytes` cross the wire for
-    a token, both ways."""
+    `same` has the tokens of the answer that are those of the client without a defence. `loss` is what the split model
+    makes of the prompt. `token_bytes` cross the wire for a token, both ways."""
 
     cut: int
     defence: str
@@ -49,6 +49,7 @@ class Row:
     prepare_s: float = 0.0
     peak_rss_bytes: int = 0
     same: Hits = Hits(0, 0)
+    loss: Loss = Loss(0.0, 0)
     token_bytes: int = 0
 
     @property
@@ -60,7 +61,8 @@ class Row:
     def of_json(cls, said: Mapping[str, Any]) -> "Row":
         """Raises TypeError and KeyError for what is no row."""
         plain = {each.name: said[each.name] for each in fields(cls)}
-        return cls(**{**plain, **{name: Hits(**plain[name]) for name in ("prompt", "answer", "same")}})
+        hits = {name: Hits(**plain[name]) for name in ("prompt", "answer", "same")}
+        return cls(**{**plain, **hits, "loss": Loss(**plain["loss"])})
 
 
 def header_of(

@@ -26,6 +26,14 @@ class Hits:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """The negative log-likelihood of so many tokens, in nats, summed."""
+
+    nats: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A share with its 95% interval over prompts."""
 
@@ -44,6 +52,12 @@ def score(session: "VictimSession", recovered: Recovered, reads: str) -> tuple[H
     if reads == "returned":
         return Hits(0, 0), _hits(answer, rest)
     return _hits(prompt, own), _hits(answer[:-1], rest)
+
+
+def perplexity(losses: Sequence[Loss]) -> float | None:
+    """exp(mean negative log-likelihood of a token). None without tokens."""
+    tokens = sum(each.tokens for each in losses)
+    return math.exp(sum(each.nats for each in losses) / tokens) if tokens else None
 
 
 def recall(hits: Sequence[Hits], seed: int = 0) -> Estimate | None:

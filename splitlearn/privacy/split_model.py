@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.events import GenerationRequest, TokenEvent
@@ -19,10 +20,11 @@ from splitlearn.flags.registry import settings
 from splitlearn.generation.chain import Link
 from splitlearn.generation.generator import Generator
 from splitlearn.generation.tokenizer import Tokens
-from splitlearn.models.cut import CutModel
+from splitlearn.models.cut import CutModel, forward
 from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy.capture import FORMS, Capture
 from splitlearn.privacy.rotation import rotated_trunk, turned
+from splitlearn.privacy.scores import Loss
 from splitlearn.sampling import SamplingParams
 from splitlearn.stages import loading
 from splitlearn.stages.base import StageInput, StageOutput
@@ -37,11 +39,13 @@ FLAGS = frozenset({"low_cpu_mem_usage", "use_fast", "inference_mode", "use_cache
 
 @dataclass(frozen=True)
 class VictimSession:
-    """What the trunk had of one prompt, and what it was: the ids of the prompt and of the greedy answer."""
+    """What the trunk had of one prompt, and what it was: the ids of the prompt and of the greedy answer. `loss` is what
+    the split model makes of the prompt's tokens after the first."""
 
     capture: Capture
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+    loss: Loss
 
 
 @dataclass
@@ -112,4 +116,14 @@ class SplitModel:
         states = (torch.stack(wired.sent), torch.stack(wired.returned))
         files = self.files
         found = Capture(files.name, files.digest, self.plan, self.dtype, form, len(ids), *states)
-        return VictimSession(found, ids, answer)
+        return VictimSession(found, ids, answer, self._loss(states[1][: len(ids)], ids))
+
+    def _loss(self, returned: Tensor, ids: tuple[int, ...]) -> Loss:
+        """That of a prompt's `ids` [P], from what came back for them, [P, H]."""
+        x = converted(returned, self.trunk.dtype).unsqueeze(0)
+        x = x if self._q is None else turned(x, self._q.T)
+        with torch.inference_mode():
+            for stage in self._rest:
+                x = forward(stage.cut, x, 0, None)
+            nats = cross_entropy(x[0, :-1].float(), torch.tensor(ids[1:]), reduction="sum")
+        return Loss(float(nats), len(ids) - 1)

@@ -6,11 +6,11 @@ from typing import Any
 
 from splitlearn.privacy.defences import words
 from splitlearn.privacy.results import Row
-from splitlearn.privacy.scores import Estimate, Hits, exact, recall
+from splitlearn.privacy.scores import Estimate, Hits, exact, perplexity, recall
 
 HEADS = (
     *("cut", "defence", "known", "attack", "prompts", "prompt tokens", "whole prompts", "answer tokens", "flips"),
-    *("bytes a token", "ms a token"),
+    *("perplexity", "bytes a token", "ms a token"),
 )
 WHERE = 4
 """The first so many of HEADS say what a line is about."""
@@ -22,7 +22,8 @@ class Line:
     """An attack at a cut with a defence, which it `knows` or not, None where that makes no difference. Shares of
     tokens, and of whole prompts and answers; None of what the attack does not look at. `by_kind` is the recall of
     prompt tokens for each kind of text. `flips` is the share of the answers' tokens that are others than without a
-    defence, `token_bytes` what crosses the wire for a token, both ways."""
+    defence, `perplexity` that of the prompts for the split model, None of a baseline. `token_bytes` cross the wire for
+    a token, both ways."""
 
     cut: int
     defence: str
@@ -35,6 +36,7 @@ class Line:
     whole_answers: Estimate | None
     by_kind: Mapping[str, Estimate]
     flips: Estimate | None
+    perplexity: float | None
     token_bytes: int
     seconds_per_token: float
     prepare_s: float
@@ -49,7 +51,8 @@ class Line:
         """It as text, under HEADS."""
         known = {None: "", True: "yes", False: "no"}[self.knows]
         where = (str(self.cut), self.defence, known) if self.cut else ("", NO_STATES, "")
-        costs = (str(self.token_bytes), f"{self.seconds_per_token * 1e3:.1f}") if self.cut else ("", "")
+        loss = "" if self.perplexity is None else f"{self.perplexity:.1f}"
+        costs = (loss, str(self.token_bytes), f"{self.seconds_per_token * 1e3:.1f}") if self.cut else ("", "", "")
         shares = map(percent, (self.prompt, self.whole_prompts, self.answer, self.flips))
         return (*where, self.attack, str(self.prompts), *shares, *costs)
 
@@ -99,6 +102,7 @@ def _line(cut: int, defence: str, knows: bool | None, attack: str, rows: Sequenc
         exact(answers),
         {kind: found for kind, found in by_kind.items() if found is not None},
         recall([Hits(row.same.tokens - row.same.right, row.same.tokens) for row in rows]),
+        perplexity([row.loss for row in rows]),
         max(row.token_bytes for row in rows),
         sum(row.seconds for row in rows) / max(1, tokens),
         max(row.prepare_s for row in rows),

@@ -111,5 +111,6 @@ class Sweep:
         seconds, peak = time.perf_counter() - began, process.peak_resident_bytes()
         prompt, answer = score(session, recovered, attack.reads)
         same = Hits(sum(map(eq, session.answer_ids, plain.answer_ids)), len(plain.answer_ids))
-        size, where = 2 * capture.rows.row_bytes(capture.sent.shape[1]), (opponents.plan.start, defence, knows)
-        return Row(*where, attack.name, number, victim.kind, prompt, answer, seconds, prepare_s, peak, same, size)
+        where, size = (opponents.plan.start, defence, knows), 2 * capture.rows.row_bytes(capture.sent.shape[1])
+        hits, loss = (prompt, answer), session.loss
+        return Row(*where, attack.name, number, victim.kind, *hits, seconds, prepare_s, peak, same, loss, size)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.cli import main as command_line
@@ -12,6 +13,7 @@ from splitlearn.errors import InputError
 from splitlearn.models.cut import forward
 from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy.checkpoint import Checkpoint
+from splitlearn.privacy.defences import NONE, ROTATION
 from splitlearn.privacy.opponents import Attacker, Opponents
 from splitlearn.privacy.own_weights import fine_tune
 from splitlearn.privacy.registry import ATTACKS
@@ -113,6 +115,20 @@ def test_a_client_with_own_weights_leaves_all_others_as_they_are(files: ModelFil
 def test_search_reads_through_a_defence_that_it_knows(opponents: Opponents, defence: str) -> None:
     session = opponents.session(defence, PROMPT)
     assert share(opponents.knowing(defence), "search", session) >= 0.9
+
+
+def test_the_loss_of_a_prompt_is_that_of_transformers_unless_a_defence_changes_the_states(
+    files: ModelFiles, opponents: Opponents
+) -> None:
+    plain, rotated, noisy = (opponents.session(each, PROMPT) for each in (NONE, ROTATION, "gaussian_noise=1.0"))
+    model = AutoModelForCausalLM.from_pretrained(files.folder, dtype="float32").eval()
+    ids = torch.tensor([plain.prompt_ids])
+    with torch.inference_mode():
+        mean = float(model(ids, labels=ids).loss)
+    for session in (plain, rotated):
+        assert session.loss.tokens == ids.shape[1] - 1
+        assert session.loss.nats / session.loss.tokens == pytest.approx(mean, rel=1e-4)
+    assert abs(noisy.loss.nats - plain.loss.nats) > 1e-3 * plain.loss.nats
 
 
 def test_an_attacker_who_knows_the_noise_learns_with_other_draws_than_the_victims(opponents: Opponents) -> None:

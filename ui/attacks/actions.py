@@ -122,6 +122,7 @@ def as_csv(lines: list[Line]) -> str:
             **_share("prompt", line.prompt),
             **_share("answer", line.answer),
             "flips": line.flips and line.flips.value,
+            "perplexity": line.perplexity,
             "bytes_per_token": line.token_bytes or None,
             "seconds_per_token": line.seconds_per_token if line.cut else None,
         }

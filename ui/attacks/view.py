@@ -35,7 +35,7 @@ FRONT = (
     "No other row is as good in all of these and better in one: prompt tokens recovered, layers at the client, bytes, "
     "answer tokens changed."
 )
-TPOT = "Of the cut without a defence, from the last comparison or measurement here, over its link."
+TPOT = "Of the cut without a defence, from the last measurement here, over its link."
 NOT_READ = "This attack looks at what the server sends back, and reads the answer alone."
 
 
@@ -142,7 +142,7 @@ def sweep(lines: Sequence[Line], client: Callable[[int], Client]) -> str:
     strongest = [max(own, key=recall) for _, own in sorted(groups.items())]
     prices = [_price(line, clients[line.cut]) for line in strongest]
     heads = ("Layers before the trunk", "Defence", "Strongest attack", "Prompt tokens", "Whole prompts", "Prompts")
-    costs = ("Time a token", "Answer tokens changed", "Bytes a token", "Client layers", "Client weights")
+    costs = ("Time a token", "Answer tokens changed", "Perplexity", "Bytes a token", "Client layers", "Client weights")
     terms = html.term("TPOT predicted", TPOT, "sweep"), html.term("Pareto-optimal", FRONT, "sweep")
     head = html.head_row(*heads, *costs, *terms)
     rows = [
@@ -162,6 +162,7 @@ def _row(line: Line, client: Client) -> tuple[str, ...]:
         str(line.prompts),
         seconds(line.seconds_per_token),
         percent(line.flips),
+        MISSING if line.perplexity is None else f"{line.perplexity:.1f}",
         str(line.token_bytes),
         str(client.n_layers),
         size(client.weight_bytes),
