@@ -86,7 +86,10 @@ def main() -> int:
         if value < SIZES[name][1]:
             parser.error(f"--{name}: {value} is not {SIZES[name][1]} or more")
     for name in args.names or BENCHES:
-        measure = import_module(f"bench.{name}").main
+        try:
+            measure = import_module(f"bench.{name}").main
+        except ModuleNotFoundError as error:
+            parser.error(f"{error.name} is not installed: run `make .venv/installed-bench`")
         for option in size:
             if option not in inspect.signature(measure).parameters:
                 parser.error(f"{name} takes no --{option}")

@@ -97,6 +97,14 @@ def test_what_cannot_be_used_is_named_as_its_field_is(page: Page, name: str, val
     expect(page.locator("#model-error .sl-error")).to_have_count(0)
 
 
+def test_a_measurement_that_is_asked_for_as_soon_as_it_can_be_is_shown(page: Page) -> None:
+    page.reload()
+    page.get_by_role("tab", name="Model and cut").click()
+    page.locator("#model-measure").click(timeout=RUN_MS)
+    expect(page.locator("#model-advice")).to_contain_text("Without a limit of memory, cut at", timeout=RUN_MS)
+    expect(page.locator("#model-measure")).to_be_enabled(timeout=RUN_MS)
+
+
 def test_a_measured_cut_is_chosen_by_keyboard_run_and_taken_for_the_comparison(page: Page) -> None:
     page.locator("#model-measure").click()
     expect(page.locator("#model-status progress")).to_be_visible(timeout=RUN_MS)

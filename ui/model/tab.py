@@ -94,10 +94,13 @@ class ModelTab:
             )
 
     def _buttons(self) -> None:
+        later = {"interactive": False}  # until the model is read: the fields are empty before
         with gr.Row():
-            self.measure = gr.Button("Measure this machine", variant="primary", min_width=180, elem_id="model-measure")
-            self.measure_cut = gr.Button("Measure this cut", min_width=160, elem_id="model-measure-cut")
-            self.adopt = gr.Button("Adopt this cut", min_width=160, elem_id="model-adopt")
+            self.measure = gr.Button(
+                "Measure this machine", variant="primary", min_width=180, elem_id="model-measure", **later
+            )
+            self.measure_cut = gr.Button("Measure this cut", min_width=160, elem_id="model-measure-cut", **later)
+            self.adopt = gr.Button("Adopt this cut", min_width=160, elem_id="model-adopt", **later)
             self.stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="model-stop")
         self.status = gr.HTML("", js_on_load=SPEAKS, elem_id="model-status")
 
@@ -143,7 +146,7 @@ class ModelTab:
     def all(self) -> list[Any]:
         """The components that change with the model."""
         ends = [self.fields[name] for name in ("start", "end", "context")]
-        return [*self._drawings, self.error, self.status, *ends]
+        return [*self._drawings, self.error, self.status, *ends, *self._actions]
 
     @property
     def _drawings(self) -> list[Any]:
@@ -207,6 +210,7 @@ class ModelTab:
             self.fields["start"]: gr.Slider(value=start, minimum=0, maximum=n - 1),
             self.fields["end"]: gr.Slider(value=end, minimum=1, maximum=n),
             context: values[context],
+            **(self._enabled(running=False) if fresh else {}),
         }
 
     def _moved(self, name: str, given: dict[Any, Any]) -> Updates:
