@@ -1,7 +1,8 @@
 """Makes a small model that calls tools: its chat template has them, and each of its tokens decides the next one.
 
 Its layers add nothing, so the LM head sees the last token's embedding; its rows are the embeddings of the tokens
-before. The template's last token, which depends on the conversation, thus decides the whole answer.
+before. The template's last token, which depends on the conversation, thus decides the whole answer. Where a grammar
+forbids the next one, the tokens of CLOSING end what is open, at a temperature of 1, too.
 """
 
 from pathlib import Path
@@ -25,6 +26,8 @@ CHAT_TEMPLATE = """
 {%- if messages[-1].role == 'tool' %}<|after|>{% elif tools %}<|call|>{% endif %}{% endif %}"""
 CALLS = (("look", '{"place": "sky"}'), ("look", '{"place": "sea"}'))
 TEXT, AFTER, PLAIN = "Let me look.", "Both are blue.", "I cannot look."
+CLOSING = {'"': 40.0, "}": 44.0}
+"""Tokens and their logits: above all but a following token's, which is about 64."""
 _SPECIAL = ("<|end|>", "<|user|>", "<|system|>", "<|tool|>", "<|assistant|>", "<|after|>", "<|call|>")
 _ANSWERS = (
     ("<|assistant|>", PLAIN, "<|end|>"),
@@ -46,6 +49,9 @@ def make_caller(folder: Path) -> ModelFiles:
                 weights.zero_()
         embedded = model.get_input_embeddings().weight
         embedded.copy_(torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1)))
+        embedded[:, 0] = 1.0
+        for token, logit in CLOSING.items():
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids(token), 0] = logit
         for answer in _ANSWERS:
             ids = tokenizer.convert_tokens_to_ids(list(answer))
             for token, following in zip(ids, ids[1:], strict=False):
