@@ -25,11 +25,12 @@ from splitlearn.cli.programs import PASS_ON, Commands, serve_trunk, ui
 from splitlearn.cli.report import report
 from splitlearn.cli.serve import serve
 from splitlearn.cli.token import token
-from splitlearn.errors import SplitlearnError
+from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.runtime import collector, command_line, home
 from splitlearn.runtime.terminal import guarded, say
 
 NAME = "splitlearn"
+COMPLETION = ("--install-completion", "--show-completion")
 app = command_line.program(cls=Commands, help="Compare full and split inference of a causal language model.")
 
 
@@ -43,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     name = NAME if Path(sys.argv[0]).name == NAME else f"python -m {NAME}"
+    first = next(iter(sys.argv[1:] if arguments is None else arguments), "")
     try:
+        if name != NAME and first.startswith(COMPLETION):  # a shell would do so for every `python`
+            raise SetupError(f"{first}: a shell can complete the command `{NAME}` alone, which `pip install .` gives.")
         return command_line.run(app, arguments, name)
     except BrokenPipeError:
         raise  # of stdout: `guarded` ends quietly

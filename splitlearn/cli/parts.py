@@ -30,7 +30,7 @@ Context = Annotated[
     ),
 ]
 Cuts = Annotated[bool, typer.Option("--cuts", help="measure a few short runs, and show what each cut costs")]
-ClientMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="with --cuts: a client's, such as 300MB")]
+ClientMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="with --cuts: a client's, such as 600MB")]
 Measure = Annotated[
     str | None, typer.Option(metavar="START:END[,...]", help="with --cuts: run these cuts, too, such as 4:26,8:20")
 ]

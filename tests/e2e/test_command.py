@@ -71,6 +71,11 @@ def test_completion_can_be_shown_for_a_shell() -> None:
     assert "_SPLITLEARN_COMPLETE=complete_bash" in done.stdout, done.stderr
 
 
+def test_a_shell_is_not_taught_to_complete_every_python(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--install-completion"]) == 2
+    assert "the command `splitlearn` alone" in capsys.readouterr().err
+
+
 def test_a_narrow_terminal_cuts_nothing_and_no_line_is_wider() -> None:
     for words in (["models"], ["--help"], ["compare", "--help"]):
         said = re.sub("\x1b\\[[0-9;]*m|\r", "", on_a_terminal(*words, COLUMNS="40"))
