@@ -92,7 +92,7 @@ def html(findings: LoadTestResult) -> str:
 def about(findings: LoadTestResult) -> str:
     """One sentence about the test."""
     load, tokens = findings.load, findings.prompt_tokens
-    lengths = f" of {min(tokens)} to {max(tokens)} tokens" if tokens else ""
+    lengths = f" of {' to '.join(map(str, sorted({min(tokens), max(tokens)})))} tokens" if tokens else ""
     return (
         f"{_loop(load)}, {load.clients} client{'s' * (load.clients != 1)} ({findings.clients}), "
         f"{findings.summary.duration_s:.0f} s, {_prompts(load)}{lengths}, "
