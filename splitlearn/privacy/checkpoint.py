@@ -148,6 +148,13 @@ class Checkpoint:
         x = own.states.clone()  # outside of inference mode: a network is trained on it
         return RecurrentMap.fit(x, self.linear(x), own.ids, self.later, self.embedding_table, self.seed)
 
+    def inverted(self, x: Tensor) -> Tensor:
+        """The embeddings [T, E] that maps and network give for states [T, H] from position 0 on."""
+        linear = self.linear(x)
+        with torch.inference_mode():
+            found: Tensor = self.recurrent(x.unsqueeze(0), linear.unsqueeze(0))[0]
+        return found
+
     def _pairs(self, count: int) -> Pairs:
         """What is learnt from: what it has asked, or else `count` sequences of WINDOW_TOKENS tokens."""
         if self.asked is not None:

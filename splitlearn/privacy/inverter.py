@@ -1,7 +1,5 @@
 """Attack: a recurrent network from the states so far to embeddings, trained on other text, then the closest one."""
 
-import torch
-
 from splitlearn.privacy.capture import Capture
 from splitlearn.privacy.checkpoint import Checkpoint
 from splitlearn.privacy.registry import Recovered
@@ -14,8 +12,4 @@ def prepare(checkpoint: Checkpoint) -> None:
 
 def run(capture: Capture, checkpoint: Checkpoint) -> Recovered:
     """The tokens at all positions that were sent."""
-    x = capture.sent.float().unsqueeze(0)
-    linear, network = checkpoint.linear(x), checkpoint.recurrent
-    with torch.inference_mode():
-        found = network(x, linear)[0]
-    return tuple(checkpoint.embedding_table.closest(found))
+    return tuple(checkpoint.embedding_table.closest(checkpoint.inverted(capture.sent.float())))

@@ -56,8 +56,8 @@ ATTACKS: dict[str, Attack] = {
         ),
         Attack(
             "search",
-            "Runs candidates of linear through the client's layers, behind the prefix recovered so far, until one "
-            "gives the state.",
+            "Runs candidates of linear or inverter through the client's layers, behind the prefix recovered so far, "
+            "until one gives the state.",
             learns=True,
         ),
         Attack("answer", "Runs the client's last layers and LM head on what the trunk sends back.", reads="returned"),

@@ -1,11 +1,11 @@
 """Attack: token by token, candidates go through the client's layers behind what is recovered so far, until one gives
 the state that arrived.
 
-The first guess at all positions is that of the linear map. One forward of the guesses behind the recovered prefix
-confirms as many of them as are right: each position's state depends on the tokens up to it, and on nothing else. At the
-first wrong one, BATCH candidates at a time are tried, from two rankings. One is that of the linear map. For the other,
-what is left between the nearest state so far and the one that arrived goes through the same map, and so says how the
-embedding has to change: the rest of the sentence is in both.
+The first guess at all positions is that of `linear`, or of `inverter` behind more than SHALLOW layers. One forward of
+the guesses behind the recovered prefix confirms as many of them as are right: each position's state depends on the
+tokens up to it, and on nothing else. At the first wrong one, BATCH candidates at a time are tried, from two rankings.
+One is that of the guess. For the other, what is left between the nearest state so far and the one that arrived goes
+through the linear map, and so says how the embedding has to change: the rest of the sentence is in both.
 """
 
 import copy
@@ -18,17 +18,18 @@ from torch import Tensor
 
 from splitlearn.kvcache.layers import dynamic
 from splitlearn.models.cut import forward
+from splitlearn.privacy import inverter, linear
 from splitlearn.privacy.capture import Capture
 from splitlearn.privacy.checkpoint import Checkpoint
-from splitlearn.privacy.linear import prepare
 from splitlearn.privacy.linear_map import LinearMap
 from splitlearn.privacy.registry import Recovered
 from splitlearn.stages.base import StageInput
 from splitlearn.stages.session import LocalSession
 from splitlearn.stages.settings import SessionSettings
 
-__all__ = ["prepare", "run"]
-
+SHALLOW = 4
+"""Layers up to which the linear map guesses: it is learnt in seconds. Behind 8 layers of the default model it ranks 85%
+of the tokens among its first BATCH, and the inverter 97%; behind 16, 72% and 92%."""
 BATCH = 64
 """Candidates in one forward."""
 MOST_CANDIDATES = 2048
@@ -45,6 +46,11 @@ deviations of the noise, is within SURE * sqrt(2 / H) of 1: that of noise is bey
 _SETTINGS = SessionSettings(new_cache=dynamic, gradient_guard=torch.inference_mode)
 
 
+def prepare(checkpoint: Checkpoint) -> None:
+    """Learn what guesses."""
+    (linear if _shallow(checkpoint) else inverter).prepare(checkpoint)
+
+
 def run(capture: Capture, checkpoint: Checkpoint) -> Recovered:
     """The tokens at all positions that were sent."""
     search = _Search(capture, checkpoint)
@@ -53,6 +59,11 @@ def run(capture: Capture, checkpoint: Checkpoint) -> Recovered:
         if search.settled < len(search.guesses):
             search.find()
     return tuple(search.guesses)
+
+
+def _shallow(checkpoint: Checkpoint) -> bool:
+    """Whether the linear map guesses."""
+    return checkpoint.plan.start <= SHALLOW
 
 
 @dataclass
@@ -71,7 +82,7 @@ class _Search:
     def __init__(self, capture: Capture, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._rows = checkpoint, capture.rows
         self._target = capture.sent.float()
-        self._predicted = checkpoint.linear(self._target)
+        self._predicted = (checkpoint.linear if _shallow(checkpoint) else checkpoint.inverted)(self._target)
         self.guesses = checkpoint.embedding_table.closest(self._predicted)
         self.settled = 0
         self._session: LocalSession = checkpoint.bottom.open(_SETTINGS, len(self.guesses))

@@ -9,6 +9,7 @@ import torch
 
 from splitlearn.checkpoints.folder import ModelFiles
 from splitlearn.errors import InputError
+from splitlearn.privacy import search
 from splitlearn.privacy.checkpoint import Checkpoint
 from splitlearn.privacy.registry import ATTACKS
 from splitlearn.privacy.split_model import SplitModel, VictimSession
@@ -91,12 +92,15 @@ def test_a_trained_network_adds_to_the_linear_maps_what_the_tokens_before_tell(t
     assert right[1] > right[0]
 
 
-def test_states_behind_one_layer_of_another_family_are_read_too(tiny_model: TinyFactory) -> None:
+@pytest.mark.parametrize("layers", [1, search.SHALLOW + 1])
+def test_states_of_another_family_are_read_too_behind_few_layers_and_many(tiny_model: TinyFactory, layers: int) -> None:
     files = tiny_model("gpt2")
-    plan = type(PLAN)(1, 5, 6)
+    plan = type(PLAN)(layers, 6, 6)
     session = SplitModel(files, plan, "float32").run(PROMPT, frozenset(), TOKENS)
-    found = ATTACKS["search"].run(session.capture, Checkpoint.of(session.capture, files))
-    assert share(session, found) == 1.0
+    checkpoint = Checkpoint(files, plan, "float32", network_windows=attacker.FEW)
+    ATTACKS["search"].prepare(checkpoint)
+    assert ("recurrent" in vars(checkpoint)) == (layers > search.SHALLOW), "a network is trained where it is used"
+    assert share(session, ATTACKS["search"].run(session.capture, checkpoint)) == 1.0
 
 
 def test_a_checkpoint_of_another_model_is_refused(run: Run, tiny_model: TinyFactory) -> None:
