@@ -7,7 +7,7 @@ The client's layers are in it like all others. Each part is loaded or learnt whe
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,9 @@ from splitlearn.generation.tokenizer import Tokens
 from splitlearn.models.cut import CutModel, body_of, forward
 from splitlearn.models.plan import SplitPlan
 from splitlearn.privacy.capture import Capture
+from splitlearn.privacy.kept import kept
 from splitlearn.privacy.linear_map import RIDGE, LinearMap
-from splitlearn.privacy.recurrent_map import RecurrentMap
+from splitlearn.privacy.recurrent_map import RECIPE, RecurrentMap
 from splitlearn.privacy.token_table import TokenTable
 from splitlearn.privacy.training_text import training_text, windows
 from splitlearn.stages import loading
@@ -51,7 +52,7 @@ class Checkpoint:
     `seed` is that of all that is random, and `network_windows` for how many sequences a network is trained. `knows` is
     a defence of the client that the attacker knows, but for its seed; None is none. `asked` is what it has learnt of
     first layers that are not the checkpoint's; for the first position it still learns from those. `kept` is a folder in
-    which the linear maps of public layers stay; None keeps none."""
+    which what is learnt of public layers stays; None keeps none."""
 
     files: ModelFiles
     plan: SplitPlan
@@ -107,35 +108,30 @@ class Checkpoint:
     @cached_property
     def later(self) -> LinearMap:
         """From the states at a sequence's positions after the first to embeddings."""
-        return self._learnt("later", self._learn_later)
+        return LinearMap(**self._learnt("later", self._learn_later))
 
-    def _learn_later(self) -> LinearMap:
+    def _learn_later(self) -> Mapping[str, Tensor]:
         own = self._pairs(WINDOWS)
         x, y = own.states[:, 1:], self.embeddings[own.ids[:, 1:]]
-        return LinearMap.fit(x.flatten(0, 1), y.flatten(0, 1))
+        return vars(LinearMap.fit(x.flatten(0, 1), y.flatten(0, 1)))
 
     @cached_property
     def first(self) -> LinearMap:
         """The same for the first position, whose states are unlike all others: it sees no other token."""
-        return self._learnt("first", self._learn_first)
+        return LinearMap(**self._learnt("first", self._learn_first))
 
-    def _learn_first(self) -> LinearMap:
+    def _learn_first(self) -> Mapping[str, Tensor]:
         made = torch.Generator().manual_seed(self.seed)
         ids = torch.randint(len(self.embeddings), (FIRST_TOKENS, 1), generator=made)
-        return LinearMap.fit(self.states(ids, TABLE_ROWS)[:, 0], self.embeddings[ids[:, 0]])
+        return vars(LinearMap.fit(self.states(ids, TABLE_ROWS)[:, 0], self.embeddings[ids[:, 0]]))
 
-    def _learnt(self, name: str, learn: Callable[[], LinearMap]) -> LinearMap:
+    def _learnt(self, name: str, learn: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """What `learn` gives, or has given once for the same model, cut and recipe."""
         if self.kept is None or self.knows is not None or self.asked is not None:
             return learn()
-        recipe = (WINDOWS, WINDOW_TOKENS, FIRST_TOKENS, RIDGE, training_text())
+        recipe = (WINDOWS, WINDOW_TOKENS, FIRST_TOKENS, RIDGE, self.network_windows, RECIPE, training_text())
         about = (name, self.files.digest, self.plan.start, self.dtype, self.seed, recipe)
-        path = self.kept / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.safetensors"
-        found = LinearMap.load(path)
-        if found is None:
-            found = learn()
-            found.save(path)
-        return found
+        return kept(self.kept / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.safetensors", learn)
 
     def linear(self, x: Tensor) -> Tensor:
         """The embeddings [..., T, E] that the maps give for states [..., T, H] from position 0 on."""
@@ -144,15 +140,20 @@ class Checkpoint:
     @cached_property
     def recurrent(self) -> RecurrentMap:
         """What a network adds to the linear maps."""
+        network = RecurrentMap(self.later, self.embedding_table)
+        network.load_state_dict(self._learnt("recurrent", self._learn_recurrent))
+        return network.eval()
+
+    def _learn_recurrent(self) -> Mapping[str, Tensor]:
         own = self._pairs(self.network_windows)
         x = own.states.clone()  # outside of inference mode: a network is trained on it
-        return RecurrentMap.fit(x, self.linear(x), own.ids, self.later, self.embedding_table, self.seed)
+        return RecurrentMap.fit(x, self.linear(x), own.ids, self.later, self.embedding_table, self.seed).state_dict()
 
     def inverted(self, x: Tensor) -> Tensor:
         """The embeddings [T, E] that maps and network give for states [T, H] from position 0 on."""
-        linear = self.linear(x)
+        linear, network = self.linear(x), self.recurrent  # which may be trained here
         with torch.inference_mode():
-            found: Tensor = self.recurrent(x.unsqueeze(0), linear.unsqueeze(0))[0]
+            found: Tensor = network(x.unsqueeze(0), linear.unsqueeze(0))[0]
         return found
 
     def _pairs(self, count: int) -> Pairs:

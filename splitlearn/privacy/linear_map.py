@@ -1,12 +1,8 @@
 """Ridge regression from hidden states to embeddings, in closed form."""
 
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 RIDGE = 1e-4
@@ -35,23 +31,6 @@ class LinearMap:
         square = standard.T @ standard + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
         weights = torch.linalg.solve(square, standard.T @ (y - offset))
         return cls(mean.float(), scale.float(), weights.float(), offset.float())
-
-    def save(self, path: Path) -> None:
-        """Keep it in `path`, whole or not at all. A folder that cannot be written is left without."""
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                made = Path(folder) / path.name
-                save_file({name: tensor.contiguous() for name, tensor in vars(self).items()}, made)
-                made.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> "LinearMap | None":
-        """That which was kept in `path`; None where there is none that can be read."""
-        try:
-            return cls(**load_file(path))
-        except Exception:  # safetensors does not export its own error classes
-            return None
 
     def __call__(self, x: Tensor) -> Tensor:
         """The embeddings [N, E] of states [N, H]."""

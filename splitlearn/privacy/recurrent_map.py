@@ -20,6 +20,8 @@ OTHERS = 2048
 time."""
 LARGEST = 8.0
 """Of a standardised value: a few values of the first position are thousands."""
+RECIPE = (UNITS, EPOCHS, AT_ONCE, RATE, OTHERS, LARGEST)
+"""What it becomes of the same states follows from these and the seed."""
 
 
 class RecurrentMap(nn.Module):

@@ -120,3 +120,12 @@ def test_what_is_learnt_of_a_cut_is_kept_and_learnt_anew_where_its_file_is_damag
     path.write_bytes(kept[:100])
     assert torch.equal(Checkpoint(files, PLAN, "float32", kept=tmp_path).first.weights, learnt.weights)
     assert path.read_bytes() == kept
+
+
+def test_a_network_is_learnt_once_where_it_is_kept(files: ModelFiles, tmp_path: Path) -> None:
+    x = torch.randn(5, files.facts.hidden_size, generator=torch.Generator().manual_seed(0))
+    one, other = (Checkpoint(files, PLAN, "float32", network_windows=attacker.FEW, kept=tmp_path) for _ in range(2))
+    learnt = one.inverted(x)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert torch.allclose(other.inverted(x), learnt, atol=1e-6)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
