@@ -2,7 +2,7 @@
 
     with Relay(trunk_address) as relay:
         ...                                # a client whose trunk is at relay.address
-    capture = relay.sessions[0].capture()
+    capture = relay.sessions[-1].capture()
 
 It has what the trunk server's operator has, and the client has no hook for it. It changes nothing: statuses and their
 details pass, and so does the client's token.

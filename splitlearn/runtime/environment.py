@@ -23,6 +23,8 @@ DEFAULTS = {
     # wake-ups. Wire time on loopback is 0.85 [0.77, 0.92] times as long (14 pairs); TPOT hardly shows it: 0.986
     # [0.966, 1.006] (45 pairs).
     "GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener",
+    # Without it gRPC writes a line of its own on the terminal whenever a server closes an idle connection.
+    "GRPC_VERBOSITY": "ERROR",
 }
 
 
