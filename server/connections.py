@@ -18,13 +18,14 @@ CHECK = f"/{health.SERVICE_NAME}/Check"
 # calls between that check's call and its message.
 HEALTH_THREADS = 64
 # A client whose machine is gone closes nothing: without pings its session would stay open for ever. ping_timeout_ms
-# covers BDP pings, which would otherwise delay a keepalive ping. min_ping_interval permits the clients' pings
-# (wire/channel.py): by default gRPC treats more than one in five minutes as an attack and closes the connection.
+# covers BDP pings, which would otherwise delay a keepalive ping. max_ping_strikes 0 permits any number of pings: by
+# default gRPC closes a connection that sends more than one in five minutes, and the clients' do (wire/channel.py). It
+# also copies all its errors so far for each further one that it has read: a burst of them stopped a server for a minute.
 KEEP_ALIVE = (
     ("grpc.keepalive_time_ms", 15_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
 )
 # A connection without calls is closed after this time. Its client reconnects for its next call.
 QUIET_MS = 60_000

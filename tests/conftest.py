@@ -4,6 +4,7 @@ The process that hands out tests to others (pytest-xdist) imports this file and 
 is imported by the fixtures that need it.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if in_worker := hasattr(config, "workerinput"):
         private_apis.without_scipy()
     config.pluginmanager.register(Durations(record=config.getoption("--record-durations") and not in_worker))
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported stays, so the garbage collector need not look through it again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

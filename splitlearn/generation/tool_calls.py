@@ -79,7 +79,8 @@ class CallReader:
         functions = [chat_template.as_function(tool) for tool in tools]
         self._parser = _Parser(template, prompt, functions)
         self._fields = template["fields"]
-        self._body, self._most, self._count, self._space = "", most, 0, ""
+        self._body, self._most, self._count = "", most, 0
+        self._behind, self._space = False, ""
         self._new: list[ToolCall] = []
 
     @property
@@ -106,7 +107,8 @@ class CallReader:
             if self.full:
                 break
             text = self._space + (self._in_call(event) if event["field"] == CALLS else self._outside(event, cut))
-            self._space = text if self._count and not text.strip() else ""
+            self._behind = self._behind and not text.strip()
+            self._space = text if self._behind else ""
             shown += "" if self._space else text
         return shown
 
@@ -115,6 +117,7 @@ class CallReader:
             calls = _calls(event["value"])[: None if self._most is None else self._most - self._count]
             self._new += calls
             self._count += len(calls)
+            self._behind = self._behind or bool(calls)
             return "" if calls else self._body
         self._body = self._body + event["text"] if event["type"] == "region_chunk" else ""
         return ""

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -56,6 +56,7 @@ def split(text: str, cuts: list[int]) -> list[str]:
 
 
 @given(st.lists(WORDS | ARGUMENTS, max_size=5), st.lists(st.integers(0, 10_000), max_size=30))
+@example([{}, "0\x1f"], [59])  # white space apart from the text behind a call
 def test_in_any_pieces_the_calls_are_found_and_the_other_text_is_shown(parts: list[Any], cuts: list[int]) -> None:
     text = "".join(part if isinstance(part, str) else written(part) for part in parts)
     shown, calls = read(split(text, cuts))
