@@ -20,7 +20,7 @@ HEALTH_THREADS = 64
 # A client whose machine is gone closes nothing: without pings its session would stay open for ever. ping_timeout_ms
 # covers BDP pings, which would otherwise delay a keepalive ping. max_ping_strikes 0 permits any number of pings: by
 # default gRPC closes a connection that sends more than one in five minutes, and the clients' do (wire/channel.py). It
-# also copies all its errors so far for each further one that it has read: a burst of them stopped a server for a minute.
+# also copies all its errors so far for each further one it has read: a burst of them stopped a server for a minute.
 KEEP_ALIVE = (
     ("grpc.keepalive_time_ms", 15_000),
     ("grpc.keepalive_timeout_ms", 10_000),

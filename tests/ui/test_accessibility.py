@@ -2,7 +2,7 @@
 
 Most of axe-core's time goes into the rules about colours. The dark page differs from the light one in colours alone,
 and no colour depends on the width: these rules are tried on the light page where it is wide, on the dark one where it
-is narrow. The Chinese page has the colours and the structure of the English one, so all other rules are tried there where
+is narrow. The Chinese page has the colours and structure of the English one: all other rules are tried there where
 it is narrow.
 """
 
