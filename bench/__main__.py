@@ -12,7 +12,9 @@ from pathlib import Path
 
 from splitlearn import config
 from splitlearn.arms.runs import Runs
+from splitlearn.errors import SplitlearnError
 from splitlearn.runtime.progress import on_console
+from splitlearn.runtime.terminal import say
 
 BENCHES = (
     "overhead",
@@ -85,6 +87,7 @@ def main() -> int:
     for name, value in size.items():
         if value < SIZES[name][1]:
             parser.error(f"--{name}: {value} is not {SIZES[name][1]} or more")
+    status = 0
     for name in args.names or BENCHES:
         try:
             measure = import_module(f"bench.{name}").main
@@ -93,9 +96,13 @@ def main() -> int:
         for option in size:
             if option not in inspect.signature(measure).parameters:
                 parser.error(f"{name} takes no --{option}")
-        with on_console() as progress, Runs(_config(args.model), progress) as runs:
-            measure(runs, **size)
-    return 0
+        try:
+            with on_console() as progress, Runs(_config(args.model), progress) as runs:
+                measure(runs, **size)
+        except SplitlearnError as error:  # the others still run: some need what few machines have
+            say(f"error: {name}: {error}", stderr=True)
+            status = 2
+    return status
 
 
 def _config(model: str | None) -> config.Config:
