@@ -3,6 +3,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# pip compiles one module after the other, for longer than it installs: all processors do that afterwards. Some packages
+# have files for other versions of Python, which cannot be compiled.
+INSTALL := $(BIN)/pip install --disable-pip-version-check --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 PROTO := splitlearn/wire/trunk.proto splitlearn/wire/directory.proto
 
 .DELETE_ON_ERROR:
@@ -65,11 +69,13 @@ weights: .venv/installed
 	  echo "error: $(PYTHON) cannot make a virtual environment; on Debian, install the package python3-venv" >&2; exit 1; }
 
 .venv/installed: requirements.txt | .venv/bin/pip
-	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	$(INSTALL) -r requirements.txt
+	@$(COMPILE)
 	@touch $@
 
 .venv/installed-test: requirements-test.txt requirements-onnx.txt requirements-jax.txt .venv/installed
-	$(BIN)/pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt
+	$(INSTALL) -r requirements.txt -r requirements-test.txt
+	@$(COMPILE)
 	@touch $@
 
 # Ray in an environment beside the other, which sees what is installed there.
@@ -81,7 +87,8 @@ weights: .venv/installed
 	@touch $@
 
 .venv/installed-bench: bench/requirements.txt .venv/installed-test
-	$(BIN)/pip install --disable-pip-version-check -r $<
+	$(INSTALL) -r $<
+	@$(COMPILE)
 	@touch $@
 
 # Debian's packages. What needs them skips, saying so, where they cannot be had.
