@@ -125,8 +125,8 @@ def _settings(base: Config, folder: Path) -> tuple[Config, str]:
     (folder / "tokens.yaml").write_text(yaml.safe_dump(entries), encoding="utf-8")
     plain = base.model_dump()
     server = {**plain["server"], **SERVER, "tokens": folder / "tokens.yaml"}
-    split = {"start": 2, "end": 4}
-    return config.parse({**plain, "server": server, "split": split, "trunk": {"token": VARIABLE}}), hostile[0]
+    own = {"flags": "default", "split": {"start": 2, "end": 4}, "trunk": {"token": VARIABLE}}
+    return config.parse({**plain, "server": server, **own}), hostile[0]
 
 
 def _run(settings: Config, trunk: EmbeddedTrunk, credentials: Credentials) -> tuple[Tally, Watch, int, float]:
