@@ -16,8 +16,8 @@ from splitlearn.privacy.scores import Hits
 from splitlearn.runtime import process
 from splitlearn.runtime.progress import Step
 
-LIVE = ("linear", "search", "answer")
-"""The attacks, quickest first. The others learn for minutes, or recover less."""
+LIVE = ("linear", "answer", "search")
+"""The attacks. The last one learns for a minute or more behind many layers; the others do so always, or recover less."""
 MOST_TOKENS = 256
 """Of a prompt."""
 WHAT = "The process of the attacks"

@@ -49,7 +49,7 @@ def test_each_attack_shows_what_it_recovered_token_by_token(page: Page) -> None:
     expect(page.locator("#attacks-readings .sl-verdict")).to_contain_text("reads the whole prompt", timeout=RUN_MS)
     expect(page.locator("#attacks-read")).to_be_enabled(timeout=RUN_MS)
     attacks = page.locator("#attacks-readings section")
-    assert attacks.locator("h3").all_inner_texts() == ["linear", "search", "answer"]
+    assert attacks.locator("h3").all_inner_texts() == ["linear", "answer", "search"]
     search = page.get_by_role("region", name="Attack search")
     prompt = search.locator(".sl-tokens").first
     assert "".join(prompt.locator(".sl-right").all_inner_texts()) == PROMPT
