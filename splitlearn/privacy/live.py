@@ -17,7 +17,7 @@ from splitlearn.runtime import process
 from splitlearn.runtime.progress import Step
 
 LIVE = ("linear", "answer", "search")
-"""The attacks. The last one learns for a minute or more behind many layers; the others do so always, or recover less."""
+"""The attacks. The last one learns for a minute or more behind many layers; others always do, or recover less."""
 MOST_TOKENS = 256
 """Of a prompt."""
 WHAT = "The process of the attacks"
