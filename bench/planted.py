@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from splitlearn.flags import selection
 from splitlearn.flags.registry import FLAGS, Apply, Flag, Settings
 from splitlearn.models.cut import CutModel
 
@@ -74,3 +75,4 @@ def _flag(name: str, share: float, least_tokens: int = 1) -> Flag:
 
 cast(MutableMapping[str, Flag], FLAGS).update({name: _flag(name, share) for name, share in PLANTED.items()})
 cast(MutableMapping[str, Flag], FLAGS)[PREFILL] = _flag(PREFILL, PREFILL_SHARE, least_tokens=2)
+selection.TEXTS = (*selection.TEXTS, *PLANTED, PREFILL)
