@@ -17,7 +17,7 @@ from tests.support.chain import TWO
 from tests.support.forked import ForkedTrunk, forked
 from tests.support.trunk import settings
 
-KILLS, KILLS_OF_CHAIN = 5, 3
+KILLS, KILLS_OF_CHAIN = 8, 4
 CACHED = frozenset({"use_cache", "inference_mode"})
 FLAGS = FlagSet(CACHED, CACHED, CACHED)
 REQUESTS = [GenerationRequest(f"Why is the sky blue, {n}?", 64, ignore_eos=True) for n in range(CLIENTS)]

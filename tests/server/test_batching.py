@@ -39,7 +39,7 @@ from tests.support.words import generation_of, load_of, session_of
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gemma2")
 WITH_SDPA = ("gpt2", "llama", "qwen3")  # gemma2 attends eagerly, whatever is asked for
-SESSIONS, AT_ONCE = 24, 8
+SESSIONS, AT_ONCE = 50, 8
 WORDS = ("The", "sky", "is", "blue", "because", "air", "scatters", "short", "waves", "of", "light", "more")
 
 

@@ -70,6 +70,7 @@ def _outputs(stage: LocalStage, flags: frozenset[str]) -> list[torch.Tensor]:
     ("family", "spec", "cache"),
     [
         ("llama", FULL, "cache=reserved"),
+        ("llama", TRUNK, "cache=static"),
         ("gpt2", FULL, "cache=static"),
         ("gemma2", TRUNK, "cache=dynamic"),
     ],
