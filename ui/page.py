@@ -196,7 +196,8 @@ class Page:
         try:
             flags = parse(words, known)
         except InputError as error:  # names a flag that is unavailable here now
-            flags, failure = parse("auto", known), {picker.words: "auto", self.answers.error: html.error(str(error))}
+            words, failure = "auto", {picker.words: "auto", self.answers.error: html.error(str(error))}
+            flags = parse(words, known)
         return {**picker.show(flags, known, words), **self._see(), **failure}
 
     def _leave(self, request: gr.Request) -> None:

@@ -1,5 +1,6 @@
 """The tab "Model and cut" in a real browser: a cut is looked at, measured, and taken for the comparison."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -75,6 +76,15 @@ def test_a_cut_is_moved_by_keyboard_and_by_dragging_and_the_other_gives_way(page
     expect(page.locator("#model-end input[type=number]")).to_have_value("6")
     choose(page, "end", 4)
     expect(cut(page)).to_have_value(lines(2, 4))
+
+
+def test_what_is_drawn_is_the_cut_of_the_fields_however_fast_they_are_typed(page: Page) -> None:
+    for start, end in ((1, 5), (0, 6), (3, 5), (2, 4)):
+        choose(page, "start", start)
+        choose(page, "end", end)
+        expect(cut(page)).to_have_value(lines(start, end))
+        label = page.locator("#model-picture svg[role=img]")
+        expect(label).to_have_attribute("aria-label", re.compile(f"the trunk {start} to {end}"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The page in a real browser: what a person does with it, and what it says of what cannot be done."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def test_flags_typed_before_the_page_has_heard_from_the_program_stay(browser: Br
     type_into(words, "none")
     assert late
     page.unroute("**/queue/join*")  # which lets those go that wait
-    expect(page.locator("#flag-cudnn_benchmark input")).to_be_disabled()
+    expect(page.locator("#flag-inference_mode input")).to_be_enabled()
     page.wait_for_timeout(500)
     expect(words).to_have_value("none")
     page.close()
@@ -163,7 +164,7 @@ def asking(browser: BrowserContext, url: str) -> Iterator[Page]:
     fold_out(opened, "settings")
     fold_out(opened, "flags")
     expect(opened.locator("#flag-words").locator("input, textarea").first).to_have_value("default")
-    expect(opened.locator("#flag-cudnn_benchmark input")).to_be_disabled()
+    expect(opened.locator("#flag-inference_mode input")).to_be_enabled()
     yield opened
     opened.close()
     assert not FORBIDDEN
@@ -231,6 +232,39 @@ def test_flags_of_each_side_follow_the_words_and_the_matrix_shows_them(asking: P
     fold_out(asking, "by-side")
     row = asking.locator("#matrix tr", has_text="use_cache")
     assert row.locator("td").all_inner_texts()[1:] == ["applied", "applied", "available"]
+
+
+def test_all_that_is_pressed_before_the_page_has_answered_the_first_press_counts(asking: Page) -> None:
+    words = asking.locator("#flag-words").locator("input, textarea").first
+    fold_out(asking, "sides")
+    asking.get_by_label("none", exact=True).check()
+    expect(words).to_have_value("none")
+    names = ["inference_mode", "use_cache", "output_attentions"]
+    boxes = [asking.locator(f"#flag-{name} input") for name in names]
+    for box in boxes:
+        expect(box).not_to_be_checked()
+    asking.evaluate("names => names.forEach(name => document.querySelector(`#flag-${name} input`).click())", names)
+    for name in names:
+        expect(words).to_have_value(re.compile(name))
+    for box in boxes:
+        expect(box).to_be_checked()
+    on_sides = asking.locator("#sides").get_by_label("inference_mode", exact=True)
+    for box in on_sides.all():
+        expect(box).to_be_checked()
+    on_sides.evaluate_all("boxes => boxes.forEach(box => box.click())")
+    expect(words).to_have_value("use_cache,output_attentions")
+    expect(boxes[0]).not_to_be_checked()
+
+
+def test_a_flag_pressed_right_after_typing_is_added_to_what_was_typed(asking: Page) -> None:
+    words = asking.locator("#flag-words").locator("input, textarea").first
+    asking.get_by_label("none", exact=True).check()
+    expect(words).to_have_value("none")
+    type_into(words, "use_cache")
+    asking.locator("#flag-output_attentions input").click()  # which takes the focus from the words
+    expect(words).to_have_value("use_cache,output_attentions")
+    for name in ("use_cache", "output_attentions"):
+        expect(asking.locator(f"#flag-{name} input")).to_be_checked()
 
 
 def test_what_a_button_said_stays_while_flags_are_typed_and_wrong_flags_are_named_below_them(asking: Page) -> None:

@@ -1,6 +1,6 @@
 """The flag picker: controls made from the registry. The text in `words` is the state; the other controls follow it."""
 
-from collections.abc import Callable
+import json
 from html import escape
 from typing import Any
 
@@ -53,56 +53,72 @@ class Picker:
             self.sides = {side: gr.CheckboxGroup([], label=f"Applied on {side}") for side in SIDES}
         with gr.Accordion("Flags by side: applied, available, or why not", open=False, elem_id="by-side"):
             self.matrix = gr.HTML("", elem_id="matrix")
+        self.controls: dict[str, Any] = {"preset": self.preset, **self.flags}
+        self.controls |= {str(side): group for side, group in self.sides.items()}
+        # JSON of what the controls were last set to, by name, and the words for it: what differs was pressed or typed
+        # since. It is in the page, so that it changes together with the controls.
+        self.drawn = gr.Textbox("{}", visible="hidden")
 
     @property
     def outputs(self) -> list[Any]:
         """The components that show a choice of flags."""
-        controls = [*self.flags.values(), *self.cards.values(), *self.sides.values()]
-        return [self.preset, self.auto, *controls, self.cannot, self.words, self.matrix]
+        shown = [*self.controls.values(), *self.cards.values(), self.words, self.drawn]
+        return [*shown, self.auto, self.cannot, self.matrix]
 
     def connect(self, runs: Runs) -> None:
         """Let each control change the words, and with them the other controls. Errors appear below the words."""
-        outputs = [*self.outputs, self.error]
 
-        def at(flags_of: Callable[[Availability], FlagSet], *, typed: str | None = None) -> Updates:
+        def change(sent: Updates) -> Updates:
             try:
                 known = flag_words.available(runs)
-                flags = flags_of(known)
+                words, flags = self._chosen(sent, known)
             except SplitlearnError as problem:
-                return {self.error: html.error(str(problem))}
-            # Typed words stay as they are, since the lab's ladder adds flags in their order.
-            words = {} if typed is not None else {self.words: flag_words.words(flags, known)}
-            return {**self.show(flags, known, typed), **words, self.error: ""}
+                return {self.error: html.error(str(problem)), self.drawn: json.dumps(self._as_sent(sent))}
+            new = {self.words: words} if words != sent[self.words] else {}
+            return {**self.show(flags, known, words, sent), **new, self.error: ""}
 
-        def on_typed(text: str) -> Updates:
-            return at(lambda known: parse(text or "", known), typed=text or "")  # an API client may send None
+        # One event for all. Two would be answered side by side, and the second not know what the first one changed.
+        ways = [control.input for control in self.controls.values()] + [self.words.submit, self.words.blur]
+        given = {*self.controls.values(), self.words, self.drawn}
+        gr.on(ways, change, given, [*self.outputs, self.error], trigger_mode="always_last")
 
-        def on_preset(name: str) -> Updates:
-            return {**on_typed(name), self.words: name}
+    def _chosen(self, sent: Updates, known: Availability) -> tuple[str, FlagSet]:
+        """The words and flags after what was pressed and typed. Raises InputError."""
+        now, was = self._as_sent(sent), _read(sent[self.drawn])
+        pressed = {name for name in self.controls if now[name] != was.get(name, now[name])}
+        # Typed words stay as they are, since the lab's ladder adds flags in their order.
+        words = str(now["preset"] if "preset" in pressed else now["words"])
+        flags = parse(words, known)
+        if pressed <= {"preset"}:
+            return words, flags
+        for name in (name for name in FLAGS if name in pressed):
+            flags = flag_words.with_choice(flags, name, _choice(FLAGS[name], now[name]), known)
+        if pressed & set(SIDES):
+            lists = {side: now[side] if side in pressed else sorted(flags.of(side)) for side in SIDES}
+            flags = parse(flag_words.on_sides(lists), known)
+        return flag_words.words(flags, known), flags
 
-        def on_flag(name: str) -> Callable[[Any, str], Updates]:
-            def change(value: Any, text: str) -> Updates:
-                chosen = _chosen(FLAGS[name], value)
-                return at(lambda known: flag_words.with_choice(parse(text or "", known), name, chosen, known))
+    def _as_sent(self, sent: Updates) -> Updates:
+        """The values of the controls by name, and the words, for which an API client may send None."""
+        values = {name: _sorted(sent[control]) for name, control in self.controls.items()}
+        return {**values, "words": sent[self.words] or ""}
 
-            return change
+    def show(self, flags: FlagSet, known: Availability, words: str, sent: Updates | None = None) -> Updates:
+        """Set every control but the words to `flags`, for which these are the words.
 
-        def on_sides(*lists: list[str]) -> Updates:
-            words = flag_words.on_sides(dict(zip(SIDES, lists, strict=True)))
-            return at(lambda known: parse(words, known))
-
-        self.preset.input(on_preset, self.preset, outputs)
-        for name, control in self.flags.items():
-            control.input(on_flag(name), [control, self.words], outputs)
-        for group in self.sides.values():
-            group.input(on_sides, list(self.sides.values()), outputs)
-        gr.on([self.words.submit, self.words.blur], on_typed, self.words, outputs)
-
-    def show(self, flags: FlagSet, known: Availability, typed: str | None = None) -> Updates:
-        """Set every control but the words to `flags`. Two sets may be the same here: `typed` names the one meant."""
+        Controls that had the right value when they were `sent` are left alone: they may have been pressed since.
+        """
         why_not = {name: flag_words.why_nowhere(name, known) for name in FLAGS}
-        controls = {
-            control: _update(FLAGS[name], flag_words.choice_of(flags, name, known), why_not[name])
+        values: Updates = {"preset": words if words in flag_words.NAMES else flag_words.set_of(flags, known)}
+        values |= {name: _value(flag, flag_words.choice_of(flags, name, known)) for name, flag in FLAGS.items()}
+        values |= {side: sorted(flags.of(side)) for side in SIDES}
+        sent_values = self._as_sent(sent) if sent else {}
+        new = {
+            name: {} if name in sent_values and sent_values[name] == value else {"value": value}
+            for name, value in values.items()
+        }
+        flags_shown = {
+            control: _kind(FLAGS[name])(interactive=why_not[name] is None, **new[name])
             for name, control in self.flags.items()
         }
         cards = {
@@ -110,39 +126,57 @@ class Picker:
             for name, card in self.cards.items()
         }
         sides = {
-            group: gr.CheckboxGroup(choices=_texts(known[side]), value=sorted(flags.of(side)))
-            for side, group in self.sides.items()
+            group: gr.CheckboxGroup(choices=_texts(known[side]), **new[side]) for side, group in self.sides.items()
         }
         return {
-            **controls,
+            **flags_shown,
             **cards,
             **sides,
+            self.preset: gr.Radio(**new["preset"]),
+            self.drawn: json.dumps({**values, "words": words}),
             self.cannot: badges.cannot({name: reason for name, reason in why_not.items() if reason}),
-            self.preset: typed if typed in flag_words.NAMES else flag_words.set_of(flags, known),
             self.auto: f'<p class="sl-small">{escape(flag_words.about_auto(known))}</p>',
             self.matrix: badges.matrix(known, flags),
         }
 
 
 def _control(flag: Flag) -> Any:
-    if len(flag.choices) == 2:
-        return gr.Checkbox(label=flag.label, container=False, elem_id=f"flag-{flag.name}")
-    choices = [(f"{name} (off)" if name == flag.off != "off" else name, name) for name in flag.choices]
-    return gr.Radio(choices, label=flag.label, elem_id=f"flag-{flag.name}")
+    """The control of `flag`. It cannot be pressed before it shows what is chosen."""
+    name = f"flag-{flag.name}"
+    if _kind(flag) is gr.Checkbox:
+        return gr.Checkbox(label=flag.label, container=False, interactive=False, elem_id=name)
+    choices = [(f"{choice} (off)" if choice == flag.off != "off" else choice, choice) for choice in flag.choices]
+    return gr.Radio(choices, label=flag.label, interactive=False, elem_id=name)
 
 
-def _update(flag: Flag, chosen: str | None, why_not: str | None) -> Any:
-    """Set the control of `flag` to a choice, or to none where sides differ. It is disabled if no side can apply it."""
-    if len(flag.choices) == 2:
-        return gr.Checkbox(value=chosen == flag.applied, interactive=why_not is None)
-    return gr.Radio(value=chosen, interactive=why_not is None)
+def _kind(flag: Flag) -> Any:
+    return gr.Checkbox if len(flag.choices) == 2 else gr.Radio
 
 
-def _chosen(flag: Flag, value: Any) -> str:
-    """The value of the control of `flag`, as one of the flag's choices."""
+def _value(flag: Flag, chosen: str | None) -> bool | str | None:
+    """The value of the control of `flag` for one of its choices, or for None where sides differ."""
+    return chosen == flag.applied if _kind(flag) is gr.Checkbox else chosen
+
+
+def _choice(flag: Flag, value: bool | str) -> str:
+    """The choice of `flag` for the value of its control."""
     if isinstance(value, bool):
         return flag.applied if value else flag.off
     return str(value)
+
+
+def _read(drawn: str | None) -> Updates:
+    """What the controls were set to; nothing if an API client sends anything else."""
+    try:
+        values = json.loads(drawn or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _sorted(value: Any) -> Any:
+    """A group of boxes has its values in the order of pressing."""
+    return sorted(value) if isinstance(value, list) else value
 
 
 def _texts(reasons: Any) -> list[str]:

@@ -36,7 +36,8 @@ element.addEventListener('keydown', event => {
   event.preventDefault();
 });
 watch('value', () => {
-  if (again) element.querySelector('[data-start][tabindex="0"]')?.focus();
+  const lost = [document.body, null].includes(document.activeElement);
+  if (again && lost) element.querySelector('[data-start][tabindex="0"]')?.focus();
   again = false;
 });
 """

@@ -125,21 +125,20 @@ class ModelTab:
         shows of the split."""
         self.words = words
         self.given = {*self.fields.values(), words}
-        ends = [self.fields["start"], self.fields["end"]]
+        start, end = self.fields["start"], self.fields["end"]
         given, drawn = self.given, [*self._drawings, self.error]
         self.tab.select(self._come, given, self.all, concurrency_limit=None, trigger_mode="always_last")
-        for name, other in (("start", "end"), ("end", "start")):
-            moved = partial(self._moved, name)
-            gr.on([self.fields[name].input], moved, given, [*drawn, self.fields[other]], trigger_mode="always_last")
+        start.input(partial(self._moved, "start"), {start, end}, end, queue=False)
+        end.input(partial(self._moved, "end"), {start, end}, start, queue=False)
         for shown in (self.picture, self.pareto):
-            shown.cut(self._picked, given, [*drawn, *ends], trigger_mode="always_last")
+            shown.cut(self._picked, given, [start, end, self.error], queue=False)
         typed = [each for name in ("context", "memory") for each in _ways(self.fields[name])]
         typed += [self.fields["link"].input]
-        gr.on(typed, self._draw, given, drawn, trigger_mode="always_last")
-        self._run(self.measure, self._measure, given, drawn)
-        self._run(self.measure_cut, self._measure_cut, given, drawn)
-        adopted = self._run(self.adopt, self._adopt, given, drawn)
-        adopted.then(look, None, looked)
+        # One event draws: of two, the last that was answered would be shown, not the last that was asked for.
+        gr.on([start.change, end.change, *typed], self._draw, given, drawn, trigger_mode="always_last")
+        self._run(self.measure, self._measure, given)
+        self._run(self.measure_cut, self._measure_cut, given)
+        self._run(self.adopt, self._adopt, given).then(look, None, looked)
         self.stop.click(self._stop, None, self.stop, queue=False)
 
     @property
@@ -157,11 +156,12 @@ class ModelTab:
     def _actions(self) -> list[Any]:
         return [self.measure, self.measure_cut, self.adopt, self.stop]
 
-    def _run(self, button: Any, run: Callable[..., Any], given: set[Any], drawn: list[Any]) -> Any:
-        """Show at once that it begins, run in the queue of all runs, and reset the buttons in any case."""
+    def _run(self, button: Any, run: Callable[..., Any], given: set[Any]) -> Any:
+        """Show at once that it begins, run in the queue of all runs, then draw and reset the buttons in any case."""
         begun = button.click(self._begin, None, [*self._actions, self.status, self.error], queue=False)
-        ran = begun.then(run, given, [*drawn, self.status], concurrency_id="runs", concurrency_limit=1)
-        return ran.then(self._end, None, self._actions, queue=False)
+        shown = [self.status, self.error]
+        ran = begun.then(run, given, shown, concurrency_id="runs", concurrency_limit=1)
+        return ran.then(self._end, given, [*self._actions, *self._drawings], queue=False)
 
     def _enabled(self, running: bool) -> Updates:
         return {each: gr.Button(interactive=running == (each is self.stop)) for each in self._actions}
@@ -170,9 +170,11 @@ class ModelTab:
         place = self.planner.begin(visitor(request))
         return {**self._enabled(running=True), self.status: cuts.turn(place), self.error: ""}
 
-    def _end(self, request: gr.Request) -> Updates:
+    def _end(self, given: dict[Any, Any], request: gr.Request) -> Updates:
+        """Draw what was measured for the fields as they are now. An error of the run stays."""
         self.planner.line.leave(visitor(request))
-        return self._enabled(running=False)
+        drawn = {part: update for part, update in self._draw(given).items() if part is not self.error}
+        return {**drawn, **self._enabled(running=False)}
 
     def _stop(self, request: gr.Request) -> Any:
         self.planner.stops.stop(visitor(request))
@@ -213,13 +215,17 @@ class ModelTab:
             **(self._enabled(running=False) if fresh else {}),
         }
 
-    def _moved(self, name: str, given: dict[Any, Any]) -> Updates:
-        """An end was moved: move the other one if they collide. Else it is left alone, as she may be typing in it."""
-        start, end = self.fields["start"], self.fields["end"]
-        moved: Updates = {}
-        if isinstance(given[start], int) and isinstance(given[end], int) and given[start] >= given[end]:
-            moved = {end: given[start] + 1} if name == "start" else {start: given[end] - 1}
-        return {**self._draw({**given, **moved}), **moved}
+    def _moved(self, name: str, given: dict[Any, Any]) -> Any:
+        """The other end, which gives way if the moved one `name` meets it. Else it is left alone, as she may be typing
+        in it."""
+        if not self._meet(given):
+            return gr.skip()
+        return given[self.fields["start"]] + 1 if name == "start" else given[self.fields["end"]] - 1
+
+    def _meet(self, given: Mapping[Any, Any]) -> bool:
+        """Whether one end was moved to the other one or beyond, and the other has not given way yet."""
+        start, end = given[self.fields["start"]], given[self.fields["end"]]
+        return isinstance(start, int) and isinstance(end, int) and start >= end
 
     def _picked(self, given: dict[Any, Any], event: gr.EventData) -> Updates:
         """A cut was dragged, or a point pressed. The browser's values are checked like typed ones."""
@@ -228,7 +234,7 @@ class ModelTab:
             plan = self._question(values).plan
         except (AttributeError, TypeError, SplitlearnError) as error:
             return {self.error: html.error(str(error))}
-        return {**self._draw(values), self.fields["start"]: plan.start, self.fields["end"]: plan.end}
+        return {self.fields["start"]: plan.start, self.fields["end"]: plan.end}
 
     def _question(self, given: Mapping[Any, Any]) -> Question:
         try:
@@ -237,7 +243,9 @@ class ModelTab:
             raise InputError(LABELS.get(error.field, error.field), error.value, error.expected) from error
 
     def _draw(self, given: Mapping[Any, Any]) -> Updates:
-        """Draw the picture and the figures for the fields."""
+        """Draw the picture and the figures for the fields; nothing while one end gives way to the other."""
+        if self._meet(given):
+            return {self.error: gr.skip()}
         try:
             question = self._question(given)
             report = self.planner.report(question)
@@ -265,22 +273,21 @@ class ModelTab:
         }
 
     def _measure(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
-        yield from self._follow(given, lambda: self.planner.measure(given[self.words] or "", visitor(request)))
+        yield from self._follow(lambda: self.planner.measure(given[self.words] or "", visitor(request)))
 
     def _measure_cut(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         yield from self._follow(
-            given,
-            lambda: self.planner.measure_cut(self._question(given), given[self.words] or "", visitor(request)),
+            lambda: self.planner.measure_cut(self._question(given), given[self.words] or "", visitor(request))
         )
 
-    def _follow(self, given: dict[Any, Any], begin: Callable[[], Iterator[Step]]) -> Iterator[Updates]:
+    def _follow(self, begin: Callable[[], Iterator[Step]]) -> Iterator[Updates]:
         try:
             for step in begin():
                 yield {self.status: cuts.progress(step)}
         except SplitlearnError as error:
             yield {self.status: "", self.error: html.error(str(error))}
             return
-        yield {**self._draw(given), self.status: ""}
+        yield {self.status: ""}
 
     def _adopt(self, given: dict[Any, Any], request: gr.Request) -> Updates:
         try:
@@ -289,7 +296,7 @@ class ModelTab:
             self.planner.adopt(plan)
         except SplitlearnError as error:
             return {self.status: "", self.error: html.error(str(error))}
-        return {**self._draw(given), self.status: cuts.note(_adopted(plan))}
+        return {self.status: cuts.note(_adopted(plan))}
 
 
 def _adopted(plan: SplitPlan) -> str:
