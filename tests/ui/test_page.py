@@ -33,6 +33,8 @@ RECORD_WATCH = """() => {
     .observe(watch, {subtree: true, childList: true, characterData: true});
 }"""
 REACHES_ALL = "box => box.scrollHeight > box.clientHeight && box.scrollTop === 0"
+# In a frame of its own, and much faster than a hand.
+PRESS = "box => new Promise(done => requestAnimationFrame(() => { box.click(); done(); }))"
 STREAMS = "document.querySelector('#split section[data-state=running] .sl-answer')?.innerText.trim()"
 
 
@@ -243,7 +245,8 @@ def test_all_that_is_pressed_before_the_page_has_answered_the_first_press_counts
     boxes = [asking.locator(f"#flag-{name} input") for name in names]
     for box in boxes:
         expect(box).not_to_be_checked()
-    asking.evaluate("names => names.forEach(name => document.querySelector(`#flag-${name} input`).click())", names)
+    for box in boxes:
+        box.evaluate(PRESS)
     for name in names:
         expect(words).to_have_value(re.compile(name))
     for box in boxes:
@@ -251,7 +254,8 @@ def test_all_that_is_pressed_before_the_page_has_answered_the_first_press_counts
     on_sides = asking.locator("#sides").get_by_label("inference_mode", exact=True)
     for box in on_sides.all():
         expect(box).to_be_checked()
-    on_sides.evaluate_all("boxes => boxes.forEach(box => box.click())")
+    for box in on_sides.all():
+        box.evaluate(PRESS)
     expect(words).to_have_value("use_cache,output_attentions")
     expect(boxes[0]).not_to_be_checked()
 
