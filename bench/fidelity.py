@@ -5,6 +5,7 @@ Tokens: 20 prompts of 64 tokens through both arms' workers and the trunk server,
 and with seeded sampling.
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ PROMPTS = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").sp
 TOKENS = 64
 STEPS = 8
 SEQUENCES = 1
+SAMPLED_BY = ", ".join(
+    f"{each.name} {value}" for each in fields(SAMPLED) if (value := getattr(SAMPLED, each.name)) != each.default
+)
 
 
 def main(runs: Runs) -> None:
@@ -35,16 +39,16 @@ def main(runs: Runs) -> None:
         for name, flags, sampling in (
             ("no flags, greedy", FlagSet(), SamplingParams()),
             ("default flags, greedy", runs.flags("default"), SamplingParams()),
-            (f"default flags, {SAMPLED}", runs.flags("default"), SAMPLED),
+            (f"default flags, sampled ({SAMPLED_BY})", runs.flags("default"), SAMPLED),
         )
     ]
     text = (
         f"Full against split, {len(PROMPTS)} prompts of {TOKENS} tokens, end token ignored:\n\n"
         + "\n".join(equal)
         + "\n\n"
-        f"Logits over {SEQUENCES} fixed sequences, a prompt and {STEPS} single tokens each: the largest difference, "
-        "and the first step at which another token is best (none: no step). torch_compile takes minutes to compile "
-        "and is left out here; tests/flags/test_fidelity.py has it on a small model."
+        f"Logits over fixed sequences (n = {SEQUENCES}), each a prompt and {STEPS} single tokens: the largest "
+        "difference, and the first step at which another token is best (none: no step). torch_compile takes minutes "
+        "to compile and is left out here; tests/flags/test_fidelity.py has it on a small model."
     )
     write("fidelity", "What each flag changes, and what it does not", text, _rows(runs), environment(runs))
 
