@@ -3,6 +3,7 @@
 Writes the results to splitlearn/stages/proven_families.json and docs/families.md. About four minutes on two cores.
 """
 
+import argparse
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,7 @@ WORKERS = 2
 
 def main() -> None:
     """Test all families, and write the data and the page."""
+    argparse.ArgumentParser("python -m splitlearn.stages.equivalence", description=__doc__).parse_args()  # it has none
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     context = multiprocessing.get_context("forkserver")
