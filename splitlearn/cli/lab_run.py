@@ -97,8 +97,8 @@ def _end(folder: Path, as_json: bool) -> None:
 
 def _print(found: Findings, folder: Path) -> None:
     """The flags table and the check on stdout."""
-    ended = found.finished or "It has not finished: go on with --resume"
-    say(f"{found.setup.model}, design {found.setup.design}, {found.blocks} blocks. {ended}.")
+    ended = f"Ended: {found.finished}." if found.finished else "It has not finished: go on with --resume."
+    say(f"{found.setup.model}, design {found.setup.design}, n = {found.blocks} whole blocks. {ended}")
     table = flags_table(found)
     console().print(flags_rows(table.rows))
     console().print(flags_rows(table.controls))
@@ -144,7 +144,7 @@ class _Lines:
 
 
 def _label(progress: ExperimentProgress) -> str:
-    return f"{progress.phase} ({progress.blocks} blocks so far)"
+    return f"{progress.phase} (whole blocks so far: {progress.blocks})"
 
 
 def _left(progress: ExperimentProgress) -> str:

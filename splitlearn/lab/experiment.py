@@ -251,7 +251,7 @@ class Experiment:
         findings = findings_of(self.store)
         minutes, last = self.setup.minutes, self.setup.looks[-1]
         if minutes is not None and time.monotonic() - self._began >= 60 * minutes:
-            return f"the limit of {minutes:g} minutes"
+            return f"the limit of {minutes:g} min"
         if findings.blocks >= last:
             return f"{findings.blocks} pairs, as asked" if self.setup.pairs else f"the limit of {last} pairs"
         if self.setup.pairs is None and findings.blocks and findings.decided:
