@@ -37,7 +37,8 @@ def measure(runs: Runs, asked: LoadTest, progress: Progress, stopping: Stopping)
     lengths = [(len(tokens.encode(text, chat)), new_tokens) for text, new_tokens in asked.largest()]
     if asked.turns > 1 and chat is False:
         raise InputError("turns", asked.turns, "1 with generation.chat: false: a conversation needs a chat template")
-    check_lengths(lengths, asked.turns, facts.context_length)
+    prefix = len(tokens.encode(asked.prefix, chat=False)) if asked.prefix else 0
+    check_lengths(lengths, asked.turns, facts.context_length, prefix)
     runs.check_trunk()
     spec = runs.ready_spec("split", runs.flags(runs.config.flags))
     with clients_for(spec, asked, chat, progress) as clients, stopping as stop:

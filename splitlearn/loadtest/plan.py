@@ -108,7 +108,12 @@ class LoadTest:
         if self.trace:
             return self.trace[prompt].prompt(str(self.seed), prompt)
         text = self.prompts[prompt] if self.prompt_words is None else self._made_up(self.prompt_words, prompt)
-        return text if turn or not self.prefix_words else f"{words(self.prefix_words, f'{self.seed}/prefix')}\n\n{text}"
+        return text if turn else self.prefix + text
+
+    @property
+    def prefix(self) -> str:
+        """What all conversations begin with."""
+        return f"{words(self.prefix_words, f'{self.seed}/prefix')}\n\n" if self.prefix_words else ""
 
     def _made_up(self, lengths: Lengths, prompt: int) -> str:
         key = f"{self.seed}/prompt/{prompt}"
@@ -165,12 +170,13 @@ def arrivals(rate: float, duration_s: float, seed: int) -> list[float]:
     return times
 
 
-def check_lengths(tokens: Sequence[tuple[int, int]], turns: int, context_length: int | None) -> None:
+def check_lengths(tokens: Sequence[tuple[int, int]], turns: int, context_length: int | None, prefix: int = 0) -> None:
     """Raise InputError if `turns` of the longest prompt and answer do not fit into the context. `tokens` has both of
-    each request."""
+    each request. Turns after the first lack the `prefix` tokens that each prompt begins with."""
     prompt, new = max(tokens, key=sum)
-    if context_length is None or turns * (prompt + new) <= context_length:
+    room = None if context_length is None else context_length + (turns - 1) * prefix
+    if room is None or turns * (prompt + new) <= room:
         return
-    fitting = f"prompts of at most {context_length // turns - new} tokens: the context holds {context_length}"
+    fitting = f"prompts of at most {room // turns - new} tokens: the context holds {context_length}"
     found = f"one of {prompt} tokens with {new} new ones" + (f", {turns} turns" if turns > 1 else "")
     raise InputError("prompts", found, fitting)

@@ -149,6 +149,9 @@ def test_what_does_not_fit_into_the_context_is_refused_before_the_load() -> None
     check_lengths([(10**9, 10)], 5, None)
     with pytest.raises(InputError, match="one of 40 tokens with 10 new ones, 3 turns"):
         check_lengths([(40, 10), (10, 20)], 3, 100)
+    check_lengths([(40, 10)], 3, 90, prefix=30)  # 40 + 10 + 2 * (10 + 10)
+    with pytest.raises(InputError, match="prompts of at most 39 tokens: the context holds 89"):
+        check_lengths([(40, 10)], 3, 89, prefix=30)
 
 
 def load_at(url: str, *arguments: str) -> list[str]:
