@@ -1,5 +1,6 @@
 """Parse the page's fields into requests. Here text only becomes numbers; the library checks the values."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,6 +55,15 @@ def pairs(typed: Mapping[str, object]) -> int:
 def link(typed: Mapping[str, object]) -> Link:
     """The emulated link. Raises InputError."""
     return words.parse(str(typed["link"] or NONE))
+
+
+def drawn(text: str | None) -> dict[str, Any]:
+    """What controls were last set to, from the JSON in the page; nothing if an API client sends anything else."""
+    try:
+        values = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 RAW, CHAT = "raw", "chat"

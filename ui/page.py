@@ -136,7 +136,7 @@ class Page:
             (answers.picker.words, self.lab_flags),
             (answers.network.link, self.model.fields["link"]),
         ):
-            chosen.change(lambda same: same, chosen, other, queue=False)
+            chosen.change(None, chosen, other, js="same => same")
         self.lab.connect(self.lab_flags, answers.fields["prompt"], self.lab_error)
         self.attacks.connect(answers.fields["prompt"])
         self.model.connect(answers.picker.words, self._read, [*seen, *read])

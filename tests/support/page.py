@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 import yaml
-from playwright.sync_api import BrowserContext, Locator, Page, expect, sync_playwright
+from playwright.sync_api import BrowserContext, Locator, Page, Route, expect, sync_playwright
 
 from tests.support import ROOT, without_torch
 from tests.support.forks import Fork
@@ -248,6 +248,16 @@ def setting(page: Page, name: str, value: str) -> None:
 def unfold(page: Page) -> None:
     """Open every part of the tab that is shown."""
     page.evaluate(UNFOLD)
+
+
+@contextmanager
+def unanswered(page: Page) -> Iterator[None]:
+    """A `with` block in which the page gets no answer to what it asks outside the queue."""
+    late: list[Route] = []
+    page.route("**/run/*", lambda request: late.append(request))
+    yield
+    assert late
+    page.unroute("**/run/*")  # which lets those go that wait
 
 
 def conversation(page: Page, *said: str) -> None:

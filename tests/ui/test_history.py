@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, FORBIDDEN, open_page, running, setting, type_into, write_config
+from tests.support.page import CHROMIUM, FORBIDDEN, open_page, running, setting, type_into, unanswered, write_config
 
 pytestmark = [
     pytest.mark.browser,
@@ -90,6 +90,15 @@ def test_two_lines_are_pinned_by_keyboard_and_show_what_differs_and_where_the_an
     for text in (IMAGE, FORMULA, "TPOT, split", "second / first", "python -m splitlearn compare"):
         expect(shown).to_contain_text(text)
     expect(shown.locator("img")).to_have_count(0)
+
+
+def test_what_is_pinned_before_the_page_has_shown_the_last_pin_is_shown(page: Page) -> None:
+    expect(page.locator("#pin-1 input")).to_be_visible()
+    with unanswered(page):
+        for number, at in ((1, 1), (2, 0)):
+            page.locator(f"#pin-{number} input").click()
+            page.get_by_role("option").nth(at).click()
+    expect(page.locator("#pinned tr", has_text="Prompt").first.locator("td")).to_have_text([IMAGE, FORMULA])
 
 
 def test_the_history_downloads_as_json_and_as_csv_that_no_spreadsheet_computes(page: Page, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, FORBIDDEN, open_page, running, type_into, write_config
+from tests.support.page import CHROMIUM, FORBIDDEN, open_page, running, type_into, unanswered, write_config
 
 pytestmark = [
     pytest.mark.browser,
@@ -44,6 +44,19 @@ def choose(page: Page, name: str, layer: int) -> None:
     field.press("Enter")
 
 
+def drag(page: Page, name: str, share: float) -> None:
+    """Drag a cut to this share of the picture's width."""
+    handle, picture = page.locator(f"[data-cut={name}] circle"), page.locator("#model-picture svg[role=img]")
+    handle.scroll_into_view_if_needed()
+    box, room = handle.bounding_box(), picture.bounding_box()
+    assert box is not None
+    assert room is not None
+    page.mouse.move(box["x"] + 6, box["y"] + 6)
+    page.mouse.down()
+    page.mouse.move(room["x"] + share * room["width"], box["y"], steps=3)
+    page.mouse.up()
+
+
 def test_the_model_is_drawn_with_its_cut_and_every_fact_has_its_definition_by_keyboard(page: Page) -> None:
     picture = page.locator("#model-picture svg[role=img]")
     assert "the trunk 2 to 4" in (picture.get_attribute("aria-label") or "")
@@ -63,15 +76,7 @@ def test_a_cut_is_moved_by_keyboard_and_by_dragging_and_the_other_gives_way(page
     expect(page.locator("#model-start input[type=number]")).to_have_value("3")
     page.locator("#model-start input[type=range]").press("ArrowLeft")
     expect(cut(page)).to_have_value(lines(2, 4))
-    handle, picture = page.locator("[data-cut=end] circle"), page.locator("#model-picture svg[role=img]")
-    handle.scroll_into_view_if_needed()
-    box, room = handle.bounding_box(), picture.bounding_box()
-    assert box is not None
-    assert room is not None
-    page.mouse.move(box["x"] + 6, box["y"] + 6)
-    page.mouse.down()
-    page.mouse.move(room["x"] + room["width"], box["y"], steps=3)
-    page.mouse.up()
+    drag(page, "end", 1.0)
     expect(cut(page)).to_have_value(lines(2, 6))
     expect(page.locator("#model-end input[type=number]")).to_have_value("6")
     choose(page, "end", 4)
@@ -85,6 +90,22 @@ def test_what_is_drawn_is_the_cut_of_the_fields_however_fast_they_are_typed(page
         expect(cut(page)).to_have_value(lines(start, end))
         label = page.locator("#model-picture svg[role=img]")
         expect(label).to_have_attribute("aria-label", re.compile(f"the trunk {start} to {end}"))
+
+
+def test_a_cut_that_is_moved_again_before_the_page_has_answered_is_where_it_was_moved_last(page: Page) -> None:
+    slider = page.locator("#model-start input[type=range]")
+    with unanswered(page):
+        for _ in range(3):
+            slider.press("ArrowRight")
+        expect(page.locator("#model-start input[type=number]")).to_have_value("5")
+    expect(cut(page)).to_have_value(lines(5, 6))
+    with unanswered(page):
+        drag(page, "start", 0.0)
+        drag(page, "end", 0.0)
+    expect(cut(page)).to_have_value(lines(0, 1))
+    choose(page, "end", 4)
+    choose(page, "start", 2)
+    expect(cut(page)).to_have_value(lines(2, 4))
 
 
 @pytest.mark.parametrize(

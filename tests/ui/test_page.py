@@ -9,7 +9,17 @@ from playwright.sync_api import BrowserContext, Page, Route, TimeoutError, expec
 
 from splitlearn.checkpoints.folder import ModelFiles
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, FORBIDDEN, App, open_page, running, setting, type_into, write_config
+from tests.support.page import (
+    CHROMIUM,
+    FORBIDDEN,
+    App,
+    open_page,
+    running,
+    setting,
+    type_into,
+    unanswered,
+    write_config,
+)
 from ui.format import MISSING
 
 pytestmark = [
@@ -49,6 +59,12 @@ def app(tiny_model: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> It
 
 def fold_out(page: Page, name: str) -> None:
     page.locator(f"#{name} > button").click()
+
+
+def rtt(page: Page, value: str) -> None:
+    """Type the round-trip time of the link."""
+    setting(page, "link-rtt_ms", value)
+    page.locator("#link-rtt_ms").locator("input, textarea").first.press("Enter")
 
 
 def verdict(page: Page, timeout_ms: int = RUN_MS) -> str:
@@ -165,6 +181,7 @@ def asking(browser: BrowserContext, url: str) -> Iterator[Page]:
     opened = open_page(browser, url)
     fold_out(opened, "settings")
     fold_out(opened, "flags")
+    fold_out(opened, "network")
     expect(opened.locator("#flag-words").locator("input, textarea").first).to_have_value("default")
     expect(opened.locator("#flag-inference_mode input")).to_be_enabled()
     yield opened
@@ -269,6 +286,43 @@ def test_a_flag_pressed_right_after_typing_is_added_to_what_was_typed(asking: Pa
     expect(words).to_have_value("use_cache,output_attentions")
     for name in ("use_cache", "output_attentions"):
         expect(asking.locator(f"#flag-{name} input")).to_be_checked()
+
+
+def test_a_comparison_has_all_that_was_pressed_before_it_and_nothing_that_was_typed_after(asking: Page) -> None:
+    asking.get_by_label("none", exact=True).check()
+    expect(asking.locator("#flag-words").locator("input, textarea").first).to_have_value("none")
+    asking.locator("#pairs").get_by_label("1", exact=True).check()
+    prompt = asking.locator("#prompt textarea")
+    asking.get_by_role("button", name="A story").click()
+    setting(asking, "prompt", "Before")
+    with unanswered(asking):
+        rtt(asking, "1")
+        asking.locator("#flag-use_cache input").check()
+        asking.locator("#compare").click()
+        prompt.fill("After")
+        prompt.press("Shift+Enter")
+    command = asking.locator("#command textarea")
+    for part in ("--prompt Before", "--flags use_cache", "--link rtt=1ms"):
+        expect(command).to_have_value(re.compile(part), timeout=RUN_MS)
+    expect(prompt).to_have_value("After")
+    rtt(asking, "0")
+    expect(asking.locator("#link input").first).to_have_value("Loopback")
+
+
+def test_a_figure_typed_before_the_page_has_answered_which_link_was_chosen_changes_that_link(asking: Page) -> None:
+    with unanswered(asking):
+        asking.locator("#link input").click()
+        asking.get_by_role("option", name="4G").click()
+        rtt(asking, "77")
+    expect(asking.locator("#link input").first).to_have_value("rtt=77ms,jitter=10ms,up=12mbit,down=12mbit")
+    expect(asking.locator("#link-rtt_ms").locator("input, textarea").first).to_have_value("77")
+    with unanswered(asking):
+        rtt(asking, "33")
+        asking.locator("#link input").click()
+        asking.get_by_role("option", name="Loopback").click()
+    expect(asking.locator("#link-about")).to_contain_text("No delay is added.")
+    expect(asking.locator("#link input").first).to_have_value("Loopback")
+    expect(asking.locator("#link-rtt_ms").locator("input, textarea").first).to_have_value("0")
 
 
 def test_what_a_button_said_stays_while_flags_are_typed_and_wrong_flags_are_named_below_them(asking: Page) -> None:

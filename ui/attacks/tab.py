@@ -1,6 +1,7 @@
 """The tab "What the server reads": attacks on a visitor's prompt, in the queue of all runs, and a sweep beside them."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -97,7 +98,7 @@ class AttacksTab:
         """Add the event handlers. `prompt` is that of the Answers tab."""
         self.prompt = prompt
         for kind, button in self.examples.items():
-            button.click(lambda kind=kind: _examples()[kind], None, self.fields["prompt"], queue=False)
+            button.click(None, None, self.fields["prompt"], js=f"() => {json.dumps(_examples()[kind])}")
         given, buttons = {*self.fields.values(), prompt}, [self.read, self.stop]
         begun = self.read.click(self._begin, None, [*buttons, self.status, self.error, self.readings], queue=False)
         drawn = [self.status, self.error, self.readings]

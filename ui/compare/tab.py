@@ -1,5 +1,6 @@
 """The Answers tab: one prompt through both arms."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import gradio as gr
 
 from splitlearn.checkpoints.chat_template import DEFAULT
 from splitlearn.config import ModelConfig
+from splitlearn.errors import SplitlearnError
 from splitlearn.flags.registry import Place
 from ui import html, inputs
 from ui.compare import time, view
@@ -18,6 +20,7 @@ from ui.compare.session import ArmView, ComparisonView
 from ui.flag_table.panel import FlagTable
 from ui.flags.picker import Picker, Updates
 from ui.history.panel import HistoryPanel
+from ui.network import view as network
 from ui.network.panel import NetworkPanel
 from ui.visitors import visitor
 
@@ -36,6 +39,8 @@ PAIRS_HELP = "Runs of each arm, in turns. More runs show how far the ratio varie
 # Scrolls to the cards; without animation for visitors who prefer reduced motion.
 TO_RESULT = """() => document.getElementById('result').scrollIntoView({block: 'start',
   behavior: matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth'})"""
+# Does nothing while the button is disabled.
+PRESS = "() => document.getElementById('compare').click()"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class AnswersTab:
         self.handlers = handlers
         self.config = handlers.runs.config
         self.fields: dict[str, Any] = {}
+        self.asked = gr.State(None)
         self.finished = gr.State(None)
         self._ask()
         with gr.Row(elem_id="folded"):
@@ -74,6 +80,17 @@ class AnswersTab:
         self.history = HistoryPanel(handlers.historian, handlers.planner)
         self.flag_table = FlagTable(self.handlers, self.compare_flags)
         self.history.lines()
+
+    @property
+    def given(self) -> set[Any]:
+        """The components that `chosen` reads."""
+        return {*self.fields.values(), *self.picker.given, *self.network.given}
+
+    def chosen(self, given: dict[Any, Any]) -> tuple[dict[str, object], str]:
+        """The fields by name, and the words of the flags, with all that was pressed. Raises SplitlearnError."""
+        typed = {name: given[component] for name, component in self.fields.items()}
+        link = network.words(self.network.chosen(given))
+        return {**typed, "link": link}, self.picker.chosen(given, self.handlers.runs)
 
     @property
     def drawn(self) -> list[Any]:
@@ -120,28 +137,25 @@ class AnswersTab:
     def connect(self, tick: Any) -> None:
         """Add the event handlers. `tick` is the timer that runs while this visitor waits for her turn."""
         self.picker.connect(self.handlers.runs)
-        self.flag_table.connect(self.fields["prompt"], self.picker.words)
+        self.flag_table.connect(self.fields["prompt"], self.picker)
         self.network.connect(self.history.kept)
         self.tick = tick
         for button, example in zip(self.examples, EXAMPLES, strict=True):
-            chosen = {self.fields["prompt"]: example.prompt, self.look: html.small(example.look)}
-            button.click(lambda chosen=chosen: chosen, None, list(chosen), queue=False)
+            button.click(None, None, self.fields["prompt"], js=f"() => {json.dumps(example.prompt)}")
+            button.click(lambda look=example.look: html.small(look), None, self.look, queue=False)
         self.stop.click(self._stop, None, self.stop, queue=False)
         tick.tick(self._wait, None, [self.status, self.watch, tick], queue=False)
         buttons = [self.compare, self.stop]
         # Show at once that it begins, run in the queue of all runs, and reset the buttons in any case.
-        begun = gr.on(
-            [self.compare.click, self.fields["prompt"].submit],
-            self._begin,
-            None,
-            [*buttons, *self.drawn, self.history.share, tick],
-            queue=False,
+        begun = self.compare.click(
+            self._begin, self.given, [self.asked, *buttons, *self.drawn, self.history.share, tick], queue=False
         )
+        self.fields["prompt"].submit(None, None, None, js=PRESS)
         begun.then(None, None, None, js=TO_RESULT)
         # Each output takes time from the run at every drawing, so what only its end changes has an event of its own.
         ran = begun.then(
             self._compare,
-            {*self.fields.values(), self.picker.words},
+            self.asked,
             [*self.drawn, self.finished, tick],
             concurrency_id="runs",
             concurrency_limit=1,
@@ -158,10 +172,12 @@ class AnswersTab:
         self.handlers.stops.stop(visitor(request))
         return gr.Button(interactive=False)
 
-    def _begin(self, request: gr.Request) -> Updates:
+    def _begin(self, given: dict[Any, Any], request: gr.Request) -> Updates:
+        """Show that it begins, and take the fields as they are now: when the run is asked for, she may type again."""
         place = self.handlers.begin(visitor(request))
         shown = ComparisonView(ArmView("full", "waiting"), ArmView("split", "waiting"))
         return {
+            self.asked: given,
             **self._changes(None, shown, ""),
             **self._say(view.status(shown, place, self.handlers.line.runs_request), place),
             self.result: view.result(shown, ""),
@@ -203,9 +219,12 @@ class AnswersTab:
     def _compare(self, given: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Run the comparison and draw only what changed."""
         before: ComparisonView | None = None
-        words = given[self.picker.words] or ""
-        typed = {name: given[component] for name, component in self.fields.items()}
         yield {self.tick: gr.Timer(active=False)}
+        try:
+            typed, words = self.chosen(given)
+        except SplitlearnError as error:
+            yield self._changes(None, ComparisonView(error=str(error)), "")
+            return
         who = visitor(request)
         with self.handlers.line.turn(who, self.handlers.stops.signal(who)):
             for shown in self.handlers.compare(typed, words, who):

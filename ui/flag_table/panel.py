@@ -16,7 +16,7 @@ from splitlearn.lab.job import JobStatus
 from ui import html, inputs
 from ui.compare.actions import Handlers
 from ui.flag_table import view
-from ui.flags.picker import Updates
+from ui.flags.picker import Picker, Updates
 from ui.lab.view import progress
 from ui.visitors import MOST_SIGNALS, LeastRecent, visitor
 from ui.watch import Watches
@@ -70,14 +70,15 @@ class FlagTable:
         """The components that show an experiment."""
         return [self.progress, self.error, self.table, self.changes, self.button, self.stop, self.csv]
 
-    def connect(self, prompt: Any, words: Any) -> None:
-        """Add the event handlers. `prompt` and `words` (the flags) are the Answers tab's fields."""
-        given = [prompt, words, self.design]
+    def connect(self, prompt: Any, picker: Picker) -> None:
+        """Add the event handlers. `prompt` and `picker` are the Answers tab's."""
+        self.prompt, self.picker = prompt, picker
+        given = {prompt, *picker.given, self.design}
         # Async, so that waiting holds no thread.
         self.button.click(None, None, None, js=TO_TABLE)
         self.button.click(self._start, given, self.drawn, concurrency_limit=None)
         self.stop.click(self._stop, None, self.stop, queue=False)
-        self.order.input(self._order, self.order, self.table, queue=False)
+        self.order.input(self._order, self.order, self.table, trigger_mode="always_last", queue=False)
 
     async def come(self, request: gr.Request) -> AsyncIterator[Updates]:
         """On opening the page: show the running experiment, or the last one."""
@@ -85,7 +86,7 @@ class FlagTable:
         async for updates in self._follow(visitor(request), ""):
             yield updates
 
-    async def _start(self, prompt: str, words: str, design: str, request: gr.Request) -> AsyncIterator[Updates]:
+    async def _start(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
         """Show what the experiment will take, start it, and follow it."""
         who, forecast = visitor(request), ""
         if self.lab.job.running:
@@ -93,9 +94,10 @@ class FlagTable:
         else:
             self.handlers.stops.begin(who)
             yield {self.error: "", self.progress: _progress(LOADING), **self._buttons(True)}
-            question = (self._typed(design), words or "", prompt or "")
             try:
                 await asyncio.to_thread(self._load, who)
+                words = await asyncio.to_thread(self.picker.chosen, given, self.handlers.runs)
+                question = (self._typed(given[self.design]), words, given[self.prompt] or "")
                 forecast = " ".join(await asyncio.to_thread(self.lab.preflight, *question))
                 yield {self.progress: _progress(forecast)}
                 if not self.handlers.stops.signal(who).is_set():

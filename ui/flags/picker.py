@@ -10,7 +10,7 @@ from splitlearn.arms.runs import Runs
 from splitlearn.errors import SplitlearnError
 from splitlearn.flags.registry import FLAGS, SIDES, Flag, Place
 from splitlearn.flags.selection import Availability, FlagSet, parse
-from ui import html
+from ui import html, inputs
 from ui.flags import badges, flag_words
 
 Updates = dict[Any, Any]
@@ -65,6 +65,16 @@ class Picker:
         shown = [*self.controls.values(), *self.cards.values(), self.words, self.drawn]
         return [*shown, self.auto, self.cannot, self.matrix]
 
+    @property
+    def given(self) -> set[Any]:
+        """The components that `chosen` reads."""
+        return {*self.controls.values(), self.words, self.drawn}
+
+    def chosen(self, sent: Updates, runs: Runs) -> str:
+        """The words for what was pressed and typed, of which the page may not have been told yet. Raises InputError."""
+        now, pressed = self._as_sent(sent), self._pressed(sent)
+        return str(now["words"]) if not pressed else self._chosen(sent, flag_words.available(runs))[0]
+
     def connect(self, runs: Runs) -> None:
         """Let each control change the words, and with them the other controls. Errors appear below the words."""
 
@@ -79,13 +89,11 @@ class Picker:
 
         # One event for all. Two would be answered side by side, and the second not know what the first one changed.
         ways = [control.input for control in self.controls.values()] + [self.words.submit, self.words.blur]
-        given = {*self.controls.values(), self.words, self.drawn}
-        gr.on(ways, change, given, [*self.outputs, self.error], trigger_mode="always_last")
+        gr.on(ways, change, self.given, [*self.outputs, self.error], trigger_mode="always_last")
 
     def _chosen(self, sent: Updates, known: Availability) -> tuple[str, FlagSet]:
         """The words and flags after what was pressed and typed. Raises InputError."""
-        now, was = self._as_sent(sent), _read(sent[self.drawn])
-        pressed = {name for name in self.controls if now[name] != was.get(name, now[name])}
+        now, pressed = self._as_sent(sent), self._pressed(sent)
         # Typed words stay as they are, since the lab's ladder adds flags in their order.
         words = str(now["preset"] if "preset" in pressed else now["words"])
         flags = parse(words, known)
@@ -97,6 +105,11 @@ class Picker:
             lists = {side: now[side] if side in pressed else sorted(flags.of(side)) for side in SIDES}
             flags = parse(flag_words.on_sides(lists), known)
         return flag_words.words(flags, known), flags
+
+    def _pressed(self, sent: Updates) -> set[str]:
+        """The names of the controls that were pressed since they were drawn."""
+        now, was = self._as_sent(sent), inputs.drawn(sent[self.drawn])
+        return {name for name in self.controls if now[name] != was.get(name, now[name])}
 
     def _as_sent(self, sent: Updates) -> Updates:
         """The values of the controls by name, and the words, for which an API client may send None."""
@@ -163,15 +176,6 @@ def _choice(flag: Flag, value: bool | str) -> str:
     if isinstance(value, bool):
         return flag.applied if value else flag.off
     return str(value)
-
-
-def _read(drawn: str | None) -> Updates:
-    """What the controls were set to; nothing if an API client sends anything else."""
-    try:
-        values = json.loads(drawn or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _sorted(value: Any) -> Any:

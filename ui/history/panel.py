@@ -90,8 +90,14 @@ class HistoryPanel:
         blocks.load(self._open, self.kept, [*self._shown, self.earlier], queue=False)
         self.earlier.expand(self._earlier, None, self.records, queue=False)
         self.clear.click(self._clear, None, [self.kept, *self._shown], queue=False)
-        for pin in self.pins:
-            pin.input(self._pin, [self.kept, *self.pins], [self.pinned, *self.divergence.drawn], queue=False)
+        gr.on(
+            [pin.input for pin in self.pins],
+            self._pin,
+            [self.kept, *self.pins],
+            [self.pinned, *self.divergence.drawn],
+            trigger_mode="always_last",
+            queue=False,
+        )
         self.divergence.connect(self.kept, *self.pins)
 
     def begin(self) -> Updates:

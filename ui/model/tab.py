@@ -128,10 +128,10 @@ class ModelTab:
         start, end = self.fields["start"], self.fields["end"]
         given, drawn = self.given, [*self._drawings, self.error]
         self.tab.select(self._come, given, self.all, concurrency_limit=None, trigger_mode="always_last")
-        start.input(partial(self._moved, "start"), {start, end}, end, queue=False)
-        end.input(partial(self._moved, "end"), {start, end}, start, queue=False)
+        start.input(partial(self._moved, "start"), {start, end}, end, trigger_mode="always_last", queue=False)
+        end.input(partial(self._moved, "end"), {start, end}, start, trigger_mode="always_last", queue=False)
         for shown in (self.picture, self.pareto):
-            shown.cut(self._picked, given, [start, end, self.error], queue=False)
+            shown.cut(self._picked, given, [start, end, self.error], trigger_mode="multiple", queue=False)
         typed = [each for name in ("context", "memory") for each in _ways(self.fields[name])]
         typed += [self.fields["link"].input]
         # One event draws: of two, the last that was answered would be shown, not the last that was asked for.

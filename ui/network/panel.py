@@ -1,5 +1,6 @@
 """The panel "Network": choose the link between client and trunk, see its cost, measure the real one."""
 
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -10,7 +11,7 @@ from splitlearn.errors import SplitlearnError
 from splitlearn.link import words
 from splitlearn.link.emulated import NONE, Link
 from splitlearn.link.words import PRESETS
-from ui import html
+from ui import html, inputs
 from ui.compare.session import ComparisonView
 from ui.flags.picker import Updates
 from ui.history import record
@@ -46,6 +47,9 @@ class NetworkPanel:
                 name: gr.Textbox(values[name], label=label, info=info, min_width=130, elem_id=f"link-{name}")
                 for name, (label, info) in NUMBERS.items()
             }
+        # JSON of the texts that the number fields were last set to: what differs was typed since. It is in the page, so
+        # that it changes together with them.
+        self.drawn = gr.Textbox(json.dumps(values), visible="hidden")
         self.error = gr.HTML("", elem_id="link-error")
         with gr.Row():
             self.measure = gr.Button("Measure the real link", size="sm", min_width=180, scale=0, elem_id="link-measure")
@@ -55,12 +59,23 @@ class NetworkPanel:
     def connect(self, kept: Any) -> None:
         """Add the event handlers. `kept` is the history, which has the measurements."""
         self.kept = kept
-        drawn = [self.about, self.costs, self.error]
-        latest = {"trigger_mode": "always_last", "queue": False}
-        self.link.input(self._chosen, [self.link, kept], [*self.numbers.values(), *drawn], **latest)
-        given = {*self.numbers.values(), kept}
+        # A preset's figures are filled in without asking the server: an answer would overwrite what is typed meanwhile.
+        filled = {name: view.fields(preset.link) for name, preset in PRESETS.items()}
+        table = {name: [json.dumps(texts), *texts.values()] for name, texts in filled.items()}
+        shown = [self.drawn, *self.numbers.values()]
+        self.link.input(
+            None, [self.link, *shown], shown, js=f"(link, ...shown) => ({json.dumps(table)})[link] ?? shown"
+        )
+        # One event for all. Of two answers, the first would overwrite what the second was asked about.
         ways = [way for each in self.numbers.values() for way in (each.input, each.submit, each.blur)]
-        gr.on(ways, self._typed, given, [self.link, *drawn], **latest)
+        gr.on(
+            [self.link.input, *ways],
+            self._change,
+            {*self.given, kept},
+            [*self.given, self.about, self.costs, self.error],
+            trigger_mode="always_last",
+            queue=False,
+        )
         begun = self.measure.click(self._wait, None, self.real, queue=False)
         # In the queue of all runs: at once, the two would disturb each other.
         begun.then(
@@ -70,6 +85,16 @@ class NetworkPanel:
             concurrency_id="runs",
             concurrency_limit=1,
         )
+
+    @property
+    def given(self) -> set[Any]:
+        """The components that `chosen` reads."""
+        return {self.link, *self.numbers.values(), self.drawn}
+
+    def chosen(self, given: Mapping[Any, Any]) -> Link:
+        """The chosen link, with the figures that were typed since it was drawn. Raises InputError."""
+        link, typed = words.parse(str(given[self.link] or NONE)), self._typed(given)
+        return typed_link(view.fields(link) | typed) if typed else link
 
     def finish(self, shown: ComparisonView, entries: Sequence[Entry], chosen: object, request: gr.Request) -> Updates:
         """Redraw the costs after a comparison, which is the first of `entries`."""
@@ -86,23 +111,24 @@ class NetworkPanel:
             link = Link()
         return {self.costs: self._costs(link, record.read(kept), request)}
 
-    def _chosen(self, chosen: object, kept: object, request: gr.Request) -> Updates:
-        try:
-            link = words.parse(str(chosen or NONE))
-        except SplitlearnError as error:
-            return {self.error: html.error(str(error))}
-        values = view.fields(link)
-        return {
-            **{box: values[name] for name, box in self.numbers.items()},
-            **self._about(link, record.read(kept), request),
-        }
+    def _typed(self, given: Mapping[Any, Any]) -> dict[str, Any]:
+        """The texts of the number fields in which something was typed since they were drawn."""
+        was = inputs.drawn(given[self.drawn])
+        return {name: given[box] for name, box in self.numbers.items() if given[box] != was.get(name, given[box])}
 
-    def _typed(self, given: Mapping[Any, Any], request: gr.Request) -> Updates:
+    def _change(self, given: Mapping[Any, Any], request: gr.Request) -> Updates:
+        """Show the link of what was chosen and typed. What is right already is left alone: she may be typing in it."""
         try:
-            link = typed_link({name: given[box] for name, box in self.numbers.items()})
+            link = self.chosen(given)
         except SplitlearnError as error:
-            return {self.error: html.error(str(error))}
-        return {self.link: view.words(link), **self._about(link, record.read(given[self.kept]), request)}
+            sent = {name: given[box] for name, box in self.numbers.items()}
+            return {self.error: html.error(str(error)), self.drawn: json.dumps(sent)}
+        values = view.fields(link) | self._typed(given)
+        updates = {box: values[name] for name, box in self.numbers.items() if given[box] != values[name]}
+        if self._typed(given):
+            updates[self.link] = view.words(link)
+        about = self._about(link, record.read(given[self.kept]), request)
+        return {**updates, **about, self.drawn: json.dumps(values)}
 
     def _about(self, link: Link, entries: Sequence[Entry], request: gr.Request) -> Updates:
         return {self.about: view.about(link), self.error: "", self.costs: self._costs(link, entries, request)}
