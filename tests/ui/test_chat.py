@@ -248,3 +248,19 @@ def test_turns_wait_for_each_other_and_a_stopped_one_leaves_the_conversation_as_
     page.locator("#chat-cancel").click()
     turns(page, "One.")
     expect(page.locator("#chat-past .sl-verdict")).to_contain_text("Identical")
+
+
+def test_a_turn_that_is_taken_back_before_it_runs_is_not_run(page: Page, browser: BrowserContext, url: str) -> None:
+    other = chat(browser, url)
+    long_run(other)
+    begin(page, "One.")
+    expect(page.locator("#chat-status")).to_contain_text("You are number 1 in the queue")
+    # As over a slow link, where the answer that disables the button comes after the press.
+    page.locator("#chat-new").evaluate("button => { button.disabled = false; button.click(); }")
+    turns(page)
+    with run(page), run(other):
+        other.locator("#chat-stop").click()
+    other.close()
+    expect(page.locator("#chat-error .sl-error")).to_have_count(0)
+    send(page, "Two.")
+    turns(page, "Two.")

@@ -96,8 +96,12 @@ def test_what_is_pinned_before_the_page_has_shown_the_last_pin_is_shown(page: Pa
     expect(page.locator("#pin-1 input")).to_be_visible()
     with unanswered(page):
         for number, at in ((1, 1), (2, 0)):
-            page.locator(f"#pin-{number} input").click()
+            box = page.locator(f"#pin-{number} input")
+            before = box.input_value()
+            box.click()
             page.get_by_role("option").nth(at).click()
+            expect(box).not_to_have_value(before)
+            expect(page.get_by_role("option")).to_have_count(0)  # a list that closes slowly would get the next click
     expect(page.locator("#pinned tr", has_text="Prompt").first.locator("td")).to_have_text([IMAGE, FORMULA])
 
 

@@ -157,6 +157,8 @@ class ChatTab:
         """Run the turn in both arms, and draw what changed."""
         talk, before = given[self.talk], None
         yield {self.tick: gr.Timer(active=False)}
+        if talk.asked is None:  # taken back before it began, by a press before the buttons were disabled
+            return
         who = visitor(request)
         with self.handlers.line.turn(who, self.handlers.stops.signal(who)):
             try:
