@@ -15,7 +15,7 @@ from splitlearn import address, config
 from splitlearn.access.quota import Accounts
 from splitlearn.arms.startup import Startup
 from splitlearn.checkpoints import catalogue
-from splitlearn.config import AUTO, Config
+from splitlearn.config import AUTO, Config, UiConfig
 from splitlearn.errors import SetupError, SplitlearnError
 from splitlearn.flags.selection import check
 from splitlearn.models.plan import plan_of
@@ -163,7 +163,6 @@ def _page(startup: Startup, port: int, login: Login, keys: Accounts | None, repe
         from ui.guard.hosts import Hosts
         from ui.guard.security import guarded
         from ui.page import blocks
-        from ui.theme import CSS, THEME
 
     settings = startup.runs.config.ui
     sharing = page_login.Sharing.of(settings.share)
@@ -174,28 +173,7 @@ def _page(startup: Startup, port: int, login: Login, keys: Accounts | None, repe
         demo = blocks(handlers, sharing)
         url = address.url(settings.host, port)
         api = None if keys is None else openai.application(handlers, hosts, keys)
-        launch(
-            demo,
-            url,
-            server_name=f"[{settings.host}]" if ":" in settings.host else settings.host,
-            server_port=port,
-            auth=login,
-            share=False,  # ui/login.py requests the link; None would let GRADIO_SHARE open one without a login
-            theme=THEME,
-            css=CSS,
-            prevent_thread_lock=True,
-            quiet=True,
-            app_kwargs={"lifespan": guarded(hosts, api)},
-            state_session_capacity=MOST_STATES,
-            max_file_size=1,  # of uploads, which the guard refuses before
-            enable_monitoring=False,
-            root_path=settings.root_path,
-            mcp_server=settings.mcp,
-            num_workers=0,  # else processes serve files on their own ports
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-        )
+        launch(demo, url, **_options(settings, port), auth=login, app_kwargs={"lifespan": guarded(hosts, api)})
         demo.server.config.encoded_headers.clear()  # they name the server program
         if settings.mcp:
             private_apis.mcp_calls_as(demo, login)
@@ -209,3 +187,27 @@ def _page(startup: Startup, port: int, login: Login, keys: Accounts | None, repe
         finally:
             handlers.end()
             demo.close(verbose=False)
+
+
+def _options(settings: UiConfig, port: int) -> dict[str, Any]:
+    """Gradio's options for the page, all but those that say who may come in."""
+    from ui.theme import CSS, THEME
+
+    return {
+        "server_name": f"[{settings.host}]" if ":" in settings.host else settings.host,
+        "server_port": port,
+        "share": False,  # ui/login.py requests the link; None would let GRADIO_SHARE open one without a login
+        "theme": THEME,
+        "css": CSS,
+        "prevent_thread_lock": True,
+        "quiet": True,
+        "state_session_capacity": MOST_STATES,
+        "max_file_size": 1,  # of uploads, which the guard refuses before
+        "enable_monitoring": False,
+        "root_path": settings.root_path,
+        "mcp_server": settings.mcp,
+        "num_workers": 0,  # else processes serve files on their own ports
+        "footer_links": [],
+        "run_history": False,
+        "ssr_mode": False,
+    }
