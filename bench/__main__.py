@@ -112,4 +112,7 @@ def _config(model: str | None) -> config.Config:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
