@@ -55,8 +55,8 @@ class Picker:
             self.matrix = gr.HTML("", elem_id="matrix")
         self.controls: dict[str, Any] = {"preset": self.preset, **self.flags}
         self.controls |= {str(side): group for side, group in self.sides.items()}
-        # JSON of what the controls were last set to, by name, and the words for it: what differs was pressed or typed
-        # since. It is in the page, so that it changes together with the controls.
+        # JSON of what the controls were last set to, by name: what differs was pressed since. It is in the page, so
+        # that it changes together with the controls.
         self.drawn = gr.Textbox("{}", visible="hidden")
 
     @property
@@ -72,8 +72,7 @@ class Picker:
 
     def chosen(self, sent: Updates, runs: Runs) -> str:
         """The words for what was pressed and typed, of which the page may not have been told yet. Raises InputError."""
-        now, pressed = self._as_sent(sent), self._pressed(sent)
-        return str(now["words"]) if not pressed else self._chosen(sent, flag_words.available(runs))[0]
+        return self._chosen(sent, flag_words.available(runs))[0] if self._pressed(sent) else sent[self.words] or ""
 
     def connect(self, runs: Runs) -> None:
         """Let each control change the words, and with them the other controls. Errors appear below the words."""
@@ -95,7 +94,7 @@ class Picker:
         """The words and flags after what was pressed and typed. Raises InputError."""
         now, pressed = self._as_sent(sent), self._pressed(sent)
         # Typed words stay as they are, since the lab's ladder adds flags in their order.
-        words = str(now["preset"] if "preset" in pressed else now["words"])
+        words = str((now["preset"] if "preset" in pressed else sent[self.words]) or "")
         flags = parse(words, known)
         if pressed <= {"preset"}:
             return words, flags
@@ -112,9 +111,8 @@ class Picker:
         return {name for name in self.controls if now[name] != was.get(name, now[name])}
 
     def _as_sent(self, sent: Updates) -> Updates:
-        """The values of the controls by name, and the words, for which an API client may send None."""
-        values = {name: _sorted(sent[control]) for name, control in self.controls.items()}
-        return {**values, "words": sent[self.words] or ""}
+        """The values of the controls by name."""
+        return {name: _sorted(sent[control]) for name, control in self.controls.items()}
 
     def show(self, flags: FlagSet, known: Availability, words: str, sent: Updates | None = None) -> Updates:
         """Set every control but the words to `flags`, for which these are the words.
@@ -146,7 +144,7 @@ class Picker:
             **cards,
             **sides,
             self.preset: gr.Radio(**new["preset"]),
-            self.drawn: json.dumps({**values, "words": words}),
+            self.drawn: json.dumps(values),
             self.cannot: badges.cannot({name: reason for name, reason in why_not.items() if reason}),
             self.auto: f'<p class="sl-small">{escape(flag_words.about_auto(known))}</p>',
             self.matrix: badges.matrix(known, flags),
