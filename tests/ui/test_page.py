@@ -325,6 +325,18 @@ def test_a_figure_typed_before_the_page_has_answered_which_link_was_chosen_chang
     expect(asking.locator("#link-rtt_ms").locator("input, textarea").first).to_have_value("0")
 
 
+def test_a_figure_of_the_link_that_cannot_be_used_stays_in_its_field_with_its_error(asking: Page) -> None:
+    field = asking.locator("#link-rtt_ms").locator("input, textarea").first
+    type_into(field, "abc")
+    for _ in range(2):  # sent again, as the field is when it loses the focus
+        with asking.expect_response("**/run/*"):
+            field.press("Enter")
+        expect(asking.locator("#link-error .sl-error")).to_contain_text("'abc' cannot be used")
+        expect(field).to_have_value("abc")
+    rtt(asking, "0")
+    expect(asking.locator("#link-error .sl-error")).to_have_count(0)
+
+
 def test_what_a_button_said_stays_while_flags_are_typed_and_wrong_flags_are_named_below_them(asking: Page) -> None:
     setting(asking, "prompt", "")
     asking.locator("#compare").click()

@@ -121,8 +121,7 @@ class NetworkPanel:
         try:
             link = self.chosen(given)
         except SplitlearnError as error:
-            sent = {name: given[box] for name, box in self.numbers.items()}
-            return {self.error: html.error(str(error)), self.drawn: json.dumps(sent)}
+            return {self.error: html.error(str(error))}
         values = view.fields(link) | self._typed(given)
         updates = {box: values[name] for name, box in self.numbers.items() if given[box] != values[name]}
         if self._typed(given):
