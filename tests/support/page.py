@@ -251,13 +251,14 @@ def unfold(page: Page) -> None:
 
 
 @contextmanager
-def unanswered(page: Page) -> Iterator[None]:
-    """A `with` block in which the page gets no answer to what it asks outside the queue."""
+def unanswered(page: Page, asked: str = "**/run/*") -> Iterator[None]:
+    """A `with` block in which the page gets no answer to requests of the URL `asked`: as given, those outside the
+    queue."""
     late: list[Route] = []
-    page.route("**/run/*", lambda request: late.append(request))
+    page.route(asked, lambda request: late.append(request))
     yield
     assert late
-    page.unroute("**/run/*")  # which lets those go that wait
+    page.unroute(asked)  # which lets those go that wait
 
 
 def conversation(page: Page, *said: str) -> None:

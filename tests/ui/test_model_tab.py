@@ -38,10 +38,12 @@ def lines(start: int, end: int) -> str:
     return f"split:\n  start: {start}\n  end: {end}"
 
 
+def number(page: Page, name: str) -> Locator:
+    return page.locator(f"#model-{name} input[type=number]")
+
+
 def choose(page: Page, name: str, layer: int) -> None:
-    field = page.locator(f"#model-{name} input[type=number]")
-    field.fill(str(layer))
-    field.press("Enter")
+    number(page, name).fill(str(layer))
 
 
 def drag(page: Page, name: str, share: float) -> None:
@@ -92,19 +94,29 @@ def test_what_is_drawn_is_the_cut_of_the_fields_however_fast_they_are_typed(page
         expect(label).to_have_attribute("aria-label", re.compile(f"the trunk {start} to {end}"))
 
 
-def test_a_cut_that_is_moved_again_before_the_page_has_answered_is_where_it_was_moved_last(page: Page) -> None:
-    slider = page.locator("#model-start input[type=range]")
-    with unanswered(page):
+def test_cuts_that_are_moved_before_the_page_has_answered_are_where_they_were_moved_last(page: Page) -> None:
+    with unanswered(page, "**/queue/join*"):
         for _ in range(3):
-            slider.press("ArrowRight")
-        expect(page.locator("#model-start input[type=number]")).to_have_value("5")
-    expect(cut(page)).to_have_value(lines(5, 6))
-    with unanswered(page):
+            page.locator("#model-start input[type=range]").press("ArrowRight")
+        expect(number(page, "end")).to_have_value("6")
         drag(page, "start", 0.0)
         drag(page, "end", 0.0)
+        expect(number(page, "start")).to_have_value("0")
+        expect(number(page, "end")).to_have_value("1")
     expect(cut(page)).to_have_value(lines(0, 1))
     choose(page, "end", 4)
     choose(page, "start", 2)
+    expect(cut(page)).to_have_value(lines(2, 4))
+
+
+def test_an_end_that_gave_way_goes_back_when_it_can(page: Page) -> None:
+    choose(page, "start", 5)
+    expect(number(page, "end")).to_have_value("6")
+    choose(page, "start", 2)
+    expect(cut(page)).to_have_value(lines(2, 4))
+    choose(page, "end", 1)
+    expect(number(page, "start")).to_have_value("0")
+    choose(page, "end", 4)
     expect(cut(page)).to_have_value(lines(2, 4))
 
 

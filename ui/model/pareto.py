@@ -17,7 +17,8 @@ const dots = () => [...element.querySelectorAll('[data-start]')];
 let again = false;
 const choose = (dot, keep) => {
   again = keep;
-  trigger('cut', {start: +dot.dataset.start, end: +dot.dataset.end});
+  element.dataset.picked = JSON.stringify([+dot.dataset.start, +dot.dataset.end]);
+  trigger('cut');
 };
 element.addEventListener('click', event => {
   const dot = event.target.closest('[data-start]');
@@ -41,7 +42,8 @@ watch('value', () => {
   again = false;
 });
 """
-"""Pressing a point triggers the event `cut` with its cut. The arrow keys move from point to point."""
+"""Pressing a point triggers the event `cut`; its cut is in `data-picked`, see
+picture.PICKED. The arrow keys move from point to point."""
 LEFT, RIGHT, TOP, FOOT = 13.0, 97.0, 6.0, 84.0
 Place = tuple[float, float]
 

@@ -41,11 +41,15 @@ element.addEventListener('pointerup', event => {
   if (!held) return;
   move(event);
   held = null;
-  trigger('cut', {start: +drawing().dataset.start, end: +drawing().dataset.end});
+  element.dataset.picked = JSON.stringify([+drawing().dataset.start, +drawing().dataset.end]);
+  trigger('cut');
 });
 element.addEventListener('pointercancel', () => { held = null; });
 """
-"""Drags a cut with the pointer. Releasing it triggers the event `cut` with both cuts."""
+"""Drags a cut with the pointer. Releasing it triggers the event `cut`; both cuts are in `data-picked`, see PICKED."""
+PICKED = "() => JSON.parse(document.querySelector('#%s [data-picked]').dataset.picked)"
+"""What the event `cut` of the component with this id chose: both cuts. In the browser: two answers of a server could
+come in any order."""
 
 
 def picture(anatomy: Anatomy, plan: SplitPlan, up: float, down: float) -> str:

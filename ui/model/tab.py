@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -19,7 +18,7 @@ from ui.guard.owner import check_owner
 from ui.model import cuts, view
 from ui.model.actions import USUAL_CONTEXT, Planner, Question
 from ui.model.pareto import PRESS, pareto
-from ui.model.picture import DRAG, picture
+from ui.model.picture import DRAG, PICKED, picture
 from ui.visitors import visitor
 
 NAME = "Model and cut"
@@ -33,6 +32,14 @@ ALL = (
     "Lower is faster, further left is a smaller client. Press a point to choose its cut; the arrow keys go from point "
     "to point."
 )
+GIVE_WAY = """(moved, other) => {
+  const {dataset} = document.getElementById('%s');
+  if (+dataset.given !== other) dataset.own = other;
+  const own = +dataset.own;
+  return dataset.given = %s;
+}"""
+"""The end with this id gives way when the other one meets it, and goes back to its own place when it can: who types 25
+is at 2 first."""
 SPEAKS = "element.setAttribute('role', 'status')"
 
 
@@ -128,10 +135,11 @@ class ModelTab:
         start, end = self.fields["start"], self.fields["end"]
         given, drawn = self.given, [*self._drawings, self.error]
         self.tab.select(self._come, given, self.all, concurrency_limit=None, trigger_mode="always_last")
-        start.input(partial(self._moved, "start"), {start, end}, end, trigger_mode="always_last", queue=False)
-        end.input(partial(self._moved, "end"), {start, end}, start, trigger_mode="always_last", queue=False)
+        # The fields are set in the browser: of two answers, the first could come last.
+        start.input(None, [start, end], end, js=GIVE_WAY % (end.elem_id, "Math.max(own, moved + 1)"))
+        end.input(None, [end, start], start, js=GIVE_WAY % (start.elem_id, "Math.max(0, Math.min(own, moved - 1))"))
         for shown in (self.picture, self.pareto):
-            shown.cut(self._picked, given, [start, end, self.error], trigger_mode="multiple", queue=False)
+            shown.cut(None, None, [start, end], js=PICKED % shown.elem_id, trigger_mode="multiple")
         typed = [each for name in ("context", "memory") for each in _ways(self.fields[name])]
         typed += [self.fields["link"].input]
         # One event draws: of two, the last that was answered would be shown, not the last that was asked for.
@@ -215,26 +223,10 @@ class ModelTab:
             **(self._enabled(running=False) if fresh else {}),
         }
 
-    def _moved(self, name: str, given: dict[Any, Any]) -> Any:
-        """The other end, which gives way if the moved one `name` meets it. Else it is left alone, as she may be typing
-        in it."""
-        if not self._meet(given):
-            return gr.skip()
-        return given[self.fields["start"]] + 1 if name == "start" else given[self.fields["end"]] - 1
-
     def _meet(self, given: Mapping[Any, Any]) -> bool:
         """Whether one end was moved to the other one or beyond, and the other has not given way yet."""
         start, end = given[self.fields["start"]], given[self.fields["end"]]
         return isinstance(start, int) and isinstance(end, int) and start >= end
-
-    def _picked(self, given: dict[Any, Any], event: gr.EventData) -> Updates:
-        """A cut was dragged, or a point pressed. The browser's values are checked like typed ones."""
-        try:
-            values = {**given, self.fields["start"]: event.start, self.fields["end"]: event.end}
-            plan = self._question(values).plan
-        except (AttributeError, TypeError, SplitlearnError) as error:
-            return {self.error: html.error(str(error))}
-        return {self.fields["start"]: plan.start, self.fields["end"]: plan.end}
 
     def _question(self, given: Mapping[Any, Any]) -> Question:
         try:
