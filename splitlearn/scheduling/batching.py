@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from splitlearn.kvcache.layers import reserved
 from splitlearn.kvcache.pool import KVPool
@@ -37,7 +38,6 @@ class BatchedSession:
     own: EngineSession
 
     def fork(self, other: "BatchedSession", tokens: int) -> None:
-        """Copy the first `tokens` of `other`, a session of the same stage and flags, before the first step."""
         self.engine.fork(self.own, other.own.key, tokens)
 
     def close(self) -> None:
@@ -46,15 +46,12 @@ class BatchedSession:
 
     @property
     def most_blocks(self) -> int:
-        """How many kept blocks the session can begin with at most."""
         return self.own.local.most_blocks
 
     def write_blocks(self, parts: Sequence[BlockPart]) -> None:
-        """Begin with these blocks, before the first step."""
         self.engine.begin_with(self.own, parts)
 
     def keep_blocks(self, keys: Sequence[bytes], first: int) -> Sequence[BlockPart]:
-        """Copies of the session's blocks from `first` on, up to as many as there are `keys`."""
         return self.engine.blocks_of(self.own, keys, first)
 
 
@@ -69,17 +66,16 @@ class BatchedHeadSession(BatchedSession, WholePrefix):
 class BatchedStage:
     """A stage for the sessions of one client. `stage` computes their steps, `engine` decides when."""
 
-    stage: LocalStage
+    stage: LocalStage | Head
     engine: Engine
     client: Client
+    session: ClassVar[type[BatchedSession]] = BatchedSession
 
     @property
     def rope_restart(self) -> int | None:
-        """The length beyond which the whole sequence is computed again (models/structure.py)."""
-        return self.stage.rope_restart
+        return None if isinstance(self.stage, Head) else self.stage.rope_restart
 
     def open(self, settings: SessionSettings, max_length: int) -> Session:
-        """Open a session; waits for room."""
         return self.open_together(settings, max_length, 1)[0]
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> Sequence[Session]:
@@ -87,28 +83,18 @@ class BatchedStage:
         any, share forwards."""
         pooled = self.engine.limits.shared and settings.new_cache in (None, reserved)
         opened = self.engine.open_together(settings, max_length, count, self.client, pooled=pooled)
-        return [BatchedSession(self.engine, each) for each in opened]
+        return [self.session(self.engine, each) for each in opened]
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """Compute one step of each session, in forwards that other clients' sessions share."""
-        return _step(self.engine, batch)
+        steps = [(item.session.own, replace(item, session=item.session.own.local)) for item in batch]
+        return [self.engine.step(*steps[0], truncate=True)] if len(steps) == 1 else self.engine.step_together(steps)
 
 
-@dataclass(frozen=True)
-class BatchedHead:
+class BatchedHead(BatchedStage):
     """The LM head for the sessions of one client."""
 
-    engine: Engine
-    client: Client
-
-    def open(self, settings: SessionSettings, max_length: int) -> Session:
-        """Open a session."""
-        (own,) = self.engine.open_together(settings, max_length, 1, self.client, pooled=False)
-        return BatchedHeadSession(self.engine, own)
-
-    def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """The logits of each session's step, in products that other clients' sessions share."""
-        return _step(self.engine, batch)
+    session = BatchedHeadSession
 
     def logits_in_parts(self, item: StageInput) -> PendingLogits | None:
         """None: a product of many sessions is not divided."""
@@ -142,7 +128,7 @@ class Batching:
     def stages(self, client: Client) -> list[Stage]:
         """The chain for the sessions of `client`."""
         return [
-            BatchedHead(engine, client) if isinstance(stage, Head) else BatchedStage(stage, engine, client)
+            (BatchedHead if isinstance(stage, Head) else BatchedStage)(stage, engine, client)
             for stage, engine in self.engines
         ]
 
@@ -159,11 +145,6 @@ def _engine(stage: LocalStage | Head, limits: Limits, pool: KVPool | None, setti
     nothing = KVPool((), 1, 1, stage.dtype, stage.eager.device)
     admission = Admission(pool or nothing, sys.maxsize, sys.maxsize, setting)
     return Engine(stage, admission, limits, _uncounted, ThreadPoolExecutor(1, f"{stage.label} engine"))
-
-
-def _step(engine: Engine, batch: Sequence[StageInput]) -> list[StageOutput]:
-    steps = [(item.session.own, replace(item, session=item.session.own.local)) for item in batch]
-    return [engine.step(*steps[0], truncate=True)] if len(steps) == 1 else engine.step_together(steps)
 
 
 def _uncounted(steps: int, tokens: int, seconds: float) -> None:

@@ -1,12 +1,10 @@
-"""What an engine needs of the stage that it runs, and what it is told of the clients that open sessions."""
+"""What an engine needs of a stage's sessions, and what it is told of the clients that open them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from transformers.cache_utils import Cache
-
-from splitlearn.stages.base import KeepsPrefixes, StageInput, StageOutput
+from splitlearn.stages.base import KeepsPrefixes
 from splitlearn.stages.settings import SessionSettings
 
 Count = Callable[[int, int, float], None]
@@ -33,35 +31,3 @@ class OwnSession(KeepsPrefixes, Protocol):
     def settings(self) -> SessionSettings: ...
     @property
     def shares(self) -> bool: ...
-
-
-class EngineStage(Protocol):
-    """A stage that an engine can run: `LocalStage` and `Head`."""
-
-    @property
-    def label(self) -> str:
-        """The name of its time in the time breakdown."""
-
-    @property
-    def last(self) -> bool:
-        """Whether it gives logits."""
-
-    def open(self, settings: SessionSettings, max_length: int) -> OwnSession:
-        """A session with memory of its own."""
-
-    def session(
-        self, cache: Cache | None, settings: SessionSettings, max_length: int, *, shares: bool = False
-    ) -> OwnSession:
-        """A session with this cache."""
-
-    def size(self, item: StageInput) -> int:
-        """How many tokens a forward has to compute for `item`."""
-
-    def compute(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """Compute one step of each session."""
-
-    def check(self, item: StageInput, output: StageOutput) -> None:
-        """Raise NotFinite if the output for `item` holds NaN or Inf."""
-
-    def computes_on_caller(self, item: StageInput) -> bool:
-        """Whether the calling thread alone computes `item`."""

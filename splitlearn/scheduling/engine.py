@@ -28,10 +28,12 @@ from splitlearn.events import StageTiming
 from splitlearn.kvcache.pool import Slot
 from splitlearn.kvcache.prefix_store import BLOCK_TOKENS, BlockPart
 from splitlearn.scheduling.admission import Admission
-from splitlearn.scheduling.contract import Client, Count, EngineStage, OwnSession
+from splitlearn.scheduling.contract import Client, Count, OwnSession
 from splitlearn.scheduling.scheduler import Batch, Limits, Turns, next_batch
 from splitlearn.scheduling.sessions import EngineSession, Pace, QueuedStep, SessionTable
 from splitlearn.stages.base import StageInput, StageOutput
+from splitlearn.stages.head import Head
+from splitlearn.stages.local import LocalStage
 from splitlearn.stages.settings import SessionSettings
 
 
@@ -39,7 +41,7 @@ class Engine:
     """Runs one stage for many sessions. `thread` is a pool of a single thread: see server/build.py for the reason."""
 
     def __init__(
-        self, stage: EngineStage, admission: Admission, limits: Limits, count: Count, thread: ThreadPoolExecutor
+        self, stage: LocalStage | Head, admission: Admission, limits: Limits, count: Count, thread: ThreadPoolExecutor
     ) -> None:
         self.limits = limits
         self._stage, self.admission, self._count, self._thread = stage, admission, count, thread
@@ -85,6 +87,7 @@ class Engine:
         """The stage's session in `slot` of the pool, or in memory of its own."""
         if slot is None:
             return self._stage.open(settings, max_length)
+        assert isinstance(self._stage, LocalStage), "a head has no KV memory"
         cache = self.admission.pool.cache(slot)
         return self._stage.session(cache, settings, max_length, shares=self.limits.shared)
 
@@ -187,7 +190,7 @@ class Engine:
             session=session,
             item=item,
             began=time.perf_counter(),
-            last=self._stage.last,
+            last=self._stage.cut.last,
         )
 
     def _arrive_locked(self, pending: QueuedStep) -> bool:

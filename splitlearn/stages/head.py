@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers.cache_utils import Cache
 
 from splitlearn.kvcache.layers import reserved
 from splitlearn.kvcache.prefix_store import BlockPart
@@ -104,18 +103,7 @@ class Head:
         return self.eager.cut
 
     def open(self, settings: SessionSettings, max_length: int) -> HeadSession:
-        return self.session(None, settings, max_length, shares=settings.new_cache is reserved)
-
-    def session(
-        self, cache: Cache | None, settings: SessionSettings, max_length: int, *, shares: bool = False
-    ) -> HeadSession:
-        """A session, which has no use for a cache."""
-        return HeadSession(settings, shares)
-
-    @property
-    def last(self) -> bool:
-        """It gives logits."""
-        return True
+        return HeadSession(settings, shares=settings.new_cache is reserved)
 
     def size(self, item: StageInput) -> int:
         """How many rows of logits `item` asks for."""

@@ -60,11 +60,6 @@ class LocalStage:
     def _window(self) -> int:
         return 0 if self.faster is None else self.faster.window
 
-    @property
-    def last(self) -> bool:
-        """Whether it gives logits."""
-        return self.cut.last
-
     def size(self, item: StageInput) -> int:
         """How many tokens a forward has to compute for `item`."""
         return item.x.shape[1]
