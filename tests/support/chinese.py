@@ -11,15 +11,13 @@ from ui.flags.flag_words import NAMES
 
 SENTENCE = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z]{2,}){2,}")
 GRADIOS = (
-    "number input for ",
-    "range slider for ",
     "Box Select",
     "Lasso Select",
     "Download plot",
     "Copy",
     "Empty value",
 )
-"""Gradio and Plotly have no other language for these names of sliders, buttons and empty fields."""
+"""Gradio and Plotly have no other language for these names of buttons and empty fields."""
 CHOICES = {choice for flag in FLAGS.values() for choice in flag.choices}
 TERMS = {*FLAGS, *NAMES, *CHOICES, *(flag.label for flag in FLAGS.values())}
 TERMS |= {"English", "splitlearn", "gRPC", "Wi-Fi", "Top-k", "Top-p", "MLP", "RMSNorm", "LM head", "dtype"}

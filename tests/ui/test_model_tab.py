@@ -76,7 +76,7 @@ def test_a_cut_is_moved_by_keyboard_and_by_dragging_and_the_other_gives_way(page
     choose(page, "end", 4)
     expect(cut(page)).to_have_value(lines(3, 4))
     expect(page.locator("#model-start input[type=number]")).to_have_value("3")
-    page.locator("#model-start input[type=range]").press("ArrowLeft")
+    number(page, "start").press("ArrowDown")
     expect(cut(page)).to_have_value(lines(2, 4))
     drag(page, "end", 1.0)
     expect(cut(page)).to_have_value(lines(2, 6))
@@ -97,7 +97,7 @@ def test_what_is_drawn_is_the_cut_of_the_fields_however_fast_they_are_typed(page
 def test_cuts_that_are_moved_before_the_page_has_answered_are_where_they_were_moved_last(page: Page) -> None:
     with unanswered(page, "**/queue/join*"):
         for _ in range(3):
-            page.locator("#model-start input[type=range]").press("ArrowRight")
+            number(page, "start").press("ArrowUp")
         expect(number(page, "end")).to_have_value("6")
         drag(page, "start", 0.0)
         drag(page, "end", 0.0)
@@ -123,6 +123,10 @@ def test_an_end_that_gave_way_goes_back_when_it_can(page: Page) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
+        ("start", "", "Trunk begins at layer: '' cannot be used; expected a whole number."),
+        ("start", "1.5", "Trunk begins at layer: 1.5 cannot be used; expected a whole number."),
+        ("start", "40", "Trunk begins at layer: 40 cannot be used; expected 0 to 5 for 6 layers."),
+        ("end", "0", "Trunk ends before layer: 0 cannot be used; expected 1 to 6"),
         ("context", "many", "Context, tokens: 'many' cannot be used; expected a whole number."),
         ("context", "9999", "Context, tokens: 9999 cannot be used; expected 1 to 512"),
         ("memory", "-3", "Client memory limit, MB: '-3' cannot be used; expected megabytes above 0"),
@@ -135,6 +139,9 @@ def test_what_cannot_be_used_is_named_as_its_field_is(page: Page, name: str, val
     type_into(field, value)
     field.press("Enter")
     expect(page.locator("#model-error")).to_contain_text(said)
+    page.locator("#model-adopt").click()
+    expect(page.locator("#model-error")).to_contain_text(said)
+    expect(page.locator("#model-adopt")).to_be_enabled()
     type_into(field, before)
     field.press("Enter")
     expect(page.locator("#model-error .sl-error")).to_have_count(0)

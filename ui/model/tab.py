@@ -33,6 +33,8 @@ ALL = (
     "to point."
 )
 GIVE_WAY = """(moved, other) => {
+  if (moved === null) return other;
+  const last = +(document.querySelector('[data-layers]')?.dataset.layers ?? Infinity);
   const {dataset} = document.getElementById('%s');
   if (+dataset.given !== other) dataset.own = other;
   const own = +dataset.own;
@@ -62,23 +64,14 @@ class ModelTab:
         self._cuts()
 
     def _range(self) -> None:
+        infos = {
+            "start": "The client has the layers before it.",
+            "end": "The client has this layer and the following ones.",
+        }
         with gr.Row():
-            # `first` is within the bounds of a model of any size: a quick visitor sends it before the tab is drawn.
-            for name, first, info in (
-                ("start", 0, "The client has the layers before it."),
-                ("end", 1, "The client has this layer and the following ones."),
-            ):
-                self.fields[name] = gr.Slider(
-                    0,
-                    1,
-                    value=first,
-                    step=1,
-                    label=LABELS[name],
-                    info=info,
-                    min_width=260,
-                    buttons=[],
-                    elem_id=f"model-{name}",
-                )
+            for name, info in infos.items():
+                # Without bounds: Gradio would refuse what is outside before a handler could name the field.
+                self.fields[name] = gr.Number(label=LABELS[name], info=info, min_width=240, elem_id=f"model-{name}")
 
     def _client(self) -> None:
         infos = {
@@ -136,7 +129,7 @@ class ModelTab:
         given, drawn = self.given, [*self._drawings, self.error]
         self.tab.select(self._come, given, self.all, concurrency_limit=None, trigger_mode="always_last")
         # The fields are set in the browser: of two answers, the first could come last.
-        start.input(None, [start, end], end, js=GIVE_WAY % (end.elem_id, "Math.max(own, moved + 1)"))
+        start.input(None, [start, end], end, js=GIVE_WAY % (end.elem_id, "Math.min(last, Math.max(own, moved + 1))"))
         end.input(None, [end, start], start, js=GIVE_WAY % (start.elem_id, "Math.max(0, Math.min(own, moved - 1))"))
         for shown in (self.picture, self.pareto):
             shown.cut(None, None, [start, end], js=PICKED % shown.elem_id, trigger_mode="multiple")
@@ -207,38 +200,39 @@ class ModelTab:
             yield updates
 
     def _first(self, anatomy: Anatomy, given: Mapping[Any, Any]) -> Updates:
-        n, plan, context = anatomy.n_layers, self.planner.runs.plan, self.fields["context"]
+        plan = self.planner.runs.plan
+        start, end, context = (self.fields[name] for name in ("start", "end", "context"))
         fresh = not given[context]
         values = dict(given)
         if fresh:
             usual = str(min(USUAL_CONTEXT, view.context_of(anatomy)))
-            values |= {self.fields["start"]: plan.start, self.fields["end"]: plan.end, context: usual}
-        start, end = values[self.fields["start"]], values[self.fields["end"]]
+            values |= {start: plan.start, end: plan.end, context: usual}
         return {
             **self._draw(values),
             self.facts: view.facts(anatomy),
-            self.fields["start"]: gr.Slider(value=start, minimum=0, maximum=n - 1),
-            self.fields["end"]: gr.Slider(value=end, minimum=1, maximum=n),
-            context: values[context],
+            **{field: values[field] for field in (start, end, context)},
             **(self._enabled(running=False) if fresh else {}),
         }
 
     def _meet(self, given: Mapping[Any, Any]) -> bool:
         """Whether one end was moved to the other one or beyond, and the other has not given way yet."""
         start, end = given[self.fields["start"]], given[self.fields["end"]]
-        return isinstance(start, int) and isinstance(end, int) and start >= end
+        numbers = isinstance(start, int) and isinstance(end, int)
+        return numbers and 1 <= end <= start < self.planner.anatomy().n_layers
 
     def _question(self, given: Mapping[Any, Any]) -> Question:
+        typed = {name: "" if given[field] is None else given[field] for name, field in self.fields.items()}
         try:
-            return self.planner.question({name: given[field] for name, field in self.fields.items()})
+            return self.planner.question(typed)
         except InputError as error:  # by the field's label
-            raise InputError(LABELS.get(error.field, error.field), error.value, error.expected) from error
+            field = LABELS.get(error.field.removeprefix("split."), error.field)
+            raise InputError(field, error.value, error.expected) from error
 
     def _draw(self, given: Mapping[Any, Any]) -> Updates:
         """Draw the picture and the figures for the fields; nothing while one end gives way to the other."""
-        if self._meet(given):
-            return {self.error: gr.skip()}
         try:
+            if self._meet(given):
+                return {self.error: gr.skip()}
             question = self._question(given)
             report = self.planner.report(question)
         except SplitlearnError as error:
