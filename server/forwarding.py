@@ -56,9 +56,7 @@ class NextServers:
         endpoint = self._endpoint(forward.address)
         if endpoint is None:
             raise _not_listed(forward.address)
-        with self._lock:
-            channel = endpoint.take()
-        stream = ForwardStream(endpoint.address, channel, forward, timeout_s, fail)
+        stream = ForwardStream(endpoint.address, endpoint.take(), forward, timeout_s, fail)
         with self._lock:
             self._streams[own_key] = stream
         return stream
@@ -79,17 +77,15 @@ class NextServers:
         if stream is None:
             return
         if done and stream.end():
-            with self._lock:
-                self._endpoints[stream.address].give_back(stream.channel)
+            self._endpoints[stream.address].give_back(stream.channel)
         else:
             stream.cancel()
             stream.channel.close()
 
     def stop(self) -> None:
         """Close what is connected."""
-        with self._lock:
-            for endpoint in self._endpoints.values():
-                endpoint.close()
+        for endpoint in self._endpoints.values():
+            endpoint.close()
 
     def _endpoint(self, address: str) -> Endpoint | None:
         try:

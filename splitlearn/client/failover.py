@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from splitlearn.client.directory import TIMEOUT_S, Directory
 from splitlearn.client.endpoint import Endpoint
@@ -26,7 +27,6 @@ from splitlearn.client.session_stream import Opening, Stream
 from splitlearn.config import has_directory
 from splitlearn.errors import TrunkError, TrunkFailed, TrunkFull, TrunkRefused, TrunkUnavailable
 from splitlearn.scheduling.contract import WhenGone
-from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.channel import Credentials
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
@@ -39,7 +39,7 @@ class RetryBudget:
     has gone for whom it is; nothing is tried then."""
 
     def __init__(self, timeout_s: float, addresses: int, when_gone: WhenGone | None = None) -> None:
-        self.announce: Callable[[int], None] = _ignore
+        self.announce: Callable[[int], None] = lambda attempt: None
         self._until = time.monotonic() + timeout_s
         self._addresses = addresses
         self._pauses = 0
@@ -130,11 +130,8 @@ class Endpoints:
         self._timeout_s = timeout_s
         self._streams: set[Stream] = set()
         self._closed = False
-
-    @property
-    def facts(self) -> Sequence[TrunkFacts]:
-        """Of each server of a chain; nothing for a single one."""
-        return ()
+        self.facts = (TrunkFacts(),)
+        """What the trunk has sent last of itself; of a chain, each of its servers."""
 
     def budget(self, when_gone: WhenGone | None = None) -> RetryBudget:
         """A new budget, for one step or for the opening of a session, which ends `when_gone` says so."""
@@ -145,11 +142,9 @@ class Endpoints:
         """Whether the addresses may be others at each opening."""
         return self._directory is not None
 
-    def open(
-        self, opening: Opening, budget: RetryBudget, *, patient: bool, beside: str = ""
-    ) -> tuple[Stream, pb.Opened]:
-        """Open a session at the current address, or else at the next that works. Returns its stream and the reply.
-        `beside` is the address to begin with, that of a session which this one is to fork.
+    def open(self, opening: Opening, budget: RetryBudget, *, patient: bool, beside: str = "") -> Stream:
+        """Open a session at the current address, or else at the next that works. Returns its stream. `beside` is the
+        address to begin with, that of a session which this one is to fork.
 
         A `patient` caller has an answer in progress, and waits within `budget` for a trunk to come back. Any other gets
         an error as soon as no address works. Both wait for a full trunk that says when to try again.
@@ -193,13 +188,13 @@ class Endpoints:
         self._streams.discard(stream)
         stream.drop()
 
-    def end(self, stream: Stream) -> int | None:
-        """End a session in order. Returns the trunk's peak memory in bytes, or None if it does not answer any more."""
+    def end(self, stream: Stream) -> None:
+        """End a session in order. Notes the trunk's peak memory if it still answers."""
         self._streams.discard(stream)
         peak_rss_bytes = stream.close()
         if peak_rss_bytes is not None:
             self._endpoints[stream.address].give_back(stream.channel)
-        return peak_rss_bytes
+            self.facts = (replace(self.facts[0], peak_rss_bytes=peak_rss_bytes),)
 
     def close(self) -> None:
         """Close every channel, and with it every session."""
@@ -211,7 +206,7 @@ class Endpoints:
         if self._directory is not None:
             self._directory.close()
 
-    def _open_at(self, endpoint: Endpoint, opening: Opening, budget: RetryBudget) -> tuple[Stream, pb.Opened]:
+    def _open_at(self, endpoint: Endpoint, opening: Opening, budget: RetryBudget) -> Stream:
         """Open a session at `endpoint`, and make it current. Raises its last error while the breaker is open."""
         if endpoint.breaker.rest_s():
             raise budget.errors.get(endpoint.address, _resting(endpoint))
@@ -227,7 +222,9 @@ class Endpoints:
             raise
         self._begin_with(endpoint.address)
         self._streams.add(stream)
-        return stream, opened
+        peak = self.facts[0].peak_rss_bytes if stream.address == self.facts[0].address else 0
+        self.facts = (TrunkFacts(opened.threads, opened.load_s, opened.import_rss_bytes, peak, stream.address),)
+        return stream
 
     def _begin_with(self, address: str) -> None:
         order = deque(self._order)  # a copy: another thread may have the directory's next list
@@ -254,10 +251,6 @@ class Endpoints:
             self._endpoints[address].close_idle()  # a replica that was started again has another address
         self._order = deque(sorted(found, key=budget.errors.__contains__))
         return []
-
-
-def _ignore(attempt: int) -> None:
-    """The default of `announce`."""
 
 
 def _stay() -> None:

@@ -9,7 +9,7 @@ client replays what it had sent to the first one.
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -21,7 +21,6 @@ from splitlearn.errors import InputError, TrunkError, TrunkUnavailable
 from splitlearn.scheduling.contract import WhenGone
 from splitlearn.stages.base import StageOutput
 from splitlearn.wire import MAX_HOPS, NEXT_SERVER, SERVER_BEFORE
-from splitlearn.wire import trunk_pb2 as pb
 
 SETTLE_S = 0.5
 """How long to look at the other streams for the reason, once the chain has ended: all of them end together."""
@@ -33,13 +32,14 @@ ADVICE = " With trunk.forward: false the client passes each answer on itself."
 class ChainStream:
     """A session at each server of a chain, as one stream. Methods raise TrunkError, which names the server's link."""
 
-    def __init__(self, streams: Sequence[Stream], served: Sequence[ServedModel], opened: Sequence[pb.Opened]) -> None:
+    def __init__(self, streams: Sequence[Stream], served: Sequence[ServedModel]) -> None:
         self.streams = streams
         self.key = streams[0].key
         self.lost: int | None = None
         """The number of the server that was lost, where that is known."""
         self._served = served
-        self._uneven = len({each.cached_tokens for each in opened}) > 1
+        kept = [each.cached_tokens for each in streams]
+        self.cached_tokens, self._uneven = min(kept), len(set(kept)) > 1
         self._closing = False
         streams[-1].chain = [(each.plan.start, each.plan.end) for each in served]
         for stream, following in zip(streams, streams[1:], strict=False):
@@ -60,28 +60,10 @@ class ChainStream:
         """The address of that server."""
         return self.streams[part].address
 
-    def send(
-        self,
-        position: int,
-        x: torch.Tensor,
-        *,
-        truncate: bool = False,
-        answer_last: int = 0,
-        fork_of: bytes = b"",
-        uncertain: bool = False,
-        rope_length: int = 0,
-    ) -> SentStep:
+    def send(self, position: int, x: torch.Tensor, *, truncate: bool = False, **others: Any) -> SentStep:
         """Send a step, as `Stream.send`. Servers that had kept different lengths of a prefix go back to the least."""
         truncate, self._uneven = truncate or self._uneven, False
-        return self.streams[0].send(
-            position,
-            x,
-            truncate=truncate,
-            answer_last=answer_last,
-            fork_of=fork_of,
-            uncertain=uncertain,
-            rope_length=rope_length,
-        )
+        return self.streams[0].send(position, x, truncate=truncate, **others)
 
     def answer(self, sent: SentStep, wait_s: float, since: float | None = None) -> StageOutput:
         """Wait for the last server's answer to `sent`, as `Stream.answer`."""
@@ -156,6 +138,9 @@ def _lost_at(words: Sequence[str | None]) -> int | None:
 class ForwardingChain:
     """The servers that `hops` lead to, as one trunk that serves `whole`. Each has its failover list."""
 
+    change = False
+    """Their addresses stay the same."""
+
     def __init__(self, hops: Sequence[Hop], whole: ServedModel, timeout_s: float) -> None:
         if len(hops) > MAX_HOPS:
             raise InputError("trunk.forward", True, f"false for a chain of more than {MAX_HOPS} links")
@@ -167,21 +152,18 @@ class ForwardingChain:
             Endpoints(hop.addresses, served, timeout_s, hop.credentials, hop.via)
             for hop, served in zip(hops, self._served, strict=True)
         ]
-        self.facts: list[TrunkFacts] = []
 
     def budget(self, when_gone: WhenGone | None = None) -> RetryBudget:
         """A new budget, for one step or for the opening of a session, which ends `when_gone` says so."""
         return RetryBudget(self._timeout_s, max(self._counts), when_gone)
 
     @property
-    def change(self) -> bool:
-        """False: the addresses stay the same."""
-        return False
+    def facts(self) -> Sequence[TrunkFacts]:
+        """What each server has sent last of itself."""
+        return [each for servers in self._servers for each in servers.facts]
 
-    def open(
-        self, opening: Opening, budget: RetryBudget, *, patient: bool, beside: str = ""
-    ) -> tuple[ChainStream, pb.Opened]:
-        """Open a session at every server at the same time, as `Endpoints.open`. The reply is that of all together."""
+    def open(self, opening: Opening, budget: RetryBudget, *, patient: bool, beside: str = "") -> ChainStream:
+        """Open a session at every server at the same time, as `Endpoints.open`."""
         first = beside.split(BETWEEN) if beside else [""] * len(self._servers)
         with ThreadPoolExecutor(len(first)) as threads:
             opening_all = [
@@ -192,11 +174,9 @@ class ForwardingChain:
         if errors:
             for servers, each in zip(self._servers, opening_all, strict=True):
                 if each.exception() is None:
-                    servers.leave(each.result()[0])
+                    servers.leave(each.result())
             raise min(errors, key=_unlisted)  # an address that is wrong is listed nowhere: the first other error counts
-        streams, opened = zip(*(each.result() for each in opening_all), strict=True)
-        self.facts = [self._facts(*each) for each in zip(streams, opened, strict=True)]
-        return ChainStream(streams, self._served, opened), _together(opened)
+        return ChainStream([each.result() for each in opening_all], self._served)
 
     def lost(self, stream: ChainStream, error: TrunkUnavailable, budget: RetryBudget) -> None:
         """Drop a broken session. The server that was lost is tried last at its link; each, if none is known."""
@@ -213,24 +193,18 @@ class ForwardingChain:
         for servers, each in zip(self._servers, stream.streams, strict=True):
             servers.works(each)
 
-    def end(self, stream: ChainStream) -> int | None:
-        """End a session in order. Returns the servers' peak memory in sum, or None if one does not answer any more."""
+    def end(self, stream: ChainStream) -> None:
+        """End a session in order."""
         stream.close()
-        peaks = [servers.end(each) for servers, each in zip(self._servers, stream.streams, strict=True)]
-        known = [peak for peak in peaks if peak is not None]
-        if len(known) < len(peaks):
-            return None
-        self.facts = [replace(each, peak_rss_bytes=peak) for each, peak in zip(self.facts, known, strict=True)]
-        return sum(known)
+        for servers, each in zip(self._servers, stream.streams, strict=True):
+            servers.end(each)
 
     def close(self) -> None:
         """Close every channel, and with it every session."""
         for servers in self._servers:
             servers.close()
 
-    def _open_at(
-        self, at: int, opening: Opening, budget: RetryBudget, patient: bool, beside: str
-    ) -> tuple[Stream, pb.Opened]:
+    def _open_at(self, at: int, opening: Opening, budget: RetryBudget, patient: bool, beside: str) -> Stream:
         served = self._served[at]
         own = opening.part(served.plan, self._addresses[at + 1], fed=at > 0)
         try:
@@ -241,21 +215,7 @@ class ForwardingChain:
                 error.args = (f"{error}.{ADVICE}",)
             raise
 
-    def _facts(self, stream: Stream, opened: pb.Opened) -> TrunkFacts:
-        peaks = (each.peak_rss_bytes for each in self.facts if each.address == stream.address)
-        return TrunkFacts(opened.threads, opened.load_s, opened.import_rss_bytes, next(peaks, 0), stream.address)
-
 
 def _unlisted(error: BaseException) -> bool:
     """Whether a server said that it may not forward to another."""
     return "server.forward_to" in str(error)
-
-
-def _together(opened: Sequence[pb.Opened]) -> pb.Opened:
-    """The replies of all servers as one's. What each has kept of the prompt's prefix, all have."""
-    return pb.Opened(
-        threads=max(each.threads for each in opened),
-        load_s=max(each.load_s for each in opened),
-        import_rss_bytes=sum(each.import_rss_bytes for each in opened),
-        cached_tokens=min(each.cached_tokens for each in opened),
-    )

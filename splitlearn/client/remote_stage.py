@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -27,44 +27,17 @@ from splitlearn.kvcache.prefix_store import BLOCK_TOKENS, BlockPart
 from splitlearn.scheduling.contract import WhenGone
 from splitlearn.stages.base import PendingStep, StageInput, StageOutput
 from splitlearn.stages.settings import SessionSettings
-from splitlearn.stages.spot_checks import SpotChecks
-from splitlearn.wire import trunk_pb2 as pb
+from splitlearn.stages.spot_checks import SessionChecks, SpotChecks
 from splitlearn.wire.channel import NONE, Credentials
-
-
-class Way(Protocol):
-    """The way to a trunk: one server (`Endpoints`), or a chain of them that forward. It takes the streams that it has
-    opened, of its own kind."""
-
-    @property
-    def facts(self) -> Sequence[TrunkFacts]: ...
-
-    @property
-    def change(self) -> bool: ...
-
-    def budget(self, when_gone: WhenGone | None = None) -> RetryBudget: ...
-
-    def open(
-        self, opening: Opening, budget: RetryBudget, *, patient: bool, beside: str = ""
-    ) -> tuple[Any, pb.Opened]: ...
-
-    def lost(self, stream: Any, error: TrunkUnavailable, budget: RetryBudget) -> None: ...
-
-    def works(self, stream: Any) -> None: ...
-
-    def end(self, stream: Any) -> int | None: ...
-
-    def close(self) -> None: ...
-
 
 # The trunk gets this share of the client's timeout as its own: its error then arrives before the client gives up.
 TRUNK_SHARE = 0.9
 
 
 class RemoteStage:
-    """The trunk at the first of `addresses` that works; `via` is that of `Endpoints`. `facts` has the facts that the
-    trunk sent last. `watch` is called with each try to reach a lost trunk. `checks` computes some answers again. With
-    `chain` the trunk is these servers together, in the place of `addresses`. All methods raise TrunkError."""
+    """The trunk at the first of `addresses` that works; `via` is that of `Endpoints`. `watch` is called with each try
+    to reach a lost trunk. `checks` computes some answers again. With `chain` the trunk is these servers together, in
+    the place of `addresses`. All methods raise TrunkError."""
 
     def __init__(
         self,
@@ -80,10 +53,9 @@ class RemoteStage:
         self.served = served
         self.watch = watch
         self.checks = checks
-        self.facts = TrunkFacts()
         self.when_gone: WhenGone | None = None
         self._batch = False
-        self._endpoints: Way = chain or Endpoints(addresses, served, timeout_s, credentials, via)
+        self._endpoints = chain or Endpoints(addresses, served, timeout_s, credentials, via)
 
     def for_client(self, when_gone: WhenGone, batch: bool = False) -> "RemoteStage":
         """The same trunk for a client who may go: an opening that waits then ends. `batch`: others come first."""
@@ -98,29 +70,12 @@ class RemoteStage:
     def open_with(
         self, settings: SessionSettings, max_length: int, count: int, keys: Sequence[bytes]
     ) -> "list[RemoteSession]":
-        """Open `count` sessions. The first begins with the blocks with these `keys` that the trunk has kept."""
-        first = self._open(settings, max_length, keys)
-        try:
-            return [first, *self._open_beside(first, settings, max_length, count - 1)]
-        except BaseException:
-            first.close()
-            raise
-
-    def open_together(self, settings: SessionSettings, max_length: int, count: int) -> "list[RemoteSession]":
-        """Open `count` sessions at the trunk at the same time, all at one address."""
-        if count > 1 and self._endpoints.change:
-            return self.open_with(settings, max_length, count, ())
-        return self._open_beside(None, settings, max_length, count)
-
-    def _open_beside(
-        self, first: "RemoteSession | None", settings: SessionSettings, max_length: int, count: int
-    ) -> "list[RemoteSession]":
-        """Open `count` sessions at the same time, at the address of `first`."""
-        if not count:
-            return []
-        beside = "" if first is None else first.address
+        """Open `count` sessions, all at one address. The first may begin with the blocks with these `keys`, as far as
+        the trunk has kept them."""
         with ThreadPoolExecutor(count) as threads, ExitStack() as opened:
-            opening = [threads.submit(self._open, settings, max_length, (), beside) for _ in range(count)]
+            opening = [threads.submit(self._open, settings, max_length, keys)]
+            beside = opening[0].result().address if self._endpoints.change else ""
+            opening += [threads.submit(self._open, settings, max_length, (), beside) for _ in range(count - 1)]
             wait(opening)
             for each in opening:
                 if each.exception() is None:
@@ -128,6 +83,9 @@ class RemoteStage:
             sessions = [each.result() for each in opening]
             opened.pop_all()
             return sessions
+
+    def open_together(self, settings: SessionSettings, max_length: int, count: int) -> "list[RemoteSession]":
+        return self.open_with(settings, max_length, count, ())
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """Compute one step of each session, in order: hidden state [1, T, H] to hidden state [1, T, H], on the CPU. All
@@ -155,22 +113,27 @@ class RemoteStage:
         return RemoteSession(self, self._endpoints, opening, max_length, beside)
 
     @property
+    def facts(self) -> TrunkFacts:
+        """Of the first server, as it sent them last."""
+        return self.facts_of_each[0]
+
+    @property
     def facts_of_each(self) -> Sequence[TrunkFacts]:
         """`facts` of each server."""
-        return self._endpoints.facts or (self.facts,)
-
-    def note_opened(self, opened: pb.Opened, address: str) -> None:
-        peak = self.facts.peak_rss_bytes if address == self.facts.address else 0
-        self.facts = TrunkFacts(opened.threads, opened.load_s, opened.import_rss_bytes, peak, address)
-
-    def note_peak(self, peak_rss_bytes: int) -> None:
-        self.facts = replace(self.facts, peak_rss_bytes=peak_rss_bytes)
+        return self._endpoints.facts
 
 
 class RemoteSession:
     """The session of one generation at a trunk, or at several in turn when one is lost."""
 
-    def __init__(self, stage: RemoteStage, endpoints: Way, opening: Opening, max_length: int, beside: str = "") -> None:
+    def __init__(
+        self,
+        stage: RemoteStage,
+        endpoints: Endpoints | ForwardingChain,
+        opening: Opening,
+        max_length: int,
+        beside: str = "",
+    ) -> None:
         self._stage = stage
         self._endpoints = endpoints
         self._opening = opening
@@ -181,7 +144,7 @@ class RemoteSession:
         self._rope_length = 0
         self._pending: deque[SentStep] = deque()
         self._recovered: deque[StageOutput] = deque()  # answers to the other steps that were pending at a loss
-        self._checks = None if stage.checks is None else stage.checks.session(max_length, opening.rows)
+        self._checks = None if stage.checks is None else SessionChecks(stage.checks, max_length, opening.rows)
         try:
             self._stream = self._open(endpoints.budget(stage.when_gone), patient=False, beside=beside)
         except TrunkError as error:
@@ -294,17 +257,14 @@ class RemoteSession:
         return SpotCheckResult() if self._checks is None else self._checks.result()
 
     def close(self) -> None:
-        """End the stream, so that the trunk frees the session. Notes the trunk's peak memory if it still answers."""
+        """End the stream, so that the trunk frees the session."""
         if self._checks is not None:
             self._checks.close()
-        peak_rss_bytes = self._endpoints.end(self._stream)
-        if peak_rss_bytes is not None:
-            self._stage.note_peak(peak_rss_bytes)
+        self._endpoints.end(self._stream)
 
     def _open(self, budget: RetryBudget, *, patient: bool, beside: str = "") -> Any:
-        stream, opened = self._endpoints.open(self._opening, budget, patient=patient, beside=beside)
-        self._stage.note_opened(opened, stream.address)
-        self._cached = opened.cached_tokens
+        stream = self._endpoints.open(self._opening, budget, patient=patient, beside=beside)
+        self._cached = stream.cached_tokens
         return stream
 
     def _recover(self, lost: SentStep, error: TrunkUnavailable, budget: RetryBudget) -> StageOutput:

@@ -140,7 +140,7 @@ class Stream:
         self._dtype = codec.DTYPES[served.dtype]
         self._read = self._rows.reader(served.hidden_size)
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
-        self.key = b""
+        self.key, self.cached_tokens = b"", 0
         self.chain: Sequence[Layers] = ()
         """Of the last server of a chain whose servers forward: the layers of each."""
         self._interrupted = False
@@ -161,7 +161,7 @@ class Stream:
         blocks, rest = divmod(opened.cached_tokens, BLOCK_TOKENS)
         if rest or blocks > self._blocks:
             raise TrunkFailed(f"The trunk has {opened.cached_tokens} tokens of {self._blocks} blocks.")
-        self._part_bytes, self.key = opened.max_tensor_bytes, opened.key
+        self._part_bytes, self.key, self.cached_tokens = opened.max_tensor_bytes, opened.key, opened.cached_tokens
         return opened
 
     @property

@@ -1,7 +1,7 @@
 """Spot checks of a trunk: a random share of its answers is computed again here, layer by layer from the checkpoint.
 
     checks = SpotChecks(share, plan, reference, dtype)
-    session = checks.session(max_length, form)
+    session = SessionChecks(checks, max_length, form)
     session.look(position, rows, answer, sent)  # for each answer: most return at once
     session.result()                            # waits for the checks under way
 
@@ -52,16 +52,12 @@ class SpotChecks:
         self._tolerance = TOLERANCE[dtype]
         self._every, self._seen, self._chosen = max(1, round(1 / share)), 0, 0
         self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, "spot-checks", _at_low_priority)
+        self.thread = ThreadPoolExecutor(1, "spot-checks", _at_low_priority)
 
     @cached_property
     def reference(self) -> LocalStage:
         """The trunk's layers; only the thread of the checks asks."""
         return self._load()
-
-    def session(self, max_length: int, form: Rows) -> "SessionChecks":
-        """The checks of a session's answers, whose hidden states have this `form` on the wire."""
-        return SessionChecks(self, max_length, form)
 
     def chooses(self) -> bool:
         """Whether the next answer is one to check: a random one of each `1 / share`."""
@@ -71,10 +67,6 @@ class SpotChecks:
             chosen = self._seen == self._chosen
             self._seen = (self._seen + 1) % self._every
         return chosen
-
-    def submit(self, check: Callable[[], Mismatch | None]) -> "Future[Mismatch | None]":
-        """Compute a check after those that were submitted before."""
-        return self._thread.submit(lambda: _alone(check))
 
     def compare(self, own: Tensor, found: Tensor, form: Rows) -> tuple[float, float]:
         """The largest error of a row of `found` [1, T, H], and its tolerance, both relative to the norm of the row."""
@@ -88,7 +80,7 @@ class SpotChecks:
 
     def close(self) -> None:
         """End the thread, and drop the checks that have not begun."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,8 @@ class _Rows:
 
 
 class SessionChecks:
-    """The checks of one session. The reference has its own KV cache of the session, from the first check on."""
+    """The checks of one session, whose hidden states have this `form` on the wire. The reference has its own KV cache
+    of it, from the first check on."""
 
     def __init__(self, checks: SpotChecks, max_length: int, form: Rows) -> None:
         self._checks, self._max_length, self._form = checks, max_length, form
@@ -126,7 +119,7 @@ class SessionChecks:
         x = self._form.from_bytes(bytes(sent[self._computed * size : end]), answer.shape[2])
         item = _Rows(self._computed, x, answer.clone(), rope_length)
         self._computed = position + answer.shape[1]
-        self._under_way.append(self._checks.submit(lambda: self._check(item)))
+        self._under_way.append(self._checks.thread.submit(self._check, item))
 
     def result(self) -> SpotCheckResult:
         """How many answers were checked so far, and which were wrong. Waits for the checks under way."""
@@ -140,24 +133,20 @@ class SessionChecks:
         self._session = None
 
     def _check(self, item: _Rows) -> Mismatch | None:
-        reference = self._checks.reference
-        if self._session is None:
-            self._session = reference.open(_SETTINGS, self._max_length)
-        x = item.x.to(reference.dtype)
-        (output,) = reference.step([StageInput(self._session, item.position, x, rope_length=item.rope_length)])
+        # The checks of a chain's servers take turns: while one loads its layers, transformers makes every new parameter
+        # of this process an empty one.
+        with _computing:
+            reference = self._checks.reference
+            if self._session is None:
+                self._session = reference.open(_SETTINGS, self._max_length)
+            x = item.x.to(reference.dtype)
+            (output,) = reference.step([StageInput(self._session, item.position, x, rope_length=item.rope_length)])
         tokens = item.answer.shape[1]
         error, allowed = self._checks.compare(output.x[:, -tokens:], item.answer, self._form)
         if error <= allowed:
             return None
         plan, end = self._checks.plan, item.position + item.x.shape[1]
         return Mismatch((plan.start, plan.end), end - tokens, tokens, error, allowed)
-
-
-def _alone(check: Callable[[], Mismatch | None]) -> Mismatch | None:
-    """The checks of a chain's servers take turns: while one loads its layers, transformers makes every new parameter of
-    this process an empty one."""
-    with _computing:
-        return check()
 
 
 def _at_low_priority() -> None:

@@ -18,7 +18,6 @@ from splitlearn.errors import TrunkError, TrunkUnavailable
 from splitlearn.events import StageTiming
 from splitlearn.stages.base import PendingLogits, StageInput, StageOutput
 from splitlearn.stages.settings import SessionSettings
-from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.hidden_states import Plain
 
 VOCABULARY, PRIME = 12, 997
@@ -125,6 +124,7 @@ class Server:
     dropped: set[int] = field(default_factory=set)
     lost: bool = False
     part: int = 0
+    cached_tokens: int = 0
 
     def address_of(self, part: int) -> str:
         return self.address
@@ -187,10 +187,10 @@ class Servers:
     def pause(self) -> None:
         """The next attempt is made at once."""
 
-    def open(self, opening: Opening, budget: Any, *, patient: bool, beside: str = "") -> tuple[Server, pb.Opened]:
+    def open(self, opening: Opening, budget: Any, *, patient: bool, beside: str = "") -> Server:
         key = str(len(self.streams)).encode()
         self.streams[key] = Server(self, Cache(TRUNK, self.cached), key)
-        return self.streams[key], pb.Opened()
+        return self.streams[key]
 
     def lost(self, stream: Server, error: TrunkUnavailable, budget: Any) -> None:
         assert stream.lost
@@ -216,9 +216,6 @@ class Remote(RemoteStage):
 
     def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[RemoteSession]:
         return [self.open(settings, max_length) for _ in range(count)]
-
-    def note_opened(self, opened: pb.Opened, address: str) -> None:
-        """There is nothing to record."""
 
 
 @dataclass(frozen=True)
