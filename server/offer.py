@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import grpc
 import torch
-from google.protobuf.message import DecodeError
 
+from server import connections
 from server.build import TrunkRuntime
 from server.variants import Variants
 from splitlearn.checkpoints.folder import read_config
@@ -42,7 +42,10 @@ class Offer:
 
     def describe(self, request: bytes, context: grpc.ServicerContext) -> pb.Description:
         """The answer to Describe."""
-        asked = _asked(request, context)
+        asked = connections.parse(pb.DescribeRequest, request, context)
+        if asked.answer_padding > MAX_PADDING_BYTES:
+            error = InputError("answer_padding", asked.answer_padding, f"at most {MAX_PADDING_BYTES}")
+            context.abort_with_status(status_of(error))
         runtime, plan = self._runtime, self._runtime.plan
         return pb.Description(
             protocol=PROTOCOL,
@@ -124,16 +127,3 @@ class Offer:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _asked(request: bytes, context: grpc.ServicerContext) -> pb.DescribeRequest:
-    """The request. Aborts the call if it is malformed, or wants too many bytes of padding."""
-    try:
-        asked = pb.DescribeRequest.FromString(request)
-    except DecodeError:
-        error = InputError("message", f"{len(request)} bytes", "a serialized splitlearn.v1.DescribeRequest")
-        context.abort_with_status(status_of(error))
-    if asked.answer_padding > MAX_PADDING_BYTES:
-        error = InputError("answer_padding", asked.answer_padding, f"at most {MAX_PADDING_BYTES}")
-        context.abort_with_status(status_of(error))
-    return asked

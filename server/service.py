@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
+from server import connections
 from server.auth.tls import Security
 from server.build import TrunkRuntime
 from server.call_log import CallLog, peer
@@ -64,11 +65,7 @@ class TrunkService:
 
     def drop(self, request: bytes, context: grpc.ServicerContext) -> pb.DropReply:
         """Drop a step. An unknown key has no effect and gets the same answer, so that no key can be guessed."""
-        try:
-            drop = pb.DropRequest.FromString(request)
-        except DecodeError:
-            error = InputError("message", f"{len(request)} bytes", "a serialized splitlearn.v1.DropRequest")
-            context.abort_with_status(status_of(error))
+        drop = connections.parse(pb.DropRequest, request, context)
         if not self._runtime.engine.drop(drop.key, drop.step_id):
             self._variants.drop(request, context)
         return pb.DropReply()

@@ -153,9 +153,8 @@ class SessionHandler:
         """Answer a step that the server before has dropped."""
         if self.parts is not None or message.more or message.hidden.ByteSize():
             raise InputError("message", "a dropped step", "one without a hidden state and other parts")
-        ids = Parts(message.step_id, message.position, message.truncate, message.rope_length)
-        self._fork(message, ids)
-        step = Step(message.sequence_id, ids.step_id, ids.position, None, ids.truncate, fork_of=ids.fork_of, hops=hops)
+        own = (message.sequence_id, message.step_id, message.position)
+        step = Step(*own, None, message.truncate, fork_of=self._fork(message), hops=hops)
         yield from self._answered(step, None)
 
     def _forward_once(self, forward: pb.Forward) -> None:
@@ -176,7 +175,7 @@ class SessionHandler:
     def assemble(self, message: pb.Step, hops: tuple[pb.HopTiming, ...] = ()) -> Step | None:
         """The step that `message` completes, or None if more parts are to come."""
         parts = self._checked(message)
-        self._fork(message, parts)
+        parts.fork_of = self._fork(message) or parts.fork_of
         self._watch.lap("decode")
         self._quota.spend(message.hidden.shape[1], self._session.timeout_s)
         self._watch.lap("throttled")
@@ -187,13 +186,14 @@ class SessionHandler:
         self._watch.lap("decode")
         return step
 
-    def _fork(self, message: pb.Step, parts: Parts) -> None:
-        """Let the session begin as a fork of another one, here and at the next server, if `message` says so."""
-        if not message.fork_of:
-            return
-        self._engine.fork(self._session, message.fork_of, message.position)
-        if self._next is not None:
-            parts.fork_of = self._chain.next_servers.fork_of(message.fork_of, self._next.address)
+    def _fork(self, message: pb.Step) -> bytes:
+        """Let the session begin as a fork of another one, if `message` says so. Returns that one's key at the next
+        server."""
+        if message.fork_of:
+            self._engine.fork(self._session, message.fork_of, message.position)
+            if self._next is not None:
+                return self._chain.next_servers.fork_of(message.fork_of, self._next.address)
+        return b""
 
     def run(self, step: Step) -> StageOutput | None:
         """Let the engine compute a step. None if its client dropped it."""

@@ -31,8 +31,8 @@ class Breaker:
 
     def failed(self) -> None:
         self.failures += 1
+        self.trying()
         if self.failures >= FAILURES:
-            self._until = self._clock() + self._cool_down_s
             self._cool_down_s = min(2 * self._cool_down_s, LONGEST_S)
 
     def succeeded(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from splitlearn.events import Layers, Recovery, StageTiming, TokenEvent
+from splitlearn.events import Layers, StageTiming, TokenEvent
 from splitlearn.metrics import UNATTRIBUTED
 from splitlearn.stages.base import StageOutput
 
@@ -56,19 +56,15 @@ class Ledger:
         return whole
 
     def _with_times(self, event: TokenEvent, parts: dict[str, float]) -> TokenEvent:
-        compile_s, overlapped_s, up, down, recoveries = 0.0, 0.0, 0, 0, list[Recovery]()
-        for timing in self.timings[event.sample]:
-            compile_s, overlapped_s = compile_s + timing.compile_s, overlapped_s + timing.overlapped_s
-            up, down = up + timing.bytes_up, down + timing.bytes_down
-            recoveries += timing.recoveries
+        timings = self.timings[event.sample]
         return replace(
             event,
             ledger=parts,
-            compile_s=compile_s,
-            bytes_up=up,
-            bytes_down=down,
-            recoveries=tuple(recoveries),
-            overlapped_s=overlapped_s,
+            compile_s=sum((timing.compile_s for timing in timings), 0.0),
+            bytes_up=sum(timing.bytes_up for timing in timings),
+            bytes_down=sum(timing.bytes_down for timing in timings),
+            recoveries=tuple(recovery for timing in timings for recovery in timing.recoveries),
+            overlapped_s=sum((timing.overlapped_s for timing in timings), 0.0),
             head_start=self.started_right,
             hops={layers: dict(own) for layers, own in self.hops.items()},
         )

@@ -41,7 +41,11 @@ class Slot:
 
 
 class KVPool:
-    """Keys and values of `capacity` tokens for every layer, in `n_blocks` blocks of `block_tokens` tokens."""
+    """Keys and values of `capacity` tokens for every layer, `nbytes` in `n_blocks` blocks of `block_tokens` tokens.
+
+    With `new_cache` the blocks are only counted: it makes each session's cache for a number of tokens, with memory of
+    its own. For engines whose caches are not torch's, or not part of one tensor.
+    """
 
     def __init__(
         self,
@@ -50,10 +54,13 @@ class KVPool:
         block_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        new_cache: Callable[[int], Cache] | None = None,
     ) -> None:
-        flat = [shape for pair in shapes for shape in pair]
+        flat = [shape for pair in shapes for shape in pair] if new_cache is None else []
         self.n_blocks, self.block_tokens = n_blocks, block_tokens
         self.capacity = n_blocks * block_tokens
+        self.nbytes = bytes_per_token(shapes, dtype) * self.capacity
+        self._new_cache = new_cache
         self._free = [Slot(0, self.capacity)]
         # One tensor [n, 1, heads, capacity, size] for all layers of one shape: two calls make all views of a session.
         self._stacks = {
@@ -65,11 +72,6 @@ class KVPool:
         for shape in flat:
             self._places.append((shape, seen[shape]))
             seen[shape] += 1
-
-    @property
-    def nbytes(self) -> int:
-        """The size of all blocks in bytes."""
-        return sum(stack.nbytes for stack in self._stacks.values())
 
     @property
     def blocks_used(self) -> int:
@@ -120,33 +122,7 @@ class KVPool:
 
     def cache(self, slot: Slot) -> Cache:
         """An empty cache within `slot`."""
-        return PooledCache(self, slot)
-
-
-class SeparatePool(KVPool):
-    """Blocks that are only counted: each session's cache has memory of its own, which `new_cache` makes for a number of
-    tokens and which goes with it. For engines whose caches are not torch's, or not part of one tensor."""
-
-    def __init__(
-        self,
-        shapes: Sequence[tuple[KVShape, KVShape]],
-        n_blocks: int,
-        block_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        new_cache: Callable[[int], Cache],
-    ) -> None:
-        super().__init__((), n_blocks, block_tokens, dtype, device)
-        self._new_cache, self._nbytes = new_cache, bytes_per_token(shapes, dtype) * self.capacity
-
-    @property
-    def nbytes(self) -> int:
-        """The size of all blocks in bytes."""
-        return self._nbytes
-
-    def cache(self, slot: Slot) -> Cache:
-        """An empty cache of as many tokens as `slot` has."""
-        return self._new_cache(slot.tokens)
+        return PooledCache(self, slot) if self._new_cache is None else self._new_cache(slot.tokens)
 
 
 class StandingPool:

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from transformers.cache_utils import Cache, StaticLayer
 
-from splitlearn.kvcache.layers import ReservedCache, ReservedLayer
+from splitlearn.kvcache.layers import ReservedLayer
 from splitlearn.kvcache.pool import KVPool, PooledCache
 from splitlearn.models.cut import body_of, dtype_of, example, forward
 from splitlearn.models.rope import is_pure
@@ -119,7 +119,8 @@ class GraphEngine:
         if place not in graphs:
             if len(graphs) >= MAX_GRAPHS:
                 graphs.popitem(last=False)
-            graphs[place] = self._new_graph(_Windows(cache, window, self._position.device))
+            layers = [_Window(layer, window, self._position.device) for layer in cache.layers]
+            graphs[place] = self._new_graph(Cache(layers=layers))
         graphs.move_to_end(place)
         return graphs[place]()
 
@@ -163,15 +164,8 @@ class _Mirror:
         return out
 
 
-class _Windows(Cache):  # type: ignore[misc]
-    """The first `window` tokens of a reserved cache, as layers of static shape whose length is a tensor."""
-
-    def __init__(self, cache: ReservedCache, window: int, position: torch.Tensor) -> None:
-        super().__init__(layers=[_Window(layer, window, position) for layer in cache.layers])
-
-
 class _Window(StaticLayer):  # type: ignore[misc]
-    """transformers' static layer over existing memory, at a position that all layers share."""
+    """transformers' static layer over the first `window` tokens of a reserved one, at a position that all share."""
 
     def __init__(self, layer: ReservedLayer, window: int, position: torch.Tensor) -> None:
         super().__init__(window)

@@ -39,11 +39,9 @@ class GaussianNoise:
     share: float
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """The row."""
         return x
 
     def deviation(self, x: torch.Tensor) -> torch.Tensor:
-        """`share` of the row's."""
         return self.share / MEDIAN_OF_NORMAL * x.abs().median(dim=-1, keepdim=True).values
 
 
@@ -54,12 +52,10 @@ class TopK:
     share: float
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """The row with its largest values alone."""
         kept = x.abs().topk(max(1, round(self.share * x.shape[-1])), dim=-1).indices
         return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept))
 
     def deviation(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Nothing is random."""
         return None
 
 

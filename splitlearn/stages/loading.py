@@ -299,7 +299,11 @@ def put(module: nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool) 
 
 def _engine(cut: CutModel, files: ModelFiles, settings: LoadSettings, placement: Placement) -> StageEngine:
     """What computes the steps of a stage that has its weights."""
-    eager = _eager(cut, placement, settings)
+    if cut.last:
+        module: Any = cut.module
+        module.get_output_embeddings().register_forward_pre_hook(_with_own_row)
+    long = 2 if settings.weight_bits is None else MANY_ROWS  # of fewer rows, the products stay as they are
+    eager = EagerEngine(cut, placement.device, _row_threads(placement), torch.get_float32_matmul_precision(), long)
     return eager if settings.engine is None else settings.engine(eager, files, settings.weight_bits)
 
 
@@ -325,14 +329,6 @@ def _head(eager: StageEngine, spec: StageSpec, placement: Placement, hidden_size
     with in_full_float32(eager.token_threads, eager.precision):
         engine = engine_of(eager.cut, x.to(placement.device, placement.dtype))
     return Head(eager, spec.label, placement.dtype, engine)
-
-
-def _eager(cut: CutModel, placement: Placement, settings: LoadSettings) -> EagerEngine:
-    if cut.last:
-        module: Any = cut.module
-        module.get_output_embeddings().register_forward_pre_hook(_with_own_row)
-    long = 2 if settings.weight_bits is None else MANY_ROWS  # of fewer rows, the products stay as they are
-    return EagerEngine(cut, placement.device, _row_threads(placement), torch.get_float32_matmul_precision(), long)
 
 
 def _with_own_row(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from splitlearn.errors import FamilyRefused, InputError
 from splitlearn.kvcache.layers import reserved, static
-from splitlearn.kvcache.pool import KVPool, KVShape, SeparatePool, StandingPool
+from splitlearn.kvcache.pool import KVPool, KVShape, StandingPool
 from splitlearn.models.cut import CutModel, body_of
 from splitlearn.models.structure import rope_restart
 from splitlearn.stages import nonfinite
@@ -139,8 +139,7 @@ class LocalStage:
 
     def pool(self, n_blocks: int, block_tokens: int) -> KVPool:
         """A pool of KV memory for this stage's layers. Raises FamilyRefused if they keep something else."""
-        shape = (self.kv_shapes, n_blocks, block_tokens, self.dtype, self.device)
-        return KVPool(*shape) if self.eager.new_cache is None else SeparatePool(*shape, self.eager.new_cache)
+        return KVPool(self.kv_shapes, n_blocks, block_tokens, self.dtype, self.device, self.eager.new_cache)
 
     @cached_property
     def kv_shapes(self) -> Sequence[tuple[KVShape, KVShape]]:

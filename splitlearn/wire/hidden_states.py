@@ -50,11 +50,9 @@ class Plain:
 
     @property
     def number(self) -> pb.Dtype:
-        """The dtype's number."""
         return TO_WIRE[self.dtype]
 
     def row_bytes(self, hidden_size: int) -> int:
-        """hidden_size * bytes per element."""
         return hidden_size * self.dtype.itemsize
 
     def to_bytes(self, x: torch.Tensor) -> bytes:
@@ -98,7 +96,6 @@ class Int8Blocks:
 
     @property
     def number(self) -> pb.Dtype:
-        """INT8_BLOCKS."""
         return pb.INT8_BLOCKS
 
     def row_bytes(self, hidden_size: int) -> int:
@@ -124,7 +121,6 @@ class Int8Blocks:
         return values.view(len(raw), -1)[:, :hidden_size].unsqueeze(0).contiguous()
 
     def reader(self, hidden_size: int) -> Read:
-        """`from_bytes`, with no reused buffer."""
         return partial(self.from_bytes, hidden_size=hidden_size)
 
 
