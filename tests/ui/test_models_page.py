@@ -151,6 +151,7 @@ def test_an_open_page_follows_the_model_and_the_cut_that_another_visitor_chooses
     other.get_by_role("tab", name="Model and cut").click()
     expect(other.locator("#model-facts")).not_to_have_text(before)
     expect(other.locator("#model-advice")).to_contain_text("Measure this machine")
+    expect(owner.locator("#model-facts")).not_to_have_text(before)
     field = owner.locator("#model-start input[type=number]")
     field.fill("1")
     field.press("Enter")

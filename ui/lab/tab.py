@@ -140,10 +140,10 @@ class LabTab:
         self.start.click(self._start, given, changed, concurrency_limit=None)
         self.resume.click(self._resume, given, changed, concurrency_limit=None)
         self.stop.click(self._stop, None, self.stop, queue=False)
-        self.chosen.input(self._open, given, changed)
+        self.chosen.input(self._open, given, changed, trigger_mode="always_last")
         levels = [self.fields["ttft_ms"].submit, self.fields["decode_tps"].submit]
-        gr.on(levels, self._open, given, changed)
-        self.other.input(self._compare, given, [self.beside, error])
+        gr.on(levels, self._open, given, changed, trigger_mode="always_last")
+        self.other.input(self._compare, given, [self.beside, error], trigger_mode="always_last")
 
     @property
     def _controls(self) -> list[Any]:

@@ -19,6 +19,7 @@ from ui.model import cuts, view
 from ui.model.actions import USUAL_CONTEXT, Planner, Question
 from ui.model.pareto import PRESS, pareto
 from ui.model.picture import DRAG, PICKED, picture
+from ui.models.notice import key
 from ui.visitors import visitor
 
 NAME = "Model and cut"
@@ -55,6 +56,8 @@ class ModelTab:
         self.picture = gr.HTML("", js_on_load=DRAG, elem_id="model-picture")
         self._range()
         self.error = gr.HTML("", elem_id="model-error")
+        # The key of the model and cut in use that the tab was last set to.
+        self.shown = gr.Textbox("", visible="hidden")
         self.facts = gr.HTML("", elem_id="model-facts")
         self.parts = gr.HTML("", elem_id="model-parts")
         gr.HTML("<h2>Where to cut</h2>", elem_classes="sl-report")
@@ -124,7 +127,7 @@ class ModelTab:
         """Add the event handlers. `words` are the chosen flags. `look` updates `looked`: what the rest of the page
         shows of the split."""
         self.words = words
-        self.given = {*self.fields.values(), words}
+        self.given = {*self.fields.values(), words, self.shown}
         start, end = self.fields["start"], self.fields["end"]
         given, drawn = self.given, [*self._drawings, self.error]
         self.tab.select(self._come, given, self.all, concurrency_limit=None, trigger_mode="always_last")
@@ -146,7 +149,7 @@ class ModelTab:
     def all(self) -> list[Any]:
         """The components that change with the model."""
         ends = [self.fields[name] for name in ("start", "end", "context")]
-        return [*self._drawings, self.error, self.status, *ends, *self._actions]
+        return [*self._drawings, self.error, self.status, self.shown, *ends, *self._actions]
 
     @property
     def _drawings(self) -> list[Any]:
@@ -160,7 +163,7 @@ class ModelTab:
     def _run(self, button: Any, run: Callable[..., Any], given: set[Any]) -> Any:
         """Show at once that it begins, run in the queue of all runs, then draw and reset the buttons in any case."""
         begun = button.click(self._begin, None, [*self._actions, self.status, self.error], queue=False)
-        shown = [self.status, self.error]
+        shown = [self.status, self.error, self.shown]
         ran = begun.then(run, given, shown, concurrency_id="runs", concurrency_limit=1)
         return ran.then(self._end, given, [*self._actions, *self._drawings], queue=False)
 
@@ -193,7 +196,11 @@ class ModelTab:
         yield await asyncio.to_thread(self._first, anatomy, given)
 
     async def anew(self, given: dict[Any, Any]) -> AsyncIterator[Updates]:
-        """Show another model and its cut, without what was measured of the last one."""
+        """Show another model and its cut, without what was measured of the last one. Once: the visitor who chose it may
+        have typed since, and her page notices it as those of others do."""
+        if given[self.shown] == key(self.planner.runs):
+            yield {self.shown: gr.skip()}
+            return
         gone: Updates = {self.advice: cuts.empty(), self.known: gr.Column(visible=False)}
         yield gone | {self.chosen: "", self.pareto: "", self.front: "", self.status: ""}
         async for updates in self._come({**given, self.fields["context"]: ""}):
@@ -282,7 +289,7 @@ class ModelTab:
             self.planner.adopt(plan)
         except SplitlearnError as error:
             return {self.status: "", self.error: html.error(str(error))}
-        return {self.status: cuts.note(_adopted(plan))}
+        return {self.status: cuts.note(_adopted(plan)), self.shown: key(self.planner.runs)}
 
 
 def _adopted(plan: SplitPlan) -> str:
