@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splitlearn.checkpoints.folder import ModelFiles
 from tests.conftest import TinyFactory
-from tests.support.page import CHROMIUM, FORBIDDEN, App, open_page, running, setting, write_config
+from tests.support.page import CHROMIUM, FORBIDDEN, App, open_page, running, setting, unanswered, write_config
 
 pytestmark = [
     pytest.mark.browser,
@@ -264,3 +264,20 @@ def test_a_turn_that_is_taken_back_before_it_runs_is_not_run(page: Page, browser
     expect(page.locator("#chat-error .sl-error")).to_have_count(0)
     send(page, "Two.")
     turns(page, "Two.")
+
+
+def test_what_is_typed_after_send_or_before_regenerate_stays_in_the_field(page: Page) -> None:
+    with run(page):
+        with unanswered(page):
+            begin(page, "One.")
+            page.locator("#chat-message textarea").press_sequentially(" Two.")
+        expect(page.locator("#chat-message textarea")).to_have_value(" Two.")
+    turns(page, "One.")
+    with run(page):
+        press(page, "Regenerate", 1)
+    turns(page, "One.")
+    assert message(page) == " Two."
+    setting(page, "chat-system", "word " * 800)
+    send(page, "Three.")
+    expect(page.locator("#chat-error")).to_contain_text("or begin a new conversation")
+    assert message(page) == "Three."

@@ -15,6 +15,17 @@ TO_FIELD = "() => document.querySelector('#chat-message textarea').focus()"
 # The field was disabled during the run, which took the focus from it.
 BACK_TO_FIELD = f"() => document.activeElement === document.body && ({TO_FIELD})()"
 
+# A message stays in its field until the program has it. Then only what was typed meanwhile is left.
+REMEMBER = """(...given) => {
+  const field = document.querySelector('#chat-message textarea');
+  field.dataset.sent = field.value;
+  return given;
+}"""
+TAKE = """typed => {
+  const {sent} = document.querySelector('#chat-message textarea').dataset;
+  return typed.startsWith(sent) ? typed.slice(sent.length) : typed;
+}"""
+
 
 class Composer:
     """The components, and the updates that more than one action needs."""
@@ -45,18 +56,19 @@ class Composer:
         return [*self.said, self.context, self.editing, self.message, self.send, self.stop, self.cancel, self.new]
 
     def begin(self) -> Updates:
-        """A turn begins: its message goes from the field into the conversation."""
+        """A turn begins. `TAKE` takes its message out of the field."""
         return {
-            self.message: gr.Textbox("", interactive=False),
+            self.message: gr.Textbox(interactive=False),
             self.error: "",
             self.editing: "",
             self.cancel: gr.Button(visible=False),
             **self._buttons(running=True),
         }
 
-    def end(self, talk: Conversation) -> Updates:
-        """A turn has ended: the message of one without the full arm's answer comes back into the field."""
-        message = gr.Textbox(interactive=True) if talk.asked is None else gr.Textbox(talk.asked, interactive=True)
+    def end(self, talk: Conversation, typed: str) -> Updates:
+        """A turn has ended: the message of one without the full arm's answer comes back into the field, before what is
+        `typed` there."""
+        message = gr.Textbox("\n".join(text for text in (talk.asked, typed) if text), interactive=True)
         return {self.message: message, **self._buttons(running=False), **self.replacing(talk)}
 
     def replacing(self, talk: Conversation) -> Updates:

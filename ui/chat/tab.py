@@ -13,7 +13,7 @@ from splitlearn.arms.startup import MODEL
 from splitlearn.errors import SplitlearnError
 from ui import html, inputs
 from ui.chat import record, view
-from ui.chat.composer import BACK_TO_FIELD, TO_FIELD, Composer
+from ui.chat.composer import BACK_TO_FIELD, REMEMBER, TAKE, TO_FIELD, Composer
 from ui.chat.conversation import Conversation, Turn
 from ui.compare.actions import Handlers
 from ui.compare.session import ArmView, ComparisonView
@@ -82,9 +82,18 @@ class ChatTab:
             [each.select for each in turns], self._token_ids, given, [self.prompt, composer.error], queue=False
         )
         asked.then(None, None, None, js=TO_IDS)
-        sent = [composer.send.click, composer.message.submit]
-        for begin, events in {self._send: sent, self._retry: [each.retry for each in turns]}.items():
-            begun = gr.on(events, begin, {*given, *chosen}, [*drawn, self.settings, self.tick], queue=False)
+        begins = [*drawn, self.settings, self.tick]
+        sent = gr.on(
+            [composer.send.click, composer.message.submit],
+            self._send,
+            {*given, *chosen},
+            begins,
+            queue=False,
+            js=REMEMBER,
+        )
+        sent.then(None, composer.message, composer.message, js=TAKE)
+        again = gr.on([each.retry for each in turns], self._retry, {*given, *chosen}, begins, queue=False)
+        for begun in (sent, again):
             self._run_after(begun)
 
     def _run_after(self, begun: Any) -> None:
@@ -98,7 +107,8 @@ class ChatTab:
             concurrency_limit=1,
             trigger_mode="once",
         )
-        ended = ran.then(self._end, {self.talk, self.system}, [*self.composer.all, self.tick, self.kept], queue=False)
+        given = {self.talk, self.system, self.composer.message}
+        ended = ran.then(self._end, given, [*self.composer.all, self.tick, self.kept], queue=False)
         ended.then(None, None, None, js=BACK_TO_FIELD)
 
     def _open(self, kept: object) -> Updates:
@@ -201,7 +211,12 @@ class ChatTab:
         kept, room = record.text(talk, given[self.system] or ""), self._room(talk)
         if talk.turns and kept == record.EMPTY:
             room[self.composer.context] += html.small(view.NOT_STORED)
-        return {self.kept: kept, self.tick: gr.Timer(active=False), **self.composer.end(talk), **room}
+        return {
+            self.kept: kept,
+            self.tick: gr.Timer(active=False),
+            **self.composer.end(talk, given[self.composer.message] or ""),
+            **room,
+        }
 
     def _edit(self, given: Mapping[Any, Any], event: gr.EventData) -> Updates:
         """Take the message of an answered turn into the field."""
