@@ -5,8 +5,12 @@ That the page's process never imports torch is held by every test that runs a pa
 """
 
 import json
+import os
 import sys
 
+import pytest
+
+from splitlearn.runtime.environment import DEFAULTS
 from tests.support.children import output_of
 
 COMPUTING = ("torch", "transformers", "numba", "accelerate", "safetensors")
@@ -81,3 +85,10 @@ with contextlib.suppress(SystemExit):
 
 def test_what_is_heavy_is_named_with_what_imported_it() -> None:
     assert heavy_after({"light": "pass", "heavy": "import colorsys"}, ("colorsys",)) == {"heavy": ["colorsys"]}
+
+
+@pytest.mark.parametrize("program", ["ui", "server", "splitlearn.cli"])
+def test_grpcs_settings_are_there_before_a_program_loads_it(program: str) -> None:
+    code = f"import os, sys, {program}; print('grpc' in sys.modules, os.environ['GRPC_VERBOSITY'])"
+    unset = {name: value for name, value in os.environ.items() if name not in DEFAULTS}
+    assert output_of([sys.executable, "-c", code], environment=unset) == "False ERROR\n"

@@ -96,11 +96,9 @@ def _run(asked: _Asked, own: Sequence[str] | None, out: Path | None, as_json: bo
     from splitlearn.privacy.results import Results
     from splitlearn.privacy.summary import summary
     from splitlearn.privacy.sweep import Sweep
-    from splitlearn.runtime import environment
     from splitlearn.runtime.progress import on_console
     from splitlearn.stages.loading import prepare_process
 
-    environment.set_defaults()
     every = victims.built_in() if own is None else victims.own(own)
     model, some = asked.settings.model, every[: asked.limit]
     with on_console() as progress:
