@@ -19,14 +19,13 @@ from server.messages import parse
 from server.monitoring import gauges
 from server.offer import Offer
 from server.session_call import SessionCall
-from server.session_handler import Chain, SessionHandler
+from server.session_handler import SessionHandler
 from server.variants import Variants
 from splitlearn.config import ServerConfig
 from splitlearn.errors import InputError, SplitlearnError
 from splitlearn.flags.registry import of_scope, settings
 from splitlearn.runtime.process import peak_resident_bytes
 from splitlearn.scheduling.contract import Client
-from splitlearn.scheduling.sessions import EngineSession
 from splitlearn.wire import trunk_pb2 as pb
 from splitlearn.wire.status import status_of
 from splitlearn.wire.stub import DESCRIBE, DROP, METRICS, SESSION
@@ -148,8 +147,9 @@ class TrunkService:
             return
         try:
             waited_s = time.perf_counter() - began
-            cached = runtime.prefixes.begin(session, self._keeper(call), opening.prefix_keys)
-            handler = self._handler(call, session, opening)
+            keeper = self._keeper(call)
+            cached = runtime.prefixes.begin(session, keeper, opening.prefix_keys)
+            handler = SessionHandler(runtime, self._next_servers, session, call, opening, keeper)
             if opening.fed:
                 ending.fed = self._feeds.add(FedSession(call, handler, session.key, timeout_s, self._limits.idle_s))
             call.log.opened(waited_s)
@@ -163,12 +163,6 @@ class TrunkService:
             yield pb.ServerMessage(closed=closed).SerializeToString()
         finally:
             ending.at_last()
-
-    def _handler(self, call: SessionCall, session: EngineSession, opening: pb.Open) -> SessionHandler:
-        runtime, chain = self._runtime, Chain(self._next_servers, opening.forwards, opening.fed)
-        dtype, hidden_size = runtime.placement.dtype, runtime.files.facts.hidden_size
-        keep = partial(runtime.prefixes.keep, session, self._keeper(call))
-        return SessionHandler(runtime.engine, session, call, dtype, hidden_size, keep, chain)
 
     def _keeper(self, call: SessionCall) -> str:
         """Whose prefixes a session may reuse: its token's; without tokens, those of clients at its address. They have

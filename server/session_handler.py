@@ -1,18 +1,16 @@
 """Handles the messages of one session: turns them into steps for the engine, and encodes the answers."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from server.answers import Encoder, Step, Stopwatch
+from server.build import TrunkRuntime
 from server.forwarding import ForwardStream, NextServers
 from server.messages import checked_hops, parse
 from server.monitoring.metrics import TokenKind
 from server.session_call import SessionCall
 from splitlearn.errors import InputError, StepUnwanted
-from splitlearn.scheduling.engine import Engine
 from splitlearn.scheduling.sessions import EngineSession
 from splitlearn.stages.base import DropMark, StageInput, StageOutput
 from splitlearn.wire import codec
@@ -37,41 +35,32 @@ class Parts:
     tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Chain:
-    """How a session is part of a chain of trunks. `forwards`: its answers go to one of `next_servers`. `fed`: its steps
-    come from the server before."""
-
-    next_servers: NextServers
-    forwards: bool = False
-    fed: bool = False
-
-
 class SessionHandler:
     """Takes the messages of `session` one by one: those of its client, whose call is `call`, and those of its feed,
-    each from a thread of its own. `parts`: the incomplete step, if there is one. `keep` is called with the keys of the
-    blocks that the client asks to keep. `done`: the client has said that nothing follows, `fed_in_full`: its feed
-    has."""
+    each from a thread of its own. In a chain its answers go to one of `next_servers`, if its `opening` says so. What it
+    keeps is the `keeper`'s. `parts`: the incomplete step, if there is one. `done`: the client has said that nothing
+    follows, `fed_in_full`: its feed has."""
 
     def __init__(
         self,
-        engine: Engine,
+        runtime: TrunkRuntime,
+        next_servers: NextServers,
         session: EngineSession,
         call: SessionCall,
-        dtype: torch.dtype,
-        hidden_size: int,
-        keep: Callable[[bytes], None],
-        chain: Chain,
+        opening: pb.Open,
+        keeper: str,
     ) -> None:
         self.parts: Parts | None = None
         self.done, self.fed_in_full = False, False
-        self._keep, self._kept = keep, False
-        self._engine, self._session, self._call, self._chain = engine, session, call, chain
+        self._prefixes, self._keeper, self._kept = runtime.prefixes, keeper, False
+        self._engine, self._session, self._call = runtime.engine, session, call
+        self._next_servers, self._forwards, self._fed = next_servers, opening.forwards, opening.fed
         self._quota, self._log = call.quota, call.log
-        self._dtype, self._hidden_size, self._max_length = dtype, hidden_size, session.max_length
-        self._rows = session.local.settings.rows(dtype)
-        self._encoder = Encoder(self._rows, hidden_size)
-        self._read = self._rows.reader(hidden_size)
+        self._dtype, self._hidden_size = runtime.placement.dtype, runtime.files.facts.hidden_size
+        self._max_length = session.max_length
+        self._rows = session.local.settings.rows(self._dtype)
+        self._encoder = Encoder(self._rows, self._hidden_size)
+        self._read = self._rows.reader(self._hidden_size)
         self._watch = Stopwatch()
         self._lock, self._told = threading.Lock(), threading.Event()
         self._next: ForwardStream | None = None
@@ -79,7 +68,7 @@ class SessionHandler:
     def take(self, raw: bytes) -> Iterator[bytes]:
         """Take one message of the client. Yields the answers after the last part of a step, unless they are
         forwarded."""
-        if not self._chain.fed:
+        if not self._fed:
             self._begin_watch()
         message = parse(raw, "step", "keep", "forward", "done")
         kind = message.WhichOneof("kind")
@@ -113,7 +102,7 @@ class SessionHandler:
     def await_forward(self, timeout_s: float) -> None:
         """Wait until the client has said where the answers go, if that is to another server. Raises InputError if it
         does not in time."""
-        if self._chain.forwards and not self._told.wait(timeout_s):
+        if self._forwards and not self._told.wait(timeout_s):
             raise InputError("message", "none", f"a forward within {timeout_s:g} s, since the session opened with it")
 
     def _begin_watch(self) -> None:
@@ -123,9 +112,9 @@ class SessionHandler:
 
     def _check_own(self, message: pb.Step) -> None:
         """Raise InputError for a step that may not come from the client itself."""
-        if self._chain.fed:
+        if self._fed:
             raise InputError("message", "step", "no step from the client of a session that opened with fed")
-        if self._chain.forwards and self._next is None:
+        if self._forwards and self._next is None:
             raise InputError("message", "step", "a forward before it, since the session opened with forwards")
         if message.dropped or message.hops:
             raise InputError("message", "step", "neither dropped nor hops in it: a chain's servers set them")
@@ -158,19 +147,19 @@ class SessionHandler:
         yield from self._answered(step, None)
 
     def _forward_once(self, forward: pb.Forward) -> None:
-        if not self._chain.forwards or self._told.is_set():
+        if not self._forwards or self._told.is_set():
             raise InputError("message", "forward", "one forward in a session, which opened with forwards")
         if not 0 < len(forward.key) <= LONGEST_KEY:
             raise InputError("key", f"{len(forward.key)} bytes", f"the key of a session, at most {LONGEST_KEY} bytes")
         session = self._session
-        self._next = self._chain.next_servers.open(session.key, forward, session.timeout_s, self._call.fail)
+        self._next = self._next_servers.open(session.key, forward, session.timeout_s, self._call.fail)
         self._told.set()
 
     def _keep_once(self, keys: bytes) -> None:
         if self._kept or self.parts is not None:
             raise InputError("message", "keep", "one keep in a session, after its last step")
         self._kept = True
-        self._keep(keys)
+        self._prefixes.keep(self._session, self._keeper, keys)
 
     def assemble(self, message: pb.Step, hops: tuple[pb.HopTiming, ...] = ()) -> Step | None:
         """The step that `message` completes, or None if more parts are to come."""
@@ -192,7 +181,7 @@ class SessionHandler:
         if message.fork_of:
             self._engine.fork(self._session, message.fork_of, message.position)
             if self._next is not None:
-                return self._chain.next_servers.fork_of(message.fork_of, self._next.address)
+                return self._next_servers.fork_of(message.fork_of, self._next.address)
         return b""
 
     def run(self, step: Step) -> StageOutput | None:

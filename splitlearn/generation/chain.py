@@ -18,7 +18,7 @@ from splitlearn.stages.base import (
     WholePrefix,
 )
 from splitlearn.stages.defences import Defended
-from splitlearn.stages.prefix import PrefixStage
+from splitlearn.stages.prefix import PrefixSession, PrefixStage
 from splitlearn.stages.settings import SessionSettings
 
 
@@ -97,18 +97,14 @@ def open_chains(
     the LM head never needs it. `keys` are those of kept blocks of the prompt (generation/prefix_cache.py). `seed` is
     that of what defences draw.
     """
-    stages = [
-        PrefixStage(link.stage)
-        if link.settings.new_cache is None and not isinstance(link.stage, LogitsInParts)
-        else link.stage
-        for link in links
-    ]
-    opened = []
-    for stage, link in zip(stages, links, strict=True):
-        sessions = _sessions(stage, link.settings, max_length, count, keys)
+    stages, opened = list[Stage](), list[Sequence[Session]]()
+    for link in links:
+        sessions = _sessions(link.stage, link.settings, max_length, count, keys)
         for session in sessions:
             stack.callback(session.close)
-        opened.append(sessions)
+        recomputes = link.settings.new_cache is None and not isinstance(link.stage, LogitsInParts)
+        stages.append(PrefixStage(link.stage) if recomputes else link.stage)
+        opened.append([PrefixSession(each) for each in sessions] if recomputes else sessions)
     defences = links[0].settings.defences
     return stages, [
         Chain(sessions, prompt, Defended(defences, seed) if defences else None)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,25 +104,28 @@ def forward(
     *,
     logits_to_keep: int | Tensor = 0,
     arguments: Mapping[str, Any] | None = None,
-    rope_length: int = 0,
+    parts: Sequence[rope.Part] = (),
 ) -> Tensor:
     """One step of a stage: token ids int64 [1, T], or a hidden state [1, T, H], to a hidden state or logits [1, T, V].
 
-    `position` is the number of tokens before this step, an int or int64 []. `cache` is a transformers cache of this
+    `position` is the number of tokens before this step, an int or int64 []; or the position of each token, int64 [T].
+    `cache` is a transformers cache of this
     stage's own that holds `position` tokens and is extended in place, or None: then x is the whole prefix and
     `position` is 0. `logits_to_keep` asks a last stage for the logits of that many last tokens, 0 for all of them; or
     for those of the tokens with these numbers, int64 [k].
-    `arguments` go to the model's forward as they are, such as output_attentions=True. `rope_length` is the least length
-    of the sequence by which rotary embeddings are made (models/rope.py); 0 is the length that this step ends at.
+    `arguments` go to the model's forward as they are, such as output_attentions=True. `parts` are the sequences of the
+    tokens, by whose lengths rotary embeddings are made (models/rope.py); none is one that this step ends.
     """
     module = stage.module
     call: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None, **(arguments or {})}
     call["input_ids" if stage.first else "inputs_embeds"] = x
     if "position_ids" in stage.accepts:
-        call["position_ids"] = torch.arange(x.shape[1], device=x.device).add(position).unsqueeze(0)
+        if isinstance(position, int) or not position.dim():
+            position = torch.arange(x.shape[1], device=x.device).add(position)
+        call["position_ids"] = position.unsqueeze(0)
     if stage.last and "logits_to_keep" in stage.accepts:
         call["logits_to_keep"] = logits_to_keep
-    with rope.computing([(rope_length, x.shape[1])]):
+    with rope.computing(parts):
         output = module(**call)
     if not stage.last:
         return cast(Tensor, output.last_hidden_state)

@@ -144,8 +144,4 @@ def _engine(stage: LocalStage | Head, limits: Limits, pool: KVPool | None, setti
     """An engine with a thread of its own."""
     nothing = KVPool((), 1, 1, stage.dtype, stage.eager.device)
     admission = Admission(pool or nothing, sys.maxsize, sys.maxsize, setting)
-    return Engine(stage, admission, limits, _uncounted, ThreadPoolExecutor(1, f"{stage.label} engine"))
-
-
-def _uncounted(steps: int, tokens: int, seconds: float) -> None:
-    """Nobody asks how many forwards there were."""
+    return Engine(stage, admission, limits, lambda *_: None, ThreadPoolExecutor(1, f"{stage.label} engine"))

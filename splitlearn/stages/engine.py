@@ -95,7 +95,6 @@ class EagerEngine:
     new_cache: ClassVar[None] = None
 
     def kv_shapes(self) -> Sequence[tuple[KVShape, KVShape]]:
-        """What each layer keeps of a token. Raises FamilyRefused if that is not keys and values."""
         return shapes_of(self.cut, example(self.cut, 1))
 
     @property
@@ -104,7 +103,6 @@ class EagerEngine:
         return private_apis.compile_seconds() if self.cut.compiled else 0.0
 
     def compute(self, step: StageInput) -> Tensor:
-        """The hidden state [1, T, H] or the logits [1, logits, V]. Appends the new tokens to the cache."""
         tokens = step.x.shape[1]
         threads = self.token_threads if tokens == 1 else torch.get_num_threads()
         short = tokens < self.long and self.device.type == "cpu"
@@ -116,5 +114,5 @@ class EagerEngine:
                 step.session.cache,
                 logits_to_keep=step.logits,
                 arguments=step.session.settings.forward_arguments,
-                rope_length=step.rope_length,
+                parts=[(step.rope_length, tokens)],
             )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from splitlearn.events import SpotCheckResult
-from splitlearn.stages.base import OpensTogether, Session, SpotChecked, Stage, StageInput, StageOutput, WholePrefix
+from splitlearn.stages.base import Session, SpotChecked, Stage, StageInput, StageOutput, WholePrefix
 from splitlearn.stages.settings import SessionSettings
 
 
@@ -39,11 +39,6 @@ class PrefixStage:
 
     def open(self, settings: SessionSettings, max_length: int) -> PrefixSession:
         return PrefixSession(self.stage.open(settings, max_length))
-
-    def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[PrefixSession]:
-        if isinstance(self.stage, OpensTogether):
-            return [PrefixSession(session) for session in self.stage.open_together(settings, max_length, count)]
-        return [self.open(settings, max_length) for _ in range(count)]
 
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         return self.stage.step([self._whole(item) for item in batch])

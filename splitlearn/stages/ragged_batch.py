@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from splitlearn.kvcache.layers import StepLayer
-from splitlearn.models import rope
-from splitlearn.models.cut import CutModel
+from splitlearn.models.cut import CutModel, forward
 from splitlearn.runtime import private_apis
 from splitlearn.stages.base import StageInput
 from splitlearn.stages.ragged_attention import NAME, RaggedBatch, with_batch
@@ -54,33 +53,27 @@ class RaggedStage:
         """
         cut, device, tokens = self._cut, self._device, [step.x.shape[1] for step in steps]
         caches, positions = [step.session.cache for step in steps], [step.position for step in steps]
-        ends = list(map(sum, zip(positions, tokens, strict=True)))
-        at = torch.cat([torch.arange(*part) for part in zip(positions, ends, strict=True)])
+        counts = [step.logits or own for step, own in zip(steps, tokens, strict=True)] if cut.last else tokens
+        at = torch.cat([torch.arange(begin, begin + own) for begin, own in zip(positions, tokens, strict=True)])
         starts = torch.tensor([cache.slot.start for cache in caches]).repeat_interleave(torch.tensor(tokens))
         batch = RaggedBatch.of(self._attention, caches, positions, tokens)
-        call: dict[str, Any] = {"past_key_values": _cache(batch, (starts + at).to(device)), "use_cache": True}
-        call["input_ids" if cut.first else "inputs_embeds"] = torch.cat([step.x for step in steps], dim=1).to(device)
-        if "position_ids" in cut.accepts:
-            call["position_ids"] = at.to(device).unsqueeze(0)
-        with rope.computing([(step.rope_length, count) for step, count in zip(steps, tokens, strict=True)]):
-            found = self._run(call | dict(steps[0].session.settings.forward_arguments), steps)
-        for cache, count in zip(caches, tokens, strict=True):
-            cache.grow(count)
-        return found
+        found = forward(
+            cut,
+            torch.cat([step.x for step in steps], dim=1).to(device),
+            at.to(device),
+            _cache(batch, (starts + at).to(device)),
+            logits_to_keep=_last_rows(tokens, counts).to(device) if cut.last else 0,
+            arguments=steps[0].session.settings.forward_arguments,
+            parts=[(step.rope_length, own) for step, own in zip(steps, tokens, strict=True)],
+        )
+        for cache, own in zip(caches, tokens, strict=True):
+            cache.grow(own)
+        return torch.split(found, counts, dim=1)
 
-    def _run(self, call: dict[str, Any], steps: Sequence[StageInput]) -> Sequence[Tensor]:
-        tokens = [step.x.shape[1] for step in steps]
-        if not self._cut.last:
-            return torch.split(self._cut.module(**call).last_hidden_state, tokens, dim=1)
-        counts = [step.logits or count for step, count in zip(steps, tokens, strict=True)]
-        rows = torch.cat(
-            [torch.arange(end - count, end) for end, count in zip(accumulate(tokens), counts, strict=True)]
-        ).to(self._device)
-        if "logits_to_keep" in self._cut.accepts:
-            logits = self._cut.module(**call, logits_to_keep=rows).logits
-        else:
-            logits = self._cut.module(**call).logits[:, rows]
-        return torch.split(cast(Tensor, logits), counts, dim=1)
+
+def _last_rows(tokens: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The numbers of the last `counts` of the `tokens` of each session, in one row."""
+    return torch.cat([torch.arange(end - own, end) for end, own in zip(accumulate(tokens), counts, strict=True)])
 
 
 def _with_ragged_attention(module: nn.Module, made: dict[int, Any]) -> nn.Module:

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -83,16 +82,6 @@ class SpotChecks:
         self.thread.shutdown(wait=False, cancel_futures=True)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows [1, T, H] for the reference from `position` on. The last ones are the trunk's `answer` [1, t, H]."""
-
-    position: int
-    x: Tensor
-    answer: Tensor
-    rope_length: int
-
-
 class SessionChecks:
     """The checks of one session, whose hidden states have this `form` on the wire. The reference has its own KV cache
     of it, from the first check on."""
@@ -117,9 +106,8 @@ class SessionChecks:
         if sent[position * size : end] != rows:
             return  # a later step is under way, which replaces this one
         x = self._form.from_bytes(bytes(sent[self._computed * size : end]), answer.shape[2])
-        item = _Rows(self._computed, x, answer.clone(), rope_length)
+        self._under_way.append(self._checks.thread.submit(self._check, self._computed, x, answer.clone(), rope_length))
         self._computed = position + answer.shape[1]
-        self._under_way.append(self._checks.thread.submit(self._check, item))
 
     def result(self) -> SpotCheckResult:
         """How many answers were checked so far, and which were wrong. Waits for the checks under way."""
@@ -132,20 +120,22 @@ class SessionChecks:
             each.cancel()
         self._session = None
 
-    def _check(self, item: _Rows) -> Mismatch | None:
+    def _check(self, position: int, x: Tensor, answer: Tensor, rope_length: int) -> Mismatch | None:
+        """Give the reference the rows `x` [1, T, H] from `position` on. `answer` [1, t, H] is the trunk's to the last
+        of them."""
         # The checks of a chain's servers take turns: while one loads its layers, transformers makes every new parameter
         # of this process an empty one.
         with _computing:
             reference = self._checks.reference
             if self._session is None:
                 self._session = reference.open(_SETTINGS, self._max_length)
-            x = item.x.to(reference.dtype)
-            (output,) = reference.step([StageInput(self._session, item.position, x, rope_length=item.rope_length)])
-        tokens = item.answer.shape[1]
-        error, allowed = self._checks.compare(output.x[:, -tokens:], item.answer, self._form)
+            item = StageInput(self._session, position, x.to(reference.dtype), rope_length=rope_length)
+            (output,) = reference.step([item])
+        tokens = answer.shape[1]
+        error, allowed = self._checks.compare(output.x[:, -tokens:], answer, self._form)
         if error <= allowed:
             return None
-        plan, end = self._checks.plan, item.position + item.x.shape[1]
+        plan, end = self._checks.plan, position + x.shape[1]
         return Mismatch((plan.start, plan.end), end - tokens, tokens, error, allowed)
 
 

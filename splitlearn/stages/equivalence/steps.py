@@ -78,7 +78,7 @@ def run_steps(
         begin = step.begin if script.cached else 0
         x = ids[:, begin : step.end]
         for stage, cache in zip(stages, caches, strict=True):
-            x = forward(stage, x, begin, cache, rope_length=step.rope_length)
+            x = forward(stage, x, begin, cache, parts=[(step.rope_length, x.shape[1])])
         logits.append(x[0, step.start - step.end :])
     return torch.cat(logits)
 
