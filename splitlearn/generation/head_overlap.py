@@ -22,10 +22,6 @@ from splitlearn.generation.step_timing import Ledger
 from splitlearn.stages.base import LogitsInParts, PendingStep, Stage, WorksAhead
 
 
-def _times() -> deque[float]:
-    return deque(maxlen=TIMES)
-
-
 @dataclass
 class OverlapPolicy:
     """Decides whether it pays to start a step before its token is sampled.
@@ -36,8 +32,8 @@ class OverlapPolicy:
     """
 
     guesses: Record = field(default_factory=lambda: Record(right=9, tried=10))
-    rests: deque[float] = field(default_factory=_times)
-    steps: deque[float] = field(default_factory=_times)
+    rests: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
+    steps: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
 
     def pays(self) -> bool:
         """Whether it pays by the measured times; True before any, since nine guesses in ten are right."""

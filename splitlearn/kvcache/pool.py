@@ -13,6 +13,7 @@ until it is written.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
@@ -67,11 +68,8 @@ class KVPool:
             shape: torch.empty(flat.count(shape), 1, shape.heads, self.capacity, shape.size, dtype=dtype, device=device)
             for shape in dict.fromkeys(flat)
         }
-        seen = dict.fromkeys(self._stacks, 0)
-        self._places: list[tuple[KVShape, int]] = []
-        for shape in flat:
-            self._places.append((shape, seen[shape]))
-            seen[shape] += 1
+        numbers = {shape: count() for shape in self._stacks}
+        self._places = [(shape, next(numbers[shape])) for shape in flat]
 
     @property
     def blocks_used(self) -> int:

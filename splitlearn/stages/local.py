@@ -177,7 +177,7 @@ class LocalStage:
     def compute(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """`step` without the check of the outputs."""
         if len(batch) > 1 and all(item.session.shares for item in batch) and not self._replays(batch):
-            return self._together(batch)
+            return self._together(batch, self._forward_of(batch))
         return [self._step(item, item.session.token if item.decodes else self.eager.compute) for item in batch]
 
     def _replays(self, batch: Sequence[StageInput]) -> bool:
@@ -189,23 +189,20 @@ class LocalStage:
         return self.eager.compile_s + (0.0 if self.faster is None else self.faster.compile_s)
 
     def _step(self, item: StageInput, compute: Callable[[StageInput], torch.Tensor]) -> StageOutput:
-        session, started, compiled = item.session, time.perf_counter(), self._compile_s()
-        session.make_room(item.position, item.x.shape[1])
-        with session.settings.gradient_guard():
-            out = compute(item)
-        session.length = item.position + item.x.shape[1]
-        return timed(self.label, [out], started, self._compile_s() - compiled)[0]
+        return self._together([item], lambda steps: [compute(item)])[0]
 
-    def _together(self, batch: Sequence[StageInput]) -> list[StageOutput]:
-        """Compute the batch in one forward. Not for compiled stages: see RaggedStage."""
-        started = time.perf_counter()
+    def _together(
+        self, batch: Sequence[StageInput], forward: Callable[[Sequence[StageInput]], Sequence[torch.Tensor]]
+    ) -> list[StageOutput]:
+        """Compute the batch in one forward."""
+        started, compiled = time.perf_counter(), self._compile_s()
         for item in batch:
             item.session.make_room(item.position, item.x.shape[1])
         with batch[0].session.settings.gradient_guard():
-            out = self._forward_of(batch)(batch)
+            out = forward(batch)
         for item in batch:
             item.session.length = item.position + item.x.shape[1]
-        return timed(self.label, out, started)
+        return timed(self.label, out, started, self._compile_s() - compiled)
 
     def _forward_of(self, batch: Sequence[StageInput]) -> Callable[[Sequence[StageInput]], Sequence[torch.Tensor]]:
         """The fastest forward for a batch that shares one."""

@@ -5,7 +5,7 @@ A check is one sum of the output. Only if the sum is not finite, the step is rep
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -72,10 +72,8 @@ def first_not_finite(cut: CutModel, again: Callable[[], object]) -> tuple[str, n
         stack.enter_context(eagerly(cut))  # compiled code ignores hooks registered later
         for part in _parts(cut):
             stack.callback(part[1].register_forward_hook(look(*part)).remove)
-        try:
+        with suppress(Exception):  # a cache that cannot be truncated: the place stays unknown, the caller still raises
             again()
-        except Exception:  # a cache that cannot be truncated: the place stays unknown, the caller still raises
-            return found[0] if found else None
     return found[0] if found else None
 
 
