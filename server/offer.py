@@ -34,7 +34,7 @@ class Offer:
         if self.part_bytes < row:
             expected = f"at least {row + ENVELOPE_BYTES}, for the hidden state of one token"
             raise InputError("server.max_message_bytes", limits.max_message_bytes, expected)
-        self._dtype = _name(runtime.placement.dtype)
+        self._dtype = str(runtime.placement.dtype).removeprefix("torch.")
         model = read_config(runtime.files.folder)
         place = here(str(runtime.placement.device), self._dtype, model)
         self._place = replace(place, no_prefixes=no_prefixes(model))
@@ -123,7 +123,3 @@ class Offer:
     def _why_not(self, flag: str) -> str | None:
         """Why this flag is unavailable here, or None."""
         return why_not(flag, "trunk", self._place) or self._variants.why_not(flag.partition("=")[0])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

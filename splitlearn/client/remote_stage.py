@@ -84,9 +84,6 @@ class RemoteStage:
             opened.pop_all()
             return sessions
 
-    def open_together(self, settings: SessionSettings, max_length: int, count: int) -> "list[RemoteSession]":
-        return self.open_with(settings, max_length, count, ())
-
     def step(self, batch: Sequence[StageInput]) -> list[StageOutput]:
         """Compute one step of each session, in order: hidden state [1, T, H] to hidden state [1, T, H], on the CPU. All
         steps are sent before the first answer is read."""

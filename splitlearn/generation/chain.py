@@ -115,7 +115,7 @@ def open_chains(
 def _sessions(
     stage: Stage, settings: SessionSettings, max_length: int, count: int, keys: Sequence[bytes]
 ) -> Sequence[Session]:
-    if keys and isinstance(stage, FindsPrefixes):
+    if (keys or count > 1) and isinstance(stage, FindsPrefixes):
         return stage.open_with(settings, max_length, count, keys)
     if count > 1 and isinstance(stage, OpensTogether):
         return stage.open_together(settings, max_length, count)

@@ -42,7 +42,6 @@ class Session(Protocol):
         """Free the session's memory. Further calls do nothing."""
 
 
-@runtime_checkable
 class KeepsPrefixes(Session, Protocol):
     """A session whose state can be kept in blocks of tokens (kvcache/prefix_store.py)."""
 
@@ -132,7 +131,7 @@ class OpensTogether(Protocol):
 
 
 @runtime_checkable
-class FindsPrefixes(OpensTogether, Protocol):
+class FindsPrefixes(Protocol):
     """A stage that computes elsewhere, and keeps prefixes there."""
 
     def open_with(

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -47,16 +47,12 @@ class SpotChecks:
 
     def __init__(self, share: float, plan: SplitPlan, reference: Callable[[], LocalStage], dtype: torch.dtype) -> None:
         self.plan = plan
-        self._load = reference
+        self.reference = cache(reference)
+        """The trunk's layers; only the thread of the checks asks."""
         self._tolerance = TOLERANCE[dtype]
         self._every, self._seen, self._chosen = max(1, round(1 / share)), 0, 0
         self._lock = threading.Lock()
         self.thread = ThreadPoolExecutor(1, "spot-checks", _at_low_priority)
-
-    @cached_property
-    def reference(self) -> LocalStage:
-        """The trunk's layers; only the thread of the checks asks."""
-        return self._load()
 
     def chooses(self) -> bool:
         """Whether the next answer is one to check: a random one of each `1 / share`."""
@@ -126,7 +122,7 @@ class SessionChecks:
         # The checks of a chain's servers take turns: while one loads its layers, transformers makes every new parameter
         # of this process an empty one.
         with _computing:
-            reference = self._checks.reference
+            reference = self._checks.reference()
             if self._session is None:
                 self._session = reference.open(_SETTINGS, self._max_length)
             item = StageInput(self._session, position, x.to(reference.dtype), rope_length=rope_length)

@@ -214,7 +214,9 @@ class Remote(RemoteStage):
     def open(self, settings: SessionSettings, max_length: int) -> RemoteSession:
         return RemoteSession(self, cast(Any, self.servers), Opening(b"", ROWS), max_length)
 
-    def open_together(self, settings: SessionSettings, max_length: int, count: int) -> list[RemoteSession]:
+    def open_with(
+        self, settings: SessionSettings, max_length: int, count: int, keys: Sequence[bytes]
+    ) -> list[RemoteSession]:
         return [self.open(settings, max_length) for _ in range(count)]
 
 
