@@ -7,9 +7,13 @@ import pytest
 from playwright.sync_api import BrowserContext, expect
 
 from splitlearn.checkpoints.folder import ModelFiles
+from splitlearn.client.probe import Snapshot
+from splitlearn.wire import trunk_pb2 as pb
 from tests.conftest import TinyFactory
 from tests.support.page import CHROMIUM, open_page, running, write_config
 from tests.support.trunk import PLAN, Raw, Trunk, opening, serve, settings
+from ui.trunk.monitor import Figures, Series, ServerView, between
+from ui.trunk.view import card, picture
 
 pytestmark = [
     pytest.mark.browser,
@@ -52,3 +56,15 @@ def test_the_tab_shows_sessions_come_and_go_and_a_trunk_that_does_not_answer(
         expect(sessions).to_have_text("0 / 64")
         trunk.process.terminate()
         expect(card.locator(".sl-error")).to_contain_text(f"{trunk.address} does not answer")
+
+
+def test_what_happened_in_a_pause_is_said_to_be_of_all_of_it_and_no_line_crosses_it() -> None:
+    decoded: Series = ("tokens_total", (("kind", "decode"),))
+    seen = [Figures(0.0, {}, {}), Figures(1.0, {}, {}), between(1.0, {decoded: 0.0}, 101.0, {decoded: 400.0})]
+    snapshot = Snapshot("a:1", 101.0, True, pb.Description(), "")
+    drawn = ServerView(snapshot, tuple(seen))
+    assert "4.0 /s" in card(drawn)
+    assert "of the last 100 s." in card(drawn)
+    (line,) = (line for line in picture(drawn, "Tokens per second").data if line.name == "decode")
+    assert line.x == (-101.0, -100.0, None, 0.0)
+    assert line.y == (None, None, None, 4.0)

@@ -26,11 +26,13 @@ Series = tuple[str, tuple[tuple[str, str], ...]]
 @dataclass(frozen=True)
 class Figures:
     """The trunk at one moment. `now` and `rates` have series by name and values of labels, with `_` between. Rates,
-    means and percentiles are over the last WINDOW_S; None if nothing happened."""
+    means and percentiles are over the last `over_s`: about WINDOW_S, and after a pause all of it; None if nothing
+    happened."""
 
     at: float
     now: Mapping[str, float]
     refusals: Mapping[tuple[str, str], float]
+    over_s: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict)
     batch: float | None = None
     step_p50_s: float | None = None
@@ -139,6 +141,7 @@ def between(then: float, before: Mapping[Series, float], at: float, sample: Mapp
             for (name, labels), value in sample.items()
             if name == "refusals_total"
         },
+        over_s=passed_s,
         rates={name: grown[series] / passed_s for name, series in totals.items() if passed_s > 0},
         batch=grown[("forward_sessions_sum", ())] / forwards if forwards else None,
         step_p50_s=quantile(grown, "forward_seconds", 0.5),

@@ -8,7 +8,7 @@ from splitlearn.reporting.charts import new_figure
 from splitlearn.runtime import hardware
 from ui import html
 from ui.format import MISSING, rate, seconds, size
-from ui.trunk.monitor import HISTORY_S, Figures, ServerView
+from ui.trunk.monitor import HISTORY_S, WINDOW_S, Figures, ServerView
 
 PAUSED = "Paused: a run is being timed, and polling the trunk would disturb it."
 CHAIN = "The charts are those of the first server of the chain."
@@ -62,7 +62,7 @@ def card(shown: ServerView) -> str:
         f'<header><h2>Trunk server</h2><span class="sl-what">{escape(snapshot.address)}</span>'
         f'<span class="sl-state" role="status">{state}</span></header>'
         f'<p class="sl-facts">{" &middot; ".join(f"<span>{each}</span>" for each in what)}</p>'
-        f'<dl class="sl-tiles">{tiles}</dl>{_refusals(at)}</section>'
+        f'<dl class="sl-tiles">{tiles}</dl>{_over(at)}{_refusals(at)}</section>'
     )
 
 
@@ -77,12 +77,28 @@ def picture(shown: ServerView, title: str) -> Any:
     figure = new_figure(title, height=190, legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.22})
     now = shown.figures[-1].at if shown.figures else 0.0
     for name, (colour, read) in CHARTS[title].items():
-        x = [at.at - now for at in shown.figures]
-        y = [read(at) for at in shown.figures]
+        x, y = _points(shown.figures, now, read)
         figure.add_scatter(x=x, y=y, name=name, mode="lines", line={"color": colour, "width": 2})
     figure.update_xaxes(range=[-HISTORY_S, 0], ticksuffix=" s")
     figure.update_yaxes(rangemode="tozero")
     return figure
+
+
+def _points(
+    figures: Sequence[Figures], now: float, read: Callable[[Figures], float | None]
+) -> tuple[list[float | None], list[float | None]]:
+    """A line's points. It is broken where nothing was asked for longer than WINDOW_S: what was between is not known."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for number, at in enumerate(figures):
+        if number and at.at - figures[number - 1].at > WINDOW_S:
+            x, y = [*x, None], [*y, None]
+        x, y = [*x, at.at - now], [*y, read(at)]
+    return x, y
+
+
+def _over(at: Figures) -> str:
+    return html.small(f"Rates, means and percentiles are of the last {at.over_s:.0f} s.") if at.over_s else ""
 
 
 def _tiles(at: Figures) -> dict[str, tuple[str, str]]:
