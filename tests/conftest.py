@@ -5,7 +5,7 @@ is imported by the fixtures that need it.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if in_worker := hasattr(config, "workerinput"):
         private_apis.without_scipy()
     config.pluginmanager.register(Durations(record=config.getoption("--record-durations") and not in_worker))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Test files import Gradio as the page does."""
+    with private_apis.without_stub_files():
+        return (yield)
 
 
 def pytest_collection_finish() -> None:

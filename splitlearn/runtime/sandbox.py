@@ -58,7 +58,7 @@ class Sandbox:
             return reply
 
     def prepare(self) -> None:
-        """Start a child unless there is one, without waiting for it: its imports take a quarter of a second."""
+        """Start a child unless there is one, without waiting for it: its imports take a tenth of a second."""
         with self._places:
             self._give_back(self._take() or self._start())
 

@@ -20,6 +20,7 @@ from splitlearn.errors import InputError, ModelError
 from splitlearn.events import GenerationRequest, Message
 from splitlearn.generation.tokenizer import Tokens
 from splitlearn.runtime.progress import silent
+from splitlearn.tools import Tool
 from tests.support.tiny import CHAT_TEMPLATE, PRODUCTS, make_checkpoint, make_tokenizer
 
 TOOLS = f"<|user|>tools:{CHAT_TEMPLATE}"
@@ -255,6 +256,15 @@ def test_a_conversation_is_rendered_as_transformers_renders_it() -> None:
     listed = [{"role": message.role, "content": message.content} for message in said]
     wanted = tokens._tokenizer.apply_chat_template(listed, add_generation_prompt=True, return_dict=False)
     assert tokens.encode(said, True) == wanted
+
+
+def test_values_in_json_are_those_that_transformers_renders() -> None:
+    tokenizer = make_tokenizer()
+    template = "{{ tools | tojson }}{{ messages | tojson(indent=2) }}{{ [true, none, 1.5, 'ü'] | tojson }}"
+    tool = Tool("look_up", "Say <what> is there.", '{"type": "object", "properties": {"at": {"enum": [1, 2.5, null]}}}')
+    found = chat_template.render(tokenizer, template, [Message("user", "Größe")], [tool])
+    said, functions = [{"role": "user", "content": "Größe"}], [chat_template.as_function(tool)]
+    assert found == tokenizer.apply_chat_template(said, functions, chat_template=template, tokenize=False)
 
 
 def test_messages_need_a_template() -> None:
