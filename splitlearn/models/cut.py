@@ -109,12 +109,11 @@ def forward(
     """One step of a stage: token ids int64 [1, T], or a hidden state [1, T, H], to a hidden state or logits [1, T, V].
 
     `position` is the number of tokens before this step, an int or int64 []; or the position of each token, int64 [T].
-    `cache` is a transformers cache of this
-    stage's own that holds `position` tokens and is extended in place, or None: then x is the whole prefix and
-    `position` is 0. `logits_to_keep` asks a last stage for the logits of that many last tokens, 0 for all of them; or
-    for those of the tokens with these numbers, int64 [k].
-    `arguments` go to the model's forward as they are, such as output_attentions=True. `parts` are the sequences of the
-    tokens, by whose lengths rotary embeddings are made (models/rope.py); none is one that this step ends.
+    `cache` is a transformers cache of this stage's own that holds `position` tokens and is extended in place, or None:
+    then x is the whole prefix and `position` is 0. `logits_to_keep` asks a last stage for the logits of that many last
+    tokens, 0 for all of them; or for those of the tokens with these numbers, int64 [k]. `arguments` go to the model's
+    forward as they are, such as output_attentions=True. `parts` are the sequences of the tokens, by whose lengths
+    rotary embeddings are made (models/rope.py). Without them the length is that which this step ends at.
     """
     module = stage.module
     call: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None, **(arguments or {})}

@@ -134,7 +134,7 @@ def test_one_token_has_so_many_calls_and_the_others_are_refused_at_once(
     limit = 3 + gate.EXTRA_CALLS
     with Held(patient.address, method, CALLS, SEEN) as held:
         refused = CALLS - min(limit, 3 if method == SESSION else limit)
-        assert eventually(lambda: len(held.ended()) == refused, within_s=60)
+        assert eventually(lambda: len(held.ended()) == refused)
         assert set(held.ended()) == {FULL}
         assert healthy(patient.address)
         assert describe(patient.address, OTHER).hidden_size == 48
@@ -145,7 +145,7 @@ def test_without_tokens_too_a_session_that_says_nothing_gives_its_place_to_one_t
     with serve_here(files, open_s=600.0, max_sessions=2, max_waiting=1) as here:
         places = 2 * 2 + 1 + endpoint.SPARE_THREADS
         with Held(here.address, SESSION, places) as first, Held(here.address, SESSION, places):
-            assert eventually(lambda: len(first.ended()) == places, within_s=60)
+            assert eventually(lambda: len(first.ended()) == places)
             assert set(first.ended()) == {LATE}
             assert answered(here.address, files, NONE).isfinite().all()
             assert healthy(here.address)
@@ -235,7 +235,7 @@ def test_there_are_so_many_connections_and_those_that_are_there_go_on(
         raw.ask(opening(files))
         with ExitStack() as stack:
             held = [stack.enter_context(connected(here.address)) for _ in range(30)]
-            assert eventually(lambda: sum(closed(each, 0.02) for each in held) >= 21, within_s=60)
+            assert eventually(lambda: sum(closed(each, 0.02) for each in held) >= 21)
             assert raw.ask(step(hidden(files, 3), 0)).HasField("result")
 
 

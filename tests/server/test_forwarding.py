@@ -97,7 +97,7 @@ def servers(files: ModelFiles) -> Iterator[Servers]:
 def chain(servers: Servers) -> Iterator[Servers]:
     """The module's servers; afterwards nothing is left at any of them."""
     yield servers
-    assert eventually(servers.free, within_s=60)
+    assert eventually(servers.free)
 
 
 @contextmanager
@@ -425,7 +425,7 @@ def test_whatever_a_feed_sends_is_answered_or_refused_and_leaves_nothing(servers
         ends = [_end(feeding), *map(_end, session.streams)]
     for code, said in ends:
         assert code is grpc.StatusCode.OK or (code in {*REFUSALS, LOST} and said and not said.startswith(UNCAUGHT))
-    assert eventually(servers.free, within_s=60)
+    assert eventually(servers.free)
 
 
 def _end(raw: Raw) -> tuple[grpc.StatusCode, str]:
@@ -456,7 +456,7 @@ def test_nobody_waits_for_ever_for_a_feed_or_for_what_it_should_bring(files: Mod
             key = client.ask(opening(files, PLANS[1], fed=True)).opened.key
             assert feeding.refusal(feed(key))[0] is LATE
             assert client.refusal()[0] is LOST
-        assert eventually(servers.free, within_s=60)
+        assert eventually(servers.free)
 
 
 def test_a_feed_needs_a_token_where_a_session_does(

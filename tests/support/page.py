@@ -35,7 +35,7 @@ START_S = 90.0
 # A child that is importing torch notices the end of its parent only after that.
 END_S = 60.0
 # The default timeout on a page: the machine may be busy with other tests.
-PATIENCE_MS = 30_000
+PATIENCE_MS = 60_000
 # How long typed text must stay: Gradio sets up a part that was just folded out again, a moment after it is visible.
 SETTLED_MS, TIMES = 300, 10
 FORBIDDEN: list[str] = []
