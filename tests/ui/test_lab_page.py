@@ -217,15 +217,16 @@ def test_the_service_level_that_was_typed_is_the_one_that_is_shown(reading: Page
     typed.press("Enter")
     assert "ttft_ms: '-5' cannot be used" in error(reading)
     expect(cell).to_have_text("met")
+    type_into(typed, "60000")
+    typed.press("Enter")
+    expect(reading.locator("#lab-error .sl-error")).to_have_count(0)
 
 
 @pytest.fixture(scope="module")
-def asking(browser: BrowserContext, url: str) -> Iterator[Page]:
-    """A page with a short experiment asked for, to which each test does one wrong thing."""
-    opened = open_lab(browser, url)
-    ask(opened, "2")
-    yield opened
-    opened.close()
+def asking(reading: Page) -> Page:
+    """The page with a short experiment asked for, to which each test does one wrong thing."""
+    ask(reading, "2")
+    return reading
 
 
 @pytest.mark.parametrize(
