@@ -1,10 +1,12 @@
 """What is drawn, without a browser: the states of a comparison, their HTML, and the words for flags."""
 
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from html import escape
 from itertools import groupby
 from typing import cast
 
@@ -24,6 +26,7 @@ from splitlearn.link.emulated import Link
 from splitlearn.metrics import RunMetrics
 from ui import inputs
 from ui.compare import session, view
+from ui.compare.command import command
 from ui.compare.progress import progress
 from ui.compare.session import ArmView, ComparisonView
 from ui.compare.time import picture
@@ -192,6 +195,19 @@ def test_identical_tokens_are_called_so() -> None:
     assert "150 MB <small>of 150 MB" in said  # libraries included
 
 
+def test_a_ratio_that_the_two_cards_do_not_show_is_explained() -> None:
+    def runs(kind: Kind, *seconds: float) -> ArmView:
+        one = report(kind, [1, 2, 3])
+        timed = [replace(one, metrics=replace(one.metrics, e2el_s=at, tpot_s=at)) for at in seconds]
+        return ArmView(kind, "done", timed[0].metrics, tuple(timed))
+
+    explained = escape(view.OF_PAIRS)
+    steady = ComparisonView(runs("full", 0.10, 0.11, 0.12), runs("split", 0.20, 0.22, 0.24), n_pairs=3)
+    assert explained not in view.result(steady, "default")
+    uneven = ComparisonView(runs("full", 0.10, 0.11, 0.12), runs("split", 0.20, 0.11, 0.11), n_pairs=3)
+    assert explained in view.result(uneven, "default")
+
+
 @pytest.mark.parametrize(
     ("full", "split", "said"),
     [
@@ -303,3 +319,12 @@ def test_who_waits_sees_how_far_another_comparison_is_and_none_of_its_texts() ->
     assert "Because" not in said and "secret" not in said
     assert not re.search("[A-Za-z]{2,}(?: [A-Za-z]{2,}){2,}", translation.html(said))
     assert progress(None) == ""
+
+
+def test_the_command_that_repeats_a_comparison_gives_a_shell_its_prompt_and_nothing_that_a_terminal_acts_on() -> None:
+    prompt = "it's \x1b[2J\u202eC:\\new\nline 中文"
+    told = command(GenerationRequest(prompt), "auto", 1, None)
+    assert not {char for char in told if not char.isprintable()} - {"\n"}
+    shell = ["bash", "-c", f'told() {{ printf %s "$6"; }}; told {told}']
+    given = subprocess.run(shell, capture_output=True, text=True, check=True, env={"LC_ALL": "C.UTF-8"})
+    assert given.stdout == prompt

@@ -22,4 +22,13 @@ def command(request: GenerationRequest, flags: str, pairs: int, link: str | None
             words += [f"--{name.replace('_', '-')}", str(getattr(chosen, name))]
     words += ["--samples", str(request.samples)] * (request.samples > 1)
     words += ["--link", link] if link else []
-    return shlex.join(words)
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """A word for a POSIX shell. What a terminal would act on, or turn around, is written as its number."""
+    raw = {char for char in word if not char.isprintable()} - {"\n"}
+    if not raw:
+        return shlex.quote(word)
+    plain = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(f"\\U{ord(char):08x}" if char in raw else char for char in plain) + "'"

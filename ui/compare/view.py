@@ -57,6 +57,7 @@ UP, DOWN = (
     "From the trunk to the client, for each decoded token",
 )
 OF_PAIRS = "A ratio is the mean of the pairs, so it can differ from the quotient of the two cards' figures."
+NEARLY = 0.05
 MEMORY = "Peak memory of the client process, libraries included, and that of the full model"
 RECOVERED = "the trunk was lost"
 EMPTY = (
@@ -146,7 +147,7 @@ def result(shown: ComparisonView, flags: str) -> str:
     return (
         f'<section class="sl-result" aria-label="Comparison">{verdict(pairs)}{candidates.lists(shown.logits)}'
         f'<dl class="sl-tiles sl-hero">{"".join(_ratios(pairs, full, split))}</dl>'
-        f'<p class="sl-why">{escape(why)}</p>{_doubts(shown, pairs)}'
+        f'<p class="sl-why">{escape(why)}</p>{_doubts(shown, pairs, full, split)}'
         f"{folded('Memory and how it was measured', _memory(full, split) + _how(full, split, flags))}</section>"
     )
 
@@ -278,8 +279,8 @@ def _ratio(found: Ratio | None) -> str:
     return f"{found.mean:.2f}\N{MULTIPLICATION SIGN} <small>{pairs}</small>"
 
 
-def _doubts(shown: ComparisonView, pairs: Pairs) -> str:
-    """Reasons to doubt the ratio."""
+def _doubts(shown: ComparisonView, pairs: Pairs, full: ArmReport, split: ArmReport) -> str:
+    """Reasons to doubt the ratio, whose cards show `full` and `split`."""
     doubts = []
     if cached := max(report.metrics.cached_tokens for report in (*pairs.full, *pairs.split)):
         doubts.append(f"Up to {cached} prompt tokens were kept from earlier runs: TTFT is that of the others.")
@@ -287,9 +288,20 @@ def _doubts(shown: ComparisonView, pairs: Pairs) -> str:
         doubts.append(f"Other programs used {shown.others_cpu:.1f} cores meanwhile: do not trust a small difference.")
     if pairs.tpot and pairs.tpot.n > 1 and pairs.tpot.covers_one:
         doubts.append("Split is faster in some pairs, slower in others.")
+    if _differs(pairs, full, split):
+        doubts.append(OF_PAIRS)
     if len(pairs.counted) < len(pairs.full):
         doubts.append("Runs that lost the trunk are not in the ratio.")
     return f'<p class="sl-small sl-doubt">{escape(" ".join(doubts))}</p>' if doubts else ""
+
+
+def _differs(pairs: Pairs, full: ArmReport, split: ArmReport) -> bool:
+    """Whether a reader who divides the figures of the two cards gets clearly another ratio."""
+    shown = (
+        (pairs.tpot, Ratio.of([(full.metrics.tpot_s, split.metrics.tpot_s)])),
+        (pairs.ttft, Ratio.of([(full.metrics.ttft_s, split.metrics.ttft_s)])),
+    )
+    return any(mean and cards and abs(cards.mean / mean.mean - 1) > NEARLY for mean, cards in shown)
 
 
 def _memory(full: ArmReport, split: ArmReport) -> str:
@@ -314,4 +326,4 @@ def _how(full: ArmReport, split: ArmReport, flags: str) -> str:
         f"Flags: {flags}. Each arm in a warm process with {threads}{trunk}, in random order.{compiled} "
         "Figures of an arm are those of its median run."
     )
-    return small(how) + small(OF_PAIRS)
+    return small(how)
