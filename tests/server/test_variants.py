@@ -19,7 +19,7 @@ from tests.support.trunk import Raw, eventually, forks_of, gone, hidden, opening
 
 REFUSED, FULL = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED
 OTHER = ["use_cache", "low_cpu_mem_usage"]
-START_S = 120.0
+START_S = 240.0
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.client.test_remote import free_port
 from tests.support.forks import Fork, Main
 from tests.support.trunk import eventually
 
-START_S = 60.0
+START_S = 240.0
 
 
 class ForkedTrunk:

@@ -14,7 +14,7 @@ from splitlearn.cli import main as command_line
 from tests.support.forks import Fork
 from tests.support.trunk import eventually
 
-START_S = 120.0
+START_S = 240.0
 USED = "low_cpu_mem_usage,use_cache,output_attentions,float32_matmul_precision,weight_prepack"
 """Flags with which the server's own workers answer."""
 

@@ -31,9 +31,9 @@ WITHOUT_TORCH = Path(without_torch.__file__)
 BROWSERS = (Path("/usr/bin/chromium-headless-shell"), Path("/usr/bin/chromium"))
 CHROMIUM = next((browser for browser in BROWSERS if browser.exists()), BROWSERS[0])
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-software-rasterizer"]
-START_S = 90.0
+START_S = 240.0
 # A child that is importing torch notices the end of its parent only after that.
-END_S = 60.0
+END_S = 240.0
 # The default timeout on a page: the machine may be busy with other tests.
 PATIENCE_MS = 60_000
 # How long typed text must stay: Gradio sets up a part that was just folded out again, a moment after it is visible.

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package of that name)"),
 ]
-RUN_MS = 120_000
+RUN_MS = 240_000
 WIDTHS = (320, 390, 768, 1280, 1920)
 DRAWN = (
     "#full",

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package of that name)"),
 ]
-RUN_MS = 60_000
+RUN_MS = 240_000
 NEW_TOKENS = 6
 # Counts the turns that have ended: Send can be pressed again.
 COUNT = """() => {

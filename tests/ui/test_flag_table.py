@@ -22,7 +22,7 @@ pytestmark = [
 
 # One flag is eight arms.
 FLAG = "inference_mode"
-END_MS = 60_000
+END_MS = 240_000
 
 
 @pytest.fixture(scope="module")

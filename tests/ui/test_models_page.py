@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package of that name)"),
 ]
-RUN_MS = 120_000
+RUN_MS = 240_000
 
 
 class BrokenHub(socketserver.ThreadingTCPServer):

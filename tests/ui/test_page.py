@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM} (Debian's package of that name)"),
 ]
 
-RUN_MS = 60_000
+RUN_MS = 240_000
 # Everything that the split card and the status line say from now on: a reconnection may be over before one looks.
 RECORD = """() => {
   window.told = [];
