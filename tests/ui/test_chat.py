@@ -269,7 +269,8 @@ def test_a_turn_that_is_taken_back_before_it_runs_is_not_run(page: Page, browser
 def test_what_is_typed_after_send_or_before_regenerate_stays_in_the_field(page: Page) -> None:
     with run(page):
         with unanswered(page):
-            begin(page, "One.")
+            with page.expect_request(lambda request: "One." in (request.post_data or "")):  # Gradio reads fields late
+                begin(page, "One.")
             page.locator("#chat-message textarea").press_sequentially(" Two.")
         expect(page.locator("#chat-message textarea")).to_have_value(" Two.")
     turns(page, "One.")

@@ -16,15 +16,7 @@ TO_FIELD = "() => document.querySelector('#chat-message textarea').focus()"
 BACK_TO_FIELD = f"() => document.activeElement === document.body && ({TO_FIELD})()"
 
 # A message stays in its field until the program has it. Then only what was typed meanwhile is left.
-REMEMBER = """(...given) => {
-  const field = document.querySelector('#chat-message textarea');
-  field.dataset.sent = field.value;
-  return given;
-}"""
-TAKE = """typed => {
-  const {sent} = document.querySelector('#chat-message textarea').dataset;
-  return typed.startsWith(sent) ? typed.slice(sent.length) : typed;
-}"""
+TAKE = "(sent, typed) => typed.startsWith(sent) ? typed.slice(sent.length) : typed"
 
 
 class Composer:
@@ -36,6 +28,7 @@ class Composer:
         self.message = gr.Textbox(
             "", label="Message", info="Shift+Enter sends.", lines=2, max_lines=8, elem_id="chat-message"
         )
+        self.sent = gr.Textbox("", visible="hidden")  # the message that the program has
         with gr.Row(elem_id="chat-actions"):
             self.send = gr.Button("Send", variant="primary", scale=3, min_width=120, elem_id="chat-send")
             self.stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="chat-stop")

@@ -13,7 +13,7 @@ from splitlearn.arms.startup import MODEL
 from splitlearn.errors import SplitlearnError
 from ui import html, inputs
 from ui.chat import record, view
-from ui.chat.composer import BACK_TO_FIELD, REMEMBER, TAKE, TO_FIELD, Composer
+from ui.chat.composer import BACK_TO_FIELD, TAKE, TO_FIELD, Composer
 from ui.chat.conversation import Conversation, Turn
 from ui.compare.actions import Handlers
 from ui.compare.session import ArmView, ComparisonView
@@ -87,11 +87,10 @@ class ChatTab:
             [composer.send.click, composer.message.submit],
             self._send,
             {*given, *chosen},
-            begins,
+            [*begins, composer.sent],
             queue=False,
-            js=REMEMBER,
         )
-        sent.then(None, composer.message, composer.message, js=TAKE)
+        sent.then(None, [composer.sent, composer.message], composer.message, js=TAKE)
         again = gr.on([each.retry for each in turns], self._retry, {*given, *chosen}, begins, queue=False)
         for begun in (sent, again):
             self._run_after(begun)
@@ -137,7 +136,8 @@ class ChatTab:
 
     def _send(self, given: Mapping[Any, Any], request: gr.Request) -> Updates:
         talk: Conversation = given[self.talk]
-        return {**self._choices(given), **self._begin(talk.ask(given[self.composer.message] or ""), request)}
+        said = given[self.composer.message] or ""
+        return {**self._choices(given), **self._begin(talk.ask(said), request), self.composer.sent: said}
 
     def _retry(self, given: Mapping[Any, Any], request: gr.Request, event: gr.EventData) -> Updates:
         """Run an answered turn again, and drop those after it."""
