@@ -58,6 +58,7 @@ UP, DOWN = (
 )
 OF_PAIRS = "A ratio is the mean of the pairs, so it can differ from the quotient of the two cards' figures."
 NEARLY = 0.05
+"""How far apart two ratios are still the same to a reader."""
 MEMORY = "Peak memory of the client process, libraries included, and that of the full model"
 RECOVERED = "the trunk was lost"
 EMPTY = (
